@@ -1,0 +1,50 @@
+"""rhc: a PyTorch training runner that writes its own schedule with hindsight.
+
+Names are imported when they are first used, so that `import rhc` and `rhc --help` do not wait for
+torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "InputError": "rhc.errors",
+    "Control": "rhc.schedule",
+    "CONTROLS": "rhc.schedule",
+    "Schedule": "rhc.schedule",
+    "total_variation": "rhc.schedule",
+    "Objective": "rhc.objective",
+    "Plant": "rhc.plant",
+    "Hypergradient": "rhc.hypergradient",
+    "hypergradient": "rhc.hypergradient",
+    "Rewrite": "rhc.rewrite",
+    "Runner": "rhc.runner",
+    "RunResult": "rhc.runner",
+    "Workload": "rhc.workload",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from rhc.errors import InputError
+    from rhc.hypergradient import Hypergradient, hypergradient
+    from rhc.objective import Objective
+    from rhc.plant import Plant
+    from rhc.rewrite import Rewrite
+    from rhc.runner import Runner, RunResult
+    from rhc.schedule import CONTROLS, Control, Schedule, total_variation
+    from rhc.workload import Workload
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'rhc' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,192 @@
+"""Products with the Hessian of one step's loss: the only expensive term of the adjoint.
+
+A product pulls (λ_g, λ_b) of a step's gradient g_t and BatchNorm statistics back to (θ_t, b_t), and
+adds the stage cost's own gradient. Costs in gradient evaluations: exact 3 (g again, and twice
+that to pull it back), forward difference 1 (the roll's g_t is known), central difference 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rhc.hypergradient.evaluation import Evaluation
+from rhc.randomness import RandomState
+
+Product = Literal["exact", "forward-difference", "central-difference"]
+PRODUCTS: tuple[Product, ...] = ("exact", "forward-difference", "central-difference")
+PRODUCT_COST: Mapping[str, int] = {"exact": 3, "forward-difference": 1, "central-difference": 2}
+
+
+@dataclass(frozen=True)
+class StepPoint:
+    """Where a product is taken: θ_t per block, b_t, the batch, the random state, the roll's g_t."""
+
+    flats: Sequence[Tensor]
+    buffers: Mapping[str, Tensor]
+    batch: Any
+    rng: RandomState
+    gradients: Sequence[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What came back: one tensor (or None) per block, and per statistic."""
+
+    parameters: list[Tensor | None]
+    statistics: dict[str, Tensor]
+
+
+def pull_back(
+    product: Product,
+    evaluation: Evaluation,
+    point: StepPoint,
+    gradient_costates: Sequence[Tensor | None],
+    statistics_costates: Mapping[str, Tensor],
+) -> Pulled:
+    """H_t λ_g + ∂b′/∂θ ᵀ λ_b + ∇(stage cost), and the statistics' own costates."""
+    if product == "exact":
+        return _exact(evaluation, point, gradient_costates, statistics_costates)
+    first = _first_order(evaluation, point, statistics_costates)
+    curvature = _difference(product, evaluation, point, gradient_costates)
+    return Pulled(
+        [_sum(a, b) for a, b in zip(curvature, first.parameters, strict=True)], first.statistics
+    )
+
+
+def _exact(
+    evaluation: Evaluation,
+    point: StepPoint,
+    gradient_costates: Sequence[Tensor | None],
+    statistics_costates: Mapping[str, Tensor],
+) -> Pulled:
+    """Reverse over reverse: Pearlmutter 1994."""
+    flats = [f.detach().requires_grad_() for f in point.flats]
+    buffers, leaves = _statistics_leaves(point.buffers, statistics_costates)
+    point.rng.restore()
+    evaluated = evaluation(flats, buffers, point.batch, statistics=bool(leaves))
+    active = [i for i, v in enumerate(gradient_costates) if v is not None]
+    outputs: list[Tensor] = []
+    seeds: list[Tensor | None] = []
+    if active:
+        gradients = torch.autograd.grad(
+            evaluated.loss, [flats[i] for i in active], create_graph=True, allow_unused=True
+        )
+        for i, g in zip(active, gradients, strict=True):
+            if g is not None and g.requires_grad:  # a loss linear in θ has no curvature
+                outputs.append(g)
+                seeds.append(gradient_costates[i])
+    _add_first_order(outputs, seeds, evaluated, statistics_costates)
+    return _pulled(outputs, seeds, flats, leaves)
+
+
+def _first_order(
+    evaluation: Evaluation, point: StepPoint, statistics_costates: Mapping[str, Tensor]
+) -> Pulled:
+    """The part without the Hessian; free where the stage cost is c_ℓ ℓ_t, since g_t is known."""
+    objective = evaluation.objective
+    if not statistics_costates and not objective.reward_weight:
+        weight = objective.loss_weight
+        return Pulled([weight * g if weight and g is not None else None for g in point.gradients], {})
+    flats = [f.detach().requires_grad_() for f in point.flats]
+    buffers, leaves = _statistics_leaves(point.buffers, statistics_costates)
+    point.rng.restore()
+    evaluated = evaluation(flats, buffers, point.batch, statistics=bool(leaves))
+    outputs: list[Tensor] = []
+    seeds: list[Tensor | None] = []
+    _add_first_order(outputs, seeds, evaluated, statistics_costates)
+    return _pulled(outputs, seeds, flats, leaves)
+
+
+def _difference(
+    product: Product,
+    evaluation: Evaluation,
+    point: StepPoint,
+    direction: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """(g(θ + εv) − g(θ)) / ε or (g(θ + εv) − g(θ − εv)) / 2ε, with ε = c |θ| / |v|.
+
+    c is the square (cube) root of the machine's epsilon, which balances rounding and truncation
+    for the forward (central) difference of a smooth function; at kinks nothing does.
+    """
+    active = [i for i, v in enumerate(direction) if v is not None]
+    if not active:
+        return [None] * len(direction)
+    size = _norm([point.flats[i] for i in active])
+    length = _norm([v for v in direction if v is not None])
+    if not float(length) > 0:
+        return [None] * len(direction)
+    precision = torch.finfo(point.flats[active[0]].dtype).eps
+    c = precision**0.5 if product == "forward-difference" else precision ** (1 / 3)
+    epsilon = float(c * size.clamp_min(1e-3) / length)
+
+    def gradients(scale: float) -> list[Tensor]:
+        flats = []
+        for f, v in zip(point.flats, direction, strict=True):
+            moved = f.detach() if v is None else torch.add(f.detach(), v, alpha=scale)
+            flats.append(moved.requires_grad_())
+        point.rng.restore()
+        loss = evaluation(flats, point.buffers, point.batch).loss
+        return list(torch.autograd.grad(loss, [flats[i] for i in active]))
+
+    plus = gradients(epsilon)
+    if product == "forward-difference":
+        minus, width = [point.gradients[i] for i in active], epsilon
+    else:
+        minus, width = gradients(-epsilon), 2 * epsilon
+    result: list[Tensor | None] = [None] * len(direction)
+    for i, high, low in zip(active, plus, minus, strict=True):
+        assert low is not None  # an active block has a gradient
+        result[i] = (high - low) / width
+    return result
+
+
+def _statistics_leaves(
+    buffers: Mapping[str, Tensor], costates: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    leaves = {name: buffers[name].detach().clone().requires_grad_() for name in costates}
+    return {**buffers, **leaves}, leaves
+
+
+def _add_first_order(
+    outputs: list[Tensor], seeds: list[Tensor | None], evaluated: Any, costates: Mapping[str, Tensor]
+) -> None:
+    if evaluated.stage is not None:
+        outputs.append(evaluated.stage)
+        seeds.append(None)
+    for name, costate in costates.items():
+        after = evaluated.statistics[name]
+        if after.requires_grad:
+            outputs.append(after)
+            seeds.append(costate)
+
+
+def _pulled(
+    outputs: list[Tensor],
+    seeds: list[Tensor | None],
+    flats: Sequence[Tensor],
+    leaves: Mapping[str, Tensor],
+) -> Pulled:
+    if not outputs:
+        return Pulled([None] * len(flats), {})
+    pulled = torch.autograd.grad(
+        outputs, [*flats, *leaves.values()], seeds, allow_unused=True  # type: ignore[arg-type]
+    )
+    statistics = {
+        name: p for name, p in zip(leaves, pulled[len(flats) :], strict=True) if p is not None
+    }
+    return Pulled(list(pulled[: len(flats)]), statistics)
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b

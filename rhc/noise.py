@@ -1,0 +1,67 @@
+"""Gradient noise as a function of time, so that replaying it is free.
+
+ξ_t is a standard normal draw from a private generator seeded by (seed, t) alone: it never touches
+the global random state, and a rolled, recomputed or replayed step t sees the same ξ_t. The idea is
+diffrax's, where Brownian motion is a function that can be asked twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+
+
+def mixed_seed(seed: int, step: int) -> int:
+    """A 64-bit seed for `step`, well spread in all its bits (SplitMix64, Steele et al. 2014).
+
+    torch's CPU generator uses the low 32 bits only, so neighbouring steps must not differ in a
+    few high bits alone.
+    """
+    z = (seed * 0x9E3779B97F4A7C15 + (step + 1) * 0xD1B54A32D192ED03) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+def standard_noise(like: Sequence[Tensor], seed: int, step: int) -> list[Tensor]:
+    """Independent standard normal tensors ξ_t, one of each shape, dtype and device in `like`."""
+    generators: dict[torch.device, torch.Generator] = {}
+    draws = []
+    for tensor in like:
+        device = tensor.device
+        if device not in generators:
+            generators[device] = torch.Generator(device=device)
+            generators[device].manual_seed(mixed_seed(seed, step))
+        draws.append(
+            torch.randn(
+                tensor.shape, dtype=tensor.dtype, device=device, generator=generators[device]
+            )
+        )
+    return draws
+
+
+def root_mean_square(tensor: Tensor) -> Tensor:
+    """RMS over all elements; its gradient at an all-zero tensor is 0, not NaN."""
+    return torch.linalg.vector_norm(tensor) / max(tensor.numel(), 1) ** 0.5
+
+
+@torch.no_grad()
+def add_gradient_noise(
+    parameters: Sequence[Tensor], sigma: float, seed: int, step: int
+) -> None:
+    """Adds σ·RMS(g)·ξ_t to every `.grad`, in place; does nothing, and draws nothing, at σ = 0.
+
+    ξ_t is drawn for every parameter, also for one without a gradient, so that the noise of one
+    tensor does not depend on which others took part in the step.
+    """
+    if sigma == 0:
+        return
+    for parameter, xi in zip(
+        parameters, standard_noise(parameters, seed, step), strict=True
+    ):
+        if parameter.grad is not None:
+            parameter.grad.addcmul_(xi, root_mean_square(parameter.grad), value=sigma)

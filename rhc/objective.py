@@ -1,0 +1,104 @@
+"""What a window is judged by: stage costs, a terminal loss, and the average of its iterates.
+
+J = Σ_t (c_ℓ ℓ_t − c_r r_t) + terminal(θ̄), θ̄ an exponential average of the window's iterates.
+Averaging hides the noise that a lower lr would remove at once, so that the gradient sees progress
+instead of noise (docs/log.md has the numbers).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rhc.errors import InputError
+
+Reward = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The window objective, as a value.
+
+    loss_weight c_ℓ and reward_weight c_r weigh the stage costs; reward maps (loss, metrics) of a
+    step to r_t, and stands for metrics["reward"] where it is None. terminal_weight weighs the
+    terminal loss, on `batches` validation batches per window. average: decay of the iterates'
+    exponential average, in (0, 1), or None for the last iterate.
+    """
+
+    loss_weight: float = 0.0
+    reward_weight: float = 0.0
+    reward: Reward | None = None
+    terminal_weight: float = 1.0
+    average: float | None = 0.99
+    batches: int = 4
+
+    def __post_init__(self) -> None:
+        if self.average is not None and not 0 < self.average < 1:
+            raise InputError(
+                f"average must be in (0, 1), got {self.average}; use None for the last iterate"
+            )
+        if self.batches < 1:
+            raise InputError(f"objective batches must be ≥ 1, got {self.batches}")
+        if self.loss_weight == self.reward_weight == self.terminal_weight == 0:
+            raise InputError("the objective is empty; give a weight to the loss, reward or terminal")
+
+    def stage(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> Tensor | None:
+        """c_ℓ ℓ_t − c_r r_t, or None where both weights are 0."""
+        cost = self.loss_weight * loss if self.loss_weight else None
+        if self.reward_weight:
+            if self.reward is None and "reward" not in metrics:
+                raise InputError(
+                    "reward_weight is not 0 but loss_fn's metrics have no 'reward'; return it, or "
+                    "give the objective a reward function"
+                )
+            reward = metrics["reward"] if self.reward is None else self.reward(loss, metrics)
+            cost = -self.reward_weight * reward + (0 if cost is None else cost)
+        return cost
+
+
+class Average:
+    """Bias-corrected exponential average of iterates: θ̄_n = Σ_j d^{n−j} θ_j / Σ_j d^{n−j}.
+
+    Updated in place. decay None keeps the last iterate only.
+    """
+
+    def __init__(self, decay: float | None, values: Sequence[Tensor] | None = None, count: int = 0):
+        self.decay = decay
+        self.count = count
+        self.values = None if values is None else [v.detach().clone() for v in values]
+
+    def weight(self, n: int) -> float:
+        """The share of the n-th iterate (from 1) in θ̄_n: (1 − d) / (1 − dⁿ)."""
+        if self.decay is None:
+            return 1.0
+        return (1 - self.decay) / (1 - self.decay**n)
+
+    @torch.no_grad()
+    def update(self, parameters: Sequence[Tensor]) -> None:
+        """Takes the next iterate in."""
+        self.count += 1
+        if self.values is None:
+            self.values = [p.detach().clone() for p in parameters]
+        else:
+            live = [p.detach() for p in parameters]
+            torch._foreach_lerp_(self.values, live, self.weight(self.count))
+
+    def copy(self) -> Average:
+        """An independent copy."""
+        return Average(self.decay, self.values, self.count)
+
+    def assign(self, other: Average) -> None:
+        """Takes over the value of `other`."""
+        self.count = other.count
+        self.values = None if other.values is None else [v.clone() for v in other.values]
+
+
+def average_weights(decay: float | None, steps: int) -> list[float]:
+    """w_1 … w_K with θ̄ = Σ_j w_j θ_j, summing to 1; (0, …, 0, 1) without averaging."""
+    if decay is None:
+        return [0.0] * (steps - 1) + [1.0]
+    total = (1 - decay**steps) / (1 - decay)
+    return [decay ** (steps - j) / total for j in range(1, steps + 1)]

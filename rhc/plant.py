@@ -1,0 +1,438 @@
+"""The plant: a live model, its optimizer and its loss, seen as a controlled dynamical system.
+
+s_{t+1} = F_t(s_t, u_t, ξ_t): the state s holds parameters, buffers, optimizer slots and the random
+state; the controls u are lr, momentum, noise and weight decay; the data of step t is part of F_t.
+The plant steps, takes and restores snapshots, and rolls a window forward while it records what the
+adjoint needs to look back. It decides nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rhc.dynamics import Dynamics, dynamics_of
+from rhc.errors import InputError
+from rhc.noise import add_gradient_noise
+from rhc.objective import Average
+from rhc.randomness import RandomState
+from rhc.schedule import OptimizerControls, Schedule, parameters_of
+
+LossFn = Callable[[nn.Module, Any], Any]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy in memory of everything a step can change.
+
+    parameters, buffers: name -> tensor. slots: one dict per parameter of the optimizer. groups:
+    the optimizer's hyperparameters. rng: the global random state.
+    """
+
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    slots: list[dict[str, Any]]
+    groups: list[dict[str, Any]]
+    rng: RandomState
+
+
+@dataclass(frozen=True)
+class Block:
+    """Parameters that step together: one vector stands for all of them while looking back.
+
+    group: index of the parameter group. indices: positions in the optimizer's parameter order.
+    """
+
+    group: int
+    indices: tuple[int, ...]
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    sizes: tuple[int, ...]
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The parameters' shapes seen in a vector of their concatenated elements."""
+        if len(self.sizes) == 1:
+            return [flat.view(self.shapes[0])]
+        return [
+            part.view(shape)
+            for part, shape in zip(flat.split(self.sizes), self.shapes, strict=True)
+        ]
+
+    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The concatenated elements of one tensor per parameter of the optimizer: always a copy."""
+        return torch.cat([tensors[i].detach().reshape(-1) for i in self.indices])
+
+
+@dataclass
+class BlockState:
+    """θ and the optimizer's state of one block, flattened: everything that Φ maps."""
+
+    parameters: Tensor
+    optimizer: Any
+
+
+@dataclass
+class Trajectory:
+    """What a roll leaves behind, for K steps from absolute step `start`.
+
+    states: roll index -> one BlockState per block, at the indices asked for. gradients: per step,
+    one flat vector per block (None where the block took no part). buffers and rng: as each step
+    found them. average: θ̄ per block of all steps that were rolled. losses, metrics: as observed.
+    diverged: the roll index of the first step whose loss was not finite, or above the guard.
+    """
+
+    start: int
+    schedule: Schedule
+    batches: Sequence[Any]
+    blocks: tuple[Block, ...]
+    states: dict[int, list[BlockState]] = field(default_factory=dict)
+    gradients: list[list[Tensor | None]] = field(default_factory=list)
+    buffers: list[dict[str, Tensor]] = field(default_factory=list)
+    rng: list[RandomState] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
+    metrics: list[dict[str, Tensor]] = field(default_factory=list)
+    gradient_norms: list[Tensor] = field(default_factory=list)
+    diverged: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.losses)
+
+
+class _LayoutChangedError(Exception):
+    """Some, but not all, parameters of a block had no gradient: the blocks must be split."""
+
+
+class Plant:
+    """The live model, optimizer and loss, with the verbs of the loop that act on them.
+
+    loss_fn(model, batch) returns a scalar tensor, or (scalar tensor, {"name": tensor, …}).
+    seed: of the gradient noise. clip_norm: global gradient norm to clip at, None for no clipping.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss_fn: LossFn,
+        *,
+        seed: int = 0,
+        clip_norm: float | None = None,
+    ) -> None:
+        if clip_norm is not None and not clip_norm > 0:
+            raise InputError(f"clip_norm must be > 0, got {clip_norm}; use None not to clip")
+        self.model = model
+        self.optimizer = optimizer
+        self.loss_fn = loss_fn
+        self.seed = seed
+        self.clip_norm = clip_norm
+        self.controls = OptimizerControls(optimizer)
+        self.parameters = parameters_of(optimizer)
+        if not self.parameters:
+            raise InputError("the optimizer holds no parameters; give it model.parameters()")
+        self._names = {id(p): n for n, p in model.named_parameters()}
+        self._singletons = False
+
+    # One step ------------------------------------------------------------------------------------
+
+    def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss, metrics) of the live model on a batch; a loss that cannot be used is an error."""
+        return checked_loss(self.loss_fn(self.model, batch))
+
+    def step(self, batch: Any, controls: Mapping[str, float], step: int) -> StepRecord:
+        """One optimizer step in place: exactly the plain loop's, with the controls of the step.
+
+        controls: natural values; what is absent stays as the optimizer has it.
+        """
+        return self._advance(batch, controls, step, None)
+
+    def _advance(
+        self,
+        batch: Any,
+        controls: Mapping[str, float],
+        step: int,
+        keep: Callable[[], None] | None,
+    ) -> StepRecord:
+        """`step`, with a look at the raw gradients (`keep`) before clipping and noise."""
+        self.controls.write(controls)
+        self.optimizer.zero_grad()
+        loss, metrics = self.loss(batch)
+        loss.backward()
+        if keep is not None:
+            keep()
+        norm = self._transform_gradients(controls.get("noise", 0.0), step)
+        self.optimizer.step()
+        return StepRecord(loss.detach(), {k: v.detach() for k, v in metrics.items()}, norm)
+
+    def _transform_gradients(self, sigma: float, step: int) -> Tensor:
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        if not grads:
+            raise InputError(
+                "loss_fn's result does not depend on any parameter of the optimizer; "
+                "give the optimizer the parameters of the model that loss_fn uses"
+            )
+        norm = torch.nn.utils.get_total_norm(grads)
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
+        add_gradient_noise(self.parameters, sigma, self.seed, step)
+        return norm
+
+    # Snapshot and restore --------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def snapshot(self) -> Snapshot:
+        """A deep copy of the state; `optimizer.state_dict()` would alias the live tensors."""
+        return Snapshot(
+            {n: p.detach().clone() for n, p in self.model.named_parameters()},
+            {n: b.detach().clone() for n, b in self.model.named_buffers()},
+            [_copied(self.optimizer.state.get(p, {})) for p in self.parameters],
+            [_copied(_hyperparameters(g)) for g in self.optimizer.param_groups],
+            RandomState.capture(),
+        )
+
+    @torch.no_grad()
+    def restore(self, snapshot: Snapshot) -> None:
+        """Puts the state back, in place; the snapshot stays usable."""
+        for name, p in self.model.named_parameters():
+            p.copy_(snapshot.parameters[name])
+        for name, b in self.model.named_buffers():
+            b.copy_(snapshot.buffers[name])
+        for p, slots in zip(self.parameters, snapshot.slots, strict=True):
+            _restore_slots(self.optimizer.state, p, slots)
+        for group, values in zip(self.optimizer.param_groups, snapshot.groups, strict=True):
+            for key, value in values.items():
+                if isinstance(group.get(key), Tensor):
+                    group[key].copy_(value)
+                else:
+                    group[key] = value
+        snapshot.rng.restore()
+
+    def is_finite(self) -> bool:
+        """Whether every parameter, buffer and optimizer slot is finite: one host synchronisation."""
+        slots = [
+            v
+            for p in self.parameters
+            for v in self.optimizer.state.get(p, {}).values()
+            if isinstance(v, Tensor)
+        ]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *slots]
+        floating = [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
+        if not floating:
+            return True
+        norms = torch._foreach_norm(floating, float("inf"))
+        return bool(torch.stack([n.to(norms[0].device, torch.float64) for n in norms]).isfinite().all())
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        """The model in eval mode; leaves modes, buffers and the random state as they were found."""
+        modes = [(m, m.training) for m in self.model.modules()]
+        rng = RandomState.capture()
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            for module, training in modes:
+                module.training = training
+            rng.restore()
+
+    # Roll ------------------------------------------------------------------------------------------
+
+    def roll(
+        self,
+        batches: Sequence[Any],
+        schedule: Schedule,
+        *,
+        record: Callable[[int], bool] | None = None,
+        average: Average | None = None,
+        on_step: Callable[[int, StepRecord], None] | None = None,
+        stop_above: float = math.inf,
+    ) -> Trajectory:
+        """Takes len(batches) live steps from `schedule.start` on, and records what happened.
+
+        record(i) says whether the whole state is kept before the i-th step (and at the end, with
+        i = K); None records losses only, which is what a replay needs. average: an `Average` that
+        is updated with the parameters after every step. on_step is called after every step. Rolling
+        stops early where a loss is not finite or exceeds `stop_above`.
+        """
+        if record is not None:
+            while True:
+                before = self.snapshot()
+                mean = None if average is None else average.copy()
+                try:
+                    return self._roll(batches, schedule, record, average, on_step, stop_above)
+                except _LayoutChangedError:
+                    # Happens at most once per plant: from now on every parameter is its own block.
+                    self._singletons = True
+                    self.restore(before)
+                    if average is not None and mean is not None:
+                        average.assign(mean)
+        return self._roll(batches, schedule, None, average, on_step, stop_above)
+
+    def _roll(
+        self,
+        batches: Sequence[Any],
+        schedule: Schedule,
+        record: Callable[[int], bool] | None,
+        average: Average | None,
+        on_step: Callable[[int, StepRecord], None] | None,
+        stop_above: float,
+    ) -> Trajectory:
+        blocks = self.blocks() if record is not None else ()
+        trajectory = Trajectory(schedule.start, schedule, batches, blocks)
+
+        def keep_gradients() -> None:
+            trajectory.gradients.append(self._block_gradients(blocks))
+
+        for i, batch in enumerate(batches):
+            if record is not None:
+                if record(i):
+                    trajectory.states[i] = self.block_states(blocks)
+                trajectory.rng.append(RandomState.capture())
+                trajectory.buffers.append(
+                    {n: b.detach().clone() for n, b in self.model.named_buffers()}
+                )
+            step = schedule.start + i
+            keep = keep_gradients if record is not None else None
+            observed = self._advance(batch, schedule.at(step), step, keep)
+            trajectory.losses.append(observed.loss)
+            trajectory.metrics.append(observed.metrics)
+            trajectory.gradient_norms.append(observed.gradient_norm)
+            if average is not None:
+                average.update(self.parameters)
+            if on_step is not None:
+                on_step(step, observed)
+            # On an accelerator asking for the loss would make the host wait at every step.
+            if observed.loss.device.type == "cpu" and not float(observed.loss) <= stop_above:
+                trajectory.diverged = i
+                return trajectory
+        if trajectory.losses and trajectory.losses[0].device.type != "cpu":
+            over = ~(torch.stack(trajectory.losses) <= stop_above)
+            if bool(over.any()):
+                trajectory.diverged = int(over.nonzero()[0])
+        if record is not None and record(len(batches)):
+            trajectory.states[len(batches)] = self.block_states(blocks)
+        return trajectory
+
+    # What the adjoint sees -------------------------------------------------------------------------
+
+    @property
+    def dynamics(self) -> Dynamics:
+        """The differentiable form of the optimizer; an InputError where there is none."""
+        return dynamics_of(self.optimizer)
+
+    def blocks(self) -> tuple[Block, ...]:
+        """The optimizer's trainable parameters, grouped by what steps them alike.
+
+        Same parameter group, dtype, device and number of steps taken: one block. Where some
+        parameters of a block turned out to have no gradient at a step, every one is its own.
+        """
+        members: dict[Any, list[int]] = {}
+        groups = [g for g, group in enumerate(self.optimizer.param_groups) for _ in group["params"]]
+        for index, p in enumerate(self.parameters):
+            if not p.requires_grad:
+                continue
+            if id(p) not in self._names:
+                raise InputError(
+                    f"parameter {index} of the optimizer, of shape {tuple(p.shape)}, is not a "
+                    "parameter of the model; register it on the model"
+                )
+            state = self.optimizer.state.get(p, {})
+            taken = float(state["step"]) if "step" in state else float(bool(state))
+            alone = index if self._singletons else -1
+            members.setdefault((groups[index], p.dtype, p.device, taken, alone), []).append(index)
+        return tuple(
+            Block(
+                key[0],
+                tuple(indices),
+                tuple(self._names[id(self.parameters[i])] for i in indices),
+                tuple(self.parameters[i].shape for i in indices),
+                tuple(self.parameters[i].numel() for i in indices),
+            )
+            for key, indices in members.items()
+        )
+
+    def block_states(self, blocks: Sequence[Block]) -> list[BlockState]:
+        """A flattened copy of parameters and optimizer state, one per block."""
+        return [
+            BlockState(
+                block.flatten(self.parameters),
+                self.dynamics.state(
+                    [self.optimizer.state.get(self.parameters[i], {}) for i in block.indices],
+                    [self.parameters[i] for i in block.indices],
+                    self.optimizer.param_groups[block.group],
+                ),
+            )
+            for block in blocks
+        ]
+
+    def _block_gradients(self, blocks: Sequence[Block]) -> list[Tensor | None]:
+        gradients: list[Tensor | None] = []
+        for block in blocks:
+            parts = [self.parameters[i].grad for i in block.indices]
+            missing = sum(g is None for g in parts)
+            if missing and missing < len(parts):
+                raise _LayoutChangedError
+            gradients.append(
+                None if missing else torch.cat([g.reshape(-1) for g in parts if g is not None])
+            )
+        return gradients
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step observed: loss and metrics before the update, and the raw gradient's norm."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    gradient_norm: Tensor
+
+
+def checked_loss(result: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, metrics) from what a loss_fn returned; anything else is an InputError with the mend."""
+    loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+    if not isinstance(loss, Tensor):
+        raise InputError(
+            f"loss_fn must return a scalar tensor or (scalar tensor, dict), got "
+            f"{type(loss).__name__}; return the loss itself, not .item()"
+        )
+    if loss.dim() != 0:
+        if loss.numel() != 1:
+            raise InputError(
+                f"loss_fn must return a scalar tensor, got shape {tuple(loss.shape)}; "
+                "reduce it with .mean()"
+            )
+        loss = loss.reshape(())
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise InputError(
+            "loss_fn returned a loss without a graph (requires_grad is False); compute it from "
+            "the model's output without .detach(), .item() or torch.no_grad()"
+        )
+    return loss, {k: torch.as_tensor(v) for k, v in dict(metrics).items()}
+
+
+def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in group.items() if k != "params"}
+
+
+def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in values.items()}
+
+
+def _restore_slots(state: Any, parameter: Tensor, slots: Mapping[str, Any]) -> None:
+    if not slots:
+        state.pop(parameter, None)
+        return
+    live = state[parameter]
+    for key in [k for k in live if k not in slots]:
+        del live[key]
+    for key, value in slots.items():
+        current = live.get(key)
+        if isinstance(value, Tensor) and isinstance(current, Tensor):
+            current.copy_(value)
+        else:
+            live[key] = value.clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,192 @@
+"""What is trained: the Workload that a runner returns, and how a runner is found by name.
+
+A runner is a function that makes everything a run needs:
+
+    def digits(*, seed: int = 0, data: Path | None = None) -> Workload
+
+`rhc` never imports one. It is found through the entry-point group `rhc.runners`, which any package
+can join, or as `path/to/file.py:function`. The caller seeds the global generator with `seed` before
+it calls the runner, so that weights made in the usual way depend on the seed alone; a runner draws
+nothing else from the global generator, and gives its data splits a generator of their own.
+
+Importing this module does not import torch: `rhc --help` and `rhc runs` stay quick.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from rhc.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+ENTRY_POINT_GROUP = "rhc.runners"
+
+
+@dataclass
+class Workload:
+    """What a runner hands to the command line: model, loss and data, with defaults that suit them.
+
+    The loaders yield batches that loss_fn understands; rhc never looks inside a batch.
+    """
+
+    model: nn.Module
+    """The weights of step 0."""
+    loss_fn: Callable[[nn.Module, Any], Any]
+    """(model, batch) -> scalar tensor, or (loss, {"accuracy": tensor, ...})."""
+    train_loader: Iterable[Any]
+    """One pass is one epoch; a shuffling loader is asked for a new order by each pass."""
+    val_loader: Iterable[Any] | None = None
+    """Data for objectives and choices; None where there is none."""
+    test_loader: Iterable[Any] | None = None
+    """Data for the final figures, on which nothing is chosen."""
+    steps: int = 1000
+    """Default number of optimizer steps."""
+    optimizer: str = "sgd"
+    """Default optimizer."""
+    lr: Mapping[str, float] = field(
+        default_factory=lambda: {"sgd": 0.01, "adam": 1e-3, "adamw": 1e-3}
+    )
+    """Default learning rate for each optimizer by name."""
+    parameter_groups: list[dict[str, Any]] | None = None
+    """Passed to the optimizer in place of model.parameters()."""
+
+
+@dataclass(frozen=True)
+class RunnerInfo:
+    """A runner that is installed: its name and where it lives."""
+
+    name: str
+    target: str
+    """`module:function`."""
+
+    @property
+    def summary(self) -> str:
+        """First line of the runner's docstring, read from its source without importing it."""
+        return runner_summary(self.target)
+
+
+def available_runners() -> dict[str, RunnerInfo]:
+    """The installed runners by name, in alphabetical order; none of them is imported.
+
+    Raises InputError where two packages claim one name, as either choice would be a silent one.
+    """
+    found: dict[str, RunnerInfo] = {}
+    for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):
+        known = found.setdefault(entry.name, RunnerInfo(entry.name, entry.value))
+        if known.target != entry.value:
+            raise InputError(
+                f"runner {entry.name!r} is claimed by both {known.target} and {entry.value}: "
+                "uninstall one of the two packages"
+            )
+    return dict(sorted(found.items()))
+
+
+def runner_summary(target: str) -> str:
+    """First line of the docstring of `module:function`; empty where there is none to be read.
+
+    Parses the module's source instead of importing it, because a runner's module imports torch.
+    """
+    module_name, _, function_name = target.partition(":")
+    try:
+        spec = importlib.util.find_spec(module_name)
+    except ImportError:  # a parent package is missing
+        return ""
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return ""
+    for node in ast.parse(Path(spec.origin).read_bytes()).body:
+        if isinstance(node, ast.FunctionDef) and node.name == function_name:
+            return (ast.get_docstring(node) or "").partition("\n")[0]
+    return ""
+
+
+def load_runner(name: str) -> Callable[..., Workload]:
+    """The runner of that name; calling it checks that what it returns is a Workload.
+
+    name: one of `available_runners()`, or `path/to/file.py:function`.
+    Raises InputError for an unknown name, a missing file or function, and a function that cannot be
+    called with `seed` and `data`. An exception of the runner's own module passes through unchanged:
+    its traceback is what its author needs.
+    """
+    path, separator, function_name = name.rpartition(":")
+    if separator and path.endswith(".py"):
+        function = _function_in_file(Path(path), function_name, name)
+    elif name.endswith(".py"):
+        raise InputError(f"runner {name!r} names a file but no function: give {name}:function")
+    else:
+        function = _installed_function(name)
+
+    try:
+        inspect.signature(function).bind(seed=0, data=None)
+    except TypeError as error:
+        raise InputError(
+            f"runner {name!r} cannot be called with seed and data ({error}): define it as "
+            f"def {function.__name__}(*, seed: int = 0, data: Path | None = None) -> Workload"
+        ) from None
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Workload:
+        workload = function(*args, **kwargs)
+        if not isinstance(workload, Workload):
+            raise InputError(
+                f"runner {name!r} returned {type(workload).__name__}: "
+                "return an rhc.workload.Workload"
+            )
+        return workload
+
+    return checked
+
+
+def _installed_function(name: str) -> Callable[..., Any]:
+    runners = available_runners()
+    if name in runners:
+        target = runners[name].target
+        entry = metadata.EntryPoint(name=name, value=target, group=ENTRY_POINT_GROUP)
+        function: Callable[..., Any] = entry.load()
+        return function
+    near = difflib.get_close_matches(name, runners, n=1)
+    suggestion = f"did you mean {near[0]!r}? " if near else ""
+    raise InputError(
+        f"unknown runner {name!r}: {suggestion}there are: {', '.join(runners) or 'none'}; "
+        "or give path/to/file.py:function"
+    )
+
+
+def _function_in_file(path: Path, function_name: str, name: str) -> Callable[..., Any]:
+    if not path.is_file():
+        raise InputError(
+            f"runner {name!r}: there is no file {path} in {Path.cwd()}: correct the path"
+        )
+    function = getattr(_import_file(path.resolve()), function_name, None)
+    if not inspect.isroutine(function):
+        raise InputError(
+            f"runner {name!r}: {path} defines no function {function_name!r}: "
+            f"give {path}:function with the name of one that it defines"
+        )
+    return function
+
+
+def _import_file(path: Path) -> ModuleType:
+    """The module in that file; its folder joins sys.path, as in `python path/to/file.py`."""
+    # A name of its own: a file called data.py or test.py must not replace an installed module.
+    module_name = f"rhc_runner_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None  # holds for every name that ends in .py
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses and pickling look the module up there
+    spec.loader.exec_module(module)
+    return module
