@@ -50,9 +50,7 @@ def root_mean_square(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def add_gradient_noise(
-    parameters: Sequence[Tensor], sigma: float, seed: int, step: int
-) -> None:
+def add_gradient_noise(parameters: Sequence[Tensor], sigma: float, seed: int, step: int) -> None:
     """Adds σ·RMS(g)·ξ_t to every `.grad`, in place; does nothing, and draws nothing, at σ = 0.
 
     ξ_t is drawn for every parameter, also for one without a gradient, so that the noise of one
@@ -60,8 +58,6 @@ def add_gradient_noise(
     """
     if sigma == 0:
         return
-    for parameter, xi in zip(
-        parameters, standard_noise(parameters, seed, step), strict=True
-    ):
+    for parameter, xi in zip(parameters, standard_noise(parameters, seed, step), strict=True):
         if parameter.grad is not None:
             parameter.grad.addcmul_(xi, root_mean_square(parameter.grad), value=sigma)

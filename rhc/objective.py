@@ -43,7 +43,9 @@ class Objective:
         if self.batches < 1:
             raise InputError(f"objective batches must be ≥ 1, got {self.batches}")
         if self.loss_weight == self.reward_weight == self.terminal_weight == 0:
-            raise InputError("the objective is empty; give a weight to the loss, reward or terminal")
+            raise InputError(
+                "the objective is empty; give a weight to the loss, reward or terminal"
+            )
 
     def stage(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> Tensor | None:
         """c_ℓ ℓ_t − c_r r_t, or None where both weights are 0."""

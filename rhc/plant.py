@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,16 +81,16 @@ class BlockState:
 class Trajectory:
     """What a roll leaves behind, for K steps from absolute step `start`.
 
-    states: roll index -> one BlockState per block, at the indices asked for. gradients: per step,
-    one flat vector per block (None where the block took no part). buffers and rng: as each step
-    found them. average: θ̄ per block of all steps that were rolled. losses, metrics: as observed.
-    diverged: the roll index of the first step whose loss was not finite, or above the guard.
+    For a recorded roll, states: roll index -> one BlockState per block, at the indices asked for;
+    gradients: per step, one flat vector per block (None where the block took no part); batches,
+    buffers and rng: as each step found them. losses, metrics, gradient_norms: as observed.
+    diverged: the roll index of the first step whose loss was not finite, or above the limit.
     """
 
     start: int
     schedule: Schedule
-    batches: Sequence[Any]
     blocks: tuple[Block, ...]
+    batches: list[Any] = field(default_factory=list)
     states: dict[int, list[BlockState]] = field(default_factory=dict)
     gradients: list[list[Tensor | None]] = field(default_factory=list)
     buffers: list[dict[str, Tensor]] = field(default_factory=list)
@@ -225,7 +225,9 @@ class Plant:
         if not floating:
             return True
         norms = torch._foreach_norm(floating, float("inf"))
-        return bool(torch.stack([n.to(norms[0].device, torch.float64) for n in norms]).isfinite().all())
+        return bool(
+            torch.stack([n.to(norms[0].device, torch.float64) for n in norms]).isfinite().all()
+        )
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
@@ -244,54 +246,57 @@ class Plant:
 
     def roll(
         self,
-        batches: Sequence[Any],
+        batches: Iterable[Any],
         schedule: Schedule,
         *,
         record: Callable[[int], bool] | None = None,
         average: Average | None = None,
         on_step: Callable[[int, StepRecord], None] | None = None,
-        stop_above: float = math.inf,
+        limit: Callable[[float], float] = lambda first: math.inf,
     ) -> Trajectory:
-        """Takes len(batches) live steps from `schedule.start` on, and records what happened.
+        """Takes one live step per batch from `schedule.start` on, and records what happened.
 
         record(i) says whether the whole state is kept before the i-th step (and at the end, with
         i = K); None records losses only, which is what a replay needs. average: an `Average` that
-        is updated with the parameters after every step. on_step is called after every step. Rolling
-        stops early where a loss is not finite or exceeds `stop_above`.
+        is updated with the parameters after every step. on_step is called after every step. limit
+        maps the roll's first loss to the one above which it counts as diverged; rolling stops there,
+        and where a loss is not finite (on an accelerator it is noticed at the end).
         """
         if record is not None:
             while True:
                 before = self.snapshot()
                 mean = None if average is None else average.copy()
                 try:
-                    return self._roll(batches, schedule, record, average, on_step, stop_above)
+                    return self._roll(batches, schedule, record, average, on_step, limit)
                 except _LayoutChangedError:
                     # Happens at most once per plant: from now on every parameter is its own block.
                     self._singletons = True
                     self.restore(before)
                     if average is not None and mean is not None:
                         average.assign(mean)
-        return self._roll(batches, schedule, None, average, on_step, stop_above)
+        return self._roll(batches, schedule, None, average, on_step, limit)
 
     def _roll(
         self,
-        batches: Sequence[Any],
+        batches: Iterable[Any],
         schedule: Schedule,
         record: Callable[[int], bool] | None,
         average: Average | None,
         on_step: Callable[[int, StepRecord], None] | None,
-        stop_above: float,
+        limit: Callable[[float], float],
     ) -> Trajectory:
         blocks = self.blocks() if record is not None else ()
-        trajectory = Trajectory(schedule.start, schedule, batches, blocks)
+        trajectory = Trajectory(schedule.start, schedule, blocks)
 
         def keep_gradients() -> None:
             trajectory.gradients.append(self._block_gradients(blocks))
 
+        highest = math.inf
         for i, batch in enumerate(batches):
             if record is not None:
                 if record(i):
                     trajectory.states[i] = self.block_states(blocks)
+                trajectory.batches.append(batch)
                 trajectory.rng.append(RandomState.capture())
                 trajectory.buffers.append(
                     {n: b.detach().clone() for n, b in self.model.named_buffers()}
@@ -307,15 +312,21 @@ class Plant:
             if on_step is not None:
                 on_step(step, observed)
             # On an accelerator asking for the loss would make the host wait at every step.
-            if observed.loss.device.type == "cpu" and not float(observed.loss) <= stop_above:
-                trajectory.diverged = i
-                return trajectory
+            if observed.loss.device.type == "cpu":
+                loss = float(observed.loss)
+                highest = limit(loss) if i == 0 else highest
+                if not (math.isfinite(loss) and loss <= highest):
+                    trajectory.diverged = i
+                    return trajectory
         if trajectory.losses and trajectory.losses[0].device.type != "cpu":
-            over = ~(torch.stack(trajectory.losses) <= stop_above)
-            if bool(over.any()):
-                trajectory.diverged = int(over.nonzero()[0])
-        if record is not None and record(len(batches)):
-            trajectory.states[len(batches)] = self.block_states(blocks)
+            losses = torch.stack(trajectory.losses).tolist()
+            highest = limit(losses[0])
+            bad = [i for i, x in enumerate(losses) if not (math.isfinite(x) and x <= highest)]
+            if bad:
+                trajectory.diverged = bad[0]
+                return trajectory
+        if record is not None and record(len(trajectory)):
+            trajectory.states[len(trajectory)] = self.block_states(blocks)
         return trajectory
 
     # What the adjoint sees -------------------------------------------------------------------------

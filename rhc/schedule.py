@@ -216,6 +216,17 @@ class Schedule:
             values[name][where] = v
         return Schedule(values, self.start, self.seed)
 
+    def means(self) -> dict[str, float]:
+        """The mean of every control: geometric where its coordinate is log and no value is 0."""
+        return {
+            name: float(
+                v.log().mean().exp()
+                if CONTROLS[name].coordinate == "log" and bool((v > 0).all())
+                else v.mean()
+            )
+            for name, v in self.values.items()
+        }
+
     def raw(self, names: Iterable[str] | None = None) -> Tensor:
         """(T, C) unconstrained coordinates of the controls in `names` (default: all, in order)."""
         chosen = list(self.values) if names is None else list(names)
@@ -263,7 +274,9 @@ class Schedule:
                 f"{source} is not a schedule written by rhc ({type(error).__name__}: {error}); "
                 "give the schedule.json of a run directory"
             ) from None
-        return cls({n: torch.tensor(v, dtype=torch.float64) for n, v in controls.items()}, start, seed)
+        return cls(
+            {n: torch.tensor(v, dtype=torch.float64) for n, v in controls.items()}, start, seed
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes the schedule as JSON."""

@@ -132,8 +132,8 @@ def load_runner(name: str) -> Callable[..., Workload]:
         inspect.signature(function).bind(seed=0, data=None)
     except TypeError as error:
         raise InputError(
-            f"runner {name!r} cannot be called with seed and data ({error}): define it as "
-            f"def {function.__name__}(*, seed: int = 0, data: Path | None = None) -> Workload"
+            f"runner {name!r} cannot be called with seed and data ({error}): "
+            "define it with (*, seed: int = 0, data: Path | None = None) -> Workload"
         ) from None
 
     @functools.wraps(function)

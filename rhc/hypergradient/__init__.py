@@ -291,8 +291,6 @@ def _known(argument: str, value: str, known: Sequence[str]) -> None:
         raise InputError(f"unknown {argument} {value!r}: {hint}there are: {', '.join(known)}")
 
 
-
-
 class _CallableModule(ModuleType):
     """Importing this package binds `rhc.hypergradient` to it, so it must answer for the function.
 

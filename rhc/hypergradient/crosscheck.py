@@ -53,7 +53,8 @@ def higher_hypergradient(
         raise InputError("engine 'higher' does not clip gradients; use engine 'adjoint'")
     steps = len(batches)
     leaves = {
-        name: [schedule[name][i].clone().requires_grad_() for i in range(steps)] for name in controls
+        name: [schedule[name][i].clone().requires_grad_() for i in range(steps)]
+        for name in controls
     }
     weights = average_weights(objective.average, steps)
     plant.controls.write({n: v for n, v in schedule.at(schedule.start).items()})

@@ -91,7 +91,9 @@ def _first_order(
     objective = evaluation.objective
     if not statistics_costates and not objective.reward_weight:
         weight = objective.loss_weight
-        return Pulled([weight * g if weight and g is not None else None for g in point.gradients], {})
+        return Pulled(
+            [weight * g if weight and g is not None else None for g in point.gradients], {}
+        )
     flats = [f.detach().requires_grad_() for f in point.flats]
     buffers, leaves = _statistics_leaves(point.buffers, statistics_costates)
     point.rng.restore()
@@ -153,7 +155,10 @@ def _statistics_leaves(
 
 
 def _add_first_order(
-    outputs: list[Tensor], seeds: list[Tensor | None], evaluated: Any, costates: Mapping[str, Tensor]
+    outputs: list[Tensor],
+    seeds: list[Tensor | None],
+    evaluated: Any,
+    costates: Mapping[str, Tensor],
 ) -> None:
     if evaluated.stage is not None:
         outputs.append(evaluated.stage)
@@ -174,7 +179,10 @@ def _pulled(
     if not outputs:
         return Pulled([None] * len(flats), {})
     pulled = torch.autograd.grad(
-        outputs, [*flats, *leaves.values()], seeds, allow_unused=True  # type: ignore[arg-type]
+        outputs,
+        [*flats, *leaves.values()],
+        seeds,
+        allow_unused=True,  # type: ignore[arg-type]
     )
     statistics = {
         name: p for name, p in zip(leaves, pulled[len(flats) :], strict=True) if p is not None

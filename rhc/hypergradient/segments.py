@@ -236,9 +236,7 @@ class _Reverse:
         with torch.no_grad():
             for k in range(start, i):
                 values: dict[str, Scalar] = dict(self._values(k))
-                rebuilt[k + 1] = self._advance(
-                    k, rebuilt[k], self.trajectory.gradients[k], values
-                )
+                rebuilt[k + 1] = self._advance(k, rebuilt[k], self.trajectory.gradients[k], values)
         return rebuilt
 
     # segment > 1 -----------------------------------------------------------------------------------
@@ -360,9 +358,7 @@ class _Reverse:
         return [None if g is None or w == 0 else w * g for g in self.mean_gradient]
 
     def _with_share(self, costate: Costate, n: int) -> Costate:
-        parameters = [
-            _sum(a, b) for a, b in zip(costate.parameters, self._share(n), strict=True)
-        ]
+        parameters = [_sum(a, b) for a, b in zip(costate.parameters, self._share(n), strict=True)]
         return Costate(parameters, costate.optimizer, costate.statistics)
 
     def _advance(
@@ -386,13 +382,9 @@ class _Reverse:
             }
             group = self.plant.optimizer.param_groups[block.group]
             step = self.plant.dynamics.transformation(group, controls)
-            updates, after = step.update(
-                g, state.optimizer, params=state.parameters, inplace=False
-            )
+            updates, after = step.update(g, state.optimizer, params=state.parameters, inplace=False)
             result.append(
-                BlockState(
-                    torchopt.apply_updates(state.parameters, updates, inplace=False), after
-                )
+                BlockState(torchopt.apply_updates(state.parameters, updates, inplace=False), after)
             )
         return result
 
@@ -412,8 +404,10 @@ class _Reverse:
         for b, (block, g) in enumerate(zip(self.blocks, result, strict=True)):
             if g is not None:
                 scale = torch.cat(
-                    [root_mean_square(v) * noise[p].reshape(-1)
-                     for v, p in zip(block.views(g), block.indices, strict=True)]
+                    [
+                        root_mean_square(v) * noise[p].reshape(-1)
+                        for v, p in zip(block.views(g), block.indices, strict=True)
+                    ]
                 )
                 result[b] = g + _cast(sigma, g) * scale
         return result
@@ -424,7 +418,9 @@ def _leaf_state(state: BlockState) -> BlockState:
         state.parameters.detach().requires_grad_(),
         type(state.optimizer)(
             *(
-                v.detach().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
+                v.detach().requires_grad_()
+                if isinstance(v, Tensor) and v.is_floating_point()
+                else v
                 for v in state.optimizer
             )
         ),
@@ -433,9 +429,7 @@ def _leaf_state(state: BlockState) -> BlockState:
 
 def _alias(state: BlockState) -> BlockState:
     slots = (v.view_as(v) if isinstance(v, Tensor) else v for v in state.optimizer)
-    return BlockState(
-        state.parameters.view_as(state.parameters), type(state.optimizer)(*slots)
-    )
+    return BlockState(state.parameters.view_as(state.parameters), type(state.optimizer)(*slots))
 
 
 def _tensors(state: BlockState) -> list[Tensor]:

@@ -1,0 +1,262 @@
+"""Batches addressed by step: a loader whose place can be found again.
+
+The loop looks ahead K batches, trains on them twice, and must continue in the middle of an epoch
+after a crash. So batches are kept until they are released, and the place of each one is known as
+(epoch, index), together with the random state in which its epoch began: iterating again from that
+state and skipping `index` batches yields the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rhc.errors import InputError
+from rhc.randomness import RandomState, preserved
+
+
+@dataclass(frozen=True)
+class _EpochStart:
+    """What decides an epoch's order: the random state and the loader's own generators."""
+
+    rng: RandomState
+    generators: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the next batch is: `index` batches into epoch `epoch`, which began in `start`.
+
+    start is None before the first batch was drawn. rng: the stream's own random state, before the
+    first batch of all.
+    """
+
+    step: int
+    epoch: int
+    index: int
+    start: _EpochStart | None
+    rng: RandomState
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The position as named tensors, for safetensors."""
+        tensors = {"place": torch.tensor([self.step, self.epoch, self.index])}
+        tensors |= {f"rng.{k}": v for k, v in self.rng.to_tensors().items()}
+        if self.start is not None:
+            tensors |= {f"start.{k}": v for k, v in self.start.rng.to_tensors().items()}
+            tensors |= {f"generator.{i}": g for i, g in enumerate(self.start.generators)}
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Position:
+        """The inverse of `to_tensors`."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+        step, epoch, index = tensors["place"].tolist()
+        start = None
+        if part("start."):
+            generators = part("generator.")
+            start = _EpochStart(
+                RandomState.from_tensors(part("start.")),
+                tuple(generators[str(i)] for i in range(len(generators))),
+            )
+        return cls(step, epoch, index, start, RandomState.from_tensors(part("rng.")))
+
+
+class StepBatches:
+    """The batches of a loader by step number, from 0, over as many epochs as it takes.
+
+    loader: anything that can be iterated again and again. isolated: draw in a random stream of its
+    own, so that looking ahead disturbs nothing; otherwise batches are drawn from the global random
+    state exactly when they are taken, as a plain loop does. device: where tensors are moved to.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        *,
+        isolated: bool,
+        seed: int = 0,
+        device: torch.device | None = None,
+        name: str = "train_loader",
+    ) -> None:
+        self.loader = loader
+        self.isolated = isolated
+        self.device = device
+        self.name = name
+        self._iterator: Iterator[Any] | None = None
+        self._kept: dict[int, tuple[Any, int, int, _EpochStart]] = {}
+        self._next = 0
+        self._epoch = -1
+        self._index = 0
+        self._start: _EpochStart | None = None
+        with preserved():
+            torch.manual_seed(seed)
+            _seed_others(seed)
+            self._rng = RandomState.capture()
+
+    def take(self, start: int, stop: int) -> list[Any]:
+        """The batches of steps [start, stop); none of them may have been released."""
+        if self._next < stop:
+            if self.isolated:
+                with preserved():
+                    self._rng.restore()
+                    self._draw_until(stop)
+                    self._rng = RandomState.capture()
+            else:
+                self._draw_until(stop)
+        return [self._kept[step][0] for step in range(start, stop)]
+
+    def lazily(self, start: int, stop: int) -> Iterator[Any]:
+        """The same batches, each drawn when it is asked for and forgotten afterwards."""
+        for step in range(start, stop):
+            yield self.take(step, step + 1)[0]
+            self.release(step + 1)
+
+    def release(self, before: int) -> None:
+        """Forgets the batches of steps before `before`."""
+        for step in [s for s in self._kept if s < before]:
+            del self._kept[step]
+
+    @property
+    def next_step(self) -> int:
+        """The step whose batch will be drawn next."""
+        return self._next
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch (from 0) that a kept batch belongs to."""
+        return self._kept[step][1]
+
+    def position(self, step: int) -> Position:
+        """The place of step `step`, which is kept or the next to be drawn."""
+        if step in self._kept:
+            _, epoch, index, start = self._kept[step]
+            return Position(step, epoch, index, start, self._rng)
+        return Position(step, self._epoch, self._index, self._start, self._rng)
+
+    def seek(self, position: Position) -> None:
+        """Continues at `position`, which was taken from a loader like this one.
+
+        Batches before it in its epoch are drawn and dropped. The global random state is left alone.
+        """
+        self._kept.clear()
+        self._iterator = None
+        self._next = position.step
+        self._epoch, self._index, self._start = position.epoch, position.index, position.start
+        self._rng = position.rng
+        if position.start is None:
+            return
+        with preserved():
+            position.start.rng.restore()
+            for generator, state in zip(
+                _generators(self.loader), position.start.generators, strict=True
+            ):
+                generator.set_state(state)
+            self._iterator = iter(self.loader)
+            for drawn in range(position.index):
+                try:
+                    next(self._iterator)
+                except StopIteration:
+                    raise InputError(
+                        f"{self.name} ended after {drawn} batches, but the run that is resumed was "
+                        f"at batch {position.index} of its epoch; give it the same data"
+                    ) from None
+            if self.isolated:
+                self._rng = RandomState.capture()
+
+    def _draw_until(self, stop: int) -> None:
+        while self._next < stop:
+            batch = self._draw()
+            assert self._start is not None
+            self._kept[self._next] = (batch, self._epoch, self._index, self._start)
+            self._next += 1
+            self._index += 1
+
+    def _draw(self) -> Any:
+        for fresh in (False, True):
+            if fresh or self._iterator is None:
+                self._start = _EpochStart(
+                    RandomState.capture(), tuple(g.get_state() for g in _generators(self.loader))
+                )
+                self._iterator = iter(self.loader)
+                self._epoch += 1
+                self._index = 0
+            try:
+                return to_device(next(self._iterator), self.device)
+            except StopIteration:
+                continue
+        raise InputError(
+            f"{self.name} yields no batches; check the dataset's length, batch_size and drop_last"
+            + ("" if self._epoch < 1 else ", and that it can be iterated more than once")
+        )
+
+
+def to_device(batch: Any, device: torch.device | None) -> Any:
+    """Every tensor in nested lists, tuples and dicts moved to `device`; None leaves all as it is."""
+    if device is None:
+        return batch
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return type(batch)({k: to_device(v, device) for k, v in batch.items()})  # type: ignore[call-arg]
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(v, device) for v in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_device(v, device) for v in batch)
+    return batch
+
+
+def batch_size(batch: Any) -> int:
+    """The length of the first dimension of the first tensor in a batch; 1 where there is none."""
+    if isinstance(batch, Tensor):
+        return int(batch.shape[0]) if batch.dim() else 1
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, (list, tuple)) and batch:
+        return batch_size(batch[0])
+    return 1
+
+
+@contextmanager
+def loader_preserved(loader: Any) -> Iterator[None]:
+    """Iterating inside leaves the loader's private generators as they were found."""
+    states = [(g, g.get_state()) for g in _generators(loader)]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """The private generators that decide a DataLoader's order, each once."""
+    sampler = getattr(loader, "sampler", None)
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    holders = [
+        loader,
+        sampler,
+        getattr(sampler, "sampler", None),
+        batch_sampler,
+        getattr(batch_sampler, "sampler", None),
+    ]
+    found: dict[int, torch.Generator] = {}
+    for holder in holders:
+        generator = getattr(holder, "generator", None)
+        if isinstance(generator, torch.Generator):
+            found[id(generator)] = generator
+    return list(found.values())
+
+
+def _seed_others(seed: int) -> None:
+    import random
+
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)

@@ -1,0 +1,98 @@
+"""Losses of a model over whole loaders, without a trace: modes, buffers, randomness stay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rhc.batches import batch_size, loader_preserved, to_device
+from rhc.objective import Average
+from rhc.plant import Plant
+
+TRAIN_BATCHES = 200
+"""The training loss is taken over at most this many batches of train_loader."""
+
+
+class Losses(NamedTuple):
+    """Means over examples: loss, and every metric that loss_fn returned. NaN without data."""
+
+    loss: float
+    metrics: dict[str, float]
+
+
+@torch.no_grad()
+def evaluate(
+    plant: Plant, loader: Iterable[Any] | None, *, most: int | None = None
+) -> Losses | None:
+    """Mean loss and metrics in eval mode over (the first `most` batches of) a loader."""
+    if loader is None:
+        return None
+    device = plant.parameters[0].device
+    count, total, sums = 0, 0.0, dict[str, float]()
+    with plant.evaluating(), loader_preserved(loader):
+        for batch in islice(iter(loader), most):
+            moved = to_device(batch, None if device.type == "cpu" else device)
+            loss, metrics = plant.loss(moved)
+            n = batch_size(moved)
+            count += n
+            total += n * float(loss)
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + n * float(value.double().mean())
+    if not count:
+        return Losses(math.nan, {})
+    return Losses(total / count, {name: value / count for name, value in sums.items()})
+
+
+@contextmanager
+def at_average(plant: Plant, average: Average, train_loader: Iterable[Any]) -> Iterator[None]:
+    """The model at its averaged weights, with BatchNorm statistics estimated anew for them."""
+    if average.values is None:
+        yield
+        return
+    parameters = plant.parameters
+    live = [p.detach().clone() for p in parameters]
+    buffers = {n: b.detach().clone() for n, b in plant.model.named_buffers()}
+    device = parameters[0].device
+    try:
+        with torch.no_grad():
+            torch._foreach_copy_([p.detach() for p in parameters], average.values)
+            _estimate_statistics(plant, train_loader, device)
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_([p.detach() for p in parameters], live)
+            for name, b in plant.model.named_buffers():
+                b.copy_(buffers[name])
+
+
+def _estimate_statistics(plant: Plant, loader: Iterable[Any], device: torch.device) -> None:
+    """As torch.optim.swa_utils.update_bn, but through loss_fn, which knows what a batch is."""
+    layers = [
+        m for m in plant.model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None
+    ]
+    if not layers:
+        return
+    momenta = [m.momentum for m in layers]
+    with plant.evaluating(), loader_preserved(loader):
+        for m in layers:
+            m.reset_running_stats()
+            m.momentum = None  # a plain mean over all batches
+            m.train()
+        for batch in islice(iter(loader), TRAIN_BATCHES):
+            plant.loss(to_device(batch, None if device.type == "cpu" else device))
+    for m, momentum in zip(layers, momenta, strict=True):
+        m.momentum = momentum
+
+
+def batch_statistics(model: nn.Module) -> None:
+    """Switches BatchNorm layers to the statistics of the batch, in a model that is in eval mode."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.training = True

@@ -1,0 +1,96 @@
+"""What the loop tells its listeners: displays, loggers, tests. Listeners decide nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Verb = Literal["roll", "rewrite", "restore", "replay", "commit", "slide"]
+VERBS: tuple[Verb, ...] = ("roll", "rewrite", "restore", "replay", "commit", "slide")
+
+
+@dataclass(frozen=True)
+class RunStarted:
+    """A fit begins, at step `start` (not 0: resumed) of `steps`."""
+
+    start: int
+    steps: int
+    window: int
+    stride: int
+    controls: tuple[str, ...]
+    rewriting: bool
+    directory: Path | None
+
+
+@dataclass(frozen=True)
+class VerbStarted:
+    """One of the six verbs begins on the window [start, stop)."""
+
+    verb: Verb
+    window: int
+    start: int
+    stop: int
+    attempt: int
+
+
+@dataclass(frozen=True)
+class StepTaken:
+    """An optimizer step was taken while rolling or replaying; not yet committed."""
+
+    step: int
+    loss: float | None
+    controls: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class WindowAttempted:
+    """An attempt at a window ended; `record` is its line in windows.jsonl."""
+
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Committed:
+    """Steps [start, stop) are final; `rows` are their lines in tape.jsonl."""
+
+    start: int
+    stop: int
+    rows: list[dict[str, Any]]
+    plain_run_equivalents: float
+
+
+@dataclass(frozen=True)
+class CheckpointSaved:
+    """A checkpoint was written."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something a person should know."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class RunEnded:
+    """The fit is over; `result` is the content of result.json."""
+
+    result: Mapping[str, Any]
+
+
+Event = (
+    RunStarted
+    | VerbStarted
+    | StepTaken
+    | WindowAttempted
+    | Committed
+    | CheckpointSaved
+    | Notice
+    | RunEnded
+)
+Listener = Callable[[Event], None]

@@ -1,0 +1,138 @@
+"""From a hypergradient to a new schedule: how far to go, and along which shapes.
+
+The law only proposes. Whether a proposal is kept is decided by replaying the window with it on the
+same batches, noise and objective data (common random numbers): `rhc.runner`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rhc.errors import InputError
+from rhc.schedule import CONTROLS, Schedule, total_variation
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """schedule: the window's, rewritten. carry: control -> shift in raw coordinates for the steps
+    after the window. predicted: first-order change of J."""
+
+    schedule: Schedule
+    carry: dict[str, float]
+    predicted: float
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A normalised step with shrinkage, per control and knot, in unconstrained coordinates.
+
+    Δ_k = −step · g_k / (|g_k| + damping / n), g_k = Σ_t B_tk dJ/du_t / |J| with B the n hat
+    functions of the knots: log J falls by about |g_k| per unit, so damping is the relative gain
+    below which the step shrinks. One knot moves the whole window alike.
+
+    step: control -> largest move per rewrite (nats for log controls, logits for momentum).
+    total_variation: weight of Σ|u_{t+1} − u_t| in the objective (see `penalty`).
+    retries: how often a rejected proposal is tried again, `shrink` times as far.
+    cooldown: fraction of the run over which lr falls linearly to 0 at the end.
+    lower_lr: factor on lr when a window diverges, at most `rewinds` times in a row.
+    """
+
+    step: Mapping[str, float] = field(
+        default_factory=lambda: {"lr": 0.7, "momentum": 0.1, "noise": 0.3, "weight_decay": 0.3}
+    )
+    damping: float = 0.05
+    knots: int = 1
+    total_variation: float = 0.0
+    retries: int = 1
+    shrink: float = 0.3
+    cooldown: float = 0.2
+    lower_lr: float = 0.3
+    rewinds: int = 12
+
+    def __post_init__(self) -> None:
+        if self.knots < 1:
+            raise InputError(f"knots must be ≥ 1, got {self.knots}")
+        if self.damping <= 0:
+            raise InputError(f"damping must be > 0, got {self.damping:g}")
+        if not 0 <= self.cooldown < 1:
+            raise InputError(f"cooldown must be in [0, 1), got {self.cooldown:g}; use 0 for none")
+        if not 0 < self.lower_lr < 1:
+            raise InputError(f"lower_lr must be in (0, 1), got {self.lower_lr:g}")
+
+    def penalty(self, schedule: Schedule, controls: Sequence[str]) -> float:
+        """The total-variation term of J for a window's schedule."""
+        if not self.total_variation or not controls:
+            return 0.0
+        return self.total_variation * float(total_variation(schedule.raw(controls)).sum())
+
+    def propose(
+        self,
+        schedule: Schedule,
+        gradient: Mapping[str, Tensor],
+        value: float,
+        scale: float = 1.0,
+    ) -> Proposal:
+        """A rewritten window.
+
+        schedule: the window as rolled, K steps. gradient: control -> (K,), dJ/du in natural units,
+        without the penalty's. value: J. scale: of all steps, for a retry. Controls whose gradient
+        is 0 everywhere, or that stand at exactly 0 with no downhill way up, do not move.
+        """
+        basis = hat_functions(len(schedule), self.knots)
+        size = max(abs(value), 1e-12)
+        values: dict[str, Tensor] = {}
+        carry: dict[str, float] = {}
+        predicted = 0.0
+        for name, natural in gradient.items():
+            control = CONTROLS[name]
+            old = schedule[name]
+            raw = control.to_raw(old)
+            of_raw = natural * control.slope(old) + self._penalty_gradient(raw)
+            knots = basis.T @ of_raw / size
+            move = (
+                -self.step.get(name, 0.0)
+                * scale
+                * knots
+                / (knots.abs() + self.damping / self.knots)
+            )
+            shift = basis @ move
+            predicted += float(of_raw @ shift)
+            new = control.from_raw(raw + shift)
+            # What does not move keeps its bits.
+            values[name] = torch.where(shift == 0, old, new)
+            carry[name] = float(move[-1]) if self.knots == 1 else float(shift.mean())
+        return Proposal(
+            Schedule({**schedule.values, **values}, schedule.start, schedule.seed), carry, predicted
+        )
+
+    def _penalty_gradient(self, raw: Tensor) -> Tensor:
+        """A subgradient of total_variation · Σ|u_{t+1} − u_t|, 0 where the schedule is flat."""
+        if not self.total_variation:
+            return torch.zeros_like(raw)
+        signs = (raw[1:] - raw[:-1]).sign() * self.total_variation
+        zero = torch.zeros(1, dtype=raw.dtype)
+        return torch.cat([zero, signs]) - torch.cat([signs, zero])
+
+
+def hat_functions(steps: int, knots: int) -> Tensor:
+    """(K, n) piecewise-linear basis on equally spaced knots; rows sum to 1. n is at most K."""
+    n = min(knots, steps)
+    if n == 1:
+        return torch.ones(steps, 1, dtype=torch.float64)
+    place = torch.linspace(0, n - 1, steps, dtype=torch.float64)
+    return (1 - (place[:, None] - torch.arange(n, dtype=torch.float64)).abs()).clamp(min=0)
+
+
+def carried(schedule: Schedule, start: int, shifts: Mapping[str, float]) -> Schedule:
+    """The planned schedule with its steps from `start` on shifted in raw coordinates."""
+    values = {name: v.clone() for name, v in schedule.values.items()}
+    where = slice(start - schedule.start, None)
+    for name, shift in shifts.items():
+        if shift != 0:
+            control = CONTROLS[name]
+            values[name][where] = control.from_raw(control.to_raw(values[name][where]) + shift)
+    return Schedule(values, schedule.start, schedule.seed)

@@ -1,0 +1,150 @@
+"""A run's directory: configuration, tape, windows, checkpoints, schedule and result.
+
+Opening it is the one place where an existing run is recognised, continued or refused; nothing is
+overwritten that another run wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from rhc import __version__
+from rhc.checkpoint import Checkpoint, CheckpointStore, replace_durably
+from rhc.errors import InputError
+from rhc.schedule import Schedule
+from rhc.tape import JsonLines, finite
+
+FILES = ("config.json", "schedule.json", "tape.jsonl", "windows.jsonl", "result.json")
+NOT_COMPARED = ("versions", "hardware", "directory", "resume", "device", "config")
+"""Entries of config.json that may differ when a run is continued."""
+
+
+class RunDirectory:
+    """The files of one run. `open` must be called first."""
+
+    def __init__(self, path: Path, keep_checkpoints: int, notice: Callable[[str], None]) -> None:
+        self.path = path
+        self.notice = notice
+        self.checkpoints = CheckpointStore(path / "checkpoints", keep_checkpoints, notice)
+        self._keep = keep_checkpoints
+
+    def open(
+        self, config: Mapping[str, Any], resume: Literal["auto", "never"]
+    ) -> Checkpoint | None:
+        """The checkpoint to continue from, or None for a run that begins.
+
+        Raises InputError where the directory cannot be written, holds a run although resume is
+        "never", or holds a run of another configuration (the message shows what differs).
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".writing-probe"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise InputError(
+                f"directory {self.path} cannot be written ({error.strerror}); choose another "
+                "--directory"
+            ) from None
+        present = [name for name in FILES if (self.path / name).exists()]
+        if "config.json" not in present:
+            if present:
+                raise InputError(
+                    f"directory {self.path} holds {present[0]} but no config.json, so it is no run "
+                    "that can be continued; choose another --directory"
+                )
+        else:
+            if resume == "never":
+                raise InputError(
+                    f"directory {self.path} holds a run already; use --resume auto to continue it, "
+                    "or choose another --directory"
+                )
+            self._check_same(config)
+        if "config.json" not in present:
+            replace_durably(self.path / "config.json", _document(config))
+        self.tape = JsonLines(self.path / "tape.jsonl")
+        self.windows = JsonLines(self.path / "windows.jsonl")
+        checkpoint = self.checkpoints.latest()
+        lengths = {} if checkpoint is None else checkpoint.values["lengths"]
+        self.tape.truncate(int(lengths.get("tape", 0)))
+        self.windows.truncate(int(lengths.get("windows", 0)))
+        return checkpoint
+
+    def result(self) -> dict[str, Any] | None:
+        """The content of result.json where the run has ended."""
+        path = self.path / "result.json"
+        return read_json(path) if path.exists() else None
+
+    def finish(self, schedule: Schedule, result: Mapping[str, Any]) -> None:
+        """Writes the committed schedule and, last, the result."""
+        self.save_schedule(schedule)
+        replace_durably(self.path / "result.json", _document(result))
+
+    def save_schedule(self, schedule: Schedule) -> None:
+        """Replaces schedule.json."""
+        replace_durably(self.path / "schedule.json", _document(schedule.to_json()))
+
+    def _check_same(self, config: Mapping[str, Any]) -> None:
+        old = read_json(self.path / "config.json")
+        new = json.loads(json.dumps(finite(config)))
+        differences = [
+            f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}"
+            for key in sorted(old.keys() | new.keys())
+            if key not in NOT_COMPARED and old.get(key) != new.get(key)
+        ]
+        if differences:
+            raise InputError(
+                f"directory {self.path} belongs to another configuration ({'; '.join(differences)}); "
+                "choose another --directory, or give the same settings"
+            )
+        versions = {
+            key: (old.get("versions", {}).get(key), value)
+            for key, value in new.get("versions", {}).items()
+            if old.get("versions", {}).get(key) != value
+        }
+        for key, (was, now) in versions.items():
+            self.notice(f"the run began with {key} {was}, this is {now}: its bits may differ")
+
+
+def versions() -> dict[str, str]:
+    """Versions that a run's numbers depend on."""
+    return {"rhc": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """The machine that a run's numbers depend on."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; anything else is an InputError that names the file."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror})") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(document, dict):
+        raise InputError(f"{path} must hold a JSON object, got {type(document).__name__}")
+    return document
+
+
+def _document(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode()
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "…"

@@ -1,0 +1,702 @@
+"""The loop: roll, rewrite, restore, replay, commit, slide.
+
+The Runner alone holds the current state, executes and records; everything it calls returns
+decisions. `fit` reads top-down; one window is `_window`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rhc.batches import Position, StepBatches, batch_size
+from rhc.checkpoint import Checkpoint
+from rhc.errors import InputError
+from rhc.evaluate import TRAIN_BATCHES, Losses, at_average, batch_statistics, evaluate
+from rhc.events import (
+    CheckpointSaved,
+    Committed,
+    Event,
+    Listener,
+    Notice,
+    RunEnded,
+    RunStarted,
+    StepTaken,
+    Verb,
+    VerbStarted,
+    WindowAttempted,
+)
+from rhc.hypergradient import (
+    Engine,
+    Hypergradient,
+    Product,
+    Terminal,
+    check_steerable,
+    look_back,
+    resolve,
+    stage_sum,
+)
+from rhc.hypergradient.evaluation import visible_statistics
+from rhc.hypergradient.products import PRODUCT_COST
+from rhc.hypergradient.segments import kept_states
+from rhc.noise import mixed_seed
+from rhc.objective import Average, Objective
+from rhc.plant import LossFn, Plant, Snapshot, StepRecord, Trajectory
+from rhc.rewrite import Proposal, Rewrite, carried
+from rhc.run_directory import RunDirectory, hardware, versions
+from rhc.schedule import CONTROLS, Schedule, cooldown
+from rhc.state import peak_memory, snapshot_from_tensors, snapshot_to_tensors
+
+DIVERGED = 4.0
+"""A window counts as diverged where its loss exceeds this times the loss that it began with, or the
+mean loss of the window before, whichever is higher."""
+
+AVERAGE_DECAY = 0.99
+"""Of the run-long average of committed iterates behind the `average_…` results."""
+
+
+@dataclass
+class Cost:
+    """The ledger. One gradient evaluation is one loss and its gradient on a training batch."""
+
+    gradient_evaluations: float = 0.0
+    hessian_products: int = 0
+    gradient_equivalents: float = 0.0
+    windows: int = 0
+    rejected_windows: int = 0
+    rewound_windows: int = 0
+    peak_memory_bytes: int = 0
+
+    def gradients(self, count: float) -> None:
+        """Counts `count` gradient evaluations."""
+        self.gradient_evaluations += count
+        self.gradient_equivalents += count
+
+    def to_json(self, committed: int) -> dict[str, Any]:
+        """The `cost` of result.json; plain_run_equivalents relative to the committed steps."""
+        record = asdict(self)
+        equivalents = record.pop("gradient_equivalents")
+        record["plain_run_equivalents"] = equivalents / committed if committed else 0.0
+        return record
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a fit ended with. record: the content of result.json."""
+
+    schedule: Schedule
+    record: dict[str, Any]
+    tape: list[dict[str, Any]]
+    windows: list[dict[str, Any]]
+    directory: Path | None
+
+    @property
+    def val_loss(self) -> float | None:
+        return self.record["val_loss"]
+
+    @property
+    def test_loss(self) -> float | None:
+        return self.record["test_loss"]
+
+    @property
+    def test_accuracy(self) -> float | None:
+        return self.record["test_accuracy"]
+
+
+class DivergedError(RuntimeError):
+    """No lr within its bounds makes the next window finite; the last checkpoint is intact."""
+
+
+class Runner:
+    """Trains a model and writes its schedule with hindsight.
+
+    model, optimizer, loss_fn: as in a plain loop; loss_fn(model, batch) returns a scalar tensor, or
+    (scalar tensor, {"accuracy": tensor, …}). Tensors of a batch are moved to the device of the
+    model. Modules keep the modes (train, eval) they come in.
+    train_loader, val_loader, test_loader: anything that can be iterated again and again. The
+    windows are judged on val_loader; without one, on the training batches that follow the window.
+
+    window K: steps rolled and differentiated at once; stride M ≤ K: steps committed before sliding
+    on, K where None. controls: what is rewritten. rewrite: False for the plain loop, bit for bit;
+    a `Rewrite` for another law. objective: what a window is judged by. engine, product, segment:
+    as in `rhc.hypergradient`. start: "given" starts from the optimizer's own controls.
+    directory: of the run; None keeps everything in memory. seed: of the gradient noise.
+    Raises InputError for settings that cannot be used, before anything is touched.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss_fn: LossFn,
+        train_loader: Iterable[Any],
+        val_loader: Iterable[Any] | None = None,
+        *,
+        test_loader: Iterable[Any] | None = None,
+        window: int = 50,
+        stride: int | None = None,
+        controls: Sequence[str] = ("lr",),
+        start: Literal["given"] = "given",
+        rewrite: bool | Rewrite = True,
+        objective: Objective | None = None,
+        engine: Engine = "adjoint",
+        product: Product | Literal["auto"] = "auto",
+        segment: int | Literal["auto"] = "auto",
+        clip_norm: float | None = None,
+        directory: str | Path | None = None,
+        keep_checkpoints: int = 3,
+        seed: int = 0,
+        listeners: Sequence[Listener] = (),
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        if window < 1:
+            raise InputError(f"window must be ≥ 1, got {window}; try --window 50")
+        stride = window if stride is None else stride
+        if not 1 <= stride <= window:
+            raise InputError(
+                f"stride must be in [1, {window}] for window={window}, got {stride}; lower --stride "
+                "or raise --window"
+            )
+        if start != "given":
+            raise InputError(f"start must be 'given', got {start!r}; other starts do not exist yet")
+        self.plant = Plant(model, optimizer, loss_fn, seed=seed, clip_norm=clip_norm)
+        self.train_loader, self.val_loader, self.test_loader = train_loader, val_loader, test_loader
+        self.window, self.stride = window, stride
+        self.rewriting = rewrite is not False
+        self.law = rewrite if isinstance(rewrite, Rewrite) else Rewrite()
+        self.objective = objective or Objective()
+        self.engine: Engine = engine
+        self.segment, self.product = segment, product
+        self.controls = tuple(dict.fromkeys(controls)) if self.rewriting else ()
+        if self.rewriting:
+            if not self.controls:
+                raise InputError(
+                    f"controls is empty; name some of {', '.join(CONTROLS)}, or turn rewriting off"
+                )
+            if engine != "adjoint":
+                known = "engine 'higher' checks single hypergradients (rhc.hypergradient)"
+                raise InputError(f"engine must be 'adjoint' in a run, got {engine!r}; {known}")
+            resolve(window, segment, product, engine, self.plant)
+            initial = Schedule.constant(1, **self.plant.controls.initial)
+            check_steerable(self.plant, initial, self.controls)
+            for name in self.controls:
+                CONTROLS[name].check(self.plant.controls.initial[name])
+        self.seed = seed
+        self.listeners = list(listeners)
+        self.config = dict(config) if config is not None else None
+        self.directory = (
+            None
+            if directory is None
+            else RunDirectory(Path(directory), keep_checkpoints, self._notice)
+        )
+        self.device = self.plant.parameters[0].device
+
+    # fit -------------------------------------------------------------------------------------------
+
+    def fit(self, steps: int, resume: Literal["auto", "never"] = "auto") -> RunResult:
+        """Trains until `steps` optimizer steps are committed, and returns what came out.
+
+        resume: "auto" continues the run that `directory` holds, "never" refuses a directory that
+        holds one. Raises DivergedError where no lr keeps the next window finite.
+        """
+        if steps < 1:
+            raise InputError(f"steps must be ≥ 1, got {steps}")
+        if resume not in ("auto", "never"):
+            raise InputError(f"resume must be 'auto' or 'never', got {resume!r}")
+        self._begin(steps, resume)
+        if self.finished is None:
+            self._emit(
+                RunStarted(
+                    self.step,
+                    steps,
+                    self.window,
+                    self.stride,
+                    self.controls,
+                    self.rewriting,
+                    None if self.directory is None else self.directory.path,
+                )
+            )
+            while self.step < steps:
+                self._window()
+                self._save()
+            self.finished = self._end()
+            self._emit(RunEnded(self.finished))
+        return RunResult(
+            self.schedule.window(0, steps),
+            self.finished,
+            self.tape,
+            self.windows,
+            None if self.directory is None else self.directory.path,
+        )
+
+    def _window(self) -> None:
+        """One window: six verbs, and the state, tape and schedule move on by up to M steps."""
+        start, stop = self.step, min(self.step + self.window, self.steps)
+        commit = min(start + self.stride, stop)
+        if self.rewriting:
+            before = _Moment(self.plant.snapshot(), self.average.copy())
+            attempt = self._roll_until_finite(start, stop, commit, before)
+            attempt = self._rewrite(attempt, commit, before)
+        else:
+            self._verb("roll", start, stop, 0)
+            attempt = self._roll(start, stop, commit, 0)
+            if attempt.failure is not None:
+                raise DivergedError(
+                    f"{attempt.failure}; lower the lr, or turn rewriting on to have it lowered"
+                )
+        self._commit(attempt, commit)
+
+    # The verbs -------------------------------------------------------------------------------------
+
+    def _roll_until_finite(self, start: int, stop: int, commit: int, before: _Moment) -> _Attempt:
+        """Rolls the planned schedule, at an ever lower lr while it diverges, and looks back."""
+        for number in range(self.law.rewinds + 1):
+            self._verb("roll", start, stop, number)
+            attempt = self._roll(start, stop, commit, number)
+            if attempt.failure is None:
+                return attempt
+            self._verb("restore", start, stop, number)
+            self._restore(before)
+            lr = float(self.schedule["lr"][start])
+            self._record(attempt, "rewound", attempt.failure)
+            if number == self.law.rewinds or lr <= CONTROLS["lr"].lower:
+                break
+            self.cost.rewound_windows += number == 0
+            shift = {"lr": math.log(self.law.lower_lr)}
+            self.schedule = carried(self.schedule, start, shift)
+        raise DivergedError(
+            f"{attempt.failure}, also at lr {lr:.3g}; look at the data and the loss of this window"
+        )
+
+    def _roll(self, start: int, stop: int, commit: int, number: int) -> _Attempt:
+        """One roll of the planned schedule, with its hypergradient where rewriting is on."""
+        schedule = self.schedule.window(start, stop)
+        if not self.rewriting:
+            # The plain loop draws each batch just before its step, from the same random state.
+            attempt = _Attempt(number, schedule, self.train.lazily(start, stop))
+            self._run(attempt, commit, None, None)
+            return attempt
+        batches = self.train.take(start, stop)
+        attempt = _Attempt(number, schedule, batches)
+        terminal, share = self._terminal(start, stop)
+        segment, product = self._resolved(stop - start)
+        mean = Average(self.objective.average)
+        trajectory = self._run(attempt, commit, kept_states(stop - start, segment), mean)
+        if attempt.failure is not None:
+            return attempt
+        h = look_back(
+            self.plant,
+            trajectory,
+            self.objective,
+            self.controls,
+            mean,
+            terminal,
+            segment=segment,
+            product=product,
+        )
+        self.cost.gradients(share)
+        self.cost.hessian_products += h.hessian_products
+        self.cost.gradient_equivalents += h.hessian_products * PRODUCT_COST[product]
+        attempt.hypergradient = h
+        attempt.value = h.value + self.law.penalty(schedule, self.controls)
+        if not math.isfinite(attempt.value):
+            attempt.failure = f"the objective is not finite at steps [{start}, {stop})"
+        return attempt
+
+    def _rewrite(self, rolled: _Attempt, commit: int, before: _Moment) -> _Attempt:
+        """Proposes, replays and compares; returns the attempt to commit, its end state live."""
+        h = rolled.hypergradient
+        assert h is not None
+        start, stop = rolled.schedule.start, rolled.schedule.stop
+        self._verb("rewrite", start, stop, rolled.number)
+        if not h.result.successful:
+            self.cost.rejected_windows += 1
+            self._record(rolled, "rejected", f"hypergradient {h.result.name}: {h.result.message}")
+            return rolled
+        end = _Moment(self.plant.snapshot(), self.average.copy())
+        terminal, share = self._terminal(start, stop)
+        for retry in range(self.law.retries + 1):
+            proposal = self.law.propose(
+                rolled.schedule, h.grad, rolled.value, self.law.shrink**retry
+            )
+            replayed = _Attempt(
+                rolled.number + 1 + retry, proposal.schedule, rolled.batches, proposal
+            )
+            self._verb("restore", start, stop, replayed.number)
+            # The look back has used the random state; the replay needs the roll's.
+            self._restore(before)
+            self._verb("replay", start, stop, replayed.number)
+            mean = Average(self.objective.average)
+            trajectory = self._run(replayed, commit, None, mean)
+            if replayed.failure is None:
+                replayed.value = self._value(replayed, trajectory, terminal, mean)
+                self.cost.gradient_equivalents += share / 3
+                if replayed.value < rolled.value:
+                    self._record(replayed, "accepted", None, rolled)
+                    return replayed
+                replayed.failure = "the objective did not fall"
+            self._record(replayed, "rejected", replayed.failure, rolled)
+        self.cost.rejected_windows += 1
+        self._restore(end)
+        return rolled
+
+    def _run(
+        self,
+        attempt: _Attempt,
+        commit: int,
+        record: Callable[[int], bool] | None,
+        mean: Average | None,
+    ) -> Trajectory:
+        """Live steps through the attempt's window; keeps the moment at `commit` if it is inside."""
+        schedule = attempt.schedule
+
+        def on_step(step: int, observed: StepRecord) -> None:
+            if step < commit:
+                self.average.update(self.plant.parameters)
+            if step + 1 == commit < schedule.stop:
+                attempt.inside = _Moment(self.plant.snapshot(), self.average.copy())
+            if self.listeners:
+                loss = float(observed.loss) if observed.loss.device.type == "cpu" else None
+                self._emit(StepTaken(step, loss, schedule.at(step)))
+
+        def limit(first: float) -> float:
+            reference = first if self.reference is None else max(first, self.reference)
+            return DIVERGED * reference if self.rewriting and reference > 0 else math.inf
+
+        trajectory = self.plant.roll(
+            attempt.batches, schedule, record=record, average=mean, on_step=on_step, limit=limit
+        )
+        attempt.trajectory = trajectory
+        self.cost.gradients(len(trajectory))
+        if trajectory.diverged is not None:
+            loss = float(trajectory.losses[trajectory.diverged])
+            step = schedule.start + trajectory.diverged
+            attempt.failure = f"the loss is {loss:.4g} at step {step}"
+        elif not self.plant.is_finite():
+            attempt.failure = f"the state is not finite after step {schedule.stop - 1}"
+        return trajectory
+
+    def _commit(self, attempt: _Attempt, commit: int) -> None:
+        """Makes the attempt's steps up to `commit` final: state, schedule, tape."""
+        start, stop = self.step, attempt.schedule.stop
+        self._verb("commit", start, stop, attempt.number)
+        if attempt.inside is not None:
+            self._restore(attempt.inside)
+        self.schedule = self.schedule.replaced(attempt.schedule.window(start, commit))
+        if attempt.proposal is not None and commit < self.steps:
+            self.schedule = carried(self.schedule, commit, attempt.proposal.carry)
+        rows = self._rows(attempt, commit)
+        self.reference = sum(row["loss"] for row in rows) / len(rows)
+        self.cost.windows += 1
+        self.cost.peak_memory_bytes = max(self.cost.peak_memory_bytes, peak_memory(self.device))
+        self.step = commit
+        self.train.release(commit)
+        self.tape += rows
+        if self.directory is not None:
+            self.directory.tape.append(rows)
+        self._emit(Committed(start, commit, rows, self.cost.gradient_equivalents / commit))
+        if commit < self.steps:
+            self._verb("slide", start, stop, attempt.number)
+
+    def _restore(self, moment: _Moment) -> None:
+        self.plant.restore(moment.snapshot)
+        self.average.assign(moment.average)
+
+    # What a window is judged by ----------------------------------------------------------------------
+
+    def _terminal(self, start: int, stop: int) -> tuple[Terminal | None, float]:
+        """(the terminal loss on this window's objective data, its size in training batches)."""
+        if self.objective.terminal_weight == 0:
+            return None, 0.0
+        if self.validation is not None:
+            n = min(self.objective.batches, self.validation_batches)
+            first = n * (start // self.stride)
+            batches = self.validation.take(first, first + n)
+            self.validation.release(first)
+        else:
+            batches = self.train.take(start, stop + self.objective.batches)[stop - start :]
+        sizes = [batch_size(b) for b in batches]
+        share = sum(sizes) / max(1, batch_size(self.train.take(start, start + 1)[0]))
+
+        def terminal(model: nn.Module) -> Tensor:
+            # Running statistics belong to the last iterate, not to the average that is judged.
+            with self.plant.evaluating():
+                batch_statistics(model)
+                losses = [self.plant.loss(b)[0] * n for b, n in zip(batches, sizes, strict=True)]
+                return torch.stack(losses).sum() / sum(sizes)
+
+        return terminal, share
+
+    @torch.no_grad()
+    def _value(
+        self, attempt: _Attempt, trajectory: Trajectory, terminal: Terminal | None, mean: Average
+    ) -> float:
+        """J of a replayed window, by the same formula and data as the roll's."""
+        value = stage_sum(self.objective, trajectory)
+        if terminal is not None and mean.values is not None:
+            parameters = [p.detach() for p in self.plant.parameters]
+            live = [p.clone() for p in parameters]
+            torch._foreach_copy_(parameters, mean.values)
+            with visible_statistics(self.plant.model, update=False):
+                value += self.objective.terminal_weight * float(terminal(self.plant.model))
+            torch._foreach_copy_(parameters, live)
+        return value + self.law.penalty(attempt.schedule, self.controls)
+
+    def _resolved(self, steps: int) -> tuple[int, Product]:
+        segment = self.segment if self.segment == "auto" else min(self.segment, steps)
+        return resolve(steps, segment, self.product, "adjoint", self.plant)
+
+    # Begin, save, end --------------------------------------------------------------------------------
+
+    def _begin(self, steps: int, resume: Literal["auto", "never"]) -> None:
+        """A fresh state of the loop, or the one that the directory's newest checkpoint holds."""
+        self.steps = steps
+        self.began = time.monotonic()
+        self.seconds_before = 0.0
+        self.step = 0
+        self.reference: float | None = None
+        self.cost = Cost()
+        self.average = Average(AVERAGE_DECAY)
+        self.tape: list[dict[str, Any]] = []
+        self.windows: list[dict[str, Any]] = []
+        self.finished: dict[str, Any] | None = None
+        self.schedule = self._planned(steps)
+        device = None if self.device.type == "cpu" else self.device
+        # With rewriting off nothing may be drawn that the plain loop does not draw.
+        seed = int(torch.randint(2**31, ())) if self.rewriting else 0
+        self.train = StepBatches(
+            self.train_loader, isolated=self.rewriting, seed=seed, device=device
+        )
+        self.validation: StepBatches | None = None
+        if self.rewriting and self.val_loader is not None and self.objective.terminal_weight:
+            self.validation_batches = _length(self.val_loader, self.objective.batches)
+            self.validation = StepBatches(
+                self.val_loader,
+                isolated=True,
+                seed=mixed_seed(seed, 1) % 2**31,
+                device=device,
+                name="val_loader",
+            )
+        if self.directory is None:
+            return
+        checkpoint = self.directory.open(self._description(), resume)
+        if checkpoint is None:
+            self._save()
+        else:
+            self._load(checkpoint)
+            self.finished = self.directory.result()
+
+    def _planned(self, steps: int) -> Schedule:
+        """The schedule before any window: the optimizer's controls, lr with a cooldown at the end."""
+        planned = Schedule.constant(steps, seed=self.seed, **self.plant.controls.initial)
+        if self.rewriting and "lr" in self.controls and self.law.cooldown:
+            lr = planned["lr"] * cooldown(steps, self.law.cooldown)
+            planned = planned.replaced(Schedule({"lr": lr.clamp(min=CONTROLS["lr"].lower)}))
+        return planned
+
+    def _save(self) -> None:
+        """A checkpoint of everything that the next window depends on."""
+        if self.directory is None:
+            return
+        tensors, rest = snapshot_to_tensors(self.plant.snapshot())
+        tensors["schedule"] = dict(self.schedule.values)
+        tensors["average"] = {str(i): v for i, v in enumerate(self.average.values or [])}
+        tensors["train_batches"] = self.train.position(self.step).to_tensors()
+        if self.validation is not None:
+            tensors["validation_batches"] = self.validation.position(
+                self.validation.next_step
+            ).to_tensors()
+        values = {
+            "optimizer": rest,
+            "reference": self.reference,
+            "average_count": self.average.count,
+            "cost": asdict(self.cost),
+            "seconds": self._seconds(),
+            "lengths": {
+                "tape": self.directory.tape.length,
+                "windows": self.directory.windows.length,
+            },
+        }
+        self.directory.save_schedule(self.schedule)
+        path = self.directory.checkpoints.save(Checkpoint(self.step, tensors, values))
+        self._emit(CheckpointSaved(self.step, path))
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        assert self.directory is not None
+        tensors, values = checkpoint.tensors, checkpoint.values
+        snapshot = snapshot_from_tensors(self.plant, tensors, values["optimizer"])
+        self.train.seek(Position.from_tensors(tensors["train_batches"]))
+        if self.validation is not None:
+            self.validation.seek(Position.from_tensors(tensors["validation_batches"]))
+        self.plant.restore(snapshot)
+        self.step = checkpoint.step
+        self.schedule = Schedule(tensors["schedule"], 0, self.seed)
+        average = [tensors["average"][str(i)] for i in range(len(tensors["average"]))]
+        self.average = Average(
+            AVERAGE_DECAY,
+            [v.to(self.device) for v in average] or None,
+            int(values["average_count"]),
+        )
+        self.reference = values["reference"]
+        self.cost = Cost(**values["cost"])
+        self.seconds_before = float(values["seconds"])
+        self.tape = self.directory.tape.read()
+        self.windows = self.directory.windows.read()
+
+    def _end(self) -> dict[str, Any]:
+        """Evaluates the final and the averaged weights and writes the result."""
+        final = self._losses()
+        with at_average(self.plant, self.average, self.train_loader):
+            averaged = self._losses()
+        test = final["test"]
+        result: dict[str, Any] = {
+            "status": "finished",
+            "steps": self.step,
+            **{f"{name}_loss": losses and losses.loss for name, losses in final.items()},
+            "test_accuracy": test.metrics.get("accuracy") if test else None,
+            **{f"average_{name}_loss": losses and losses.loss for name, losses in averaged.items()},
+            "metrics": {name: losses.metrics for name, losses in final.items() if losses},
+            "average_metrics": {
+                name: losses.metrics for name, losses in averaged.items() if losses
+            },
+            "wall_seconds": self._seconds(),
+            "cost": self.cost.to_json(self.step),
+        }
+        if self.directory is not None:
+            self.directory.finish(self.schedule, result)
+        return result
+
+    def _losses(self) -> dict[str, Losses | None]:
+        return {
+            "train": evaluate(self.plant, self.train_loader, most=TRAIN_BATCHES),
+            "val": evaluate(self.plant, self.val_loader),
+            "test": evaluate(self.plant, self.test_loader),
+        }
+
+    # Records -----------------------------------------------------------------------------------------
+
+    def _rows(self, attempt: _Attempt, commit: int) -> list[dict[str, Any]]:
+        """The tape's lines of the attempt's steps up to `commit`."""
+        trajectory = attempt.trajectory
+        assert trajectory is not None
+        n = commit - attempt.schedule.start
+        losses = torch.stack(trajectory.losses[:n]).double().tolist()
+        norms = torch.stack(trajectory.gradient_norms[:n]).double().tolist()
+        rows = []
+        for i in range(n):
+            step = attempt.schedule.start + i
+            metrics = {k: _number(v) for k, v in trajectory.metrics[i].items()}
+            row = {"step": step, "loss": losses[i], "gradient_norm": norms[i]}
+            rows.append(row | attempt.schedule.at(step) | {k: v for k, v in metrics.items()})
+        return rows
+
+    def _record(
+        self, attempt: _Attempt, outcome: str, reason: str | None, rolled: _Attempt | None = None
+    ) -> None:
+        """One line of windows.jsonl: an attempt at a window, and what became of it."""
+        schedule = attempt.schedule
+        h = None if rolled is None else rolled.hypergradient
+        record: dict[str, Any] = {
+            "window": self.cost.windows,
+            "start": schedule.start,
+            "stop": schedule.stop,
+            "attempt": attempt.number,
+            "outcome": outcome,
+            "reason": reason,
+            "objective_before": attempt.value if rolled is None else rolled.value,
+            "objective_after": None if rolled is None else attempt.value,
+            "predicted_change": None if attempt.proposal is None else attempt.proposal.predicted,
+            "before": (rolled or attempt).schedule.means(),
+            "after": schedule.means(),
+        }
+        if h is not None:
+            record |= {
+                "hypergradient": {name: g.tolist() for name, g in h.grad.items()},
+                "costate_norms": h.costate_norms.tolist(),
+                "product": h.product,
+                "segment": h.segment,
+            }
+        self.windows.append(record)
+        if self.directory is not None:
+            self.directory.windows.append([record])
+        self._emit(WindowAttempted(record))
+
+    def _description(self) -> dict[str, Any]:
+        """config.json: everything that the run's numbers depend on."""
+        described = {
+            "steps": self.steps,
+            "window": self.window,
+            "stride": self.stride,
+            "controls": list(self.controls),
+            "rewrite": asdict(self.law) if self.rewriting else False,
+            "objective": {
+                k: v if k != "reward" else getattr(v, "__qualname__", v)
+                for k, v in vars(self.objective).items()
+            },
+            "product": self.product,
+            "segment": self.segment,
+            "clip_norm": self.plant.clip_norm,
+            "seed": self.seed,
+            "optimizer": type(self.plant.optimizer).__name__.lower(),
+            "initial": self.plant.controls.initial,
+            "parameters": sum(p.numel() for p in self.plant.parameters),
+            "device": str(self.device),
+            "versions": versions(),
+            "hardware": hardware(self.device),
+        }
+        return described if self.config is None else {**described, **self.config}
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.began
+
+    def _verb(self, verb: Verb, start: int, stop: int, attempt: int) -> None:
+        self._emit(VerbStarted(verb, self.cost.windows, start, stop, attempt))
+
+    def _notice(self, message: str) -> None:
+        self._emit(Notice(message))
+
+    def _emit(self, event: Event) -> None:
+        for listener in self.listeners:
+            listener(event)
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """A state of the loop that can be gone back to: the plant's, and the average of iterates."""
+
+    snapshot: Snapshot
+    average: Average
+
+
+@dataclass
+class _Attempt:
+    """One way through a window: its schedule, what it saw, and how it was judged."""
+
+    number: int
+    schedule: Schedule
+    batches: Iterable[Any]
+    proposal: Proposal | None = None
+    trajectory: Trajectory | None = None
+    hypergradient: Hypergradient | None = None
+    value: float = math.nan
+    failure: str | None = None
+    inside: _Moment | None = None
+
+
+def _number(value: Tensor) -> float | list[Any]:
+    return float(value) if value.numel() == 1 else value.tolist()
+
+
+def _length(loader: Any, at_most: int) -> int:
+    """The number of batches of a loader, if it says so, up to `at_most`."""
+    try:
+        return max(1, min(len(loader), at_most))
+    except TypeError:
+        return at_most

@@ -1,0 +1,102 @@
+"""A snapshot as named tensors and JSON, and back, checked against the model that takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rhc.errors import InputError
+from rhc.plant import Plant, Snapshot
+from rhc.randomness import RandomState
+
+Tensors = dict[str, dict[str, Tensor]]
+
+
+def snapshot_to_tensors(snapshot: Snapshot) -> tuple[Tensors, dict[str, Any]]:
+    """(tensors by group: model, optimizer, rng; the JSON-able rest of the optimizer)."""
+    model = {f"parameter.{n}": t for n, t in snapshot.parameters.items()}
+    model |= {f"buffer.{n}": t for n, t in snapshot.buffers.items()}
+    optimizer: dict[str, Tensor] = {}
+    slots: list[dict[str, Any]] = []
+    groups: list[dict[str, Any]] = []
+    for records, prefix, rest in (
+        (snapshot.slots, "slot", slots),
+        (snapshot.groups, "group", groups),
+    ):
+        for index, record in enumerate(records):
+            plain = {}
+            for key, value in record.items():
+                if isinstance(value, Tensor):
+                    optimizer[f"{prefix}.{index}.{key}"] = value
+                elif _is_plain(value):
+                    plain[key] = value
+            rest.append(plain)
+    tensors = {"model": model, "optimizer": optimizer, "rng": snapshot.rng.to_tensors()}
+    return tensors, {"slots": slots, "groups": groups}
+
+
+def snapshot_from_tensors(plant: Plant, tensors: Tensors, rest: Mapping[str, Any]) -> Snapshot:
+    """The inverse, for `plant`; names or shapes that its model lacks are InputErrors."""
+    expected = {f"parameter.{n}": p for n, p in plant.model.named_parameters()}
+    expected |= {f"buffer.{n}": b for n, b in plant.model.named_buffers()}
+    found = tensors["model"]
+    for name in expected.keys() ^ found.keys():
+        where = "checkpoint" if name in found else "model"
+        raise InputError(
+            f"{name} is in the {where} only; resume with the model that the run began with"
+        )
+    for name, live in expected.items():
+        if found[name].shape != live.shape or found[name].dtype != live.dtype:
+            raise InputError(
+                f"{name} is {tuple(found[name].shape)} of {found[name].dtype} in the checkpoint, "
+                f"{tuple(live.shape)} of {live.dtype} in the model; resume with the model that the "
+                "run began with"
+            )
+    slots = [dict(s) for s in rest["slots"]]
+    groups = [
+        {k: tuple(v) if isinstance(v, list) else v for k, v in g.items()} for g in rest["groups"]
+    ]
+    if len(slots) != len(plant.parameters) or len(groups) != len(plant.optimizer.param_groups):
+        raise InputError(
+            f"the checkpoint's optimizer has {len(slots)} parameters in {len(groups)} groups, this "
+            f"one {len(plant.parameters)} in {len(plant.optimizer.param_groups)}; resume with the "
+            "optimizer that the run began with"
+        )
+    for name, value in tensors["optimizer"].items():
+        kind, index, key = name.split(".", 2)
+        if kind == "slot":
+            # torch keeps the step count on the CPU unless asked otherwise.
+            device = value.device if key == "step" else plant.parameters[int(index)].device
+            slots[int(index)][key] = value.to(device)
+        else:
+            groups[int(index)][key] = value
+    return Snapshot(
+        {n: found[f"parameter.{n}"] for n, _ in plant.model.named_parameters()},
+        {n: found[f"buffer.{n}"] for n, _ in plant.model.named_buffers()},
+        slots,
+        groups,
+        RandomState.from_tensors(tensors["rng"]),
+    )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(v) for v in value)
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory this process has held so far, in bytes: of the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # not on this operating system
+        return 0
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
