@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
+_MODULES = {
     "InputError": "rhc.errors",
     "Control": "rhc.schedule",
     "CONTROLS": "rhc.schedule",
@@ -27,7 +27,22 @@ _PUBLIC = {
     "Workload": "rhc.workload",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = [
+    "CONTROLS",
+    "Control",
+    "Hypergradient",
+    "InputError",
+    "Objective",
+    "Plant",
+    "Rewrite",
+    "RunResult",
+    "Runner",
+    "Schedule",
+    "Workload",
+    "__version__",
+    "hypergradient",
+    "total_variation",
+]
 
 if TYPE_CHECKING:
     from rhc.errors import InputError
@@ -41,9 +56,9 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in _MODULES:
         raise AttributeError(f"module 'rhc' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

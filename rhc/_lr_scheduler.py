@@ -46,13 +46,13 @@ class ScheduleReplay(LRScheduler):
             "_step_count": self._step_count,
             "_last_lr": self._last_lr,
             "base_lrs": self.base_lrs,
-            "ratios": self.controls.ratios,
+            "own": self.controls.own,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken, and writes the controls of that step."""
         state = dict(state_dict)
-        self.controls.ratios = state.pop("ratios")
+        self.controls.adopt(state.pop("own"))
         super().load_state_dict(state)
         for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             if isinstance(group["lr"], torch.Tensor):

@@ -198,7 +198,7 @@ class StepBatches:
 
 
 def to_device(batch: Any, device: torch.device | None) -> Any:
-    """Every tensor in nested lists, tuples and dicts moved to `device`; None leaves all as it is."""
+    """Every tensor in nested lists, tuples and dicts moved to `device`; None moves nothing."""
     if device is None:
         return batch
     if isinstance(batch, Tensor):

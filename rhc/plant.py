@@ -24,6 +24,9 @@ from rhc.objective import Average
 from rhc.randomness import RandomState
 from rhc.schedule import OptimizerControls, Schedule, parameters_of
 
+PATIENCE = 5
+"""One batch may have any loss; this many in a row that are high on average are no accident."""
+
 LossFn = Callable[[nn.Module, Any], Any]
 
 
@@ -182,7 +185,7 @@ class Plant:
         add_gradient_noise(self.parameters, sigma, self.seed, step)
         return norm
 
-    # Snapshot and restore --------------------------------------------------------------------------
+    # Snapshot and restore ------------------------------------------------------------------------
 
     @torch.no_grad()
     def snapshot(self) -> Snapshot:
@@ -198,10 +201,10 @@ class Plant:
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
         """Puts the state back, in place; the snapshot stays usable."""
-        for name, p in self.model.named_parameters():
-            p.copy_(snapshot.parameters[name])
-        for name, b in self.model.named_buffers():
-            b.copy_(snapshot.buffers[name])
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(snapshot.parameters[name])
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(snapshot.buffers[name])
         for p, slots in zip(self.parameters, snapshot.slots, strict=True):
             _restore_slots(self.optimizer.state, p, slots)
         for group, values in zip(self.optimizer.param_groups, snapshot.groups, strict=True):
@@ -213,7 +216,7 @@ class Plant:
         snapshot.rng.restore()
 
     def is_finite(self) -> bool:
-        """Whether every parameter, buffer and optimizer slot is finite: one host synchronisation."""
+        """Whether parameters, buffers and optimizer slots are finite: one host synchronisation."""
         slots = [
             v
             for p in self.parameters
@@ -242,7 +245,7 @@ class Plant:
                 module.training = training
             rng.restore()
 
-    # Roll ------------------------------------------------------------------------------------------
+    # Roll ----------------------------------------------------------------------------------------
 
     def roll(
         self,
@@ -259,8 +262,9 @@ class Plant:
         record(i) says whether the whole state is kept before the i-th step (and at the end, with
         i = K); None records losses only, which is what a replay needs. average: an `Average` that
         is updated with the parameters after every step. on_step is called after every step. limit
-        maps the roll's first loss to the one above which it counts as diverged; rolling stops there,
-        and where a loss is not finite (on an accelerator it is noticed at the end).
+        maps the roll's first loss to the level that a mean of PATIENCE losses in a row may not
+        exceed; rolling stops there, and where a loss is not finite (on an accelerator both are
+        noticed at the end).
         """
         if record is not None:
             while True:
@@ -291,7 +295,7 @@ class Plant:
         def keep_gradients() -> None:
             trajectory.gradients.append(self._block_gradients(blocks))
 
-        highest = math.inf
+        losses: list[float] = []
         for i, batch in enumerate(batches):
             if record is not None:
                 if record(i):
@@ -313,23 +317,21 @@ class Plant:
                 on_step(step, observed)
             # On an accelerator asking for the loss would make the host wait at every step.
             if observed.loss.device.type == "cpu":
-                loss = float(observed.loss)
-                highest = limit(loss) if i == 0 else highest
-                if not (math.isfinite(loss) and loss <= highest):
+                losses.append(float(observed.loss))
+                if _diverged(losses, limit):
                     trajectory.diverged = i
                     return trajectory
         if trajectory.losses and trajectory.losses[0].device.type != "cpu":
-            losses = torch.stack(trajectory.losses).tolist()
-            highest = limit(losses[0])
-            bad = [i for i, x in enumerate(losses) if not (math.isfinite(x) and x <= highest)]
-            if bad:
-                trajectory.diverged = bad[0]
-                return trajectory
+            on_host = torch.stack(trajectory.losses).tolist()
+            for i in range(len(on_host)):
+                if _diverged(on_host[: i + 1], limit):
+                    trajectory.diverged = i
+                    return trajectory
         if record is not None and record(len(trajectory)):
             trajectory.states[len(trajectory)] = self.block_states(blocks)
         return trajectory
 
-    # What the adjoint sees -------------------------------------------------------------------------
+    # What the adjoint sees -----------------------------------------------------------------------
 
     @property
     def dynamics(self) -> Dynamics:
@@ -404,7 +406,7 @@ class StepRecord:
 
 
 def checked_loss(result: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, metrics) from what a loss_fn returned; anything else is an InputError with the mend."""
+    """(loss, metrics) from what a loss_fn returned; an InputError for anything else."""
     loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
     if not isinstance(loss, Tensor):
         raise InputError(
@@ -424,6 +426,14 @@ def checked_loss(result: Any) -> tuple[Tensor, dict[str, Tensor]]:
             "the model's output without .detach(), .item() or torch.no_grad()"
         )
     return loss, {k: torch.as_tensor(v) for k, v in dict(metrics).items()}
+
+
+def _diverged(losses: Sequence[float], limit: Callable[[float], float]) -> bool:
+    """Whether the newest loss is not finite, or the newest PATIENCE of them are high on average."""
+    if not math.isfinite(losses[-1]):
+        return True
+    recent = losses[-PATIENCE:]
+    return len(recent) == PATIENCE and sum(recent) / PATIENCE > limit(losses[0])
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:

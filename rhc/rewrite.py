@@ -38,7 +38,7 @@ class Rewrite:
     total_variation: weight of Σ|u_{t+1} − u_t| in the objective (see `penalty`).
     retries: how often a rejected proposal is tried again, `shrink` times as far.
     cooldown: fraction of the run over which lr falls linearly to 0 at the end.
-    lower_lr: factor on lr when a window diverges, at most `rewinds` times in a row.
+    lower_lr: factor on lr when a window diverges; `rewinds`: how often in a row at most.
     """
 
     step: Mapping[str, float] = field(
@@ -51,7 +51,7 @@ class Rewrite:
     shrink: float = 0.3
     cooldown: float = 0.2
     lower_lr: float = 0.3
-    rewinds: int = 12
+    rewinds: int = 10
 
     def __post_init__(self) -> None:
         if self.knots < 1:

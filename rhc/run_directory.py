@@ -101,8 +101,8 @@ class RunDirectory:
         ]
         if differences:
             raise InputError(
-                f"directory {self.path} belongs to another configuration ({'; '.join(differences)}); "
-                "choose another --directory, or give the same settings"
+                f"directory {self.path} belongs to another configuration "
+                f"({'; '.join(differences)}); choose another --directory, or give the same settings"
             )
         versions = {
             key: (old.get("versions", {}).get(key), value)

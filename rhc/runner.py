@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,9 +54,11 @@ from rhc.run_directory import RunDirectory, hardware, versions
 from rhc.schedule import CONTROLS, Schedule, cooldown
 from rhc.state import peak_memory, snapshot_from_tensors, snapshot_to_tensors
 
+DEFAULT_CONTROLS = ("lr", "momentum", "noise")
+
 DIVERGED = 4.0
-"""A window counts as diverged where its loss exceeds this times the loss that it began with, or the
-mean loss of the window before, whichever is higher."""
+"""A window counts as diverged where its loss exceeds this times the loss that it began with, and
+this times the mean loss of the window before, and 1.5 times the run's first loss."""
 
 AVERAGE_DECAY = 0.99
 """Of the run-long average of committed iterates behind the `average_…` results."""
@@ -124,7 +126,8 @@ class Runner:
     windows are judged on val_loader; without one, on the training batches that follow the window.
 
     window K: steps rolled and differentiated at once; stride M ≤ K: steps committed before sliding
-    on, K where None. controls: what is rewritten. rewrite: False for the plain loop, bit for bit;
+    on, K where None. controls: what is rewritten; None for lr, momentum and noise, as far as the
+    optimizer has them. rewrite: False for the plain loop, bit for bit;
     a `Rewrite` for another law. objective: what a window is judged by. engine, product, segment:
     as in `rhc.hypergradient`. start: "given" starts from the optimizer's own controls.
     directory: of the run; None keeps everything in memory. seed: of the gradient noise.
@@ -142,7 +145,7 @@ class Runner:
         test_loader: Iterable[Any] | None = None,
         window: int = 50,
         stride: int | None = None,
-        controls: Sequence[str] = ("lr",),
+        controls: Sequence[str] | None = None,
         start: Literal["given"] = "given",
         rewrite: bool | Rewrite = True,
         objective: Objective | None = None,
@@ -161,8 +164,8 @@ class Runner:
         stride = window if stride is None else stride
         if not 1 <= stride <= window:
             raise InputError(
-                f"stride must be in [1, {window}] for window={window}, got {stride}; lower --stride "
-                "or raise --window"
+                f"stride must be in [1, {window}] for window={window}, got {stride}; "
+                "lower --stride or raise --window"
             )
         if start != "given":
             raise InputError(f"start must be 'given', got {start!r}; other starts do not exist yet")
@@ -174,20 +177,15 @@ class Runner:
         self.objective = objective or Objective()
         self.engine: Engine = engine
         self.segment, self.product = segment, product
-        self.controls = tuple(dict.fromkeys(controls)) if self.rewriting else ()
+        self.controls: tuple[str, ...] = ()
         if self.rewriting:
-            if not self.controls:
-                raise InputError(
-                    f"controls is empty; name some of {', '.join(CONTROLS)}, or turn rewriting off"
-                )
             if engine != "adjoint":
-                known = "engine 'higher' checks single hypergradients (rhc.hypergradient)"
-                raise InputError(f"engine must be 'adjoint' in a run, got {engine!r}; {known}")
+                raise InputError(
+                    f"engine must be 'adjoint' in a run, got {engine!r}; engine 'higher' checks "
+                    "single hypergradients, see rhc.hypergradient"
+                )
             resolve(window, segment, product, engine, self.plant)
-            initial = Schedule.constant(1, **self.plant.controls.initial)
-            check_steerable(self.plant, initial, self.controls)
-            for name in self.controls:
-                CONTROLS[name].check(self.plant.controls.initial[name])
+            self.controls = _steered(self.plant, controls)
         self.seed = seed
         self.listeners = list(listeners)
         self.config = dict(config) if config is not None else None
@@ -198,7 +196,7 @@ class Runner:
         )
         self.device = self.plant.parameters[0].device
 
-    # fit -------------------------------------------------------------------------------------------
+    # fit -----------------------------------------------------------------------------------------
 
     def fit(self, steps: int, resume: Literal["auto", "never"] = "auto") -> RunResult:
         """Trains until `steps` optimizer steps are committed, and returns what came out.
@@ -210,11 +208,11 @@ class Runner:
             raise InputError(f"steps must be ≥ 1, got {steps}")
         if resume not in ("auto", "never"):
             raise InputError(f"resume must be 'auto' or 'never', got {resume!r}")
-        self._begin(steps, resume)
-        if self.finished is None:
+        loop = self._begin(steps, resume)
+        if loop.finished is None:
             self._emit(
                 RunStarted(
-                    self.step,
+                    loop.step,
                     steps,
                     self.window,
                     self.stride,
@@ -223,25 +221,25 @@ class Runner:
                     None if self.directory is None else self.directory.path,
                 )
             )
-            while self.step < steps:
+            while loop.step < steps:
                 self._window()
                 self._save()
-            self.finished = self._end()
-            self._emit(RunEnded(self.finished))
+            loop.finished = self._end()
+        self._emit(RunEnded(loop.finished))
         return RunResult(
-            self.schedule.window(0, steps),
-            self.finished,
-            self.tape,
-            self.windows,
+            loop.schedule,
+            loop.finished,
+            loop.tape,
+            loop.windows,
             None if self.directory is None else self.directory.path,
         )
 
     def _window(self) -> None:
         """One window: six verbs, and the state, tape and schedule move on by up to M steps."""
-        start, stop = self.step, min(self.step + self.window, self.steps)
+        start, stop = self.loop.step, min(self.loop.step + self.window, self.loop.steps)
         commit = min(start + self.stride, stop)
         if self.rewriting:
-            before = _Moment(self.plant.snapshot(), self.average.copy())
+            before = _Moment(self.plant.snapshot(), self.loop.average.copy())
             attempt = self._roll_until_finite(start, stop, commit, before)
             attempt = self._rewrite(attempt, commit, before)
         else:
@@ -253,10 +251,11 @@ class Runner:
                 )
         self._commit(attempt, commit)
 
-    # The verbs -------------------------------------------------------------------------------------
+    # The verbs -----------------------------------------------------------------------------------
 
     def _roll_until_finite(self, start: int, stop: int, commit: int, before: _Moment) -> _Attempt:
         """Rolls the planned schedule, at an ever lower lr while it diverges, and looks back."""
+        planned = self.loop.schedule
         for number in range(self.law.rewinds + 1):
             self._verb("roll", start, stop, number)
             attempt = self._roll(start, stop, commit, number)
@@ -264,31 +263,38 @@ class Runner:
                 return attempt
             self._verb("restore", start, stop, number)
             self._restore(before)
-            lr = float(self.schedule["lr"][start])
             self._record(attempt, "rewound", attempt.failure)
-            if number == self.law.rewinds or lr <= CONTROLS["lr"].lower:
-                break
-            self.cost.rewound_windows += number == 0
+            self.loop.cost.rewound_windows += number == 0
             shift = {"lr": math.log(self.law.lower_lr)}
-            self.schedule = carried(self.schedule, start, shift)
-        raise DivergedError(
-            f"{attempt.failure}, also at lr {lr:.3g}; look at the data and the loss of this window"
-        )
+            self.loop.schedule = carried(self.loop.schedule, start, shift)
+        # No lr helps, so that it is not the lr. A loss that is high but finite is let through.
+        self.loop.schedule = planned
+        attempt = self._roll(start, stop, commit, self.law.rewinds + 1, guarded=False)
+        if attempt.failure is not None:
+            self._restore(before)
+            raise DivergedError(
+                f"{attempt.failure}, also at lr x{self.law.lower_lr**self.law.rewinds:.0e}; "
+                "look at the data and the loss of these steps"
+            )
+        return attempt
 
-    def _roll(self, start: int, stop: int, commit: int, number: int) -> _Attempt:
+    def _roll(
+        self, start: int, stop: int, commit: int, number: int, *, guarded: bool = True
+    ) -> _Attempt:
         """One roll of the planned schedule, with its hypergradient where rewriting is on."""
-        schedule = self.schedule.window(start, stop)
+        schedule = self.loop.schedule.window(start, stop)
         if not self.rewriting:
             # The plain loop draws each batch just before its step, from the same random state.
-            attempt = _Attempt(number, schedule, self.train.lazily(start, stop))
-            self._run(attempt, commit, None, None)
+            attempt = _Attempt(number, schedule, self.loop.train.lazily(start, stop))
+            self._run(attempt, commit, None, None, guarded=False)
             return attempt
-        batches = self.train.take(start, stop)
+        batches = self.loop.train.take(start, stop)
         attempt = _Attempt(number, schedule, batches)
         terminal, share = self._terminal(start, stop)
         segment, product = self._resolved(stop - start)
         mean = Average(self.objective.average)
-        trajectory = self._run(attempt, commit, kept_states(stop - start, segment), mean)
+        record = kept_states(stop - start, segment)
+        trajectory = self._run(attempt, commit, record, mean, guarded=guarded)
         if attempt.failure is not None:
             return attempt
         h = look_back(
@@ -301,9 +307,9 @@ class Runner:
             segment=segment,
             product=product,
         )
-        self.cost.gradients(share)
-        self.cost.hessian_products += h.hessian_products
-        self.cost.gradient_equivalents += h.hessian_products * PRODUCT_COST[product]
+        self.loop.cost.gradients(share)
+        self.loop.cost.hessian_products += h.hessian_products
+        self.loop.cost.gradient_equivalents += h.hessian_products * PRODUCT_COST[product]
         attempt.hypergradient = h
         attempt.value = h.value + self.law.penalty(schedule, self.controls)
         if not math.isfinite(attempt.value):
@@ -317,10 +323,10 @@ class Runner:
         start, stop = rolled.schedule.start, rolled.schedule.stop
         self._verb("rewrite", start, stop, rolled.number)
         if not h.result.successful:
-            self.cost.rejected_windows += 1
+            self.loop.cost.rejected_windows += 1
             self._record(rolled, "rejected", f"hypergradient {h.result.name}: {h.result.message}")
             return rolled
-        end = _Moment(self.plant.snapshot(), self.average.copy())
+        end = _Moment(self.plant.snapshot(), self.loop.average.copy())
         terminal, share = self._terminal(start, stop)
         for retry in range(self.law.retries + 1):
             proposal = self.law.propose(
@@ -337,13 +343,13 @@ class Runner:
             trajectory = self._run(replayed, commit, None, mean)
             if replayed.failure is None:
                 replayed.value = self._value(replayed, trajectory, terminal, mean)
-                self.cost.gradient_equivalents += share / 3
+                self.loop.cost.gradient_equivalents += share / 3
                 if replayed.value < rolled.value:
                     self._record(replayed, "accepted", None, rolled)
                     return replayed
                 replayed.failure = "the objective did not fall"
             self._record(replayed, "rejected", replayed.failure, rolled)
-        self.cost.rejected_windows += 1
+        self.loop.cost.rejected_windows += 1
         self._restore(end)
         return rolled
 
@@ -353,28 +359,32 @@ class Runner:
         commit: int,
         record: Callable[[int], bool] | None,
         mean: Average | None,
+        *,
+        guarded: bool = True,
     ) -> Trajectory:
         """Live steps through the attempt's window; keeps the moment at `commit` if it is inside."""
         schedule = attempt.schedule
 
         def on_step(step: int, observed: StepRecord) -> None:
             if step < commit:
-                self.average.update(self.plant.parameters)
+                self.loop.average.update(self.plant.parameters)
             if step + 1 == commit < schedule.stop:
-                attempt.inside = _Moment(self.plant.snapshot(), self.average.copy())
+                attempt.inside = _Moment(self.plant.snapshot(), self.loop.average.copy())
             if self.listeners:
                 loss = float(observed.loss) if observed.loss.device.type == "cpu" else None
                 self._emit(StepTaken(step, loss, schedule.at(step)))
 
         def limit(first: float) -> float:
-            reference = first if self.reference is None else max(first, self.reference)
-            return DIVERGED * reference if self.rewriting and reference > 0 else math.inf
+            lately, ever = self.loop.reference or (first, first)
+            if not guarded or min(first, lately, ever) <= 0:
+                return math.inf
+            return max(DIVERGED * first, DIVERGED * lately, 1.5 * ever)
 
         trajectory = self.plant.roll(
             attempt.batches, schedule, record=record, average=mean, on_step=on_step, limit=limit
         )
         attempt.trajectory = trajectory
-        self.cost.gradients(len(trajectory))
+        self.loop.cost.gradients(len(trajectory))
         if trajectory.diverged is not None:
             loss = float(trajectory.losses[trajectory.diverged])
             step = schedule.start + trajectory.diverged
@@ -385,45 +395,48 @@ class Runner:
 
     def _commit(self, attempt: _Attempt, commit: int) -> None:
         """Makes the attempt's steps up to `commit` final: state, schedule, tape."""
-        start, stop = self.step, attempt.schedule.stop
+        start, stop = self.loop.step, attempt.schedule.stop
         self._verb("commit", start, stop, attempt.number)
         if attempt.inside is not None:
             self._restore(attempt.inside)
-        self.schedule = self.schedule.replaced(attempt.schedule.window(start, commit))
-        if attempt.proposal is not None and commit < self.steps:
-            self.schedule = carried(self.schedule, commit, attempt.proposal.carry)
+        self.loop.schedule = self.loop.schedule.replaced(attempt.schedule.window(start, commit))
+        if attempt.proposal is not None and commit < self.loop.steps:
+            self.loop.schedule = carried(self.loop.schedule, commit, attempt.proposal.carry)
         rows = self._rows(attempt, commit)
-        self.reference = sum(row["loss"] for row in rows) / len(rows)
-        self.cost.windows += 1
-        self.cost.peak_memory_bytes = max(self.cost.peak_memory_bytes, peak_memory(self.device))
-        self.step = commit
-        self.train.release(commit)
-        self.tape += rows
+        first = rows[0]["loss"] if self.loop.reference is None else self.loop.reference[1]
+        self.loop.reference = (sum(row["loss"] for row in rows) / len(rows), first)
+        self.loop.cost.windows += 1
+        self.loop.cost.peak_memory_bytes = max(
+            self.loop.cost.peak_memory_bytes, peak_memory(self.device)
+        )
+        self.loop.step = commit
+        self.loop.train.release(commit)
+        self.loop.tape += rows
         if self.directory is not None:
             self.directory.tape.append(rows)
-        self._emit(Committed(start, commit, rows, self.cost.gradient_equivalents / commit))
-        if commit < self.steps:
+        self._emit(Committed(start, commit, rows, self.loop.cost.gradient_equivalents / commit))
+        if commit < self.loop.steps:
             self._verb("slide", start, stop, attempt.number)
 
     def _restore(self, moment: _Moment) -> None:
         self.plant.restore(moment.snapshot)
-        self.average.assign(moment.average)
+        self.loop.average.assign(moment.average)
 
-    # What a window is judged by ----------------------------------------------------------------------
+    # What a window is judged by ------------------------------------------------------------------
 
     def _terminal(self, start: int, stop: int) -> tuple[Terminal | None, float]:
         """(the terminal loss on this window's objective data, its size in training batches)."""
         if self.objective.terminal_weight == 0:
             return None, 0.0
-        if self.validation is not None:
-            n = min(self.objective.batches, self.validation_batches)
+        if self.loop.validation is not None:
+            n = _length(self.val_loader, self.objective.batches)
             first = n * (start // self.stride)
-            batches = self.validation.take(first, first + n)
-            self.validation.release(first)
+            batches = self.loop.validation.take(first, first + n)
+            self.loop.validation.release(first)
         else:
-            batches = self.train.take(start, stop + self.objective.batches)[stop - start :]
+            batches = self.loop.train.take(start, stop + self.objective.batches)[stop - start :]
         sizes = [batch_size(b) for b in batches]
-        share = sum(sizes) / max(1, batch_size(self.train.take(start, start + 1)[0]))
+        share = sum(sizes) / max(1, batch_size(self.loop.train.take(start, start + 1)[0]))
 
         def terminal(model: nn.Module) -> Tensor:
             # Running statistics belong to the last iterate, not to the average that is judged.
@@ -453,49 +466,35 @@ class Runner:
         segment = self.segment if self.segment == "auto" else min(self.segment, steps)
         return resolve(steps, segment, self.product, "adjoint", self.plant)
 
-    # Begin, save, end --------------------------------------------------------------------------------
+    # Begin, save, end ----------------------------------------------------------------------------
 
-    def _begin(self, steps: int, resume: Literal["auto", "never"]) -> None:
+    def _begin(self, steps: int, resume: Literal["auto", "never"]) -> _Loop:
         """A fresh state of the loop, or the one that the directory's newest checkpoint holds."""
-        self.steps = steps
-        self.began = time.monotonic()
-        self.seconds_before = 0.0
-        self.step = 0
-        self.reference: float | None = None
-        self.cost = Cost()
-        self.average = Average(AVERAGE_DECAY)
-        self.tape: list[dict[str, Any]] = []
-        self.windows: list[dict[str, Any]] = []
-        self.finished: dict[str, Any] | None = None
-        self.schedule = self._planned(steps)
         device = None if self.device.type == "cpu" else self.device
         # With rewriting off nothing may be drawn that the plain loop does not draw.
         seed = int(torch.randint(2**31, ())) if self.rewriting else 0
-        self.train = StepBatches(
-            self.train_loader, isolated=self.rewriting, seed=seed, device=device
-        )
-        self.validation: StepBatches | None = None
+        train = StepBatches(self.train_loader, isolated=self.rewriting, seed=seed, device=device)
+        self.loop = _Loop(steps, self._planned(steps), train)
         if self.rewriting and self.val_loader is not None and self.objective.terminal_weight:
-            self.validation_batches = _length(self.val_loader, self.objective.batches)
-            self.validation = StepBatches(
+            self.loop.validation = StepBatches(
                 self.val_loader,
                 isolated=True,
                 seed=mixed_seed(seed, 1) % 2**31,
                 device=device,
                 name="val_loader",
             )
-        if self.directory is None:
-            return
-        checkpoint = self.directory.open(self._description(), resume)
-        if checkpoint is None:
-            self._save()
-        else:
-            self._load(checkpoint)
-            self.finished = self.directory.result()
+        if self.directory is not None:
+            checkpoint = self.directory.open(self._description(), resume)
+            if checkpoint is None:
+                self._save()
+            else:
+                self._load(checkpoint)
+                self.loop.finished = self.directory.result()
+        return self.loop
 
     def _planned(self, steps: int) -> Schedule:
-        """The schedule before any window: the optimizer's controls, lr with a cooldown at the end."""
-        planned = Schedule.constant(steps, seed=self.seed, **self.plant.controls.initial)
+        """The optimizer's own controls at every step, lr with a cooldown at the end."""
+        planned = Schedule.constant(steps, self.seed, **self.plant.controls.initial)
         if self.rewriting and "lr" in self.controls and self.law.cooldown:
             lr = planned["lr"] * cooldown(steps, self.law.cooldown)
             planned = planned.replaced(Schedule({"lr": lr.clamp(min=CONTROLS["lr"].lower)}))
@@ -506,59 +505,60 @@ class Runner:
         if self.directory is None:
             return
         tensors, rest = snapshot_to_tensors(self.plant.snapshot())
-        tensors["schedule"] = dict(self.schedule.values)
-        tensors["average"] = {str(i): v for i, v in enumerate(self.average.values or [])}
-        tensors["train_batches"] = self.train.position(self.step).to_tensors()
-        if self.validation is not None:
-            tensors["validation_batches"] = self.validation.position(
-                self.validation.next_step
+        tensors["schedule"] = dict(self.loop.schedule.values)
+        tensors["average"] = {str(i): v for i, v in enumerate(self.loop.average.values or [])}
+        tensors["train_batches"] = self.loop.train.position(self.loop.step).to_tensors()
+        if self.loop.validation is not None:
+            tensors["validation_batches"] = self.loop.validation.position(
+                self.loop.validation.next_step
             ).to_tensors()
         values = {
             "optimizer": rest,
-            "reference": self.reference,
-            "average_count": self.average.count,
-            "cost": asdict(self.cost),
+            "reference": self.loop.reference,
+            "average_count": self.loop.average.count,
+            "cost": asdict(self.loop.cost),
             "seconds": self._seconds(),
             "lengths": {
                 "tape": self.directory.tape.length,
                 "windows": self.directory.windows.length,
             },
         }
-        self.directory.save_schedule(self.schedule)
-        path = self.directory.checkpoints.save(Checkpoint(self.step, tensors, values))
-        self._emit(CheckpointSaved(self.step, path))
+        self.directory.save_schedule(self.loop.schedule)
+        path = self.directory.checkpoints.save(Checkpoint(self.loop.step, tensors, values))
+        self._emit(CheckpointSaved(self.loop.step, path))
 
     def _load(self, checkpoint: Checkpoint) -> None:
         assert self.directory is not None
         tensors, values = checkpoint.tensors, checkpoint.values
         snapshot = snapshot_from_tensors(self.plant, tensors, values["optimizer"])
-        self.train.seek(Position.from_tensors(tensors["train_batches"]))
-        if self.validation is not None:
-            self.validation.seek(Position.from_tensors(tensors["validation_batches"]))
+        self.loop.train.seek(Position.from_tensors(tensors["train_batches"]))
+        if self.loop.validation is not None:
+            self.loop.validation.seek(Position.from_tensors(tensors["validation_batches"]))
         self.plant.restore(snapshot)
-        self.step = checkpoint.step
-        self.schedule = Schedule(tensors["schedule"], 0, self.seed)
+        self.loop.step = checkpoint.step
+        self.loop.schedule = Schedule(tensors["schedule"], 0, self.seed)
         average = [tensors["average"][str(i)] for i in range(len(tensors["average"]))]
-        self.average = Average(
+        self.loop.average = Average(
             AVERAGE_DECAY,
             [v.to(self.device) for v in average] or None,
             int(values["average_count"]),
         )
-        self.reference = values["reference"]
-        self.cost = Cost(**values["cost"])
-        self.seconds_before = float(values["seconds"])
-        self.tape = self.directory.tape.read()
-        self.windows = self.directory.windows.read()
+        reference = values["reference"]
+        self.loop.reference = None if reference is None else (reference[0], reference[1])
+        self.loop.cost = Cost(**values["cost"])
+        self.loop.seconds_before = float(values["seconds"])
+        self.loop.tape = self.directory.tape.read()
+        self.loop.windows = self.directory.windows.read()
 
     def _end(self) -> dict[str, Any]:
         """Evaluates the final and the averaged weights and writes the result."""
         final = self._losses()
-        with at_average(self.plant, self.average, self.train_loader):
+        with at_average(self.plant, self.loop.average, self.train_loader):
             averaged = self._losses()
         test = final["test"]
         result: dict[str, Any] = {
             "status": "finished",
-            "steps": self.step,
+            "steps": self.loop.step,
             **{f"{name}_loss": losses and losses.loss for name, losses in final.items()},
             "test_accuracy": test.metrics.get("accuracy") if test else None,
             **{f"average_{name}_loss": losses and losses.loss for name, losses in averaged.items()},
@@ -567,10 +567,10 @@ class Runner:
                 name: losses.metrics for name, losses in averaged.items() if losses
             },
             "wall_seconds": self._seconds(),
-            "cost": self.cost.to_json(self.step),
+            "cost": self.loop.cost.to_json(self.loop.step),
         }
         if self.directory is not None:
-            self.directory.finish(self.schedule, result)
+            self.directory.finish(self.loop.schedule, result)
         return result
 
     def _losses(self) -> dict[str, Losses | None]:
@@ -580,7 +580,7 @@ class Runner:
             "test": evaluate(self.plant, self.test_loader),
         }
 
-    # Records -----------------------------------------------------------------------------------------
+    # Records -------------------------------------------------------------------------------------
 
     def _rows(self, attempt: _Attempt, commit: int) -> list[dict[str, Any]]:
         """The tape's lines of the attempt's steps up to `commit`."""
@@ -604,7 +604,7 @@ class Runner:
         schedule = attempt.schedule
         h = None if rolled is None else rolled.hypergradient
         record: dict[str, Any] = {
-            "window": self.cost.windows,
+            "window": self.loop.cost.windows,
             "start": schedule.start,
             "stop": schedule.stop,
             "attempt": attempt.number,
@@ -623,7 +623,7 @@ class Runner:
                 "product": h.product,
                 "segment": h.segment,
             }
-        self.windows.append(record)
+        self.loop.windows.append(record)
         if self.directory is not None:
             self.directory.windows.append([record])
         self._emit(WindowAttempted(record))
@@ -631,7 +631,7 @@ class Runner:
     def _description(self) -> dict[str, Any]:
         """config.json: everything that the run's numbers depend on."""
         described = {
-            "steps": self.steps,
+            "steps": self.loop.steps,
             "window": self.window,
             "stride": self.stride,
             "controls": list(self.controls),
@@ -654,10 +654,10 @@ class Runner:
         return described if self.config is None else {**described, **self.config}
 
     def _seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self.began
+        return self.loop.seconds_before + time.monotonic() - self.loop.began
 
     def _verb(self, verb: Verb, start: int, stop: int, attempt: int) -> None:
-        self._emit(VerbStarted(verb, self.cost.windows, start, stop, attempt))
+        self._emit(VerbStarted(verb, self.loop.cost.windows, start, stop, attempt))
 
     def _notice(self, message: str) -> None:
         self._emit(Notice(message))
@@ -665,6 +665,29 @@ class Runner:
     def _emit(self, event: Event) -> None:
         for listener in self.listeners:
             listener(event)
+
+
+@dataclass
+class _Loop:
+    """Where the loop stands: everything that changes from window to window, but for the plant.
+
+    schedule: committed up to `step`, planned after it. reference: (mean loss of the last committed
+    window, first loss of the run). average: of all committed iterates. finished: the result.
+    """
+
+    steps: int
+    schedule: Schedule
+    train: StepBatches
+    validation: StepBatches | None = None
+    step: int = 0
+    reference: tuple[float, float] | None = None
+    cost: Cost = field(default_factory=Cost)
+    average: Average = field(default_factory=lambda: Average(AVERAGE_DECAY))
+    tape: list[dict[str, Any]] = field(default_factory=list)
+    windows: list[dict[str, Any]] = field(default_factory=list)
+    finished: dict[str, Any] | None = None
+    began: float = field(default_factory=time.monotonic)
+    seconds_before: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -688,6 +711,23 @@ class _Attempt:
     value: float = math.nan
     failure: str | None = None
     inside: _Moment | None = None
+
+
+def _steered(plant: Plant, asked: Sequence[str] | None) -> tuple[str, ...]:
+    """The controls to rewrite, checked: what was asked for, or what of the usual three can move."""
+    initial = plant.controls.initial
+    if asked is None:
+        usual = [name for name in DEFAULT_CONTROLS if name in plant.controls.available]
+        return tuple(n for n in usual if n != "momentum" or CONTROLS[n].lower <= initial[n])
+    controls = tuple(dict.fromkeys(asked))
+    if not controls:
+        raise InputError(
+            f"controls is empty; name some of {', '.join(CONTROLS)}, or turn rewriting off"
+        )
+    check_steerable(plant, Schedule({n: torch.tensor([v]) for n, v in initial.items()}), controls)
+    for name in controls:
+        CONTROLS[name].check(initial[name])
+    return controls
 
 
 def _number(value: Tensor) -> float | list[Any]:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SCHEDULE_VERSION = 1
 
-Value = TypeVar("Value", float, Tensor)
+Scalar = float | Tensor
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Control:
         return clipped.log() if self.coordinate == "log" else clipped.logit()
 
     def from_raw(self, raw: Tensor) -> Tensor:
-        """Natural value of `raw` (any shape), always within the bounds (or exactly 0 if allowed)."""
+        """Natural value of `raw` (any shape), within the bounds (or exactly 0 if allowed)."""
         raw = raw.to(torch.float64)
         natural = raw.exp() if self.coordinate == "log" else raw.sigmoid()
         natural = natural.clamp(self.lower, self.upper)
@@ -67,7 +67,7 @@ class Control:
         clipped = natural.to(torch.float64).clamp(self.lower, self.upper)
         return clipped if self.coordinate == "log" else clipped * (1 - clipped)
 
-    def rescale(self, value: Value, ratio: float) -> Value:
+    def rescale(self, value: Scalar, ratio: float) -> Scalar:
         """`value` moved by log(ratio) in its unconstrained coordinate; ratio 1 returns it as it is.
 
         A factor for lr, noise and weight decay; a factor of the odds μ/(1 − μ) for momentum.
@@ -150,6 +150,8 @@ class Schedule:
             raise InputError(
                 f"a schedule needs one value per step for every control, got shapes {lengths}"
             )
+        if (0,) in lengths.values():
+            raise InputError("a schedule needs at least one step, got 0")
         for name, v in values.items():
             if not torch.isfinite(v).all():
                 at = int((~torch.isfinite(v)).nonzero()[0])
@@ -160,7 +162,7 @@ class Schedule:
         object.__setattr__(self, "values", values)
 
     @classmethod
-    def constant(cls, steps: int, *, seed: int = 0, **controls: float) -> Schedule:
+    def constant(cls, steps: int, seed: int = 0, /, **controls: float) -> Schedule:
         """`steps` times the same controls: `Schedule.constant(100, lr=0.1, momentum=0.9)`."""
         return cls(
             {name: torch.full((steps,), v, dtype=torch.float64) for name, v in controls.items()},
@@ -209,7 +211,8 @@ class Schedule:
         return Schedule({n: v[part] for n, v in self.values.items()}, start, self.seed)
 
     def replaced(self, part: Schedule) -> Schedule:
-        """This schedule with the steps and controls of `part` overwritten."""
+        """This schedule with `part` in place of its steps and controls, which it must have."""
+        self.window(part.start, part.stop)
         values = {name: v.clone() for name, v in self.values.items()}
         where = slice(part.start - self.start, part.stop - self.start)
         for name, v in part.values.items():
@@ -267,16 +270,18 @@ class Schedule:
                 )
             controls = {n: [float(x) for x in c["values"]] for n, c in document["controls"].items()}
             start, seed = int(document["start"]), int(document.get("seed", 0))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(
                 f"{source} is not a schedule written by rhc ({type(error).__name__}: {error}); "
                 "give the schedule.json of a run directory"
             ) from None
-        return cls(
-            {n: torch.tensor(v, dtype=torch.float64) for n, v in controls.items()}, start, seed
-        )
+        values = {n: torch.tensor(v, dtype=torch.float64) for n, v in controls.items()}
+        try:
+            return cls(values, start, seed)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
 
     def save(self, path: str | Path) -> None:
         """Writes the schedule as JSON."""
@@ -322,20 +327,24 @@ class OptimizerControls:
         self.available = tuple(
             name for name in CONTROLS if name == "noise" or _read(groups[0], name) is not None
         )
-        self.initial: dict[str, float] = {"noise": 0.0}
-        self.ratios: dict[str, list[float]] = {"noise": [1.0] * len(groups)}
-        for name in self.available:
-            if name == "noise":
-                continue
-            values = [float(_read(group, name) or 0.0) for group in groups]
+        self.adopt({n: [float(_read(g, n) or 0.0) for g in groups] for n in self.available})
+
+    def adopt(self, own: Mapping[str, list[float]]) -> None:
+        """Takes `own`, control -> the value of every group, as where the ratios come from."""
+        self.own = dict(own)
+        self.initial: dict[str, float] = {}
+        self.ratios: dict[str, list[float]] = {}
+        for name, values in own.items():
             reference = next((v for v in values if v != 0), 0.0)
             self.initial[name] = reference
             self.ratios[name] = [
                 1.0 if reference == 0 else CONTROLS[name].ratio(v, reference) for v in values
             ]
 
-    def group_value(self, name: str, group: int, value: Value) -> Value:
+    def group_value(self, name: str, group: int, value: Scalar) -> Scalar:
         """What parameter group number `group` gets when the schedule says `value`."""
+        if not isinstance(value, Tensor) and value == self.initial[name]:
+            return self.own[name][group]  # to the bit, which a ratio does not give back
         return CONTROLS[name].rescale(value, self.ratios[name][group])
 
     def write(self, values: Mapping[str, float]) -> None:
@@ -352,7 +361,7 @@ def _read(group: Mapping[str, Any], name: str) -> float | None:
     return None if name not in group else float(group[name])
 
 
-def _write(group: dict[str, Any], name: str, value: float) -> None:
+def _write(group: dict[str, Any], name: str, value: Scalar) -> None:
     if name == "momentum" and "betas" in group:
         group["betas"] = (value, *group["betas"][1:])
     elif isinstance(group[name], Tensor):

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from rhc.errors import InputError
 from rhc.hypergradient.products import PRODUCT_COST, PRODUCTS, Product
@@ -108,6 +109,8 @@ def hypergradient(
     grads = [p.grad for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
     try:
+        for p in model.parameters():
+            p.grad = None  # backward would add to those that the optimizer does not hold
         return window_hypergradient(
             plant,
             batches,
@@ -181,13 +184,14 @@ def look_back(
     value = stage_sum(objective, trajectory)
     if end is not None:
         value += objective.terminal_weight * float(end)
+    missing = (0, len(trajectory.schedule) - len(trajectory))  # a diverged roll stops early
     return Hypergradient(
         value=value,
-        grad=found.gradient,
-        costate_norms=found.costate_norms,
-        result=_outcome(found, trajectory.start),
+        grad={n: pad(g, missing, value=math.nan) for n, g in found.gradient.items()},
+        costate_norms=pad(found.costate_norms, missing, value=math.nan),
+        result=_outcome(found, trajectory, value),
         terminal=math.nan if end is None else float(end),
-        losses=losses,
+        losses=pad(losses, missing, value=math.nan),
         engine="adjoint",
         product=product,
         segment=segment,
@@ -217,10 +221,15 @@ def resolve(
     if product != "auto":
         _known("product", product, ("auto", *PRODUCTS))
     _ = plant.dynamics
-    if segment != "auto" and not 1 <= segment <= steps:
+    if segment != "auto" and not (isinstance(segment, int) and 1 <= segment <= steps):
         raise InputError(
             f"segment must be in [1, {steps}] for a window of {steps} steps, got {segment}; "
             "use 1 for the least memory"
+        )
+    if engine == "higher" and segment not in ("auto", steps):
+        raise InputError(
+            f"engine 'higher' unrolls the whole window, got segment {segment} of {steps} steps; "
+            "use segment 'auto' or engine 'adjoint'"
         )
     chosen: Product = "exact" if product == "auto" else product
     if chosen != "exact" and (segment not in ("auto", 1) or engine != "adjoint"):
@@ -270,13 +279,17 @@ def _schedule(plant: Plant, controls: Mapping[str, Any], steps: int, seed: int) 
     return Schedule(values, seed=seed)
 
 
-def _outcome(found: Adjoint, start: int) -> Outcome:
+def _outcome(found: Adjoint, trajectory: Trajectory, value: float) -> Outcome:
     bad = ~torch.isfinite(found.costate_norms)
     for g in found.gradient.values():
         bad |= ~torch.isfinite(g)
+    last = trajectory.start + len(trajectory) - 1
     if not bool(bad.any()):
-        return Outcome("successful", "every hypergradient is finite")
-    step = start + int(bad.nonzero().max())
+        if trajectory.diverged is None and math.isfinite(value):
+            return Outcome("successful", "every hypergradient is finite")
+        message = f"the loss is not finite at step {last}; use a shorter window or a lower lr"
+        return Outcome("non-finite", message, last)
+    step = trajectory.start + int(bad.nonzero().max())
     return Outcome(
         "non-finite",
         f"the costate is not finite from step {step} backwards; use a shorter window or a lower lr",

@@ -49,6 +49,8 @@ def higher_hypergradient(
             f"engine 'higher' refuses {type(optimizer).__name__}; use engine 'adjoint', or SGD or "
             "Adam"
         )
+    if any(group["maximize"] for group in optimizer.param_groups):
+        raise InputError("engine 'higher' does not maximize; use engine 'adjoint'")
     if plant.clip_norm is not None:
         raise InputError("engine 'higher' does not clip gradients; use engine 'adjoint'")
     steps = len(batches)

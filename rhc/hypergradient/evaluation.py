@@ -26,7 +26,7 @@ from rhc.plant import Block, Plant, checked_loss
 
 
 class Evaluated(NamedTuple):
-    """loss: scalar. stage: c_ℓ ℓ − c_r r, or None. statistics: BatchNorm's buffers after the step."""
+    """loss: scalar. stage: c_ℓ ℓ − c_r r, or None. statistics: BatchNorm's, after the step."""
 
     loss: Tensor
     stage: Tensor | None
@@ -134,7 +134,7 @@ def visible_statistics(model: nn.Module, *, update: bool) -> Iterator[None]:
     """
     patched = [m for m in model.modules() if _has_statistics(m)]
     for module in patched:
-        module.forward = lambda x, module=module: _batch_norm(module, x, update)  # type: ignore[method-assign]
+        module.forward = lambda x, module=module: _batch_norm(module, x, update)
     try:
         yield
     finally:

@@ -115,10 +115,12 @@ def _difference(
     c is the square (cube) root of the machine's epsilon, which balances rounding and truncation
     for the forward (central) difference of a smooth function; at kinks nothing does.
     """
-    active = [i for i, v in enumerate(direction) if v is not None]
-    if not active:
+    # A block that v leaves alone has a row of H v all the same.
+    active = [i for i, g in enumerate(point.gradients) if g is not None]
+    moved = [i for i, v in enumerate(direction) if v is not None]
+    if not moved:
         return [None] * len(direction)
-    size = _norm([point.flats[i] for i in active])
+    size = _norm([point.flats[i] for i in moved])
     length = _norm([v for v in direction if v is not None])
     if not float(length) > 0:
         return [None] * len(direction)
@@ -129,20 +131,20 @@ def _difference(
     def gradients(scale: float) -> list[Tensor]:
         flats = []
         for f, v in zip(point.flats, direction, strict=True):
-            moved = f.detach() if v is None else torch.add(f.detach(), v, alpha=scale)
-            flats.append(moved.requires_grad_())
+            at = f.detach() if v is None else torch.add(f.detach(), v, alpha=scale)
+            flats.append(at.requires_grad_())
         point.rng.restore()
         loss = evaluation(flats, point.buffers, point.batch).loss
         return list(torch.autograd.grad(loss, [flats[i] for i in active]))
 
     plus = gradients(epsilon)
     if product == "forward-difference":
-        minus, width = [point.gradients[i] for i in active], epsilon
+        # An active block has a gradient.
+        minus, width = [g for g in point.gradients if g is not None], epsilon
     else:
         minus, width = gradients(-epsilon), 2 * epsilon
     result: list[Tensor | None] = [None] * len(direction)
     for i, high, low in zip(active, plus, minus, strict=True):
-        assert low is not None  # an active block has a gradient
         result[i] = (high - low) / width
     return result
 
@@ -182,7 +184,7 @@ def _pulled(
         outputs,
         [*flats, *leaves.values()],
         seeds,
-        allow_unused=True,  # type: ignore[arg-type]
+        allow_unused=True,
     )
     statistics = {
         name: p for name, p in zip(leaves, pulled[len(flats) :], strict=True) if p is not None

@@ -168,7 +168,7 @@ class _Reverse:
         self.norms = torch.zeros(self.steps, dtype=torch.float64)
         self.products = 0
 
-    # segment = 1 -----------------------------------------------------------------------------------
+    # segment = 1 ---------------------------------------------------------------------------------
 
     def recursion(self, costate: Costate, product: Product) -> Adjoint:
         """The costate recursion."""
@@ -217,9 +217,11 @@ class _Reverse:
         inputs = [t for leaf in leaves for t in _tensors(leaf)]
         taking_part = [g for g in gradients if g is not None]
         if not outputs:
-            zero = [[None] * (len(_tensors(leaf)) - 1) for leaf in leaves]
+            zero: list[list[Tensor | None]] = [
+                [None] * (len(_tensors(leaf)) - 1) for leaf in leaves
+            ]
             return Costate([None] * len(leaves), zero, costate.statistics), [None] * len(leaves)
-        pulled = list(
+        pulled: list[Tensor | None] = list(
             torch.autograd.grad(
                 outputs, [*inputs, *taking_part, *steered.values()], seeds, allow_unused=True
             )
@@ -239,7 +241,7 @@ class _Reverse:
                 rebuilt[k + 1] = self._advance(k, rebuilt[k], self.trajectory.gradients[k], values)
         return rebuilt
 
-    # segment > 1 -----------------------------------------------------------------------------------
+    # segment > 1 ---------------------------------------------------------------------------------
 
     def segments(self, costate: Costate, segment: int) -> Adjoint:
         """Graphs of `segment` steps at a time."""
@@ -315,7 +317,9 @@ class _Reverse:
             *(u for leaf in steered for u in leaf.values()),
             *(t for step in intermediate for t in step if t.requires_grad),
         ]
-        pulled = list(torch.autograd.grad(outputs, wanted, seeds, allow_unused=True))
+        pulled: list[Tensor | None] = list(
+            torch.autograd.grad(outputs, wanted, seeds, allow_unused=True)
+        )
         parameters, optimizer = _unflatten(pulled, leaves)
         carried = {
             name: torch.zeros_like(leaf) if p is None else p
@@ -331,7 +335,7 @@ class _Reverse:
         self.norms[start] = result.norm()
         return result
 
-    # Common to both --------------------------------------------------------------------------------
+    # Common to both ------------------------------------------------------------------------------
 
     def _values(self, i: int) -> dict[str, float]:
         return self.trajectory.schedule.at(self.trajectory.start + i)

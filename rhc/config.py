@@ -1,0 +1,327 @@
+"""TrainConfig: the one source of `rhc train`'s flags, of a --config file and of config.json.
+
+Every check here is cheap and needs no torch, so that a mistyped flag is answered at once. What
+depends on the model or the numerics is checked where it is used.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro.conf
+from tyro.conf import arg
+
+from rhc.errors import InputError
+from rhc.workload import Workload
+
+RECORD_VERSION = 1
+"""Of the command line's part of config.json."""
+
+OPTIMIZERS = ("sgd", "adam", "adamw")
+STARTS = ("given",)
+ENGINES = ("adjoint",)
+PRODUCTS = ("auto", "exact", "forward-difference", "central-difference")
+DEVICES = ("auto", "cpu", "cuda")
+RESUMES = ("auto", "never")
+
+
+def _unset(meaning: str, metavar: str) -> Any:
+    """How help shows a flag whose default is decided later."""
+    return arg(metavar=metavar, help_behavior_hint=f"(default: {meaning})")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What `rhc train` does. Each field's sentence is the help of its flag."""
+
+    run: Annotated[tyro.conf.Positional[str], arg(metavar="RUN")] = "digits"
+    """What is trained: a name that `rhc runs` lists, or path/to/file.py:function."""
+    data: Annotated[Path | None, _unset("none", "DIR")] = None
+    """Folder of the run's data, for runs that need one."""
+    steps: Annotated[int | None, _unset("the run's own", "T")] = None
+    """Optimizer steps in all."""
+    seed: Annotated[int, arg(metavar="S")] = 0
+    """Seed of weights, batches, dropout and gradient noise."""
+    device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
+    """Where the model is; auto takes cuda where there is one."""
+
+    window: Annotated[int, arg(metavar="K")] = 50
+    """Window in steps: rolled forward, differentiated and rewritten at once."""
+    stride: Annotated[int | None, _unset("the window", "M")] = None
+    """Steps that are committed before sliding on; at most the window."""
+    controls: Annotated[tuple[str, ...], arg(metavar="NAME")] = ("lr",)
+    """What is rewritten: some of lr, momentum, noise, weight_decay."""
+    rewrite: bool = True
+    """--no-rewrite trains as a plain loop does, bit for bit."""
+    start: Annotated[str, arg(metavar="given")] = "given"
+    """Where the schedule starts from: the given lr. (zero and probe do not exist yet.)"""
+
+    optimizer: Annotated[str | None, _unset("the run's own", "sgd|adam|adamw")] = None
+    """Whose steps are taken: of torch.optim."""
+    lr: Annotated[float | None, _unset("the run's own", "A")] = None
+    """Learning rate to start from."""
+    momentum: Annotated[float, arg(metavar="MU")] = 0.9
+    """Momentum of sgd, β1 of adam and adamw, to start from."""
+    weight_decay: Annotated[float | None, _unset("0; 0.01 for adamw", "W")] = None
+    """Weight decay to start from."""
+    nesterov: bool = False
+    """Nesterov's momentum, for sgd."""
+    clip_norm: Annotated[float | None, _unset("no clipping", "C")] = None
+    """Norm that the gradient of all parameters together is clipped to."""
+
+    cooldown: Annotated[float, arg(metavar="F")] = 0.2
+    """Fraction of the run, at its end, over which lr falls linearly to 0; 0 for none."""
+    average: Annotated[float, arg(metavar="D")] = 0.99
+    """A window is judged at the average of its iterates with this decay; 0 for the last one."""
+    objective_batches: Annotated[int, arg(metavar="N")] = 4
+    """Validation batches that a window is judged on."""
+    engine: Annotated[str, arg(metavar="adjoint")] = "adjoint"
+    """How the run is differentiated."""
+    product: Annotated[str, arg(metavar="NAME")] = "auto"
+    """Hessian products: auto, exact, forward-difference (half the cost) or central-difference."""
+    segment: Annotated[str, arg(metavar="N")] = "auto"
+    """Steps per rebuilt graph, 1 (least memory) to the window."""
+
+    directory: Annotated[Path | None, _unset("runs/RUN-HASH", "DIR")] = None
+    """The run's directory; by default one per configuration."""
+    resume: Annotated[str, arg(metavar="auto|never")] = "auto"
+    """auto continues the run that the directory holds, never refuses it."""
+    keep_checkpoints: Annotated[int, arg(metavar="N")] = 3
+    """Newest checkpoints that are kept."""
+    config: Annotated[Path | None, _unset("none", "FILE.toml")] = None
+    """File of settings, named like these flags; flags override it."""
+    print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the resolved settings as such a file, and exit."""
+
+    # Checks ------------------------------------------------------------------------------------------
+
+    def checked(self) -> TrainConfig:
+        """These settings, once they make sense by themselves; the first that does not is an error."""
+        _one_of("start", self.start, STARTS, "starts 'zero' and 'probe' do not exist yet")
+        _one_of("engine", self.engine, ENGINES, "'higher' is for rhc.hypergradient alone")
+        _one_of("product", self.product, PRODUCTS)
+        _one_of("device", self.device, DEVICES)
+        _one_of("resume", self.resume, RESUMES)
+        if self.optimizer is not None:
+            _one_of("optimizer", self.optimizer, OPTIMIZERS, "only these have dynamics")
+        for name, least, example in (
+            ("window", 1, 50),
+            ("steps", 1, 1000),
+            ("seed", 0, 0),
+            ("objective_batches", 1, 4),
+            ("keep_checkpoints", 1, 3),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name} must be ≥ {least}, got {value}; try {_flag(name)} {example}")
+        if self.seed >= 2**32:
+            raise InputError(f"seed must be below 2**32, got {self.seed}; try --seed 0")
+        if self.stride is not None and not 1 <= self.stride <= self.window:
+            raise InputError(
+                f"stride must be in [1, {self.window}] for window={self.window}, got {self.stride}; "
+                "lower --stride or raise --window"
+            )
+        if not 0 <= self.cooldown < 1:
+            raise InputError(
+                f"cooldown must be in [0, 1), got {self.cooldown:g}; it is a fraction of the run, "
+                "try --cooldown 0.2"
+            )
+        if not 0 <= self.average < 1:
+            raise InputError(
+                f"average must be in [0, 1), got {self.average:g}; it is a decay, try --average 0.99"
+            )
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise InputError(
+                f"clip_norm must be > 0, got {self.clip_norm:g}; leave --clip-norm out not to clip"
+            )
+        self._check_segment()
+        if self.data is not None and not self.data.exists():
+            raise InputError(f"data {self.data} does not exist; give --data an existing folder")
+        controls = tuple(name for given in self.controls for name in given.split(",") if name)
+        if not controls:
+            raise InputError("controls is empty; name some, or rewrite nothing with --no-rewrite")
+        checked = replace(self, controls=tuple(dict.fromkeys(controls)))
+        checked._check_used()
+        return checked
+
+    def _check_segment(self) -> None:
+        if self.segment == "auto":
+            return
+        if not self.segment.isdecimal() or not 1 <= int(self.segment) <= self.window:
+            raise InputError(
+                f"segment must be auto or in [1, {self.window}] for window={self.window}, got "
+                f"{self.segment!r}; try --segment auto"
+            )
+
+    def _check_used(self) -> None:
+        """A setting that would be ignored is an error, not a silence."""
+        default = TrainConfig()
+        if not self.rewrite:
+            for name in ("controls", "cooldown", "average", "objective_batches", "product"):
+                if getattr(self, name) != getattr(default, name):
+                    raise InputError(
+                        f"{name} is about rewriting, which --no-rewrite turns off, and got "
+                        f"{_text(getattr(self, name))}; leave {_flag(name)} or --no-rewrite out"
+                    )
+        elif "lr" not in self.controls and self.cooldown != default.cooldown:
+            raise InputError(
+                f"cooldown is of an lr that is rewritten, got {self.cooldown:g} with controls "
+                f"{','.join(self.controls)}; add lr to --controls or leave --cooldown out"
+            )
+        if self.nesterov and (self.optimizer not in (None, "sgd") or self.momentum == 0):
+            raise InputError(
+                f"nesterov needs sgd with momentum, got optimizer {self.optimizer or 'sgd'} with "
+                f"momentum {self.momentum:g}; leave --nesterov out"
+            )
+
+    # Resolution ----------------------------------------------------------------------------------------
+
+    def resolved(self, workload: Workload) -> TrainConfig:
+        """These settings with nothing left open: the workload's defaults filled in."""
+        optimizer = self.optimizer or workload.optimizer
+        _one_of("optimizer", optimizer, OPTIMIZERS, "only these have dynamics")
+        lr = self.lr if self.lr is not None else workload.lr.get(optimizer)
+        if lr is None:
+            raise InputError(f"lr: run {self.run!r} has no default for {optimizer}; give --lr")
+        decay = self.weight_decay
+        if decay is None:
+            decay = 0.01 if optimizer == "adamw" else 0.0
+        return replace(
+            self,
+            optimizer=optimizer,
+            lr=float(lr),
+            weight_decay=decay,
+            steps=self.steps or workload.steps,
+            stride=self.stride or self.window,
+            data=None if self.data is None else self.data.resolve(),
+            run=_absolute(self.run),
+        ).checked()
+
+    @property
+    def short_name(self) -> str:
+        """The run's name as part of a directory's name: a file's runner by its function."""
+        return self.run.rpartition(":")[2]
+
+    # Records -------------------------------------------------------------------------------------------
+
+    def to_record(self) -> dict[str, Any]:
+        """All settings as flat JSON values."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_record(cls, values: Mapping[str, Any], source: str) -> TrainConfig:
+        """The inverse of `to_record`; what is absent has its default.
+
+        Raises InputError for an unknown name or a value of another type, naming `source`.
+        """
+        hints = typing.get_type_hints(cls)
+        given: dict[str, Any] = {}
+        for key, value in values.items():
+            name = key.replace("-", "_")
+            if name not in hints:
+                raise InputError(
+                    f"{source}: unknown setting {key!r}; {_nearest(name, list(hints))}"
+                    "`rhc train --help` lists them"
+                )
+            given[name] = _typed(name, hints[name], value, source)
+        return cls(**given)
+
+    @classmethod
+    def from_toml(cls, path: Path) -> TrainConfig:
+        """Settings from a TOML file; errors name the file."""
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(
+                f"config {path} cannot be read ({error.strerror}); give --config a TOML file"
+            ) from None
+        except ValueError as error:
+            raise InputError(f"config {path} is not valid TOML ({error}); mend the file") from None
+        if "config" in values:
+            raise InputError(f"{path}: config must not name another file; leave it out")
+        return cls.from_record(values, str(path))
+
+    def to_toml(self) -> str:
+        """A file that `from_toml` reads; settings that are None are left out."""
+        lines = []
+        for name, value in self.to_record().items():
+            if value is not None and name not in ("config", "print_config"):
+                lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+        return "\n".join(lines) + "\n"
+
+
+def _one_of(argument: str, value: str, known: Sequence[str], remark: str = "") -> None:
+    if value not in known:
+        text = known[0] if len(known) == 1 else f"one of {', '.join(known)}"
+        raise InputError(
+            f"{argument} must be {text}, got {value!r}; {_nearest(value, known)}"
+            f"{remark or f'give {_flag(argument)} one of these'}"
+        )
+
+
+def _nearest(value: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _text(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else f"{value}"
+
+
+def _absolute(run: str) -> str:
+    """A file's runner is recorded by its absolute path, so that a run resumes from anywhere."""
+    path, separator, function = run.rpartition(":")
+    return f"{Path(path).resolve()}:{function}" if separator and path.endswith(".py") else run
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _typed(name: str, hint: Any, value: Any, source: str) -> Any:
+    """`value` as the field's type, or an InputError that says what it should be."""
+    optional = isinstance(hint, types.UnionType)
+    kind = next(k for k in typing.get_args(hint) if k is not type(None)) if optional else hint
+    kind = typing.get_origin(kind) or kind
+    if value is None and optional:
+        return None
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is float and number:
+        return float(value)
+    if kind is int and number and isinstance(value, int):
+        return value
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is str and (isinstance(value, str) or (name == "segment" and number)):
+        return str(value)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is tuple and isinstance(value, str):
+        return (value,)
+    if kind is tuple and isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return tuple(value)
+    raise InputError(f"{source}: {name} must be {_KINDS[kind]}, got {value!r}; mend it there")
+
+
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    Path: "a path in quotes",
+    tuple: "a list of names",
+}
