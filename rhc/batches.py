@@ -9,7 +9,7 @@ state and skipping `index` batches yields the same batches.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,16 +99,18 @@ class StepBatches:
         with preserved():
             torch.manual_seed(seed)
             _seed_others(seed)
-            self._rng = RandomState.capture()
+            self._rng, self._generators = RandomState.capture(), _states(loader)
 
     def take(self, start: int, stop: int) -> list[Any]:
         """The batches of steps [start, stop); none of them may have been released."""
         if self._next < stop:
             if self.isolated:
-                with preserved():
+                # Two loaders may share a generator: each stream goes on from its own state of it.
+                with preserved(), loader_preserved(self.loader):
                     self._rng.restore()
+                    _set_states(self.loader, self._generators)
                     self._draw_until(stop)
-                    self._rng = RandomState.capture()
+                    self._rng, self._generators = RandomState.capture(), _states(self.loader)
             else:
                 self._draw_until(stop)
         return [self._kept[step][0] for step in range(start, stop)]
@@ -152,12 +154,14 @@ class StepBatches:
         self._rng = position.rng
         if position.start is None:
             return
-        with preserved():
+        if len(_generators(self.loader)) != len(position.start.generators):
+            raise InputError(
+                f"{self.name} has {len(_generators(self.loader))} generators of its own, the run "
+                f"that is resumed had {len(position.start.generators)}; give it the same loader"
+            )
+        with preserved(), loader_preserved(self.loader) if self.isolated else nullcontext():
             position.start.rng.restore()
-            for generator, state in zip(
-                _generators(self.loader), position.start.generators, strict=True
-            ):
-                generator.set_state(state)
+            _set_states(self.loader, position.start.generators)
             self._iterator = iter(self.loader)
             for drawn in range(position.index):
                 try:
@@ -168,7 +172,7 @@ class StepBatches:
                         f"at batch {position.index} of its epoch; give it the same data"
                     ) from None
             if self.isolated:
-                self._rng = RandomState.capture()
+                self._rng, self._generators = RandomState.capture(), _states(self.loader)
 
     def _draw_until(self, stop: int) -> None:
         while self._next < stop:
@@ -181,9 +185,7 @@ class StepBatches:
     def _draw(self) -> Any:
         for fresh in (False, True):
             if fresh or self._iterator is None:
-                self._start = _EpochStart(
-                    RandomState.capture(), tuple(g.get_state() for g in _generators(self.loader))
-                )
+                self._start = _EpochStart(RandomState.capture(), _states(self.loader))
                 self._iterator = iter(self.loader)
                 self._epoch += 1
                 self._index = 0
@@ -193,7 +195,7 @@ class StepBatches:
                 continue
         raise InputError(
             f"{self.name} yields no batches; check the dataset's length, batch_size and drop_last"
-            + ("" if self._epoch < 1 else ", and that it can be iterated more than once")
+            + (", and that it can be iterated more than once" if self._next else "")
         )
 
 
@@ -226,12 +228,20 @@ def batch_size(batch: Any) -> int:
 @contextmanager
 def loader_preserved(loader: Any) -> Iterator[None]:
     """Iterating inside leaves the loader's private generators as they were found."""
-    states = [(g, g.get_state()) for g in _generators(loader)]
+    states = _states(loader)
     try:
         yield
     finally:
-        for generator, state in states:
-            generator.set_state(state)
+        _set_states(loader, states)
+
+
+def _states(loader: Any) -> tuple[Tensor, ...]:
+    return tuple(g.get_state() for g in _generators(loader))
+
+
+def _set_states(loader: Any, states: tuple[Tensor, ...]) -> None:
+    for generator, state in zip(_generators(loader), states, strict=True):
+        generator.set_state(state)
 
 
 def _generators(loader: Any) -> list[torch.Generator]:

@@ -102,7 +102,7 @@ class CheckpointStore:
             try:
                 return self.load(step)
             except InputError as error:
-                self.notice(f"{error}; using the checkpoint before it")
+                self.notice(f"{error}; passing over this checkpoint")
         return None
 
     def load(self, step: int) -> Checkpoint:
@@ -138,6 +138,8 @@ class CheckpointStore:
         return Checkpoint(step, tensors, values)
 
     def _retire(self) -> None:
+        for leftover in self.root.glob(".removing-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         for step in self.steps()[: -self.keep]:
             # Renamed first: a half-removed directory never looks like a checkpoint.
             gone = self.root / f".removing-{step:08d}"

@@ -33,6 +33,17 @@ DEVICES = ("auto", "cpu", "cuda")
 RESUMES = ("auto", "never")
 
 
+_REWRITING = {
+    "controls": None,
+    "cooldown": None,
+    "average": None,
+    "objective_batches": None,
+    "product": "auto",
+    "segment": "auto",
+}
+"""Settings that mean nothing where nothing is rewritten, with their values where none was given."""
+
+
 def _unset(meaning: str, metavar: str) -> Any:
     """How help shows a flag whose default is decided later."""
     return arg(metavar=metavar, help_behavior_hint=f"(default: {meaning})")
@@ -42,53 +53,56 @@ def _unset(meaning: str, metavar: str) -> Any:
 class TrainConfig:
     """What `rhc train` does. Each field's sentence is the help of its flag."""
 
-    run: Annotated[tyro.conf.Positional[str], arg(metavar="RUN")] = "digits"
+    run: Annotated[tyro.conf.Positional[str], arg(metavar="[RUN]")] = "digits"
     """What is trained: a name that `rhc runs` lists, or path/to/file.py:function."""
-    data: Annotated[Path | None, _unset("none", "DIR")] = None
-    """Folder of the run's data, for runs that need one."""
-    steps: Annotated[int | None, _unset("the run's own", "T")] = None
-    """Optimizer steps in all."""
-    seed: Annotated[int, arg(metavar="S")] = 0
-    """Seed of weights, batches, dropout and gradient noise."""
-    device: Annotated[str, arg(metavar="auto|cpu|cuda")] = "auto"
-    """Where the model is; auto takes cuda where there is one."""
 
     window: Annotated[int, arg(metavar="K")] = 50
     """Window in steps: rolled forward, differentiated and rewritten at once."""
     stride: Annotated[int | None, _unset("the window", "M")] = None
     """Steps that are committed before sliding on; at most the window."""
-    controls: Annotated[tuple[str, ...], arg(metavar="NAME")] = ("lr",)
-    """What is rewritten: some of lr, momentum, noise, weight_decay."""
-    rewrite: bool = True
-    """--no-rewrite trains as a plain loop does, bit for bit."""
-    start: Annotated[str, arg(metavar="given")] = "given"
-    """Where the schedule starts from: the given lr. (zero and probe do not exist yet.)"""
+    steps: Annotated[int | None, _unset("the run's own", "T")] = None
+    """Optimizer steps in all."""
 
-    optimizer: Annotated[str | None, _unset("the run's own", "sgd|adam|adamw")] = None
-    """Whose steps are taken: of torch.optim."""
+    optimizer: Annotated[str | None, _unset("the run's own", "NAME")] = None
+    """sgd, adam or adamw, of torch.optim."""
     lr: Annotated[float | None, _unset("the run's own", "A")] = None
     """Learning rate to start from."""
     momentum: Annotated[float, arg(metavar="MU")] = 0.9
     """Momentum of sgd, β1 of adam and adamw, to start from."""
     weight_decay: Annotated[float | None, _unset("0; 0.01 for adamw", "W")] = None
     """Weight decay to start from."""
-    nesterov: bool = False
+    nesterov: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Nesterov's momentum, for sgd."""
     clip_norm: Annotated[float | None, _unset("no clipping", "C")] = None
     """Norm that the gradient of all parameters together is clipped to."""
 
-    cooldown: Annotated[float, arg(metavar="F")] = 0.2
+    controls: Annotated[
+        tuple[str, ...] | None, _unset("the first three, as the optimizer has them", "NAME …")
+    ] = None
+    """What is rewritten: some of lr, momentum, noise, weight_decay."""
+    rewrite: Annotated[bool, arg(help_behavior_hint="(default: rewrite)")] = True
+    """--no-rewrite trains as the plain loop does, bit for bit."""
+    start: Annotated[str, arg(metavar="given")] = "given"
+    """Where the schedule starts: from the given lr; zero and probe do not exist yet."""
+    cooldown: Annotated[float | None, _unset("see --print-config", "F")] = None
     """Fraction of the run, at its end, over which lr falls linearly to 0; 0 for none."""
-    average: Annotated[float, arg(metavar="D")] = 0.99
+    average: Annotated[float | None, _unset("see --print-config", "D")] = None
     """A window is judged at the average of its iterates with this decay; 0 for the last one."""
-    objective_batches: Annotated[int, arg(metavar="N")] = 4
+    objective_batches: Annotated[int | None, _unset("see --print-config", "N")] = None
     """Validation batches that a window is judged on."""
-    engine: Annotated[str, arg(metavar="adjoint")] = "adjoint"
-    """How the run is differentiated."""
     product: Annotated[str, arg(metavar="NAME")] = "auto"
     """Hessian products: auto, exact, forward-difference (half the cost) or central-difference."""
     segment: Annotated[str, arg(metavar="N")] = "auto"
-    """Steps per rebuilt graph, 1 (least memory) to the window."""
+    """Steps per rebuilt graph: 1 (least memory) to the window (fastest)."""
+    engine: Annotated[str, arg(metavar="adjoint")] = "adjoint"
+    """How the run is differentiated."""
+
+    seed: Annotated[int, arg(metavar="S")] = 0
+    """Seed of weights, batches, dropout and gradient noise."""
+    data: Annotated[Path | None, _unset("none", "DIR")] = None
+    """Folder of the run's data, for runs that need one."""
+    device: Annotated[str, arg(metavar="NAME")] = "auto"
+    """cpu, cuda, or auto for cuda where there is one."""
 
     directory: Annotated[Path | None, _unset("runs/RUN-HASH", "DIR")] = None
     """The run's directory; by default one per configuration."""
@@ -101,10 +115,10 @@ class TrainConfig:
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the resolved settings as such a file, and exit."""
 
-    # Checks ------------------------------------------------------------------------------------------
+    # Checks ---------------------------------------------------------------------------------------
 
     def checked(self) -> TrainConfig:
-        """These settings, once they make sense by themselves; the first that does not is an error."""
+        """These settings if they make sense by themselves; an InputError otherwise."""
         _one_of("start", self.start, STARTS, "starts 'zero' and 'probe' do not exist yet")
         _one_of("engine", self.engine, ENGINES, "'higher' is for rhc.hypergradient alone")
         _one_of("product", self.product, PRODUCTS)
@@ -121,22 +135,25 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise InputError(f"{name} must be ≥ {least}, got {value}; try {_flag(name)} {example}")
+                raise InputError(
+                    f"{name} must be ≥ {least}, got {value}; try {_flag(name)} {example}"
+                )
         if self.seed >= 2**32:
             raise InputError(f"seed must be below 2**32, got {self.seed}; try --seed 0")
         if self.stride is not None and not 1 <= self.stride <= self.window:
             raise InputError(
-                f"stride must be in [1, {self.window}] for window={self.window}, got {self.stride}; "
-                "lower --stride or raise --window"
+                f"stride must be in [1, {self.window}] for window={self.window}, got "
+                f"{self.stride}; lower --stride or raise --window"
             )
-        if not 0 <= self.cooldown < 1:
+        if self.cooldown is not None and not 0 <= self.cooldown < 1:
             raise InputError(
                 f"cooldown must be in [0, 1), got {self.cooldown:g}; it is a fraction of the run, "
                 "try --cooldown 0.2"
             )
-        if not 0 <= self.average < 1:
+        if self.average is not None and not 0 <= self.average < 1:
             raise InputError(
-                f"average must be in [0, 1), got {self.average:g}; it is a decay, try --average 0.99"
+                f"average must be in [0, 1), got {self.average:g}; it is a decay, "
+                "try --average 0.99"
             )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise InputError(
@@ -145,10 +162,12 @@ class TrainConfig:
         self._check_segment()
         if self.data is not None and not self.data.exists():
             raise InputError(f"data {self.data} does not exist; give --data an existing folder")
-        controls = tuple(name for given in self.controls for name in given.split(",") if name)
-        if not controls:
-            raise InputError("controls is empty; name some, or rewrite nothing with --no-rewrite")
-        checked = replace(self, controls=tuple(dict.fromkeys(controls)))
+        checked = self
+        if self.controls is not None:
+            names = tuple(name for given in self.controls for name in given.split(",") if name)
+            if not names:
+                raise InputError("controls is empty; name some, or rewrite none with --no-rewrite")
+            checked = replace(self, controls=tuple(dict.fromkeys(names)))
         checked._check_used()
         return checked
 
@@ -163,18 +182,17 @@ class TrainConfig:
 
     def _check_used(self) -> None:
         """A setting that would be ignored is an error, not a silence."""
-        default = TrainConfig()
         if not self.rewrite:
-            for name in ("controls", "cooldown", "average", "objective_batches", "product"):
-                if getattr(self, name) != getattr(default, name):
+            for name, unset in _REWRITING.items():
+                if getattr(self, name) != unset:
                     raise InputError(
                         f"{name} is about rewriting, which --no-rewrite turns off, and got "
                         f"{_text(getattr(self, name))}; leave {_flag(name)} or --no-rewrite out"
                     )
-        elif "lr" not in self.controls and self.cooldown != default.cooldown:
+        elif self.controls is not None and "lr" not in self.controls and self.cooldown:
             raise InputError(
                 f"cooldown is of an lr that is rewritten, got {self.cooldown:g} with controls "
-                f"{','.join(self.controls)}; add lr to --controls or leave --cooldown out"
+                f"{_text(self.controls)}; add lr to --controls or leave --cooldown out"
             )
         if self.nesterov and (self.optimizer not in (None, "sgd") or self.momentum == 0):
             raise InputError(
@@ -182,10 +200,10 @@ class TrainConfig:
                 f"momentum {self.momentum:g}; leave --nesterov out"
             )
 
-    # Resolution ----------------------------------------------------------------------------------------
+    # Resolution -----------------------------------------------------------------------------------
 
     def resolved(self, workload: Workload) -> TrainConfig:
-        """These settings with nothing left open: the workload's defaults filled in."""
+        """These settings with the workload's defaults filled in."""
         optimizer = self.optimizer or workload.optimizer
         _one_of("optimizer", optimizer, OPTIMIZERS, "only these have dynamics")
         lr = self.lr if self.lr is not None else workload.lr.get(optimizer)
@@ -199,8 +217,8 @@ class TrainConfig:
             optimizer=optimizer,
             lr=float(lr),
             weight_decay=decay,
-            steps=self.steps or workload.steps,
-            stride=self.stride or self.window,
+            steps=workload.steps if self.steps is None else self.steps,
+            stride=self.window if self.stride is None else self.stride,
             data=None if self.data is None else self.data.resolve(),
             run=_absolute(self.run),
         ).checked()
@@ -210,7 +228,7 @@ class TrainConfig:
         """The run's name as part of a directory's name: a file's runner by its function."""
         return self.run.rpartition(":")[2]
 
-    # Records -------------------------------------------------------------------------------------------
+    # Records --------------------------------------------------------------------------------------
 
     def to_record(self) -> dict[str, Any]:
         """All settings as flat JSON values."""
@@ -260,7 +278,7 @@ class TrainConfig:
 
 def _one_of(argument: str, value: str, known: Sequence[str], remark: str = "") -> None:
     if value not in known:
-        text = known[0] if len(known) == 1 else f"one of {', '.join(known)}"
+        text = repr(known[0]) if len(known) == 1 else f"one of {', '.join(known)}"
         raise InputError(
             f"{argument} must be {text}, got {value!r}; {_nearest(value, known)}"
             f"{remark or f'give {_flag(argument)} one of these'}"
@@ -268,7 +286,7 @@ def _one_of(argument: str, value: str, known: Sequence[str], remark: str = "") -
 
 
 def _nearest(value: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(value, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(value, known, n=1, cutoff=0.7)
     return f"did you mean {near[0]!r}? " if near else ""
 
 
@@ -292,11 +310,16 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def field_kind(hint: Any) -> tuple[type, bool]:
+    """(the type that a field's value has, whether it may be None)."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kind = next(k for k in options if k is not type(None))
+    return typing.get_origin(kind) or kind, type(None) in options
+
+
 def _typed(name: str, hint: Any, value: Any, source: str) -> Any:
     """`value` as the field's type, or an InputError that says what it should be."""
-    optional = isinstance(hint, types.UnionType)
-    kind = next(k for k in typing.get_args(hint) if k is not type(None)) if optional else hint
-    kind = typing.get_origin(kind) or kind
+    kind, optional = field_kind(hint)
     if value is None and optional:
         return None
     number = isinstance(value, int | float) and not isinstance(value, bool)

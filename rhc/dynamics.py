@@ -117,7 +117,7 @@ def adam(
             g = tree_map(lambda g, p: g + weight_decay * p, g, params)
         m = tree_map(lambda m, g: beta1 * m + (1 - beta1) * g, state.exp_avg, g)
         v = tree_map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.exp_avg_sq, g)
-        largest = tree_map(torch.maximum, state.max_exp_avg_sq, v) if amsgrad else None
+        largest: Any = tree_map(torch.maximum, state.max_exp_avg_sq, v) if amsgrad else None
         step_size = lr / (1 - beta1**step)
         root_correction = (1 - beta2**step) ** 0.5
 
@@ -126,8 +126,8 @@ def adam(
 
         new = tree_map(direction, m, largest if amsgrad else v)
         if not _is_zero(weight_decay) and decoupled:
+            # torch decays first; the rest of the step does not look at θ, so the order is free.
             new = tree_map(lambda u, p: u - lr * weight_decay * p, new, params)
-            # torch decays first and steps then; the step does not depend on the decayed value.
         return new, AdamState(step, m, v, largest)
 
     return GradientTransformation(init, update)

@@ -82,7 +82,9 @@ class Average:
     def update(self, parameters: Sequence[Tensor]) -> None:
         """Takes the next iterate in."""
         self.count += 1
-        if self.values is None:
+        if self.decay is None:
+            self.values = [p.detach() for p in parameters]  # live: the last iterate, no copy
+        elif self.values is None:
             self.values = [p.detach().clone() for p in parameters]
         else:
             live = [p.detach() for p in parameters]

@@ -72,6 +72,11 @@ class RunDirectory:
         self.tape = JsonLines(self.path / "tape.jsonl")
         self.windows = JsonLines(self.path / "windows.jsonl")
         checkpoint = self.checkpoints.latest()
+        if checkpoint is None and (self.tape.length or self.checkpoints.steps()):
+            raise InputError(
+                f"directory {self.path} holds a run, but no checkpoint of it can be used; start "
+                "again in another --directory"
+            )
         lengths = {} if checkpoint is None else checkpoint.values["lengths"]
         self.tape.truncate(int(lengths.get("tape", 0)))
         self.windows.truncate(int(lengths.get("windows", 0)))
@@ -94,11 +99,8 @@ class RunDirectory:
     def _check_same(self, config: Mapping[str, Any]) -> None:
         old = read_json(self.path / "config.json")
         new = json.loads(json.dumps(finite(config)))
-        differences = [
-            f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}"
-            for key in sorted(old.keys() | new.keys())
-            if key not in NOT_COMPARED and old.get(key) != new.get(key)
-        ]
+        was, now = ({k: v for k, v in c.items() if k not in NOT_COMPARED} for c in (old, new))
+        differences = _differences(was, now)
         if differences:
             raise InputError(
                 f"directory {self.path} belongs to another configuration "
@@ -109,8 +111,8 @@ class RunDirectory:
             for key, value in new.get("versions", {}).items()
             if old.get("versions", {}).get(key) != value
         }
-        for key, (was, now) in versions.items():
-            self.notice(f"the run began with {key} {was}, this is {now}: its bits may differ")
+        for key, (before, here) in versions.items():
+            self.notice(f"the run began with {key} {before}, this is {here}: its bits may differ")
 
 
 def versions() -> dict[str, str]:
@@ -143,6 +145,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _document(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode()
+
+
+def _differences(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in sorted(was.keys() | now.keys()):
+        a, b = was.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key} was {_short(a)}, is {_short(b)}")
+    return found
 
 
 def _short(value: Any) -> str:

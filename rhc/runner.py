@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rhc.batches import Position, StepBatches, batch_size
+from rhc.batches import Position, StepBatches, batch_size, loader_preserved
 from rhc.checkpoint import Checkpoint
 from rhc.errors import InputError
 from rhc.evaluate import TRAIN_BATCHES, Losses, at_average, batch_statistics, evaluate
@@ -49,6 +49,7 @@ from rhc.hypergradient.segments import kept_states
 from rhc.noise import mixed_seed
 from rhc.objective import Average, Objective
 from rhc.plant import LossFn, Plant, Snapshot, StepRecord, Trajectory
+from rhc.randomness import preserved
 from rhc.rewrite import Proposal, Rewrite, carried
 from rhc.run_directory import RunDirectory, hardware, versions
 from rhc.schedule import CONTROLS, Schedule, cooldown
@@ -236,7 +237,8 @@ class Runner:
 
     def _window(self) -> None:
         """One window: six verbs, and the state, tape and schedule move on by up to M steps."""
-        start, stop = self.loop.step, min(self.loop.step + self.window, self.loop.steps)
+        length = self.window if self.rewriting else self.stride
+        start, stop = self.loop.step, min(self.loop.step + length, self.loop.steps)
         commit = min(start + self.stride, stop)
         if self.rewriting:
             before = _Moment(self.plant.snapshot(), self.loop.average.copy())
@@ -297,16 +299,18 @@ class Runner:
         trajectory = self._run(attempt, commit, record, mean, guarded=guarded)
         if attempt.failure is not None:
             return attempt
-        h = look_back(
-            self.plant,
-            trajectory,
-            self.objective,
-            self.controls,
-            mean,
-            terminal,
-            segment=segment,
-            product=product,
-        )
+        # Where no proposal is accepted, the next window goes on from the roll's random state.
+        with preserved():
+            h = look_back(
+                self.plant,
+                trajectory,
+                self.objective,
+                self.controls,
+                mean,
+                terminal,
+                segment=segment,
+                product=product,
+            )
         self.loop.cost.gradients(share)
         self.loop.cost.hessian_products += h.hessian_products
         self.loop.cost.gradient_equivalents += h.hessian_products * PRODUCT_COST[product]
@@ -336,7 +340,6 @@ class Runner:
                 rolled.number + 1 + retry, proposal.schedule, rolled.batches, proposal
             )
             self._verb("restore", start, stop, replayed.number)
-            # The look back has used the random state; the replay needs the roll's.
             self._restore(before)
             self._verb("replay", start, stop, replayed.number)
             mean = Average(self.objective.average)
@@ -364,8 +367,12 @@ class Runner:
     ) -> Trajectory:
         """Live steps through the attempt's window; keeps the moment at `commit` if it is inside."""
         schedule = attempt.schedule
+        began = None if record is None else self.loop.average.copy()
 
         def on_step(step: int, observed: StepRecord) -> None:
+            if step == schedule.start and began is not None:
+                # Not the first time where the plant had to split its blocks and began again.
+                self.loop.average.assign(began)
             if step < commit:
                 self.loop.average.update(self.plant.parameters)
             if step + 1 == commit < schedule.stop:
@@ -484,13 +491,25 @@ class Runner:
                 name="val_loader",
             )
         if self.directory is not None:
+            self._try_first_batch()
             checkpoint = self.directory.open(self._description(), resume)
             if checkpoint is None:
                 self._save()
             else:
                 self._load(checkpoint)
-                self.loop.finished = self.directory.result()
+                if self.loop.step == steps:
+                    self.loop.finished = self.directory.result()
         return self.loop
+
+    def _try_first_batch(self) -> None:
+        """A loader or a loss that cannot be used is an error before anything is written."""
+        batch = self.loop.train.take(0, 1)[0]
+        if self.loop.validation is not None:
+            # A stream of its own: this one's place is saved with the first checkpoint.
+            with loader_preserved(self.val_loader):
+                StepBatches(self.val_loader or (), isolated=True, name="val_loader").take(0, 1)
+        with self.plant.evaluating():
+            self.plant.loss(batch)
 
     def _planned(self, steps: int) -> Schedule:
         """The optimizer's own controls at every step, lr with a cooldown at the end."""
@@ -516,6 +535,7 @@ class Runner:
             "optimizer": rest,
             "reference": self.loop.reference,
             "average_count": self.loop.average.count,
+            "singletons": self.plant.singletons,
             "cost": asdict(self.loop.cost),
             "seconds": self._seconds(),
             "lengths": {
@@ -535,8 +555,11 @@ class Runner:
         if self.loop.validation is not None:
             self.loop.validation.seek(Position.from_tensors(tensors["validation_batches"]))
         self.plant.restore(snapshot)
+        self.plant.singletons = bool(values["singletons"])
         self.loop.step = checkpoint.step
-        self.loop.schedule = Schedule(tensors["schedule"], 0, self.seed)
+        # safetensors gives names back in any order, and the tape's lines keep the schedule's.
+        values_by_name = {name: tensors["schedule"][name] for name in self.loop.schedule.values}
+        self.loop.schedule = Schedule(values_by_name, 0, self.seed)
         average = [tensors["average"][str(i)] for i in range(len(tensors["average"]))]
         self.loop.average = Average(
             AVERAGE_DECAY,
@@ -593,8 +616,10 @@ class Runner:
         for i in range(n):
             step = attempt.schedule.start + i
             metrics = {k: _number(v) for k, v in trajectory.metrics[i].items()}
-            row = {"step": step, "loss": losses[i], "gradient_norm": norms[i]}
-            rows.append(row | attempt.schedule.at(step) | {k: v for k, v in metrics.items()})
+            row: dict[str, Any] = {"step": step, "loss": losses[i], "gradient_norm": norms[i]}
+            row |= attempt.schedule.at(step)
+            # A metric that is called "loss" or "lr" does not take the place of the loop's own.
+            rows.append(row | {k: v for k, v in metrics.items() if k not in row})
         return rows
 
     def _record(
@@ -637,9 +662,10 @@ class Runner:
             "controls": list(self.controls),
             "rewrite": asdict(self.law) if self.rewriting else False,
             "objective": {
-                k: v if k != "reward" else getattr(v, "__qualname__", v)
+                k: v if k != "reward" else v and getattr(v, "__qualname__", type(v).__qualname__)
                 for k, v in vars(self.objective).items()
             },
+            "validation": self.val_loader is not None,
             "product": self.product,
             "segment": self.segment,
             "clip_norm": self.plant.clip_norm,
@@ -718,7 +744,7 @@ def _steered(plant: Plant, asked: Sequence[str] | None) -> tuple[str, ...]:
     initial = plant.controls.initial
     if asked is None:
         usual = [name for name in DEFAULT_CONTROLS if name in plant.controls.available]
-        return tuple(n for n in usual if n != "momentum" or CONTROLS[n].lower <= initial[n])
+        asked = [n for n in usual if n != "momentum" or CONTROLS[n].lower <= initial[n]]
     controls = tuple(dict.fromkeys(asked))
     if not controls:
         raise InputError(

@@ -1,0 +1,278 @@
+"""The command line `rhc`: flags from types, errors in one sentence, exit statuses.
+
+0 done, 1 the run diverged, 2 something that was given cannot be used, 130 stopped by Ctrl-C. torch
+is imported by the commands that need it, so that help and mistyped flags are answered at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import arg
+
+from rhc import __version__
+from rhc.config import TrainConfig, field_kind
+from rhc.errors import InputError
+
+
+@dataclass(frozen=True)
+class ResumeConfig:
+    """What `rhc resume` does."""
+
+    directory: Annotated[tyro.conf.Positional[Path], arg(metavar="DIR")]
+    """The directory of a run that was stopped."""
+    data: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: as before)")] = (
+        None
+    )
+    """Where the same data are now, if they were moved."""
+    device: Annotated[
+        str | None, arg(metavar="NAME", help_behavior_hint="(default: as before)")
+    ] = None
+    """Where to go on: cpu, cuda or auto."""
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """What `rhc inspect` does."""
+
+    directory: Annotated[tyro.conf.Positional[Path], arg(metavar="DIR")]
+    """The directory of a run."""
+
+
+@dataclass(frozen=True)
+class RunsConfig:
+    """What `rhc runs` does."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its flags, what it does, a line for `rhc --help` and its own help."""
+
+    flags: type[Any]
+    act: Callable[[Any], int]
+    summary: str
+    description: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line (default: the process's own) and returns its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that is not UTF-8 gets a question mark in place of "≥", not a traceback.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        return _dispatch(arguments)
+    except InputError as error:
+        print(f"rhc: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rhc: stopped", file=sys.stderr)
+        return 130
+    except SystemExit as stop:  # tyro's way to end after --help
+        return int(stop.code or 0)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if arguments[:1] == ["--version"]:
+        print(f"rhc {__version__}")
+        return 0
+    if not arguments or arguments[0] in ("-h", "--help"):
+        return _overview()
+    name, *rest = arguments
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(
+            f"unknown command {name!r}: {hint}there are: {', '.join(COMMANDS)}; see rhc --help"
+        )
+    command = COMMANDS[name]
+    default = _defaults(rest) if command.flags is TrainConfig else tyro.MISSING_NONPROP
+    return command.act(_parsed(name, command, rest, default))
+
+
+def _overview() -> int:
+    """`rhc --help`."""
+    commands: Any = None
+    for name, command in COMMANDS.items():
+        flags: Any = command.flags
+        one = Annotated[flags, tyro.conf.subcommand(name, description=command.summary)]
+        commands = one if commands is None else commands | one
+    tyro.cli(commands, prog="rhc", description=OVERVIEW, args=["--help"])
+    return 0
+
+
+def _defaults(arguments: Sequence[str]) -> TrainConfig:
+    """The settings below the flags: those of --config FILE where it is given."""
+    path: str | None = None
+    for place, token in enumerate(arguments):
+        flag, given, value = token.partition("=")
+        if flag == "--config":
+            path = value if given else next(iter(arguments[place + 1 :]), None)
+    return TrainConfig.from_toml(Path(path)) if path and path[:2] != "--" else TrainConfig()
+
+
+def _parsed(name: str, command: Command, arguments: list[str], default: Any) -> Any:
+    """The command's flags as its dataclass; what tyro refuses becomes an InputError."""
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured):
+            return tyro.cli(
+                command.flags,
+                prog=f"rhc {name}",
+                description=command.description,
+                args=arguments,
+                default=default,
+                config=(tyro.conf.DisallowNone,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        fault = _fault(command.flags, arguments) or _unboxed(captured.getvalue())
+    raise InputError(f"{fault}{'' if fault.endswith('?') else ';'} see rhc {name} --help")
+
+
+def _fault(flags: type[Any], arguments: Sequence[str]) -> str | None:
+    """What is wrong with the flags in one clause; None where it is not a flag or its value."""
+    hints = typing.get_type_hints(flags)
+    kinds = {f"--{f.name.replace('_', '-')}": field_kind(hints[f.name])[0] for f in fields(flags)}
+    known = [*kinds, *(f"--no-{flag[2:]}" for flag, kind in kinds.items() if kind is bool)]
+    for place, token in enumerate(arguments):
+        if not token.startswith("--"):
+            continue
+        written, given, value = token.partition("=")
+        flag = written.replace("_", "-")
+        if flag not in known:
+            near = difflib.get_close_matches(flag, known, n=1)
+            return f"unknown flag {flag}" + (f": did you mean {near[0]}?" if near else "")
+        kind = kinds.get(flag, bool)
+        if kind is bool:
+            continue
+        text = value if given else next(iter(arguments[place + 1 :]), None)
+        if text is None or text.startswith("--"):
+            return f"{flag} needs a value"
+        if kind in (int, float):
+            try:
+                kind(text)
+            except ValueError:
+                number = "a whole number" if kind is int else "a number"
+                return f"{flag} must be {number}, got {text!r}"
+    required = any(f.default is MISSING for f in fields(flags))
+    if required and not any(token[:1] != "-" for token in arguments):
+        return "DIR is missing: give the directory of a run"
+    return None
+
+
+def _unboxed(text: str) -> str:
+    """The message inside the box that tyro draws, up to its first rule, on one line."""
+    lines = [line.strip("│| ") for line in text.splitlines()[1:]]
+    message = []
+    for line in lines:
+        if line and not line.strip("─-"):
+            break
+        message.append(line.strip())
+    text = " ".join(message).strip(" .:╭╮╰╯─") or "these arguments cannot be read"
+    return text[0].lower() + text[1:]
+
+
+# Commands -----------------------------------------------------------------------------------------
+
+
+def _train(config: TrainConfig) -> int:
+    config = config.checked()
+    from rich.console import Console
+
+    from rhc.train import train
+
+    return train(config, Console())
+
+
+def _resume(config: ResumeConfig) -> int:
+    from rhc.summary import read_record
+
+    read_record(config.directory)  # what is no run is said before torch is imported
+    from rich.console import Console
+
+    from rhc.train import config_of, train
+
+    recorded = config_of(config.directory)
+    moved = None if config.data is None else recorded.data
+    settings = replace(
+        recorded, data=config.data or recorded.data, device=config.device or recorded.device
+    )
+    return train(settings.checked(), Console(), recorded_data=moved)
+
+
+def _runs(config: RunsConfig) -> int:
+    from rich.console import Console
+
+    from rhc.summary import print_runs
+
+    print_runs(Console())
+    return 0
+
+
+def _inspect(config: InspectConfig) -> int:
+    from rich.console import Console
+
+    from rhc.summary import print_run
+
+    print_run(Console(), config.directory)
+    return 0
+
+
+# tyro joins the lines of a paragraph that are not indented, so that each is one line here.
+OVERVIEW = """\
+Train a PyTorch model, and have its schedule written with hindsight:
+  rhc train --window 50    a first run: digits, no download, a few seconds
+  rhc train --help         all settings, with examples
+  rhc --version            the version"""
+
+TRAIN = """\
+Train RUN and write its schedule with hindsight:
+  roll K steps, look back with exact gradients of a window objective with
+  respect to every control of every step, rewrite, restore, replay, commit, slide
+
+examples:
+  rhc train --window 50                             digits, 50 steps at once
+  rhc train mnist --data mnist/ --optimizer adam    MNIST's IDX files in a folder
+  rhc train my_run.py:make --controls lr momentum   a runner of your own
+  rhc train --no-rewrite                            the plain loop, to compare
+  rhc train --print-config > run.toml && rhc train --config run.toml --seed 1
+
+The same command finds its run again and continues it; so does rhc resume DIR."""
+
+COMMANDS = {
+    "train": Command(
+        TrainConfig, _train, "Train and rewrite:   rhc train mnist --data mnist/", TRAIN
+    ),
+    "resume": Command(
+        ResumeConfig,
+        _resume,
+        "Go on after a stop:  rhc resume runs/digits-1a2b3c4d",
+        "Continue a run that was stopped, at its newest checkpoint, bit for bit.\n\n"
+        "example:\n  rhc resume runs/digits-1a2b3c4d",
+    ),
+    "runs": Command(
+        RunsConfig,
+        _runs,
+        "What can be trained, and what has been:  rhc runs",
+        "List what can be trained, and the runs that lie in runs/.",
+    ),
+    "inspect": Command(
+        InspectConfig,
+        _inspect,
+        "What a run did:      rhc inspect runs/digits-1a2b3c4d",
+        "Show a run: its settings, schedule, windows and losses.\n\n"
+        "example:\n  rhc inspect runs/digits-1a2b3c4d",
+    ),
+}

@@ -1,0 +1,400 @@
+"""What a person sees while a run trains: a live display on a terminal, plain lines elsewhere.
+
+Both listen to the same events and show the same `Progress`. Steps come every few milliseconds, so
+that a step only stores a reference; the screen takes at most 2 % of the time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from rhc.events import (
+    VERBS,
+    CheckpointSaved,
+    Committed,
+    Event,
+    Notice,
+    RunEnded,
+    RunStarted,
+    StepTaken,
+    VerbStarted,
+    WindowAttempted,
+)
+
+DRAWING = 0.01
+"""Share of the time spent on drawing; twice that at the most. One frame takes 3 to 5 ms."""
+REFRESHES = 8.0
+"""Per second, at most."""
+ATTEMPTS_SHOWN = 4
+_OUTCOME_STYLE = {"accepted": "green", "rejected": "yellow", "rewound": "red"}
+
+
+@dataclass
+class Progress:
+    """Everything that the events have said so far."""
+
+    name: str
+    clock: Callable[[], float] = time.monotonic
+    steps: int = 0
+    start: int = 0
+    window: int = 0
+    stride: int = 0
+    controls: tuple[str, ...] = ()
+    rewriting: bool = True
+    directory: Path | None = None
+    began: float = 0.0
+    committed: int = 0
+    saved: int = 0
+    cost: float | None = None
+    verb: VerbStarted | None = None
+    step: StepTaken | None = None
+    losses: list[float] = field(default_factory=list)
+    """Mean training loss of every committed window."""
+    attempts: deque[Mapping[str, Any]] = field(default_factory=lambda: deque(maxlen=ATTEMPTS_SHOWN))
+    outcomes: dict[str, int] = field(
+        default_factory=lambda: {"accepted": 0, "rejected": 0, "rewound": 0}
+    )
+    """Windows by what became of them; one can be rewound and accepted."""
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """The tape's newest line."""
+    started: bool = False
+    result: Mapping[str, Any] | None = None
+
+    def observe(self, event: Event) -> None:
+        """Takes an event in."""
+        match event:
+            case StepTaken():
+                self.step = event
+            case VerbStarted():
+                self.verb = event
+                if event.verb in ("roll", "replay"):
+                    self.step = None
+            case WindowAttempted(record):
+                self.attempts.append(record)
+                if record["outcome"] == "rewound":
+                    self.outcomes["rewound"] += record["attempt"] == 0
+            case Committed():
+                self.committed, self.cost = event.stop, event.plain_run_equivalents
+                self.row = event.rows[-1]
+                self.losses.append(sum(row["loss"] for row in event.rows) / len(event.rows))
+                newest = self.of_window(event.start)
+                if newest is not None and newest["outcome"] != "rewound":
+                    self.outcomes[newest["outcome"]] += 1
+            case CheckpointSaved():
+                self.saved = event.step
+            case RunStarted():
+                self.started = True
+                self.start = self.committed = self.saved = event.start
+                self.steps, self.window, self.stride = event.steps, event.window, event.stride
+                self.controls, self.rewriting = event.controls, event.rewriting
+                self.directory, self.began = event.directory, self.clock()
+                self._recall()
+            case RunEnded(result):
+                self.result = result
+
+    def of_window(self, start: int) -> Mapping[str, Any] | None:
+        """The newest attempt, if it was at the window that begins at `start`."""
+        newest = self.attempts[-1] if self.attempts else None
+        return newest if newest is not None and newest["start"] == start else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the pace since this fit began; None before anything is committed."""
+        done = self.committed - self.start
+        if not done:
+            return None
+        return (self.clock() - self.began) / done * (self.steps - self.committed)
+
+    @property
+    def values(self) -> Mapping[str, float]:
+        """The controls in use, or those of the newest committed step."""
+        return self.row if self.step is None else self.step.controls
+
+    def _recall(self) -> None:
+        """A resumed run's earlier windows, from its own files, so that the counts are the run's."""
+        if self.directory is None or not self.start:
+            return
+        last: dict[int, str] = {}
+        for line in (self.directory / "windows.jsonl").read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            last[record["start"]] = record["outcome"]
+            self.outcomes["rewound"] += record["outcome"] == "rewound" and record["attempt"] == 0
+        for outcome in last.values():
+            self.outcomes[outcome] += outcome != "rewound"
+
+
+class PlainLines(AbstractContextManager["PlainLines"]):
+    """A listener that writes one line per committed window: for logs and pipes."""
+
+    def __init__(self, progress: Progress, console: Console) -> None:
+        self.progress = progress
+        self.write = lambda text: console.out(text, highlight=False)
+
+    def __call__(self, event: Event) -> None:
+        self.progress.observe(event)
+        match event:
+            case RunStarted():
+                for line in heading(self.progress):
+                    self.write(line)
+            case WindowAttempted(record) if record["outcome"] == "rewound":
+                self.write(f"{self._place(record['stop'])}  rewound: {record['reason']}")
+            case Committed():
+                self.write(self._line(event))
+            case Notice(message):
+                self.write(f"notice: {message}")
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def _place(self, step: int) -> str:
+        width = len(str(self.progress.steps))
+        return f"step {step:>{width}}/{self.progress.steps}"
+
+    def _line(self, event: Committed) -> str:
+        progress = self.progress
+        parts = [self._place(event.stop), f"loss {progress.losses[-1]:<9.4g}"]
+        parts.append(f"lr {event.rows[-1]['lr']:<9.3g}")
+        record = progress.of_window(event.start)
+        if record is not None:
+            parts.append(f"J {change(record, '->'):<22} {record['outcome']}")
+        if progress.rewriting:
+            parts.append(f"cost {event.plain_run_equivalents:.1f}x")
+        return "  ".join([*parts, f"eta {duration(progress.seconds_left)}"])
+
+
+class LiveDisplay(AbstractContextManager["LiveDisplay"]):
+    """A listener that keeps a frame of a terminal up to date."""
+
+    def __init__(self, progress: Progress, console: Console) -> None:
+        self.progress = progress
+        self.console = console
+        # No refreshing thread: it would compete with the training for the interpreter.
+        self.live = Live(console=console, auto_refresh=False, get_renderable=self._frame)
+        self.drawn = -math.inf
+        self.pause = 1 / REFRESHES
+
+    def __call__(self, event: Event) -> None:
+        progress = self.progress
+        progress.observe(event)
+        match event:
+            case StepTaken():
+                # Looking back may take long: the end of a roll is drawn, so that it can be seen.
+                end = progress.verb is not None and event.step + 1 == progress.verb.stop
+                if progress.clock() - self.drawn > (self.pause / 2 if end else self.pause):
+                    self._draw()
+            case RunStarted():
+                for line in heading(progress):
+                    self.console.print(Text(line, style="dim"), soft_wrap=True)
+                self.live.start()
+            case Notice(message):
+                self.console.print(Text(f"notice: {message}"), soft_wrap=True)
+            case RunEnded():
+                self._draw()
+
+    def _draw(self) -> None:
+        if self.live.is_started:
+            began = self.progress.clock()
+            self.live.refresh()
+            self.drawn = self.progress.clock()
+            self.pause = max(1 / REFRESHES, (self.drawn - began) / DRAWING)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.live.is_started:
+            self.live.stop()
+
+    def _frame(self) -> RenderableType:
+        return frame(self.progress, self.console.width)
+
+
+def display(progress: Progress, console: Console) -> PlainLines | LiveDisplay:
+    """The listener that suits where `console` writes to; a context manager."""
+    animated = console.is_terminal and not console.is_dumb_terminal
+    return LiveDisplay(progress, console) if animated else PlainLines(progress, console)
+
+
+def heading(progress: Progress) -> list[str]:
+    """What begins, or goes on, and how to stop it: one or two lines."""
+    what = f"rewriting {', '.join(progress.controls)}" if progress.rewriting else "not rewriting"
+    where = f", from step {progress.start}" if progress.start else ""
+    lines = [f"{progress.name}: {progress.steps} steps{where}, window {progress.window}, {what}"]
+    if progress.directory is not None:
+        lines.append(f"Ctrl-C stops, rhc resume {progress.directory} continues")
+    return lines
+
+
+# The frame ----------------------------------------------------------------------------------------
+
+
+def frame(progress: Progress, width: int) -> RenderableType:
+    """The display as it stands, for a screen of `width` columns."""
+    parts: list[RenderableType] = [_bars(progress)]
+    if progress.result is None:
+        parts.append(_verbs(progress))
+    parts += [_controls(progress), _loss(progress)]
+    if progress.attempts:
+        parts.append(_attempts(progress))
+    parts.append(_counters(progress))
+    return Panel(
+        Group(*parts),
+        title=Text(progress.name, style="bold"),
+        title_align="left",
+        border_style="dim",
+        width=min(width, 92),
+    )
+
+
+def _bars(progress: Progress) -> RenderableType:
+    """How far the run and the window are."""
+    grid = Table.grid(expand=True, padding=(0, 2, 0, 0))
+    grid.add_column(style="dim")
+    grid.add_column(ratio=1)
+    for _ in range(2):
+        grid.add_column(no_wrap=True)
+    seconds = progress.seconds_left
+    left = "" if seconds is None else f"{duration(seconds)} left"
+    left = left if progress.result is None else "done"
+    grid.add_row(
+        "run",
+        _bar(progress.committed, progress.steps),
+        f"{progress.committed}/{progress.steps}",
+        left,
+    )
+    verb, step = progress.verb, progress.step
+    if verb is None or progress.result is not None:
+        return grid
+    size = verb.stop - verb.start
+    rolling = verb.verb in ("roll", "replay")
+    taken = (0 if rolling else size) if step is None else step.step - verb.start + 1
+    looking_back = verb.verb == "roll" and taken == size and progress.rewriting
+    state = "looking back" if looking_back else f"{taken}/{size}"
+    if verb.attempt:
+        state += f", try {verb.attempt}"
+    grid.add_row("window", _bar(taken, size), f"{verb.start}–{verb.stop}", state)
+    return grid
+
+
+def _bar(completed: float, total: float) -> RenderableType:
+    return ProgressBar(total=max(total, 1), completed=completed, finished_style="green")
+
+
+def _verbs(progress: Progress) -> RenderableType:
+    text = Text(no_wrap=True, overflow="ellipsis")
+    now = None if progress.verb is None else progress.verb.verb
+    for verb in VERBS:
+        if text:
+            text.append("  ")
+        text.append(verb, style="bold reverse" if verb == now else "dim")
+    return text
+
+
+def _controls(progress: Progress) -> RenderableType:
+    text = Text(no_wrap=True, overflow="ellipsis")
+    for name in ("lr", "momentum", "noise", "weight_decay"):
+        value = progress.values.get(name)
+        if value is not None and (value or name in progress.controls):
+            text.append(f"{'   ' if text else ''}{name} ", style="dim")
+            text.append(f"{value:.3g}")
+    return text
+
+
+def _loss(progress: Progress) -> RenderableType:
+    text = Text("train loss ", style="dim", no_wrap=True, overflow="ellipsis")
+    if not progress.losses:
+        if progress.step is not None and progress.step.loss is not None:
+            text.append(f"{progress.step.loss:.4g}", style="not dim")
+        return text
+    newest = progress.losses[-1]
+    text.append(f"{newest:.4g}", style="not dim")
+    if len(progress.losses) > 1 and (before := progress.losses[-2]) > 0:
+        ratio = newest / before - 1
+        text.append(f"  {ratio:+.0%}", style="green" if ratio <= 0 else "yellow")
+        text.append("  " + sparkline(progress.losses[-24:]), style="not dim cyan")
+    return text
+
+
+def _attempts(progress: Progress) -> RenderableType:
+    """The newest attempts at a window, one a line; text, since a table costs 2 ms to lay out."""
+    text = Text(no_wrap=True, overflow="ellipsis")
+    places = [f"{record['start']}–{record['stop']}" for record in progress.attempts]
+    changes = [
+        "" if record["outcome"] == "rewound" else f"J {change(record, '→')}"
+        for record in progress.attempts
+    ]
+    for record, place, moved in zip(progress.attempts, places, changes, strict=True):
+        outcome = record["outcome"]
+        text.append("\n" if text else "")
+        text.append(f"{place:<{max(map(len, places))}}  ", style="dim")
+        text.append(f"{moved:<{max(map(len, changes))}}  ")
+        text.append(outcome, style=_OUTCOME_STYLE[outcome])
+    return text
+
+
+def _counters(progress: Progress) -> RenderableType:
+    text = Text(no_wrap=True, overflow="ellipsis")
+    if progress.rewriting:
+        for outcome, count in progress.outcomes.items():
+            text.append(f"{outcome} ", style="dim")
+            text.append(f"{count}  ", style=_OUTCOME_STYLE[outcome] if count else "dim")
+    if progress.cost is not None:
+        text.append("  cost ", style="dim")
+        text.append(f"{progress.cost:.2f}x plain")
+    return text
+
+
+# Words and numbers --------------------------------------------------------------------------------
+
+
+def change(record: Mapping[str, Any], arrow: str) -> str:
+    """J before and after an attempt: `0.2107 -> 0.1890`."""
+    before, after = record["objective_before"], record["objective_after"]
+    return f"{_number(before)} {arrow} {_number(after)}"
+
+
+def duration(seconds: float | None) -> str:
+    """`12s`, `3m20s`, `1h05m`; `?` where it is not known."""
+    if seconds is None or not math.isfinite(seconds):
+        return "?"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def sparkline(values: list[float]) -> str:
+    """The course of positive values, on a logarithmic scale, in one character each."""
+    logs = [math.log(v) if v > 0 and math.isfinite(v) else None for v in values]
+    known = [v for v in logs if v is not None]
+    if not known:
+        return ""
+    low, high = min(known), max(known)
+    scale = 7 / (high - low) if high > low else 0.0
+    return "".join(" " if v is None else "▁▂▃▄▅▆▇█"[round((v - low) * scale)] for v in logs)
+
+
+def _number(value: float | None) -> str:
+    return "?" if value is None or not math.isfinite(value) else f"{value:.4g}"

@@ -1,0 +1,232 @@
+"""`rhc train` once its flags are read: from a TrainConfig to a run that is finished or stopped.
+
+Nothing is created before everything that can be checked has been.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from rhc.config import RECORD_VERSION, TrainConfig
+from rhc.errors import InputError
+from rhc.hypergradient import Engine, Product
+from rhc.objective import Objective
+from rhc.progress import Progress, display
+from rhc.rewrite import Rewrite
+from rhc.runner import DivergedError, Runner
+from rhc.schedule import CONTROLS, control
+from rhc.summary import RUNS, print_result, read_record
+from rhc.workload import Workload, load_runner
+
+NOT_HASHED = ("directory", "resume", "device", "keep_checkpoints", "config", "print_config")
+"""Settings that two runs in one directory may differ in."""
+
+_DESCRIBED = ("rewrite", "controls", "segment", "device")
+"""Entries of config.json that the Runner writes in its own, resolved form."""
+
+
+def train(config: TrainConfig, console: Console, *, recorded_data: Path | None = None) -> int:
+    """Trains, and returns the exit status. config: checked by itself (`TrainConfig.checked`).
+
+    recorded_data: what config.json says of a resumed run's data, where they have moved since.
+    """
+    runner_function = load_runner(config.run)
+    _check_controls(config)
+    device = _device(config.device)
+    _seed(config.seed)
+    workload = runner_function(seed=config.seed, data=config.data)
+    config = config.resolved(workload)
+    law, objective, config = _law(config)
+    _check_controls(config)
+    if config.print_config:
+        console.out(config.to_toml(), end="", highlight=False)
+        return 0
+
+    if recorded_data is not None:
+        config = replace(config, data=recorded_data)
+    directory = config.directory or _default_directory(config, law, objective)
+    workload.model.to(device)
+    progress = Progress(config.short_name)
+    with display(progress, console) as listener:
+        runner = Runner(
+            workload.model,
+            _optimizer(config, workload),
+            workload.loss_fn,
+            workload.train_loader,
+            workload.val_loader,
+            test_loader=workload.test_loader,
+            window=config.window,
+            stride=config.stride,
+            controls=config.controls,
+            start=cast(Literal["given"], config.start),
+            rewrite=law,
+            objective=objective,
+            engine=cast(Engine, config.engine),
+            product=cast(Product, config.product),
+            segment="auto" if config.segment == "auto" else int(config.segment),
+            clip_norm=config.clip_norm,
+            directory=directory,
+            keep_checkpoints=config.keep_checkpoints,
+            seed=config.seed,
+            listeners=[listener],
+            config=_recorded(config),
+        )
+        assert config.steps is not None
+        try:
+            runner.fit(config.steps, cast(Literal["auto", "never"], config.resume))
+        except KeyboardInterrupt:
+            return _interrupted(progress, directory)
+        except DivergedError as error:
+            print(f"rhc: error: {error}", file=sys.stderr)
+            return 1
+    assert progress.result is not None
+    if not progress.started:
+        console.print(
+            f"{directory} holds this run, finished; to train anew give another --seed or "
+            "--directory, or remove it",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print()
+    print_result(console, progress.result, directory, inspect=True)
+    return 0
+
+
+def config_of(directory: Path) -> TrainConfig:
+    """The settings of the run in `directory`, from its config.json, to continue it."""
+    record = read_record(directory)
+    path = directory / "config.json"
+    if "run" not in record:
+        raise InputError(
+            f"{path} was written by rhc.Runner in a script, not by rhc train; run that script "
+            "again to continue"
+        )
+    if record.get("version") != RECORD_VERSION:
+        raise InputError(
+            f"{path} has version {record.get('version')!r}, this rhc reads version "
+            f"{RECORD_VERSION}; continue with the rhc that began the run"
+        )
+    names = TrainConfig().to_record().keys()
+    values = {name: record[name] for name in names if name in record}
+    values["rewrite"] = record.get("rewrite") is not False
+    values["controls"] = record.get("controls") or None
+    values["device"] = str(record.get("device", "auto")).partition(":")[0]
+    return replace(
+        TrainConfig.from_record(values, str(path)), directory=directory, resume="auto", config=None
+    )
+
+
+# Checks -------------------------------------------------------------------------------------------
+
+
+def _check_controls(config: TrainConfig) -> None:
+    """Unknown names, and values outside their bounds."""
+    for name in config.controls or ():
+        control(name)
+    for name in ("lr", "momentum", "weight_decay"):
+        value = getattr(config, name)
+        if value is not None:
+            CONTROLS[name].check(value)
+
+
+def _device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise InputError(
+            "device must be one that torch finds, got 'cuda' where torch.cuda.is_available() is "
+            "False; use --device cpu"
+        )
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+# Parts of a run -----------------------------------------------------------------------------------
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _law(config: TrainConfig) -> tuple[Rewrite | Literal[False], Objective, TrainConfig]:
+    """The law and the objective, and the settings with what these left open filled in."""
+    if not config.rewrite:
+        return False, Objective(), config
+    law = Rewrite() if config.cooldown is None else Rewrite(cooldown=config.cooldown)
+    chosen: dict[str, Any] = {}
+    if config.average is not None:
+        chosen["average"] = config.average or None
+    if config.objective_batches is not None:
+        chosen["batches"] = config.objective_batches
+    objective = Objective(**chosen)
+    steers_lr = config.controls is None or "lr" in config.controls
+    return (
+        law,
+        objective,
+        replace(
+            config,
+            cooldown=law.cooldown if steers_lr else None,
+            average=objective.average or 0.0,
+            objective_batches=objective.batches,
+        ),
+    )
+
+
+def _optimizer(config: TrainConfig, workload: Workload) -> torch.optim.Optimizer:
+    parameters: Any = workload.parameter_groups or workload.model.parameters()
+    assert config.lr is not None and config.weight_decay is not None
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
+        )
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(
+        parameters, lr=config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay
+    )
+
+
+def _recorded(config: TrainConfig) -> dict[str, Any]:
+    """The command line's part of config.json."""
+    record = {k: v for k, v in config.to_record().items() if k not in _DESCRIBED}
+    del record["print_config"], record["keep_checkpoints"]
+    return {"format": "rhc.config", "version": RECORD_VERSION, **record}
+
+
+def _default_directory(
+    config: TrainConfig, law: Rewrite | Literal[False], objective: Objective
+) -> Path:
+    """runs/<run>-<hash of everything that the run's numbers depend on>."""
+    record: Mapping[str, Any] = {
+        **{k: v for k, v in config.to_record().items() if k not in NOT_HASHED},
+        "law": law and asdict(law),
+        "objective": vars(objective),
+    }
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    return RUNS / f"{config.short_name}-{digest[:8]}"
+
+
+def _interrupted(progress: Progress, directory: Path) -> int:
+    saved = f"{progress.saved} of {progress.steps} steps are saved"
+    print(
+        f"rhc: stopped; {saved}; resume with: rhc resume {shlex.quote(str(directory))}"
+        if progress.started
+        else "rhc: stopped before the first step",
+        file=sys.stderr,
+    )
+    return 130
