@@ -32,8 +32,8 @@ class _EpochStart:
 class Position:
     """Where the next batch is: `index` batches into epoch `epoch`, which began in `start`.
 
-    start is None before the first batch was drawn. rng: the stream's own random state, before the
-    first batch of all.
+    start is None before the first batch was drawn. rng, generators: the stream's own random state
+    and that of the loader's generators, before the first batch of all.
     """
 
     step: int
@@ -41,11 +41,13 @@ class Position:
     index: int
     start: _EpochStart | None
     rng: RandomState
+    generators: tuple[Tensor, ...]
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The position as named tensors, for safetensors."""
         tensors = {"place": torch.tensor([self.step, self.epoch, self.index])}
         tensors |= {f"rng.{k}": v for k, v in self.rng.to_tensors().items()}
+        tensors |= {f"own.{i}": g for i, g in enumerate(self.generators)}
         if self.start is not None:
             tensors |= {f"start.{k}": v for k, v in self.start.rng.to_tensors().items()}
             tensors |= {f"generator.{i}": g for i, g in enumerate(self.start.generators)}
@@ -58,15 +60,16 @@ class Position:
         def part(prefix: str) -> dict[str, Tensor]:
             return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
+        def states(prefix: str) -> tuple[Tensor, ...]:
+            found = part(prefix)
+            return tuple(found[str(i)] for i in range(len(found)))
+
         step, epoch, index = tensors["place"].tolist()
         start = None
         if part("start."):
-            generators = part("generator.")
-            start = _EpochStart(
-                RandomState.from_tensors(part("start.")),
-                tuple(generators[str(i)] for i in range(len(generators))),
-            )
-        return cls(step, epoch, index, start, RandomState.from_tensors(part("rng.")))
+            start = _EpochStart(RandomState.from_tensors(part("start.")), states("generator."))
+        rng = RandomState.from_tensors(part("rng."))
+        return cls(step, epoch, index, start, rng, states("own."))
 
 
 class StepBatches:
@@ -137,10 +140,11 @@ class StepBatches:
 
     def position(self, step: int) -> Position:
         """The place of step `step`, which is kept or the next to be drawn."""
+        own = self._generators if self.isolated else _states(self.loader)
         if step in self._kept:
             _, epoch, index, start = self._kept[step]
-            return Position(step, epoch, index, start, self._rng)
-        return Position(step, self._epoch, self._index, self._start, self._rng)
+            return Position(step, epoch, index, start, self._rng, own)
+        return Position(step, self._epoch, self._index, self._start, self._rng, own)
 
     def seek(self, position: Position) -> None:
         """Continues at `position`, which was taken from a loader like this one.
@@ -151,14 +155,16 @@ class StepBatches:
         self._iterator = None
         self._next = position.step
         self._epoch, self._index, self._start = position.epoch, position.index, position.start
-        self._rng = position.rng
-        if position.start is None:
-            return
-        if len(_generators(self.loader)) != len(position.start.generators):
+        self._rng, self._generators = position.rng, position.generators
+        if len(_generators(self.loader)) != len(position.generators):
             raise InputError(
                 f"{self.name} has {len(_generators(self.loader))} generators of its own, the run "
-                f"that is resumed had {len(position.start.generators)}; give it the same loader"
+                f"that is resumed had {len(position.generators)}; give it the same loader"
             )
+        if position.start is None:
+            if not self.isolated:
+                _set_states(self.loader, position.generators)
+            return
         with preserved(), loader_preserved(self.loader) if self.isolated else nullcontext():
             position.start.rng.restore()
             _set_states(self.loader, position.start.generators)

@@ -117,7 +117,7 @@ class CheckpointStore:
             }
             if int(manifest["step"]) != step:
                 raise ValueError(f"step {manifest['step']}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{directory / MANIFEST} is damaged ({error})") from None
         tensors: dict[str, dict[str, Tensor]] = {}
         values: dict[str, Any] = {}

@@ -174,13 +174,14 @@ def _fault(flags: type[Any], arguments: Sequence[str]) -> str | None:
 
 def _unboxed(text: str) -> str:
     """The message inside the box that tyro draws, up to its first rule, on one line."""
-    lines = [line.strip("│| ") for line in text.splitlines()[1:]]
+    lines = [line.strip("│ ") for line in text.splitlines()[1:]]
     message = []
-    for line in lines:
-        if line and not line.strip("─-"):
+    for line in filter(None, lines):
+        if line.strip("─-"):
+            message.append(line)
+        elif message:
             break
-        message.append(line.strip())
-    text = " ".join(message).strip(" .:╭╮╰╯─") or "these arguments cannot be read"
+    text = " ".join(message).strip(" .╰╯─") or "these arguments cannot be read"
     return text[0].lower() + text[1:]
 
 
@@ -239,12 +240,12 @@ Train a PyTorch model, and have its schedule written with hindsight:
 
 TRAIN = """\
 Train RUN and write its schedule with hindsight:
-  roll K steps, look back with exact gradients of a window objective with
-  respect to every control of every step, rewrite, restore, replay, commit, slide
+  roll K steps, look back with exact gradients of a window objective by
+  every control of every step, rewrite, restore, replay, commit, slide
 
 examples:
   rhc train --window 50                             digits, 50 steps at once
-  rhc train mnist --data mnist/ --optimizer adam    MNIST's IDX files in a folder
+  rhc train mnist --data mnist/ --optimizer adam    MNIST, a folder of IDX files
   rhc train my_run.py:make --controls lr momentum   a runner of your own
   rhc train --no-rewrite                            the plain loop, to compare
   rhc train --print-config > run.toml && rhc train --config run.toml --seed 1

@@ -103,6 +103,8 @@ class TrainConfig:
     """Folder of the run's data, for runs that need one."""
     device: Annotated[str, arg(metavar="NAME")] = "auto"
     """cpu, cuda, or auto for cuda where there is one."""
+    threads: Annotated[int | None, _unset("the run's own", "N")] = None
+    """CPU threads of torch; small tensors are slower on several."""
 
     directory: Annotated[Path | None, _unset("runs/RUN-HASH", "DIR")] = None
     """The run's directory; by default one per configuration."""
@@ -130,6 +132,7 @@ class TrainConfig:
             ("window", 1, 50),
             ("steps", 1, 1000),
             ("seed", 0, 0),
+            ("threads", 1, 1),
             ("objective_batches", 1, 4),
             ("keep_checkpoints", 1, 3),
         ):
@@ -202,8 +205,8 @@ class TrainConfig:
 
     # Resolution -----------------------------------------------------------------------------------
 
-    def resolved(self, workload: Workload) -> TrainConfig:
-        """These settings with the workload's defaults filled in."""
+    def resolved(self, workload: Workload, threads: int) -> TrainConfig:
+        """These settings with the workload's defaults filled in; threads: where it has none."""
         optimizer = self.optimizer or workload.optimizer
         _one_of("optimizer", optimizer, OPTIMIZERS, "only these have dynamics")
         lr = self.lr if self.lr is not None else workload.lr.get(optimizer)
@@ -220,6 +223,7 @@ class TrainConfig:
             steps=workload.steps if self.steps is None else self.steps,
             stride=self.window if self.stride is None else self.stride,
             data=None if self.data is None else self.data.resolve(),
+            threads=self.threads or workload.threads or threads,
             run=_absolute(self.run),
         ).checked()
 

@@ -128,10 +128,11 @@ class Progress:
 
     def _recall(self) -> None:
         """A resumed run's earlier windows, from its own files, so that the counts are the run's."""
-        if self.directory is None or not self.start:
+        path = None if self.directory is None else self.directory / "windows.jsonl"
+        if path is None or not self.start or not path.exists():
             return
         last: dict[int, str] = {}
-        for line in (self.directory / "windows.jsonl").read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             last[record["start"]] = record["outcome"]
             self.outcomes["rewound"] += record["outcome"] == "rewound" and record["attempt"] == 0
@@ -200,10 +201,10 @@ class LiveDisplay(AbstractContextManager["LiveDisplay"]):
                     self._draw()
             case RunStarted():
                 for line in heading(progress):
-                    self.console.print(Text(line, style="dim"), soft_wrap=True)
+                    self.console.print(Text(line, style="dim"))
                 self.live.start()
             case Notice(message):
-                self.console.print(Text(f"notice: {message}"), soft_wrap=True)
+                self.console.print(Text(f"notice: {message}"))
             case RunEnded():
                 self._draw()
 
@@ -263,7 +264,8 @@ def frame(progress: Progress, width: int) -> RenderableType:
         title=Text(progress.name, style="bold"),
         title_align="left",
         border_style="dim",
-        width=min(width, 92),
+        # The terminal's ^C must fit beside the last line, or it scrolls the frame by one.
+        width=min(width - 3, 92),
     )
 
 

@@ -92,6 +92,7 @@ class Rewrite:
             old = schedule[name]
             raw = control.to_raw(old)
             of_raw = natural * control.slope(old) + self._penalty_gradient(raw)
+            of_raw = of_raw.clamp(-1e100, 1e100)  # sums of them stay finite
             knots = basis.T @ of_raw / size
             move = (
                 -self.step.get(name, 0.0)

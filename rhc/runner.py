@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rhc.batches import Position, StepBatches, batch_size, loader_preserved
+from rhc.batches import Position, StepBatches, batch_size
 from rhc.checkpoint import Checkpoint
 from rhc.errors import InputError
 from rhc.evaluate import TRAIN_BATCHES, Losses, at_average, batch_statistics, evaluate
@@ -46,6 +46,7 @@ from rhc.hypergradient import (
 from rhc.hypergradient.evaluation import visible_statistics
 from rhc.hypergradient.products import PRODUCT_COST
 from rhc.hypergradient.segments import kept_states
+from rhc.memory import peak_memory
 from rhc.noise import mixed_seed
 from rhc.objective import Average, Objective
 from rhc.plant import LossFn, Plant, Snapshot, StepRecord, Trajectory
@@ -53,7 +54,8 @@ from rhc.randomness import preserved
 from rhc.rewrite import Proposal, Rewrite, carried
 from rhc.run_directory import RunDirectory, hardware, versions
 from rhc.schedule import CONTROLS, Schedule, cooldown
-from rhc.state import peak_memory, snapshot_from_tensors, snapshot_to_tensors
+from rhc.state import snapshot_from_tensors, snapshot_to_tensors
+from rhc.tape import finite
 
 DEFAULT_CONTROLS = ("lr", "momentum", "noise")
 
@@ -271,6 +273,7 @@ class Runner:
             self.loop.schedule = carried(self.loop.schedule, start, shift)
         # No lr helps, so that it is not the lr. A loss that is high but finite is let through.
         self.loop.schedule = planned
+        self._verb("roll", start, stop, self.law.rewinds + 1)
         attempt = self._roll(start, stop, commit, self.law.rewinds + 1, guarded=False)
         if attempt.failure is not None:
             self._restore(before)
@@ -367,12 +370,8 @@ class Runner:
     ) -> Trajectory:
         """Live steps through the attempt's window; keeps the moment at `commit` if it is inside."""
         schedule = attempt.schedule
-        began = None if record is None else self.loop.average.copy()
 
         def on_step(step: int, observed: StepRecord) -> None:
-            if step == schedule.start and began is not None:
-                # Not the first time where the plant had to split its blocks and began again.
-                self.loop.average.assign(began)
             if step < commit:
                 self.loop.average.update(self.plant.parameters)
             if step + 1 == commit < schedule.stop:
@@ -412,7 +411,6 @@ class Runner:
         rows = self._rows(attempt, commit)
         first = rows[0]["loss"] if self.loop.reference is None else self.loop.reference[1]
         self.loop.reference = (sum(row["loss"] for row in rows) / len(rows), first)
-        self.loop.cost.windows += 1
         self.loop.cost.peak_memory_bytes = max(
             self.loop.cost.peak_memory_bytes, peak_memory(self.device)
         )
@@ -424,6 +422,7 @@ class Runner:
         self._emit(Committed(start, commit, rows, self.loop.cost.gradient_equivalents / commit))
         if commit < self.loop.steps:
             self._verb("slide", start, stop, attempt.number)
+        self.loop.cost.windows += 1
 
     def _restore(self, moment: _Moment) -> None:
         self.plant.restore(moment.snapshot)
@@ -503,11 +502,15 @@ class Runner:
 
     def _try_first_batch(self) -> None:
         """A loader or a loss that cannot be used is an error before anything is written."""
-        batch = self.loop.train.take(0, 1)[0]
+
+        # Streams of their own: the place of the run's is saved with the first checkpoint.
+        def first(loader: Iterable[Any], name: str) -> Any:
+            device = self.loop.train.device
+            return StepBatches(loader, isolated=True, device=device, name=name).take(0, 1)[0]
+
+        batch = first(self.train_loader, "train_loader")
         if self.loop.validation is not None:
-            # A stream of its own: this one's place is saved with the first checkpoint.
-            with loader_preserved(self.val_loader):
-                StepBatches(self.val_loader or (), isolated=True, name="val_loader").take(0, 1)
+            first(self.val_loader or (), "val_loader")
         with self.plant.evaluating():
             self.plant.loss(batch)
 
@@ -620,7 +623,7 @@ class Runner:
             row |= attempt.schedule.at(step)
             # A metric that is called "loss" or "lr" does not take the place of the loop's own.
             rows.append(row | {k: v for k, v in metrics.items() if k not in row})
-        return rows
+        return finite(rows)  # as they will be read back
 
     def _record(
         self, attempt: _Attempt, outcome: str, reason: str | None, rolled: _Attempt | None = None
@@ -648,6 +651,7 @@ class Runner:
                 "product": h.product,
                 "segment": h.segment,
             }
+        record = finite(record)  # as it will be read back
         self.loop.windows.append(record)
         if self.directory is not None:
             self.directory.windows.append([record])

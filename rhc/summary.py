@@ -185,4 +185,5 @@ def _course(values: list[float]) -> str:
 def _line(console: Console, label: str, text: str) -> None:
     line = Text(f"{label:<10}", style="dim")
     line.append(text, style="not dim")
-    console.print(line, soft_wrap=True)
+    # In a pipe a line stays a line.
+    console.print(line, soft_wrap=not console.is_terminal)

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from rhc.config import RECORD_VERSION, TrainConfig
 from rhc.errors import InputError
+from rhc.events import Listener
 from rhc.hypergradient import Engine, Product
 from rhc.objective import Objective
 from rhc.progress import Progress, display
@@ -47,7 +48,7 @@ def train(config: TrainConfig, console: Console, *, recorded_data: Path | None =
     device = _device(config.device)
     _seed(config.seed)
     workload = runner_function(seed=config.seed, data=config.data)
-    config = config.resolved(workload)
+    config = config.resolved(workload, torch.get_num_threads())
     law, objective, config = _law(config)
     _check_controls(config)
     if config.print_config:
@@ -56,49 +57,24 @@ def train(config: TrainConfig, console: Console, *, recorded_data: Path | None =
 
     if recorded_data is not None:
         config = replace(config, data=recorded_data)
-    directory = config.directory or _default_directory(config, law, objective)
+    assert config.threads is not None and config.steps is not None
+    torch.set_num_threads(config.threads)
     workload.model.to(device)
+    directory = config.directory or _default_directory(config, law, objective)
     progress = Progress(config.short_name)
-    with display(progress, console) as listener:
-        runner = Runner(
-            workload.model,
-            _optimizer(config, workload),
-            workload.loss_fn,
-            workload.train_loader,
-            workload.val_loader,
-            test_loader=workload.test_loader,
-            window=config.window,
-            stride=config.stride,
-            controls=config.controls,
-            start=cast(Literal["given"], config.start),
-            rewrite=law,
-            objective=objective,
-            engine=cast(Engine, config.engine),
-            product=cast(Product, config.product),
-            segment="auto" if config.segment == "auto" else int(config.segment),
-            clip_norm=config.clip_norm,
-            directory=directory,
-            keep_checkpoints=config.keep_checkpoints,
-            seed=config.seed,
-            listeners=[listener],
-            config=_recorded(config),
-        )
-        assert config.steps is not None
-        try:
+    try:
+        with display(progress, console) as listener:
+            runner = _runner(config, workload, law, objective, directory, listener)
             runner.fit(config.steps, cast(Literal["auto", "never"], config.resume))
-        except KeyboardInterrupt:
-            return _interrupted(progress, directory)
-        except DivergedError as error:
-            print(f"rhc: error: {error}", file=sys.stderr)
-            return 1
+    except KeyboardInterrupt:
+        return _interrupted(progress, directory)
+    except DivergedError as error:
+        print(f"rhc: error: {error}", file=sys.stderr)
+        return 1
     assert progress.result is not None
     if not progress.started:
-        console.print(
-            f"{directory} holds this run, finished; to train anew give another --seed or "
-            "--directory, or remove it",
-            highlight=False,
-            soft_wrap=True,
-        )
+        already = "holds this run, finished; to train anew give another --seed or --directory"
+        console.print(f"{directory} {already}", highlight=False, soft_wrap=True)
     console.print()
     print_result(console, progress.result, directory, inspect=True)
     return 0
@@ -181,6 +157,39 @@ def _law(config: TrainConfig) -> tuple[Rewrite | Literal[False], Objective, Trai
             average=objective.average or 0.0,
             objective_batches=objective.batches,
         ),
+    )
+
+
+def _runner(
+    config: TrainConfig,
+    workload: Workload,
+    law: Rewrite | Literal[False],
+    objective: Objective,
+    directory: Path,
+    listener: Listener,
+) -> Runner:
+    return Runner(
+        workload.model,
+        _optimizer(config, workload),
+        workload.loss_fn,
+        workload.train_loader,
+        workload.val_loader,
+        test_loader=workload.test_loader,
+        window=config.window,
+        stride=config.stride,
+        controls=config.controls,
+        start=cast(Literal["given"], config.start),
+        rewrite=law,
+        objective=objective,
+        engine=cast(Engine, config.engine),
+        product=cast(Literal["auto"] | Product, config.product),
+        segment="auto" if config.segment == "auto" else int(config.segment),
+        clip_norm=config.clip_norm,
+        directory=directory,
+        keep_checkpoints=config.keep_checkpoints,
+        seed=config.seed,
+        listeners=[listener],
+        config=_recorded(config),
     )
 
 

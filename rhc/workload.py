@@ -62,6 +62,8 @@ class Workload:
     """Default learning rate for each optimizer by name."""
     parameter_groups: list[dict[str, Any]] | None = None
     """Passed to the optimizer in place of model.parameters()."""
+    threads: int | None = None
+    """Default CPU threads; None leaves it to torch. Small tensors are slower on several."""
 
 
 @dataclass(frozen=True)

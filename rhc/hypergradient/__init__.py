@@ -171,6 +171,7 @@ def look_back(
 ) -> Hypergradient:
     """The adjoint of a recorded roll whose end is the live state; parameters are left alone."""
     losses = torch.stack([x.double().cpu() for x in trajectory.losses])
+    plant.optimizer.zero_grad()  # the last step's gradients are on the trajectory
     found, end = adjoint(
         plant,
         trajectory,

@@ -25,6 +25,7 @@ import torch
 import torchopt
 from torch import Tensor, nn
 
+from rhc import memory
 from rhc.hypergradient.evaluation import Evaluation, double_backward, visible_statistics
 from rhc.hypergradient.products import Product, StepPoint, pull_back
 from rhc.noise import root_mean_square, standard_noise
@@ -70,12 +71,12 @@ class Adjoint:
 def kept_states(steps: int, segment: int) -> Callable[[int], bool]:
     """Before which steps the roll keeps the whole state, for a reverse pass with `segment`.
 
-    A segment needs the state at its start. The costate recursion needs every state, but between
-    two kept ones they are rebuilt from the roll's gradients without evaluating the model, so that
-    a step costs the memory of one gradient and only every ≈√K-th that of a state.
+    A segment needs the state at its start. The costate recursion needs every state, but rebuilds
+    them from the first one and the roll's gradients, without evaluating the model: `_Rebuilt`.
     """
-    every = segment if segment > 1 else max(1, round(steps**0.5))
-    return lambda i: i < steps and i % every == 0
+    if segment == 1:
+        return lambda i: i == 0
+    return lambda i: i < steps and i % segment == 0
 
 
 def adjoint(
@@ -172,12 +173,11 @@ class _Reverse:
 
     def recursion(self, costate: Costate, product: Product) -> Adjoint:
         """The costate recursion."""
-        rebuilt: dict[int, list[BlockState]] = {}
+        rebuilt = _Rebuilt(self.trajectory.states, self._state_after)
+        large = rebuilt.size >= LARGE_STATE and self.plant.parameters[0].device.type == "cpu"
         costate = self._with_share(costate, self.steps)
         for i in reversed(range(self.steps)):
-            if i not in rebuilt:
-                rebuilt = self._rebuild(i)
-            states = rebuilt.pop(i)
+            states = rebuilt.take(i)
             gradients = self.trajectory.gradients[i]
             costate, gradient_costates = self._pull_through_optimizer(i, states, costate)
             point = StepPoint(
@@ -187,6 +187,8 @@ class _Reverse:
                 self.trajectory.rng[i],
                 gradients,
             )
+            if large:
+                memory.trim()
             pulled = pull_back(
                 product, self.evaluation, point, gradient_costates, costate.statistics
             )
@@ -231,15 +233,11 @@ class _Reverse:
         self._write_gradient(i, steered, pulled)
         return Costate(parameters, optimizer, costate.statistics), gradient_costates
 
-    def _rebuild(self, i: int) -> dict[int, list[BlockState]]:
-        """The states from the last kept one up to i, from the roll's gradients."""
-        start = max(k for k in self.trajectory.states if k <= i)
-        rebuilt = {start: self.trajectory.states[start]}
+    def _state_after(self, i: int, states: list[BlockState]) -> list[BlockState]:
+        """The states of step i + 1 from those of step i and the roll's gradients."""
         with torch.no_grad():
-            for k in range(start, i):
-                values: dict[str, Scalar] = dict(self._values(k))
-                rebuilt[k + 1] = self._advance(k, rebuilt[k], self.trajectory.gradients[k], values)
-        return rebuilt
+            values: dict[str, Scalar] = dict(self._values(i))
+            return self._advance(i, states, self.trajectory.gradients[i], values)
 
     # segment > 1 ---------------------------------------------------------------------------------
 
@@ -415,6 +413,46 @@ class _Reverse:
                 )
                 result[b] = g + _cast(sigma, g) * scale
         return result
+
+
+class _Rebuilt:
+    """The states of a window in reverse order, rebuilt from the kept ones by `after`.
+
+    A state costs the memory of parameters and optimizer slots, `after` a few elementwise passes.
+    Where all states up to the one asked for are small, all are kept on the way there; otherwise
+    only those half way, three quarters of the way, and so on, which bounds them by log2 K at about
+    log2(K) / 2 passes a step: a two-level recursion (Griewank 1992, binary).
+    """
+
+    def __init__(
+        self,
+        kept: Mapping[int, list[BlockState]],
+        after: Callable[[int, list[BlockState]], list[BlockState]],
+    ) -> None:
+        self.states = dict(kept)
+        self.after = after
+        first = next(iter(kept.values()))
+        self.size = sum(t.numel() * t.element_size() for s in first for t in _tensors(s))
+        self.affordable = max(1, SMALL_STATES // max(1, self.size))
+
+    def take(self, i: int) -> list[BlockState]:
+        """The states of step i; those of later steps must have been taken."""
+        start = max(k for k in self.states if k <= i)
+        states = self.states[start]
+        milestone = start
+        for k in range(start, i):
+            states = self.after(k, states)
+            if i - start <= self.affordable or k + 1 - milestone >= (i - milestone + 1) // 2:
+                milestone = k + 1
+                self.states[k + 1] = states
+        return self.states.pop(i)
+
+
+SMALL_STATES = 8 * 2**20
+"""Bytes of rebuilt states that are kept at a time without a thought."""
+
+LARGE_STATE = 2**20
+"""Bytes of a state from which on the heap is trimmed before every product."""
 
 
 def _leaf_state(state: BlockState) -> BlockState:

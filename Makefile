@@ -1,0 +1,38 @@
+# `make` prints the targets. PYTHON is the interpreter that makes .venv: make install PYTHON=python3.12
+
+PYTHON ?= python3
+
+VENV := .venv
+# Lies inside the environment, so that deleting the environment deletes it too.
+STAMP := $(VENV)/.installed
+
+.PHONY: help install train test lint clean
+
+help:
+	@echo "make install   create $(VENV) and install rhc with its development tools"
+	@echo "make train     a first run: digits, windows of 50 steps, no download"
+	@echo "make test      the quick tests"
+	@echo "make lint      ruff and mypy"
+	@echo "make clean     remove caches and build products; keeps $(VENV) and runs/"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev,runners]'
+	touch $@
+
+train: install
+	$(VENV)/bin/rhc train --window 50
+
+test: install
+	$(VENV)/bin/python -m pytest
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy rhc runners
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

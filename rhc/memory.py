@@ -1,0 +1,42 @@
+"""What the process holds: its peak, and handing back what the allocator keeps without need."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from collections.abc import Callable
+
+import torch
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory this process has held so far, in bytes: of the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # not on this operating system
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def trim() -> None:
+    """Hands freed memory of the C heap back to the operating system, where glibc can.
+
+    torch's CPU allocations are aligned ones, which glibc before 2.38 splits so that freed space is
+    badly reused (its bug 14581): looking back over 25 steps of a GPT of 0.6 M parameters holds
+    160 MB above plain training, but resides in 230; trimmed after every step, in 190, for 3 % of
+    the time. Elsewhere this does nothing.
+    """
+    function = _malloc_trim()
+    if function is not None:
+        function(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -1,0 +1,1 @@
+"""Ready-made runs, each readable alone: a function from (seed, data) to an `rhc` Workload."""

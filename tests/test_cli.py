@@ -1,0 +1,767 @@
+"""The command line: what it runs, what it writes, and one sentence for everything it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from rich.console import Console
+
+import rhc.train
+from rhc.cli import COMMANDS, main
+from rhc.config import OPTIMIZERS, PRODUCTS, TrainConfig
+from rhc.dynamics import DYNAMICS
+from rhc.events import (
+    CheckpointSaved,
+    Committed,
+    Event,
+    Notice,
+    RunEnded,
+    RunStarted,
+    StepTaken,
+    VerbStarted,
+    WindowAttempted,
+)
+from rhc.hypergradient import PRODUCTS as KNOWN_PRODUCTS
+from rhc.progress import LiveDisplay, PlainLines, Progress, duration, frame, sparkline
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+OWN_RUNNERS = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from rhc import Workload
+
+def own(*, seed=0, data=None):
+    '''A runner in a file of its own.'''
+    x = torch.randn(96, 4)
+    if data is not None:
+        assert (data / "present").exists()
+    y = x.sin().sum(1, keepdim=True)
+    train, val = TensorDataset(x[:64], y[:64]), TensorDataset(x[64:], y[64:])
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.1), nn.Linear(8, 1))
+    loss_fn = lambda model, batch: F.mse_loss(model(batch[0]), batch[1])
+    return Workload(model, loss_fn, DataLoader(train, 8, shuffle=True), DataLoader(val, 32),
+                    DataLoader(val, 32), steps=20)
+
+def changed(**changes):
+    workload = own()
+    for name, value in changes.items():
+        setattr(workload, name, value)
+    return workload
+
+def empty(*, seed=0, data=None): return changed(train_loader=[])
+def empty_val(*, seed=0, data=None): return changed(val_loader=[])
+def vector(*, seed=0, data=None): return changed(loss_fn=lambda m, b: (m(b[0]) - b[1]) ** 2)
+def nograph(*, seed=0, data=None): return changed(loss_fn=lambda m, b: m(b[0]).mean().detach())
+def number(*, seed=0, data=None): return changed(loss_fn=lambda m, b: m(b[0]).mean().item())
+def nan(*, seed=0, data=None): return changed(loss_fn=lambda m, b: m(b[0]).mean() * float("nan"))
+def rmsprop(*, seed=0, data=None): return changed(optimizer="rmsprop")
+def no_lr(*, seed=0, data=None): return changed(lr={"adam": 1e-3})
+def something(*, seed=0, data=None): return 3
+def raises(*, seed=0, data=None): raise RuntimeError("a fault of its own")
+"""
+
+
+class Outcome(NamedTuple):
+    """What a command line came to."""
+
+    status: int
+    out: str
+    err: str
+
+
+Call = Callable[..., Outcome]
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Call:
+    """`rhc …` in this process, in an empty folder that has own.py."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    (tmp_path / "own.py").write_text(OWN_RUNNERS)
+
+    def call(line: str) -> Outcome:
+        capsys.readouterr()
+        status = main(shlex.split(line))
+        return Outcome(status, *capsys.readouterr())
+
+    return call
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every file below a folder with its bytes, and every folder."""
+    found = (p for p in folder.rglob("*") if "__pycache__" not in p.parts)
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in found}
+
+
+def process(*arguments: str, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        **options,
+    )
+
+
+# A run, end to end --------------------------------------------------------------------------------
+
+
+def test_digits_from_end_to_end(call: Call, tmp_path: Path) -> None:
+    done = call("train --window 20 --steps 100 --keep-checkpoints 2")
+    assert (done.status, done.err) == (0, "")
+
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"digits-[0-9a-f]{8}", directory.name)
+    config = json.loads((directory / "config.json").read_text())
+    expected = {"run": "digits", "window": 20, "stride": 20, "steps": 100, "seed": 0, "lr": 0.01}
+    assert config | expected == config
+    assert config["optimizer"] == "sgd" and "lr" in config["controls"]
+    assert {"versions", "hardware", "rewrite", "objective"} <= config.keys()
+
+    tape = [json.loads(line) for line in (directory / "tape.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in tape] == list(range(100))
+    windows = [json.loads(line) for line in (directory / "windows.jsonl").read_text().splitlines()]
+    assert {row["start"] for row in windows} == {0, 20, 40, 60, 80}
+    schedule = rhc.Schedule.load(directory / "schedule.json")
+    assert len(schedule) == 100 and schedule["lr"].tolist() == [row["lr"] for row in tape]
+
+    result = json.loads((directory / "result.json").read_text())
+    losses = {f"{a}{s}_loss" for a in ("", "average_") for s in ("train", "val", "test")}
+    assert {"steps", "test_accuracy", "wall_seconds", "cost", *losses} <= result.keys()
+    counted = {"gradient_evaluations", "hessian_products", "plain_run_equivalents", "windows"}
+    counted |= {"peak_memory_bytes", "rejected_windows", "rewound_windows"}
+    assert counted <= result["cost"].keys()
+    assert result["steps"] == 100 and result["test_loss"] < 1 and result["cost"]["windows"] == 5
+
+    checkpoints = sorted((directory / "checkpoints").iterdir())
+    assert [p.name for p in checkpoints] == ["window-00000080", "window-00000100"]
+    assert all((p / "manifest.json").exists() for p in checkpoints)
+
+    for part in (f"{result['test_loss']:.4f}", "plain runs", f"{directory.name}/schedule.json"):
+        assert part in done.out
+    assert "to_lr_scheduler" in done.out and "rhc inspect" in done.out
+
+
+def test_plain_lines_where_there_is_no_terminal(call: Call) -> None:
+    lines = call("train own.py:own --window 5").out.splitlines()
+    number = r"[-+.\de]+"
+    committed = re.compile(
+        rf"step +(\d+)/20  loss {number} +lr {number} +J {number} -> {number} +"
+        r"(?:accepted|rejected)  cost \d+\.\dx  eta \S+"
+    )
+    found = [m.group(1) for m in map(committed.fullmatch, lines) if m]
+    assert found == ["5", "10", "15", "20"]
+    assert lines[0].startswith("own: 20 steps, window 5, rewriting lr")
+    assert "rhc resume runs/own-" in lines[1]
+
+
+def test_without_rewriting(call: Call, tmp_path: Path) -> None:
+    done = call("train own.py:own --no-rewrite --window 5 --directory plain")
+    assert done.status == 0 and " J " not in done.out and "not rewriting" in done.out
+    assert set(rhc.Schedule.load(tmp_path / "plain/schedule.json")["lr"].tolist()) == {0.01}
+    assert not (tmp_path / "plain/windows.jsonl").exists()
+
+
+def test_without_rewriting_stopped_and_resumed(
+    call: Call, tmp_path: Path, interrupt: Callable[[int], None]
+) -> None:
+    line = "train own.py:own --no-rewrite --window 5"
+    assert call(f"{line} --directory straight").status == 0
+    interrupt(20)
+    assert call(f"{line} --directory stopped").status == 130
+    assert "from step" in call("resume stopped").out
+    tapes = [(tmp_path / name / "tape.jsonl").read_bytes() for name in ("straight", "stopped")]
+    assert tapes[0] == tapes[1]
+
+
+def test_asked_for_again_a_finished_run_says_so(call: Call, tmp_path: Path) -> None:
+    line = "train own.py:own --window 5"
+    first = call(line)
+    before = contents(tmp_path / "runs")
+    again = call(line)
+    assert again.status == 0 and "finished" in again.out and "--seed" in again.out
+    assert again.out.splitlines()[-8:] == first.out.splitlines()[-8:]
+    assert contents(tmp_path / "runs") == before
+    assert call(f"{line} --keep-checkpoints 5 --device cpu").status == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    assert call(f"{line} --seed 1").status == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_flags_reach_the_optimizer(call: Call, tmp_path: Path, optimizer: str) -> None:
+    flags = f"--optimizer {optimizer} --lr 0.005 --momentum 0.8 --weight-decay 0.02"
+    line = f"train own.py:own {flags} --steps 3 --window 3 --clip-norm 2 --directory run"
+    assert call(line).status == 0
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    initial = {"lr": 0.005, "momentum": 0.8, "weight_decay": 0.02, "noise": 0.0}
+    assert (config["optimizer"], config["initial"]) == (optimizer, initial)
+    assert config["clip_norm"] == 2
+
+
+def test_own_defaults_of_an_optimizer(call: Call, tmp_path: Path) -> None:
+    assert call("train own.py:own --optimizer adamw --steps 2 --directory run").status == 0
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["initial"]["weight_decay"] == 0.01 and config["lr"] == 1e-3
+
+
+def test_a_diverging_run_ends_with_status_1(call: Call) -> None:
+    done = call("train own.py:nan --window 5")
+    assert done.status == 1
+    assert (
+        done.err.startswith("rhc: error: the loss is nan at step 0") and done.err.count("\n") == 1
+    )
+    assert "rewound" in done.out
+
+
+def test_a_fault_of_the_runner_passes_through(call: Call) -> None:
+    with pytest.raises(RuntimeError, match="a fault of its own"):
+        call("train own.py:raises")
+
+
+# Stopping and resuming ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """interrupt(n): Ctrl-C at the n-th event of the next run."""
+
+    def interrupt(count: int) -> None:
+        original = PlainLines.__call__
+        seen = 0
+
+        def stopping(self: PlainLines, event: Event) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == count:
+                raise KeyboardInterrupt
+            original(self, event)
+
+        monkeypatch.setattr(PlainLines, "__call__", stopping)
+
+    return interrupt
+
+
+@pytest.mark.parametrize("count", [2, 60])
+def test_a_stopped_run_resumed_equals_one_that_was_not(
+    call: Call, tmp_path: Path, interrupt: Callable[[int], None], count: int
+) -> None:
+    line = "train own.py:own --window 5 --stride 3 --controls lr momentum"
+    assert call(f"{line} --directory straight").status == 0
+    interrupt(count)
+    stopped = call(f"{line} --directory stopped")
+    assert stopped.status == 130
+    assert stopped.err.startswith("rhc: stopped") and "Traceback" not in stopped.err
+    assert not (tmp_path / "stopped/result.json").exists()
+    assert count == 2 or "resume with: rhc resume stopped" in stopped.err
+
+    resumed = call("resume stopped")
+    assert resumed.status == 0
+    assert count == 2 or re.search(r"own: 20 steps, from step \d+", resumed.out)
+    for name in ("schedule.json", "tape.jsonl", "windows.jsonl"):
+        straight = (tmp_path / "straight" / name).read_bytes()
+        assert (tmp_path / "stopped" / name).read_bytes() == straight, name
+    assert call("resume stopped").out.startswith("stopped holds this run, finished")
+
+
+def test_a_signal_from_the_keyboard(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN_RUNNERS)
+    flags = ["--steps", "100000", "--window", "5", "--directory", "a run"]
+    child = subprocess.Popen(
+        [sys.executable, "-u", "-m", "rhc", "train", "own.py:own", *flags],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdout is not None
+    while not (line := child.stdout.readline()).startswith("step"):
+        assert line, "the run ended"
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert re.fullmatch(r"rhc: stopped; \d+ of 100000 steps .* rhc resume 'a run'\n", err)
+
+
+def test_resume_from_elsewhere_with_moved_data(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupt: Callable[[int], None]
+) -> None:
+    for folder in ("data", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "data/present").touch()
+    interrupt(30)
+    assert call("train own.py:own --data data --window 5 --directory run").status == 130
+    (tmp_path / "data").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    refused = call("resume ../run")
+    assert refused.status == 2 and "give --data" in refused.err
+    assert call("resume ../run --data ../moved").status == 0
+
+
+def broken_run(tmp_path: Path, config: str | None) -> None:
+    (tmp_path / "run").mkdir()
+    if config is not None:
+        (tmp_path / "run/config.json").write_text(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        (None, ["directory run is no run", "no config.json", "`rhc runs`"]),
+        ('{"run": ', ["run/config.json is damaged", "not valid JSON", "--directory"]),
+        ("[1]", ["run/config.json is damaged", "list"]),
+        ('{"steps": 3}', ["written by rhc.Runner", "run that script again"]),
+        ('{"run": "digits", "version": 99}', ["version 99", "reads version 1"]),
+        (
+            '{"run": "digits", "version": 1, "window": "x"}',
+            ["run/config.json: window must be a whole number, got 'x'"],
+        ),
+    ],
+)
+def test_what_is_no_run_cannot_be_resumed(
+    call: Call, tmp_path: Path, config: str | None, parts: list[str]
+) -> None:
+    broken_run(tmp_path, config)
+    before = contents(tmp_path)
+    refuses(call("resume run"), parts)
+    assert contents(tmp_path) == before
+
+
+# What is refused ----------------------------------------------------------------------------------
+
+
+def refuses(outcome: Outcome, parts: list[str]) -> None:
+    """Status 2, and one line that begins as every error does and has these parts."""
+    assert outcome.status == 2
+    assert outcome.out == ""
+    assert outcome.err.startswith("rhc: error: ") and outcome.err.count("\n") == 1, outcome.err
+    assert "Traceback" not in outcome.err and "│" not in outcome.err
+    for part in parts:
+        assert part in outcome.err, outcome.err
+
+
+BAD_INPUT: dict[str, list[str]] = {
+    # argument, value and mend
+    "train --window 0": ["window must be ≥ 1", "got 0", "--window 50"],
+    "train --window -3": ["window must be ≥ 1", "got -3"],
+    "train --stride 80": ["stride must be in [1, 50] for window=50", "got 80", "raise --window"],
+    "train --stride 0": ["stride", "got 0"],
+    "train --steps 0": ["steps must be ≥ 1", "got 0"],
+    "train --lr nan": ["lr must be in [1e-08, 10]", "got nan", "choose"],
+    "train --lr -1": ["lr must be in", "got -1"],
+    "train --lr 0": ["lr must be in", "got 0"],
+    "train --lr 100": ["lr must be in", "got 100"],
+    "train --lr 100 --no-rewrite": ["lr must be in", "got 100"],
+    "train --momentum 1": ["momentum must be", "got 1"],
+    "train --weight-decay -1": ["weight_decay must be", "got -1"],
+    "train --clip-norm 0": ["clip_norm must be > 0", "got 0", "leave --clip-norm out"],
+    "train --seed -1": ["seed must be ≥ 0", "got -1"],
+    "train --seed 4294967296": ["seed must be below 2**32", "got 4294967296"],
+    "train --threads 0": ["threads must be ≥ 1", "got 0"],
+    "train --keep-checkpoints 0": ["keep_checkpoints must be ≥ 1", "got 0"],
+    "train --cooldown 1": ["cooldown must be in [0, 1)", "got 1", "--cooldown 0.2"],
+    "train --average 1": ["average must be in [0, 1)", "got 1", "--average 0.99"],
+    "train --objective-batches 0": ["objective_batches must be ≥ 1", "got 0"],
+    "train --segment 99": ["segment must be auto or in [1, 50]", "'99'", "--segment auto"],
+    "train --segment 5 --product forward-difference": ["forward-difference", "segment 1"],
+    # unknown names: which exist, and the nearest
+    "train --controls lr momentun": ["'momentun'", "did you mean 'momentum'", "weight_decay"],
+    "train --controls": ["controls is empty", "--no-rewrite"],
+    "train digts": ["'digts'", "did you mean 'digits'", "mnist", "sine", "path/to/file.py"],
+    "train --optimizer adamm": ["'adamm'", "did you mean 'adam'", "sgd, adam, adamw"],
+    "train --optimizer rmsprop": ["'rmsprop'", "sgd, adam, adamw", "dynamics"],
+    "train --product exat": ["'exat'", "did you mean 'exact'", "central-difference"],
+    "train --engine higher": ["engine must be 'adjoint'", "'higher'", "rhc.hypergradient"],
+    "train --start zero": ["start must be 'given'", "'zero'", "do not exist yet"],
+    "train --start porbe": ["start must be 'given'", "'porbe'"],
+    "train --device gpu": ["'gpu'", "auto, cpu, cuda"],
+    "train --resume maybe": ["'maybe'", "auto, never"],
+    # settings that would be ignored
+    "train --no-rewrite --controls lr": ["controls", "got lr", "leave --controls"],
+    "train --no-rewrite --cooldown 0.1": ["cooldown", "got 0.1", "leave --cooldown"],
+    "train --controls momentum --cooldown 0.1": ["cooldown", "add lr to --controls"],
+    "train --nesterov --optimizer adam": ["nesterov", "adam", "leave --nesterov out"],
+    "train --momentum 0 --controls momentum": ["momentum", "from 0", "leave momentum out"],
+    # runners of one's own
+    "train own.py": ["'own.py'", "own.py:function"],
+    "train nowhere.py:own": ["no file nowhere.py", "correct the path"],
+    "train own.py:nothing": ["no function 'nothing'"],
+    "train own.py:something": ["returned int", "Workload"],
+    "train own.py:rmsprop": ["'rmsprop'", "sgd, adam, adamw"],
+    "train own.py:no_lr": ["no default for sgd", "give --lr"],
+    "train own.py:empty": ["train_loader yields no batches", "batch_size"],
+    "train own.py:empty_val": ["val_loader yields no batches"],
+    "train own.py:vector": ["scalar", "shape (8, 1)", ".mean()"],
+    "train own.py:nograph": ["without a graph", "detach"],
+    "train own.py:number": ["scalar tensor", "float", "not .item()"],
+    # data, directories and files
+    "train mnist": ["--data DIR"],
+    "train mnist --data nowhere": ["data nowhere does not exist", "--data"],
+    "train mnist --data .": ["t10k-images-idx3-ubyte", "MNIST"],
+    "train --data .": ["digits takes no data", "leave --data out"],
+    "train --directory own.py": ["directory own.py cannot be written", "another --directory"],
+    "train --directory own.py/run": ["directory own.py/run cannot be written"],
+    "train --config nowhere.toml": ["config nowhere.toml cannot be read", "TOML"],
+    "inspect nowhere": ["directory nowhere is no run"],
+    # the command line itself
+    "train --windwo 3": ["unknown flag --windwo", "did you mean --window?", "rhc train --help"],
+    "train --window": ["--window needs a value"],
+    "train --window --steps 3": ["--window needs a value"],
+    "train --window abc": ["--window must be a whole number", "'abc'"],
+    "train --window=abc": ["--window must be a whole number", "'abc'"],
+    "train --window 3.5": ["--window must be a whole number", "'3.5'"],
+    "train --weight_decay x": ["--weight-decay must be a number", "'x'"],
+    "train digits mnist": ["mnist", "rhc train --help"],
+    "train -x": ["-x", "rhc train --help"],
+    "resume": ["DIR is missing", "rhc resume --help"],
+    "trian": ["'trian'", "did you mean 'train'", "train, resume, runs, inspect"],
+    "--versoin": ["--versoin", "rhc --help"],
+}
+
+
+@pytest.mark.parametrize("line", BAD_INPUT)
+def test_bad_input_is_one_sentence_and_changes_nothing(
+    call: Call, tmp_path: Path, line: str
+) -> None:
+    before = contents(tmp_path)
+    refuses(call(line), BAD_INPUT[line])
+    assert contents(tmp_path) == before
+
+
+def test_cuda_that_is_not_there(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refuses(call("train --device cuda"), ["device", "'cuda'", "use --device cpu"])
+
+
+def test_malformed_idx_files(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(b"no images")
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(b"no labels")
+    refuses(call("train mnist --data ."), ["t10k-images-idx3-ubyte", "IDX", "fetch it again"])
+
+
+def test_the_directory_of_another_run(call: Call, tmp_path: Path) -> None:
+    assert call("train own.py:own --window 5 --directory run").status == 0
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange/tape.jsonl").write_text("{}")
+    before = contents(tmp_path)
+    other = call("train own.py:own --window 4 --lr 0.02 --directory run")
+    refuses(other, ["another configuration", "lr was 0.01, is 0.02", "window was 5, is 4"])
+    never = call("train own.py:own --window 5 --directory run --resume never")
+    refuses(never, ["holds a run already", "--resume auto"])
+    refuses(call("train own.py:own --directory strange"), ["tape.jsonl but no config.json"])
+    assert contents(tmp_path) == before
+
+
+# Settings in a file -------------------------------------------------------------------------------
+
+
+def test_flags_override_a_file_which_overrides_defaults(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(
+        'run = "own.py:own"\nwindow = 5\nlr = 1\nobjective-batches = 2\ncontrols = ["lr"]\n'
+    )
+    done = call("train --config run.toml --lr 0.05 --directory run")
+    assert done.status == 0
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert (config["window"], config["lr"], config["controls"]) == (5, 0.05, ["lr"])
+    assert config["objective"]["batches"] == 2 and config["momentum"] == 0.9
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("windwo = 3", ["run.toml: unknown setting 'windwo'", "did you mean 'window'"]),
+        ("window = 3.5", ["run.toml: window must be a whole number", "3.5"]),
+        ("seed = true", ["run.toml: seed must be a whole number", "True"]),
+        ("rewrite = 1", ["run.toml: rewrite must be true or false"]),
+        ("controls = [1]", ["run.toml: controls must be a list of names"]),
+        ("window = ", ["config run.toml is not valid TOML", "mend the file"]),
+        ("[window]\nsteps = 3", ["run.toml: window must be a whole number"]),
+        ('config = "other.toml"', ["must not name another file"]),
+        ("stride = 80", ["stride must be in [1, 50]", "got 80"]),
+    ],
+)
+def test_a_file_that_is_wrong(call: Call, tmp_path: Path, text: str, parts: list[str]) -> None:
+    (tmp_path / "run.toml").write_text(text)
+    refuses(call("train --config run.toml"), parts)
+
+
+def test_print_config_is_a_file_that_config_reads(call: Call, tmp_path: Path) -> None:
+    line = "train own.py:own --window 5 --seed 3 --controls lr,momentum --average 0"
+    printed = call(f"{line} --print-config")
+    assert printed.status == 0 and not (tmp_path / "runs").exists()
+    (tmp_path / "run.toml").write_text(printed.out)
+    assert "lr = 0.01\n" in printed.out and "steps = 20\n" in printed.out
+    assert call("train --config run.toml --print-config").out == printed.out
+    assert call(line).status == call("train --config run.toml").status == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+# Help ---------------------------------------------------------------------------------------------
+
+
+def test_the_overview_fits_a_screen(call: Call) -> None:
+    shown = call("--help")
+    assert (shown.status, shown.err) == (0, "")
+    lines = shown.out.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
+    for name in COMMANDS:
+        assert f"rhc {name}" in shown.out
+    assert call("").out == shown.out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_help(call: Call, name: str) -> None:
+    shown = call(f"{name} --help")
+    assert (shown.status, shown.err) == (0, "")
+    assert max(map(len, shown.out.splitlines())) <= 80
+    text = re.sub(r"[\s│]+", " ", shown.out)
+    for field in fields(COMMANDS[name].flags):
+        positional = {"run": "[RUN]", "directory": " DIR "}.get(field.name, "nothing")
+        assert "--" + field.name.replace("_", "-") in text or positional in text
+
+
+def test_train_help_teaches(call: Call) -> None:
+    shown = call("train --help").out
+    for example in ("--window 50", "--data mnist/", "my_run.py:make", "--no-rewrite", "rhc resume"):
+        assert f"{example}" in shown
+    assert "None" not in shown, "every flag says what its default means"
+
+
+def test_version(call: Call) -> None:
+    assert call("--version") == (0, f"rhc {rhc.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "line", ["--help", "--version", "train --help", "train --windwo 3", "train --window 0", "runs"]
+)
+def test_torch_is_not_imported_before_it_is_needed(tmp_path: Path, line: str) -> None:
+    code = (
+        "import sys; from rhc.cli import main; status = main(sys.argv[1:]); "
+        "assert not {'torch', 'numpy'} & sys.modules.keys(); sys.exit(status)"
+    )
+    done = process("-c", code, *shlex.split(line), cwd=tmp_path)
+    assert done.returncode == (2 if "windwo" in line or "0" in line else 0), done.stderr
+
+
+def test_module_and_status(tmp_path: Path) -> None:
+    done = process("-m", "rhc", "train", "--window", "0", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "rhc: error: window must be ≥ 1, got 0; try --window 50\n"
+    ascii_only = process("-X", "utf8=0", "-m", "rhc", "train", "--window", "0", cwd=tmp_path)
+    assert ascii_only.returncode == 2
+
+
+def test_the_names_that_are_offered_are_those_that_exist() -> None:
+    assert ("auto", *KNOWN_PRODUCTS) == PRODUCTS
+    assert set(OPTIMIZERS) == {kind.__name__.lower() for kind in DYNAMICS}
+
+
+# Listing and looking ------------------------------------------------------------------------------
+
+
+def test_runs_and_inspect(call: Call, tmp_path: Path, interrupt: Callable[[int], None]) -> None:
+    shown = call("runs")
+    assert shown.status == 0 and "In runs/" not in shown.out
+    for name in ("digits", "mnist", "sine", "FILE.py:NAME"):
+        assert re.search(rf"^{re.escape(name)} +\S", shown.out, re.MULTILINE)
+    assert call("train own.py:own --window 5").status == 0
+    interrupt(60)
+    assert call("train own.py:own --window 5 --seed 1").status == 130
+    (tmp_path / "runs/broken").mkdir()
+    (tmp_path / "runs/broken/config.json").write_text("{")
+    lines = call("runs").out.splitlines()
+    assert [line for line in lines if "finished, test loss" in line]
+    (stopped,) = [line.split()[0] for line in lines if re.search(r"at step \d+ of 20", line)]
+    assert [line for line in lines if line.startswith("runs/broken") and "damaged" in line]
+
+    shown = call(f"inspect {stopped}")
+    assert shown.status == 0 and "rhc resume" in shown.out
+    assert re.search(r"stopped or running, at step \d+ of 20", shown.out)
+    assert call(f"resume {stopped}").status == 0
+    shown = call(f"inspect {stopped}")
+    assert "finished" in shown.out and "plain runs" in shown.out and "to_lr_scheduler" in shown.out
+    assert re.search(r"^lr +\S+ [▁▂▃▄▅▆▇█ ]+ \S+$", shown.out, re.MULTILINE)
+
+
+# The display --------------------------------------------------------------------------------------
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def record(start: int, attempt: int, outcome: str, after: float | None) -> dict[str, Any]:
+    return {
+        "start": start,
+        "stop": start + 50,
+        "attempt": attempt,
+        "outcome": outcome,
+        "reason": "the loss is nan at step 61" if outcome == "rewound" else None,
+        "objective_before": 0.21,
+        "objective_after": after,
+    }
+
+
+def rows(start: int, loss: float) -> list[dict[str, Any]]:
+    return [{"step": start + i, "loss": loss, "lr": 0.03, "momentum": 0.9} for i in range(50)]
+
+
+def feed(listener: PlainLines | LiveDisplay, clock: Clock, until: int | None = None) -> None:
+    """The events of a run that was resumed at step 50, with a rewound and a rejected window."""
+    controls = {"lr": 0.03, "momentum": 0.9, "noise": 0.0}
+    events: list[Event] = [
+        RunStarted(50, 200, 50, 50, ("lr",), True, None),
+        VerbStarted("roll", 1, 50, 100, 0),
+        WindowAttempted(record(50, 0, "rewound", None)),
+        VerbStarted("roll", 1, 50, 100, 1),
+        *(StepTaken(step, 0.5, controls) for step in range(50, 100)),
+        VerbStarted("rewrite", 1, 50, 100, 1),
+        VerbStarted("restore", 1, 50, 100, 2),
+        VerbStarted("replay", 1, 50, 100, 2),
+        *(StepTaken(step, 0.4, controls) for step in range(50, 75)),
+        WindowAttempted(record(50, 2, "accepted", 0.19)),
+        VerbStarted("commit", 1, 50, 100, 2),
+        Committed(50, 100, rows(50, 0.4), 5.25),
+        CheckpointSaved(100, Path("checkpoint")),
+        Notice("a notice"),
+        VerbStarted("roll", 2, 100, 150, 0),
+        *(StepTaken(step, 0.4, controls) for step in range(100, 150)),
+        WindowAttempted(record(100, 1, "rejected", 0.3)),
+        Committed(100, 150, rows(100, 0.2), 5.5),
+        RunEnded({"steps": 200}),
+    ]
+    with listener:
+        for event in events[:until]:
+            clock.now += 0.1
+            listener(event)
+
+
+def test_plain_lines_tell_what_happened() -> None:
+    text, clock = io.StringIO(), Clock()
+    feed(PlainLines(Progress("demo", clock), Console(file=text, width=80)), clock)
+    assert [re.sub(r"\s+", " ", line) for line in text.getvalue().splitlines()] == [
+        "demo: 200 steps, from step 50, window 50, rewriting lr",
+        "step 100/200 rewound: the loss is nan at step 61",
+        "step 100/200 loss 0.4 lr 0.03 J 0.21 -> 0.19 accepted cost 5.2x eta 17s",
+        "notice: a notice",
+        "step 150/200 loss 0.2 lr 0.03 J 0.21 -> 0.3 rejected cost 5.5x eta 7s",
+    ]
+
+
+@pytest.mark.parametrize("width", [30, 60, 80, 200])
+@pytest.mark.parametrize("until", [1, 2, 20, 60, 90, None])
+def test_the_frame_fits_any_terminal(width: int, until: int | None) -> None:
+    clock, file = Clock(), io.StringIO()
+    progress = Progress("demo", clock)
+    feed(PlainLines(progress, Console(file=io.StringIO())), clock, until)
+    Console(file=file, width=width).print(frame(progress, width))
+    lines = file.getvalue().splitlines()
+    assert len(lines) <= 16 and max(map(len, lines)) <= min(width, 92)
+
+
+def test_the_display_shows_the_loop() -> None:
+    clock = Clock()
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, height=24, record=True)
+    feed(LiveDisplay(Progress("demo", clock), console), clock)
+    shown = console.export_text()
+    for part in (
+        "50/200", "100/200", "150/200", "done", "roll", "replay", "looking back", "25/50, try 2",
+        "lr 0.03", "momentum 0.9", "train loss 0.2", "-50%", "J 0.21 → 0.19", "accepted 1",
+        "rejected 1", "rewound 1", "cost 5.50x", "a notice",
+    ):  # fmt: skip
+        assert part in shown, part
+
+
+def test_the_display_without_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    clock, file = Clock(), io.StringIO()
+    console = Console(file=file, force_terminal=True, width=80, height=24)
+    feed(LiveDisplay(Progress("demo", clock), console), clock, 30)
+    assert not re.search(r"\x1b\[[\d;]*3\d", file.getvalue())
+    assert "\x1b[1;7mroll" in file.getvalue(), "the current verb stands out without colour too"
+
+
+def test_drawing_takes_little_of_the_time() -> None:
+    """A step a millisecond: no more than eight frames a second."""
+    clock, drawn = Clock(), 0
+
+    class Counting(Console):
+        def print(self, *objects: Any, **options: Any) -> None:
+            nonlocal drawn
+            drawn += 1
+
+    display = LiveDisplay(
+        Progress("demo", clock), Counting(file=io.StringIO(), force_terminal=True, width=80)
+    )
+    with display:
+        display(RunStarted(0, 2000, 500, 500, ("lr",), True, None))
+        display(VerbStarted("roll", 0, 0, 5000, 0))
+        before = drawn
+        for step in range(2000):
+            clock.now += 0.001
+            display(StepTaken(step, 0.1, {"lr": 0.1}))
+        assert 4 <= drawn - before <= 16
+
+
+def test_words_and_numbers() -> None:
+    assert [duration(s) for s in (None, 0.4, 59, 200, 3900)] == ["?", "0s", "59s", "3m20s", "1h05m"]
+    assert sparkline([1, 10, 100]) == "▁▅█" or sparkline([1, 10, 100]) == "▁▄█"
+    assert sparkline([0.0, 1.0, float("nan")]) == " ▁ " and sparkline([]) == ""
+
+
+# The settings -------------------------------------------------------------------------------------
+
+
+def test_settings_survive_their_record() -> None:
+    config = TrainConfig(
+        run="mnist", data=Path("x"), controls=("lr", "noise"), lr=0.1, segment="3", rewrite=False
+    )
+    assert TrainConfig.from_record(json.loads(json.dumps(config.to_record())), "here") == config
+    assert TrainConfig.from_record({"segment": 3, "lr": 1}, "here").lr == 1.0
+
+
+# The examples -------------------------------------------------------------------------------------
+
+
+def test_an_own_model_in_25_lines(tmp_path: Path) -> None:
+    example = EXAMPLES / "custom_model.py"
+    assert len(example.read_text().splitlines()) <= 25
+    done = process(str(example), cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    match = re.match(r"validation loss (\S+),", done.stdout)
+    assert match and float(match.group(1)) < 0.1
+    assert len(rhc.Schedule.load(tmp_path / "schedule.json")) == 400
+
+
+def test_a_hypergradient_by_hand(tmp_path: Path) -> None:
+    done = process(str(EXAMPLES / "hypergradient_by_hand.py"), cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    error = re.search(r"relative error (\S+)", done.stdout)
+    assert error and float(error.group(1)) < 1e-6
+    first, rewritten, replayed = re.findall(r"^J\b.*?(\d\.\d{6})", done.stdout, re.MULTILINE)
+    assert float(rewritten) < float(first) and rewritten == replayed

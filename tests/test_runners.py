@@ -1,0 +1,413 @@
+"""Runners: what they hand over, how they are found, and what they say when something is missing."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from rhc.errors import InputError
+from rhc.workload import Workload, available_runners, load_runner, runner_summary
+from runners.data import read_idx, split, tensor_loader
+from runners.digits import digits
+from runners.mnist import mnist
+from runners.sine import sine
+
+Runner = Callable[..., Workload]
+
+# What a runner hands over
+
+
+def train(workload: Workload, steps: int, lr: float) -> tuple[float, float]:
+    """Validation loss before and after plain SGD steps."""
+    optimizer = torch.optim.SGD(workload.model.parameters(), lr=lr)
+    before = validation_loss(workload)
+    batches = iter(workload.train_loader)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        scalar_loss(workload, next(batches)).backward()
+        optimizer.step()
+    return before, validation_loss(workload)
+
+
+def validation_loss(workload: Workload) -> float:
+    assert workload.val_loader is not None
+    with torch.no_grad():
+        losses = [scalar_loss(workload, batch) for batch in workload.val_loader]
+    return torch.stack(losses).mean().item()
+
+
+def scalar_loss(workload: Workload, batch: object) -> Tensor:
+    outcome = workload.loss_fn(workload.model, batch)
+    return outcome[0] if isinstance(outcome, tuple) else outcome
+
+
+def examples(loader: object) -> int:
+    assert isinstance(loader, DataLoader)
+    return len(loader.dataset)  # type: ignore[arg-type]
+
+
+def test_digits_hands_over_real_digits() -> None:
+    torch.manual_seed(0)
+    workload = digits(seed=0)
+    images, labels = next(iter(workload.train_loader))
+    assert images.shape == (64, 64) and images.dtype == torch.float32
+    assert images.min() >= -1 and images.max() <= 1
+    assert labels.shape == (64,) and labels.dtype == torch.int64
+    loss, metrics = workload.loss_fn(workload.model, (images, labels))
+    assert loss.shape == () and loss.isfinite()
+    assert 0 <= metrics["accuracy"] <= 1 and not metrics["accuracy"].requires_grad
+    loaders = (workload.train_loader, workload.val_loader, workload.test_loader)
+    assert [examples(loader) for loader in loaders] == [1100, 300, 397]
+
+
+@pytest.mark.parametrize(("runner", "below"), [(digits, 0.9), (sine, 0.8)])
+def test_a_few_sgd_steps_lower_the_validation_loss(runner: Runner, below: float) -> None:
+    torch.manual_seed(0)
+    before, after = train(runner(seed=0), steps=15, lr=0.1)
+    assert after < below * before
+
+
+@pytest.mark.parametrize("runner", [digits, sine])
+def test_weights_depend_on_the_callers_seed_and_data_do_not(runner: Runner) -> None:
+    def make(seed: int) -> tuple[Tensor, list[Tensor]]:
+        torch.manual_seed(seed)
+        workload = runner(seed=seed)
+        assert workload.test_loader is not None
+        (test_batch,) = workload.test_loader
+        return nn.utils.parameters_to_vector(workload.model.parameters()), test_batch
+
+    weights, test_batch = make(1)
+    same_weights, _ = make(1)
+    other_weights, other_test_batch = make(2)
+    assert torch.equal(weights, same_weights)
+    assert not torch.equal(weights, other_weights)
+    assert all(torch.equal(a, b) for a, b in zip(test_batch, other_test_batch, strict=True))
+
+
+@pytest.mark.parametrize("runner", [digits, sine])
+def test_a_runner_draws_nothing_but_its_weights_from_the_global_generator(runner: Runner) -> None:
+    torch.manual_seed(0)
+    workload = runner(seed=0)
+    after_runner = torch.get_rng_state()
+    torch.manual_seed(0)
+    for layer in workload.model.modules():
+        if isinstance(layer, nn.Linear):
+            nn.Linear(layer.in_features, layer.out_features)
+    assert torch.equal(torch.get_rng_state(), after_runner)
+
+
+@pytest.mark.parametrize("runner", [digits, sine])
+def test_data_that_would_be_ignored_is_refused(runner: Runner) -> None:
+    with pytest.raises(InputError, match=r"takes no data, got --data x: leave --data out"):
+        runner(data=Path("x"))
+
+
+def test_digits_says_how_to_get_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(InputError, match=r"pip install 'rhc\[runners\]'"):
+        digits()
+
+
+# Loaders and splits
+
+
+def test_tensor_loader_shuffles_every_pass_and_drops_a_partial_batch() -> None:
+    torch.manual_seed(0)
+    rows = torch.arange(10)
+    loader = tensor_loader((rows, -rows), 4, shuffle=True)
+    passes = [torch.cat([a for a, _ in loader]) for _ in range(2)]
+    assert len(loader) == 2
+    assert all(len(seen) == len(seen.unique()) == 8 for seen in passes)
+    assert not torch.equal(*passes)
+    assert all(torch.equal(a, -b) for a, b in loader)
+
+    torch.manual_seed(0)
+    assert torch.equal(torch.cat([a for a, _ in loader]), passes[0])
+
+
+def test_tensor_loader_keeps_order_and_every_row_without_shuffle() -> None:
+    rows = torch.arange(10)
+    batches = [batch for (batch,) in tensor_loader((rows,), 4, shuffle=False)]
+    assert [len(batch) for batch in batches] == [4, 4, 2]
+    assert torch.equal(torch.cat(batches), rows)
+
+
+def test_split_is_disjoint_and_that_of_seed_zero() -> None:
+    rows = torch.arange(10)
+    (first,), (second,) = split((rows,), (6, 4))
+    expected = torch.randperm(10, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.cat([first, second]), expected)
+    assert len(first) == 6
+
+
+# The IDX format
+
+
+def idx_bytes(array: Tensor) -> bytes:
+    header = struct.pack(f">HBB{array.dim()}I", 0, 0x08, array.dim(), *array.shape)
+    return header + array.to(torch.uint8).numpy().tobytes()
+
+
+def write_mnist(folder: Path, prefix: str, count: int, *, compress: bool) -> tuple[Tensor, Tensor]:
+    """A pair of files of random images and labels; returns what was written."""
+    generator = torch.Generator().manual_seed(count)
+    images = torch.randint(256, (count, 28, 28), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(10, (count,), generator=generator, dtype=torch.uint8)
+    for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+        content = idx_bytes(array)
+        path = folder / f"{prefix}-{name}-ubyte{'.gz' if compress else ''}"
+        path.write_bytes(gzip.compress(content) if compress else content)
+    return images, labels
+
+
+def test_read_idx_returns_what_was_written(tmp_path: Path) -> None:
+    array = torch.arange(24, dtype=torch.uint8).reshape(2, 3, 4)
+    path = tmp_path / "array"
+    path.write_bytes(idx_bytes(array))
+    assert torch.equal(read_idx(path), array)
+    path.write_bytes(gzip.compress(idx_bytes(array)))
+    assert torch.equal(read_idx(path), array)
+
+
+@pytest.mark.parametrize(
+    ("code", "format_", "dtype"),
+    [
+        (0x08, "B", torch.uint8),
+        (0x09, "b", torch.int8),
+        (0x0B, "h", torch.int16),
+        (0x0C, "i", torch.int32),
+        (0x0D, "f", torch.float32),
+        (0x0E, "d", torch.float64),
+    ],
+)
+def test_read_idx_knows_every_element_type(
+    tmp_path: Path, code: int, format_: str, dtype: torch.dtype
+) -> None:
+    path = tmp_path / "array"
+    path.write_bytes(struct.pack(f">HBBI3{format_}", 0, code, 1, 3, 1, 2, 100))
+    assert torch.equal(read_idx(path), torch.tensor([1, 2, 100], dtype=dtype))
+
+
+VALID = idx_bytes(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not an IDX file: it starts with nothing"),
+        (b"\0\0\x08", "is not an IDX file: it starts with 000008 where"),
+        (b"<html>no such file", "is not an IDX file: it starts with 3c68746d where"),
+        (b"\0\0\x07\x01" + VALID[4:], "is not an IDX file: it starts with 00000701"),
+        (b"\0\0\x08\x00" + VALID[4:], "is not an IDX file: it starts with 00000800"),
+        (VALID[:10], "is cut short: 10 bytes, where the header alone has 12; fetch it again"),
+        (VALID[:-1], r"holds 5 bytes of data where its header, \(2, 3\) of uint8, promises 6"),
+        (VALID + b"\0", r"holds 7 bytes of data where its header, \(2, 3\) of uint8, promises 6"),
+        (gzip.compress(VALID)[:-9], r"is damaged gzip \(.*\); fetch it again"),
+        (gzip.compress(VALID)[:-8] + b"\0" * 8, r"is damaged gzip \(CRC check failed"),
+        (gzip.compress(VALID)[:10] + b"\xff" * 20, r"is damaged gzip \(.*\); fetch it again"),
+    ],
+)
+def test_read_idx_names_the_file_and_the_fault(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "broken-idx3-ubyte"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"broken-idx3-ubyte {message}"):
+        read_idx(path)
+
+
+def test_read_idx_says_why_a_file_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot be read \(Is a directory\); check the file"):
+        read_idx(tmp_path)
+
+
+# MNIST
+
+
+def test_mnist_needs_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"got no folder: give --data DIR"):
+        mnist()
+    with pytest.raises(InputError, match=r"--data .*absent is not a folder: give the one"):
+        mnist(data=tmp_path / "absent")
+    with pytest.raises(InputError, match=r"has neither t10k-images-idx3-ubyte nor .*\.gz: give"):
+        mnist(data=tmp_path)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_mnist_splits_the_test_files_where_they_are_alone(tmp_path: Path, compress: bool) -> None:
+    images, labels = write_mnist(tmp_path, "t10k", 200, compress=compress)
+    workload = mnist(data=tmp_path)
+    assert mnist_sizes(workload) == [140, 30, 30]
+
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(0))[-30:]
+    assert workload.test_loader is not None
+    ((test_images, test_labels),) = workload.test_loader
+    assert torch.equal(test_labels, labels[order].long())
+    expected = (images[order].flatten(1).float() / 255 - 0.1307) / 0.3081
+    assert torch.equal(test_images, expected)
+
+
+def test_mnist_uses_the_training_files_where_they_are(tmp_path: Path) -> None:
+    write_mnist(tmp_path, "train", 1200, compress=True)
+    _, labels = write_mnist(tmp_path, "t10k", 200, compress=False)
+    workload = mnist(data=tmp_path)
+    assert mnist_sizes(workload) == [1100, 100, 200]
+    assert workload.test_loader is not None
+    ((_, test_labels),) = workload.test_loader
+    assert torch.equal(test_labels, labels.long())
+
+
+def test_mnist_does_not_pass_over_half_a_training_set(tmp_path: Path) -> None:
+    write_mnist(tmp_path, "train", 200, compress=True)
+    write_mnist(tmp_path, "t10k", 200, compress=True)
+    (tmp_path / "train-images-idx3-ubyte.gz").unlink()
+    with pytest.raises(InputError, match="has neither train-images-idx3-ubyte nor"):
+        mnist(data=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("images-idx3", torch.zeros(200, 20, 20), r"\(200, 20, 20\) of torch.uint8 where MNIST"),
+        ("images-idx3", torch.zeros(199, 28, 28), "199 images and t10k-labels.* 200 labels; fetch"),
+        ("labels-idx1", torch.zeros(200, 1), r"\(200, 1\) of torch.uint8 where MNIST has \(N,\)"),
+        ("labels-idx1", torch.full((200,), 10), "each from 0 to 9; fetch MNIST's own file"),
+    ],
+)
+def test_mnist_checks_what_the_files_hold(
+    tmp_path: Path, name: str, array: Tensor, message: str
+) -> None:
+    write_mnist(tmp_path, "t10k", 200, compress=False)
+    (tmp_path / f"t10k-{name}-ubyte").write_bytes(idx_bytes(array))
+    with pytest.raises(InputError, match=message):
+        mnist(data=tmp_path)
+
+
+def test_mnist_needs_enough_images_for_a_batch(tmp_path: Path) -> None:
+    write_mnist(tmp_path, "t10k", 20, compress=False)
+    with pytest.raises(InputError, match="has 20 images, too few for batches of 64"):
+        mnist(data=tmp_path)
+
+
+def test_mnist_10k_on_the_real_files(data_dir: Path) -> None:
+    folder = data_dir / "mnist"
+    if not folder.is_dir():
+        pytest.skip(f"no MNIST files in {folder}: set RHC_DATA to a folder with mnist/ in it")
+    torch.manual_seed(0)
+    workload = mnist(data=folder)
+    if not any(folder.glob("train-images*")):
+        assert mnist_sizes(workload) == [7000, 1500, 1500]
+    before, after = train(workload, steps=30, lr=0.05)
+    assert after < 0.8 * before
+
+
+def mnist_sizes(workload: Workload) -> list[int]:
+    loaders = (workload.train_loader, workload.val_loader, workload.test_loader)
+    return [examples(loader) for loader in loaders]
+
+
+# How a runner is found
+
+
+def test_ready_made_runners_are_installed_with_their_summaries() -> None:
+    runners = available_runners()
+    assert {"digits", "mnist", "sine"} <= set(runners)
+    assert runners["digits"].target == "runners.digits:digits"
+    assert runners["digits"].summary.startswith("Real handwritten digits")
+    assert all(runners[name].summary for name in ("digits", "mnist", "sine"))
+
+
+def test_two_packages_that_claim_one_name_are_both_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = [
+        metadata.EntryPoint("digits", f"{package}:digits", "rhc.runners") for package in ("a", "b")
+    ]
+    monkeypatch.setattr(metadata, "entry_points", lambda group: entries)
+    with pytest.raises(InputError, match="'digits' is claimed by both a:digits and b:digits: unin"):
+        available_runners()
+
+
+def test_summary_is_empty_where_there_is_none_to_be_read() -> None:
+    for target in ("absent.module:f", "runners.absent:f", "runners.digits:absent", "sys:exit"):
+        assert runner_summary(target) == ""
+
+
+def test_listing_runners_does_not_import_torch() -> None:
+    program = (
+        "import sys, rhc.workload as w\n"
+        "assert [i.summary for i in w.available_runners().values()]\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_load_runner_by_name() -> None:
+    assert load_runner("sine").__wrapped__ is sine  # type: ignore[attr-defined]
+    assert isinstance(load_runner("sine")(seed=0, data=None), Workload)
+
+
+def test_an_unknown_runner_is_told_its_neighbours() -> None:
+    names = ", ".join(available_runners())
+    tail = f"there are: {names}; or give path/to/file.py:function"
+    with pytest.raises(InputError) as raised:
+        load_runner("digts")
+    assert str(raised.value) == f"unknown runner 'digts': did you mean 'digits'? {tail}"
+    with pytest.raises(InputError) as raised:
+        load_runner("zzzzzz")
+    assert str(raised.value) == f"unknown runner 'zzzzzz': {tail}"
+
+
+@pytest.fixture
+def runner_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "neighbour_of_mine.py").write_text("RUNNER = 'sine'\n")
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from neighbour_of_mine import RUNNER\n"
+        "from rhc.workload import load_runner\n"
+        "CONSTANT = 1\n"
+        "def good(*, seed=0, data=None): return load_runner(RUNNER)(seed=seed, data=data)\n"
+        "def returns_none(*, seed=0, data=None): pass\n"
+        "def takes_nothing(): pass\n"
+    )
+    return path
+
+
+def test_load_runner_from_a_file(runner_file: Path) -> None:
+    assert isinstance(load_runner(f"{runner_file}:good")(seed=0, data=None), Workload)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "message"),
+    [
+        (":absent", r"mine.py defines no function 'absent': give .*mine.py:function with"),
+        (":CONSTANT", r"mine.py defines no function 'CONSTANT': give"),
+        ("", r"names a file but no function: give .*mine.py:function"),
+        (":takes_nothing", r"cannot be called with seed and data .*: define it with"),
+    ],
+)
+def test_load_runner_from_a_file_says_what_is_wrong(
+    runner_file: Path, suffix: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        load_runner(f"{runner_file}{suffix}")
+
+
+def test_a_runner_must_return_a_workload(runner_file: Path) -> None:
+    runner = load_runner(f"{runner_file}:returns_none")
+    with pytest.raises(InputError, match=r"returned NoneType: return an rhc.workload.Workload"):
+        runner(seed=0, data=None)
+
+
+def test_load_runner_from_a_missing_file() -> None:
+    with pytest.raises(InputError, match=r"there is no file absent.py in .*: correct the path"):
+        load_runner("absent.py:f")
