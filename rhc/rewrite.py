@@ -15,6 +15,9 @@ from torch import Tensor
 from rhc.errors import InputError
 from rhc.schedule import CONTROLS, Schedule, total_variation
 
+LEAVES_ZERO = 0.5
+"""A control at exactly 0 stays there unless the law wants this share of its largest move."""
+
 
 @dataclass(frozen=True)
 class Proposal:
@@ -80,7 +83,7 @@ class Rewrite:
 
         schedule: the window as rolled, K steps. gradient: control -> (K,), dJ/du in natural units,
         without the penalty's. value: J. scale: of all steps, for a retry. Controls whose gradient
-        is 0 everywhere, or that stand at exactly 0 with no downhill way up, do not move.
+        is 0 everywhere do not move, nor do those at exactly 0 for less than `LEAVES_ZERO`.
         """
         basis = hat_functions(len(schedule), self.knots)
         size = max(abs(value), 1e-12)
@@ -101,10 +104,15 @@ class Rewrite:
                 / (knots.abs() + self.damping / self.knots)
             )
             shift = basis @ move
-            predicted += float(of_raw @ shift)
             new = control.from_raw(raw + shift)
-            # What does not move keeps its bits.
-            values[name] = torch.where(shift == 0, old, new)
+            # What does not move keeps its bits, and 0 is left for a good reason only.
+            least = LEAVES_ZERO * scale * self.step.get(name, 0.0)
+            held = (shift == 0) | ((old == 0) & (shift < least))
+            values[name] = torch.where(held, old, new)
+            if bool(held.all()):
+                carry[name] = 0.0
+                continue
+            predicted += float(of_raw @ shift)
             carry[name] = float(move[-1]) if self.knots == 1 else float(shift.mean())
         return Proposal(
             Schedule({**schedule.values, **values}, schedule.start, schedule.seed), carry, predicted

@@ -33,7 +33,7 @@ class RunDirectory:
         self.path = path
         self.notice = notice
         self.checkpoints = CheckpointStore(path / "checkpoints", keep_checkpoints, notice)
-        self._keep = keep_checkpoints
+        self._lock: int | None = None
 
     def open(
         self, config: Mapping[str, Any], resume: Literal["auto", "never"]
@@ -67,10 +67,19 @@ class RunDirectory:
                     "or choose another --directory"
                 )
             self._check_same(config)
+        try:
+            self._lock = _locked(self.path / ".lock")
+        except BlockingIOError:
+            raise InputError(
+                f"directory {self.path} is being written by another process; wait for it, "
+                "or choose another --directory"
+            ) from None
         if "config.json" not in present:
             replace_durably(self.path / "config.json", _document(config))
         self.tape = JsonLines(self.path / "tape.jsonl")
         self.windows = JsonLines(self.path / "windows.jsonl")
+        self.tape.append([])
+        self.windows.append([])
         checkpoint = self.checkpoints.latest()
         if checkpoint is None and (self.tape.length or self.checkpoints.steps()):
             raise InputError(
@@ -81,6 +90,12 @@ class RunDirectory:
         self.tape.truncate(int(lengths.get("tape", 0)))
         self.windows.truncate(int(lengths.get("windows", 0)))
         return checkpoint
+
+    def close(self) -> None:
+        """Lets another process write here. A process that dies does so by itself."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def result(self) -> dict[str, Any] | None:
         """The content of result.json where the run has ended."""
@@ -113,6 +128,21 @@ class RunDirectory:
         }
         for key, (before, here) in versions.items():
             self.notice(f"the run began with {key} {before}, this is {here}: its bits may differ")
+
+
+def _locked(path: Path) -> int | None:
+    """A lock on a file that ends with this process; BlockingIOError where another holds it."""
+    try:
+        import fcntl
+    except ImportError:  # not on this operating system
+        return None
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def versions() -> dict[str, str]:

@@ -211,23 +211,27 @@ class Runner:
             raise InputError(f"steps must be ≥ 1, got {steps}")
         if resume not in ("auto", "never"):
             raise InputError(f"resume must be 'auto' or 'never', got {resume!r}")
-        loop = self._begin(steps, resume)
-        if loop.finished is None:
-            self._emit(
-                RunStarted(
-                    loop.step,
-                    steps,
-                    self.window,
-                    self.stride,
-                    self.controls,
-                    self.rewriting,
-                    None if self.directory is None else self.directory.path,
+        try:
+            loop = self._begin(steps, resume)
+            if loop.finished is None:
+                self._emit(
+                    RunStarted(
+                        loop.step,
+                        steps,
+                        self.window,
+                        self.stride,
+                        self.controls,
+                        self.rewriting,
+                        None if self.directory is None else self.directory.path,
+                    )
                 )
-            )
-            while loop.step < steps:
-                self._window()
-                self._save()
-            loop.finished = self._end()
+                while loop.step < steps:
+                    self._window()
+                    self._save()
+                loop.finished = self._end()
+        finally:
+            if self.directory is not None:
+                self.directory.close()
         self._emit(RunEnded(loop.finished))
         return RunResult(
             loop.schedule,

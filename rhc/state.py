@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rhc.errors import InputError
@@ -40,9 +39,7 @@ def snapshot_to_tensors(snapshot: Snapshot) -> tuple[Tensors, dict[str, Any]]:
 
 def snapshot_from_tensors(plant: Plant, tensors: Tensors, rest: Mapping[str, Any]) -> Snapshot:
     """The inverse, for `plant`; names or shapes that its model lacks are InputErrors."""
-    expected: dict[str, Tensor] = {
-        f"parameter.{n}": p for n, p in plant.model.named_parameters()
-    }
+    expected: dict[str, Tensor] = {f"parameter.{n}": p for n, p in plant.model.named_parameters()}
     expected |= {f"buffer.{n}": b for n, b in plant.model.named_buffers()}
     found = tensors["model"]
     for name in expected.keys() ^ found.keys():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -35,8 +36,10 @@ from torch.optim import SGD, Adam, Optimizer, RMSprop
 
 import rhc
 from rhc import InputError, Objective, Plant, Schedule
-from rhc.hypergradient import Hypergradient, window_hypergradient
+from rhc.dynamics import SGDState
+from rhc.hypergradient import Hypergradient, segments, window_hypergradient
 from rhc.hypergradient.products import PRODUCTS
+from rhc.plant import BlockState
 
 STEPS = 7
 SEGMENTS = (1, 3, 7)
@@ -367,6 +370,39 @@ def test_reward_of_the_metrics_counts_in_the_stage_cost(product: Any) -> None:
     for segment in SEGMENTS if product == "exact" else (1,):
         gradient = found(setting.controls, segment).grad
         assert all(relative_error(gradient[n], e) < 1e-6 for n, e in expected.items())
+
+
+@pytest.mark.parametrize("affordable", [0, 2, 1000])
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 50, 100])
+def test_states_are_rebuilt_in_reverse_from_few(
+    steps: int, affordable: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A toy roll, whose state of step i is i: every state comes, at a bounded price."""
+    state = BlockState(torch.zeros(1), SGDState(None))
+    monkeypatch.setattr(segments, "SMALL_STATES", 4 * affordable)
+    passes, most = 0, 0
+
+    def after(i: int, states: list[BlockState]) -> list[BlockState]:
+        nonlocal passes
+        passes += 1
+        assert float(states[0].parameters) == i
+        return [BlockState(states[0].parameters + 1, SGDState(None))]
+
+    rebuilt = segments._Rebuilt({0: [state]}, after)
+    for i in reversed(range(steps)):
+        assert float(rebuilt.take(i)[0].parameters) == i
+        most = max(most, len(rebuilt.states))
+    assert most <= max(affordable, 1) + math.log2(steps) + 1
+    assert passes <= steps * (1 + math.log2(steps))
+
+
+def test_few_kept_states_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = named("transformer", "adamw", steps=20)
+    expected = look_back(setting)
+    monkeypatch.setattr(segments, "SMALL_STATES", 0)
+    monkeypatch.setattr(segments, "LARGE_STATE", 0)
+    found = look_back(setting)
+    assert all(torch.equal(found.grad[n], g) for n, g in expected.grad.items())
 
 
 # Closed forms -------------------------------------------------------------------------------------

@@ -11,7 +11,10 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 LAYERS = (
-    {"_lr_scheduler", "errors", "noise", "randomness", "schedule", "signals", "workload"},
+    {
+        "_lr_scheduler", "errors", "memory", "noise", "randomness", "schedule", "signals",
+        "workload",
+    },
     {
         "batches", "checkpoint", "config", "dynamics", "events", "objective", "run_directory",
         "tape",

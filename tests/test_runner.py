@@ -584,9 +584,6 @@ def test_a_state_that_overflows_without_a_loss_that_does() -> None:
         def backward(ctx: Any, g: Tensor) -> Any:
             return g * (math.inf if ctx.trapped else 1.0), None
 
-    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
-        return classify(model, (Trap.apply(model[0](batch[0]), batch[2]), batch[1]))[0]
-
     inner = nn.Sequential(nn.Linear(6, 3))
     train = [(x, y, i == 7) for i, (x, y) in enumerate(in_order().train)]
 

@@ -1,0 +1,566 @@
+"""An interrupted run ends as the uninterrupted one does, to the bit, wherever it was stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import (
+    OPTIMIZERS,
+    Run,
+    Stop,
+    classify,
+    clouds,
+    files,
+    make_run,
+    seed_everything,
+    state_of,
+    stop_at_event,
+    unequal,
+)
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader
+
+from rhc import InputError, Objective, Rewrite, Runner
+from rhc.checkpoint import write_durably
+from rhc.events import Notice, RunStarted, StepTaken
+from rhc.tape import JsonLines
+
+STEPS = 11
+"""Three or four windows of 4, the last one shorter; the epoch ends at 10."""
+
+LAW = Rewrite(step={"lr": 1.5, "momentum": 0.5, "noise": 4.0})
+"""Far steps, so that some windows are rejected, and noise."""
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
+def runner(run: Run, directory: Path, listener: Any = None, **options: Any) -> Runner:
+    options = {"window": 4, "rewrite": LAW} | options
+    listeners = [] if listener is None else [listener]
+    return Runner(*run, directory=directory, listeners=listeners, **options)
+
+
+def shared_generator(seed: int = 0) -> Run:
+    """Training and validation loader shuffle with one generator, as PyTorch's notes advise."""
+    run = make_run("adam", seed=seed)
+    generator = torch.Generator().manual_seed(3)
+    train, val = (
+        DataLoader(clouds(rows, seed=s), 8, shuffle=True, generator=generator)
+        for s, rows in enumerate((75, 60))
+    )
+    return run._replace(train=train, val=val)
+
+
+class Branching(nn.Module):
+    """A layer that few batches use: the blocks of the reverse pass are split in mid-run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.extra, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.first(x))
+        return self.last(h + torch.tanh(self.extra(h)) if x[0, 0] > 1.0 else h)
+
+
+def branching(seed: int = 0) -> Run:
+    run = make_run(seed=seed)
+    model = Branching()
+    return run._replace(model=model, optimizer=OPTIMIZERS["adam"](model.parameters()))
+
+
+CASES: dict[str, tuple[Callable[[int], Run], dict[str, Any]]] = {
+    "chunks": (lambda seed: make_run("adamw", seed=seed), {}),
+    "sliding": (lambda seed: make_run("sgd", seed=seed), {"stride": 3}),
+    "augmented": (lambda seed: make_run("adam", "augmented", seed=seed), {"stride": 3}),
+    "held out": (lambda seed: make_run("sgd", seed=seed)._replace(val=None), {"stride": 2}),
+    "shared generator": (shared_generator, {}),
+    "branching": (branching, {}),
+    "stage costs": (
+        lambda seed: make_run("sgd", "generator", seed=seed),
+        {"objective": Objective(loss_weight=1.0, terminal_weight=0.0, average=None)},
+    ),
+}
+
+
+def outcome(run: Run, directory: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Everything that must not depend on whether a run was interrupted."""
+    record = json.loads(json.dumps(record))
+    del record["wall_seconds"], record["cost"]["peak_memory_bytes"]
+    return {"state": state_of(run), "files": files(directory), "record": record}
+
+
+def uninterrupted(name: str, directory: Path, listener: Any = None) -> dict[str, Any]:
+    make, options = CASES[name]
+    run = make(0)
+    result = runner(run, directory, listener, **options).fit(STEPS)
+    return outcome(run, directory, result.record)
+
+
+def resumed(name: str, directory: Path, *, seed: int) -> dict[str, Any]:
+    """To the end with new objects; another seed shows that nothing is left to chance."""
+    make, options = CASES[name]
+    run = make(seed)
+    result = runner(run, directory, **options).fit(STEPS)
+    assert result.tape == [json.loads(x) for x in files(directory)["tape.jsonl"].splitlines()]
+    assert result.windows == [json.loads(x) for x in files(directory)["windows.jsonl"].splitlines()]
+    return outcome(run, directory, result.record)
+
+
+def interrupt(name: str, directory: Path, number: int, *, seed: int) -> bool:
+    """Runs until `number` events have passed; False where the run ended before that."""
+    make, options = CASES[name]
+    try:
+        runner(make(seed), directory, stop_at_event(number), **options).fit(STEPS)
+    except Stop:
+        return True
+    return False
+
+
+# Interrupted at every event ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interrupted_at_every_verb(name: str, tmp_path: Path) -> None:
+    """And at every checkpoint, commit and attempt, and in the middle of some rolls."""
+    events: list[Any] = []
+    expected = uninterrupted(name, tmp_path / "whole", events.append)
+    numbers = [i for i, e in enumerate(events) if not isinstance(e, StepTaken) or e.step % 7 == 1]
+    if name not in ("chunks", "sliding"):
+        numbers = numbers[::4]
+    for number in numbers:
+        directory = tmp_path / f"stopped-{number}"
+        assert interrupt(name, directory, number, seed=0)
+        # Before the first checkpoint there is nothing to continue but the seed.
+        seed = 99 if (directory / "checkpoints").exists() else 0
+        assert unequal(expected, resumed(name, directory, seed=seed)) == [], events[number]
+        shutil.rmtree(directory)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interrupted_again_and_again(name: str, tmp_path: Path) -> None:
+    """Always a little later than the last time, often twice before anything is committed."""
+    expected = uninterrupted(name, tmp_path / "whole")
+    directory, draw, stops = tmp_path / "stopped", random.Random(name), 0
+    assert interrupt(name, directory, 5, seed=0)
+    while stops < 60 and interrupt(name, directory, draw.randrange(30), seed=stops):
+        stops += 1
+    assert stops > 3
+    assert unequal(expected, resumed(name, directory, seed=99)) == []
+
+
+# Killed in the middle of a write -------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+class Disk:
+    """Every operation on the disk, counted; the one with number `fatal` is half done, then Killed.
+
+    Nothing may touch the disk after that, as after SIGKILL: no `finally`, no clean-up.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, fatal: int | None) -> None:
+        self.count, self.fatal, self.dead = 0, fatal, False
+        self.names: list[str] = []
+        rename, replace, rmtree, append = Path.rename, Path.replace, shutil.rmtree, JsonLines.append
+
+        def write(path: Path, data: bytes) -> None:
+            self.step("write", lambda: path.write_bytes(data[: len(data) // 2]))
+            write_durably(path, data)
+
+        def append_rows(lines: JsonLines, rows: Any) -> None:
+            self.step("append", lambda: append_half(lines, rows))
+            append(lines, rows)
+
+        def append_half(lines: JsonLines, rows: Any) -> None:
+            with lines.path.open("a") as file:
+                file.write(json.dumps(rows)[: 20 + len(json.dumps(rows)) // 2])
+
+        def remove(path: Path, ignore_errors: bool = False) -> None:
+            self.step("rmtree", lambda: next((p.unlink() for p in Path(path).glob("*")), None))
+            rmtree(path, ignore_errors=ignore_errors)
+
+        patch.setattr("rhc.checkpoint.write_durably", write)
+        patch.setattr(JsonLines, "append", append_rows)
+        patch.setattr("shutil.rmtree", remove)
+        patch.setattr(Path, "rename", lambda a, b: (self.step("rename"), rename(a, b))[1])
+        patch.setattr(Path, "replace", lambda a, b: (self.step("replace"), replace(a, b))[1])
+
+    def step(self, name: str, half: Callable[[], Any] = lambda: None) -> None:
+        assert not self.dead, f"{name} after the process died"
+        if self.count == self.fatal:
+            half()
+            self.dead = True
+            raise Killed
+        self.count += 1
+        self.names.append(name)
+
+
+@pytest.mark.parametrize("name", ["chunks", "sliding"])
+def test_killed_at_every_write_rename_and_removal(name: str, tmp_path: Path) -> None:
+    make, options = CASES[name]
+    options = options | {"keep_checkpoints": 1}
+    expected = uninterrupted(name, tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        disk = Disk(patch, None)
+        runner(make(0), tmp_path / "counted", **options).fit(STEPS)
+    assert disk.names.count("append") > 6 and {"write", "rmtree", "rename"} < {*disk.names}
+    # All of the first and of the last checkpoints, and a part of those in between.
+    numbers = [n for n in range(disk.count) if n < 30 or n > disk.count - 30 or n % 3 == 0]
+    for fatal in numbers:
+        directory = tmp_path / str(fatal)
+        with pytest.MonkeyPatch.context() as patch:
+            Disk(patch, fatal)
+            with pytest.raises(Killed):
+                runner(make(0), directory, **options).fit(STEPS)
+        again = make(0)
+        result = runner(again, directory, **options).fit(STEPS)
+        found = outcome(again, directory, result.record)
+        assert unequal(expected, found) == [], (fatal, disk.names[fatal])
+        assert {p.name for p in (directory / "checkpoints").iterdir()} == {f"window-{STEPS:08d}"}
+        leftovers = [p for p in directory.rglob("*") if p.name.startswith(".")]
+        assert leftovers == [], fatal
+        shutil.rmtree(directory)
+
+
+# Damaged checkpoints -------------------------------------------------------------------------------
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def halved(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "flipped": ("model.safetensors", flipped),
+    "flipped values": ("values.json", flipped),
+    "halved": ("optimizer.safetensors", halved),
+    "emptied": ("rng.safetensors", lambda path: path.write_bytes(b"")),
+    "missing": ("train_batches.safetensors", Path.unlink),
+    "manifest flipped": ("manifest.json", flipped),
+    "manifest halved": ("manifest.json", halved),
+    "manifest missing": ("manifest.json", Path.unlink),
+}
+
+
+def stopped_late(directory: Path) -> list[Path]:
+    """A run that was interrupted with checkpoints at steps 0, 4 and 8; returns them, ascending."""
+    run = make_run("adamw")
+
+    def listener(event: Any) -> None:
+        if isinstance(event, StepTaken) and event.step == 9:
+            raise Stop
+
+    with pytest.raises(Stop):
+        runner(run, directory, listener).fit(STEPS)
+    found = sorted((directory / "checkpoints").iterdir())
+    assert [p.name[-1] for p in found] == ["0", "4", "8"]
+    return found
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("how_many", [1, 2])
+def test_a_damaged_checkpoint_is_passed_over(damage: str, how_many: int, tmp_path: Path) -> None:
+    """Said loudly, with the file's name; the one before it is used, and the end is the same."""
+    expected = uninterrupted("chunks", tmp_path / "whole")
+    checkpoints = stopped_late(tmp_path / "run")
+    name, damaged = DAMAGES[damage]
+    for checkpoint in checkpoints[-how_many:]:
+        damaged(checkpoint / name)
+    events: list[Any] = []
+    run = make_run("adamw", seed=99)
+    result = runner(run, tmp_path / "run", events.append).fit(STEPS)
+    notices = [e.message for e in events if isinstance(e, Notice)]
+    assert len(notices) == how_many
+    for notice, checkpoint in zip(notices, reversed(checkpoints), strict=False):
+        assert str(checkpoint / name) in notice
+    started = next(e for e in events if isinstance(e, RunStarted))
+    assert started.start == 8 - 4 * how_many
+    assert unequal(expected, outcome(run, tmp_path / "run", result.record)) == []
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
+    }
+
+
+def refused(run: Run, directory: Path, message: str, steps: int = STEPS, **options: Any) -> str:
+    """The InputError of a fit that must leave everything as it is."""
+    before, state = contents(directory), state_of(run)
+    resume = options.pop("resume", "auto")
+    with pytest.raises(InputError, match=message) as error:
+        runner(run, directory, **options).fit(steps, resume)
+    assert contents(directory) == before
+    # The runner seeds its streams of batches before it looks at the directory.
+    assert unequal(state["model"], state_of(run)["model"]) == []
+    assert unequal(state["optimizer"], state_of(run)["optimizer"]) == []
+    return str(error.value)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_no_checkpoint_that_can_be_used(finished: bool, tmp_path: Path) -> None:
+    """A run whose every checkpoint is damaged is not begun anew on top of what it left."""
+    directory = tmp_path / "run"
+    if finished:
+        uninterrupted("chunks", directory)
+    else:
+        stopped_late(directory)
+    for checkpoint in (directory / "checkpoints").iterdir():
+        flipped(checkpoint / "values.json")
+    message = "holds a run, but no checkpoint of it can be used; start again in another --directory"
+    refused(make_run("adamw"), directory, message)
+    shutil.rmtree(directory / "checkpoints")
+    refused(make_run("adamw"), directory, message)
+
+
+def test_a_finished_run_whose_last_checkpoint_is_damaged(tmp_path: Path) -> None:
+    """Its last window is run again, and nothing of the tape is lost."""
+    directory = tmp_path / "run"
+    expected = uninterrupted("chunks", directory)
+    flipped(directory / "checkpoints" / f"window-{STEPS:08d}" / "model.safetensors")
+    assert unequal(expected, resumed("chunks", directory, seed=99)) == []
+
+
+# The same configuration, or none -------------------------------------------------------------------
+
+CHANGED: dict[str, tuple[dict[str, Any], str]] = {
+    "window": ({"window": 5}, "stride was 4, is 5; window was 4, is 5"),
+    "stride": ({"stride": 2}, "stride was 4, is 2"),
+    "seed": ({"seed": 3}, "seed was 0, is 3"),
+    "controls": ({"controls": ["lr"]}, r'controls was \["lr", "momentum", "noise"\], is \["lr"\]'),
+    "law": (
+        {"rewrite": Rewrite(step={**LAW.step, "noise": 5.0})},
+        r"rewrite.step.noise was 4.0, is 5.0",
+    ),
+    "no law": ({"rewrite": False}, "rewrite was {.*, is false"),
+    "objective": ({"objective": Objective(batches=3)}, "objective.batches was 4, is 3"),
+    "clipping": ({"clip_norm": 2.0}, "clip_norm was null, is 2.0"),
+    "product": ({"product": "central-difference"}, 'product was "auto", is "central-difference"'),
+}
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("name", CHANGED)
+def test_another_configuration_is_refused(name: str, finished: bool, tmp_path: Path) -> None:
+    if finished:
+        uninterrupted("chunks", tmp_path)
+    else:
+        stopped_late(tmp_path)
+    options, difference = CHANGED[name]
+    message = refused(
+        make_run("adamw"), tmp_path, f"belongs to another configuration .*{difference}", **options
+    )
+    assert message.endswith("choose another --directory, or give the same settings")
+
+
+def test_another_number_of_steps_model_optimizer_or_data(tmp_path: Path) -> None:
+    stopped_late(tmp_path)
+    refused(make_run("adamw"), tmp_path, "steps was 11, is 12", steps=12)
+    refused(make_run("adam"), tmp_path, 'optimizer was "adamw", is "adam"')
+    refused(make_run("adamw", lr=0.02), tmp_path, "initial.lr was 0.01, is 0.02")
+    refused(make_run("adamw", norm=False), tmp_path, r"parameters was \d+, is \d+")
+    refused(make_run("adamw")._replace(val=None), tmp_path, "validation was true, is false")
+
+
+def test_a_model_of_as_many_but_other_parameters(tmp_path: Path) -> None:
+    def made(model: nn.Module) -> Run:
+        seed_everything(0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return Run(model, optimizer, classify, list(make_run(loader="list").train), None)
+
+    uninterrupted_run = made(nn.Sequential(nn.Linear(6, 3, bias=False), nn.Linear(3, 3)))
+    with pytest.raises(Stop):
+        runner(uninterrupted_run, tmp_path, stop_at_event(30)).fit(STEPS)
+    renamed = nn.Sequential(nn.Identity(), nn.Linear(6, 3, bias=False), nn.Linear(3, 3))
+    refused(
+        made(renamed),
+        tmp_path,
+        r"parameter\.\d\.(weight|bias) is in the (model|checkpoint) only; resume with the model",
+    )
+    other = nn.Sequential(nn.Linear(6, 3, bias=False), nn.Linear(3, 3)).double()
+    other_loss = lambda model, batch: classify(model, (batch[0].double(), batch[1]))  # noqa: E731
+    refused(
+        made(other)._replace(loss_fn=other_loss),
+        tmp_path,
+        r"is \(.*\) of torch.float32 in the checkpoint, \(.*\) of torch.float64 in the model; resu",
+    )
+    model = nn.Sequential(nn.Linear(6, 3, bias=False), nn.Linear(3, 3))
+    groups = [{"params": [p]} for p in model.parameters()]
+    refused(
+        made(model)._replace(optimizer=torch.optim.SGD(groups, lr=0.1)),
+        tmp_path,
+        "the checkpoint's optimizer has 3 parameters in 1 groups, this one 3 in 3; resume with the",
+    )
+
+
+def test_less_data_than_before(tmp_path: Path) -> None:
+    stopped_late(tmp_path)
+    fewer = DataLoader(clouds(20), 8, shuffle=True)
+    refused(
+        make_run("adamw")._replace(train=fewer),
+        tmp_path,
+        "train_loader ended after 3 batches, but the run that is resumed was at batch 8 of its epo",
+    )
+
+
+def test_never_resuming(tmp_path: Path) -> None:
+    stopped_late(tmp_path)
+    refused(make_run("adamw"), tmp_path, "holds a run already; use --resume auto", resume="never")
+    made = runner(make_run("adamw"), tmp_path / "new").fit(STEPS, resume="never")
+    assert made.record["steps"] == STEPS
+
+
+def test_a_directory_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "schedule.json").write_text("mine")
+    refused(make_run("adamw"), tmp_path, "holds schedule.json but no config.json, so it is no run")
+    (tmp_path / "config.json").write_text("[1]")
+    refused(make_run("adamw"), tmp_path, "config.json must hold a JSON object, got list")
+    (tmp_path / "config.json").write_text("{")
+    refused(make_run("adamw"), tmp_path, r"config.json is not valid JSON \(")
+
+
+@pytest.mark.parametrize("name", ["tape.jsonl", "windows.jsonl"])
+def test_a_file_that_is_shorter_than_the_checkpoint_says(name: str, tmp_path: Path) -> None:
+    stopped_late(tmp_path)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:100])
+    message = rf"{name} has 100 bytes where the checkpoint saw \d+; lines were lost, so start again"
+    refused(make_run("adamw"), tmp_path, message)
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    stopped_late(tmp_path)
+    path = tmp_path / "tape.jsonl"
+    path.write_bytes(b"x" + path.read_bytes()[1:])
+    with pytest.raises(InputError, match=r"tape.jsonl, line 1: not JSON"):
+        runner(make_run("adamw"), tmp_path).fit(STEPS)
+
+
+# Finished ------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    run = make_run("adamw")
+    result = runner(run, tmp_path).fit(STEPS)
+    before = contents(tmp_path)
+    events: list[Any] = []
+    again = make_run("adamw", seed=99)
+    found = runner(again, tmp_path, events.append).fit(STEPS)
+    assert found.record == result.record
+    assert (found.tape, found.windows) == (result.tape, result.windows)
+    assert found.schedule == result.schedule
+    assert [type(e).__name__ for e in events] == ["RunEnded"]
+    assert contents(tmp_path) == before
+    assert unequal(state_of(run)["model"], state_of(again)["model"]) == []
+
+
+def test_other_versions_are_said_and_tolerated(tmp_path: Path) -> None:
+    stopped_late(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["versions"]["torch"] = "1.0"
+    config["hardware"]["cores"] = 1000
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    events: list[Any] = []
+    runner(make_run("adamw"), tmp_path, events.append).fit(STEPS)
+    assert [e.message for e in events if isinstance(e, Notice)] == [
+        f"the run began with torch 1.0, this is {torch.__version__}: its bits may differ"
+    ]
+
+
+# SIGKILL -------------------------------------------------------------------------------------------
+
+
+class Child:
+    """killed_run.py as a process; `phase` is what it said last."""
+
+    def __init__(self, directory: Path) -> None:
+        script = Path(__file__).with_name("killed_run.py")
+        self.process = subprocess.Popen(
+            [sys.executable, str(script), str(directory), "0"],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        assert self.process.stdout is not None
+        os.set_blocking(self.process.stdout.fileno(), True)
+        assert self.process.stdout.readline() == "READY\n"
+        self.began = time.monotonic()
+
+    def finish(self) -> float:
+        """Waits for the end, and returns how long it trained."""
+        out, _ = self.process.communicate(timeout=300)
+        assert self.process.returncode == 0 and out.endswith("DONE\n")
+        return time.monotonic() - self.began
+
+    def kill(self, after: float) -> str | None:
+        """SIGKILL after so many seconds: the phase it was in, or None where it had ended."""
+        time.sleep(after)
+        self.process.send_signal(signal.SIGKILL)
+        out, _ = self.process.communicate()
+        if self.process.returncode == 0:
+            return None
+        assert self.process.returncode == -signal.SIGKILL
+        return out.splitlines()[-1] if out else "open"
+
+
+def final(directory: Path) -> dict[str, Any]:
+    return {"tensors": load_file(directory / "final.safetensors"), "files": files(directory)}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, Any], float]]:
+    """What the uninterrupted process leaves, and how long it trains."""
+    directory = tmp_path_factory.mktemp("reference")
+    seconds = Child(directory).finish()
+    yield final(directory), seconds
+
+
+@pytest.mark.parametrize(("kills", "seed"), [(5, 0), pytest.param(20, 1, marks=pytest.mark.slow)])
+def test_sigkill_at_random_moments(
+    kills: int, seed: int, reference: tuple[dict[str, Any], float], tmp_path: Path
+) -> None:
+    """Runs are killed until they end, and begun anew until there were enough kills."""
+    expected, seconds = reference
+    draw = random.Random(seed)
+    phases: Counter[str] = Counter()
+    directory = tmp_path / "0"
+    while phases.total() < kills:
+        phase = Child(directory).kill(draw.uniform(0, 0.6) * seconds)
+        if phase is not None:
+            phases[phase] += 1
+        else:
+            assert unequal(expected, final(directory)) == []
+            directory = tmp_path / str(phases.total())
+    if directory.exists():
+        Child(directory).finish()
+        assert unequal(expected, final(directory)) == [], phases
+    print(f"killed while: {dict(phases)}")
+    lines = (tmp_path / "0" / "tape.jsonl").read_text().splitlines()
+    assert len(lines) == 110 and re.search(r'"noise": 0\.0[0-9]*[1-9]', lines[-1])
