@@ -443,24 +443,24 @@ class StepRecord:
     gradient_norm: Tensor
 
 
-def checked_loss(result: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, metrics) from what a loss_fn returned; an InputError for anything else."""
+def checked_loss(result: Any, source: str = "loss_fn") -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, metrics) from what `source` returned; an InputError for anything else."""
     loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
     if not isinstance(loss, Tensor):
         raise InputError(
-            f"loss_fn must return a scalar tensor or (scalar tensor, dict), got "
+            f"{source} must return a scalar tensor or (scalar tensor, dict), got "
             f"{type(loss).__name__}; return the loss itself, not .item()"
         )
     if loss.dim() != 0:
         if loss.numel() != 1:
             raise InputError(
-                f"loss_fn must return a scalar tensor, got shape {tuple(loss.shape)}; "
+                f"{source} must return a scalar tensor, got shape {tuple(loss.shape)}; "
                 "reduce it with .mean()"
             )
         loss = loss.reshape(())
     if torch.is_grad_enabled() and not loss.requires_grad:
         raise InputError(
-            "loss_fn returned a loss without a graph (requires_grad is False); compute it from "
+            f"{source} returned a loss without a graph (requires_grad is False); compute it from "
             "the model's output without .detach(), .item() or torch.no_grad()"
         )
     return loss, {k: torch.as_tensor(v) for k, v in dict(metrics).items()}

@@ -41,8 +41,8 @@ from rhc.rewrite import Proposal
 from rhc.runner import DivergedError
 from rhc.schedule import total_variation
 
-NOISY = Rewrite(step={"lr": 0.7, "momentum": 0.5, "noise": 4.0, "weight_decay": 1.0})
-"""A law that leaves noise 0 behind with the first step downhill."""
+NOISY = Rewrite(step={"lr": 0.7, "momentum": 0.5, "noise": 4.0, "weight_decay": 1.0}, damping=1e-9)
+"""A law that goes as far as it may, and leaves noise 0 behind with the first step downhill."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,8 @@ def test_the_directory(tmp_path: Path) -> None:
     test_loader = DataLoader(clouds(24, seed=2), 8)
     result = fit(run, 20, directory=directory, test_loader=test_loader, seed=7)
     assert sorted(p.name for p in directory.iterdir()) == [
-        "checkpoints", "config.json", "result.json", "schedule.json", "tape.jsonl", "windows.jsonl",
+        ".lock", "checkpoints", "config.json", "result.json", "schedule.json", "tape.jsonl",
+        "windows.jsonl",
     ]  # fmt: skip
     newest = [f"window-{step:08d}" for step in (8, 16, 20)]
     assert sorted(p.name for p in (directory / "checkpoints").iterdir()) == newest

@@ -30,9 +30,17 @@ Engine = Literal["adjoint", "higher"]
 ENGINES: tuple[Engine, ...] = ("adjoint", "higher")
 
 
+SAME_GRADIENT = 0.01
+"""Largest relative difference between a step's gradient and the same computed again. Other kernels
+and reduced precision stay below it; hidden state and randomness do not."""
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """How a hypergradient ended: `name` is "successful" or "non-finite"; `message` says the mend.
+    """How a hypergradient ended; `message` says the mend.
+
+    name: "successful"; "non-finite"; or "inconsistent", where a step that is computed again is not
+    the step that was rolled, so that the numbers cannot be trusted.
 
     step: the absolute step at which it began, going backwards; None where it succeeded.
     """
@@ -95,7 +103,8 @@ def hypergradient(
 
     Model, optimizer and random state are left as they were found. Raises InputError for arguments
     that cannot be used. A non-finite result is reported in `result`, not raised. Buffers other
-    than BatchNorm's running statistics are treated as constants of each step.
+    than BatchNorm's running statistics are treated as constants of each step, and those statistics
+    are followed for a terminal that reads them (in eval mode), not for a loss_fn that does.
     """
     batches = list(batches)
     if not batches:
@@ -111,17 +120,18 @@ def hypergradient(
     try:
         for p in model.parameters():
             p.grad = None  # backward would add to those that the optimizer does not hold
-        return window_hypergradient(
-            plant,
-            batches,
-            schedule,
-            objective,
-            tuple(controls),
-            terminal=terminal,
-            segment=segment,
-            product=product,
-            engine=engine,
-        )
+        with torch.enable_grad():
+            return window_hypergradient(
+                plant,
+                batches,
+                schedule,
+                objective,
+                tuple(controls),
+                terminal=terminal,
+                segment=segment,
+                product=product,
+                engine=engine,
+            )
     finally:
         plant.restore(before)
         for p, g in zip(model.parameters(), grads, strict=True):
@@ -287,7 +297,18 @@ def _outcome(found: Adjoint, trajectory: Trajectory, value: float) -> Outcome:
     last = trajectory.start + len(trajectory) - 1
     if not bool(bad.any()):
         if trajectory.diverged is None and math.isfinite(value):
-            return Outcome("successful", "every hypergradient is finite")
+            worst = max(found.discrepancies, key=lambda i: found.discrepancies[i], default=0)
+            share = found.discrepancies.get(worst, 0.0)
+            if share <= SAME_GRADIENT:
+                return Outcome("successful", "every hypergradient is finite")
+            step = trajectory.start + worst
+            return Outcome(
+                "inconsistent",
+                f"the gradient of step {step}, computed again, differs by {share:.2g} of its norm; "
+                "look for randomness or state that loss_fn keeps outside the model, activation "
+                "checkpointing with segment > 1, and operators that are not deterministic",
+                step,
+            )
         message = f"the loss is not finite at step {last}; use a shorter window or a lower lr"
         return Outcome("non-finite", message, last)
     step = trajectory.start + int(bad.nonzero().max())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rhc.objective import Objective
 from rhc.plant import Block, Plant, checked_loss
+
+Result = TypeVar("Result")
 
 
 class Evaluated(NamedTuple):
@@ -46,7 +48,7 @@ class Evaluation:
             if _has_statistics(module)
             for name in ("running_mean", "running_var")
         ]
-        self._loss = _Call(plant.model, lambda model, batch: plant.loss_fn(model, batch))
+        self._substitution = _Substitution(plant.model)
 
     def substituted(
         self, flats: Sequence[Tensor], buffers: Mapping[str, Tensor]
@@ -72,48 +74,64 @@ class Evaluation:
         statistics: bool = False,
     ) -> Evaluated:
         """Loss and stage cost of one step's batch; the caller sets the random state before."""
-        result, after = self._loss.at(
-            self.substituted(flats, buffers), self.statistics_names if statistics else (), batch
-        )
-        loss, metrics = checked_loss(result)
-        return Evaluated(loss, self.objective.stage(loss, metrics), after)
+        return self.inside(flats, buffers, batch, lambda found: found, statistics=statistics)
+
+    def inside(
+        self,
+        flats: Sequence[Tensor],
+        buffers: Mapping[str, Tensor],
+        batch: Any,
+        then: Callable[[Evaluated], Result],
+        *,
+        statistics: bool = False,
+    ) -> Result:
+        """then(evaluated), called while the tensors are still substituted.
+
+        A model that uses activation checkpointing runs parts of itself again in the backward pass,
+        with the parameters that it then finds.
+        """
+
+        def evaluate(model: nn.Module) -> Result:
+            loss, metrics = checked_loss(self.plant.loss_fn(model, batch))
+            names = self.statistics_names if statistics else ()
+            after = {name: model.get_buffer(name) for name in names}
+            return then(Evaluated(loss, self.objective.stage(loss, metrics), after))
+
+        return self._substitution.at(self.substituted(flats, buffers), evaluate)
 
     def terminal(
         self,
         terminal: Callable[[nn.Module], Tensor],
         flats: Sequence[Tensor],
         buffers: Mapping[str, Tensor],
-    ) -> Tensor:
-        """terminal(model) at the given parameters; the modules' modes are left as they were."""
+        then: Callable[[Tensor], Result],
+    ) -> Result:
+        """then(terminal(model)) at the given parameters; the modules' modes are left alone."""
         modes = [(m, m.training) for m in self.plant.model.modules()]
         try:
-            call = _Call(self.plant.model, lambda model, _: terminal(model))
-            value, _ = call.at(self.substituted(flats, buffers), (), None)
+            return self._substitution.at(
+                self.substituted(flats, buffers),
+                lambda model: then(checked_loss(terminal(model), "terminal")[0]),
+            )
         finally:
             for module, training in modes:
                 module.training = training
-        return checked_loss(value)[0] if torch.is_grad_enabled() else torch.as_tensor(value)
 
 
-class _Call(nn.Module):
-    """A function of a model as a module, so that functional_call can substitute its tensors."""
+class _Substitution(nn.Module):
+    """The model held in a module of its own, so that functional_call can substitute its tensors."""
 
-    def __init__(self, model: nn.Module, function: Callable[[nn.Module, Any], Any]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.function = function
 
-    def forward(self, read: Sequence[str], batch: Any) -> tuple[Any, dict[str, Tensor]]:
-        result = self.function(self.model, batch)
-        # Read here: on leaving functional_call the live buffers are back in place.
-        return result, {name: self.model.get_buffer(name) for name in read}
+    def forward(self, function: Callable[[nn.Module], Result]) -> Result:
+        return function(self.model)
 
-    def at(
-        self, tensors: Mapping[str, Tensor], read: Sequence[str], batch: Any
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """(the function's result, the buffers named in `read` afterwards) at these tensors."""
+    def at(self, tensors: Mapping[str, Tensor], function: Callable[[nn.Module], Result]) -> Result:
+        """function(model) with these tensors in place of the model's own."""
         prefixed = {f"model.{name}": tensor for name, tensor in tensors.items()}
-        return functional_call(self, prefixed, (read, batch))
+        return functional_call(self, prefixed, (function,))
 
 
 @contextmanager

@@ -8,13 +8,13 @@ that to pull it back), forward difference 1 (the roll's g_t is known), central d
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from rhc.hypergradient.evaluation import Evaluation
+from rhc.hypergradient.evaluation import Evaluated, Evaluation
 from rhc.randomness import RandomState
 
 Product = Literal["exact", "forward-difference", "central-difference"]
@@ -35,10 +35,14 @@ class StepPoint:
 
 @dataclass(frozen=True)
 class Pulled:
-    """What came back: one tensor (or None) per block, and per statistic."""
+    """What came back: one tensor (or None) per block, and per statistic.
+
+    discrepancy: |g − g_t| / |g_t| of the gradient that was computed again, where it was compared.
+    """
 
     parameters: list[Tensor | None]
     statistics: dict[str, Tensor]
+    discrepancy: float = 0.0
 
 
 def pull_back(
@@ -47,10 +51,15 @@ def pull_back(
     point: StepPoint,
     gradient_costates: Sequence[Tensor | None],
     statistics_costates: Mapping[str, Tensor],
+    *,
+    compare: bool = False,
 ) -> Pulled:
-    """H_t λ_g + ∂b′/∂θ ᵀ λ_b + ∇(stage cost), and the statistics' own costates."""
+    """H_t λ_g + ∂b′/∂θ ᵀ λ_b + ∇(stage cost), and the statistics' own costates.
+
+    compare: an exact product also says how far its own g_t is from the roll's.
+    """
     if product == "exact":
-        return _exact(evaluation, point, gradient_costates, statistics_costates)
+        return _exact(evaluation, point, gradient_costates, statistics_costates, compare)
     first = _first_order(evaluation, point, statistics_costates)
     curvature = _difference(product, evaluation, point, gradient_costates)
     return Pulled(
@@ -63,25 +72,32 @@ def _exact(
     point: StepPoint,
     gradient_costates: Sequence[Tensor | None],
     statistics_costates: Mapping[str, Tensor],
+    compare: bool,
 ) -> Pulled:
     """Reverse over reverse: Pearlmutter 1994."""
     flats = [f.detach().requires_grad_() for f in point.flats]
     buffers, leaves = _statistics_leaves(point.buffers, statistics_costates)
-    point.rng.restore()
-    evaluated = evaluation(flats, buffers, point.batch, statistics=bool(leaves))
     active = [i for i, v in enumerate(gradient_costates) if v is not None]
-    outputs: list[Tensor] = []
-    seeds: list[Tensor | None] = []
-    if active:
-        gradients = torch.autograd.grad(
-            evaluated.loss, [flats[i] for i in active], create_graph=True, allow_unused=True
-        )
-        for i, g in zip(active, gradients, strict=True):
-            if g is not None and g.requires_grad:  # a loss linear in θ has no curvature
-                outputs.append(g)
-                seeds.append(gradient_costates[i])
-    _add_first_order(outputs, seeds, evaluated, statistics_costates)
-    return _pulled(outputs, seeds, flats, leaves)
+
+    def pull(evaluated: Evaluated) -> Pulled:
+        outputs: list[Tensor] = []
+        seeds: list[Tensor | None] = []
+        discrepancy = 0.0
+        if active:
+            gradients = torch.autograd.grad(
+                evaluated.loss, [flats[i] for i in active], create_graph=True, allow_unused=True
+            )
+            if compare:
+                discrepancy = relative_difference(gradients, [point.gradients[i] for i in active])
+            for i, g in zip(active, gradients, strict=True):
+                if g is not None and g.requires_grad:  # a loss linear in θ has no curvature
+                    outputs.append(g)
+                    seeds.append(gradient_costates[i])
+        _add_first_order(outputs, seeds, evaluated, statistics_costates)
+        return replace(_pulled(outputs, seeds, flats, leaves), discrepancy=discrepancy)
+
+    point.rng.restore()
+    return evaluation.inside(flats, buffers, point.batch, pull, statistics=bool(leaves))
 
 
 def _first_order(
@@ -96,12 +112,15 @@ def _first_order(
         )
     flats = [f.detach().requires_grad_() for f in point.flats]
     buffers, leaves = _statistics_leaves(point.buffers, statistics_costates)
+
+    def pull(evaluated: Evaluated) -> Pulled:
+        outputs: list[Tensor] = []
+        seeds: list[Tensor | None] = []
+        _add_first_order(outputs, seeds, evaluated, statistics_costates)
+        return _pulled(outputs, seeds, flats, leaves)
+
     point.rng.restore()
-    evaluated = evaluation(flats, buffers, point.batch, statistics=bool(leaves))
-    outputs: list[Tensor] = []
-    seeds: list[Tensor | None] = []
-    _add_first_order(outputs, seeds, evaluated, statistics_costates)
-    return _pulled(outputs, seeds, flats, leaves)
+    return evaluation.inside(flats, buffers, point.batch, pull, statistics=bool(leaves))
 
 
 def _difference(
@@ -134,8 +153,12 @@ def _difference(
             at = f.detach() if v is None else torch.add(f.detach(), v, alpha=scale)
             flats.append(at.requires_grad_())
         point.rng.restore()
-        loss = evaluation(flats, point.buffers, point.batch).loss
-        return list(torch.autograd.grad(loss, [flats[i] for i in active]))
+        return evaluation.inside(
+            flats,
+            point.buffers,
+            point.batch,
+            lambda found: list(torch.autograd.grad(found.loss, [flats[i] for i in active])),
+        )
 
     plus = gradients(epsilon)
     if product == "forward-difference":
@@ -159,7 +182,7 @@ def _statistics_leaves(
 def _add_first_order(
     outputs: list[Tensor],
     seeds: list[Tensor | None],
-    evaluated: Any,
+    evaluated: Evaluated,
     costates: Mapping[str, Tensor],
 ) -> None:
     if evaluated.stage is not None:
@@ -190,6 +213,15 @@ def _pulled(
         name: p for name, p in zip(leaves, pulled[len(flats) :], strict=True) if p is not None
     }
     return Pulled(list(pulled[: len(flats)]), statistics)
+
+
+def relative_difference(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> float:
+    """|found − expected| / |expected| over all blocks; 0 where both vanish."""
+    pairs = [(f, e) for f, e in zip(found, expected, strict=True) if e is not None]
+    if not pairs:
+        return 0.0
+    difference = _norm([e if f is None else f.detach() - e for f, e in pairs])
+    return float(difference / _norm([e for _, e in pairs]).clamp_min(1e-30))
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:

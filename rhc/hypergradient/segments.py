@@ -27,7 +27,12 @@ from torch import Tensor, nn
 
 from rhc import memory
 from rhc.hypergradient.evaluation import Evaluation, double_backward, visible_statistics
-from rhc.hypergradient.products import Product, StepPoint, pull_back
+from rhc.hypergradient.products import (
+    Product,
+    StepPoint,
+    pull_back,
+    relative_difference,
+)
 from rhc.noise import root_mean_square, standard_noise
 from rhc.objective import Objective, average_weights
 from rhc.plant import Block, BlockState, Plant, Trajectory
@@ -61,11 +66,15 @@ class Costate:
 
 @dataclass
 class Adjoint:
-    """dJ/du: control -> (K,) float64, natural units. costate_norms: (K,), |dJ/ds_t|."""
+    """dJ/du: control -> (K,) float64, natural units. costate_norms: (K,), |dJ/ds_t|.
+
+    discrepancies: index of a step -> |g − g_t| / |g_t| of its gradient when computed again.
+    """
 
     gradient: dict[str, Tensor]
     costate_norms: Tensor
     hessian_products: int
+    discrepancies: dict[int, float]
 
 
 def kept_states(steps: int, segment: int) -> Callable[[int], bool]:
@@ -129,11 +138,15 @@ def _terminal_costate(
     flats = [block.flatten(at).requires_grad_() for block in blocks]
     live = {name: b.detach() for name, b in plant.model.named_buffers()}
     leaves = {n: live[n].clone().requires_grad_() for n in evaluation.statistics_names}
+
+    def pull(value: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        weighted = objective.terminal_weight * value
+        return value.detach(), torch.autograd.grad(
+            weighted, [*flats, *leaves.values()], allow_unused=True
+        )
+
     with visible_statistics(plant.model, update=False):
-        value = evaluation.terminal(terminal, flats, {**live, **leaves})
-    pulled = torch.autograd.grad(
-        objective.terminal_weight * value, [*flats, *leaves.values()], allow_unused=True
-    )
+        value, pulled = evaluation.terminal(terminal, flats, {**live, **leaves}, pull)
     for name, p in zip(leaves, pulled[len(flats) :], strict=True):
         if p is not None:
             costate.statistics[name] = p
@@ -141,7 +154,7 @@ def _terminal_costate(
         # From here on every statistic is carried, so that their updates compose.
         for name, leaf in leaves.items():
             costate.statistics.setdefault(name, torch.zeros_like(leaf))
-    return value.detach(), costate, list(pulled[: len(flats)])
+    return value, costate, list(pulled[: len(flats)])
 
 
 class _Reverse:
@@ -168,6 +181,9 @@ class _Reverse:
         self.gradient = {n: torch.zeros(self.steps, dtype=torch.float64) for n in controls}
         self.norms = torch.zeros(self.steps, dtype=torch.float64)
         self.products = 0
+        # Whether a step computed again is the step that was rolled is looked at twice a window.
+        self.compared = (self.steps - 1, 0)
+        self.discrepancies = dict[int, float]()
 
     # segment = 1 ---------------------------------------------------------------------------------
 
@@ -190,8 +206,14 @@ class _Reverse:
             if large:
                 memory.trim()
             pulled = pull_back(
-                product, self.evaluation, point, gradient_costates, costate.statistics
+                product,
+                self.evaluation,
+                point,
+                gradient_costates,
+                costate.statistics,
+                compare=i in self.compared,
             )
+            self.discrepancies[i] = pulled.discrepancy
             self.products += 1
             costate = Costate(
                 [_sum(a, b) for a, b in zip(costate.parameters, pulled.parameters, strict=True)],
@@ -201,7 +223,7 @@ class _Reverse:
             if i:
                 costate = self._with_share(costate, i)
             self.norms[i] = costate.norm()
-        return Adjoint(self.gradient, self.norms, self.products)
+        return Adjoint(self.gradient, self.norms, self.products, self.discrepancies)
 
     def _pull_through_optimizer(
         self, i: int, states: Sequence[BlockState], costate: Costate
@@ -249,7 +271,7 @@ class _Reverse:
             if start:
                 costate = self._with_share(costate, start)
                 self.norms[start] = costate.norm()
-        return Adjoint(self.gradient, self.norms, self.products)
+        return Adjoint(self.gradient, self.norms, self.products, self.discrepancies)
 
     def _segment(self, start: int, stop: int, costate: Costate) -> Costate:
         trajectory = self.trajectory
@@ -290,6 +312,8 @@ class _Reverse:
                 )
                 for b, g in zip(active, graded, strict=True):
                     gradients[b] = g
+                if i in self.compared:
+                    self.discrepancies[i] = relative_difference(gradients, trajectory.gradients[i])
                 self.products += 1
                 if evaluated.stage is not None:
                     outputs.append(evaluated.stage)
