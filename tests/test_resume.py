@@ -81,6 +81,12 @@ class Branching(nn.Module):
         return self.last(h + torch.tanh(self.extra(h)) if x[0, 0] > 1.0 else h)
 
 
+def private_generator(seed: int = 0) -> Run:
+    generator = torch.Generator().manual_seed(3)
+    loader = DataLoader(clouds(75), 8, shuffle=True, generator=generator)
+    return make_run("sgd", seed=seed)._replace(train=loader)
+
+
 def branching(seed: int = 0) -> Run:
     run = make_run(seed=seed)
     model = Branching()
@@ -95,7 +101,7 @@ CASES: dict[str, tuple[Callable[[int], Run], dict[str, Any]]] = {
     "shared generator": (shared_generator, {}),
     "branching": (branching, {}),
     "stage costs": (
-        lambda seed: make_run("sgd", "generator", seed=seed),
+        private_generator,
         {"objective": Objective(loss_weight=1.0, terminal_weight=0.0, average=None)},
     ),
 }
@@ -105,9 +111,7 @@ def outcome(run: Run, directory: Path, record: dict[str, Any]) -> dict[str, Any]
     """Everything that must not depend on whether a run was interrupted."""
     record = json.loads(json.dumps(record))
     del record["wall_seconds"], record["cost"]["peak_memory_bytes"]
-    state = state_of(run)
-    del state["generator"]  # which a run with rewriting leaves as it was made
-    return {"state": state, "files": files(directory), "record": record}
+    return {"state": state_of(run), "files": files(directory), "record": record}
 
 
 def uninterrupted(name: str, directory: Path, listener: Any = None) -> dict[str, Any]:
@@ -146,7 +150,7 @@ def test_interrupted_at_every_verb(name: str, tmp_path: Path) -> None:
     events: list[Any] = []
     expected = uninterrupted(name, tmp_path / "whole", events.append)
     numbers = [i for i, e in enumerate(events) if not isinstance(e, StepTaken) or e.step % 7 == 1]
-    if name not in ("chunks", "sliding"):
+    if name != "sliding":
         numbers = numbers[::4]
     for number in numbers:
         directory = tmp_path / f"stopped-{number}"
@@ -196,8 +200,9 @@ class Disk:
             append(lines, rows)
 
         def append_half(lines: JsonLines, rows: Any) -> None:
+            text = "".join(json.dumps(row) + "\n" for row in rows)
             with lines.path.open("a") as file:
-                file.write(json.dumps(rows)[: 20 + len(json.dumps(rows)) // 2])
+                file.write(text[: len(text) // 2])
 
         def remove(path: Path, ignore_errors: bool = False) -> None:
             self.step("rmtree", lambda: next((p.unlink() for p in Path(path).glob("*")), None))
@@ -229,7 +234,7 @@ def test_killed_at_every_write_rename_and_removal(name: str, tmp_path: Path) -> 
         runner(make(0), tmp_path / "counted", **options).fit(STEPS)
     assert disk.names.count("append") > 6 and {"write", "rmtree", "rename"} < {*disk.names}
     # All of the first and of the last checkpoints, and a part of those in between.
-    numbers = [n for n in range(disk.count) if n < 30 or n > disk.count - 30 or n % 3 == 0]
+    numbers = [n for n in range(disk.count) if n < 30 or n > disk.count - 20 or n % 4 == 0]
     for fatal in numbers:
         directory = tmp_path / str(fatal)
         with pytest.MonkeyPatch.context() as patch:
@@ -240,9 +245,9 @@ def test_killed_at_every_write_rename_and_removal(name: str, tmp_path: Path) -> 
         result = runner(again, directory, **options).fit(STEPS)
         found = outcome(again, directory, result.record)
         assert unequal(expected, found) == [], (fatal, disk.names[fatal])
-        assert {p.name for p in (directory / "checkpoints").iterdir()} == {f"window-{STEPS:08d}"}
-        hidden = {p.name for p in directory.rglob(".*")}
-        assert hidden == {".lock"}, fatal
+        # What the last save of all did not remove stays, but nothing half written does.
+        assert (directory / "checkpoints" / f"window-{STEPS:08d}").is_dir()
+        assert list(directory.rglob(".writing*")) == [], fatal
         shutil.rmtree(directory)
 
 
