@@ -94,6 +94,7 @@ class RunDirectory:
     def close(self) -> None:
         """Lets another process write here. A process that dies does so by itself."""
         if self._lock is not None:
+            _LOCKS.remove(self._lock)
             os.close(self._lock)
             self._lock = None
 
@@ -142,7 +143,21 @@ def _locked(path: Path) -> int | None:
     except OSError:
         os.close(descriptor)
         raise
+    _LOCKS.add(descriptor)
     return descriptor
+
+
+_LOCKS: set[int] = set()
+
+
+def _let_go() -> None:
+    """In a forked process: a DataLoader's worker that outlives the run must not hold its lock."""
+    while _LOCKS:
+        os.close(_LOCKS.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def versions() -> dict[str, str]:

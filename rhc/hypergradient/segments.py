@@ -194,15 +194,15 @@ class _Reverse:
         costate = self._with_share(costate, self.steps)
         for i in reversed(range(self.steps)):
             states = rebuilt.take(i)
-            gradients = self.trajectory.gradients[i]
             costate, gradient_costates = self._pull_through_optimizer(i, states, costate)
             point = StepPoint(
                 [s.parameters for s in states],
                 self.trajectory.buffers[i],
                 self.trajectory.batches[i],
                 self.trajectory.rng[i],
-                gradients,
+                self.trajectory.gradients[i],
             )
+            del states  # the product needs the parameters only
             if large:
                 memory.trim()
             pulled = pull_back(
@@ -444,8 +444,8 @@ class _Rebuilt:
 
     A state costs the memory of parameters and optimizer slots, `after` a few elementwise passes.
     Where all states up to the one asked for are small, all are kept on the way there; otherwise
-    only those half way, three quarters of the way, and so on, which bounds them by log2 K at about
-    log2(K) / 2 passes a step: a two-level recursion (Griewank 1992, binary).
+    only those at 2/3 of the way, at 2/3 of the rest, and so on, which bounds them by log3 K + 1 at
+    about log3 K passes a step (recursive checkpointing, Griewank 1992).
     """
 
     def __init__(
@@ -466,7 +466,7 @@ class _Rebuilt:
         milestone = start
         for k in range(start, i):
             states = self.after(k, states)
-            if i - start <= self.affordable or k + 1 - milestone >= (i - milestone + 1) // 2:
+            if i - start <= self.affordable or 3 * (k + 1 - milestone) >= 2 * (i - milestone):
                 milestone = k + 1
                 self.states[k + 1] = states
         return self.states.pop(i)
