@@ -159,6 +159,11 @@ class Schedule:
                     f"schedule values must be finite, got {name}={float(v[at])} at step "
                     f"{self.start + at}"
                 )
+            if bool((v < 0).any()) or (name == "momentum" and bool((v >= 1).any())):
+                raise InputError(
+                    f"schedule values must be ≥ 0{', and < 1' if name == 'momentum' else ''}, got "
+                    f"{name} from {float(v.min()):g} to {float(v.max()):g}"
+                )
         object.__setattr__(self, "values", values)
 
     @classmethod
