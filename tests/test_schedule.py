@@ -99,6 +99,19 @@ def test_ratio_is_the_inverse_of_rescale(c: Control, a: float, b: float) -> None
         assert c.rescale(a, 0.5) == pytest.approx(odds_scaled(a, 0.5))
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lr": [0.1, -0.1]}, "must be ≥ 0, got lr from -0.1 to 0.1"),
+        ({"momentum": [0.9, 1.0]}, "must be ≥ 0, and < 1, got momentum from 0.9 to 1"),
+        ({"lr": [math.nan]}, "must be finite, got lr=nan at step 0"),
+    ],
+)
+def test_values_that_no_optimizer_can_take(values: dict[str, list[float]], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Schedule({n: torch.tensor(v, dtype=torch.float64) for n, v in values.items()})
+
+
 def test_errors_of_a_control() -> None:
     with pytest.raises(InputError, match="unknown control 'momentun': did you mean 'momentum'"):
         control("momentun")
@@ -116,7 +129,13 @@ natural_values = st.floats(0, 1e3, allow_nan=False)
 schedules = st.integers(1, 6).flatmap(
     lambda steps: st.builds(
         lambda values, start, seed: Schedule(
-            {n: torch.tensor(v, dtype=torch.float64) for n, v in values.items()}, start, seed
+            {
+                # v / (1 + v) is below 1, as momentum must be
+                n: torch.tensor([x / (1 + x) if n == "momentum" else x for x in v]).double()
+                for n, v in values.items()
+            },
+            start,
+            seed,
         ),
         st.dictionaries(
             st.sampled_from(sorted(CONTROLS)),
