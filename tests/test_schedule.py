@@ -130,8 +130,10 @@ schedules = st.integers(1, 6).flatmap(
     lambda steps: st.builds(
         lambda values, start, seed: Schedule(
             {
-                # v / (1 + v) is below 1, as momentum must be
-                n: torch.tensor([x / (1 + x) if n == "momentum" else x for x in v]).double()
+                # x / (1 + x) is below 1, as momentum must be
+                n: torch.tensor(
+                    [x / (1 + x) if n == "momentum" else x for x in v], dtype=torch.float64
+                )
                 for n, v in values.items()
             },
             start,
