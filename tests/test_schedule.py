@@ -164,7 +164,7 @@ def test_windows_are_parts_of_absolute_steps(schedule: Schedule, data: st.DataOb
     assert (part.start, part.stop, part.seed) == (start, stop, schedule.seed)
     assert all(part.at(t) == schedule.at(t) for t in range(start, stop))
     assert schedule.replaced(part) == schedule
-    changed = Schedule({n: v + 1 for n, v in part.values.items()}, part.start, part.seed)
+    changed = Schedule({n: v / 2 + 0.1 for n, v in part.values.items()}, part.start, part.seed)
     replaced = schedule.replaced(changed)
     for t in range(schedule.start, schedule.stop):
         assert replaced.at(t) == (changed if start <= t < stop else schedule).at(t)
