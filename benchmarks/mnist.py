@@ -35,7 +35,8 @@ def main() -> None:
         print(f"seed {seed}  test loss {loss:.4f}  cost {cost:.2f} plain runs")
     losses = [loss for loss, _ in found]
     spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
-    print(f"{arguments.method} lr {arguments.lr:g}: {statistics.mean(losses):.4f} (sd {spread:.4f})")
+    mean = statistics.mean(losses)
+    print(f"{arguments.method} lr {arguments.lr:g}: {mean:.4f} (sd {spread:.4f})")
 
 
 def one(seed: int, arguments: argparse.Namespace) -> tuple[float, float]:

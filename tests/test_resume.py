@@ -81,6 +81,12 @@ class Branching(nn.Module):
         return self.last(h + torch.tanh(self.extra(h)) if x[0, 0] > 1.0 else h)
 
 
+def shuffled_validation(seed: int = 0) -> Run:
+    """Seven batches and a half, in an order of the validation stream's own."""
+    val = DataLoader(clouds(60, seed=1), 8, shuffle=True)
+    return make_run("adamw", seed=seed)._replace(val=val)
+
+
 def private_generator(seed: int = 0) -> Run:
     generator = torch.Generator().manual_seed(3)
     loader = DataLoader(clouds(75), 8, shuffle=True, generator=generator)
@@ -98,6 +104,7 @@ CASES: dict[str, tuple[Callable[[int], Run], dict[str, Any]]] = {
     "sliding": (lambda seed: make_run("sgd", seed=seed), {"stride": 3}),
     "augmented": (lambda seed: make_run("adam", "augmented", seed=seed), {"stride": 3}),
     "held out": (lambda seed: make_run("sgd", seed=seed)._replace(val=None), {"stride": 2}),
+    "shuffled validation": (shuffled_validation, {}),
     "shared generator": (shared_generator, {}),
     "branching": (branching, {}),
     "stage costs": (
@@ -151,7 +158,7 @@ def test_interrupted_at_every_verb(name: str, tmp_path: Path) -> None:
     expected = uninterrupted(name, tmp_path / "whole", events.append)
     numbers = [i for i, e in enumerate(events) if not isinstance(e, StepTaken) or e.step % 7 == 1]
     if name != "sliding":
-        numbers = numbers[::4]
+        numbers = numbers[::8]
     for number in numbers:
         directory = tmp_path / f"stopped-{number}"
         assert interrupt(name, directory, number, seed=0)
@@ -224,8 +231,12 @@ class Disk:
         self.names.append(name)
 
 
-@pytest.mark.parametrize("name", ["chunks", "sliding"])
-def test_killed_at_every_write_rename_and_removal(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "every"),
+    [("sliding", 4), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in CASES)],
+)
+def test_killed_at_every_write_rename_and_removal(name: str, every: int, tmp_path: Path) -> None:
+    """At every one of the first, and of the last; in between at each `every`-th of them."""
     make, options = CASES[name]
     options = options | {"keep_checkpoints": 1}
     expected = uninterrupted(name, tmp_path / "whole")
@@ -233,8 +244,8 @@ def test_killed_at_every_write_rename_and_removal(name: str, tmp_path: Path) -> 
         disk = Disk(patch, None)
         runner(make(0), tmp_path / "counted", **options).fit(STEPS)
     assert disk.names.count("append") > 6 and {"write", "rmtree", "rename"} < {*disk.names}
-    # All of the first and of the last checkpoints, and a part of those in between.
-    numbers = [n for n in range(disk.count) if n < 30 or n > disk.count - 20 or n % 4 == 0]
+    last = disk.count - 20
+    numbers = [n for n in range(disk.count) if n < 20 or n > last or n % every == 0]
     for fatal in numbers:
         directory = tmp_path / str(fatal)
         with pytest.MonkeyPatch.context() as patch:
@@ -451,6 +462,46 @@ def test_a_directory_of_something_else(tmp_path: Path) -> None:
     refused(make_run("adamw"), tmp_path, "config.json must hold a JSON object, got list")
     (tmp_path / "config.json").write_text("{")
     refused(make_run("adamw"), tmp_path, r"config.json is not valid JSON \(")
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    """A second run in the directory is refused while the first one trains, and not afterwards."""
+    messages = []
+
+    def listener(event: Any) -> None:
+        if isinstance(event, StepTaken) and event.step == 6 and not messages:
+            with pytest.raises(InputError) as error:
+                runner(make_run("adamw"), tmp_path).fit(STEPS)
+            messages.append(str(error.value))
+
+    seed_everything(0)
+    result = runner(make_run("adamw"), tmp_path, listener).fit(STEPS)
+    assert len(messages) == 1 and "is being written by another process; wait for it" in messages[0]
+    assert [row["step"] for row in result.tape] == list(range(STEPS))
+    assert runner(make_run("adamw"), tmp_path).fit(STEPS).record == result.record
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_does_not_hold_the_lock(tmp_path: Path) -> None:
+    """A DataLoader's worker outlives a killed run for seconds; the run must resume at once."""
+    children = []
+
+    def listener(event: Any) -> None:
+        if isinstance(event, StepTaken) and event.step == 6:
+            if (child := os.fork()) == 0:
+                time.sleep(60)
+                os._exit(0)
+            children.append(child)
+            raise Stop
+
+    try:
+        with pytest.raises(Stop):
+            runner(make_run("adamw"), tmp_path, listener).fit(STEPS)
+        assert runner(make_run("adamw"), tmp_path).fit(STEPS).record["steps"] == STEPS
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 @pytest.mark.parametrize("name", ["tape.jsonl", "windows.jsonl"])

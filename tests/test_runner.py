@@ -221,6 +221,49 @@ def test_layers_that_only_some_steps_use(optimizer: str) -> None:
     check_ordinary(make, 22, window=5)
 
 
+@pytest.mark.parametrize("stride", [8, 3])
+@pytest.mark.parametrize(
+    ("law", "lr"), [(Rewrite(), 0.05), (Uphill(), 0.05), (Rewrite(), 10.0)], ids=str
+)
+def test_the_average_is_of_committed_iterates(law: Rewrite, lr: float, stride: int) -> None:
+    """θ̄ = Σ 0.99^(T−j) θ_j / Σ 0.99^(T−j): what was rolled and given up leaves no trace in it."""
+
+    def make() -> Run:
+        return in_order(lr=lr, norm=False, dropout=0.0)
+
+    result = fit(make(), 20, rewrite=law, controls=["lr"], stride=stride)
+    assert lr < 1 or "rewound" in outcomes(result)
+    run = make()
+    total = [torch.zeros_like(p) for p in run.model.parameters()]
+    for t, batch in enumerate([*run.train, *run.train, *run.train][:20]):
+        for group in run.optimizer.param_groups:
+            group["lr"] = float(result.schedule["lr"][t])
+        run.optimizer.zero_grad()
+        classify(run.model, batch)[0].backward()
+        run.optimizer.step()
+        for s, p in zip(total, run.model.parameters(), strict=True):
+            s.mul_(0.99).add_(p.detach())
+    with torch.no_grad():
+        for s, p in zip(total, run.model.parameters(), strict=True):
+            p.copy_(s * (1 - 0.99) / (1 - 0.99**20))
+    loss = float(classify(run.model.eval(), clouds(32, seed=1).tensors)[0].detach())
+    # float32 sums in another order.
+    assert result.record["average_val_loss"] == pytest.approx(loss, rel=1e-4)
+    assert result.val_loss != pytest.approx(loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("stride", [8, 3])
+@pytest.mark.parametrize("law", [Rewrite, Uphill])
+def test_the_next_window_begins_where_the_last_one_ended(law: type[Rewrite], stride: int) -> None:
+    """What was learned is carried on, from the first uncommitted step; nothing, if rejected."""
+    result = fit(in_order(), 30, rewrite=law(cooldown=0.0), controls=["lr"], stride=stride)
+    first = {w["start"]: w for w in reversed(result.windows)}
+    for start, window in first.items():
+        before = result.schedule["lr"][start - 1] if start else 0.05
+        assert window["before"]["lr"] == pytest.approx(float(before), rel=1e-12)
+    assert ("accepted" in outcomes(result)) == (law is Rewrite)
+
+
 # What it leaves behind ---------------------------------------------------------------------------
 
 
