@@ -87,6 +87,13 @@ def shuffled_validation(seed: int = 0) -> Run:
     return make_run("adamw", seed=seed)._replace(val=val)
 
 
+def steep(seed: int = 0) -> Run:
+    """One batch of low loss, then others: a window that only the one before tells to be normal."""
+    run = make_run("sgd", "list", seed=seed, lr=1e-4, norm=False, dropout=0.0)
+    train = [(x * (0 if t == 6 else 40), y) for t, (x, y) in enumerate(run.train)]
+    return run._replace(train=[*train, *train])
+
+
 def private_generator(seed: int = 0) -> Run:
     generator = torch.Generator().manual_seed(3)
     loader = DataLoader(clouds(75), 8, shuffle=True, generator=generator)
@@ -105,6 +112,7 @@ CASES: dict[str, tuple[Callable[[int], Run], dict[str, Any]]] = {
     "augmented": (lambda seed: make_run("adam", "augmented", seed=seed), {"stride": 3}),
     "held out": (lambda seed: make_run("sgd", seed=seed)._replace(val=None), {"stride": 2}),
     "shuffled validation": (shuffled_validation, {}),
+    "steep": (steep, {"controls": ["lr"], "window": 6}),
     "shared generator": (shared_generator, {}),
     "branching": (branching, {}),
     "stage costs": (

@@ -382,22 +382,34 @@ def test_a_retry_goes_less_far() -> None:
 # Objectives --------------------------------------------------------------------------------------
 
 
-def test_without_validation_data_held_out_batches_judge() -> None:
-    """The batches that follow the window; the ones after them are never asked for."""
-    asked = []
-
-    class Noted(list[Any]):
-        def __iter__(self) -> Any:
-            for i, batch in enumerate(super().__iter__()):
-                asked.append(i)
-                yield batch
-
+@pytest.mark.parametrize("stride", [8, 3])
+def test_without_validation_data_held_out_batches_judge(stride: int) -> None:
+    """Each window by the three batches that follow it, on which it did not train."""
     run = problem_run("mlp", "momentum", val=False)
-    run = run._replace(train=Noted(run.train))
-    result = runner(run, objective=Objective(batches=3)).fit(16)
-    assert "accepted" in outcomes(result)
-    assert max(asked[: asked.index(18) + 1]) == 18  # 16 steps and 3 held out
-    assert result.val_loss is None
+    number = {id(batch[0]): t for t, batch in enumerate(run.train)}
+    judged_by: dict[int, set[int]] = {}
+    start = 0
+
+    def loss_fn(model: nn.Module, batch: Any) -> Any:
+        if not model.training and start < 16:
+            judged_by.setdefault(start, set()).add(number[id(batch[0])])
+        return run.loss_fn(model, batch)
+
+    def listener(event: Any) -> None:
+        nonlocal start
+        if isinstance(event, Committed):
+            start = event.stop
+
+    result = fit(
+        run._replace(loss_fn=loss_fn),
+        16,
+        stride=stride,
+        objective=Objective(batches=3),
+        listeners=[listener],
+    )
+    assert "accepted" in outcomes(result) and result.val_loss is None
+    stops = {start: min(start + 8, 16) for start in range(0, 16, stride)}
+    assert judged_by == {start: {stop, stop + 1, stop + 2} for start, stop in stops.items()}
 
 
 def test_a_single_validation_batch(tmp_path: Path) -> None:
