@@ -124,6 +124,10 @@ class StepBatches:
             yield self.take(step, step + 1)[0]
             self.release(step + 1)
 
+    def close(self) -> None:
+        """Lets go of the iterator and, by that, of a DataLoader's worker processes."""
+        self._iterator = None
+
     def release(self, before: int) -> None:
         """Forgets the batches of steps before `before`."""
         for step in [s for s in self._kept if s < before]:

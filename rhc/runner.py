@@ -198,6 +198,7 @@ class Runner:
             else RunDirectory(Path(directory), keep_checkpoints, self._notice)
         )
         self.device = self.plant.parameters[0].device
+        self._streams: list[StepBatches] = []
 
     # fit -----------------------------------------------------------------------------------------
 
@@ -232,6 +233,8 @@ class Runner:
         finally:
             if self.directory is not None:
                 self.directory.close()
+            for stream in self._streams:
+                stream.close()
         self._emit(RunEnded(loop.finished))
         return RunResult(
             loop.schedule,
@@ -485,6 +488,7 @@ class Runner:
         seed = int(torch.randint(2**31, ())) if self.rewriting else 0
         train = StepBatches(self.train_loader, isolated=self.rewriting, seed=seed, device=device)
         self.loop = _Loop(steps, self._planned(steps), train)
+        self._streams = [train]
         if self.rewriting and self.val_loader is not None and self.objective.terminal_weight:
             self.loop.validation = StepBatches(
                 self.val_loader,
@@ -493,6 +497,7 @@ class Runner:
                 device=device,
                 name="val_loader",
             )
+            self._streams.append(self.loop.validation)
         if self.directory is not None:
             self._try_first_batch()
             checkpoint = self.directory.open(self._description(), resume)
