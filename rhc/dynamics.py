@@ -153,18 +153,21 @@ def adamw(
 class Dynamics:
     """What the adjoint needs to know of a torch.optim optimizer.
 
-    transformation: (param group, controls of the step) -> GradientTransformation.
+    transformation: (param group, controls of the step, shapes of the parameters whose elements the
+    vectors hold) -> GradientTransformation.
     state: (list of per-parameter optimizer states, their shapes' placeholders, param group) ->
     the transformation's state with every slot flattened into one vector.
     """
 
     name: str
-    transformation: Callable[[Mapping[str, Any], Mapping[str, Scalar]], GradientTransformation]
+    transformation: Callable[
+        [Mapping[str, Any], Mapping[str, Scalar], Sequence[torch.Size]], GradientTransformation
+    ]
     state: Callable[[Sequence[Mapping[str, Any]], Sequence[Tensor], Mapping[str, Any]], Any]
 
 
 def _sgd_transformation(
-    group: Mapping[str, Any], controls: Mapping[str, Scalar]
+    group: Mapping[str, Any], controls: Mapping[str, Scalar], shapes: Sequence[torch.Size]
 ) -> GradientTransformation:
     return sgd(
         controls.get("lr", group["lr"]),
@@ -183,7 +186,7 @@ def _sgd_state(
 
 
 def _adam_transformation(
-    group: Mapping[str, Any], controls: Mapping[str, Scalar]
+    group: Mapping[str, Any], controls: Mapping[str, Scalar], shapes: Sequence[torch.Size]
 ) -> GradientTransformation:
     return adam(
         controls.get("lr", group["lr"]),
@@ -198,9 +201,9 @@ def _adam_transformation(
 
 
 def _adamw_transformation(
-    group: Mapping[str, Any], controls: Mapping[str, Scalar]
+    group: Mapping[str, Any], controls: Mapping[str, Scalar], shapes: Sequence[torch.Size]
 ) -> GradientTransformation:
-    return _adam_transformation({**group, "decoupled_weight_decay": True}, controls)
+    return _adam_transformation({**group, "decoupled_weight_decay": True}, controls, shapes)
 
 
 def _adam_state(

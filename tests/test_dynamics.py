@@ -206,7 +206,7 @@ def test_the_state_read_from_a_live_optimizer_continues_as_it_does(
         plant.step(problem.batches(1)[0], controls, warm)
         for block, state, after in zip(blocks, before, plant.block_states(blocks), strict=True):
             own = {n: plant.controls.group_value(n, block.group, v) for n, v in controls.items()}
-            step = plant.dynamics.transformation(optimizer.param_groups[block.group], own)
+            step = plant.dynamics.transformation(optimizer.param_groups[block.group], own, block.shapes)
             g = block.flatten([p.grad for p in plant.parameters])
             update, moved = step.update(g, state.optimizer, params=state.parameters)
             torch.testing.assert_close(

@@ -407,7 +407,7 @@ class _Reverse:
                 if name != "noise"
             }
             group = self.plant.optimizer.param_groups[block.group]
-            step = self.plant.dynamics.transformation(group, controls)
+            step = self.plant.dynamics.transformation(group, controls, block.shapes)
             updates, after = step.update(g, state.optimizer, params=state.parameters, inplace=False)
             result.append(
                 BlockState(torchopt.apply_updates(state.parameters, updates, inplace=False), after)
