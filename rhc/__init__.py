@@ -19,6 +19,7 @@ _MODULES = {
     "total_variation": "rhc.schedule",
     "Objective": "rhc.objective",
     "Plant": "rhc.plant",
+    "register_dynamics": "rhc.dynamics",
     "Hypergradient": "rhc.hypergradient",
     "hypergradient": "rhc.hypergradient",
     "Rewrite": "rhc.rewrite",
@@ -41,10 +42,12 @@ __all__ = [
     "Workload",
     "__version__",
     "hypergradient",
+    "register_dynamics",
     "total_variation",
 ]
 
 if TYPE_CHECKING:
+    from rhc.dynamics import register_dynamics
     from rhc.errors import InputError
     from rhc.hypergradient import Hypergradient, hypergradient
     from rhc.objective import Objective
@@ -56,6 +59,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "dynamics":  # a module of names of its own: rhc.dynamics.lion
+        return importlib.import_module("rhc.dynamics")
     if name not in _MODULES:
         raise AttributeError(f"module 'rhc' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES[name]), name)

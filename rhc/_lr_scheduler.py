@@ -19,6 +19,7 @@ class ScheduleReplay(LRScheduler):
     ) -> None:
         self.schedule = schedule
         self.controls = OptimizerControls(optimizer)
+        self.controls.check_groups(schedule)
         if "noise" in schedule and bool((schedule["noise"] != 0).any()):
             optimizer.register_step_pre_hook(self._add_noise)
         super().__init__(optimizer, last_epoch)
@@ -60,7 +61,7 @@ class ScheduleReplay(LRScheduler):
             else:
                 group["lr"] = lr
 
-    def _current(self) -> dict[str, float]:
+    def _current(self) -> dict[str, Any]:
         return self.schedule.at(self.schedule.start + self.last_epoch)
 
     def _add_noise(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

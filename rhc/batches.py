@@ -72,12 +72,35 @@ class Position:
         return cls(step, epoch, index, start, rng, states("own."))
 
 
+class MicroBatches(tuple[Any, ...]):
+    """The batches of one optimizer step that accumulates gradients, in the order of the loader."""
+
+
+class DrawnAsNeeded:
+    """The micro-batches of one step, each drawn when it is asked for; they can be taken once.
+
+    A plain loop that accumulates draws a batch, takes its gradient, and only then draws the next:
+    where a loader and dropout share the global random state, the order matters to the bit.
+    """
+
+    def __init__(self, count: int, batches: Iterator[Any]) -> None:
+        self.count = count
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.batches
+
+
 class StepBatches:
     """The batches of a loader by step number, from 0, over as many epochs as it takes.
 
     loader: anything that can be iterated again and again. isolated: draw in a random stream of its
     own, so that looking ahead disturbs nothing; otherwise batches are drawn from the global random
     state exactly when they are taken, as a plain loop does. device: where tensors are moved to.
+    accumulate n: step t has the loader's batches [n t, n (t + 1)), as `MicroBatches` where n > 1.
     """
 
     def __init__(
@@ -88,8 +111,10 @@ class StepBatches:
         seed: int = 0,
         device: torch.device | None = None,
         name: str = "train_loader",
+        accumulate: int = 1,
     ) -> None:
         self.loader = loader
+        self.accumulate = accumulate
         self.isolated = isolated
         self.device = device
         self.name = name
@@ -119,10 +144,21 @@ class StepBatches:
         return [self._kept[step][0] for step in range(start, stop)]
 
     def lazily(self, start: int, stop: int) -> Iterator[Any]:
-        """The same batches, each drawn when it is asked for and forgotten afterwards."""
+        """The same batches, each drawn when it is asked for and forgotten afterwards.
+
+        Not isolated, micro-batches too are drawn one by one: `DrawnAsNeeded`.
+        """
         for step in range(start, stop):
-            yield self.take(step, step + 1)[0]
-            self.release(step + 1)
+            if self.isolated or self._next != step:
+                yield self.take(step, step + 1)[0]
+                self.release(step + 1)
+            elif self.accumulate > 1:
+                yield DrawnAsNeeded(self.accumulate, self._one_by_one())
+            else:
+                batch = self._draw()
+                self._index += 1
+                self._next += 1
+                yield batch
 
     def close(self) -> None:
         """Lets go of the iterator and, by that, of a DataLoader's worker processes."""
@@ -188,9 +224,23 @@ class StepBatches:
         while self._next < stop:
             batch = self._draw()
             assert self._start is not None
-            self._kept[self._next] = (batch, self._epoch, self._index, self._start)
-            self._next += 1
+            # The place of a step is that of its first batch; the others may lie in the next epoch.
+            place = (self._epoch, self._index, self._start)
             self._index += 1
+            if self.accumulate > 1:
+                batch = MicroBatches((batch, *self._more(self.accumulate - 1)))
+            self._kept[self._next] = (batch, *place)
+            self._next += 1
+
+    def _more(self, count: int) -> Iterator[Any]:
+        for _ in range(count):
+            batch = self._draw()
+            self._index += 1
+            yield batch
+
+    def _one_by_one(self) -> Iterator[Any]:
+        yield from self._more(self.accumulate)
+        self._next += 1
 
     def _draw(self) -> Any:
         for fresh in (False, True):
@@ -225,7 +275,12 @@ def to_device(batch: Any, device: torch.device | None) -> Any:
 
 
 def batch_size(batch: Any) -> int:
-    """The length of the first dimension of the first tensor in a batch; 1 where there is none."""
+    """The length of the first dimension of the first tensor in a batch; 1 where there is none.
+
+    Of `MicroBatches`, the sum over all of them.
+    """
+    if isinstance(batch, MicroBatches):
+        return sum(batch_size(micro) for micro in batch)
     if isinstance(batch, Tensor):
         return int(batch.shape[0]) if batch.dim() else 1
     if isinstance(batch, Mapping):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 import types
 import typing
@@ -28,18 +29,24 @@ RECORD_VERSION = 1
 OPTIMIZERS = ("sgd", "adam", "adamw")
 STARTS = ("given",)
 ENGINES = ("adjoint",)
-PRODUCTS = ("auto", "exact", "forward-difference", "central-difference")
+PRODUCTS = ("auto", "exact", "forward-over-reverse", "forward-difference", "central-difference")
+"""Those of rhc.hypergradient.products, which imports torch; a test holds the two together."""
 DEVICES = ("auto", "cpu", "cuda")
 RESUMES = ("auto", "never")
 
 
 _REWRITING = {
     "controls": None,
+    "per_group": None,
     "cooldown": None,
     "average": None,
     "objective_batches": None,
     "product": "auto",
     "segment": "auto",
+    "memory_budget": None,
+    "discount": 1.0,
+    "costate_clip": None,
+    "plan": False,
 }
 """Settings that mean nothing where nothing is rewritten, with their values where none was given."""
 
@@ -75,11 +82,17 @@ class TrainConfig:
     """Nesterov's momentum, for sgd."""
     clip_norm: Annotated[float | None, _unset("no clipping", "C")] = None
     """Norm that the gradient of all parameters together is clipped to."""
+    clip_value: Annotated[float | None, _unset("no clipping", "C")] = None
+    """Absolute value that every element of the gradient is clipped to."""
+    accumulate: Annotated[int, arg(metavar="N")] = 1
+    """Batches per optimizer step, which goes by the gradient of the mean of their losses."""
 
     controls: Annotated[
         tuple[str, ...] | None, _unset("the first three, as the optimizer has them", "NAME …")
     ] = None
     """What is rewritten: some of lr, momentum, noise, weight_decay."""
+    per_group: Annotated[tuple[str, ...] | None, _unset("none", "NAME …")] = None
+    """Those of them with a value per parameter group too; the others keep the groups' ratios."""
     rewrite: Annotated[bool, arg(help_behavior_hint="(default: rewrite)")] = True
     """--no-rewrite trains as the plain loop does, bit for bit."""
     start: Annotated[str, arg(metavar="given")] = "given"
@@ -91,9 +104,16 @@ class TrainConfig:
     objective_batches: Annotated[int | None, _unset("see --print-config", "N")] = None
     """Validation batches that a window is judged on."""
     product: Annotated[str, arg(metavar="NAME")] = "auto"
-    """Hessian products: auto, exact, forward-difference (half the cost) or central-difference."""
+    """Hessian products: auto, exact, forward-over-reverse, or approximately forward-difference
+    (half the cost) or central-difference."""
     segment: Annotated[str, arg(metavar="N")] = "auto"
     """Steps per rebuilt graph: 1 (least memory) to the window (fastest)."""
+    memory_budget: Annotated[str | None, _unset("none", "SIZE")] = None
+    """Memory that looking back may take beyond plain training: bytes, 500MB, 2GiB."""
+    discount: Annotated[float, arg(metavar="G")] = 1.0
+    """Factor on the costate at every step backwards; below 1 the far future counts less."""
+    costate_clip: Annotated[float | None, _unset("none", "C")] = None
+    """Largest norm of the costate, as a multiple of its norm at the window's end."""
     engine: Annotated[str, arg(metavar="adjoint")] = "adjoint"
     """How the run is differentiated."""
 
@@ -116,6 +136,8 @@ class TrainConfig:
     """File of settings, named like these flags; flags override it."""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the resolved settings as such a file, and exit."""
+    plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print what a window will cost in time and memory, and exit."""
 
     # Checks ---------------------------------------------------------------------------------------
 
@@ -135,6 +157,7 @@ class TrainConfig:
             ("threads", 1, 1),
             ("objective_batches", 1, 4),
             ("keep_checkpoints", 1, 3),
+            ("accumulate", 1, 1),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -158,19 +181,42 @@ class TrainConfig:
                 f"average must be in [0, 1), got {self.average:g}; it is a decay, "
                 "try --average 0.99"
             )
-        if self.clip_norm is not None and not self.clip_norm > 0:
+        for name in ("clip_norm", "clip_value"):
+            level = getattr(self, name)
+            if level is not None and not level > 0:
+                raise InputError(
+                    f"{name} must be > 0, got {level:g}; leave {_flag(name)} out not to clip"
+                )
+        if self.clip_norm is not None and self.clip_value is not None:
             raise InputError(
-                f"clip_norm must be > 0, got {self.clip_norm:g}; leave --clip-norm out not to clip"
+                f"clip_norm and clip_value cannot go together, got {self.clip_norm:g} and "
+                f"{self.clip_value:g}; leave --clip-norm or --clip-value out"
+            )
+        if not 0 < self.discount <= 1:
+            raise InputError(
+                f"discount must be in (0, 1], got {self.discount:g}; leave --discount out for none"
+            )
+        if self.costate_clip is not None and not self.costate_clip > 0:
+            raise InputError(
+                f"costate_clip must be > 0, got {self.costate_clip:g}; leave --costate-clip out "
+                "for none"
             )
         self._check_segment()
+        if self.memory_budget is not None:
+            parsed_bytes(self.memory_budget)
         if self.data is not None and not self.data.exists():
             raise InputError(f"data {self.data} does not exist; give --data an existing folder")
         checked = self
         if self.controls is not None:
-            names = tuple(name for given in self.controls for name in given.split(",") if name)
+            names = _names(self.controls)
             if not names:
                 raise InputError("controls is empty; name some, or rewrite none with --no-rewrite")
-            checked = replace(self, controls=tuple(dict.fromkeys(names)))
+            checked = replace(self, controls=names)
+        if self.per_group is not None:
+            names = _names(self.per_group)
+            if not names:
+                raise InputError("per_group is empty; name some controls, or leave --per-group out")
+            checked = replace(checked, per_group=names)
         checked._check_used()
         return checked
 
@@ -275,9 +321,27 @@ class TrainConfig:
         """A file that `from_toml` reads; settings that are None are left out."""
         lines = []
         for name, value in self.to_record().items():
-            if value is not None and name not in ("config", "print_config"):
+            if value is not None and name not in ("config", "print_config", "plan"):
                 lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
         return "\n".join(lines) + "\n"
+
+
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}
+_UNITS |= {f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}
+
+
+def parsed_bytes(text: str) -> int:
+    """A size in bytes: `1000000`, `500MB` (10⁶ each), `1.5 GiB` (2³⁰); InputError otherwise."""
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)", text.strip().lower())
+    unit = None if match is None else _UNITS.get(match[2])
+    size = 0 if match is None or unit is None else int(float(match[1]) * unit)
+    if size < 1:
+        raise InputError(
+            f"memory_budget must be a number of bytes, such as 500MB or 2GiB, got {text!r}; try "
+            "--memory-budget 2GiB"
+        )
+    return size
 
 
 def _one_of(argument: str, value: str, known: Sequence[str], remark: str = "") -> None:
@@ -296,6 +360,11 @@ def _nearest(value: str, known: Sequence[str]) -> str:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _names(given: Sequence[str]) -> tuple[str, ...]:
+    """Each name once, in order; `lr,momentum` is two."""
+    return tuple(dict.fromkeys(name for part in given for name in part.split(",") if name))
 
 
 def _text(value: Any) -> str:
@@ -333,7 +402,9 @@ def _typed(name: str, hint: Any, value: Any, source: str) -> Any:
         return value
     if kind is bool and isinstance(value, bool):
         return value
-    if kind is str and (isinstance(value, str) or (name == "segment" and number)):
+    if kind is str and (
+        isinstance(value, str) or (name in ("segment", "memory_budget") and number)
+    ):
         return str(value)
     if kind is Path and isinstance(value, str):
         return Path(value)

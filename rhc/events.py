@@ -37,11 +37,14 @@ class VerbStarted:
 
 @dataclass(frozen=True)
 class StepTaken:
-    """An optimizer step was taken while rolling or replaying; not yet committed."""
+    """An optimizer step was taken while rolling or replaying; not yet committed.
+
+    controls: a number each, or a tuple of one per parameter group.
+    """
 
     step: int
     loss: float | None
-    controls: Mapping[str, float]
+    controls: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

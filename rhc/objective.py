@@ -78,7 +78,6 @@ class Average:
             return 1.0
         return (1 - self.decay) / (1 - self.decay**n)
 
-    @torch.no_grad()
     def update(self, parameters: Sequence[Tensor]) -> None:
         """Takes the next iterate in."""
         self.count += 1
@@ -87,8 +86,8 @@ class Average:
         elif self.values is None:
             self.values = [p.detach().clone() for p in parameters]
         else:
-            live = [p.detach() for p in parameters]
-            torch._foreach_lerp_(self.values, live, self.weight(self.count))
+            with torch.no_grad():
+                torch._foreach_lerp_(self.values, list(parameters), self.weight(self.count))
 
     def copy(self) -> Average:
         """An independent copy."""

@@ -122,7 +122,7 @@ class Progress:
         return (self.clock() - self.began) / done * (self.steps - self.committed)
 
     @property
-    def values(self) -> Mapping[str, float]:
+    def values(self) -> Mapping[str, Any]:
         """The controls in use, or those of the newest committed step."""
         return self.row if self.step is None else self.step.controls
 
@@ -170,7 +170,7 @@ class PlainLines(AbstractContextManager["PlainLines"]):
     def _line(self, event: Committed) -> str:
         progress = self.progress
         parts = [self._place(event.stop), f"loss {progress.losses[-1]:<9.4g}"]
-        parts.append(f"lr {event.rows[-1]['lr']:<9.3g}")
+        parts.append(f"lr {one_number(event.rows[-1]['lr']):<9.3g}")
         record = progress.of_window(event.start)
         if record is not None:
             parts.append(f"J {change(record, '->'):<22} {record['outcome']}")
@@ -316,7 +316,7 @@ def _verbs(progress: Progress) -> RenderableType:
 def _controls(progress: Progress) -> RenderableType:
     text = Text(no_wrap=True, overflow="ellipsis")
     for name in ("lr", "momentum", "noise", "weight_decay"):
-        value = progress.values.get(name)
+        value = one_number(progress.values.get(name))
         if value is not None and (value or name in progress.controls):
             text.append(f"{'   ' if text else ''}{name} ", style="dim")
             text.append(f"{value:.3g}")
@@ -374,6 +374,14 @@ def change(record: Mapping[str, Any], arrow: str) -> str:
     """J before and after an attempt: `0.2107 -> 0.1890`."""
     before, after = record["objective_before"], record["objective_after"]
     return f"{_number(before)} {arrow} {_number(after)}"
+
+
+def one_number(value: Any) -> Any:
+    """A control's value, or the geometric mean of those of its parameter groups that are not 0."""
+    if not isinstance(value, list | tuple):
+        return value
+    positive = [v for v in value if v]
+    return math.exp(sum(map(math.log, positive)) / len(positive)) if positive else 0.0
 
 
 def duration(seconds: float | None) -> str:

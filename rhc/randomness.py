@@ -40,6 +40,17 @@ class RandomState:
         np.random.set_state(self.numpy)
         random.setstate(self.python)
 
+    def same(self, other: RandomState) -> bool:
+        """Whether nothing was drawn between the two."""
+        return (
+            torch.equal(self.torch_cpu, other.torch_cpu)
+            and len(self.torch_cuda) == len(other.torch_cuda)
+            and all(map(torch.equal, self.torch_cuda, other.torch_cuda))
+            and self.python == other.python
+            and self.numpy[2:] == other.numpy[2:]
+            and bool((self.numpy[1] == other.numpy[1]).all())
+        )
+
     def to_tensors(self) -> dict[str, Tensor]:
         """The state as named tensors, for safetensors."""
         _, keys, position, has_gauss, cached = self.numpy

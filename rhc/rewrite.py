@@ -19,13 +19,17 @@ LEAVES_ZERO = 0.5
 """A control at exactly 0 stays there unless the law wants this share of its largest move."""
 
 
+Shift = float | tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class Proposal:
     """schedule: the window's, rewritten. carry: control -> shift in raw coordinates for the steps
-    after the window. predicted: first-order change of J."""
+    after the window, one per parameter group where the control has values per group. predicted:
+    first-order change of J."""
 
     schedule: Schedule
-    carry: dict[str, float]
+    carry: dict[str, Shift]
     predicted: float
 
 
@@ -35,7 +39,9 @@ class Rewrite:
 
     Δ_k = −step · g_k / (|g_k| + damping / n), g_k = Σ_t B_tk dJ/du_t / |J| with B the n hat
     functions of the knots: log J falls by about |g_k| per unit, so damping is the relative gain
-    below which the step shrinks. One knot moves the whole window alike.
+    below which the step shrinks. One knot moves the whole window alike. A control with values per
+    parameter group is as many controls, each moved by its own gradient; of those, one at 0 stays
+    there, and none comes down to it.
 
     step: control -> largest move per rewrite (nats for log controls, logits for momentum).
     total_variation: weight of Σ|u_{t+1} − u_t| in the objective (see `penalty`).
@@ -81,42 +87,66 @@ class Rewrite:
     ) -> Proposal:
         """A rewritten window.
 
-        schedule: the window as rolled, K steps. gradient: control -> (K,), dJ/du in natural units,
-        without the penalty's. value: J. scale: of all steps, for a retry. Controls whose gradient
-        is 0 everywhere do not move, nor do those at exactly 0 for less than `LEAVES_ZERO`.
+        schedule: the window as rolled, K steps. gradient: control -> dJ/du in natural units, of
+        the shape of the schedule's values, (K,) or (K, G), without the penalty's. value: J. scale:
+        of all steps, for a retry. Controls whose gradient is 0 everywhere do not move, nor do
+        those at exactly 0 for less than `LEAVES_ZERO`.
         """
         basis = hat_functions(len(schedule), self.knots)
         size = max(abs(value), 1e-12)
         values: dict[str, Tensor] = {}
-        carry: dict[str, float] = {}
+        carry: dict[str, Shift] = {}
         predicted = 0.0
         for name, natural in gradient.items():
-            control = CONTROLS[name]
             old = schedule[name]
-            raw = control.to_raw(old)
-            of_raw = natural * control.slope(old) + self._penalty_gradient(raw)
-            of_raw = of_raw.clamp(-1e100, 1e100)  # sums of them stay finite
-            knots = basis.T @ of_raw / size
-            move = (
-                -self.step.get(name, 0.0)
-                * scale
-                * knots
-                / (knots.abs() + self.damping / self.knots)
-            )
-            shift = basis @ move
-            new = control.from_raw(raw + shift)
-            # What does not move keeps its bits, and 0 is left for a good reason only.
-            least = LEAVES_ZERO * scale * self.step.get(name, 0.0)
-            held = (shift == 0) | ((old == 0) & (shift < least))
-            values[name] = torch.where(held, old, new)
-            if bool(held.all()):
-                carry[name] = 0.0
+            if old.dim() == 1:
+                values[name], carry[name], change = self._moved(
+                    name, old, natural, basis, size, scale
+                )
+                predicted += change
                 continue
-            predicted += float(of_raw @ shift)
-            carry[name] = float(move[-1]) if self.knots == 1 else float(shift.mean())
+            moved = [
+                self._moved(name, old[:, g], natural[:, g], basis, size, scale, of_group=True)
+                for g in range(old.shape[1])
+            ]
+            values[name] = torch.stack([new for new, _, _ in moved], dim=1)
+            carry[name] = tuple(shift for _, shift, _ in moved)
+            predicted += sum(change for _, _, change in moved)
         return Proposal(
             Schedule({**schedule.values, **values}, schedule.start, schedule.seed), carry, predicted
         )
+
+    def _moved(
+        self,
+        name: str,
+        old: Tensor,
+        natural: Tensor,
+        basis: Tensor,
+        size: float,
+        scale: float,
+        *,
+        of_group: bool = False,
+    ) -> tuple[Tensor, float, float]:
+        """(new values (K,), shift to carry on, predicted change of J) of one control or group."""
+        control = CONTROLS[name]
+        raw = control.to_raw(old)
+        of_raw = natural * control.slope(old) + self._penalty_gradient(raw)
+        of_raw = of_raw.clamp(-1e100, 1e100)  # sums of them stay finite
+        knots = basis.T @ of_raw / size
+        move = -self.step.get(name, 0.0) * scale * knots / (knots.abs() + self.damping / self.knots)
+        shift = basis @ move
+        new = control.from_raw(raw + shift)
+        # What does not move keeps its bits, and 0 is left for a good reason only.
+        if of_group:
+            held = (shift == 0) | (old == 0)
+            new = new.clamp(min=control.lower)  # 0 would be for ever
+        else:
+            least = LEAVES_ZERO * scale * self.step.get(name, 0.0)
+            held = (shift == 0) | ((old == 0) & (shift < least))
+        if bool(held.all()):
+            return old, 0.0, 0.0
+        carry = float(move[-1]) if self.knots == 1 else float(shift.mean())
+        return torch.where(held, old, new), carry, float(of_raw @ shift)
 
     def _penalty_gradient(self, raw: Tensor) -> Tensor:
         """A subgradient of total_variation · Σ|u_{t+1} − u_t|, 0 where the schedule is flat."""
@@ -136,12 +166,22 @@ def hat_functions(steps: int, knots: int) -> Tensor:
     return (1 - (place[:, None] - torch.arange(n, dtype=torch.float64)).abs()).clamp(min=0)
 
 
-def carried(schedule: Schedule, start: int, shifts: Mapping[str, float]) -> Schedule:
-    """The planned schedule with its steps from `start` on shifted in raw coordinates."""
+def carried(schedule: Schedule, start: int, shifts: Mapping[str, Shift]) -> Schedule:
+    """The planned schedule with its steps from `start` on shifted in raw coordinates.
+
+    shifts: control -> one number, or one per parameter group. Of a control with values per group,
+    a group at 0 stays there.
+    """
     values = {name: v.clone() for name, v in schedule.values.items()}
     where = slice(start - schedule.start, None)
     for name, shift in shifts.items():
-        if shift != 0:
-            control = CONTROLS[name]
-            values[name][where] = control.from_raw(control.to_raw(values[name][where]) + shift)
+        by = torch.as_tensor(shift, dtype=torch.float64)
+        if bool((by == 0).all()):
+            continue
+        control, old = CONTROLS[name], values[name][where]
+        new = control.from_raw(control.to_raw(old) + by)
+        if old.dim() == 2:
+            new = new.clamp(min=control.lower)
+            new = torch.where((old == 0) | (by == 0), old, new)
+        values[name][where] = new
     return Schedule(values, schedule.start, schedule.seed)

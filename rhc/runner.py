@@ -7,16 +7,17 @@ decisions. `fit` reads top-down; one window is `_window`.
 from __future__ import annotations
 
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from rhc.batches import Position, StepBatches, batch_size
+from rhc.batches import MicroBatches, Position, StepBatches, batch_size
 from rhc.checkpoint import Checkpoint
 from rhc.errors import InputError
 from rhc.evaluate import TRAIN_BATCHES, Losses, at_average, batch_statistics, evaluate
@@ -34,18 +35,19 @@ from rhc.events import (
     WindowAttempted,
 )
 from rhc.hypergradient import (
+    Damping,
     Engine,
     Hypergradient,
+    Lookback,
+    Outcome,
     Product,
     Terminal,
     check_steerable,
-    look_back,
     resolve,
     stage_sum,
 )
 from rhc.hypergradient.evaluation import visible_statistics
-from rhc.hypergradient.products import PRODUCT_COST
-from rhc.hypergradient.segments import kept_states
+from rhc.hypergradient.record import WindowRecorder
 from rhc.memory import peak_memory
 from rhc.noise import mixed_seed
 from rhc.objective import Average, Objective
@@ -53,7 +55,7 @@ from rhc.plant import LossFn, Plant, Snapshot, StepRecord, Trajectory
 from rhc.randomness import preserved
 from rhc.rewrite import Proposal, Rewrite, carried
 from rhc.run_directory import RunDirectory, hardware, versions
-from rhc.schedule import CONTROLS, Schedule, cooldown
+from rhc.schedule import CONTROLS, Schedule, control, cooldown
 from rhc.state import snapshot_from_tensors, snapshot_to_tensors
 from rhc.tape import finite
 
@@ -63,8 +65,16 @@ DIVERGED = 4.0
 """A window counts as diverged where its loss exceeds this times the loss that it began with, and
 this times the mean loss of the window before, and 1.5 times the run's first loss."""
 
-AVERAGE_DECAY = 0.99
-"""Of the run-long average of committed iterates behind the `average_…` results."""
+EXPLODING_CLIP = 10.0
+"""Where costates explode, the window is looked back at once more with their norms clipped to this
+times the norm at its end, unless the run has a costate_clip of its own."""
+
+AVERAGE_EVERY = 5
+"""The average behind the `average_…` results is of every fifth committed iterate, counted from the
+last one. Taking all in would cost a small model 8 % of its time, for the same weights."""
+
+AVERAGE_DECAY = 0.95
+"""Of that average, from one such iterate to the next: 0.99 a step."""
 
 
 @dataclass
@@ -130,9 +140,16 @@ class Runner:
 
     window K: steps rolled and differentiated at once; stride M ≤ K: steps committed before sliding
     on, K where None. controls: what is rewritten; None for lr, momentum and noise, as far as the
-    optimizer has them. rewrite: False for the plain loop, bit for bit;
-    a `Rewrite` for another law. objective: what a window is judged by. engine, product, segment:
-    as in `rhc.hypergradient`. start: "given" starts from the optimizer's own controls.
+    optimizer has them. per_group: those of them with a value per parameter group as well as per
+    step; the groups of the others keep their ratios. rewrite: False for the plain loop, bit for
+    bit; a `Rewrite` for another law. objective: what a window is judged by. engine, product,
+    segment: as in `rhc.hypergradient`. start: "given" starts from the optimizer's own controls.
+    memory_budget: bytes that looking back may take beyond plain training; spill: whether states may
+    go to disk for it (True: to the system's temporary folder; or a folder). discount γ ≤ 1: the
+    costate is multiplied by it at every step backwards; costate_clip: its largest norm, as a
+    multiple of the norm at the window's end. Both favour the near future where costates grow.
+    accumulate n: every step takes n batches of train_loader and the gradient of the mean of their
+    losses. clip_norm, clip_value: clipping by the norm of all gradients, or of every element.
     directory: of the run; None keeps everything in memory. seed: of the gradient noise.
     Raises InputError for settings that cannot be used, before anything is touched.
     """
@@ -149,13 +166,20 @@ class Runner:
         window: int = 50,
         stride: int | None = None,
         controls: Sequence[str] | None = None,
+        per_group: Sequence[str] = (),
         start: Literal["given"] = "given",
         rewrite: bool | Rewrite = True,
         objective: Objective | None = None,
         engine: Engine = "adjoint",
         product: Product | Literal["auto"] = "auto",
         segment: int | Literal["auto"] = "auto",
+        memory_budget: int | None = None,
+        spill: bool | str | Path = True,
+        discount: float = 1.0,
+        costate_clip: float | None = None,
+        accumulate: int = 1,
         clip_norm: float | None = None,
+        clip_value: float | None = None,
         directory: str | Path | None = None,
         keep_checkpoints: int = 3,
         seed: int = 0,
@@ -172,7 +196,12 @@ class Runner:
             )
         if start != "given":
             raise InputError(f"start must be 'given', got {start!r}; other starts do not exist yet")
-        self.plant = Plant(model, optimizer, loss_fn, seed=seed, clip_norm=clip_norm)
+        if accumulate < 1:
+            raise InputError(f"accumulate must be ≥ 1, got {accumulate}; use 1 not to accumulate")
+        self.plant = Plant(
+            model, optimizer, loss_fn, seed=seed, clip_norm=clip_norm, clip_value=clip_value
+        )
+        self.accumulate = accumulate
         self.train_loader, self.val_loader, self.test_loader = train_loader, val_loader, test_loader
         self.window, self.stride = window, stride
         self.rewriting = rewrite is not False
@@ -180,6 +209,15 @@ class Runner:
         self.objective = objective or Objective()
         self.engine: Engine = engine
         self.segment, self.product = segment, product
+        if memory_budget is not None and memory_budget < 1:
+            raise InputError(f"memory_budget must be ≥ 1 byte, got {memory_budget}")
+        if not 0 < discount <= 1:
+            raise InputError(f"discount must be in (0, 1], got {discount:g}; use 1 for none")
+        if costate_clip is not None and not costate_clip > 0:
+            raise InputError(f"costate_clip must be > 0, got {costate_clip:g}; use None for none")
+        self.memory_budget, self.discount = memory_budget, discount
+        self.costate_clip = costate_clip
+        self.spill = spill
         self.controls: tuple[str, ...] = ()
         if self.rewriting:
             if engine != "adjoint":
@@ -189,6 +227,8 @@ class Runner:
                 )
             resolve(window, segment, product, engine, self.plant)
             self.controls = _steered(self.plant, controls)
+            self.lookback = self._new_lookback()
+        self.per_group = _grouped(self.plant, self.controls, per_group)
         self.seed = seed
         self.listeners = list(listeners)
         self.config = dict(config) if config is not None else None
@@ -244,6 +284,23 @@ class Runner:
             None if self.directory is None else self.directory.path,
         )
 
+    def plan(self) -> list[str]:
+        """What a window will cost, in lines for people: gradient evaluations per step, bytes.
+
+        Nothing is trained or written; model, optimizer and random states are left as they were.
+        """
+        if not self.rewriting:
+            raise InputError("a plan is of looking back; turn rewriting on to have one")
+        stream = StepBatches(
+            self.train_loader, isolated=True, device=self._moved_to, accumulate=self.accumulate
+        )
+        try:
+            (batch,) = stream.take(0, 1)
+        finally:
+            stream.close()
+        lookback = self._new_lookback()
+        return [*lookback.plan(self.window, batch).lines(), f"product: {lookback.why}"]
+
     def _window(self) -> None:
         """One window: six verbs, and the state, tape and schedule move on by up to M steps."""
         length = self.window if self.rewriting else self.stride
@@ -298,37 +355,46 @@ class Runner:
         if not self.rewriting:
             # The plain loop draws each batch just before its step, from the same random state.
             attempt = _Attempt(number, schedule, self.loop.train.lazily(start, stop))
-            self._run(attempt, commit, None, None, guarded=False)
+            self._run(attempt, commit, None, guarded=False)
             return attempt
         batches = self.loop.train.take(start, stop)
         attempt = _Attempt(number, schedule, batches)
         terminal, share = self._terminal(start, stop)
-        segment, product = self._resolved(stop - start)
         mean = Average(self.objective.average)
-        record = kept_states(stop - start, segment)
-        trajectory = self._run(attempt, commit, record, mean, guarded=guarded)
+        recorder = self._run(attempt, commit, mean, record=True, guarded=guarded)
+        assert recorder is not None
         if attempt.failure is not None:
+            recorder.close()
             return attempt
+        self.loop.cost.gradients(share)
         # Where no proposal is accepted, the next window goes on from the roll's random state.
         with preserved():
-            h = look_back(
-                self.plant,
-                trajectory,
-                self.objective,
-                self.controls,
-                mean,
-                terminal,
-                segment=segment,
-                product=product,
-            )
-        self.loop.cost.gradients(share)
-        self.loop.cost.hessian_products += h.hessian_products
-        self.loop.cost.gradient_equivalents += h.hessian_products * PRODUCT_COST[product]
+            h = self._look_back(recorder, mean, terminal, self.costate_clip)
+            attempt.first_look = h.result
+            unclipped = self.costate_clip is None
+            if h.result.name == "exploding" and unclipped and recorder.again:
+                h = self._look_back(recorder, mean, terminal, EXPLODING_CLIP)
+        recorder.close()
         attempt.hypergradient = h
         attempt.value = h.value + self.law.penalty(schedule, self.controls)
         if not math.isfinite(attempt.value):
             attempt.failure = f"the objective is not finite at steps [{start}, {stop})"
         return attempt
+
+    def _look_back(
+        self,
+        recorder: WindowRecorder,
+        mean: Average,
+        terminal: Terminal | None,
+        costate_clip: float | None,
+    ) -> Hypergradient:
+        """The hypergradient of a recorded roll whose end is the live state, on the ledger."""
+        damping = Damping(self.discount, costate_clip)
+        h = self.lookback.look_back(recorder, mean, terminal, damping)
+        self.loop.cost.hessian_products += h.hessian_products
+        # The terminal loss is counted by its size.
+        self.loop.cost.gradient_equivalents += h.gradient_equivalents - (terminal is not None)
+        return h
 
     def _rewrite(self, rolled: _Attempt, commit: int, before: _Moment) -> _Attempt:
         """Proposes, replays and compares; returns the attempt to commit, its end state live."""
@@ -336,10 +402,10 @@ class Runner:
         assert h is not None
         start, stop = rolled.schedule.start, rolled.schedule.stop
         self._verb("rewrite", start, stop, rolled.number)
-        if not h.result.successful:
+        if not h.result.usable:
             self.loop.cost.rejected_windows += 1
             self._record(rolled, "rejected", f"hypergradient {h.result.name}: {h.result.message}")
-            return rolled
+            return self._plainly(rolled, commit, before)
         end = _Moment(self.plant.snapshot(), self.loop.average.copy())
         terminal, share = self._terminal(start, stop)
         for retry in range(self.law.retries + 1):
@@ -353,7 +419,9 @@ class Runner:
             self._restore(before)
             self._verb("replay", start, stop, replayed.number)
             mean = Average(self.objective.average)
-            trajectory = self._run(replayed, commit, None, mean)
+            self._run(replayed, commit, mean)
+            trajectory = replayed.trajectory
+            assert trajectory is not None
             if replayed.failure is None:
                 replayed.value = self._value(replayed, trajectory, terminal, mean)
                 self.loop.cost.gradient_equivalents += share / 3
@@ -364,23 +432,44 @@ class Runner:
             self._record(replayed, "rejected", replayed.failure, rolled)
         self.loop.cost.rejected_windows += 1
         self._restore(end)
-        return rolled
+        return self._plainly(rolled, commit, before)
+
+    def _plainly(self, rolled: _Attempt, commit: int, before: _Moment) -> _Attempt:
+        """The same window by the plain loop's own steps, to commit what anyone can replay.
+
+        A roll that keeps graphs takes kernels that can be differentiated twice, which differ from
+        the plain ones by roundings.
+        """
+        h = rolled.hypergradient
+        if h is None or h.plan is None or not h.plan.graphs:
+            return rolled
+        start, stop = rolled.schedule.start, rolled.schedule.stop
+        self._verb("restore", start, stop, rolled.number)
+        self._restore(before)
+        self._verb("roll", start, stop, rolled.number)
+        plain = replace(rolled, trajectory=None, inside=None)
+        self._run(plain, commit, None)
+        return plain
 
     def _run(
         self,
         attempt: _Attempt,
         commit: int,
-        record: Callable[[int], bool] | None,
         mean: Average | None,
         *,
+        record: bool = False,
         guarded: bool = True,
-    ) -> Trajectory:
-        """Live steps through the attempt's window; keeps the moment at `commit` if it is inside."""
-        schedule = attempt.schedule
+    ) -> WindowRecorder | None:
+        """Live steps through the attempt's window; keeps the moment at `commit` if it is inside.
+
+        record: keep what looking back needs, and return it.
+        """
+        schedule, parameters = attempt.schedule, self.plant.parameters
+        steps = self.loop.steps
 
         def on_step(step: int, observed: StepRecord) -> None:
-            if step < commit:
-                self.loop.average.update(self.plant.parameters)
+            if step < commit and (steps - step) % AVERAGE_EVERY == 1:
+                self.loop.average.update(parameters)
             if step + 1 == commit < schedule.stop:
                 attempt.inside = _Moment(self.plant.snapshot(), self.loop.average.copy())
             if self.listeners:
@@ -393,9 +482,16 @@ class Runner:
                 return math.inf
             return max(DIVERGED * first, DIVERGED * lately, 1.5 * ever)
 
-        trajectory = self.plant.roll(
-            attempt.batches, schedule, record=record, average=mean, on_step=on_step, limit=limit
-        )
+        recorder = None
+        if record:
+            recorder = self.lookback.roll(
+                list(attempt.batches), schedule, average=mean, on_step=on_step, limit=limit
+            )
+            trajectory = recorder.trajectory
+        else:
+            trajectory = self.plant.roll(
+                attempt.batches, schedule, average=mean, on_step=on_step, limit=limit
+            )
         attempt.trajectory = trajectory
         self.loop.cost.gradients(len(trajectory))
         if trajectory.diverged is not None:
@@ -404,7 +500,7 @@ class Runner:
             attempt.failure = f"the loss is {loss:.4g} at step {step}"
         elif not self.plant.is_finite():
             attempt.failure = f"the state is not finite after step {schedule.stop - 1}"
-        return trajectory
+        return recorder
 
     def _commit(self, attempt: _Attempt, commit: int) -> None:
         """Makes the attempt's steps up to `commit` final: state, schedule, tape."""
@@ -412,9 +508,11 @@ class Runner:
         self._verb("commit", start, stop, attempt.number)
         if attempt.inside is not None:
             self._restore(attempt.inside)
-        self.loop.schedule = self.loop.schedule.replaced(attempt.schedule.window(start, commit))
-        if attempt.proposal is not None and commit < self.loop.steps:
-            self.loop.schedule = carried(self.loop.schedule, commit, attempt.proposal.carry)
+        if attempt.proposal is not None:
+            rewritten = attempt.schedule.window(start, commit)
+            self.loop.schedule = self.loop.schedule.replaced(rewritten)
+            if commit < self.loop.steps:
+                self.loop.schedule = carried(self.loop.schedule, commit, attempt.proposal.carry)
         rows = self._rows(attempt, commit)
         first = rows[0]["loss"] if self.loop.reference is None else self.loop.reference[1]
         self.loop.reference = (sum(row["loss"] for row in rows) / len(rows), first)
@@ -430,6 +528,11 @@ class Runner:
         if commit < self.loop.steps:
             self._verb("slide", start, stop, attempt.number)
         self.loop.cost.windows += 1
+
+    @property
+    def _moved_to(self) -> torch.device | None:
+        """Where batches are moved to; None where they can stay."""
+        return None if self.device.type == "cpu" else self.device
 
     def _restore(self, moment: _Moment) -> None:
         self.plant.restore(moment.snapshot)
@@ -447,7 +550,8 @@ class Runner:
             batches = self.loop.validation.take(first, first + n)
             self.loop.validation.release(first)
         else:
-            batches = self.loop.train.take(start, stop + self.objective.batches)[stop - start :]
+            after = self.loop.train.take(start, stop + self.objective.batches)[stop - start :]
+            batches = [m for b in after for m in (b if isinstance(b, MicroBatches) else (b,))]
         sizes = [batch_size(b) for b in batches]
         share = sum(sizes) / max(1, batch_size(self.loop.train.take(start, start + 1)[0]))
 
@@ -475,18 +579,33 @@ class Runner:
             torch._foreach_copy_(parameters, live)
         return value + self.law.penalty(attempt.schedule, self.controls)
 
-    def _resolved(self, steps: int) -> tuple[int, Product]:
-        segment = self.segment if self.segment == "auto" else min(self.segment, steps)
-        return resolve(steps, segment, self.product, "adjoint", self.plant)
+    def _new_lookback(self) -> Lookback:
+        return Lookback(
+            self.plant,
+            self.objective,
+            self.controls,
+            segment=self.segment,
+            product=self.product,
+            memory_budget=self.memory_budget,
+            spill=self.spill,
+            damping=Damping(self.discount, self.costate_clip),
+            notice=self._notice,
+        )
 
     # Begin, save, end ----------------------------------------------------------------------------
 
     def _begin(self, steps: int, resume: Literal["auto", "never"]) -> _Loop:
         """A fresh state of the loop, or the one that the directory's newest checkpoint holds."""
-        device = None if self.device.type == "cpu" else self.device
+        device = self._moved_to
         # With rewriting off nothing may be drawn that the plain loop does not draw.
         seed = int(torch.randint(2**31, ())) if self.rewriting else 0
-        train = StepBatches(self.train_loader, isolated=self.rewriting, seed=seed, device=device)
+        train = StepBatches(
+            self.train_loader,
+            isolated=self.rewriting,
+            seed=seed,
+            device=device,
+            accumulate=self.accumulate,
+        )
         self.loop = _Loop(steps, self._planned(steps), train)
         self._streams = [train]
         if self.rewriting and self.val_loader is not None and self.objective.terminal_weight:
@@ -525,11 +644,19 @@ class Runner:
 
     def _planned(self, steps: int) -> Schedule:
         """The optimizer's own controls at every step, lr with a cooldown at the end."""
-        planned = Schedule.constant(steps, self.seed, **self.plant.controls.initial)
+        planned = Schedule.constant(steps, self.seed, **self._initial())
         if self.rewriting and "lr" in self.controls and self.law.cooldown:
-            lr = planned["lr"] * cooldown(steps, self.law.cooldown)
-            planned = planned.replaced(Schedule({"lr": lr.clamp(min=CONTROLS["lr"].lower)}))
+            lr, factors = planned["lr"], cooldown(steps, self.law.cooldown)
+            cooled = lr * (factors if lr.dim() == 1 else factors[:, None])
+            # A group that is at 0 stays there.
+            cooled = torch.where(lr == 0, lr, cooled.clamp(min=CONTROLS["lr"].lower))
+            planned = planned.replaced(Schedule({"lr": cooled}))
         return planned
+
+    def _initial(self) -> dict[str, Any]:
+        """The optimizer's own controls: a number each, or a list of one per parameter group."""
+        own = self.plant.controls.own
+        return self.plant.controls.initial | {name: own[name] for name in self.per_group}
 
     def _save(self) -> None:
         """A checkpoint of everything that the next window depends on."""
@@ -548,6 +675,7 @@ class Runner:
             "reference": self.loop.reference,
             "average_count": self.loop.average.count,
             "singletons": self.plant.singletons,
+            "lookback": self.lookback.state() if self.rewriting else None,
             "cost": asdict(self.loop.cost),
             "seconds": self._seconds(),
             "lengths": {
@@ -568,6 +696,8 @@ class Runner:
             self.loop.validation.seek(Position.from_tensors(tensors["validation_batches"]))
         self.plant.restore(snapshot)
         self.plant.singletons = bool(values["singletons"])
+        if self.rewriting and values.get("lookback") is not None:
+            self.lookback.load_state(values["lookback"])
         self.loop.step = checkpoint.step
         # safetensors gives names back in any order, and the tape's lines keep the schedule's.
         values_by_name = {name: tensors["schedule"][name] for name in self.loop.schedule.values}
@@ -602,6 +732,7 @@ class Runner:
                 name: losses.metrics for name, losses in averaged.items() if losses
             },
             "wall_seconds": self._seconds(),
+            "smoothness": _smoothness_summary(self.loop.windows),
             "cost": self.loop.cost.to_json(self.loop.step),
         }
         if self.directory is not None:
@@ -622,17 +753,24 @@ class Runner:
         trajectory = attempt.trajectory
         assert trajectory is not None
         n = commit - attempt.schedule.start
-        losses = torch.stack(trajectory.losses[:n]).double().tolist()
-        norms = torch.stack(trajectory.gradient_norms[:n]).double().tolist()
+        losses = finite(torch.stack(trajectory.losses[:n]).double().tolist())
+        norms = finite(_numbers(trajectory.gradient_norms[:n]))
+        controls = {name: values[:n].tolist() for name, values in attempt.schedule.values.items()}
         rows = []
         for i in range(n):
-            step = attempt.schedule.start + i
-            metrics = {k: _number(v) for k, v in trajectory.metrics[i].items()}
-            row: dict[str, Any] = {"step": step, "loss": losses[i], "gradient_norm": norms[i]}
-            row |= attempt.schedule.at(step)
-            # A metric that is called "loss" or "lr" does not take the place of the loop's own.
-            rows.append(row | {k: v for k, v in metrics.items() if k not in row})
-        return finite(rows)  # as they will be read back
+            row: dict[str, Any] = {
+                "step": attempt.schedule.start + i,
+                "loss": losses[i],
+                "gradient_norm": norms[i],
+            }
+            for name, values in controls.items():
+                row[name] = values[i]
+            for name, value in trajectory.metrics[i].items():
+                # A metric called "loss" or "lr" does not take the place of the loop's own.
+                if name not in row:
+                    row[name] = finite(_number(value))  # as it will be read back
+            rows.append(row)
+        return rows
 
     def _record(
         self, attempt: _Attempt, outcome: str, reason: str | None, rolled: _Attempt | None = None
@@ -640,6 +778,9 @@ class Runner:
         """One line of windows.jsonl: an attempt at a window, and what became of it."""
         schedule = attempt.schedule
         h = None if rolled is None else rolled.hypergradient
+        look = (rolled or attempt).first_look
+        predicted = None if attempt.proposal is None else attempt.proposal.predicted
+        measured = None if rolled is None else attempt.value - rolled.value
         record: dict[str, Any] = {
             "window": self.loop.cost.windows,
             "start": schedule.start,
@@ -649,7 +790,11 @@ class Runner:
             "reason": reason,
             "objective_before": attempt.value if rolled is None else rolled.value,
             "objective_after": None if rolled is None else attempt.value,
-            "predicted_change": None if attempt.proposal is None else attempt.proposal.predicted,
+            "predicted_change": predicted,
+            "measured_change": measured,
+            "smoothness": smoothness(measured, predicted),
+            "outcome_of_hypergradient": None if look is None else look.name,
+            "outcome_step": None if look is None else look.step,
             "before": (rolled or attempt).schedule.means(),
             "after": schedule.means(),
         }
@@ -682,15 +827,31 @@ class Runner:
             "product": self.product,
             "segment": self.segment,
             "clip_norm": self.plant.clip_norm,
+            **self._unusual(),
             "seed": self.seed,
             "optimizer": type(self.plant.optimizer).__name__.lower(),
-            "initial": self.plant.controls.initial,
+            "initial": self._initial(),
             "parameters": sum(p.numel() for p in self.plant.parameters),
             "device": str(self.device),
             "versions": versions(),
             "hardware": hardware(self.device),
         }
         return described if self.config is None else {**described, **self.config}
+
+    def _unusual(self) -> dict[str, Any]:
+        """Settings that are recorded where they differ from what a run without them has.
+
+        So that a directory that was begun before they existed can be continued.
+        """
+        settings: dict[str, tuple[Any, Any]] = {
+            "accumulate": (self.accumulate, 1),
+            "clip_value": (self.plant.clip_value, None),
+            "per_group": (list(self.per_group), []),
+            "memory_budget": (self.memory_budget, None),
+            "discount": (self.discount, 1.0),
+            "costate_clip": (self.costate_clip, None),
+        }
+        return {name: value for name, (value, usual) in settings.items() if value != usual}
 
     def _seconds(self) -> float:
         return self.loop.seconds_before + time.monotonic() - self.loop.began
@@ -739,7 +900,10 @@ class _Moment:
 
 @dataclass
 class _Attempt:
-    """One way through a window: its schedule, what it saw, and how it was judged."""
+    """One way through a window: its schedule, what it saw, and how it was judged.
+
+    first_look: how the hypergradient ended, before any remedy.
+    """
 
     number: int
     schedule: Schedule
@@ -747,6 +911,7 @@ class _Attempt:
     proposal: Proposal | None = None
     trajectory: Trajectory | None = None
     hypergradient: Hypergradient | None = None
+    first_look: Outcome | None = None
     value: float = math.nan
     failure: str | None = None
     inside: _Moment | None = None
@@ -767,6 +932,52 @@ def _steered(plant: Plant, asked: Sequence[str] | None) -> tuple[str, ...]:
     for name in controls:
         CONTROLS[name].check(initial[name])
     return controls
+
+
+def smoothness(measured: float | None, predicted: float | None) -> float | None:
+    """Measured change of J over the first-order prediction: 1 where the linear model holds.
+
+    Below 0 the objective rose where it should have fallen. None where there is no such ratio.
+    """
+    if measured is None or not predicted or not math.isfinite(measured + predicted):
+        return None
+    return measured / predicted
+
+
+def _smoothness_summary(windows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Over all attempts that have a smoothness: its median, and the share of those above 0."""
+    values = [w["smoothness"] for w in windows if w.get("smoothness") is not None]
+    if not values:
+        return {"median": None, "share_positive": None}
+    return {
+        "median": statistics.median(values),
+        "share_positive": sum(v > 0 for v in values) / len(values),
+    }
+
+
+def _grouped(plant: Plant, controls: Sequence[str], asked: Sequence[str]) -> tuple[str, ...]:
+    """The controls with a value per parameter group, checked."""
+    names = (asked,) if isinstance(asked, str) else tuple(dict.fromkeys(asked))
+    for name in names:
+        control(name)
+        if name == "noise":
+            raise InputError("noise has no parameter groups; leave it out of per_group")
+        if name not in controls:
+            raise InputError(
+                f"per_group names {name!r}, which is not rewritten; add it to controls, of which "
+                f"there are now {', '.join(controls) or 'none'}"
+            )
+        for value in plant.controls.own[name]:
+            if value != 0:  # a group at 0 stays there
+                CONTROLS[name].check(value)
+    return names
+
+
+def _numbers(values: Sequence[float | Tensor]) -> list[float]:
+    """The values on the host, which waits once for all that are tensors."""
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    moved = iter(torch.stack(tensors).double().tolist() if tensors else [])
+    return [next(moved) if isinstance(v, Tensor) else v for v in values]
 
 
 def _number(value: Tensor) -> float | list[Any]:

@@ -9,9 +9,10 @@ nobody rewrote, since exp(log(0.1)) ≠ 0.1.
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -130,8 +131,9 @@ def total_variation(raw: Tensor) -> Tensor:
 class Schedule:
     """The controls of the steps [start, start + T): one natural value per control and step.
 
-    values: control name -> (T,) float64, natural units. seed: of the noise, see `rhc.noise`.
-    Schedules are values: every change returns a new one.
+    values: control name -> (T,) float64, natural units; or (T, G), one value per parameter group
+    too, in the optimizer's order of groups. noise has no groups. seed: of the noise, see
+    `rhc.noise`. Schedules are values: every change returns a new one.
     """
 
     values: Mapping[str, Tensor]
@@ -145,19 +147,29 @@ class Schedule:
         }
         if not values:
             raise InputError("a schedule needs at least one control; give it lr values")
-        lengths = {name: tuple(v.shape) for name, v in values.items()}
-        if any(v.dim() != 1 for v in values.values()) or len(set(lengths.values())) != 1:
+        shapes = {name: tuple(v.shape) for name, v in values.items()}
+        if (
+            any(len(shape) not in (1, 2) for shape in shapes.values())
+            or len({shape[0] for shape in shapes.values()}) != 1
+            or len({shape[1] for shape in shapes.values() if len(shape) == 2}) > 1
+        ):
             raise InputError(
-                f"a schedule needs one value per step for every control, got shapes {lengths}"
+                "a schedule needs one value per step for every control, or one per step and "
+                f"parameter group, got shapes {shapes}"
             )
-        if (0,) in lengths.values():
+        if any(0 in shape for shape in shapes.values()):
             raise InputError("a schedule needs at least one step, got 0")
+        if len(shapes.get("noise", ())) == 2:
+            raise InputError(
+                f"noise has no parameter groups, got values of shape {shapes['noise']}; give one "
+                "per step"
+            )
         for name, v in values.items():
             if not torch.isfinite(v).all():
-                at = int((~torch.isfinite(v)).nonzero()[0])
+                at = (~torch.isfinite(v)).nonzero()[0].tolist()
                 raise InputError(
-                    f"schedule values must be finite, got {name}={float(v[at])} at step "
-                    f"{self.start + at}"
+                    f"schedule values must be finite, got {name}={float(v[tuple(at)])} at step "
+                    f"{self.start + at[0]}"
                 )
             if bool((v < 0).any()) or (name == "momentum" and bool((v >= 1).any())):
                 raise InputError(
@@ -167,12 +179,15 @@ class Schedule:
         object.__setattr__(self, "values", values)
 
     @classmethod
-    def constant(cls, steps: int, seed: int = 0, /, **controls: float) -> Schedule:
-        """`steps` times the same controls: `Schedule.constant(100, lr=0.1, momentum=0.9)`."""
-        return cls(
-            {name: torch.full((steps,), v, dtype=torch.float64) for name, v in controls.items()},
-            seed=seed,
-        )
+    def constant(
+        cls, steps: int, seed: int = 0, /, **controls: float | Sequence[float]
+    ) -> Schedule:
+        """`steps` times the same controls: `Schedule.constant(100, lr=0.1, momentum=0.9)`.
+
+        A sequence stands for one value per parameter group: `lr=(0.1, 0.01)`.
+        """
+        rows = {name: torch.as_tensor(v, dtype=torch.float64) for name, v in controls.items()}
+        return cls({n: row.expand(steps, *row.shape) for n, row in rows.items()}, seed=seed)
 
     def __len__(self) -> int:
         return len(next(iter(self.values.values())))
@@ -198,12 +213,30 @@ class Schedule:
         """The first step after the last: steps are [start, stop)."""
         return self.start + len(self)
 
-    def at(self, step: int) -> dict[str, float]:
-        """The controls of absolute step `step`; after the end the last ones are held."""
+    @property
+    def groups(self) -> int | None:
+        """The number G of parameter groups that it has values for; None where it has none."""
+        return next((v.shape[1] for v in self.values.values() if v.dim() == 2), None)
+
+    def at(self, step: int) -> dict[str, Any]:
+        """The controls of absolute step `step`; after the end the last ones are held.
+
+        A number for every control, or a tuple of G numbers where it has one per parameter group.
+        """
         if step < self.start:
             raise InputError(f"step must be ≥ {self.start}, where this schedule starts, got {step}")
-        index = min(step, self.stop - 1) - self.start
-        return {name: float(v[index]) for name, v in self.values.items()}
+        columns = self._columns
+        last = len(next(iter(columns.values()))) - 1
+        index = min(step - self.start, last)
+        return {name: column[index] for name, column in columns.items()}
+
+    @functools.cached_property
+    def _columns(self) -> dict[str, list[Any]]:
+        """Every control as a list of numbers or tuples: a tensor takes 2 µs to give one of them."""
+        return {
+            name: v.tolist() if v.dim() == 1 else [tuple(row) for row in v.tolist()]
+            for name, v in self.values.items()
+        }
 
     def window(self, start: int, stop: int) -> Schedule:
         """The part of the absolute steps [start, stop), which must lie within the schedule."""
@@ -213,7 +246,12 @@ class Schedule:
                 f"[{self.start}, {self.stop})"
             )
         part = slice(start - self.start, stop - self.start)
-        return Schedule({n: v[part] for n, v in self.values.items()}, start, self.seed)
+        # Values that have been checked are not checked again: this is done for every window.
+        schedule = object.__new__(Schedule)
+        schedule.__dict__.update(
+            values={n: v[part].clone() for n, v in self.values.items()}, start=start, seed=self.seed
+        )
+        return schedule
 
     def replaced(self, part: Schedule) -> Schedule:
         """This schedule with `part` in place of its steps and controls, which it must have."""
@@ -221,29 +259,46 @@ class Schedule:
         values = {name: v.clone() for name, v in self.values.items()}
         where = slice(part.start - self.start, part.stop - self.start)
         for name, v in part.values.items():
+            if v.shape[1:] != values[name].shape[1:]:
+                raise InputError(
+                    f"{name} has shape {tuple(v.shape)} in the part, {tuple(values[name].shape)} "
+                    "in the schedule; give both values per parameter group, or neither"
+                )
             values[name][where] = v
         return Schedule(values, self.start, self.seed)
 
-    def means(self) -> dict[str, float]:
-        """The mean of every control: geometric where its coordinate is log and no value is 0."""
+    def means(self) -> dict[str, Any]:
+        """The mean of every control over the steps: a number, or a list of one per group.
+
+        Geometric where its coordinate is log and no value is 0.
+        """
+
+        def mean(name: str, v: Tensor) -> float:
+            geometric = CONTROLS[name].coordinate == "log" and bool((v > 0).all())
+            return float(v.log().mean().exp() if geometric else v.mean())
+
         return {
-            name: float(
-                v.log().mean().exp()
-                if CONTROLS[name].coordinate == "log" and bool((v > 0).all())
-                else v.mean()
-            )
+            name: mean(name, v) if v.dim() == 1 else [mean(name, column) for column in v.T]
             for name, v in self.values.items()
         }
 
     def raw(self, names: Iterable[str] | None = None) -> Tensor:
-        """(T, C) unconstrained coordinates of the controls in `names` (default: all, in order)."""
+        """(T, C) unconstrained coordinates of the controls in `names` (default: all, in order).
+
+        A control with values per parameter group has G columns, one after the other.
+        """
         chosen = list(self.values) if names is None else list(names)
-        return torch.stack([CONTROLS[n].to_raw(self.values[n]) for n in chosen], dim=1)
+        columns = [CONTROLS[n].to_raw(self.values[n]) for n in chosen]
+        return torch.cat([c.reshape(len(self), -1) for c in columns], dim=1)
 
     # Files ---------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON document; floats are written by repr, so that they come back bit for bit."""
+        """A JSON document; floats are written by repr, so that they come back bit for bit.
+
+        `values` of a control are a list of T numbers, or of T lists of G numbers, one per
+        parameter group.
+        """
         return {
             "format": "rhc.schedule",
             "version": SCHEDULE_VERSION,
@@ -273,7 +328,7 @@ class Schedule:
                     f"{source} has schedule version {version}, this rhc reads version "
                     f"{SCHEDULE_VERSION}; export it again with this version"
                 )
-            controls = {n: [float(x) for x in c["values"]] for n, c in document["controls"].items()}
+            values = {n: _parsed(c["values"]) for n, c in document["controls"].items()}
             start, seed = int(document["start"]), int(document.get("seed", 0))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, InputError):
@@ -282,7 +337,6 @@ class Schedule:
                 f"{source} is not a schedule written by rhc ({type(error).__name__}: {error}); "
                 "give the schedule.json of a run directory"
             ) from None
-        values = {n: torch.tensor(v, dtype=torch.float64) for n, v in controls.items()}
         try:
             return cls(values, start, seed)
         except InputError as error:
@@ -309,8 +363,10 @@ class Schedule:
         """A torch.optim.lr_scheduler that replays this schedule in an ordinary loop.
 
         Call its `step()` after each `optimizer.step()`. It sets lr, momentum (β1) and weight
-        decay of every parameter group, keeping the groups' ratios, and adds the gradient noise
-        through a step hook. It has `state_dict`, `load_state_dict` and `get_last_lr`.
+        decay of every parameter group, keeping the groups' ratios where the schedule has one value
+        for all of them, and adds the gradient noise through a step hook. It has `state_dict`,
+        `load_state_dict` and `get_last_lr`. An InputError where the schedule has values for
+        another number of parameter groups.
         """
         from rhc._lr_scheduler import ScheduleReplay
 
@@ -320,10 +376,11 @@ class Schedule:
 class OptimizerControls:
     """The controls of a torch.optim.Optimizer: reads them, writes them, keeps groups' ratios.
 
-    A schedule has one value per control; it is the value of the *reference* group, the first
+    Where a schedule has one value for a control, it is that of the *reference* group, the first
     whose value is not 0, and every other group follows at the ratio it had when this object was
     made (in the unconstrained coordinate: a factor for lr and weight decay, of the odds for
-    momentum). A group at 0 stays at 0: biases without weight decay keep being without.
+    momentum). A group at 0 stays at 0: biases without weight decay keep being without. Where it
+    has one per group, each group takes its own.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -346,18 +403,53 @@ class OptimizerControls:
                 1.0 if reference == 0 else CONTROLS[name].ratio(v, reference) for v in values
             ]
 
-    def group_value(self, name: str, group: int, value: Scalar) -> Scalar:
-        """What parameter group number `group` gets when the schedule says `value`."""
+    def check_groups(self, schedule: Schedule) -> None:
+        """An InputError where `schedule` has values for another number of parameter groups."""
+        have = len(self.optimizer.param_groups)
+        if schedule.groups not in (None, have):
+            raise InputError(
+                f"the schedule has values for {schedule.groups} parameter groups, the optimizer "
+                f"has {have}; use it with the groups that it was made for"
+            )
+
+    def group_value(self, name: str, group: int, value: Scalar | tuple[float, ...]) -> Scalar:
+        """What parameter group number `group` gets when the schedule says `value`.
+
+        value: a number, or one per group: a tuple, or a tensor (G,). Of a tensor, a group at 0
+        gets the number 0: it is not steered, and without momentum there is no buffer.
+        """
+        if isinstance(value, (tuple, list)):
+            return value[group]
+        if isinstance(value, Tensor) and value.dim() == 1:
+            return value[group] if float(value[group].detach()) else 0.0
         if not isinstance(value, Tensor) and value == self.initial[name]:
             return self.own[name][group]  # to the bit, which a ratio does not give back
         return CONTROLS[name].rescale(value, self.ratios[name][group])
 
-    def write(self, values: Mapping[str, float]) -> None:
-        """Sets every control but noise in every parameter group."""
+    def group_slope(self, name: str, group: int, value: float | Sequence[float]) -> float:
+        """d(the group's value) / d(the schedule's value): 1 where every group has its own."""
+        if isinstance(value, Sequence):
+            return 1.0
+        ratio = self.ratios[name][group]
+        if CONTROLS[name].coordinate == "log":
+            return ratio
+        return ratio / (1 - value + value * ratio) ** 2
+
+    def write(self, values: Mapping[str, float | tuple[float, ...]]) -> None:
+        """Sets every control but noise in every parameter group.
+
+        values: as `Schedule.at` gives them, a number or one per group.
+        """
         for index, group in enumerate(self.optimizer.param_groups):
             for name, value in values.items():
                 if name != "noise":
                     _write(group, name, self.group_value(name, index, value))
+
+
+def _parsed(values: Any) -> Tensor:
+    """(T,) or (T, G) from the JSON lists of `Schedule.to_json`; ValueError for ragged ones."""
+    rows = [[float(x) for x in v] if isinstance(v, list) else float(v) for v in values]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def _read(group: Mapping[str, Any], name: str) -> float | None:

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rhc.errors import InputError
-from rhc.progress import duration, sparkline
+from rhc.progress import duration, one_number, sparkline
 from rhc.workload import available_runners
 
 RUNS = Path("runs")
@@ -89,7 +89,7 @@ def print_run(console: Console, directory: Path) -> None:
     tape = _rows(directory / "tape.jsonl")
     if tape:
         for name in ("loss", "lr", "momentum", "noise", "weight_decay"):
-            values = [row[name] for row in tape if row.get(name) is not None]
+            values = [one_number(row[name]) for row in tape if row.get(name) is not None]
             if values and any(values):
                 _line(console, name, _course(values))
     checkpoints = sorted((directory / "checkpoints").glob("window-*"))

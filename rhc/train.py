@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from rhc.config import RECORD_VERSION, TrainConfig
+from rhc.config import RECORD_VERSION, TrainConfig, parsed_bytes
 from rhc.errors import InputError
 from rhc.events import Listener
 from rhc.hypergradient import Engine, Product
@@ -31,11 +31,17 @@ from rhc.schedule import CONTROLS, control
 from rhc.summary import RUNS, print_result, read_record
 from rhc.workload import Workload, load_runner
 
-NOT_HASHED = ("directory", "resume", "device", "keep_checkpoints", "config", "print_config")
+NOT_HASHED = (
+    *("directory", "resume", "device", "keep_checkpoints"),
+    *("config", "print_config", "plan"),
+)
 """Settings that two runs in one directory may differ in."""
 
-_DESCRIBED = ("rewrite", "controls", "segment", "device")
+_DESCRIBED = ("rewrite", "controls", "segment", "device", "memory_budget")
 """Entries of config.json that the Runner writes in its own, resolved form."""
+
+_RECORDED_IF_GIVEN = ("accumulate", "clip_value", "per_group", "discount", "costate_clip")
+"""Settings that runs which were begun before they existed do not have in their config.json."""
 
 
 def train(config: TrainConfig, console: Console, *, recorded_data: Path | None = None) -> int:
@@ -61,6 +67,10 @@ def train(config: TrainConfig, console: Console, *, recorded_data: Path | None =
     torch.set_num_threads(config.threads)
     workload.model.to(device)
     directory = config.directory or _default_directory(config, law, objective)
+    if config.plan:
+        for line in _runner(config, workload, law, objective, directory).plan():
+            console.out(line, highlight=False)
+        return 0
     progress = Progress(config.short_name)
     try:
         with display(progress, console) as listener:
@@ -109,7 +119,7 @@ def config_of(directory: Path) -> TrainConfig:
 
 def _check_controls(config: TrainConfig) -> None:
     """Unknown names, and values outside their bounds."""
-    for name in config.controls or ():
+    for name in (*(config.controls or ()), *(config.per_group or ())):
         control(name)
     for name in ("lr", "momentum", "weight_decay"):
         value = getattr(config, name)
@@ -166,7 +176,7 @@ def _runner(
     law: Rewrite | Literal[False],
     objective: Objective,
     directory: Path,
-    listener: Listener,
+    *listeners: Listener,
 ) -> Runner:
     return Runner(
         workload.model,
@@ -178,17 +188,23 @@ def _runner(
         window=config.window,
         stride=config.stride,
         controls=config.controls,
+        per_group=config.per_group or (),
         start=cast(Literal["given"], config.start),
         rewrite=law,
         objective=objective,
         engine=cast(Engine, config.engine),
         product=cast(Literal["auto"] | Product, config.product),
         segment="auto" if config.segment == "auto" else int(config.segment),
+        memory_budget=None if config.memory_budget is None else parsed_bytes(config.memory_budget),
+        discount=config.discount,
+        costate_clip=config.costate_clip,
+        accumulate=config.accumulate,
         clip_norm=config.clip_norm,
+        clip_value=config.clip_value,
         directory=directory,
         keep_checkpoints=config.keep_checkpoints,
         seed=config.seed,
-        listeners=[listener],
+        listeners=listeners,
         config=_recorded(config),
     )
 
@@ -213,7 +229,11 @@ def _optimizer(config: TrainConfig, workload: Workload) -> torch.optim.Optimizer
 def _recorded(config: TrainConfig) -> dict[str, Any]:
     """The command line's part of config.json."""
     record = {k: v for k, v in config.to_record().items() if k not in _DESCRIBED}
-    del record["print_config"], record["keep_checkpoints"]
+    del record["print_config"], record["plan"], record["keep_checkpoints"]
+    usual = TrainConfig().to_record()
+    for name in _RECORDED_IF_GIVEN:
+        if record[name] == usual[name]:
+            del record[name]
     return {"format": "rhc.config", "version": RECORD_VERSION, **record}
 
 

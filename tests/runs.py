@@ -138,20 +138,32 @@ LOADERS: Mapping[str, Callable[[TensorDataset, int], Iterable[Any]]] = {
 
 
 def plain_loop(
-    run: Run, steps: int, schedule: Schedule | None = None, clip_norm: float | None = None
+    run: Run,
+    steps: int,
+    schedule: Schedule | None = None,
+    clip_norm: float | None = None,
+    *,
+    clip_value: float | None = None,
+    accumulate: int = 1,
 ) -> None:
     """The loop that everybody writes, for so many steps, with a schedule where one is given."""
     scheduler = None if schedule is None else schedule.to_lr_scheduler(run.optimizer)
-    step = 0
+    step = micro = 0
+    run.optimizer.zero_grad()
     while step < steps:
         for batch in run.train:
-            run.optimizer.zero_grad()
             result = run.loss_fn(run.model, batch)
             loss = result[0] if isinstance(result, tuple) else result
-            loss.backward()
+            (loss / accumulate if accumulate > 1 else loss).backward()
+            micro += 1
+            if micro % accumulate:
+                continue
             if clip_norm is not None:
                 nn.utils.clip_grad_norm_(run.model.parameters(), clip_norm)
+            if clip_value is not None:
+                nn.utils.clip_grad_value_(run.model.parameters(), clip_value)
             run.optimizer.step()
+            run.optimizer.zero_grad()
             if scheduler is not None:
                 scheduler.step()
             step += 1

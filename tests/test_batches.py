@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 
 from rhc import InputError
-from rhc.batches import Position, StepBatches, batch_size, to_device
+from rhc.batches import DrawnAsNeeded, MicroBatches, Position, StepBatches, batch_size, to_device
 from rhc.randomness import RandomState
 
 EPOCH = 10
@@ -202,6 +202,74 @@ def test_any_walk_sees_the_same_stream(strides: list[int], data: st.DataObject) 
             batches.seek(position)
 
 
+# Accumulation ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+@pytest.mark.parametrize("name", MAKERS)
+def test_micro_batches_are_the_loaders_in_order(name: str, isolated: bool) -> None:
+    """Step t has the batches [3 t, 3 t + 3), also where an epoch of ten ends within them."""
+    seed_everything(3)
+    single = StepBatches(made(name), isolated=isolated, seed=11)
+    drawn = [single.take(t, t + 1)[0] for t in range(24)]
+    seed_everything(3)
+    batches = StepBatches(made(name), isolated=isolated, seed=11, accumulate=3)
+    steps = batches.take(0, 5) + batches.take(5, 8)
+    assert all(isinstance(b, MicroBatches) and len(b) == 3 for b in steps)
+    assert unequal(drawn, [micro for step in steps for micro in step]) == []
+    assert batches.next_step == 8
+    assert [batches.epoch_of(t) for t in (0, 3, 4)] == [single.epoch_of(3 * t) for t in (0, 3, 4)]
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+@pytest.mark.parametrize("name", MAKERS)
+def test_micro_batches_found_again_from_every_position(name: str, isolated: bool) -> None:
+    seed_everything(3)
+    batches = StepBatches(made(name), isolated=isolated, seed=11, accumulate=3)
+    positions, rng, drawn = [], [], []
+    for t in range(9):
+        positions.append(batches.position(t))
+        rng.append(RandomState.capture())
+        drawn.append(batches.take(t, t + 1)[0])
+        batches.release(t + 1)
+    for t in range(9):
+        seed_everything(99)
+        again = StepBatches(made(name, seed=99), isolated=isolated, seed=99, accumulate=3)
+        again.seek(Position.from_tensors(positions[t].to_tensors()))
+        rng[t].restore()
+        assert unequal(drawn[t:], [again.take(s, s + 1)[0] for s in range(t, 9)]) == [], t
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_position_of_micro_batches_taken_while_looking_ahead(name: str) -> None:
+    batches = StepBatches(made(name), isolated=True, seed=11, accumulate=3)
+    drawn = batches.take(0, 9)
+    for t in range(9):
+        again = StepBatches(made(name, seed=99), isolated=True, seed=99, accumulate=3)
+        again.seek(batches.position(t))
+        assert unequal(drawn[t:], again.take(t, 9)) == [], t
+
+
+def test_micro_batches_are_drawn_one_at_a_time() -> None:
+    """Where the plain loop's random state is shared, none is drawn before the last was used."""
+    drawn = []
+
+    class Noted(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            for batch in super().__iter__():
+                drawn.append(batch)
+                yield batch
+
+    batches = StepBatches(Noted(range(5)), isolated=False, accumulate=2)
+    for step, micro_batches in enumerate(batches.lazily(0, 6)):
+        assert isinstance(micro_batches, DrawnAsNeeded) and len(micro_batches) == 2
+        for place, micro in enumerate(micro_batches):
+            assert drawn[-1] == micro == (2 * step + place) % 5
+            assert len(drawn) == 2 * step + place + 1
+    assert batches.next_step == 6
+    assert batches.position(6).index == 12 % 5
+
+
 # Errors ------------------------------------------------------------------------------------------
 
 
@@ -272,6 +340,7 @@ def test_nested_batches_are_moved_whole() -> None:
         (Pair(torch.zeros(2), None), 2),
         ([], 1),
         ("text", 1),
+        (MicroBatches(((torch.zeros(4, 2), 0), (torch.zeros(3, 2), 0))), 7),
     ],
 )
 def test_batch_size(batch: Any, size: int) -> None:

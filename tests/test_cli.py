@@ -20,8 +20,9 @@ import torch
 from rich.console import Console
 
 import rhc.train
+from rhc import InputError
 from rhc.cli import COMMANDS, main
-from rhc.config import OPTIMIZERS, PRODUCTS, TrainConfig
+from rhc.config import OPTIMIZERS, PRODUCTS, TrainConfig, parsed_bytes
 from rhc.dynamics import DYNAMICS
 from rhc.events import (
     CheckpointSaved,
@@ -35,7 +36,15 @@ from rhc.events import (
     WindowAttempted,
 )
 from rhc.hypergradient import PRODUCTS as KNOWN_PRODUCTS
-from rhc.progress import LiveDisplay, PlainLines, Progress, duration, frame, sparkline
+from rhc.progress import (
+    LiveDisplay,
+    PlainLines,
+    Progress,
+    duration,
+    frame,
+    one_number,
+    sparkline,
+)
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -62,6 +71,12 @@ def changed(**changes):
     workload = own()
     for name, value in changes.items():
         setattr(workload, name, value)
+    return workload
+
+def grouped(*, seed=0, data=None):
+    workload = own()
+    parameters = list(workload.model.parameters())
+    workload.parameter_groups = [{"params": parameters[:2]}, {"params": parameters[2:], "lr": 1e-3}]
     return workload
 
 def empty(*, seed=0, data=None): return changed(train_loader=[])
@@ -216,6 +231,84 @@ def test_flags_reach_the_optimizer(call: Call, tmp_path: Path, optimizer: str) -
     initial = {"lr": 0.005, "momentum": 0.8, "weight_decay": 0.02, "noise": 0.0}
     assert (config["optimizer"], config["initial"]) == (optimizer, initial)
     assert config["clip_norm"] == 2
+
+
+def test_accumulation_and_clipping_reach_the_run(call: Call, tmp_path: Path) -> None:
+    """And are recorded where they are given, so that a resumed run goes on with them."""
+    line = "train own.py:own --no-rewrite --steps 4 --window 2"
+    assert call(f"{line} --accumulate 3 --clip-value 0.01 --directory run").status == 0
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert (config["accumulate"], config["clip_value"]) == (3, 0.01)
+    assert call(f"{line} --directory plain").status == 0
+    config = json.loads((tmp_path / "plain/config.json").read_text())
+    assert "accumulate" not in config and "clip_value" not in config
+    refuses(call(f"{line} --accumulate 2 --directory plain"), ["accumulate was null, is 2"])
+    assert call("resume run").status == 0
+    tapes = [(tmp_path / name / "tape.jsonl").read_text() for name in ("run", "plain")]
+    assert tapes[0] != tapes[1]
+
+
+def test_parameter_groups(call: Call, tmp_path: Path) -> None:
+    """Of a runner with two groups: each has its lr, and what is shown is their geometric mean."""
+    line = "train own.py:grouped --window 5 --controls lr,momentum --per-group lr"
+    done = call(f"{line} --directory run")
+    assert done.status == 0
+    schedule = rhc.Schedule.load(tmp_path / "run/schedule.json")
+    assert schedule["lr"].shape == (20, 2) and schedule["momentum"].shape == (20,)
+    tape = [json.loads(x) for x in (tmp_path / "run/tape.jsonl").read_text().splitlines()]
+    assert tape[4]["lr"] == schedule["lr"][4].tolist()
+    shown = float(re.search(r"step +5/20 .* lr (\S+)", done.out).group(1))
+    assert shown == pytest.approx(float(schedule["lr"][4].log().mean().exp()), rel=1e-2)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["per_group"] == ["lr"] and config["initial"]["lr"] == [0.01, 0.001]
+    shown_again = call("inspect run")
+    assert shown_again.status == 0
+    assert re.search(r"^lr +\S+ [▁▂▃▄▅▆▇█ ]+ \S+$", shown_again.out, re.MULTILINE)
+    assert call("resume run").status == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1000", 1000),
+        ("500MB", 500 * 10**6),
+        ("500 mb", 500 * 10**6),
+        ("2GiB", 2 * 2**30),
+        ("1.5KiB", 1536),
+        ("3kB", 3000),
+        ("7B", 7),
+        (".5GB", 500 * 10**6),
+        ("1TiB", 2**40),
+    ],
+)
+def test_sizes_in_bytes(text: str, size: int) -> None:
+    assert parsed_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-5", "1e3", "5 M B", "0.1", "nan", "1.2.3", "5MBB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(InputError, match="memory_budget must be a number of bytes"):
+        parsed_bytes(text)
+
+
+def test_a_plan_is_printed_and_nothing_written(call: Call, tmp_path: Path) -> None:
+    before = contents(tmp_path)
+    line = "train own.py:own --window 5 --memory-budget 2MiB --plan"
+    done = call(line)
+    assert (done.status, done.err) == (0, "") and contents(tmp_path) == before
+    assert "5 steps" in done.out and re.search(r"\d gradient evaluations per step", done.out)
+    assert re.search(r"memory .* [\d.]+ MB of a budget of 2\.1 MB", done.out)
+    other = call("train own.py:own --window 5 --product exact --plan").out
+    assert "product exact" in other and other != done.out
+
+
+def test_a_plan_leaves_the_run_as_it_is(call: Call, tmp_path: Path) -> None:
+    """Asked for beside a run that is there already, in the same words."""
+    assert call("train own.py:own --window 5").status == 0
+    before = contents(tmp_path)
+    assert "5 steps" in call("train own.py:own --window 5 --plan").out
+    assert contents(tmp_path) == before
+    assert "finished" in call("train own.py:own --window 5").out
 
 
 def test_own_defaults_of_an_optimizer(call: Call, tmp_path: Path) -> None:
@@ -375,6 +468,9 @@ BAD_INPUT: dict[str, list[str]] = {
     "train --momentum 1": ["momentum must be", "got 1"],
     "train --weight-decay -1": ["weight_decay must be", "got -1"],
     "train --clip-norm 0": ["clip_norm must be > 0", "got 0", "leave --clip-norm out"],
+    "train --clip-value -2": ["clip_value must be > 0", "got -2", "leave --clip-value out"],
+    "train --clip-norm 1 --clip-value 2": ["clip_norm and clip_value", "got 1 and 2", "leave"],
+    "train --accumulate 0": ["accumulate must be ≥ 1", "got 0", "--accumulate 1"],
     "train --seed -1": ["seed must be ≥ 0", "got -1"],
     "train --seed 4294967296": ["seed must be below 2**32", "got 4294967296"],
     "train --threads 0": ["threads must be ≥ 1", "got 0"],
@@ -384,6 +480,21 @@ BAD_INPUT: dict[str, list[str]] = {
     "train --objective-batches 0": ["objective_batches must be ≥ 1", "got 0"],
     "train --segment 99": ["segment must be auto or in [1, 50]", "'99'", "--segment auto"],
     "train --segment 5 --product forward-difference": ["forward-difference", "segment 1"],
+    "train --discount 0": ["discount must be in (0, 1]", "got 0", "leave --discount out"],
+    "train --discount 1.5": ["discount must be in (0, 1]", "got 1.5"],
+    "train --costate-clip 0": ["costate_clip must be > 0", "got 0", "leave --costate-clip out"],
+    "train --no-rewrite --discount 0.9": ["discount", "got 0.9", "leave --discount"],
+    "train --no-rewrite --costate-clip 9": ["costate_clip", "got 9", "leave --costate-clip"],
+    "train --memory-budget lots": ["memory_budget must be", "'lots'", "500MB", "2GiB"],
+    "train --memory-budget 5XB": ["memory_budget must be", "'5XB'"],
+    "train --memory-budget 0": ["memory_budget must be", "'0'"],
+    "train --no-rewrite --memory-budget 5MB": ["memory_budget", "got 5MB", "leave --memory-budget"],
+    "train --no-rewrite --plan": ["plan is about rewriting", "leave --plan"],
+    "train --per-group noise": ["noise has no parameter groups", "leave it out"],
+    "train --per-group": ["per_group is empty", "leave --per-group out"],
+    "train --per-group weight_decay": ["'weight_decay'", "not rewritten", "add it to controls"],
+    "train --per-group momentun": ["'momentun'", "did you mean 'momentum'"],
+    "train --no-rewrite --per-group lr": ["per_group", "got lr", "leave --per-group"],
     # unknown names: which exist, and the nearest
     "train --controls lr momentun": ["'momentun'", "did you mean 'momentum'", "weight_decay"],
     "train --controls": ["controls is empty", "--no-rewrite"],
@@ -573,7 +684,7 @@ def test_module_and_status(tmp_path: Path) -> None:
 
 def test_the_names_that_are_offered_are_those_that_exist() -> None:
     assert ("auto", *KNOWN_PRODUCTS) == PRODUCTS
-    assert set(OPTIMIZERS) == {kind.__name__.lower() for kind in DYNAMICS}
+    assert set(OPTIMIZERS) <= {kind.__name__.lower() for kind in DYNAMICS}
 
 
 # Listing and looking ------------------------------------------------------------------------------
@@ -732,6 +843,8 @@ def test_words_and_numbers() -> None:
     assert [duration(s) for s in (None, 0.4, 59, 200, 3900)] == ["?", "0s", "59s", "3m20s", "1h05m"]
     assert sparkline([1, 10, 100]) == "▁▅█" or sparkline([1, 10, 100]) == "▁▄█"
     assert sparkline([0.0, 1.0, float("nan")]) == " ▁ " and sparkline([]) == ""
+    assert (one_number(0.3), one_number(None), one_number([0.0, 0.0])) == (0.3, None, 0.0)
+    assert one_number((0.1, 0.0, 0.4)) == pytest.approx(0.2)
 
 
 # The settings -------------------------------------------------------------------------------------
@@ -743,6 +856,7 @@ def test_settings_survive_their_record() -> None:
     )
     assert TrainConfig.from_record(json.loads(json.dumps(config.to_record())), "here") == config
     assert TrainConfig.from_record({"segment": 3, "lr": 1}, "here").lr == 1.0
+    assert TrainConfig.from_record({"memory_budget": 3000}, "here").memory_budget == "3000"
 
 
 # The examples -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,11 @@ def runner(run: Run, **options: Any) -> Runner:
     return Runner(run.model, run.optimizer, run.loss_fn, run.train, run.val, **options)
 
 
-def expected(steps: int = STEPS, **options: Any) -> dict[str, Any]:
+def expected(
+    steps: int = STEPS, loop: Mapping[str, Any] | None = None, **options: Any
+) -> dict[str, Any]:
     run = make_run(**options)
-    plain_loop(run, steps)
+    plain_loop(run, steps, **(loop or {}))
     return state_of(run)
 
 
@@ -200,3 +203,65 @@ def test_the_tape_is_what_the_plain_loop_saw() -> None:
     assert all(row["lr"] == 0.01 and row["momentum"] == 0.9 for row in result.tape)
     assert result.windows == []
     assert result.record["cost"]["plain_run_equivalents"] == 1.0
+
+
+# Accumulation and clipping ------------------------------------------------------------------------
+
+LOOPS: dict[str, dict[str, Any]] = {
+    "accumulated": {"accumulate": 3},
+    "accumulated and clipped": {"accumulate": 3, "clip_norm": 0.3},
+    "clipped by value": {"clip_value": 0.02},
+    "both": {"accumulate": 4, "clip_value": 0.02},
+}
+
+
+@pytest.mark.parametrize("loader", [*RANDOM, "list"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_accumulation_and_clipping_are_the_plain_loops(loop: str, loader: str) -> None:
+    """Steps of three batches straddle the epochs of ten; dropout and loader share a generator."""
+    run = make_run("adam", loader)
+    runner(run, **LOOPS[loop]).fit(40)
+    options = {"optimizer": "adam", "loader": loader}
+    assert unequal(expected(40, LOOPS[loop], **options), state_of(run)) == []
+    assert unequal(expected(40, **options), state_of(run)) != []
+
+
+@pytest.mark.parametrize("stop", [0, 9, 17])
+@pytest.mark.parametrize("loader", ["augmented", "generator"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_accumulation_resumed(loop: str, loader: str, stop: int, tmp_path: Path) -> None:
+    options = {"directory": tmp_path, "window": 7, **LOOPS[loop]}
+    with pytest.raises(Stop):
+        runner(make_run("adam", loader), listeners=[stop_at_step(stop)], **options).fit(23)
+    run = make_run("adam", loader, seed=99)
+    runner(run, **options).fit(23)
+    expectation = expected(23, LOOPS[loop], optimizer="adam", loader=loader)
+    assert unequal(expectation, state_of(run)) == []
+
+
+def test_accumulation_with_worker_processes() -> None:
+    """A second epoch begins in the middle of a step."""
+
+    def made() -> Run:
+        data = DataLoader(Augmented(clouds(ROWS)), 8, shuffle=True, num_workers=2)
+        return make_run("sgd")._replace(train=data)
+
+    plain = made()
+    plain_loop(plain, 5, accumulate=4)
+    run = made()
+    runner(run, accumulate=4).fit(5)
+    assert unequal(state_of(plain), state_of(run)) == []
+
+
+def test_the_tape_of_accumulated_steps() -> None:
+    """A step's loss, and its metrics, are the means over its batches."""
+    run = make_run("sgd", "list", dropout=0.0, norm=False)
+    batches = list(run.train)
+    with torch.no_grad():
+        seen = [run.loss_fn(run.model, batch) for batch in batches[:3]]
+    result = runner(run, accumulate=3).fit(4)
+    first = result.tape[0]
+    assert first["loss"] == pytest.approx(sum(float(x) for x, _ in seen) / 3, rel=1e-6)
+    accuracy = sum(float(m["accuracy"]) for _, m in seen) / 3
+    assert first["accuracy"] == pytest.approx(accuracy, rel=1e-6)
+    assert result.record["cost"]["gradient_evaluations"] == 4

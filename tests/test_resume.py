@@ -106,6 +106,16 @@ def branching(seed: int = 0) -> Run:
     return run._replace(model=model, optimizer=OPTIMIZERS["adam"](model.parameters()))
 
 
+def two_rates(seed: int = 0) -> Run:
+    """Weights and biases in groups of their own, the latter without weight decay."""
+    run = make_run("adamw", "augmented", seed=seed)
+    parameters = list(run.model.parameters())
+    groups = [{"params": parameters[::2]}, {"params": parameters[1::2], "lr": 0.003}]
+    optimizer = torch.optim.AdamW(groups, lr=0.01)
+    optimizer.param_groups[1]["weight_decay"] = 0.0
+    return run._replace(optimizer=optimizer)
+
+
 CASES: dict[str, tuple[Callable[[int], Run], dict[str, Any]]] = {
     "chunks": (lambda seed: make_run("adamw", seed=seed), {}),
     "sliding": (lambda seed: make_run("sgd", seed=seed), {"stride": 3}),
@@ -115,6 +125,18 @@ CASES: dict[str, tuple[Callable[[int], Run], dict[str, Any]]] = {
     "steep": (steep, {"controls": ["lr"], "window": 6}),
     "shared generator": (shared_generator, {}),
     "branching": (branching, {}),
+    "accumulated": (
+        lambda seed: make_run("sgd", "augmented", seed=seed),
+        {"accumulate": 3, "stride": 3},
+    ),
+    "held out, accumulated": (
+        lambda seed: private_generator(seed)._replace(val=None),
+        {"accumulate": 3, "clip_value": 0.05},
+    ),
+    "parameter groups": (
+        two_rates,
+        {"per_group": ["lr", "weight_decay"], "controls": ["lr", "weight_decay", "noise"]},
+    ),
     "stage costs": (
         private_generator,
         {"objective": Objective(loss_weight=1.0, terminal_weight=0.0, average=None)},

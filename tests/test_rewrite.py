@@ -164,6 +164,52 @@ def test_hat_functions_are_a_partition_of_one(steps: int, knots: int) -> None:
         assert basis[0, 0] == 1 and basis[-1, -1] == pytest.approx(1, abs=1e-12)
 
 
+# Parameter groups --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("law", [Rewrite(), Rewrite(knots=3, total_variation=0.1)])
+def test_every_group_is_a_control_of_its_own(law: Rewrite) -> None:
+    """Each column moves as it would alone, to the bit; what is predicted is their sum."""
+    draw = torch.Generator().manual_seed(0)
+    lr = 0.01 + 0.1 * torch.rand(6, 3, generator=draw, dtype=torch.float64)
+    gradient = torch.randn(6, 3, generator=draw, dtype=torch.float64)
+    flat = {"momentum": torch.full((6,), 0.5, dtype=torch.float64)}
+    both = {"lr": gradient, "momentum": gradient[:, 0]}
+    found = law.propose(Schedule({"lr": lr, **flat}, 5), both, 2.0)
+    alone = [
+        law.propose(Schedule({"lr": lr[:, g]}, 5), {"lr": gradient[:, g]}, 2.0) for g in range(3)
+    ]
+    rest = law.propose(Schedule(flat, 5), {"momentum": gradient[:, 0]}, 2.0)
+    for g, one in enumerate(alone):
+        assert torch.equal(found.schedule["lr"][:, g], one.schedule["lr"])
+        assert found.carry["lr"][g] == one.carry["lr"] != 0
+    assert torch.equal(found.schedule["momentum"], rest.schedule["momentum"])
+    predicted = rest.predicted + sum(one.predicted for one in alone)
+    assert found.predicted == pytest.approx(predicted, rel=1e-12)
+    assert law.penalty(Schedule({"lr": lr}), ["lr"]) == pytest.approx(
+        sum(law.penalty(Schedule({"lr": lr[:, g]}), ["lr"]) for g in range(3)), rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay"])
+@pytest.mark.parametrize("sign", [-1e6, 1e6])
+def test_a_group_at_zero_stays_and_no_other_comes_to_it(name: str, sign: float) -> None:
+    """Whatever the gradient says, also when the move is carried on, and when lr is lowered."""
+    lower = CONTROLS[name].lower
+    schedule = Schedule.constant(4, **{name: (0.0, 1.01 * lower, 0.5)})
+    gradient = torch.full((4, 3), sign, dtype=torch.float64)
+    proposal = Rewrite().propose(schedule, {name: gradient}, 1.0)
+    moved = carried(proposal.schedule, 2, proposal.carry)
+    for new in (proposal.schedule[name], moved[name]):
+        assert (new[:, 0] == 0).all()
+        assert (new[:, 1] >= lower).all() and (new[:, 2] >= lower).all()
+        assert bool((new[:, 2] < 0.5).all()) == (sign > 0)
+    assert proposal.carry[name][0] == 0.0
+    lowered = carried(schedule, 1, {name: -50.0})[name]
+    assert lowered[1:].tolist() == [[0.0, lower, lower]] * 3
+    assert torch.equal(lowered[0], schedule[name][0])
+
+
 # Total variation ---------------------------------------------------------------------------------
 
 

@@ -184,6 +184,184 @@ def test_a_schedule_is_a_value() -> None:
     assert "lr" in schedule and "noise" not in schedule and len(schedule) == 3
 
 
+# Values per parameter group -----------------------------------------------------------------------
+
+GROUPED = Schedule(
+    {
+        "lr": torch.tensor([[0.1, 0.01], [0.4, 0.01], [0.2, 0.0]], dtype=torch.float64),
+        "noise": torch.tensor([0.0, 0.1, 0.2], dtype=torch.float64),
+    },
+    start=4,
+    seed=2,
+)
+"""lr of two parameter groups, steps 4 to 6; the second ends at 0."""
+
+
+@st.composite
+def grouped_schedules(draw: st.DrawFn) -> Schedule:
+    steps, groups = draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    values = st.lists(
+        st.lists(st.floats(0, 0.999), min_size=groups, max_size=groups),
+        min_size=steps,
+        max_size=steps,
+    )
+    single = st.lists(st.floats(0, 0.999), min_size=steps, max_size=steps)
+    found = draw(st.dictionaries(st.sampled_from(sorted({*CONTROLS} - {"noise"})), values))
+    found["noise"] = draw(single)
+    tensors = {n: torch.tensor(v, dtype=torch.float64) for n, v in found.items()}
+    return Schedule(tensors, draw(st.integers(0, 10**9)), draw(st.integers(0, 9)))
+
+
+@given(schedule=grouped_schedules())
+def test_json_of_groups_gives_every_bit_back(schedule: Schedule) -> None:
+    document = json.loads(json.dumps(schedule.to_json(), allow_nan=False))
+    assert Schedule.from_json(document) == schedule
+    assert document["version"] == 1
+    for name, v in schedule.values.items():
+        assert document["controls"][name]["values"] == v.tolist()
+
+
+@given(schedule=grouped_schedules(), data=st.data())
+def test_windows_of_groups(schedule: Schedule, data: st.DataObject) -> None:
+    start = data.draw(st.integers(schedule.start, schedule.stop - 1))
+    part = schedule.window(start, schedule.stop)
+    assert all(part.at(t) == schedule.at(t) for t in range(start, schedule.stop))
+    assert schedule.replaced(part) == schedule
+    changed = Schedule({n: v / 2 + 0.1 for n, v in part.values.items()}, part.start, part.seed)
+    for t in range(schedule.start, schedule.stop):
+        assert schedule.replaced(changed).at(t) == (changed if t >= start else schedule).at(t)
+    assert schedule.at(schedule.stop + 3) == schedule.at(schedule.stop - 1)
+
+
+def test_a_schedule_of_groups() -> None:
+    assert GROUPED.groups == 2 and Schedule.constant(3, lr=0.1).groups is None
+    assert GROUPED.at(5) == {"lr": (0.4, 0.01), "noise": 0.1}
+    assert GROUPED.at(9) == {"lr": (0.2, 0.0), "noise": 0.2}
+    assert Schedule.constant(2, lr=(0.1, 0.3)).at(1) == {"lr": (0.1, 0.3)}
+    means = GROUPED.means()
+    assert means["lr"][0] == pytest.approx((0.1 * 0.4 * 0.2) ** (1 / 3))
+    assert means["lr"][1] == pytest.approx(0.02 / 3) and means["noise"] == pytest.approx(0.1)
+    raw = GROUPED.raw(["noise", "lr"])
+    assert raw.shape == (3, 3)
+    torch.testing.assert_close(raw[:, 1].exp(), GROUPED["lr"][:, 0])
+    variation = total_variation(GROUPED.raw(["lr"]))
+    expected = [math.log(4) + math.log(2), math.log(0.01 / CONTROLS["lr"].lower)]
+    assert variation.tolist() == pytest.approx(expected)
+    assert Schedule.constant(3, lr=(0.1, 0.1)) != Schedule.constant(3, lr=0.1)
+
+
+def two(weight_decay: float = 0.1) -> SGD:
+    parameters = [torch.zeros(1, requires_grad=True) for _ in range(2)]
+    groups = [{"params": [parameters[0]]}, {"params": [parameters[1]], "weight_decay": 0.0}]
+    return SGD(groups, lr=0.1, momentum=0.5, weight_decay=weight_decay)
+
+
+def test_values_per_group_are_written_as_they_are() -> None:
+    """No ratios, and no rounding; one value for all keeps the ratios beside them."""
+    optimizer = two()
+    found = OptimizerControls(optimizer)
+    found.write({"lr": (0.3, 1e-7), "momentum": (0.0, 0.25), "weight_decay": 0.7, "noise": 0.1})
+    first, second = optimizer.param_groups
+    assert [first[n] for n in ("lr", "momentum", "weight_decay")] == [0.3, 0.0, 0.7]
+    assert [second[n] for n in ("lr", "momentum", "weight_decay")] == [1e-7, 0.25, 0.0]
+
+
+def test_a_leaf_per_group_reaches_its_group_alone() -> None:
+    """What the adjoint differentiates; a group at 0 is a number, so that it is not steered."""
+    found = OptimizerControls(two())
+    leaf = torch.tensor([0.5, 0.25, 0.0], dtype=torch.float64, requires_grad=True)
+    value = found.group_value("momentum", 1, leaf)
+    assert isinstance(value, Tensor) and value.dim() == 0
+    (gradient,) = torch.autograd.grad(value, leaf)
+    assert gradient.tolist() == [0, 1, 0]
+    assert found.group_value("momentum", 2, leaf) == 0.0
+    assert not isinstance(found.group_value("momentum", 2, leaf), Tensor)
+
+
+@pytest.mark.parametrize("carried", [copy.deepcopy, lambda state: through_json(state)])
+def test_a_replay_of_groups(carried: Callable[[Any], Any]) -> None:
+    """As the plant steps, also resumed in the middle; a value per group from its own column."""
+    draw = torch.Generator().manual_seed(4)
+    values = {
+        "lr": 0.01 + 0.1 * torch.rand(REPLAYED, 2, generator=draw, dtype=torch.float64),
+        "momentum": 0.1 + 0.8 * torch.rand(REPLAYED, 2, generator=draw, dtype=torch.float64),
+        "weight_decay": 0.1 * torch.rand(REPLAYED, generator=draw, dtype=torch.float64),
+        "noise": 0.1 * torch.rand(REPLAYED, generator=draw, dtype=torch.float64),
+    }
+    schedule = Schedule(values, 5, seed=3)
+    runs = []
+    for way in ("plant", "loop", "resumed"):
+        problem = PROBLEMS["mlp"]()
+        optimizer = two_groups(momentum, problem.model)
+        batches = problem.batches(REPLAYED)
+        torch.manual_seed(1)
+        if way == "plant":
+            plant = Plant(problem.model, optimizer, problem.loss_fn, seed=schedule.seed)
+            for t, batch in enumerate(batches, schedule.start):
+                plant.step(batch, schedule.at(t), t)
+                seen = [(g["lr"], g["momentum"]) for g in optimizer.param_groups]
+                i = t - schedule.start
+                assert seen == [
+                    (float(values["lr"][i, g]), float(values["momentum"][i, g])) for g in (0, 1)
+                ]
+        elif way == "loop":
+            train(problem, optimizer, schedule.to_lr_scheduler(optimizer), batches)
+        else:
+            scheduler = schedule.to_lr_scheduler(optimizer)
+            train(problem, optimizer, scheduler, batches[:5])
+            state, position = copy.deepcopy(optimizer.state_dict()), carried(scheduler.state_dict())
+            other = two_groups(momentum, problem.model)
+            scheduler = schedule.to_lr_scheduler(other)
+            other.load_state_dict(state)
+            scheduler.load_state_dict(position)
+            assert scheduler.get_last_lr() == values["lr"][5].tolist()
+            train(problem, other, scheduler, batches[5:])
+            optimizer = other
+        runs.append(trained(problem, optimizer))
+    assert_identical(runs[0], runs[1])
+    assert_identical(runs[0], runs[2])
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (
+            lambda: Schedule({"noise": torch.zeros(2, 2)}),
+            r"noise has no parameter groups, .*\(2, 2\)",
+        ),
+        (
+            lambda: Schedule({"lr": torch.ones(2, 2), "momentum": torch.zeros(2, 3)}),
+            r"or one per step and parameter group, got shapes .*\(2, 2\).*\(2, 3\)",
+        ),
+        (lambda: Schedule({"lr": torch.ones(2, 2), "noise": torch.zeros(3)}), r"'noise': \(3,\)"),
+        (lambda: Schedule({"lr": torch.zeros(2, 0)}), "at least one step"),
+        (
+            lambda: Schedule({"lr": torch.tensor([[1, 1], [1, math.nan]])}, 7),
+            "lr=nan at step 8",
+        ),
+        (
+            lambda: GROUPED.replaced(Schedule({"lr": torch.ones(2)}, 4)),
+            r"lr has shape \(2,\) in the part, \(3, 2\) in the schedule; give both",
+        ),
+        (
+            lambda: Schedule.constant(2, lr=(0.1, 0.2, 0.3)).to_lr_scheduler(two()),
+            "values for 3 parameter groups, the optimizer has 2; use it with the groups",
+        ),
+        (
+            lambda: Schedule.from_json({**GOOD, "controls": {"lr": {"values": [[1, 2], [3]]}}}),
+            "is not a schedule written by rhc",
+        ),
+        (
+            lambda: Schedule.from_json({**GOOD, "controls": {"lr": {"values": [[1], 2]}}}),
+            "is not a schedule written by rhc",
+        ),
+    ],
+)
+def test_errors_of_groups(make: Callable[[], Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        make()
+
+
 def test_raw_has_a_column_per_control() -> None:
     raw = Schedule({"lr": torch.tensor([0.1, 1.0]), "momentum": torch.tensor([0.5, 0.9])}).raw()
     expected = torch.tensor([[math.log(0.1), 0.0], [0.0, math.log(9)]], dtype=torch.float64)
@@ -207,7 +385,10 @@ def test_cooldown_is_linear_and_never_zero() -> None:
     [
         (lambda: Schedule({}), "at least one control"),
         (lambda: Schedule({"lr": torch.zeros(0)}), "at least one step, got 0"),
-        (lambda: Schedule({"lr": torch.zeros(2, 1)}), r"one value per step .* \{'lr': \(2, 1\)\}"),
+        (
+            lambda: Schedule({"lr": torch.zeros(2, 1, 1)}),
+            r"one value per step .* \{'lr': \(2, 1, 1\)\}",
+        ),
         (lambda: Schedule({"lr": torch.ones(2), "noise": torch.ones(3)}), r"'noise': \(3,\)"),
         (lambda: Schedule({"rl": torch.ones(2)}), "unknown control 'rl'"),
         (lambda: Schedule({"lr": torch.tensor([1, math.inf])}, 7), "lr=inf at step 8"),

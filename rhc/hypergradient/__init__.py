@@ -1,79 +1,60 @@
 """Exact hypergradients dJ/du_t of a window, for every step and control, in one call.
 
 `hypergradient` is the public edge: it checks its arguments once, rolls, looks back, and leaves
-model, optimizer and random state as it found them. `segments` is the engine, `products` the
-Hessian products, `crosscheck` an independent engine on the library `higher`.
+model, optimizer and random state as it found them. `lookback` decides, `plan` says what the roll
+keeps and `record` keeps it, `segments` is the engine, `products` the Hessian products with their
+`kernels`, `support` says what a model cannot do, `crosscheck` is an independent engine on `higher`.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
+from rhc.batches import MicroBatches
 from rhc.errors import InputError
+from rhc.hypergradient.lookback import (
+    SAME_GRADIENT,
+    Hypergradient,
+    Lookback,
+    Outcome,
+    stage_sum,
+)
+from rhc.hypergradient.plan import Plan
 from rhc.hypergradient.products import PRODUCT_COST, PRODUCTS, Product
-from rhc.hypergradient.segments import Adjoint, Terminal, adjoint, kept_states
+from rhc.hypergradient.segments import Damping, Terminal
 from rhc.objective import Average, Objective
-from rhc.plant import LossFn, Plant, Trajectory
+from rhc.plant import LossFn, Plant
 from rhc.schedule import CONTROLS, Schedule, control
+
+__all__ = [
+    "ENGINES",
+    "PRODUCTS",
+    "PRODUCT_COST",
+    "SAME_GRADIENT",
+    "Damping",
+    "Engine",
+    "Hypergradient",
+    "Lookback",
+    "Outcome",
+    "Plan",
+    "Product",
+    "Terminal",
+    "check_steerable",
+    "hypergradient",
+    "resolve",
+    "stage_sum",
+]
 
 Engine = Literal["adjoint", "higher"]
 ENGINES: tuple[Engine, ...] = ("adjoint", "higher")
-
-
-SAME_GRADIENT = 0.01
-"""Largest relative difference between a step's gradient and the same computed again. Other kernels
-and reduced precision stay below it; hidden state and randomness do not."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a hypergradient ended; `message` says the mend.
-
-    name: "successful"; "non-finite"; or "inconsistent", where a step that is computed again is not
-    the step that was rolled, so that the numbers cannot be trusted.
-
-    step: the absolute step at which it began, going backwards; None where it succeeded.
-    """
-
-    name: str
-    message: str
-    step: int | None = None
-
-    @property
-    def successful(self) -> bool:
-        return self.name == "successful"
-
-
-@dataclass(frozen=True)
-class Hypergradient:
-    """J and its derivatives.
-
-    value: J. grad: control -> (K,) float64, dJ/du_t in natural units. costate_norms: (K,) float64,
-    |dJ/ds_t|. terminal: the terminal loss, NaN without one. losses: (K,) as rolled.
-    gradient_equivalents: what looking back cost, in gradient evaluations.
-    """
-
-    value: float
-    grad: dict[str, Tensor]
-    costate_norms: Tensor
-    result: Outcome
-    terminal: float
-    losses: Tensor
-    engine: str
-    product: str
-    segment: int
-    hessian_products: int
-    gradient_equivalents: float
 
 
 def hypergradient(
@@ -91,29 +72,47 @@ def hypergradient(
     engine: Engine = "adjoint",
     seed: int = 0,
     clip_norm: float | None = None,
+    clip_value: float | None = None,
+    accumulate: int = 1,
+    memory_budget: int | None = None,
+    spill: bool | str | Path = True,
+    discount: float = 1.0,
+    costate_clip: float | None = None,
 ) -> Hypergradient:
-    """dJ/du_t for J = stage_weight · Σ_t ℓ_t + terminal(θ̄), over len(batches) optimizer steps.
+    """dJ/du_t for J = stage_weight · Σ_t ℓ_t + terminal(θ̄), over the optimizer steps of `batches`.
 
-    controls: name -> (K,) values in natural units, or one number for all steps; each is used in
-    the steps and differentiated. What is absent stays as the optimizer has it. terminal: a
-    differentiable scalar of the model, taken at the end of the window, or at the exponential
-    average of its iterates with decay `average`. segment: steps per rebuilt graph, 1 to K.
-    product: how the Hessian is applied (exact, forward-difference, central-difference; the
-    differences with segment 1 only). seed: of the gradient noise.
+    batches: one per step, or `accumulate` micro-batches per step, whose mean loss is stepped on.
+    controls: name -> (K,) values in natural units, (K, groups) for a value per parameter group, or
+    one number for all steps; each is used in the steps and differentiated. What is absent stays as
+    the optimizer has it. terminal: a differentiable scalar of the model, taken at the end of the
+    window, or at the exponential average of its iterates with decay `average`. segment: steps per
+    rebuilt graph, 1 to K. seed: of the gradient noise. clip_norm, clip_value: as in a Plant.
+
+    product: how the Hessian is applied: exact (reverse over reverse), forward-over-reverse (exact,
+    with less memory), forward-difference (one gradient per step), central-difference. "auto" takes
+    forward differences in float32, compares them with exact products at two steps of the window and
+    gives them up where they differ by more than 1 %; in float64 it is exact. `why` says what was
+    taken and why. Other than exact needs segment 1.
+
+    memory_budget: bytes that looking back may take beyond plain training; decides what the roll
+    keeps, what is spilled to disk (spill: False, True for the temporary folder, or a folder) and
+    what is rolled again. discount: γ ≤ 1 multiplies the costate at every step backwards.
+    costate_clip: largest norm of the costate, as a multiple of its norm at the window's end.
 
     Model, optimizer and random state are left as they were found. Raises InputError for arguments
-    that cannot be used. A non-finite result is reported in `result`, not raised. Buffers other
-    than BatchNorm's running statistics are treated as constants of each step, and those statistics
-    are followed for a terminal that reads them (in eval mode), not for a loss_fn that does.
+    that cannot be used, and where an operator lacks the derivative that `product` insists on. A
+    hypergradient that cannot be trusted is reported in `result`, not raised. Buffers other than
+    BatchNorm's running statistics are treated as constants of each step, and those statistics are
+    followed for a terminal that reads them (in eval mode), not for a loss_fn that does.
     """
-    batches = list(batches)
-    if not batches:
-        raise InputError("batches is empty; give one batch per step of the window")
-    plant = Plant(model, optimizer, loss_fn, seed=seed, clip_norm=clip_norm)
+    batches = _steps(batches, accumulate)
+    plant = Plant(model, optimizer, loss_fn, seed=seed, clip_norm=clip_norm, clip_value=clip_value)
     schedule = _schedule(plant, controls, len(batches), seed)
     objective = Objective(
         loss_weight=stage_weight, terminal_weight=0.0 if terminal is None else 1.0, average=average
     )
+    segment = resolve(len(batches), segment, product, engine, plant)
+    check_steerable(plant, schedule, tuple(controls))
     before = plant.snapshot()
     grads = [p.grad for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
@@ -121,16 +120,25 @@ def hypergradient(
         for p in model.parameters():
             p.grad = None  # backward would add to those that the optimizer does not hold
         with torch.enable_grad():
-            return window_hypergradient(
+            if engine == "higher":
+                from rhc.hypergradient.crosscheck import higher_hypergradient
+
+                return higher_hypergradient(
+                    plant, batches, schedule, objective, tuple(controls), terminal
+                )
+            lookback = Lookback(
                 plant,
-                batches,
-                schedule,
                 objective,
                 tuple(controls),
-                terminal=terminal,
                 segment=segment,
                 product=product,
-                engine=engine,
+                memory_budget=memory_budget,
+                spill=spill,
+                damping=Damping(discount, costate_clip),
+            )
+            mean = Average(objective.average)
+            return lookback.look_back(
+                lookback.roll(batches, schedule, average=mean), mean, terminal
             )
     finally:
         plant.restore(before)
@@ -140,84 +148,20 @@ def hypergradient(
             module.training = training
 
 
-def window_hypergradient(
-    plant: Plant,
-    batches: Sequence[Any],
-    schedule: Schedule,
-    objective: Objective,
-    controls: Sequence[str],
-    *,
-    terminal: Terminal | None,
-    segment: int | Literal["auto"],
-    product: Product | Literal["auto"],
-    engine: Engine,
-) -> Hypergradient:
-    """Rolls the live plant through the window and looks back; the plant is left at its end."""
-    segment, product = resolve(len(batches), segment, product, engine, plant)
-    check_steerable(plant, schedule, controls)
-    if engine == "higher":
-        from rhc.hypergradient.crosscheck import higher_hypergradient
-
-        return higher_hypergradient(plant, batches, schedule, objective, controls, terminal)
-    average = Average(objective.average)
-    trajectory = plant.roll(
-        batches, schedule, record=kept_states(len(batches), segment), average=average
-    )
-    return look_back(
-        plant, trajectory, objective, controls, average, terminal, segment=segment, product=product
-    )
-
-
-def look_back(
-    plant: Plant,
-    trajectory: Trajectory,
-    objective: Objective,
-    controls: Sequence[str],
-    average: Average,
-    terminal: Terminal | None,
-    *,
-    segment: int,
-    product: Product,
-) -> Hypergradient:
-    """The adjoint of a recorded roll whose end is the live state; parameters are left alone."""
-    losses = torch.stack([x.double().cpu() for x in trajectory.losses])
-    plant.optimizer.zero_grad()  # the last step's gradients are on the trajectory
-    found, end = adjoint(
-        plant,
-        trajectory,
-        objective,
-        controls,
-        terminal=terminal,
-        average=average.values,
-        segment=segment,
-        product=product,
-    )
-    value = stage_sum(objective, trajectory)
-    if end is not None:
-        value += objective.terminal_weight * float(end)
-    missing = (0, len(trajectory.schedule) - len(trajectory))  # a diverged roll stops early
-    return Hypergradient(
-        value=value,
-        grad={n: pad(g, missing, value=math.nan) for n, g in found.gradient.items()},
-        costate_norms=pad(found.costate_norms, missing, value=math.nan),
-        result=_outcome(found, trajectory, value),
-        terminal=math.nan if end is None else float(end),
-        losses=pad(losses, missing, value=math.nan),
-        engine="adjoint",
-        product=product,
-        segment=segment,
-        hessian_products=found.hessian_products,
-        gradient_equivalents=found.hessian_products * PRODUCT_COST[product] + (end is not None),
-    )
-
-
-def stage_sum(objective: Objective, trajectory: Trajectory) -> float:
-    """Σ_t of the stage costs that a roll observed."""
-    costs = [
-        objective.stage(loss.double(), metrics)
-        for loss, metrics in zip(trajectory.losses, trajectory.metrics, strict=True)
-    ]
-    return float(sum(float(c) for c in costs if c is not None))
+def _steps(batches: Sequence[Any], accumulate: int) -> list[Any]:
+    """One batch per step."""
+    batches = list(batches)
+    if not batches:
+        raise InputError("batches is empty; give one batch per step of the window")
+    if accumulate == 1:
+        return batches
+    if accumulate < 1 or len(batches) % accumulate:
+        raise InputError(
+            f"accumulate must be ≥ 1 and divide the number of batches, got {accumulate} for "
+            f"{len(batches)} batches; give {max(accumulate, 1)} micro-batches per step"
+        )
+    groups = range(0, len(batches), accumulate)
+    return [MicroBatches(batches[i : i + accumulate]) for i in groups]
 
 
 def resolve(
@@ -226,8 +170,8 @@ def resolve(
     product: Product | Literal["auto"],
     engine: Engine,
     plant: Plant,
-) -> tuple[int, Product]:
-    """The segment length and product to use; settings that do not go together are InputErrors."""
+) -> int | Literal["auto"]:
+    """The segment length to use; settings that do not go together are InputErrors."""
     _known("engine", engine, ENGINES)
     if product != "auto":
         _known("product", product, ("auto", *PRODUCTS))
@@ -242,13 +186,12 @@ def resolve(
             f"engine 'higher' unrolls the whole window, got segment {segment} of {steps} steps; "
             "use segment 'auto' or engine 'adjoint'"
         )
-    chosen: Product = "exact" if product == "auto" else product
-    if chosen != "exact" and (segment not in ("auto", 1) or engine != "adjoint"):
+    if product not in ("auto", "exact") and (segment not in ("auto", 1) or engine != "adjoint"):
         raise InputError(
-            f"product {chosen!r} needs engine 'adjoint' with segment 1, got engine {engine!r} with "
-            f"segment {segment}; use product 'exact' or segment 1"
+            f"product {product!r} needs engine 'adjoint' with segment 1, got engine "
+            f"{engine!r} and segment {segment}; use product 'exact' or segment 1"
         )
-    return 1 if segment == "auto" else segment, chosen
+    return segment
 
 
 def check_steerable(plant: Plant, schedule: Schedule, controls: Sequence[str]) -> None:
@@ -260,6 +203,7 @@ def check_steerable(plant: Plant, schedule: Schedule, controls: Sequence[str]) -
                 f"control {name!r} does not exist for {type(plant.optimizer).__name__}; choose of "
                 f"{', '.join(plant.controls.available)}"
             )
+        plant.dynamics.check_steerable(name)
         if name == "momentum" and bool((schedule[name] == 0).any()):
             raise InputError(
                 "momentum cannot be steered from 0, where the optimizer keeps no momentum buffer; "
@@ -276,10 +220,11 @@ def _schedule(plant: Plant, controls: Mapping[str, Any], steps: int, seed: int) 
         value = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
         if value.dim() == 0:
             value = value.expand(steps)
-        if value.shape != (steps,):
+        groups = len(plant.optimizer.param_groups)
+        if value.shape != (steps,) and (name == "noise" or value.shape != (steps, groups)):
             raise InputError(
-                f"controls[{name!r}] must have one value per batch, shape ({steps},), got "
-                f"{tuple(value.shape)}"
+                f"controls[{name!r}] must have one value per step, shape ({steps},), got "
+                f"{tuple(value.shape)}; or one per step and parameter group, ({steps}, {groups})"
             )
         if bool((value < 0).any()) or (name == "momentum" and bool((value >= 1).any())):
             raise InputError(
@@ -288,35 +233,6 @@ def _schedule(plant: Plant, controls: Mapping[str, Any], steps: int, seed: int) 
             )
         values[name] = value
     return Schedule(values, seed=seed)
-
-
-def _outcome(found: Adjoint, trajectory: Trajectory, value: float) -> Outcome:
-    bad = ~torch.isfinite(found.costate_norms)
-    for g in found.gradient.values():
-        bad |= ~torch.isfinite(g)
-    last = trajectory.start + len(trajectory) - 1
-    if not bool(bad.any()):
-        if trajectory.diverged is None and math.isfinite(value):
-            worst = max(found.discrepancies, key=lambda i: found.discrepancies[i], default=0)
-            share = found.discrepancies.get(worst, 0.0)
-            if share <= SAME_GRADIENT:
-                return Outcome("successful", "every hypergradient is finite")
-            step = trajectory.start + worst
-            return Outcome(
-                "inconsistent",
-                f"the gradient of step {step}, computed again, differs by {share:.2g} of its norm; "
-                "look for randomness or state that loss_fn keeps outside the model, activation "
-                "checkpointing with segment > 1, and operators that are not deterministic",
-                step,
-            )
-        message = f"the loss is not finite at step {last}; use a shorter window or a lower lr"
-        return Outcome("non-finite", message, last)
-    step = trajectory.start + int(bad.nonzero().max())
-    return Outcome(
-        "non-finite",
-        f"the costate is not finite from step {step} backwards; use a shorter window or a lower lr",
-        step,
-    )
 
 
 def _known(argument: str, value: str, known: Sequence[str]) -> None:

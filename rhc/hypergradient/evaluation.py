@@ -1,7 +1,9 @@
-"""The differentiable map θ, b ↦ (loss, stage cost, b′): user code run on substituted tensors.
+"""The differentiable map θ, b ↦ (loss, stage cost, b′): user code run at any θ_t.
 
-`loss_fn(model, batch)` is called on the live model while its parameters and buffers are replaced
-(torch.func.functional_call), so that it runs at any θ_t without touching the model.
+Two ways to have `loss_fn(model, batch)` see θ_t. `Scratch` puts the values into the live model
+for a while: whatever works in training works there, compiled models and activation checkpointing
+included. `Evaluation.inside` replaces the tensors themselves (torch.func.functional_call), which is
+needed where the graph goes on beyond the parameters of one step.
 
 Buffers are treated as constants of a step, with one exception: the running statistics of
 BatchNorm. PyTorch updates them in a kernel that autograd does not see, although a loss in eval
@@ -21,6 +23,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rhc.batches import MicroBatches
+from rhc.hypergradient.kernels import light_second_order
 from rhc.objective import Objective
 from rhc.plant import Block, Plant, checked_loss
 
@@ -33,6 +37,7 @@ class Evaluated(NamedTuple):
     loss: Tensor
     stage: Tensor | None
     statistics: dict[str, Tensor]
+    metrics: Mapping[str, Tensor]
 
 
 class Evaluation:
@@ -48,7 +53,8 @@ class Evaluation:
             if _has_statistics(module)
             for name in ("running_mean", "running_var")
         ]
-        self._substitution = _Substitution(plant.model)
+        self.substitution = _Substitution(plant.model)
+        self.names = [name for block in blocks for name in block.names]
 
     def substituted(
         self, flats: Sequence[Tensor], buffers: Mapping[str, Tensor]
@@ -92,12 +98,16 @@ class Evaluation:
         """
 
         def evaluate(model: nn.Module) -> Result:
-            loss, metrics = checked_loss(self.plant.loss_fn(model, batch))
-            names = self.statistics_names if statistics else ()
-            after = {name: model.get_buffer(name) for name in names}
-            return then(Evaluated(loss, self.objective.stage(loss, metrics), after))
+            return then(self.of_model(model, batch, statistics=statistics))
 
-        return self._substitution.at(self.substituted(flats, buffers), evaluate)
+        return self.substitution.at(self.substituted(flats, buffers), evaluate)
+
+    def of_model(self, model: nn.Module, batch: Any, *, statistics: bool = False) -> Evaluated:
+        """Loss and stage cost of the model as it is; micro-batches in one graph."""
+        loss, metrics = mean_loss(self.plant.loss_fn, model, batch)
+        names = self.statistics_names if statistics else ()
+        after = {name: model.get_buffer(name) for name in names}
+        return Evaluated(loss, self.objective.stage(loss, metrics), after, metrics)
 
     def terminal(
         self,
@@ -109,7 +119,7 @@ class Evaluation:
         """then(terminal(model)) at the given parameters; the modules' modes are left alone."""
         modes = [(m, m.training) for m in self.plant.model.modules()]
         try:
-            return self._substitution.at(
+            return self.substitution.at(
                 self.substituted(flats, buffers),
                 lambda model: then(checked_loss(terminal(model), "terminal")[0]),
             )
@@ -134,13 +144,92 @@ class _Substitution(nn.Module):
         return functional_call(self, prefixed, (function,))
 
 
+class Scratch:
+    """The live model as scratch space: any θ and b can be put in, and it is left as it was found.
+
+    parameters: per block, the model's own parameters, which are the leaves of every graph.
+    """
+
+    def __init__(self, plant: Plant, blocks: Sequence[Block]) -> None:
+        self.model = plant.model
+        self.blocks = blocks
+        self.parameters = [[plant.parameters[i] for i in block.indices] for block in blocks]
+        self.leaves = [p for of_block in self.parameters for p in of_block]
+        self.buffers = dict(plant.model.named_buffers())
+        self._owners = {
+            f"{prefix}.{name}" if prefix else name: (module, name)
+            for prefix, module in plant.model.named_modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        }
+
+    def __enter__(self) -> Scratch:
+        self._data = [p.data for p in self.leaves]
+        self._kept = {name: b.detach().clone() for name, b in self.buffers.items()}
+        self._all = [p for p in self.model.parameters() if p.requires_grad]
+        self._grads = [p.grad for p in self._all]
+        for p in self._all:
+            p.grad = None
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for p, data in zip(self.leaves, self._data, strict=True):
+            p.data = data
+        for p, grad in zip(self._all, self._grads, strict=True):
+            p.grad = grad
+        self._put(self._kept)
+
+    def place(
+        self,
+        flats: Sequence[Tensor],
+        buffers: Mapping[str, Tensor],
+        leaves: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Puts θ (a vector per block) and b in; `leaves` take the place of buffers of a graph."""
+        for block, flat, own in zip(self.blocks, flats, self.parameters, strict=True):
+            for p, values in zip(own, block.views(flat), strict=True):
+                p.data = values
+        self._put(buffers)
+        for name, leaf in (leaves or {}).items():
+            owner, local = self._owners[name]
+            owner._buffers[local] = leaf
+
+    @torch.no_grad()
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for name, live in self.buffers.items():
+            live.copy_(values[name])
+            owner, local = self._owners[name]
+            owner._buffers[local] = live
+
+
+def parts(batch: Any) -> Sequence[Any]:
+    """The micro-batches of a step's batch; the batch itself where it is one."""
+    return batch if isinstance(batch, MicroBatches) else (batch,)
+
+
+def mean_loss(
+    loss_fn: Callable[[nn.Module, Any], Any], model: nn.Module, batch: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, metrics) of a step's batch, the mean over its micro-batches, in one graph."""
+    found = [checked_loss(loss_fn(model, part)) for part in parts(batch)]
+    if len(found) == 1:
+        return found[0]
+    metrics = {name: torch.stack([m[name] for _, m in found]).mean(0) for name in found[0][1]}
+    return torch.stack([loss for loss, _ in found]).mean(), metrics
+
+
 @contextmanager
-def double_backward(model: nn.Module) -> Iterator[None]:
-    """Kernels that can be differentiated twice: fused attention and cuDNN's RNNs cannot."""
+def double_backward(model: nn.Module, *, light: bool = True) -> Iterator[None]:
+    """Kernels that can be differentiated twice: fused attention and cuDNN's RNNs cannot.
+
+    light: also those of `kernels`, whose second derivative is cheap.
+    """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if light:
+            stack.enter_context(light_second_order())
         yield
 
 

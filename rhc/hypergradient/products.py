@@ -1,36 +1,71 @@
 """Products with the Hessian of one step's loss: the only expensive term of the adjoint.
 
 A product pulls (λ_g, λ_b) of a step's gradient g_t and BatchNorm statistics back to (θ_t, b_t), and
-adds the stage cost's own gradient. Costs in gradient evaluations: exact 3 (g again, and twice
-that to pull it back), forward difference 1 (the roll's g_t is known), central difference 2.
+adds the stage cost's own gradient. Costs in gradient evaluations: exact 3 (g again, and twice that
+to pull it back; 2 where the roll kept the graph of g), forward over reverse 3, forward difference
+1 (the roll's g_t is known), central difference 2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from rhc.hypergradient.evaluation import Evaluated, Evaluation
+from rhc.batches import MicroBatches
+from rhc.hypergradient.evaluation import Evaluated, Evaluation, Scratch, mean_loss, parts
+from rhc.hypergradient.kernels import valueless_gradients
+from rhc.plant import Block
 from rhc.randomness import RandomState
 
-Product = Literal["exact", "forward-difference", "central-difference"]
-PRODUCTS: tuple[Product, ...] = ("exact", "forward-difference", "central-difference")
-PRODUCT_COST: Mapping[str, int] = {"exact": 3, "forward-difference": 1, "central-difference": 2}
+Product = Literal["exact", "forward-over-reverse", "forward-difference", "central-difference"]
+PRODUCTS: tuple[Product, ...] = (
+    "exact",
+    "forward-over-reverse",
+    "forward-difference",
+    "central-difference",
+)
+PRODUCT_COST: Mapping[str, int] = {
+    "exact": 3,
+    "forward-over-reverse": 3,
+    "forward-difference": 1,
+    "central-difference": 2,
+}
+KEPT_COST = 2
+"""Of an exact product whose graph the roll kept."""
+
+
+@dataclass(frozen=True)
+class KeptGraph:
+    """The graph of one step's gradient, as the roll left it.
+
+    leaves: per block, θ_t as one leaf per parameter; statistics_leaves: b_t by name. gradients:
+    like leaves, None where a parameter takes no part. evaluated: what the step gave.
+    """
+
+    leaves: list[list[Tensor]]
+    statistics_leaves: dict[str, Tensor]
+    gradients: list[list[Tensor | None]]
+    evaluated: Evaluated
 
 
 @dataclass(frozen=True)
 class StepPoint:
-    """Where a product is taken: θ_t per block, b_t, the batch, the random state, the roll's g_t."""
+    """Where a product is taken: θ_t per block, b_t, the batch, the random state, the roll's g_t.
+
+    rng: None where the step draws nothing.
+    """
 
     flats: Sequence[Tensor]
     buffers: Mapping[str, Tensor]
     batch: Any
-    rng: RandomState
+    rng: RandomState | None
     gradients: Sequence[Tensor | None]
+    graph: KeptGraph | None = None
 
 
 @dataclass(frozen=True)
@@ -41,13 +76,14 @@ class Pulled:
     """
 
     parameters: list[Tensor | None]
-    statistics: dict[str, Tensor]
+    statistics: dict[str, Tensor] = field(default_factory=dict)
     discrepancy: float = 0.0
 
 
 def pull_back(
     product: Product,
     evaluation: Evaluation,
+    scratch: Scratch,
     point: StepPoint,
     gradient_costates: Sequence[Tensor | None],
     statistics_costates: Mapping[str, Tensor],
@@ -59,73 +95,183 @@ def pull_back(
     compare: an exact product also says how far its own g_t is from the roll's.
     """
     if product == "exact":
-        return _exact(evaluation, point, gradient_costates, statistics_costates, compare)
-    first = _first_order(evaluation, point, statistics_costates)
-    curvature = _difference(product, evaluation, point, gradient_costates)
+        if point.graph is not None:
+            return _kept(evaluation, point, gradient_costates, statistics_costates, compare)
+        return _exact(evaluation, scratch, point, gradient_costates, statistics_costates, compare)
+    if product == "forward-over-reverse":
+        curvature = _forward_over_reverse(evaluation, scratch, point, gradient_costates)
+    else:
+        curvature = _difference(product, evaluation, scratch, point, gradient_costates)
+    first = _first_order(evaluation, scratch, point, statistics_costates)
     return Pulled(
         [_sum(a, b) for a, b in zip(curvature, first.parameters, strict=True)], first.statistics
     )
 
 
+# Exact -------------------------------------------------------------------------------------------
+
+
 def _exact(
     evaluation: Evaluation,
+    scratch: Scratch,
     point: StepPoint,
     gradient_costates: Sequence[Tensor | None],
     statistics_costates: Mapping[str, Tensor],
     compare: bool,
 ) -> Pulled:
     """Reverse over reverse: Pearlmutter 1994."""
-    flats = [f.detach().requires_grad_() for f in point.flats]
-    buffers, leaves = _statistics_leaves(point.buffers, statistics_costates)
-    active = [i for i, v in enumerate(gradient_costates) if v is not None]
-
-    def pull(evaluated: Evaluated) -> Pulled:
-        outputs: list[Tensor] = []
-        seeds: list[Tensor | None] = []
-        discrepancy = 0.0
-        if active:
-            gradients = torch.autograd.grad(
-                evaluated.loss, [flats[i] for i in active], create_graph=True, allow_unused=True
-            )
-            if compare:
-                discrepancy = relative_difference(gradients, [point.gradients[i] for i in active])
-            for i, g in zip(active, gradients, strict=True):
-                if g is not None and g.requires_grad:  # a loss linear in θ has no curvature
-                    outputs.append(g)
-                    seeds.append(gradient_costates[i])
-        _add_first_order(outputs, seeds, evaluated, statistics_costates)
-        return replace(_pulled(outputs, seeds, flats, leaves), discrepancy=discrepancy)
-
-    point.rng.restore()
-    return evaluation.inside(flats, buffers, point.batch, pull, statistics=bool(leaves))
-
-
-def _first_order(
-    evaluation: Evaluation, point: StepPoint, statistics_costates: Mapping[str, Tensor]
-) -> Pulled:
-    """The part without the Hessian; free where the stage cost is c_ℓ ℓ_t, since g_t is known."""
-    objective = evaluation.objective
-    if not statistics_costates and not objective.reward_weight:
-        weight = objective.loss_weight
-        return Pulled(
-            [weight * g if weight and g is not None else None for g in point.gradients], {}
+    statistics = _statistics_leaves(point, statistics_costates)
+    scratch.place(point.flats, point.buffers, statistics)
+    seeds = _per_parameter(scratch.blocks, gradient_costates)
+    wanted = [*scratch.leaves, *statistics.values()]
+    total: list[Tensor | None] = [None] * len(wanted)
+    found: list[Tensor | None] = [None] * len(scratch.leaves)
+    joint = bool(statistics) or bool(evaluation.objective.reward_weight)
+    _restore(point.rng)
+    for batch, share in _shares(point.batch, joint):
+        evaluated = evaluation.of_model(scratch.model, batch, statistics=bool(statistics))
+        loss = evaluated.loss if share == 1 else evaluated.loss * share
+        gradients = _gradients(loss, scratch.leaves, seeds, valueless=not compare)
+        if compare:
+            found = [_sum(a, b) for a, b in zip(found, gradients, strict=True)]
+        outputs, output_seeds = _outputs(gradients, seeds)
+        if joint:
+            _add_first_order(outputs, output_seeds, evaluated, statistics_costates)
+        del evaluated, loss, gradients
+        if outputs:
+            pulled = torch.autograd.grad(outputs, wanted, output_seeds, allow_unused=True)
+            total = [_sum(a, b) for a, b in zip(total, pulled, strict=True)]
+    discrepancy = 0.0
+    if compare:
+        discrepancy = relative_difference(
+            _per_block(scratch.blocks, found, only=gradient_costates),
+            [
+                None if v is None else g
+                for g, v in zip(point.gradients, gradient_costates, strict=True)
+            ],
         )
-    flats = [f.detach().requires_grad_() for f in point.flats]
-    buffers, leaves = _statistics_leaves(point.buffers, statistics_costates)
+    return _result(evaluation, point, scratch.blocks, total, statistics, joint, discrepancy)
 
-    def pull(evaluated: Evaluated) -> Pulled:
-        outputs: list[Tensor] = []
-        seeds: list[Tensor | None] = []
-        _add_first_order(outputs, seeds, evaluated, statistics_costates)
-        return _pulled(outputs, seeds, flats, leaves)
 
-    point.rng.restore()
-    return evaluation.inside(flats, buffers, point.batch, pull, statistics=bool(leaves))
+def _kept(
+    evaluation: Evaluation,
+    point: StepPoint,
+    gradient_costates: Sequence[Tensor | None],
+    statistics_costates: Mapping[str, Tensor],
+    compare: bool,
+) -> Pulled:
+    """The second half of an exact product, through the graph that the roll kept."""
+    graph = point.graph
+    assert graph is not None
+    blocks = evaluation.blocks
+    seeds = _per_parameter(blocks, gradient_costates)
+    gradients = [g for of_block in graph.gradients for g in of_block]
+    outputs, output_seeds = _outputs(gradients, seeds)
+    joint = bool(statistics_costates) or bool(evaluation.objective.reward_weight)
+    if joint:
+        _add_first_order(outputs, output_seeds, graph.evaluated, statistics_costates)
+    leaves = [leaf for of_block in graph.leaves for leaf in of_block]
+    statistics = {n: graph.statistics_leaves[n] for n in statistics_costates}
+    wanted = [*leaves, *statistics.values()]
+    total: list[Tensor | None] = [None] * len(wanted)
+    if outputs:
+        total = list(torch.autograd.grad(outputs, wanted, output_seeds, allow_unused=True))
+    return _result(evaluation, point, blocks, total, statistics, joint, 0.0)
+
+
+def _gradients(
+    loss: Tensor, leaves: Sequence[Tensor], seeds: Sequence[Tensor | None], *, valueless: bool
+) -> list[Tensor | None]:
+    """∂loss/∂leaf with a graph, for the leaves that have a seed."""
+    active = [i for i, seed in enumerate(seeds) if seed is not None]
+    result: list[Tensor | None] = [None] * len(leaves)
+    if active:
+        with valueless_gradients(valueless):
+            found = torch.autograd.grad(
+                loss, [leaves[i] for i in active], create_graph=True, allow_unused=True
+            )
+        for i, g in zip(active, found, strict=True):
+            result[i] = g
+    return result
+
+
+def _outputs(
+    gradients: Sequence[Tensor | None], seeds: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The gradients that can be pulled back: a loss linear in θ has no curvature."""
+    pairs = [
+        (g, s)
+        for g, s in zip(gradients, seeds, strict=True)
+        if g is not None and s is not None and g.requires_grad
+    ]
+    return [g for g, _ in pairs], [s for _, s in pairs]
+
+
+def _result(
+    evaluation: Evaluation,
+    point: StepPoint,
+    blocks: Sequence[Block],
+    total: Sequence[Tensor | None],
+    statistics: Mapping[str, Tensor],
+    joint: bool,
+    discrepancy: float,
+) -> Pulled:
+    count = len(total) - len(statistics)
+    parameters = _per_block(blocks, total[:count])
+    weight = evaluation.objective.loss_weight
+    if weight and not joint:  # the stage cost is c_ℓ ℓ_t, whose gradient is known
+        parameters = [
+            p if g is None else weight * g if p is None else p.add_(g, alpha=weight)
+            for p, g in zip(parameters, point.gradients, strict=True)
+        ]
+    pulled = {n: p for n, p in zip(statistics, total[count:], strict=True) if p is not None}
+    return Pulled(parameters, pulled, discrepancy)
+
+
+# Without a second derivative in reverse ----------------------------------------------------------
+
+
+def _forward_over_reverse(
+    evaluation: Evaluation,
+    scratch: Scratch,
+    point: StepPoint,
+    direction: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The derivative of g along v, in forward mode: no graph of a graph, so less memory."""
+    blocks = scratch.blocks
+    tangents = _per_parameter(blocks, direction)
+    if all(v is None for v in tangents):
+        return [None] * len(direction)
+    active = _per_parameter(blocks, point.gradients)
+    scratch.place(point.flats, point.buffers)
+    total: list[Tensor | None] = [None] * len(scratch.leaves)
+    _restore(point.rng)
+    for batch, share in _shares(point.batch, False):
+        with forward_ad.dual_level():
+            duals = [
+                p if v is None else forward_ad.make_dual(p, v.to(p.dtype))
+                for p, v in zip(scratch.leaves, tangents, strict=True)
+            ]
+
+            def gradient(
+                model: Any, batch: Any = batch, share: float = share, duals: Any = duals
+            ) -> list[Tensor | None]:
+                loss, _ = mean_loss(evaluation.plant.loss_fn, model, batch)
+                inputs = [d for d, g in zip(duals, active, strict=True) if g is not None]
+                found = iter(torch.autograd.grad(loss * share, inputs, allow_unused=True))
+                return [None if g is None else next(found) for g in active]
+
+            named = dict(zip(evaluation.names, duals, strict=True))
+            found = evaluation.substitution.at(named, gradient)
+            moved = [None if g is None else forward_ad.unpack_dual(g).tangent for g in found]
+            total = [_sum(a, b) for a, b in zip(total, moved, strict=True)]
+    return _per_block(blocks, total, only=point.gradients)
 
 
 def _difference(
     product: Product,
     evaluation: Evaluation,
+    scratch: Scratch,
     point: StepPoint,
     direction: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
@@ -137,46 +283,72 @@ def _difference(
     # A block that v leaves alone has a row of H v all the same.
     active = [i for i, g in enumerate(point.gradients) if g is not None]
     moved = [i for i, v in enumerate(direction) if v is not None]
-    if not moved:
+    if not moved or not active:
         return [None] * len(direction)
-    size = _norm([point.flats[i] for i in moved])
     length = _norm([v for v in direction if v is not None])
-    if not float(length) > 0:
-        return [None] * len(direction)
+    size = _norm([point.flats[i] for i in moved])
     precision = torch.finfo(point.flats[active[0]].dtype).eps
     c = precision**0.5 if product == "forward-difference" else precision ** (1 / 3)
-    epsilon = float(c * size.clamp_min(1e-3) / length)
+    # On the device all the way: asking for a number would make the host wait. v = 0 gives 0.
+    epsilon = c * size.clamp_min(1e-3) / length.clamp_min(torch.finfo(length.dtype).tiny)
 
-    def gradients(scale: float) -> list[Tensor]:
-        flats = []
-        for f, v in zip(point.flats, direction, strict=True):
-            at = f.detach() if v is None else torch.add(f.detach(), v, alpha=scale)
-            flats.append(at.requires_grad_())
-        point.rng.restore()
-        return evaluation.inside(
-            flats,
-            point.buffers,
-            point.batch,
-            lambda found: list(torch.autograd.grad(found.loss, [flats[i] for i in active])),
-        )
+    def gradients(scale: Tensor) -> list[Tensor]:
+        flats = [
+            f if v is None else torch.addcmul(f, v, scale.to(f.device, f.dtype))
+            for f, v in zip(point.flats, direction, strict=True)
+        ]
+        scratch.place(flats, point.buffers)
+        _restore(point.rng)
+        for p in scratch.leaves:
+            p.grad = None
+        evaluation.plant.backward(point.batch)
+        result = [
+            torch.cat(
+                [
+                    torch.zeros_like(p).reshape(-1) if p.grad is None else p.grad.reshape(-1)
+                    for p in scratch.parameters[i]
+                ]
+            )
+            for i in active
+        ]
+        for p in scratch.leaves:
+            p.grad = None
+        return result
 
     plus = gradients(epsilon)
     if product == "forward-difference":
-        # An active block has a gradient.
         minus, width = [g for g in point.gradients if g is not None], epsilon
     else:
         minus, width = gradients(-epsilon), 2 * epsilon
     result: list[Tensor | None] = [None] * len(direction)
     for i, high, low in zip(active, plus, minus, strict=True):
-        result[i] = (high - low) / width
+        result[i] = high.sub_(low).div_(width.to(high.device, high.dtype))
     return result
 
 
-def _statistics_leaves(
-    buffers: Mapping[str, Tensor], costates: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    leaves = {name: buffers[name].detach().clone().requires_grad_() for name in costates}
-    return {**buffers, **leaves}, leaves
+def _first_order(
+    evaluation: Evaluation,
+    scratch: Scratch,
+    point: StepPoint,
+    statistics_costates: Mapping[str, Tensor],
+) -> Pulled:
+    """The part without the Hessian; free where the stage cost is c_ℓ ℓ_t, since g_t is known."""
+    objective = evaluation.objective
+    if not statistics_costates and not objective.reward_weight:
+        weight = objective.loss_weight
+        return Pulled([weight * g if weight and g is not None else None for g in point.gradients])
+    statistics = _statistics_leaves(point, statistics_costates)
+    scratch.place(point.flats, point.buffers, statistics)
+    wanted = [*scratch.leaves, *statistics.values()]
+    outputs: list[Tensor] = []
+    seeds: list[Tensor | None] = []
+    _restore(point.rng)
+    evaluated = evaluation.of_model(scratch.model, point.batch, statistics=bool(statistics))
+    _add_first_order(outputs, seeds, evaluated, statistics_costates)
+    total: list[Tensor | None] = [None] * len(wanted)
+    if outputs:
+        total = list(torch.autograd.grad(outputs, wanted, seeds, allow_unused=True))
+    return _result(evaluation, point, scratch.blocks, total, statistics, True, 0.0)
 
 
 def _add_first_order(
@@ -195,24 +367,60 @@ def _add_first_order(
             seeds.append(costate)
 
 
-def _pulled(
-    outputs: list[Tensor],
-    seeds: list[Tensor | None],
-    flats: Sequence[Tensor],
-    leaves: Mapping[str, Tensor],
-) -> Pulled:
-    if not outputs:
-        return Pulled([None] * len(flats), {})
-    pulled = torch.autograd.grad(
-        outputs,
-        [*flats, *leaves.values()],
-        seeds,
-        allow_unused=True,
-    )
-    statistics = {
-        name: p for name, p in zip(leaves, pulled[len(flats) :], strict=True) if p is not None
-    }
-    return Pulled(list(pulled[: len(flats)]), statistics)
+# Helpers -----------------------------------------------------------------------------------------
+
+
+def _shares(batch: Any, joint: bool) -> list[tuple[Any, float]]:
+    """(micro-batch, its share of the mean): one graph each, unless they must be seen together."""
+    if joint or not isinstance(batch, MicroBatches):
+        return [(batch, 1.0)]
+    return [(part, 1 / len(batch)) for part in parts(batch)]
+
+
+def _restore(rng: RandomState | None) -> None:
+    if rng is not None:
+        rng.restore()
+
+
+def _statistics_leaves(point: StepPoint, costates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: point.buffers[name].detach().clone().requires_grad_() for name in costates}
+
+
+def _per_parameter(
+    blocks: Sequence[Block], vectors: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """A vector per block as a view per parameter."""
+    return [
+        view
+        for block, vector in zip(blocks, vectors, strict=True)
+        for view in ([None] * len(block.sizes) if vector is None else block.views(vector))
+    ]
+
+
+def _per_block(
+    blocks: Sequence[Block],
+    tensors: Sequence[Tensor | None],
+    only: Sequence[Tensor | None] | None = None,
+) -> list[Tensor | None]:
+    """A tensor per parameter as a new vector per block; None where all of a block's are."""
+    result: list[Tensor | None] = []
+    place = 0
+    for b, block in enumerate(blocks):
+        own = tensors[place : place + len(block.sizes)]
+        place += len(block.sizes)
+        like = next((t for t in own if t is not None), None)
+        if like is None or (only is not None and only[b] is None):
+            result.append(None)
+            continue
+        result.append(
+            torch.cat(
+                [
+                    like.new_zeros(size) if t is None else t.reshape(-1)
+                    for t, size in zip(own, block.sizes, strict=True)
+                ]
+            )
+        )
+    return result
 
 
 def relative_difference(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> float:
@@ -225,7 +433,8 @@ def relative_difference(found: Sequence[Tensor | None], expected: Sequence[Tenso
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))
+    norms = [torch.linalg.vector_norm(t) for t in tensors]
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

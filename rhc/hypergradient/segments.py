@@ -11,6 +11,8 @@ graph through time at all:
 2. λ_θ += H_t λ_g: `products`;
 3. add the stage cost's gradient and the average's share of the terminal gradient.
 
+What the roll keeps for this, and what is recomputed or read from disk, is `plan`'s business.
+
 Rejected: torch.utils.checkpoint over the segments with an inner autograd.grad(create_graph=True)
 takes +3960 MB where this takes under 150 (docs/log.md).
 """
@@ -20,19 +22,28 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torchopt
 from torch import Tensor, nn
 
 from rhc import memory
-from rhc.hypergradient.evaluation import Evaluation, double_backward, visible_statistics
+from rhc.hypergradient.evaluation import (
+    Evaluation,
+    Scratch,
+    double_backward,
+    visible_statistics,
+)
 from rhc.hypergradient.products import (
+    KEPT_COST,
+    PRODUCT_COST,
     Product,
     StepPoint,
     pull_back,
     relative_difference,
 )
+from rhc.hypergradient.record import Chunk, WindowRecorder
 from rhc.noise import root_mean_square, standard_noise
 from rhc.objective import Objective, average_weights
 from rhc.plant import Block, BlockState, Plant, Trajectory
@@ -54,9 +65,16 @@ class Costate:
 
     def norm(self) -> Tensor:
         """Euclidean norm over everything, a float64 scalar."""
-        parts = [
-            t for t in [*self.parameters, *(t for h in self.optimizer for t in h)] if t is not None
-        ] + list(self.statistics.values())
+        slots = [t for h in self.optimizer for t in h]
+        return self._norm([*self.parameters, *slots, *self.statistics.values()])
+
+    def parameter_norm(self) -> Tensor:
+        """Of dJ/dθ alone: slots have units of their own (Adam's v at 0 has a huge slope)."""
+        return self._norm(self.parameters)
+
+    @staticmethod
+    def _norm(tensors: Sequence[Tensor | None]) -> Tensor:
+        parts = [t for t in tensors if t is not None]
         if not parts:
             return torch.zeros((), dtype=torch.float64)
         norms = torch._foreach_norm(parts)
@@ -64,61 +82,82 @@ class Costate:
         return torch.linalg.vector_norm(torch.stack([n.to(device, torch.float64) for n in norms]))
 
 
+@dataclass(frozen=True)
+class Damping:
+    """Remedies for costates that grow: both bias the hypergradient towards the near future.
+
+    discount γ in (0, 1]: multiplies the costate at every step backwards. clip: largest norm of the
+    costate's θ-part, as a multiple of what it is at the window's end; None for no limit.
+    """
+
+    discount: float = 1.0
+    clip: float | None = None
+
+
 @dataclass
 class Adjoint:
-    """dJ/du: control -> (K,) float64, natural units. costate_norms: (K,), |dJ/ds_t|.
+    """dJ/du: control -> (K,) or (K, groups) float64, natural units.
 
-    discrepancies: index of a step -> |g − g_t| / |g_t| of its gradient when computed again.
+    costate_norms: (K,), |dJ/ds_t|. parameter_norms: (K + 1,), |dJ/dθ_t|. equivalents: the cost in
+    gradient evaluations. discrepancies: index of a step -> |g − g_t| / |g_t| of its gradient when
+    computed again. disagreements: index -> |H v − exact| / |exact| of difference products.
     """
 
     gradient: dict[str, Tensor]
     costate_norms: Tensor
+    parameter_norms: Tensor
     hessian_products: int
+    equivalents: float
     discrepancies: dict[int, float]
+    disagreements: dict[int, float]
 
 
-def kept_states(steps: int, segment: int) -> Callable[[int], bool]:
-    """Before which steps the roll keeps the whole state, for a reverse pass with `segment`.
+AGREES = 0.01
+"""Largest relative difference between a difference product and an exact one that is put up with.
+Smooth models stay below 1e-3 in float32; one kink crossed is off by a third and more."""
 
-    A segment needs the state at its start. The costate recursion needs every state, but rebuilds
-    them from the first one and the roll's gradients, without evaluating the model: `_Rebuilt`.
-    """
-    if segment == 1:
-        return lambda i: i == 0
-    return lambda i: i < steps and i % segment == 0
+
+class Disagreement(Exception):
+    """A difference product is not the exact one. Raised where the pass can begin again."""
+
+    def __init__(self, step: int, share: float, products: int, equivalents: float) -> None:
+        super().__init__(f"step {step}: off by {share:.2g}")
+        self.step, self.share = step, share
+        self.products, self.equivalents = products, equivalents
 
 
 def adjoint(
     plant: Plant,
-    trajectory: Trajectory,
+    recorder: WindowRecorder,
     objective: Objective,
     controls: Sequence[str],
     *,
     terminal: Terminal | None,
     average: Sequence[Tensor] | None,
-    segment: int,
     product: Product,
+    damping: Damping,
+    verify: Sequence[int] = (),
 ) -> tuple[Adjoint, Tensor | None]:
     """(dJ/du for every step and control, the terminal loss).
 
-    trajectory: of a roll that recorded `kept_states(K, segment)`. average: θ̄ in the optimizer's
-    parameter order, where the terminal loss is taken; None for the last iterate, which must then
-    be the live model's. The live model, its buffers and the random state are used as scratch only
-    through substitution; the random state is left changed.
+    recorder: of a roll whose end is the live state. average: θ̄ in the optimizer's parameter order,
+    where the terminal loss is taken; None for the last iterate. verify: steps at which a difference
+    product is compared with an exact one, which then takes its place. The live model and optimizer
+    are used as scratch and put back; the random state is left changed.
     """
+    trajectory = recorder.trajectory
     evaluation = Evaluation(plant, trajectory.blocks, objective)
     value, costate, mean = _terminal_costate(
         plant, trajectory, objective, evaluation, terminal, average
     )
-    # Difference products need no double backward, and keep the model's own kernels.
-    kernels = double_backward(plant.model) if product == "exact" else nullcontext()
-    with kernels, visible_statistics(plant.model, update=bool(costate.statistics)):
-        reverse = _Reverse(plant, trajectory, objective, evaluation, controls, mean)
-        if segment == 1:
-            result = reverse.recursion(costate, product)
-        else:
-            result = reverse.segments(costate, segment)
-    return result, value
+    reverse = _Reverse(plant, trajectory, objective, evaluation, controls, mean, damping)
+    if recorder.plan.segment == 1:
+        return reverse.recursion(costate, recorder, product, verify), value
+    with (
+        double_backward(plant.model, light=False),
+        visible_statistics(plant.model, update=bool(costate.statistics)),
+    ):
+        return reverse.segments(costate, recorder.plan.segment), value
 
 
 def _terminal_costate(
@@ -168,6 +207,7 @@ class _Reverse:
         evaluation: Evaluation,
         controls: Sequence[str],
         mean_gradient: list[Tensor | None],
+        damping: Damping,
     ) -> None:
         self.plant = plant
         self.trajectory = trajectory
@@ -177,101 +217,313 @@ class _Reverse:
         self.steps = len(trajectory)
         self.controls = tuple(controls)
         self.mean_gradient = mean_gradient
+        self.damping = damping
         self.weights = average_weights(objective.average, self.steps)
-        self.gradient = {n: torch.zeros(self.steps, dtype=torch.float64) for n in controls}
-        self.norms = torch.zeros(self.steps, dtype=torch.float64)
+        # On the device until the end: writing to the host would make it wait at every step.
+        self.device = plant.parameters[0].device
+        groups = len(plant.optimizer.param_groups)
+        self.pulled = {
+            n: torch.zeros(self.steps, groups, dtype=torch.float64, device=self.device)
+            for n in controls
+        }
+        self.norms = torch.zeros(self.steps, dtype=torch.float64, device=self.device)
+        self.parameter_norms = self.norms.new_zeros(self.steps + 1)
         self.products = 0
+        self.equivalents = 0.0
         # Whether a step computed again is the step that was rolled is looked at twice a window.
         self.compared = (self.steps - 1, 0)
         self.discrepancies = dict[int, float]()
+        self.disagreements = dict[int, float]()
+
+    def _adjoint(self) -> Adjoint:
+        schedule = self.trajectory.schedule
+        gradient = {}
+        for name, pulled in self.pulled.items():
+            per_group = schedule[name].dim() == 2
+            gradient[name] = pulled.cpu() if per_group else pulled.sum(1).cpu()
+        return Adjoint(
+            gradient,
+            self.norms.cpu(),
+            self.parameter_norms.cpu(),
+            self.products,
+            self.equivalents,
+            self.discrepancies,
+            self.disagreements,
+        )
 
     # segment = 1 ---------------------------------------------------------------------------------
 
-    def recursion(self, costate: Costate, product: Product) -> Adjoint:
+    def recursion(
+        self, costate: Costate, recorder: WindowRecorder, product: Product, verify: Sequence[int]
+    ) -> Adjoint:
         """The costate recursion."""
-        rebuilt = _Rebuilt(self.trajectory.states, self._state_after)
-        large = rebuilt.size >= LARGE_STATE and self.plant.parameters[0].device.type == "cpu"
         costate = self._with_share(costate, self.steps)
-        for i in reversed(range(self.steps)):
-            states = rebuilt.take(i)
-            costate, gradient_costates = self._pull_through_optimizer(i, states, costate)
-            point = StepPoint(
-                [s.parameters for s in states],
-                self.trajectory.buffers[i],
-                self.trajectory.batches[i],
-                self.trajectory.rng[i],
-                self.trajectory.gradients[i],
-            )
-            del states  # the product needs the parameters only
-            if large:
-                memory.trim()
-            pulled = pull_back(
-                product,
-                self.evaluation,
-                point,
-                gradient_costates,
-                costate.statistics,
-                compare=i in self.compared,
-            )
-            self.discrepancies[i] = pulled.discrepancy
+        self.parameter_norms[self.steps] = costate.parameter_norm()
+        for chunk in recorder.backwards():
+            if recorder.plan.spilled and self.device.type == "cpu":
+                memory.trim()  # a tight budget: holes in the heap would count
+            costate = self._chunk(chunk, costate, product, frozenset(verify))
+        self.equivalents += recorder.recomputed
+        return self._adjoint()
+
+    def _chunk(
+        self, chunk: Chunk, costate: Costate, product: Product, verify: frozenset[int]
+    ) -> Costate:
+        model = self.plant.model
+        # Difference products need no double backward, and keep the model's own kernels.
+        kernels = double_backward(model) if product == "exact" else nullcontext()
+        if product == "forward-over-reverse":
+            kernels = double_backward(model, light=False)
+        statistics = visible_statistics(model, update=bool(costate.statistics))
+        with kernels, statistics, Scratch(self.plant, self.blocks) as scratch:
+            rebuilt = _Rebuilt(chunk.states, self._state_after(chunk))
+            for i in reversed(range(chunk.start, chunk.stop)):
+                states = rebuilt.take(i)
+                gradients = chunk.gradients[i - chunk.start]
+                costate, gradient_costates = self._pull_through_optimizer(
+                    i, states, gradients, costate
+                )
+                graph = chunk.graphs.pop(i, None)
+                point = StepPoint(
+                    [s.parameters for s in states],
+                    self.trajectory.buffers[i],
+                    self.trajectory.batches[i],
+                    self.trajectory.rng[i],
+                    gradients,
+                    graph,
+                )
+                del states, graph  # the product needs the parameters only
+                costate = self._pull_through_gradient(
+                    i, scratch, point, costate, gradient_costates, product, i in verify
+                )
+        return costate
+
+    def _pull_through_gradient(
+        self,
+        i: int,
+        scratch: Scratch,
+        point: StepPoint,
+        costate: Costate,
+        gradient_costates: Sequence[Tensor | None],
+        product: Product,
+        verified: bool,
+    ) -> Costate:
+        """λ of step i, from what came through Φ and the product with the Hessian."""
+        kept = point.graph is not None and product == "exact"
+        pulled = pull_back(
+            product,
+            self.evaluation,
+            scratch,
+            point,
+            gradient_costates,
+            costate.statistics,
+            compare=i in self.compared,
+        )
+        self.products += 1
+        self.equivalents += KEPT_COST if kept else PRODUCT_COST[product]
+        if verified:
+            with double_backward(self.plant.model):
+                exact = pull_back(
+                    "exact", self.evaluation, scratch, point, gradient_costates, costate.statistics
+                )
             self.products += 1
-            costate = Costate(
-                [_sum(a, b) for a, b in zip(costate.parameters, pulled.parameters, strict=True)],
-                costate.optimizer,
-                pulled.statistics,
-            )
-            if i:
-                costate = self._with_share(costate, i)
-            self.norms[i] = costate.norm()
-        return Adjoint(self.gradient, self.norms, self.products, self.discrepancies)
+            self.equivalents += PRODUCT_COST["exact"]
+            share = relative_difference(pulled.parameters, exact.parameters)
+            self.disagreements[i] = share
+            if not share <= AGREES:
+                step = self.trajectory.start + i
+                raise Disagreement(step, share, self.products, self.equivalents)
+            pulled = exact
+        if not kept:
+            self.discrepancies[i] = pulled.discrepancy
+        parameters = [
+            _sum(a, b) for a, b in zip(costate.parameters, pulled.parameters, strict=True)
+        ]
+        costate = self._damped(Costate(parameters, costate.optimizer, pulled.statistics))
+        if i:
+            costate = self._with_share(costate, i)
+        self._note(i, costate)
+        return costate
+
+    def _note(self, i: int, costate: Costate) -> None:
+        self.norms[i] = costate.norm()
+        self.parameter_norms[i] = costate.parameter_norm()
+
+    def _damped(self, costate: Costate) -> Costate:
+        discount, clip = self.damping.discount, self.damping.clip
+        scale: Tensor | float = discount
+        if clip is not None:
+            limit = clip * self.parameter_norms[self.steps]
+            norm = costate.parameter_norm().to(self.device).clamp_min(1e-300)
+            scale = discount * (limit / norm).clamp(max=1.0)
+        elif discount == 1:
+            return costate
+
+        def scaled(t: Tensor | None) -> Tensor | None:
+            if t is None:
+                return None
+            return t * (scale.to(t.device, t.dtype) if isinstance(scale, Tensor) else scale)
+
+        return Costate(
+            [scaled(t) for t in costate.parameters],
+            [[scaled(t) for t in slots] for slots in costate.optimizer],
+            {n: t for n, b in costate.statistics.items() if (t := scaled(b)) is not None},
+        )
+
+    # Through the optimizer's step ----------------------------------------------------------------
 
     def _pull_through_optimizer(
-        self, i: int, states: Sequence[BlockState], costate: Costate
+        self,
+        i: int,
+        states: Sequence[BlockState],
+        gradients: Sequence[Tensor | None],
+        costate: Costate,
     ) -> tuple[Costate, list[Tensor | None]]:
-        """(λ_θ and λ_h of step i but for the loss's part, λ_g), and writes dJ/du_i."""
+        """(λ_θ and λ_h of step i but for the loss's part, λ_g), and adds to dJ/du_i."""
+        values = self._values(i)
+        sigma = values.get("noise", 0.0)
         with torch.enable_grad():
-            leaves = [_leaf_state(state) for state in states]
-            gradients = [
-                None if g is None else g.detach().requires_grad_()
-                for g in self.trajectory.gradients[i]
+            steered = "noise" in self.controls
+            noise = torch.tensor(sigma, dtype=torch.float64, requires_grad=True)
+            raw = [None if g is None else g.detach() for g in gradients]
+            changed = steered or sigma != 0 or self._clips
+            if changed:
+                raw = [None if g is None else g.requires_grad_() for g in raw]
+            transformed = self._transform(i, raw, noise if steered else sigma) if changed else raw
+        parameters: list[Tensor | None] = []
+        optimizer: list[list[Tensor | None]] = []
+        of_gradients: list[Tensor | None] = []
+        for b, (state, g) in enumerate(zip(states, transformed, strict=True)):
+            of_theta, of_slots = costate.parameters[b], costate.optimizer[b]
+            if g is None:
+                parameters.append(of_theta)
+                optimizer.append(of_slots)
+                of_gradients.append(None)
+                continue
+            theta, slots, of_g = self._pull_block(i, b, state, g.detach(), of_theta, of_slots)
+            parameters.append(theta)
+            optimizer.append(slots)
+            of_gradients.append(of_g)
+        if changed:
+            pairs = [
+                (g, v)
+                for g, v in zip(transformed, of_gradients, strict=True)
+                if g is not None and v is not None
             ]
-            values, steered = self._control_leaves(i)
-            after = self._advance(i, leaves, gradients, values)
-        outputs, seeds = _paired(after, costate)
-        inputs = [t for leaf in leaves for t in _tensors(leaf)]
-        taking_part = [g for g in gradients if g is not None]
-        if not outputs:
-            zero: list[list[Tensor | None]] = [
-                [None] * (len(_tensors(leaf)) - 1) for leaf in leaves
-            ]
-            return Costate([None] * len(leaves), zero, costate.statistics), [None] * len(leaves)
-        pulled: list[Tensor | None] = list(
-            torch.autograd.grad(
-                outputs, [*inputs, *taking_part, *steered.values()], seeds, allow_unused=True
-            )
-        )
-        parameters, optimizer = _unflatten(pulled, leaves)
-        gradient_costates = [None if g is None else pulled.pop(0) for g in gradients]
-        self._write_gradient(i, steered, pulled)
-        return Costate(parameters, optimizer, costate.statistics), gradient_costates
+            leaves = [g for g in raw if g is not None]
+            if pairs:
+                pulled = torch.autograd.grad(
+                    [g for g, _ in pairs],
+                    [*leaves, noise],
+                    [v for _, v in pairs],
+                    allow_unused=True,
+                )
+                found = list(pulled)
+                of_gradients = [None if g is None else found.pop(0) for g in raw]
+                (of_noise,) = found
+                if steered and of_noise is not None:
+                    self.pulled["noise"][i, 0] += of_noise.to(self.device)
+        return Costate(parameters, optimizer, costate.statistics), of_gradients
 
-    def _state_after(self, i: int, states: list[BlockState]) -> list[BlockState]:
-        """The states of step i + 1 from those of step i and the roll's gradients."""
-        with torch.no_grad():
-            values: dict[str, Scalar] = dict(self._values(i))
-            return self._advance(i, states, self.trajectory.gradients[i], values)
+    def _pull_block(
+        self,
+        i: int,
+        b: int,
+        state: BlockState,
+        g: Tensor,
+        of_theta: Tensor | None,
+        of_slots: list[Tensor | None],
+    ) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:
+        """λ_θ, λ_h and λ_ĝ of one block before Φ; of_slots: [] where nothing depends on them."""
+        if of_theta is None and all(t is None for t in of_slots):
+            return None, [], None
+        block = self.blocks[b]
+        dynamics = self.plant.dynamics
+        group = self.plant.optimizer.param_groups[block.group]
+        values = self._group_values(i, block.group)
+        closed = None
+        if dynamics.pull_back is not None:
+            closed = dynamics.pull_back(
+                group,
+                values,
+                g,
+                state.parameters,
+                state.optimizer,
+                of_theta,
+                of_slots,
+                wanted=self.controls,
+            )
+        if closed is not None:
+            theta, slots, of_g, of_controls = closed
+            for name in self.controls:
+                if name in of_controls:
+                    self._add(i, name, block.group, of_controls[name])
+            return theta, slots, of_g
+        with torch.enable_grad():
+            leaf = _leaf_state(state)
+            gradient = g.detach().requires_grad_()
+            steered = {
+                name: torch.tensor(values[name], dtype=torch.float64, requires_grad=True)
+                for name in self.controls
+                if name != "noise"
+            }
+            after = self._step(block, leaf, gradient, values | steered)
+        outputs, seeds = _paired([after], Costate([of_theta], [of_slots]))
+        if not outputs:
+            return None, [], None
+        inputs = [*_tensors(leaf), gradient, *steered.values()]
+        pulled: list[Tensor | None] = list(
+            torch.autograd.grad(outputs, inputs, seeds, allow_unused=True)
+        )
+        (theta,), (slots,) = _unflatten(pulled, [leaf])
+        of_g = pulled.pop(0)
+        for name, p in zip(steered, pulled, strict=True):
+            if p is not None:
+                self._add(i, name, block.group, p)
+        return theta, slots, of_g
+
+    def _add(self, i: int, name: str, group: int, pulled: Tensor) -> None:
+        """Adds dJ/d(the group's value) to the derivative by the schedule's value."""
+        value = self._values(i)[name]
+        slope = self.plant.controls.group_slope(name, group, value)
+        self.pulled[name][i, group] += slope * pulled.to(self.device, torch.float64)
+
+    def _state_after(self, chunk: Chunk) -> Callable[[int, list[BlockState]], list[BlockState]]:
+        """From the states of step i to those of step i + 1, by the gradients of the roll."""
+
+        @torch.no_grad()
+        def after(i: int, states: list[BlockState]) -> list[BlockState]:
+            gradients = chunk.gradients[i - chunk.start]
+            values = self._values(i)
+            transformed = self._transform(i, gradients, values.get("noise", 0.0))
+            dynamics = self.plant.dynamics
+            result = []
+            for block, state, g in zip(self.blocks, states, transformed, strict=True):
+                own = self._group_values(i, block.group)
+                if g is None:
+                    result.append(state)
+                elif dynamics.advance is not None:
+                    group = self.plant.optimizer.param_groups[block.group]
+                    moved = dynamics.advance(group, own, g, state.parameters, state.optimizer)
+                    result.append(BlockState(*moved))
+                else:
+                    result.append(self._step(block, state, g, own))
+            return result
+
+        return after
 
     # segment > 1 ---------------------------------------------------------------------------------
 
     def segments(self, costate: Costate, segment: int) -> Adjoint:
         """Graphs of `segment` steps at a time."""
         costate = self._with_share(costate, self.steps)
+        self.parameter_norms[self.steps] = costate.parameter_norm()
         for start in reversed(range(0, self.steps, segment)):
             costate = self._segment(start, min(start + segment, self.steps), costate)
             if start:
                 costate = self._with_share(costate, start)
-                self.norms[start] = costate.norm()
-        return Adjoint(self.gradient, self.norms, self.products, self.discrepancies)
+                self._note(start, costate)
+        return self._adjoint()
 
     def _segment(self, start: int, stop: int, costate: Costate) -> Costate:
         trajectory = self.trajectory
@@ -279,20 +531,24 @@ class _Reverse:
         seeds: list[Tensor | None] = []
         intermediate: list[list[Tensor]] = []
         steered: list[dict[str, Tensor]] = []
+        thetas: dict[int, set[int]] = {}
         with torch.enable_grad():
             leaves = states = [_leaf_state(s) for s in trajectory.states[start]]
             statistics = first_statistics = {
                 n: trajectory.buffers[start][n].detach().clone().requires_grad_()
                 for n in costate.statistics
             }
-            trajectory.rng[start].restore()
             for i in range(start, stop):
+                rng = trajectory.rng[i]
+                if rng is not None:
+                    rng.restore()
                 if i > start:
                     # θ_i was computed from h_i, so dJ/dh_i of the graph's own tensor would count
                     # the way through θ_i too; an alias is used by the steps that follow only.
                     states = [_alias(s) for s in states]
                     statistics = {n: b.view_as(b) for n, b in statistics.items()}
                     parts = [t for s in states for t in _tensors(s)]
+                    thetas[i] = {id(s.parameters) for s in states}
                     intermediate.append([*parts, *statistics.values()])
                 flats = [s.parameters for s in states]
                 if i > start:
@@ -315,6 +571,7 @@ class _Reverse:
                 if i in self.compared:
                     self.discrepancies[i] = relative_difference(gradients, trajectory.gradients[i])
                 self.products += 1
+                self.equivalents += PRODUCT_COST["exact"]
                 if evaluated.stage is not None:
                     outputs.append(evaluated.stage)
                     seeds.append(None)
@@ -352,19 +609,34 @@ class _Reverse:
         for i, leaf in enumerate(steered, start):
             self._write_gradient(i, leaf, [pulled.pop(0) for _ in leaf])
         for i, step in enumerate(intermediate, start + 1):
-            self.norms[i] = Costate([pulled.pop(0) for t in step if t.requires_grad], []).norm()
+            found = [(id(t), pulled.pop(0)) for t in step if t.requires_grad]
+            of_theta = [p for key, p in found if key in thetas[i]]
+            rest = [p for key, p in found if key not in thetas[i]]
+            self._note(i, Costate(of_theta, [rest]))
         result = Costate(parameters, optimizer, carried)
-        self.norms[start] = result.norm()
+        self._note(start, result)
         return result
 
     # Common to both ------------------------------------------------------------------------------
 
-    def _values(self, i: int) -> dict[str, float]:
+    def _values(self, i: int) -> dict[str, Any]:
         return self.trajectory.schedule.at(self.trajectory.start + i)
 
-    def _control_leaves(self, i: int) -> tuple[dict[str, Scalar], dict[str, Tensor]]:
+    def _group_values(self, i: int, group: int) -> dict[str, Any]:
+        """Every control but noise of step i as the group has it."""
+        return {
+            name: self.plant.controls.group_value(name, group, value)
+            for name, value in self._values(i).items()
+            if name != "noise"
+        }
+
+    @property
+    def _clips(self) -> bool:
+        return self.plant.clip_norm is not None or self.plant.clip_value is not None
+
+    def _control_leaves(self, i: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """(every control of step i, the steered ones of them as leaves)."""
-        values: dict[str, Scalar] = dict(self._values(i))
+        values = self._values(i)
         leaves = {
             name: torch.tensor(values[name], dtype=torch.float64, requires_grad=True)
             for name in self.controls
@@ -376,7 +648,7 @@ class _Reverse:
     ) -> None:
         for name, p in zip(leaves, pulled, strict=True):
             if p is not None:
-                self.gradient[name][i] = p
+                self.pulled[name][i, : p.numel()] = p.reshape(-1).to(self.device)
 
     def _share(self, n: int) -> list[Tensor | None]:
         """The terminal gradient's share of the n-th iterate θ_n, 1 ≤ n ≤ K."""
@@ -401,24 +673,33 @@ class _Reverse:
             if g is None:
                 result.append(state)
                 continue
-            controls = {
-                name: _cast(self.plant.controls.group_value(name, block.group, value), g)
+            own = {
+                name: self.plant.controls.group_value(name, block.group, value)
                 for name, value in values.items()
                 if name != "noise"
             }
-            group = self.plant.optimizer.param_groups[block.group]
-            step = self.plant.dynamics.transformation(group, controls, block.shapes)
-            updates, after = step.update(g, state.optimizer, params=state.parameters, inplace=False)
-            result.append(
-                BlockState(torchopt.apply_updates(state.parameters, updates, inplace=False), after)
-            )
+            result.append(self._step(block, state, g, own))
         return result
+
+    def _step(
+        self, block: Block, state: BlockState, g: Tensor, values: Mapping[str, Any]
+    ) -> BlockState:
+        """Φ of one block, with controls that may be tensors of a graph."""
+        group = self.plant.optimizer.param_groups[block.group]
+        controls = {name: _cast(value, g) for name, value in values.items()}
+        step = self.plant.dynamics.transformation(group, controls, block.shapes)
+        updates, after = step.update(g, state.optimizer, params=state.parameters, inplace=False)
+        theta = torchopt.apply_updates(state.parameters, updates, inplace=False)
+        return BlockState(theta, after)
 
     def _transform(
         self, i: int, gradients: Sequence[Tensor | None], sigma: Scalar
     ) -> list[Tensor | None]:
-        """Clipping to the global norm, then ĝ = g + σ RMS(g) ξ per parameter tensor."""
+        """Clipping, by norm or by value, then ĝ = g + σ RMS(g) ξ per parameter tensor."""
         result = list(gradients)
+        clip = self.plant.clip_value
+        if clip is not None:
+            result = [None if g is None else g.clamp(-clip, clip) for g in result]
         if self.plant.clip_norm is not None:
             norms = [torch.linalg.vector_norm(g) for g in gradients if g is not None]
             total = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
@@ -474,9 +755,6 @@ class _Rebuilt:
 
 SMALL_STATES = 8 * 2**20
 """Bytes of rebuilt states that are kept at a time without a thought."""
-
-LARGE_STATE = 2**20
-"""Bytes of a state from which on the heap is trimmed before every product."""
 
 
 def _leaf_state(state: BlockState) -> BlockState:

@@ -1,0 +1,488 @@
+"""Rolling windows and looking back at them, with everything that is decided on the way.
+
+`rhc.hypergradient` uses a `Lookback` once, a Runner for all its windows: which product is taken
+(`auto`), what the roll keeps (`plan`), and what became of it (`Outcome`).
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from rhc import memory
+from rhc.errors import InputError
+from rhc.hypergradient.evaluation import Evaluation, Scratch, double_backward, visible_statistics
+from rhc.hypergradient.plan import FREE_GRAPHS, Plan, Sizes, make_plan
+from rhc.hypergradient.products import Product, StepPoint, pull_back
+from rhc.hypergradient.record import WindowRecorder, gradient_graph
+from rhc.hypergradient.segments import Adjoint, Damping, Disagreement, Terminal, adjoint
+from rhc.hypergradient.support import missing_derivative, unsupported
+from rhc.objective import Average, Objective
+from rhc.plant import Plant, StepRecord, Trajectory
+from rhc.schedule import Schedule
+
+SAME_GRADIENT = 0.01
+"""Largest relative difference between a step's gradient and the same computed again. Other kernels
+and reduced precision stay below it; hidden state and randomness do not."""
+
+EXPLODING = 1e4
+"""A costate that has grown by this factor on its way back says more about rounding and chaos than
+about the schedule (Metz et al. 2021)."""
+
+VANISHING = 1e-6
+"""A costate that has shrunk by this factor: steps before have no say in the objective."""
+
+
+SHORT = 16
+"""Windows of fewer steps are looked back at exactly, where it is ours to choose."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a hypergradient ended; `message` says the mend.
+
+    name: "successful"; "vanishing" and "exploding", where the costate shrinks or grows too much on
+    its way back; "non-finite"; or "inconsistent", where a step that is computed again is not the
+    step that was rolled, so that the numbers cannot be trusted.
+
+    step: the absolute step at which it began, going backwards; None where it succeeded.
+    """
+
+    name: str
+    message: str
+    step: int | None = None
+
+    @property
+    def successful(self) -> bool:
+        return self.name == "successful"
+
+    @property
+    def usable(self) -> bool:
+        """Whether a schedule may be rewritten from it as it is."""
+        return self.name in ("successful", "vanishing")
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """J and its derivatives.
+
+    value: J. grad: control -> (K,) float64, dJ/du_t in natural units; (K, groups) where the
+    schedule has a value per group. costate_norms: (K,) float64, |dJ/ds_t|. terminal: the terminal
+    loss, NaN without one. losses: (K,) as rolled. product, why: the product that was taken.
+    plan: what the roll kept. gradient_equivalents: what looking back cost, in gradient evaluations.
+    """
+
+    value: float
+    grad: dict[str, Tensor]
+    costate_norms: Tensor
+    result: Outcome
+    terminal: float
+    losses: Tensor
+    engine: str
+    product: str
+    segment: int
+    hessian_products: int
+    gradient_equivalents: float
+    why: str = ""
+    plan: Plan | None = None
+
+
+class Lookback:
+    """Rolls windows of a plant and looks back at them.
+
+    segment, product, memory_budget (bytes beyond plain training), spill (False; True for the
+    system's temporary folder; or a folder), damping: as in `rhc.hypergradient`. notice: told, in
+    words, what was decided and given up.
+    """
+
+    def __init__(
+        self,
+        plant: Plant,
+        objective: Objective,
+        controls: Sequence[str],
+        *,
+        segment: int | Literal["auto"] = "auto",
+        product: Product | Literal["auto"] = "auto",
+        memory_budget: int | None = None,
+        spill: bool | str | Path = True,
+        damping: Damping | None = None,
+        notice: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        damping = damping or Damping()
+        if memory_budget is not None and not memory_budget > 0:
+            raise InputError(f"memory_budget must be > 0 bytes, got {memory_budget}")
+        if memory_budget is not None and segment not in ("auto", 1):
+            raise InputError(
+                f"memory_budget decides what is kept, got segment {segment} beside it; leave "
+                "segment 'auto'"
+            )
+        if not 0 < damping.discount <= 1:
+            raise InputError(f"discount must be in (0, 1], got {damping.discount:g}")
+        if damping.clip is not None and not damping.clip > 0:
+            raise InputError(f"costate_clip must be > 0, got {damping.clip:g}; use None for none")
+        if damping != Damping() and segment not in ("auto", 1):
+            raise InputError(
+                f"discount and costate_clip need segment 1, got {segment}; leave segment 'auto'"
+            )
+        self.plant, self.objective, self.controls = plant, objective, tuple(controls)
+        self.segment = segment
+        self.memory_budget = memory_budget
+        self.spill = spill
+        self.damping = damping
+        self.notice = notice
+        self.automatic = product == "auto"
+        self.product, self.why = self._first_choice(product)
+        self.exact_fails = False
+        self._sizes: dict[bool, Sizes] = {}
+
+    # Plan and roll -------------------------------------------------------------------------------
+
+    def plan(self, steps: int, batch: Any) -> Plan:
+        """What a window of `steps` will keep; measures one step the first time, and undoes it."""
+        product = self._product(steps)
+        if self.segment not in ("auto", 1):
+            return Plan(steps, product, min(int(self.segment), steps), kept=steps)
+        sizes = self._measured(batch)
+        return make_plan(steps, product, sizes, self.memory_budget, spill=self.spill is not False)
+
+    def roll(
+        self,
+        batches: Sequence[Any],
+        schedule: Schedule,
+        *,
+        average: Average | None = None,
+        on_step: Callable[[int, StepRecord], None] | None = None,
+        limit: Callable[[float], float] = lambda first: math.inf,
+    ) -> WindowRecorder:
+        """Rolls the live plant through the window; the recorder has the trajectory."""
+        plan = self.plan(len(batches), batches[0])
+        folder = None if isinstance(self.spill, bool) else Path(self.spill)
+        recorder = WindowRecorder(self.plant, self.objective, plan, folder)
+        self.plant.roll(
+            batches, schedule, record=recorder, average=average, on_step=on_step, limit=limit
+        )
+        return recorder
+
+    # Look back -----------------------------------------------------------------------------------
+
+    def look_back(
+        self,
+        recorder: WindowRecorder,
+        average: Average,
+        terminal: Terminal | None,
+        damping: Damping | None = None,
+    ) -> Hypergradient:
+        """The adjoint of a roll whose end is the live state, which is put back."""
+        trajectory = recorder.trajectory
+        plan = recorder.plan
+        damping = damping or self.damping
+        self.plant.optimizer.zero_grad()  # the last step's gradients are on the trajectory
+        wasted, spent = 0, 0.0
+        while True:
+            product = self._product(plan.steps)
+            check = self.automatic and product != "exact" and not self.exact_fails
+            try:
+                found, end = adjoint(
+                    self.plant,
+                    recorder,
+                    self.objective,
+                    self.controls,
+                    terminal=terminal,
+                    average=average.values,
+                    product=product,
+                    damping=damping,
+                    verify=self._verified(recorder) if check else (),
+                )
+                break
+            except Disagreement as disagreement:
+                wasted += disagreement.products
+                spent += disagreement.equivalents
+                self._give_up(disagreement)
+            except (RuntimeError, NotImplementedError) as error:
+                self._fall_back(error, trajectory)
+        value = stage_sum(self.objective, trajectory)
+        if end is not None:
+            value += self.objective.terminal_weight * float(end)
+        missing = len(trajectory.schedule) - len(trajectory)  # a diverged roll stops early
+        losses = torch.stack([x.double().cpu() for x in trajectory.losses])
+        return Hypergradient(
+            value=value,
+            grad={n: _padded(g, missing) for n, g in found.gradient.items()},
+            costate_norms=_padded(found.costate_norms, missing),
+            result=_outcome(found, trajectory, value, damping),
+            terminal=math.nan if end is None else float(end),
+            losses=_padded(losses, missing),
+            engine="adjoint",
+            product=product,
+            segment=plan.segment,
+            hessian_products=found.hessian_products + wasted,
+            gradient_equivalents=found.equivalents + spent + (end is not None),
+            why=self.why,
+            plan=plan,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What was decided and measured, JSON-able: a resumed run must roll as the run did."""
+        sizes = {str(full): asdict(found) for full, found in self._sizes.items()}
+        return {
+            "product": self.product,
+            "why": self.why,
+            "exact_fails": self.exact_fails,
+            "sizes": sizes,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state` gave."""
+        self.product, self.why = state["product"], state["why"]
+        self.exact_fails = bool(state["exact_fails"])
+        self._sizes = {full == "True": Sizes(**found) for full, found in state["sizes"].items()}
+
+    # Which product -------------------------------------------------------------------------------
+
+    def _first_choice(self, product: Product | Literal["auto"]) -> tuple[Product, str]:
+        if product != "auto":
+            return product, "as asked"
+        if self.segment not in ("auto", 1):
+            return "exact", "segments longer than one step need a graph"
+        if any(p.dtype == torch.float64 for p in self.plant.parameters):
+            return "exact", "float64 asks for full precision"
+        if self.objective.reward_weight:
+            return (
+                "exact",
+                "a reward takes a graph of its own at every step",
+            )
+        return "forward-difference", "one gradient a step, verified against exact products"
+
+    def _product(self, steps: int) -> Product:
+        """For a window of `steps`: verifying differences costs what a short one would save."""
+        if self.automatic and not self.exact_fails and steps < SHORT:
+            return "exact"
+        return self.product
+
+    def _verified(self, recorder: WindowRecorder) -> tuple[int, ...]:
+        """The last step, which comes first, and one that changes from window to window."""
+        trajectory = recorder.trajectory
+        steps = len(trajectory)
+        if recorder.plan.chunk:  # a pass that rolls chunks again cannot begin again
+            return (steps - 1,)
+        other = random.Random(trajectory.start).randrange(max(1, steps - 1))
+        return tuple({steps - 1, other})
+
+    def _give_up(self, disagreement: Disagreement) -> None:
+        self.product = "exact"
+        self.why = (
+            f"forward differences were off by {disagreement.share:.2g} of an exact product at step "
+            f"{disagreement.step} (kinks such as ReLU or max-pooling)"
+        )
+        self.notice(f"product exact: {self.why}")
+
+    def _fall_back(self, error: BaseException, trajectory: Trajectory) -> None:
+        """An operator lacks the derivative: differences where that is ours to choose."""
+        if missing_derivative(error) is None:
+            raise error
+        named = unsupported(error, self.plant, trajectory.batches[-1], "exact")
+        if not self.automatic or self.exact_fails:
+            found = unsupported(error, self.plant, trajectory.batches[-1], self.product)
+            raise found or error from error
+        self.exact_fails = True
+        self.product = "forward-difference"
+        self.why = f"no exact product: {named}"
+        self.notice(f"product forward-difference, unverified: {named}")
+
+    # Sizes ---------------------------------------------------------------------------------------
+
+    def _measured(self, batch: Any) -> Sizes:
+        full = self.memory_budget is not None
+        if full not in self._sizes:
+            self._sizes[full] = measure_sizes(
+                self.plant, batch, self.objective, self.product, full=full
+            )
+        return self._sizes[full]
+
+
+NEVER = 1 << 62
+"""Bytes of a graph that cannot be kept."""
+
+
+def measure_sizes(
+    plant: Plant, batch: Any, objective: Objective, product: Product, *, full: bool
+) -> Sizes:
+    """What one step at the live state holds; the plant is put back. full: also a product's peak.
+
+    Without `full`, graphs that could not be kept anyway are not measured.
+    """
+    parameters = sum(p.numel() * p.element_size() for p in plant.parameters if p.requires_grad)
+    state = plant.snapshot()
+    grads = [p.grad for p in plant.model.parameters()]
+    try:
+        graph = 2 * parameters
+        if product == "exact" and (full or graph <= FREE_GRAPHS):
+            for p in plant.model.parameters():
+                p.grad = None
+            try:
+                graph = max(graph, _graph_bytes(plant, batch, objective))
+            except (RuntimeError, NotImplementedError) as error:
+                if missing_derivative(error) is None:
+                    raise
+                graph = NEVER
+        peak = 0
+        if full:
+            peak = _product_peak(plant, batch, objective, product)
+        return Sizes(parameters, _snapshot_bytes(plant), graph, peak)
+    finally:
+        plant.restore(state)
+        for p, g in zip(plant.model.parameters(), grads, strict=True):
+            p.grad = g
+
+
+def _graph_bytes(plant: Plant, batch: Any, objective: Objective) -> int:
+    """Bytes that the graph of one step's gradient holds; a lot where it cannot be kept."""
+    own = {t.untyped_storage().data_ptr() for t in [*plant.parameters, *plant.model.buffers()]}
+    seen: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    evaluation = Evaluation(plant, plant.blocks(), objective)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        graph, _, steady = gradient_graph(evaluation, batch)
+    total = sum(seen.values())
+    total += sum(
+        g.numel() * g.element_size() for gs in graph.gradients for g in gs if g is not None
+    )
+    # What a hook returns may hold the node that holds it: only a backward pass lets go of it.
+    leaves = [leaf for of_block in graph.leaves for leaf in of_block]
+    pairs = [g for gs in graph.gradients for g in gs if g is not None and g.requires_grad]
+    if pairs:
+        torch.autograd.grad(pairs, leaves, [g.detach() for g in pairs], allow_unused=True)
+    return total if steady else NEVER
+
+
+def _product_peak(plant: Plant, batch: Any, objective: Objective, product: Product) -> int:
+    """The most that one Hessian product takes beyond one plain gradient, in bytes."""
+    device = plant.parameters[0].device
+    blocks = plant.blocks()
+    for p in plant.model.parameters():
+        p.grad = None
+    with torch.enable_grad():
+        plant.backward(batch)  # warm
+        memory.reset_peak(device)
+        for p in plant.model.parameters():
+            p.grad = None
+        plant.backward(batch)
+        plain = memory.current_peak(device)
+        gradients = [block.flatten([_gradient(p) for p in plant.parameters]) for block in blocks]
+        for p in plant.model.parameters():
+            p.grad = None
+        evaluation = Evaluation(plant, blocks, objective)
+        point = StepPoint(
+            [block.flatten(plant.parameters) for block in blocks],
+            {n: b.detach().clone() for n, b in plant.model.named_buffers()},
+            batch,
+            None,
+            gradients,
+        )
+        memory.reset_peak(device)
+        try:
+            with (
+                double_backward(plant.model),
+                visible_statistics(plant.model, update=False),
+                Scratch(plant, blocks) as scratch,
+            ):
+                pull_back(product, evaluation, scratch, point, gradients, {})
+        except (RuntimeError, NotImplementedError) as error:
+            if missing_derivative(error) is None:
+                raise
+        return max(0, memory.current_peak(device) - plain)
+
+
+def _gradient(p: Tensor) -> Tensor:
+    return torch.zeros_like(p) if p.grad is None else p.grad
+
+
+def _snapshot_bytes(plant: Plant) -> int:
+    snapshot = plant.snapshot()
+    tensors = [*snapshot.parameters.values(), *snapshot.buffers.values()]
+    tensors += [v for slots in snapshot.slots for v in slots.values() if isinstance(v, Tensor)]
+    total = sum(t.numel() * t.element_size() for t in tensors)
+    if not any(snapshot.slots):  # no step was taken yet, and slots are to come
+        total *= 2
+    return total
+
+
+def stage_sum(objective: Objective, trajectory: Trajectory) -> float:
+    """Σ_t of the stage costs that a roll observed."""
+    costs = [
+        objective.stage(loss.double(), metrics)
+        for loss, metrics in zip(trajectory.losses, trajectory.metrics, strict=True)
+    ]
+    return float(sum(float(c) for c in costs if c is not None))
+
+
+def _padded(values: Tensor, missing: int) -> Tensor:
+    where = (0, 0, 0, missing) if values.dim() == 2 else (0, missing)
+    return pad(values, where, value=math.nan)
+
+
+def _outcome(found: Adjoint, trajectory: Trajectory, value: float, damping: Damping) -> Outcome:
+    norms = found.costate_norms
+    bad = ~torch.isfinite(norms)
+    for g in found.gradient.values():
+        bad |= ~torch.isfinite(g).reshape(len(norms), -1).all(1)
+    last = trajectory.start + len(trajectory) - 1
+    if bool(bad.any()):
+        step = trajectory.start + int(bad.nonzero().max())
+        return Outcome(
+            "non-finite",
+            f"the costate is not finite from step {step} backwards; use a shorter window, a lower "
+            "lr, discount < 1 or costate_clip",
+            step,
+        )
+    if trajectory.diverged is not None or not math.isfinite(value):
+        message = f"the loss is not finite at step {last}; use a shorter window or a lower lr"
+        return Outcome("non-finite", message, last)
+    worst = max(found.discrepancies, key=lambda i: found.discrepancies[i], default=0)
+    share = found.discrepancies.get(worst, 0.0)
+    if share > SAME_GRADIENT:
+        step = trajectory.start + worst
+        return Outcome(
+            "inconsistent",
+            f"the gradient of step {step}, computed again, differs by {share:.2g} of its norm; "
+            "look for randomness or state that loss_fn keeps outside the model, activation "
+            "checkpointing with segment > 1, and operators that are not deterministic",
+            step,
+        )
+    # Of θ alone: other slots have units of their own.
+    norms, end = found.parameter_norms[:-1], float(found.parameter_norms[-1])
+    grown = norms > EXPLODING * end
+    if end > 0 and damping.clip is None and bool(grown.any()):
+        step = trajectory.start + int(grown.nonzero().max())
+        return Outcome(
+            "exploding",
+            f"the costate has grown {float(norms.max()) / end:.1g}-fold, beyond {EXPLODING:g} from "
+            f"step {step} backwards; use costate_clip, discount < 1, a shorter window, a lower lr",
+            step,
+        )
+    largest = float(found.parameter_norms.max())
+    faint = norms < VANISHING * largest
+    if largest > 0 and bool(faint[0]):
+        alive = (~faint).nonzero()
+        step = trajectory.start + (int(alive.min()) - 1 if len(alive) else len(norms) - 1)
+        return Outcome(
+            "vanishing",
+            f"the costate has shrunk below {VANISHING:g} of its largest from step {step} "
+            "backwards, so that earlier steps have no say; use a shorter window",
+            step,
+        )
+    return Outcome("successful", "every hypergradient is finite")

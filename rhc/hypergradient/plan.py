@@ -1,0 +1,264 @@
+"""How a window is remembered within a memory budget, and what that costs.
+
+Looking back needs, at every step and in reverse order, the state, the gradient, and the graph of
+the gradient. From the dearest in memory to the dearest in time:
+
+- the roll keeps the graph (`graphs` last steps): no gradient is evaluated again;
+- the gradient is kept (`kept` last steps): states are rebuilt from it, elementwise; the graph is
+  made again;
+- state and gradient are spilled to disk (`spilled` first steps);
+- or nothing but `snapshots` states is kept, and the steps are rolled again in chunks of `chunk`, in
+  the order of Revolve (Griewank, Walther 2000), which evaluates the fewest gradients.
+
+Segments longer than one step do not occur: a graph over several steps holds as much as the graphs
+of these steps, and what they save (pulling through the optimizer's step) is cheap.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from rhc.hypergradient.products import KEPT_COST, PRODUCT_COST, Product
+
+FREE_GRAPHS = 16 * 2**20
+"""Bytes of graphs that the roll keeps where no budget is given: small models are bound by Python's
+overhead, not by memory."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes. parameters: θ that is trained. state: a whole snapshot. graph: of one step's gradient,
+    with its own copy of θ. product: the most that one Hessian product takes beyond plain training.
+    """
+
+    parameters: int
+    state: int
+    graph: int
+    product: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a window of `steps` keeps. budget, predicted_bytes: beyond plain training.
+
+    gradient_equivalents: predicted cost of looking back, in gradient evaluations, terminal loss not
+    counted. recomputed: of these, the steps that are rolled again.
+    """
+
+    steps: int
+    product: Product
+    segment: int = 1
+    graphs: int = 0
+    kept: int = 0
+    spilled: int = 0
+    snapshots: int = 0
+    chunk: int = 0
+    recomputed: int = 0
+    budget: int | None = None
+    predicted_bytes: int | None = None
+
+    @property
+    def gradient_equivalents(self) -> float:
+        products = self.steps * PRODUCT_COST[self.product]
+        if self.product == "exact":
+            graphs = self.steps if self.segment > 1 else self.graphs
+            products -= (PRODUCT_COST["exact"] - KEPT_COST) * (graphs if self.segment == 1 else 0)
+        return float(products + self.recomputed)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the prediction is within the budget."""
+        return (
+            self.budget is None
+            or self.predicted_bytes is None
+            or self.predicted_bytes <= self.budget
+        )
+
+    def lines(self) -> list[str]:
+        """The plan in words, for people."""
+        per_step = 1 + self.gradient_equivalents / self.steps
+        lines = [
+            f"window of {self.steps} steps, segment {self.segment}, product {self.product}",
+            f"roll and look back: {per_step:.2f} gradient evaluations per step",
+        ]
+        if self.graphs:
+            lines.append(f"graphs kept by the roll: the last {self.graphs} steps")
+        if self.kept:
+            lines.append(f"gradients in memory: {self.kept} steps; states rebuilt from them")
+        if self.spilled:
+            lines.append(f"states and gradients on disk: {self.spilled} steps")
+        if self.chunk:
+            lines.append(
+                f"rolled again: {self.recomputed} steps in chunks of {self.chunk}, from "
+                f"{self.snapshots} snapshots (Revolve)"
+            )
+        if self.predicted_bytes is not None:
+            budget = "" if self.budget is None else f" of a budget of {_bytes(self.budget)}"
+            lines.append(f"memory beyond plain training: {_bytes(self.predicted_bytes)}{budget}")
+        if not self.fits:
+            lines.append("the budget is too small for one Hessian product; this is the least")
+        return lines
+
+
+def make_plan(
+    steps: int, product: Product, sizes: Sizes, budget: int | None, *, spill: bool
+) -> Plan:
+    """The plan that evaluates the fewest gradients within `budget` bytes.
+
+    Without a budget gradients are kept for all steps, and graphs as far as FREE_GRAPHS goes.
+    """
+    exact = product == "exact"
+    costates = 2 * sizes.state + sizes.parameters
+    if budget is None:
+        graphs = min(steps, FREE_GRAPHS // max(1, sizes.graph)) if exact else 0
+        return _kept(steps, product, sizes, None, graphs)
+    whole = _kept(steps, product, sizes, budget, 0)
+    if whole.fits:
+        if not exact:
+            return whole
+        # A graph takes the place of what a product without one would hold.
+        assert whole.predicted_bytes is not None
+        room = budget - whole.predicted_bytes + min(sizes.graph, sizes.product)
+        return _kept(steps, product, sizes, budget, min(steps, room // max(1, sizes.graph)))
+    if spill:
+        return _spilled(steps, product, sizes, budget)
+    return _recomputed(steps, product, sizes, budget, costates)
+
+
+def _rebuilt(steps: int, sizes: Sizes) -> int:
+    """Bytes of the states that `steps` rebuilt states need: log3 of them, and two of work."""
+    return (math.ceil(math.log(max(steps, 2), 3)) + 2) * sizes.state
+
+
+def _kept(steps: int, product: Product, sizes: Sizes, budget: int | None, graphs: int) -> Plan:
+    fixed = steps * sizes.parameters + _rebuilt(steps, sizes) + sizes.state + sizes.parameters
+    overlap = min(sizes.graph, sizes.product)
+    peak = max(sizes.product, graphs * sizes.graph + sizes.product - overlap) if graphs else 0
+    return Plan(
+        steps,
+        product,
+        graphs=graphs,
+        kept=steps,
+        budget=budget,
+        predicted_bytes=fixed + max(peak, sizes.product),
+    )
+
+
+def _spilled(steps: int, product: Product, sizes: Sizes, budget: int) -> Plan:
+    # While a step is written or read there is its state, its gradient, and the file's own copy.
+    reading = 2 * (sizes.state + sizes.parameters)
+    fixed = sizes.product + reading + sizes.state + sizes.parameters
+    kept = max(0, min(steps, (budget - fixed - _rebuilt(steps, sizes)) // sizes.parameters))
+    rebuilt = _rebuilt(kept, sizes) if kept else 0
+    return Plan(
+        steps,
+        product,
+        kept=kept,
+        spilled=steps - kept,
+        budget=budget,
+        predicted_bytes=fixed + kept * sizes.parameters + rebuilt,
+    )
+
+
+def _recomputed(steps: int, product: Product, sizes: Sizes, budget: int, costates: int) -> Plan:
+    best: Plan | None = None
+    # The end of the window is kept as well, to go back to.
+    fixed = sizes.product + costates + sizes.state
+    for chunk in _candidates(steps):
+        chunks = math.ceil(steps / chunk)
+        one = chunk * sizes.parameters + _rebuilt(chunk, sizes)
+        snapshots = max(1, min(chunks, (budget - fixed - one) // max(1, sizes.state)))
+        needed = fixed + one + snapshots * sizes.state
+        plan = Plan(
+            steps,
+            product,
+            kept=min(chunk, steps),
+            snapshots=snapshots,
+            chunk=chunk,
+            recomputed=chunk_evaluations(chunks, snapshots - 1) * chunk - steps,
+            budget=budget,
+            predicted_bytes=needed,
+        )
+        if best is None or _rank(plan) < _rank(best):
+            best = plan
+    assert best is not None
+    exactly = recomputed_steps(steps, best.chunk, best.snapshots)
+    return replace(best, recomputed=exactly)
+
+
+def _candidates(steps: int) -> list[int]:
+    """Lengths of a chunk to look at: all up to 64, then such as give another number of chunks."""
+    few = {math.ceil(steps / chunks) for chunks in range(1, 65)}
+    return sorted(few | set(range(1, min(steps, 64) + 1)))
+
+
+def _rank(plan: Plan) -> tuple[bool, int, int]:
+    """Plans that fit by their cost; where none does, the smallest."""
+    assert plan.predicted_bytes is not None
+    if plan.fits:
+        return False, plan.recomputed, plan.predicted_bytes
+    return True, plan.predicted_bytes, plan.recomputed
+
+
+# Revolve -----------------------------------------------------------------------------------------
+
+
+def chunk_bounds(steps: int, chunk: int) -> list[int]:
+    """Where the chunks of a window begin, and its end: the first chunk may be shorter."""
+    first = steps % chunk
+    bounds = list(range(first, steps + 1, chunk))
+    return bounds if first == 0 else [0, *bounds]
+
+
+def recomputed_steps(steps: int, chunk: int, snapshots: int) -> int:
+    """Steps that are rolled again, beyond the first roll, by the order of `split`."""
+    bounds = chunk_bounds(steps, chunk)
+
+    def again(first: int, stop: int, free: int, rolled: bool) -> int:
+        """For chunks [first, stop), from a snapshot at `first`. rolled: the roll passes anyway."""
+        if stop - first == 1:
+            return 0 if rolled else bounds[stop] - bounds[first]
+        if stop - first - 1 <= free:  # room for every state
+            way = 0 if rolled else bounds[stop - 1] - bounds[first]
+            return way + bounds[stop] - bounds[first] - (bounds[stop] - bounds[stop - 1]) * rolled
+        middle = first + split(stop - first, free)
+        way = 0 if rolled else bounds[middle] - bounds[first]
+        if not free:  # every chunk is reached from the first
+            total = sum(bounds[k + 1] - bounds[first] for k in range(first, stop - 1))
+            return total + (0 if rolled else bounds[stop] - bounds[first])
+        return way + again(middle, stop, free - 1, rolled) + again(first, middle, free, False)
+
+    return again(0, len(bounds) - 1, snapshots - 1, True)
+
+
+@lru_cache(maxsize=100_000)
+def chunk_evaluations(chunks: int, free: int) -> int:
+    """Chunks rolled to reverse `chunks` of them with room for `free` states beside the first.
+
+    Griewank, Walther 2000: l chunks with s states take r l − C(s + r, s + 1) advances, r the
+    smallest number with C(s + r, s) ≥ l, and every chunk is rolled once more to be recorded.
+    """
+    if chunks <= 1:
+        return chunks
+    s = free + 1
+    r = 0
+    while math.comb(s + r, s) < chunks:
+        r += 1
+    return r * chunks - math.comb(s + r, s + 1) + chunks
+
+
+@lru_cache(maxsize=100_000)
+def split(chunks: int, free: int) -> int:
+    """After how many of `chunks` the next snapshot is best taken."""
+    if free == 0:
+        return chunks - 1
+    return min(
+        range(1, chunks),
+        key=lambda m: m + chunk_evaluations(chunks - m, free - 1) + chunk_evaluations(m, free),
+    )
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"

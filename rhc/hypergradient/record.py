@@ -1,0 +1,364 @@
+"""What a roll remembers for looking back, as a plan has it: in memory, on disk, to roll again."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rhc.hypergradient.evaluation import Evaluation, double_backward, visible_statistics
+from rhc.hypergradient.plan import Plan, chunk_bounds, split
+from rhc.hypergradient.products import KeptGraph
+from rhc.objective import Objective
+from rhc.plant import (
+    Backward,
+    Block,
+    BlockState,
+    Plant,
+    Recorder,
+    Snapshot,
+    split_gradients,
+    split_states,
+)
+
+
+def kept_states(steps: int, segment: int) -> Callable[[int], bool]:
+    """Before which steps the roll keeps the whole state, for a reverse pass with `segment`.
+
+    A segment needs the state at its start. The costate recursion needs every state, but rebuilds
+    them from the first one and the roll's gradients, without evaluating the model.
+    """
+    if segment == 1:
+        return lambda i: i == 0
+    return lambda i: i < steps and i % segment == 0
+
+
+@dataclass
+class Chunk:
+    """Steps [start, stop) of the window, ready to be looked back at.
+
+    states: index of a step -> states before it; at least those of `start`. gradients: of every
+    step, from `start` on. graphs: index of a step -> the graph that the roll kept.
+    """
+
+    start: int
+    stop: int
+    states: Mapping[int, list[BlockState]]
+    gradients: Sequence[Sequence[Tensor | None]]
+    graphs: dict[int, KeptGraph] = field(default_factory=dict)
+
+
+class WindowRecorder(Recorder):
+    """Remembers a window as `plan` has it, and gives it back, last steps first."""
+
+    def __init__(
+        self, plant: Plant, objective: Objective, plan: Plan, directory: Path | None = None
+    ) -> None:
+        self.plan = plan
+        self.objective = objective
+        self.spill = _Spill(directory) if plan.spilled else None
+        self.snapshots: dict[int, Snapshot] = {}
+        self.graphs: dict[int, KeptGraph] = {}
+        self.recomputed = 0
+        self._bounds = chunk_bounds(plan.steps, plan.chunk) if plan.chunk else [0]
+        self._marks = set(_marks(len(self._bounds) - 1, plan.snapshots)) if plan.chunk else set()
+        # The first step whose gradient is in memory after the roll.
+        self.first = self._bounds[-2] if plan.chunk else plan.spilled
+        every = kept_states(plan.steps, plan.segment)
+        first = self.first
+        super().__init__(
+            plant,
+            plan.steps - first,
+            every if plan.segment > 1 else (lambda i: i == first),
+        )
+
+    # Forwards ------------------------------------------------------------------------------------
+
+    def before(self, i: int, batch: Any) -> Backward | None:
+        super().before(i, batch)
+        if i in self._bounds and self._bounds.index(i) in self._marks:
+            self.snapshots[i] = self.plant.snapshot()
+        if i < self.plan.spilled:
+            self._state = self.plant.block_states(self.trajectory.blocks)
+            self._blocks = self.trajectory.blocks
+        if i >= self.plan.steps - self.plan.graphs and self.plan.graphs:
+            return partial(self._with_graph, i, batch)
+        return None
+
+    def keep(self, i: int, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        if i >= self.first:
+            return super().keep(i, gradients)
+        if self.spill is not None:
+            states = self._state
+            if self._blocks != self.trajectory.blocks:  # split by this very step
+                states = split_states(self._blocks, states)
+            vectors = [_vector(block, gradients) for block in self.trajectory.blocks]
+            self.spill.write(i, self.trajectory.blocks, states, vectors)
+            del self._state
+        return []
+
+    def _with_graph(self, i: int, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and gradients of the live model's values, with a graph that stays."""
+        plant, blocks = self.plant, self.trajectory.blocks
+        evaluation = Evaluation(plant, blocks, self.objective)
+        graph, buffers, steady = gradient_graph(evaluation, batch)
+        if steady:
+            self.graphs[i] = graph
+        for block, gradients in zip(blocks, graph.gradients, strict=True):
+            for index, g in zip(block.indices, gradients, strict=True):
+                plant.parameters[index].grad = None if g is None else g.detach()
+        with torch.no_grad():
+            for name, live in plant.model.named_buffers():
+                live.copy_(buffers[name])
+        found = graph.evaluated
+        return found.loss.detach(), {k: v.detach() for k, v in found.metrics.items()}
+
+    # Backwards -----------------------------------------------------------------------------------
+
+    def backwards(self) -> Iterator[Chunk]:
+        """The window's chunks, last one first.
+
+        The live plant is used to roll chunks again, and put back at the end; it must not be in use
+        while the next chunk is asked for.
+        """
+        trajectory = self.trajectory
+        end = len(trajectory)
+        if end > self.first:
+            yield Chunk(
+                self.first,
+                end,
+                trajectory.states,
+                trajectory.gradients[self.first :],
+                self.graphs,
+            )
+        if self.spill is not None:
+            for i in reversed(range(min(end, self.first))):
+                states, gradients = self.spill.read(i, trajectory.blocks)
+                yield Chunk(i, i + 1, {i: states}, [gradients])
+                del states, gradients
+        elif self.first:
+            trajectory.states.clear()
+            trajectory.gradients.clear()
+            self.store.rooms.clear()
+            live = self.plant.snapshot()
+            try:
+                yield from self._again(0, len(self._bounds) - 1, self.plan.snapshots - 1, True)
+            finally:
+                self.plant.restore(live)
+
+    @property
+    def again(self) -> bool:
+        """Whether the window can be gone through more than once."""
+        return not self.plan.chunk
+
+    def close(self) -> None:
+        """Removes what was spilled."""
+        if self.spill is not None:
+            self.spill.close()
+
+    def _again(self, first: int, stop: int, free: int, rolled: bool) -> Iterator[Chunk]:
+        """Chunks [first, stop), last one first, from the snapshot at `first`: Revolve.
+
+        rolled: the first roll has left its snapshots here, and the window's last chunk is done.
+        """
+        if stop - first == 1:
+            if not rolled:
+                yield self._chunk(first)
+            self.snapshots.pop(self._bounds[first], None)
+            return
+        if free == 0:
+            for k in reversed(range(first, stop)):
+                if rolled and k == stop - 1:
+                    continue
+                self.plant.restore(self.snapshots[self._bounds[first]])
+                self._roll(self._bounds[first], self._bounds[k], None)
+                yield self._chunk(k, here=True)
+            self.snapshots.pop(self._bounds[first], None)
+            return
+        middle = first + split(stop - first, free)
+        if not rolled:
+            self.plant.restore(self.snapshots[self._bounds[first]])
+            self._roll(self._bounds[first], self._bounds[middle], None)
+            self.snapshots[self._bounds[middle]] = self.plant.snapshot()
+        yield from self._again(middle, stop, free - 1, rolled)
+        yield from self._again(first, middle, free, False)
+
+    def _chunk(self, k: int, *, here: bool = False) -> Chunk:
+        """Chunk k rolled again, from its snapshot or (here) from where the plant is."""
+        start, stop = self._bounds[k], self._bounds[k + 1]
+        if not here:
+            self.plant.restore(self.snapshots[start])
+        recorder = Recorder(
+            self.plant, stop - start, lambda i: i == 0, blocks=self.trajectory.blocks
+        )
+        self._roll(start, stop, recorder)
+        again = recorder.trajectory
+        return Chunk(start, stop, {start: again.states[0]}, again.gradients)
+
+    def _roll(self, start: int, stop: int, recorder: Recorder | None) -> None:
+        if stop == start:
+            return
+        trajectory = self.trajectory
+        first = trajectory.start
+        self.plant.roll(
+            trajectory.batches[start:stop],
+            trajectory.schedule.window(first + start, first + stop),
+            record=recorder,
+        )
+        self.plant.optimizer.zero_grad()
+        self.recomputed += stop - start
+
+
+def _marks(chunks: int, snapshots: int) -> list[int]:
+    """The chunks before which the first roll leaves a snapshot."""
+    marks, first, free = [0], 0, snapshots - 1
+    while chunks - first > 1 and free > 0:
+        first += split(chunks - first, free)
+        free -= 1
+        marks.append(first)
+    return marks
+
+
+def _vector(block: Block, gradients: Sequence[Tensor | None]) -> Tensor | None:
+    parts = [g.reshape(-1) for i in block.indices if (g := gradients[i]) is not None]
+    return torch.cat(parts) if parts else None
+
+
+# Graphs ------------------------------------------------------------------------------------------
+
+
+def gradient_graph(evaluation: Evaluation, batch: Any) -> tuple[KeptGraph, dict[str, Tensor], bool]:
+    """(the graph of the gradient at the live values, the buffers after the step, whether it stays).
+
+    A model that uses activation checkpointing runs again in the backward pass, with whatever
+    parameters it then finds, so that its graph does not outlive the step.
+    """
+    plant = evaluation.plant
+    model = plant.model
+    leaves = [
+        [plant.parameters[i].detach().clone().requires_grad_() for i in block.indices]
+        for block in evaluation.blocks
+    ]
+    live = {name: b.detach() for name, b in model.named_buffers()}
+    statistics = {n: live[n].clone().requires_grad_() for n in evaluation.statistics_names}
+    flat = [leaf for of_block in leaves for leaf in of_block]
+    tensors = dict(zip(evaluation.names, flat, strict=True))
+    tensors |= {name: b.clone() for name, b in live.items() if name not in statistics}
+
+    def evaluate(model: Any) -> tuple[Any, list[Tensor | None], dict[str, Tensor]]:
+        evaluated = evaluation.of_model(model, batch, statistics=bool(statistics))
+        found = torch.autograd.grad(evaluated.loss, flat, create_graph=True, allow_unused=True)
+        after = {name: b.detach() for name, b in model.named_buffers()}
+        return evaluated, list(found), after
+
+    with (
+        double_backward(model),
+        visible_statistics(model, update=bool(statistics)),
+        _checkpointing() as used,
+    ):
+        evaluated, found, after = evaluation.substitution.at({**tensors, **statistics}, evaluate)
+    given = iter(found)
+    gradients = [[next(given) for _ in of_block] for of_block in leaves]
+    return KeptGraph(leaves, statistics, gradients, evaluated), after, not used
+
+
+@contextmanager
+def _checkpointing() -> Iterator[list[bool]]:
+    """A list that gets an entry for every use of torch.utils.checkpoint inside."""
+    module: Any = torch.utils.checkpoint
+    name = "_checkpoint_without_reentrant_generator"
+    used: list[bool] = []
+    original = getattr(module, name, None)
+    if original is None:
+        yield used
+        return
+
+    def noticed(*args: Any, **kwargs: Any) -> Any:
+        used.append(True)
+        return original(*args, **kwargs)
+
+    setattr(module, name, noticed)
+    try:
+        yield used
+    finally:
+        setattr(module, name, original)
+
+
+# Disk --------------------------------------------------------------------------------------------
+
+
+class _Spill:
+    """States and gradients on disk, one safetensors file per step."""
+
+    def __init__(self, directory: Path | None) -> None:
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+        self.path = Path(tempfile.mkdtemp(prefix="rhc-window-", dir=directory))
+        self.rest: dict[int, tuple[tuple[Block, ...], list[Any]]] = {}
+
+    def write(
+        self,
+        i: int,
+        blocks: tuple[Block, ...],
+        states: Sequence[BlockState],
+        gradients: Sequence[Tensor | None],
+    ) -> None:
+        tensors: dict[str, Tensor] = {}
+        rest = []
+        for b, (state, g) in enumerate(zip(states, gradients, strict=True)):
+            tensors[f"{b}.parameters"] = state.parameters
+            if g is not None:
+                tensors[f"{b}.gradient"] = g
+            plain = {}
+            for name, value in state.optimizer._asdict().items():
+                if isinstance(value, Tensor):
+                    tensors[f"{b}.slot.{name}"] = value
+                else:
+                    plain[name] = value
+            rest.append((type(state.optimizer), plain, state.parameters.device))
+        self.rest[i] = (blocks, rest)
+        # Slots may share memory (Adam's two zeros at the first step), which safetensors refuses.
+        seen = set[int]()
+        for name, t in tensors.items():
+            if t.data_ptr() in seen:
+                tensors[name] = t.clone()
+            seen.add(t.data_ptr())
+        save_file(tensors, self._file(i))
+
+    def read(
+        self, i: int, blocks: tuple[Block, ...]
+    ) -> tuple[list[BlockState], list[Tensor | None]]:
+        """States and gradients of step i for `blocks`."""
+        written, rest = self.rest[i]
+        tensors = load_file(self._file(i))
+        states, gradients = [], list[Tensor | None]()
+        for b, (kind, plain, device) in enumerate(rest):
+            own = {
+                n.removeprefix(f"{b}."): t.to(device)
+                for n, t in tensors.items()
+                if n.startswith(f"{b}.")
+            }
+            theta, g = own.pop("parameters"), own.pop("gradient", None)
+            slots = {n.removeprefix("slot."): t for n, t in own.items()}
+            states.append(BlockState(theta, kind(**plain, **slots)))
+            gradients.append(g)
+        if written != blocks:
+            states = split_states(written, states)
+            gradients = split_gradients(written, gradients)
+        return states, gradients
+
+    def close(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _file(self, i: int) -> Path:
+        return self.path / f"step-{i:08d}.safetensors"
