@@ -945,7 +945,7 @@ def test_the_six_verbs(stride: int, law: Rewrite) -> None:
     assert re.fullmatch(r"(r(br)*w(bp){1,2}(br)?cs)*r(br)*w(bp){1,2}(br)?c", verbs)
     assert verbs.count("c") == windows and verbs.count("s") == windows - 1
     if isinstance(law, Uphill):
-        assert verbs == "cs".join(["rwbpbp"] * windows) + "c"
+        assert verbs == "cs".join(["rwbpbpbr"] * windows) + "c"
     assert [e.record for e in events if isinstance(e, WindowAttempted)] == result.windows
     assert [row for e in events if isinstance(e, Committed) for row in e.rows] == result.tape
     assert isinstance(events[0], RunStarted) and isinstance(events[-1], RunEnded)
