@@ -302,6 +302,29 @@ def test_a_plan_is_printed_and_nothing_written(call: Call, tmp_path: Path) -> No
     assert "product exact" in other and other != done.out
 
 
+def test_remedies_and_a_budget_reach_the_run(
+    call: Call, tmp_path: Path, interrupt: Callable[[int], None]
+) -> None:
+    """And are taken up by `rhc resume`; without them config.json is as it was before they were."""
+    line = "train own.py:own --window 5 --discount 0.9 --costate-clip 5 --memory-budget 2MiB"
+    assert call(f"{line} --directory straight").status == 0
+    interrupt(40)
+    assert call(f"{line} --directory stopped").status == 130
+    assert call("resume stopped").status == 0
+    for name in ("schedule.json", "tape.jsonl", "windows.jsonl"):
+        files = [(tmp_path / d / name).read_bytes() for d in ("straight", "stopped")]
+        assert files[0] == files[1], name
+    config = json.loads((tmp_path / "stopped/config.json").read_text())
+    given = {"discount": 0.9, "costate_clip": 5.0, "memory_budget": 2 * 2**20}
+    assert config | given == config
+    assert call("train own.py:own --window 5 --directory plain").status == 0
+    config = json.loads((tmp_path / "plain/config.json").read_text())
+    new = {*given, "accumulate", "clip_value", "per_group", "plan"}
+    assert not new & config.keys()
+    schedules = [(tmp_path / d / "schedule.json").read_bytes() for d in ("straight", "plain")]
+    assert schedules[0] != schedules[1]
+
+
 def test_a_plan_leaves_the_run_as_it_is(call: Call, tmp_path: Path) -> None:
     """Asked for beside a run that is there already, in the same words."""
     assert call("train own.py:own --window 5").status == 0

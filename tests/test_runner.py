@@ -560,9 +560,10 @@ def test_a_retry_goes_less_far() -> None:
 # Objectives --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("stride", [8, 3])
-def test_without_validation_data_held_out_batches_judge(stride: int) -> None:
-    """Each window by the three batches that follow it, on which it did not train."""
+def test_without_validation_data_held_out_batches_judge(stride: int, accumulate: int) -> None:
+    """Each window by the batches of the three steps that follow, on which it did not train."""
     run = problem_run("mlp", "momentum", val=False)
     number = {id(batch[0]): t for t, batch in enumerate(run.train)}
     judged_by: dict[int, set[int]] = {}
@@ -584,10 +585,13 @@ def test_without_validation_data_held_out_batches_judge(stride: int) -> None:
         stride=stride,
         objective=Objective(batches=3),
         listeners=[listener],
+        accumulate=accumulate,
     )
     assert "accepted" in outcomes(result) and result.val_loss is None
     stops = {start: min(start + 8, 16) for start in range(0, 16, stride)}
-    assert judged_by == {start: {stop, stop + 1, stop + 2} for start, stop in stops.items()}
+    assert judged_by == {
+        start: {*range(accumulate * stop, accumulate * (stop + 3))} for start, stop in stops.items()
+    }
 
 
 def test_a_single_validation_batch(tmp_path: Path) -> None:

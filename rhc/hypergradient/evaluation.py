@@ -6,15 +6,18 @@ included. `Evaluation.inside` replaces the tensors themselves (torch.func.functi
 needed where the graph goes on beyond the parameters of one step.
 
 Buffers are treated as constants of a step, with one exception: the running statistics of
-BatchNorm. PyTorch updates them in a kernel that autograd does not see, although a loss in eval
-mode reads them and they depend on every θ_t. `visible_statistics` makes both ends differentiable.
+BatchNorm and InstanceNorm. PyTorch updates them in a kernel that autograd does not see, although a
+loss in eval mode reads them and they depend on every θ_t. `visible_statistics` makes both ends
+differentiable.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from rhc.batches import MicroBatches
 from rhc.hypergradient.kernels import light_second_order
@@ -32,7 +36,7 @@ Result = TypeVar("Result")
 
 
 class Evaluated(NamedTuple):
-    """loss: scalar. stage: c_ℓ ℓ − c_r r, or None. statistics: BatchNorm's, after the step."""
+    """loss: scalar. stage: c_ℓ ℓ − c_r r, or None. statistics: running ones, after the step."""
 
     loss: Tensor
     stage: Tensor | None
@@ -98,13 +102,20 @@ class Evaluation:
         """
 
         def evaluate(model: nn.Module) -> Result:
-            return then(self.of_model(model, batch, statistics=statistics))
+            return then(self.of_model(model, batch, statistics=statistics, twice=True))
 
         return self.substitution.at(self.substituted(flats, buffers), evaluate)
 
-    def of_model(self, model: nn.Module, batch: Any, *, statistics: bool = False) -> Evaluated:
-        """Loss and stage cost of the model as it is; micro-batches in one graph."""
+    def of_model(
+        self, model: nn.Module, batch: Any, *, statistics: bool = False, twice: bool = False
+    ) -> Evaluated:
+        """Loss and stage cost of the model as it is; micro-batches in one graph.
+
+        twice: the loss is to be differentiated twice; OnceDifferentiable where a part of it is not.
+        """
         loss, metrics = mean_loss(self.plant.loss_fn, model, batch)
+        if twice:
+            check_twice(self.plant, loss)
         names = self.statistics_names if statistics else ()
         after = {name: model.get_buffer(name) for name in names}
         return Evaluated(loss, self.objective.stage(loss, metrics), after, metrics)
@@ -218,6 +229,95 @@ def mean_loss(
     return torch.stack([loss for loss, _ in found]).mean(), metrics
 
 
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in what a module takes or gives: nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [t for v in value.values() for t in tensors_of(v)]
+    if isinstance(value, (list, tuple)):
+        return [t for v in value for t in tensors_of(v)]
+    return []
+
+
+# Second derivatives ------------------------------------------------------------------------------
+
+
+class OnceDifferentiable(RuntimeError):
+    """A custom Function says that its backward must not be differentiated; `function` is its name.
+
+    torch raises this itself in `backward()` alone: `autograd.grad` with inputs passes by the node
+    that would complain, since it hangs on a detached leaf, and gives a wrong result in silence.
+    """
+
+    def __init__(self, function: str) -> None:
+        super().__init__(f"{function}.backward is once_differentiable")
+        self.function = function
+
+
+_CHECKED: WeakSet[Plant] = WeakSet()
+"""Plants whose loss has been found to be free of such Functions: a walk takes milliseconds."""
+
+
+def check_twice(plant: Plant, loss: Tensor) -> None:
+    if plant in _CHECKED:
+        return
+    for node in graph_nodes([loss]):
+        function = once_differentiable_function(node)
+        if function is not None:
+            raise OnceDifferentiable(function)
+    _CHECKED.add(plant)
+
+
+def graph_nodes(outputs: Sequence[Tensor], inputs: Collection[Tensor] = ()) -> Iterator[Any]:
+    """The nodes of the graph from the outputs down to, without, those that made the inputs."""
+    seen = {t.grad_fn for t in inputs} | {None}
+    stack = [t.grad_fn for t in outputs]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack.extend(n for n, _ in node.next_functions)  # type: ignore[union-attr]
+
+
+def once_differentiable_function(node: Any) -> str | None:
+    """The class of a custom Function whose backward is decorated by once_differentiable."""
+    function = getattr(type(node), "_forward_cls", None)
+    backward = getattr(function, "backward", None)
+    if backward is None or not hasattr(backward, "__wrapped__"):
+        return None
+    code = getattr(backward, "__code__", None)
+    if code is None or code.co_filename != torch.autograd.function.__file__:
+        return None
+    return str(function.__name__)
+
+
+def gradients_by_backward(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    seeds: Sequence[Tensor | None],
+    model: nn.Module,
+) -> list[Tensor | None]:
+    """torch.autograd.grad of leaves, as `backward()` finds it; None for those that take no part.
+
+    Reentrant activation checkpointing allows nothing else. The model's `.grad`s are left alone.
+    """
+    if not outputs:
+        return [None] * len(inputs)
+    leaves = [p for p in [*model.parameters(), *inputs] if p.is_leaf]
+    kept = [(p, p.grad) for p in leaves]
+    for p, _ in kept:
+        p.grad = None
+    try:
+        torch.autograd.backward(outputs, seeds)
+        return [t.grad for t in inputs]
+    finally:
+        for p, grad in kept:
+            p.grad = grad
+
+
 @contextmanager
 def double_backward(model: nn.Module, *, light: bool = True) -> Iterator[None]:
     """Kernels that can be differentiated twice: fused attention and cuDNN's RNNs cannot.
@@ -226,6 +326,7 @@ def double_backward(model: nn.Module, *, light: bool = True) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_composed_weight_norm())
         if any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         if light:
@@ -234,14 +335,39 @@ def double_backward(model: nn.Module, *, light: bool = True) -> Iterator[None]:
 
 
 @contextmanager
+def _composed_weight_norm() -> Iterator[None]:
+    """torch._weight_norm of single operations: the second derivative of the fused one is wrong.
+
+    By 3e-4 of a hypergradient in float64, torch 2.13.0.
+    """
+    modules: list[Any] = [torch, sys.modules["torch.nn.utils.weight_norm"]]
+    before = [m._weight_norm for m in modules]
+
+    def composed(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+        return v * (g / torch.norm_except_dim(v, 2, dim))
+
+    for m in modules:
+        m._weight_norm = composed
+    try:
+        yield
+    finally:
+        for m, fused in zip(modules, before, strict=True):
+            m._weight_norm = fused
+
+
+# Running statistics ------------------------------------------------------------------------------
+
+
+@contextmanager
 def visible_statistics(model: nn.Module, *, update: bool) -> Iterator[None]:
-    """BatchNorm layers whose running statistics autograd can see where eval mode reads them.
+    """Layers whose running statistics autograd can see where eval mode reads them.
 
     update: whether passes in train mode also update them, visibly; else they are left alone.
     """
     patched = [m for m in model.modules() if _has_statistics(m)]
     for module in patched:
-        module.forward = lambda x, module=module: _batch_norm(module, x, update)
+        of_kind = _batch_norm if isinstance(module, _BatchNorm) else _instance_norm
+        module.forward = lambda x, module=module, forward=of_kind: forward(module, x, update)
     try:
         yield
     finally:
@@ -250,9 +376,11 @@ def visible_statistics(model: nn.Module, *, update: bool) -> Iterator[None]:
 
 
 def _has_statistics(module: nn.Module) -> bool:
+    """Whether a module is one of torch's with running statistics, and does no more than those."""
     return (
-        isinstance(module, _BatchNorm)
-        and not isinstance(module, nn.SyncBatchNorm)
+        isinstance(module, (_BatchNorm, _InstanceNorm))
+        # SyncBatchNorm, and classes of others that add an activation.
+        and type(module).forward in (_BatchNorm.forward, _InstanceNorm.forward)
         and "forward" not in vars(module)
         and module.running_mean is not None
     )
@@ -261,21 +389,40 @@ def _has_statistics(module: nn.Module) -> bool:
 def _batch_norm(module: Any, x: Tensor, update: bool) -> Tensor:
     """nn.BatchNorm's forward pass, with running statistics as ordinary tensors."""
     if not module.training:
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        scale = (module.running_var + module.eps).rsqrt()
-        if module.affine:
-            scale = scale * module.weight
-        y = (x - module.running_mean.view(shape)) * scale.view(shape)
-        return y + module.bias.view(shape) if module.affine else y
+        return _by_statistics(module, x)
     if update:
         module.num_batches_tracked.add_(1)
         momentum = module.momentum
         if momentum is None:
             momentum = 1.0 / float(module.num_batches_tracked)
         dims = [d for d in range(x.dim()) if d != 1]
-        for name, new in zip(
-            ("running_var", "running_mean"), torch.var_mean(x, dims, correction=1), strict=True
-        ):
-            old = getattr(module, name)
-            setattr(module, name, torch.lerp(old, new.to(old.dtype), momentum))
+        var, mean = torch.var_mean(x, dims, correction=1)
+        _move_statistics(module, mean, var, momentum)
     return F.batch_norm(x, None, None, module.weight, module.bias, True, 0.0, module.eps)
+
+
+def _instance_norm(module: Any, x: Tensor, update: bool) -> Tensor:
+    """nn.InstanceNorm's: its statistics are means over the batch of those of every instance."""
+    if x.dim() == module._get_no_batch_dim():
+        return _instance_norm(module, x.unsqueeze(0), update).squeeze(0)
+    if not module.training:
+        return _by_statistics(module, x)
+    if update:
+        var, mean = torch.var_mean(x, list(range(2, x.dim())), correction=1)
+        _move_statistics(module, mean.mean(0), var.mean(0), module.momentum or 0.0)
+    return F.instance_norm(x, None, None, module.weight, module.bias, True, 0.0, module.eps)
+
+
+def _by_statistics(module: Any, x: Tensor) -> Tensor:
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    scale = (module.running_var + module.eps).rsqrt()
+    if module.affine:
+        scale = scale * module.weight
+    y = (x - module.running_mean.view(shape)) * scale.view(shape)
+    return y + module.bias.view(shape) if module.affine else y
+
+
+def _move_statistics(module: Any, mean: Tensor, var: Tensor, momentum: float) -> None:
+    for name, new in (("running_var", var), ("running_mean", mean)):
+        old = getattr(module, name)
+        setattr(module, name, torch.lerp(old, new.to(old.dtype), momentum))

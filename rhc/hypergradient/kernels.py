@@ -77,6 +77,11 @@ def _plain(*tensors: Tensor | None) -> bool:
     )
 
 
+def _tracked() -> bool:
+    """Whether a graph is being made: in a backward pass, of a backward pass with create_graph."""
+    return torch.is_grad_enabled()
+
+
 def _nothing(like: Tensor) -> Tensor:
     return like.new_zeros(()).expand(like.shape)
 
@@ -111,7 +116,7 @@ class _Linear(Function):
     def backward(ctx: Any, gy: Tensor) -> Grads:
         x, w = ctx.saved_tensors
         need_x, need_w, need_b = ctx.needs_input_grad
-        if torch.is_grad_enabled():
+        if _tracked():
             return _LinearBackward.apply(gy, x, w, need_x, need_w, need_b)
         return _linear_backward(gy, x, w, need_x, need_w, need_b)
 
@@ -149,9 +154,11 @@ class _LinearBackward(Function):
                 ggy = _linear(x, vw, vb)
             elif vb is not None:
                 ggy = vb.expand_as(gy)
-            if vx is not None:
-                through = vx @ w.t()
-                ggy = through if ggy is None else ggy + through
+            if vx is not None and ggy is not None and vw is not None and not _tracked():
+                # In place, which saves a pass over the largest tensor of the layer.
+                ggy.view(-1, ggy.shape[-1]).addmm_(vx.reshape(-1, vx.shape[-1]), w.t())
+            elif vx is not None:
+                ggy = _total(ggy, vx @ w.t())
         gx = gy @ vw if need_x and vw is not None else None
         gw = None
         if need_w and vx is not None:
@@ -216,7 +223,7 @@ class _Convolution(Function):
     def backward(ctx: Any, gy: Tensor) -> Grads:
         x, w = ctx.saved_tensors
         need = list(ctx.needs_input_grad[:3])
-        if torch.is_grad_enabled():
+        if _tracked():
             return *_ConvolutionBackward.apply(gy, x, w, ctx.settings, need), None
         return *_convolve_backward(gy, x, w, ctx.settings, need), None
 
@@ -268,34 +275,37 @@ class _Gelu(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
+        ctx.slope = None
         return _gelu(x)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return _GeluBackward.apply(gy, x)
-        return torch.ops.aten.gelu_backward(gy, x)
+        if _tracked():
+            # f' serves three times: here, in the pullback of this, and in the sweep after that.
+            with torch.no_grad():
+                ctx.slope = torch.ops.aten.gelu_backward(torch.ones_like(x), x)
+            return _GeluBackward.apply(gy, x, ctx.slope)
+        return torch.ops.aten.gelu_backward(gy, x) if ctx.slope is None else gy * ctx.slope
 
 
 class _GeluBackward(Function):
     @staticmethod
-    def forward(ctx: Any, gy: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(gy, x)
-        return torch.ops.aten.gelu_backward(gy, x)
+    def forward(ctx: Any, gy: Tensor, x: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(gy, x, slope)
+        return gy * slope
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Grads:
-        gy, x = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a third derivative: let autograd see every step
+        gy, x, slope = ctx.saved_tensors
+        if _tracked():  # a third derivative: let autograd see every step
             curvature = (2 - x * x) * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
-            return torch.ops.aten.gelu_backward(v, x), v * gy * curvature
+            return torch.ops.aten.gelu_backward(v, x), v * gy * curvature, None
         # f'' = (2 − x²) φ(x)
         square = x * x
         gx = torch.mul(square, -0.5).exp_()
-        gx.mul_(square.sub_(2).mul_(-1 / math.sqrt(2 * math.pi))).mul_(gy).mul_(v)
-        del square
-        return torch.ops.aten.gelu_backward(v, x), gx
+        gx.mul_(square.sub_(2)).mul_(gy).mul_(v).mul_(-1 / math.sqrt(2 * math.pi))
+        return v * slope, gx, None
 
 
 # Layer normalisation -----------------------------------------------------------------------------
@@ -328,7 +338,7 @@ class _LayerNorm(Function):
     def backward(ctx: Any, gy: Tensor) -> Grads:
         x, w, mean, r = ctx.saved_tensors
         need = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
+        if _tracked():
             return *_LayerNormBackward.apply(gy, x, w, mean, r, ctx.eps, need), None
         return *_layer_norm_backward(gy, x, w, mean, r, need), None
 
@@ -369,33 +379,53 @@ class _LayerNormBackward(Function):
     @staticmethod
     def backward(ctx: Any, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None) -> Grads:
         gy, x, w, mean, r = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a third derivative: r and the mean must be seen as functions
+        if _tracked():  # a third derivative: r and the mean must be seen as functions
             mean = x.mean(-1, keepdim=True)
             r = ((x - mean).square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
         n = x.shape[-1]
         normal = (x - mean) * r
-        u = gy if w is None else gy * w
         ggy = gx = gw = None
         if vx is not None:
-            # gx is bilinear in u and the projection off 1 and x̂, which is its own adjoint.
-            v_normal = _mean_product(vx, normal)
-            projected = r * (vx - vx.mean(-1, keepdim=True) - normal * v_normal)
-            u_normal = _mean_product(u, normal)
-            u_projected = r * (u - u.mean(-1, keepdim=True) - normal * u_normal)
-            ggy = projected if w is None else projected * w
-            if w is not None:
-                gw = (projected * gy).reshape(-1, n).sum(0)
-            # ∂x̂ᵀ of −r (v x̂)⟨u x̂⟩ and −r (u x̂)⟨v x̂⟩, then ∂r: −gx·v r x̂ / r
+            # gx = P u is symmetric in u, P the projection off 1 and x̂, times r.
+            u = gy if w is None else gy * w
+            v_normal, u_normal = _mean_product(vx, normal), _mean_product(u, normal)
+            projected = _project(vx, None, x, normal, mean, r)
+            u_projected = _project(gy, w, x, normal, mean, r)
             slope = _mean_product(u_projected, vx)
-            gx = -r * (projected * u_normal + u_projected * v_normal + normal * slope)
+            if w is None:
+                ggy = projected
+            else:
+                ggy = projected * w
+                gw = (projected * gy).reshape(-1, n).sum(0)
+            # The x in P: −r (P v ⟨u x̂⟩ + P u ⟨v x̂⟩ + x̂ ⟨v P u⟩)
+            if _tracked():
+                gx = -r * (projected * u_normal + u_projected * v_normal + normal * slope)
+            else:
+                gx = torch.mul(projected, u_normal).addcmul_(u_projected, v_normal)
+                gx.addcmul_(normal, slope).mul_(-r)
         if vw is not None:
             # gw = Σ gy x̂
-            ggy = _total(ggy, normal * vw)
-            a = gy * vw
-            gx = _total(gx, r * (a - a.mean(-1, keepdim=True) - normal * _mean_product(a, normal)))
+            along = _project(gy, vw, x, normal, mean, r)
+            if _tracked():
+                ggy, gx = _total(ggy, normal * vw), _total(gx, along)
+            else:
+                ggy = normal * vw if ggy is None else torch.addcmul(ggy, normal, vw)
+                gx = along if gx is None else gx.add_(along)
         if vb is not None:
             ggy = vb.expand_as(gy) if ggy is None else ggy + vb
         return ggy, gx, gw, None, None, None, None
+
+
+def _project(
+    g: Tensor, w: Tensor | None, x: Tensor, normal: Tensor, mean: Tensor, r: Tensor
+) -> Tensor:
+    """r (u − ⟨u⟩ − x̂ ⟨u x̂⟩) of u = g w: the backward pass of a layer normalisation."""
+    if _tracked():
+        u = g if w is None else g * w
+        return r * (u - u.mean(-1, keepdim=True) - normal * _mean_product(u, normal))
+    return torch.ops.aten.native_layer_norm_backward(
+        g.contiguous(), x, [x.shape[-1]], mean, r, w, None, [True, False, False]
+    )[0]
 
 
 def _mean_product(a: Tensor, b: Tensor) -> Tensor:
@@ -423,11 +453,16 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = (query * factor) @ key.transpose(-2, -1)
+    if not query.shape[:-2] == key.shape[:-2] == value.shape[:-2]:
+        return _attention(query, key, value, is_causal=is_causal, scale=scale)
+    # One kernel for mask, scale and product; the mask is a constant and costs nothing backwards.
+    rows = (query.shape[-2], key.shape[-2])
+    mask = query.new_zeros(rows)
     if is_causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(future, -math.inf)
-    return scores.softmax(-1) @ value
+        mask = mask.masked_fill(torch.ones_like(mask, dtype=torch.bool).triu(1), -math.inf)
+    q, k, v = (t.reshape(-1, *t.shape[-2:]) for t in (query, key, value))
+    scores = torch.baddbmm(mask.expand(q.shape[0], *rows), q, k.transpose(1, 2), alpha=factor)
+    return (scores.softmax(-1) @ v).view(*query.shape[:-1], value.shape[-1])
 
 
 _linear, _gelu = F.linear, F.gelu

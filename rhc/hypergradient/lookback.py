@@ -22,9 +22,16 @@ from rhc.errors import InputError
 from rhc.hypergradient.evaluation import Evaluation, Scratch, double_backward, visible_statistics
 from rhc.hypergradient.plan import FREE_GRAPHS, Plan, Sizes, make_plan
 from rhc.hypergradient.products import Product, StepPoint, pull_back
-from rhc.hypergradient.record import WindowRecorder, gradient_graph
-from rhc.hypergradient.segments import Adjoint, Damping, Disagreement, Terminal, adjoint
-from rhc.hypergradient.support import missing_derivative, unsupported
+from rhc.hypergradient.record import GraphMaker, WindowRecorder
+from rhc.hypergradient.segments import (
+    AGREES,
+    Adjoint,
+    Damping,
+    Disagreement,
+    Terminal,
+    adjoint,
+)
+from rhc.hypergradient.support import missing, missing_derivative, unsupported
 from rhc.objective import Average, Objective
 from rhc.plant import Plant, StepRecord, Trajectory
 from rhc.schedule import Schedule
@@ -51,7 +58,8 @@ class Outcome:
 
     name: "successful"; "vanishing" and "exploding", where the costate shrinks or grows too much on
     its way back; "non-finite"; or "inconsistent", where a step that is computed again is not the
-    step that was rolled, so that the numbers cannot be trusted.
+    step that was rolled, or difference products disagree with each other, so that the numbers
+    cannot be trusted.
 
     step: the absolute step at which it began, going backwards; None where it succeeded.
     """
@@ -188,7 +196,7 @@ class Lookback:
         wasted, spent = 0, 0.0
         while True:
             product = self._product(plan.steps)
-            check = self.automatic and product != "exact" and not self.exact_fails
+            check = self.automatic and product != "exact"
             try:
                 found, end = adjoint(
                     self.plant,
@@ -200,6 +208,7 @@ class Lookback:
                     product=product,
                     damping=damping,
                     verify=self._verified(recorder) if check else (),
+                    exact=not self.exact_fails,
                 )
                 break
             except Disagreement as disagreement:
@@ -268,9 +277,15 @@ class Lookback:
         return self.product
 
     def _verified(self, recorder: WindowRecorder) -> tuple[int, ...]:
-        """The last step, which comes first, and one that changes from window to window."""
+        """The last step, which comes first, and one that changes from window to window.
+
+        Without an exact product, differences are all there is: a few more are looked at.
+        """
         trajectory = recorder.trajectory
         steps = len(trajectory)
+        if self.exact_fails:
+            draw = random.Random(trajectory.start)
+            return (steps - 1, *draw.sample(range(steps - 1), min(3, steps - 1)))
         if recorder.plan.chunk:  # a pass that rolls chunks again cannot begin again
             return (steps - 1,)
         other = random.Random(trajectory.start).randrange(max(1, steps - 1))
@@ -280,22 +295,22 @@ class Lookback:
         self.product = "exact"
         self.why = (
             f"forward differences were off by {disagreement.share:.2g} of an exact product at step "
-            f"{disagreement.step} (kinks such as ReLU or max-pooling)"
+            f"{disagreement.step} (kinks such as ReLU or max-pooling, or reduced precision)"
         )
         self.notice(f"product exact: {self.why}")
 
     def _fall_back(self, error: BaseException, trajectory: Trajectory) -> None:
         """An operator lacks the derivative: differences where that is ours to choose."""
-        if missing_derivative(error) is None:
-            raise error
-        named = unsupported(error, self.plant, trajectory.batches[-1], "exact")
+        batch = trajectory.batches[-1]
         if not self.automatic or self.exact_fails:
-            found = unsupported(error, self.plant, trajectory.batches[-1], self.product)
-            raise found or error from error
+            raise unsupported(error, self.plant, batch, self.product) or error from error
+        found = missing(error, self.plant, batch, "exact")
+        if found is None:
+            raise error
         self.exact_fails = True
         self.product = "forward-difference"
-        self.why = f"no exact product: {named}"
-        self.notice(f"product forward-difference, unverified: {named}")
+        self.why = f"no exact product: {found.reason}"
+        self.notice(f"product forward-difference: {self.why}; {found.mend}")
 
     # Sizes ---------------------------------------------------------------------------------------
 
@@ -310,6 +325,10 @@ class Lookback:
 
 NEVER = 1 << 62
 """Bytes of a graph that cannot be kept."""
+
+
+class _TooMuch(Exception):
+    pass
 
 
 def measure_sizes(
@@ -327,8 +346,9 @@ def measure_sizes(
         if product == "exact" and (full or graph <= FREE_GRAPHS):
             for p in plant.model.parameters():
                 p.grad = None
+            enough = math.inf if full else FREE_GRAPHS
             try:
-                graph = max(graph, _graph_bytes(plant, batch, objective))
+                graph = max(graph, _graph_bytes(plant, batch, objective, enough))
             except (RuntimeError, NotImplementedError) as error:
                 if missing_derivative(error) is None:
                     raise
@@ -343,8 +363,11 @@ def measure_sizes(
             p.grad = g
 
 
-def _graph_bytes(plant: Plant, batch: Any, objective: Objective) -> int:
-    """Bytes that the graph of one step's gradient holds; a lot where it cannot be kept."""
+def _graph_bytes(plant: Plant, batch: Any, objective: Objective, enough: float) -> int:
+    """Bytes that the graph of one step's gradient holds; NEVER where it cannot be kept.
+
+    enough: bytes from which on it is not worth going on.
+    """
     own = {t.untyped_storage().data_ptr() for t in [*plant.parameters, *plant.model.buffers()]}
     seen: dict[int, int] = {}
 
@@ -352,11 +375,16 @@ def _graph_bytes(plant: Plant, batch: Any, objective: Objective) -> int:
         storage = t.untyped_storage()
         if storage.data_ptr() not in own:
             seen[storage.data_ptr()] = storage.nbytes()
+            if sum(seen.values()) > enough:
+                raise _TooMuch
         return t
 
-    evaluation = Evaluation(plant, plant.blocks(), objective)
+    make_graph = GraphMaker(Evaluation(plant, plant.blocks(), objective))
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        graph, _, steady = gradient_graph(evaluation, batch)
+        try:
+            graph, _, steady = make_graph(batch)
+        except _TooMuch:
+            return NEVER
     total = sum(seen.values())
     total += sum(
         g.numel() * g.element_size() for gs in graph.gradients for g in gs if g is not None
@@ -452,6 +480,17 @@ def _outcome(found: Adjoint, trajectory: Trajectory, value: float, damping: Damp
     if trajectory.diverged is not None or not math.isfinite(value):
         message = f"the loss is not finite at step {last}; use a shorter window or a lower lr"
         return Outcome("non-finite", message, last)
+    worst = max(found.disagreements, key=lambda i: found.disagreements[i], default=0)
+    share = found.disagreements.get(worst, 0.0)
+    if not share <= AGREES:
+        step = trajectory.start + worst
+        return Outcome(
+            "inconsistent",
+            f"differences of gradients to either side disagree by {share:.2g} at step {step}, as "
+            "they do at kinks (ReLU, max-pooling) and in reduced precision; make exact products "
+            "possible (`why` says what stands against them), or use float64",
+            step,
+        )
     worst = max(found.discrepancies, key=lambda i: found.discrepancies[i], default=0)
     share = found.discrepancies.get(worst, 0.0)
     if share > SAME_GRADIENT:

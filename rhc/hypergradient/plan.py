@@ -27,6 +27,10 @@ FREE_GRAPHS = 16 * 2**20
 overhead, not by memory."""
 
 
+FREE_STATES = 16 * 2**20
+"""Bytes of states that are kept to rebuild the others from: elementwise work, but Python's too."""
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Bytes. parameters: θ that is trained. state: a whole snapshot. graph: of one step's gradient,
@@ -51,6 +55,7 @@ class Plan:
     product: Product
     segment: int = 1
     graphs: int = 0
+    states_every: int = 0
     kept: int = 0
     spilled: int = 0
     snapshots: int = 0
@@ -133,13 +138,19 @@ def _rebuilt(steps: int, sizes: Sizes) -> int:
 
 
 def _kept(steps: int, product: Product, sizes: Sizes, budget: int | None, graphs: int) -> Plan:
-    fixed = steps * sizes.parameters + _rebuilt(steps, sizes) + sizes.state + sizes.parameters
+    # States of √K steps, where they are small, so that every other is rebuilt once.
+    apart = math.isqrt(max(0, steps - 1)) + 1
+    states = 2 * apart * sizes.state
+    if states > FREE_STATES:
+        apart, states = 0, _rebuilt(steps, sizes)
+    fixed = steps * sizes.parameters + states + sizes.state + sizes.parameters
     overlap = min(sizes.graph, sizes.product)
     peak = max(sizes.product, graphs * sizes.graph + sizes.product - overlap) if graphs else 0
     return Plan(
         steps,
         product,
         graphs=graphs,
+        states_every=apart,
         kept=steps,
         budget=budget,
         predicted_bytes=fixed + max(peak, sizes.product),

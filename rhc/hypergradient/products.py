@@ -3,23 +3,34 @@
 A product pulls (λ_g, λ_b) of a step's gradient g_t and BatchNorm statistics back to (θ_t, b_t), and
 adds the stage cost's own gradient. Costs in gradient evaluations: exact 3 (g again, and twice that
 to pull it back; 2 where the roll kept the graph of g), forward over reverse 3, forward difference
-1 (the roll's g_t is known), central difference 2.
+1 (the roll's g_t is known), central difference 2. Where no exact product exists, a difference is
+held against one in the opposite direction, which steps over other kinks: one gradient more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor
+from torch import Tensor, nn
 
 from rhc.batches import MicroBatches
-from rhc.hypergradient.evaluation import Evaluated, Evaluation, Scratch, mean_loss, parts
+from rhc.hypergradient.evaluation import (
+    Evaluated,
+    Evaluation,
+    Scratch,
+    gradients_by_backward,
+    mean_loss,
+    parts,
+    tensors_of,
+)
 from rhc.hypergradient.kernels import valueless_gradients
-from rhc.plant import Block
+from rhc.plant import Block, Plant
 from rhc.randomness import RandomState
 
 Product = Literal["exact", "forward-over-reverse", "forward-difference", "central-difference"]
@@ -89,10 +100,12 @@ def pull_back(
     statistics_costates: Mapping[str, Tensor],
     *,
     compare: bool = False,
+    opposite: bool = False,
 ) -> Pulled:
     """H_t λ_g + ∂b′/∂θ ᵀ λ_b + ∇(stage cost), and the statistics' own costates.
 
-    compare: an exact product also says how far its own g_t is from the roll's.
+    compare: an exact product also says how far its own g_t is from the roll's. opposite: a forward
+    difference is taken backwards, (g(θ) − g(θ − εv)) / ε.
     """
     if product == "exact":
         if point.graph is not None:
@@ -101,7 +114,7 @@ def pull_back(
     if product == "forward-over-reverse":
         curvature = _forward_over_reverse(evaluation, scratch, point, gradient_costates)
     else:
-        curvature = _difference(product, evaluation, scratch, point, gradient_costates)
+        curvature = _difference(product, evaluation, scratch, point, gradient_costates, opposite)
     first = _first_order(evaluation, scratch, point, statistics_costates)
     return Pulled(
         [_sum(a, b) for a, b in zip(curvature, first.parameters, strict=True)], first.statistics
@@ -129,7 +142,9 @@ def _exact(
     joint = bool(statistics) or bool(evaluation.objective.reward_weight)
     _restore(point.rng)
     for batch, share in _shares(point.batch, joint):
-        evaluated = evaluation.of_model(scratch.model, batch, statistics=bool(statistics))
+        evaluated = evaluation.of_model(
+            scratch.model, batch, statistics=bool(statistics), twice=True
+        )
         loss = evaluated.loss if share == 1 else evaluated.loss * share
         gradients = _gradients(loss, scratch.leaves, seeds, valueless=not compare)
         if compare:
@@ -274,11 +289,13 @@ def _difference(
     scratch: Scratch,
     point: StepPoint,
     direction: Sequence[Tensor | None],
+    opposite: bool,
 ) -> list[Tensor | None]:
     """(g(θ + εv) − g(θ)) / ε or (g(θ + εv) − g(θ − εv)) / 2ε, with ε = c |θ| / |v|.
 
     c is the square (cube) root of the machine's epsilon, which balances rounding and truncation
-    for the forward (central) difference of a smooth function; at kinks nothing does.
+    for the forward (central) difference of a smooth function; at kinks nothing does. Where loss_fn
+    computes in reduced precision (autocast), that precision's epsilon counts.
     """
     # A block that v leaves alone has a row of H v all the same.
     active = [i for i, g in enumerate(point.gradients) if g is not None]
@@ -287,10 +304,6 @@ def _difference(
         return [None] * len(direction)
     length = _norm([v for v in direction if v is not None])
     size = _norm([point.flats[i] for i in moved])
-    precision = torch.finfo(point.flats[active[0]].dtype).eps
-    c = precision**0.5 if product == "forward-difference" else precision ** (1 / 3)
-    # On the device all the way: asking for a number would make the host wait. v = 0 gives 0.
-    epsilon = c * size.clamp_min(1e-3) / length.clamp_min(torch.finfo(length.dtype).tiny)
 
     def gradients(scale: Tensor) -> list[Tensor]:
         flats = [
@@ -315,7 +328,21 @@ def _difference(
             p.grad = None
         return result
 
-    plus = gradients(epsilon)
+    def distance(precision: float) -> Tensor:
+        c = precision**0.5 if product == "forward-difference" else precision ** (1 / 3)
+        # On the device all the way: asking for a number would make the host wait. v = 0 gives 0.
+        epsilon = c * size.clamp_min(1e-3) / length.clamp_min(torch.finfo(length.dtype).tiny)
+        return -epsilon if opposite else epsilon
+
+    plant = evaluation.plant
+    own = torch.finfo(point.flats[active[0]].dtype).eps
+    known = plant in _PRECISION
+    epsilon = distance(max(own, _PRECISION.get(plant, 0.0)))
+    with nullcontext() if known else _noting_precision(plant):
+        plus = gradients(epsilon)
+    if not known and _PRECISION[plant] > own:
+        epsilon = distance(_PRECISION[plant])
+        plus = gradients(epsilon)
     if product == "forward-difference":
         minus, width = [g for g in point.gradients if g is not None], epsilon
     else:
@@ -324,6 +351,36 @@ def _difference(
     for i, high, low in zip(active, plus, minus, strict=True):
         result[i] = high.sub_(low).div_(width.to(high.device, high.dtype))
     return result
+
+
+_PRECISION: WeakKeyDictionary[Plant, float] = WeakKeyDictionary()
+"""The machine epsilon of the coarsest type that the modules of a plant's model compute in."""
+
+
+@contextmanager
+def _noting_precision(plant: Plant) -> Iterator[None]:
+    """Notes the plant's precision while its loss is evaluated inside.
+
+    Autocast is on inside loss_fn only, so that it is the modules that must be asked. What loss_fn
+    computes outside any module is not seen.
+    """
+    coarsest = 0.0
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal coarsest
+        dtypes = [t.dtype for t in tensors_of(output) if t.is_floating_point()]
+        kind = plant.parameters[0].device.type
+        if torch.is_autocast_enabled(kind):
+            dtypes.append(torch.get_autocast_dtype(kind))
+        coarsest = max([coarsest, *(torch.finfo(dtype).eps for dtype in dtypes)])
+
+    handles = [module.register_forward_hook(note) for module in plant.model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    _PRECISION[plant] = coarsest
 
 
 def _first_order(
@@ -345,9 +402,7 @@ def _first_order(
     _restore(point.rng)
     evaluated = evaluation.of_model(scratch.model, point.batch, statistics=bool(statistics))
     _add_first_order(outputs, seeds, evaluated, statistics_costates)
-    total: list[Tensor | None] = [None] * len(wanted)
-    if outputs:
-        total = list(torch.autograd.grad(outputs, wanted, seeds, allow_unused=True))
+    total = gradients_by_backward(outputs, wanted, seeds, scratch.model)
     return _result(evaluation, point, scratch.blocks, total, statistics, True, 0.0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -70,16 +70,19 @@ class WindowRecorder(Recorder):
         self.snapshots: dict[int, Snapshot] = {}
         self.graphs: dict[int, KeptGraph] = {}
         self.recomputed = 0
+        self._make_graph: GraphMaker | None = None
         self._bounds = chunk_bounds(plan.steps, plan.chunk) if plan.chunk else [0]
         self._marks = set(_marks(len(self._bounds) - 1, plan.snapshots)) if plan.chunk else set()
         # The first step whose gradient is in memory after the roll.
         self.first = self._bounds[-2] if plan.chunk else plan.spilled
         every = kept_states(plan.steps, plan.segment)
-        first = self.first
+        first, apart = self.first, plan.states_every or plan.steps
         super().__init__(
             plant,
             plan.steps - first,
-            every if plan.segment > 1 else (lambda i: i == first),
+            every
+            if plan.segment > 1
+            else (lambda i: i < plan.steps and i >= first and (i - first) % apart == 0),
         )
 
     # Forwards ------------------------------------------------------------------------------------
@@ -110,16 +113,17 @@ class WindowRecorder(Recorder):
     def _with_graph(self, i: int, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and gradients of the live model's values, with a graph that stays."""
         plant, blocks = self.plant, self.trajectory.blocks
-        evaluation = Evaluation(plant, blocks, self.objective)
-        graph, buffers, steady = gradient_graph(evaluation, batch)
+        if self._make_graph is None or self._make_graph.blocks is not blocks:
+            self._make_graph = GraphMaker(Evaluation(plant, blocks, self.objective))
+        graph, buffers, steady = self._make_graph(batch)
         if steady:
             self.graphs[i] = graph
         for block, gradients in zip(blocks, graph.gradients, strict=True):
             for index, g in zip(block.indices, gradients, strict=True):
                 plant.parameters[index].grad = None if g is None else g.detach()
         with torch.no_grad():
-            for name, live in plant.model.named_buffers():
-                live.copy_(buffers[name])
+            for live, after in buffers:
+                live.copy_(after)
         found = graph.evaluated
         return found.loss.detach(), {k: v.detach() for k, v in found.metrics.items()}
 
@@ -237,39 +241,74 @@ def _vector(block: Block, gradients: Sequence[Tensor | None]) -> Tensor | None:
 # Graphs ------------------------------------------------------------------------------------------
 
 
-def gradient_graph(evaluation: Evaluation, batch: Any) -> tuple[KeptGraph, dict[str, Tensor], bool]:
-    """(the graph of the gradient at the live values, the buffers after the step, whether it stays).
+class GraphMaker:
+    """Makes graphs of a plant's gradient at its live values, which stay when the values move on.
 
-    A model that uses activation checkpointing runs again in the backward pass, with whatever
-    parameters it then finds, so that its graph does not outlive the step.
+    The model sees leaves of its own in place of its parameters, and copies of its buffers.
     """
-    plant = evaluation.plant
-    model = plant.model
-    leaves = [
-        [plant.parameters[i].detach().clone().requires_grad_() for i in block.indices]
-        for block in evaluation.blocks
-    ]
-    live = {name: b.detach() for name, b in model.named_buffers()}
-    statistics = {n: live[n].clone().requires_grad_() for n in evaluation.statistics_names}
-    flat = [leaf for of_block in leaves for leaf in of_block]
-    tensors = dict(zip(evaluation.names, flat, strict=True))
-    tensors |= {name: b.clone() for name, b in live.items() if name not in statistics}
 
-    def evaluate(model: Any) -> tuple[Any, list[Tensor | None], dict[str, Tensor]]:
-        evaluated = evaluation.of_model(model, batch, statistics=bool(statistics))
-        found = torch.autograd.grad(evaluated.loss, flat, create_graph=True, allow_unused=True)
-        after = {name: b.detach() for name, b in model.named_buffers()}
-        return evaluated, list(found), after
+    def __init__(self, evaluation: Evaluation) -> None:
+        self.evaluation = evaluation
+        self.blocks = evaluation.blocks
+        plant = evaluation.plant
+        model = plant.model
+        indices = [i for block in self.blocks for i in block.indices]
+        place = {id(plant.parameters[i]): n for n, i in enumerate(indices)}
+        self._parameters = [plant.parameters[i] for i in indices]
+        self._owners: list[tuple[dict[str, Any], str, int]] = []
+        self._buffers: list[tuple[dict[str, Any], str, str, Tensor]] = []
+        for prefix, module in model.named_modules():
+            for name, p in module._parameters.items():
+                if id(p) in place:
+                    self._owners.append((module._parameters, name, place[id(p)]))
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    full = f"{prefix}.{name}" if prefix else name
+                    self._buffers.append((module._buffers, name, full, buffer))
 
-    with (
-        double_backward(model),
-        visible_statistics(model, update=bool(statistics)),
-        _checkpointing() as used,
-    ):
-        evaluated, found, after = evaluation.substitution.at({**tensors, **statistics}, evaluate)
-    given = iter(found)
-    gradients = [[next(given) for _ in of_block] for of_block in leaves]
-    return KeptGraph(leaves, statistics, gradients, evaluated), after, not used
+    def __call__(self, batch: Any) -> tuple[KeptGraph, list[tuple[Tensor, Tensor]], bool]:
+        """(the graph, (buffer, its value after the step) for every buffer, whether it stays).
+
+        A model that uses activation checkpointing runs again in the backward pass, with whatever
+        parameters it then finds, so that its graph does not outlive the step.
+        """
+        evaluation = self.evaluation
+        model = evaluation.plant.model
+        flat = [p.detach().clone().requires_grad_() for p in self._parameters]
+        names = set(evaluation.statistics_names)
+        statistics = {
+            full: live.detach().clone().requires_grad_()
+            for _, _, full, live in self._buffers
+            if full in names
+        }
+        visible = visible_statistics(model, update=True) if names else nullcontext()
+        with double_backward(model), visible, _checkpointing() as used:
+            try:
+                for owner, name, n in self._owners:
+                    owner[name] = flat[n]
+                for owner, name, full, live in self._buffers:
+                    owner[name] = statistics[full] if full in names else live.detach().clone()
+                evaluated = evaluation.of_model(model, batch, statistics=bool(names), twice=True)
+                found = torch.autograd.grad(
+                    evaluated.loss, flat, create_graph=True, allow_unused=True
+                )
+                after = [(live, owner[name].detach()) for owner, name, _, live in self._buffers]
+            finally:
+                for owner, name, n in self._owners:
+                    owner[name] = self._parameters[n]
+                for owner, name, _, live in self._buffers:
+                    owner[name] = live
+        leaves, gradients = iter(flat), iter(found)
+        return (
+            KeptGraph(
+                [[next(leaves) for _ in block.indices] for block in self.blocks],
+                statistics,
+                [[next(gradients) for _ in block.indices] for block in self.blocks],
+                evaluated,
+            ),
+            after,
+            not used,
+        )
 
 
 @contextmanager

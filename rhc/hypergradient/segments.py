@@ -33,6 +33,7 @@ from rhc.hypergradient.evaluation import (
     Evaluation,
     Scratch,
     double_backward,
+    gradients_by_backward,
     visible_statistics,
 )
 from rhc.hypergradient.products import (
@@ -63,23 +64,27 @@ class Costate:
     optimizer: list[list[Tensor | None]]
     statistics: dict[str, Tensor] = field(default_factory=dict)
 
-    def norm(self) -> Tensor:
-        """Euclidean norm over everything, a float64 scalar."""
-        slots = [t for h in self.optimizer for t in h]
-        return self._norm([*self.parameters, *slots, *self.statistics.values()])
+    def norms(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Euclidean norms of the tensors: (of dJ/dθ, of the rest).
+
+        Slots have units of their own: Adam's v at 0 has a huge slope.
+        """
+        theta = [t for t in self.parameters if t is not None]
+        rest = [t for h in self.optimizer for t in h if t is not None]
+        parts = [*theta, *rest, *self.statistics.values()]
+        found = torch._foreach_norm(parts) if parts else ()
+        return list(found[: len(theta)]), list(found[len(theta) :])
 
     def parameter_norm(self) -> Tensor:
-        """Of dJ/dθ alone: slots have units of their own (Adam's v at 0 has a huge slope)."""
-        return self._norm(self.parameters)
+        """Of dJ/dθ alone, a float64 scalar."""
+        return _euclidean(self.norms()[0])
 
-    @staticmethod
-    def _norm(tensors: Sequence[Tensor | None]) -> Tensor:
-        parts = [t for t in tensors if t is not None]
-        if not parts:
-            return torch.zeros((), dtype=torch.float64)
-        norms = torch._foreach_norm(parts)
-        device = norms[0].device
-        return torch.linalg.vector_norm(torch.stack([n.to(device, torch.float64) for n in norms]))
+
+def _euclidean(parts: Sequence[Tensor]) -> Tensor:
+    if not parts:
+        return torch.zeros((), dtype=torch.float64)
+    device = parts[0].device
+    return torch.linalg.vector_norm(torch.stack([p.to(device, torch.float64) for p in parts]))
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,8 @@ class Adjoint:
 
     costate_norms: (K,), |dJ/ds_t|. parameter_norms: (K + 1,), |dJ/dθ_t|. equivalents: the cost in
     gradient evaluations. discrepancies: index of a step -> |g − g_t| / |g_t| of its gradient when
-    computed again. disagreements: index -> |H v − exact| / |exact| of difference products.
+    computed again. disagreements: index -> |H v − H v′| / |H v′| of a difference product, H v′ the
+    exact one or, where there is none, the difference in the opposite direction.
     """
 
     gradient: dict[str, Tensor]
@@ -137,20 +143,23 @@ def adjoint(
     product: Product,
     damping: Damping,
     verify: Sequence[int] = (),
+    exact: bool = True,
 ) -> tuple[Adjoint, Tensor | None]:
     """(dJ/du for every step and control, the terminal loss).
 
     recorder: of a roll whose end is the live state. average: θ̄ in the optimizer's parameter order,
     where the terminal loss is taken; None for the last iterate. verify: steps at which a difference
-    product is compared with an exact one, which then takes its place. The live model and optimizer
-    are used as scratch and put back; the random state is left changed.
+    product is compared with an exact one, which then takes its place, or (not exact, where the model
+    has none) with a difference in the opposite direction: a difference of both is noted, not
+    raised. The live model and optimizer are used as scratch and put back; the random state is left
+    changed.
     """
     trajectory = recorder.trajectory
     evaluation = Evaluation(plant, trajectory.blocks, objective)
     value, costate, mean = _terminal_costate(
         plant, trajectory, objective, evaluation, terminal, average
     )
-    reverse = _Reverse(plant, trajectory, objective, evaluation, controls, mean, damping)
+    reverse = _Reverse(plant, trajectory, objective, evaluation, controls, mean, damping, exact)
     if recorder.plan.segment == 1:
         return reverse.recursion(costate, recorder, product, verify), value
     with (
@@ -178,11 +187,10 @@ def _terminal_costate(
     live = {name: b.detach() for name, b in plant.model.named_buffers()}
     leaves = {n: live[n].clone().requires_grad_() for n in evaluation.statistics_names}
 
-    def pull(value: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    def pull(value: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         weighted = objective.terminal_weight * value
-        return value.detach(), torch.autograd.grad(
-            weighted, [*flats, *leaves.values()], allow_unused=True
-        )
+        wanted = [*flats, *leaves.values()]
+        return value.detach(), gradients_by_backward([weighted], wanted, [None], plant.model)
 
     with visible_statistics(plant.model, update=False):
         value, pulled = evaluation.terminal(terminal, flats, {**live, **leaves}, pull)
@@ -208,8 +216,10 @@ class _Reverse:
         controls: Sequence[str],
         mean_gradient: list[Tensor | None],
         damping: Damping,
+        exact: bool,
     ) -> None:
         self.plant = plant
+        self.exact = exact
         self.trajectory = trajectory
         self.objective = objective
         self.evaluation = evaluation
@@ -218,6 +228,7 @@ class _Reverse:
         self.controls = tuple(controls)
         self.mean_gradient = mean_gradient
         self.damping = damping
+        self._at = [trajectory.schedule.at(trajectory.start + i) for i in range(self.steps)]
         self.weights = average_weights(objective.average, self.steps)
         # On the device until the end: writing to the host would make it wait at every step.
         self.device = plant.parameters[0].device
@@ -226,8 +237,8 @@ class _Reverse:
             n: torch.zeros(self.steps, groups, dtype=torch.float64, device=self.device)
             for n in controls
         }
-        self.norms = torch.zeros(self.steps, dtype=torch.float64, device=self.device)
-        self.parameter_norms = self.norms.new_zeros(self.steps + 1)
+        self.norms: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        self.end_norm = torch.zeros((), dtype=torch.float64)
         self.products = 0
         self.equivalents = 0.0
         # Whether a step computed again is the step that was rolled is looked at twice a window.
@@ -241,10 +252,16 @@ class _Reverse:
         for name, pulled in self.pulled.items():
             per_group = schedule[name].dim() == 2
             gradient[name] = pulled.cpu() if per_group else pulled.sum(1).cpu()
+        norms = [self.norms[i] for i in range(self.steps + 1)]
         return Adjoint(
             gradient,
-            self.norms.cpu(),
-            self.parameter_norms.cpu(),
+            torch.stack(
+                [
+                    _euclidean([*self.norms[i][0], *self.norms[i][1]]).cpu()
+                    for i in range(self.steps)
+                ]
+            ),
+            torch.stack([_euclidean(self.norms[i][0]).cpu() for i in range(self.steps + 1)]),
             self.products,
             self.equivalents,
             self.discrepancies,
@@ -258,7 +275,8 @@ class _Reverse:
     ) -> Adjoint:
         """The costate recursion."""
         costate = self._with_share(costate, self.steps)
-        self.parameter_norms[self.steps] = costate.parameter_norm()
+        self._note(self.steps, costate)
+        self.end_norm = costate.parameter_norm()
         for chunk in recorder.backwards():
             if recorder.plan.spilled and self.device.type == "cpu":
                 memory.trim()  # a tight budget: holes in the heap would count
@@ -322,18 +340,26 @@ class _Reverse:
         self.products += 1
         self.equivalents += KEPT_COST if kept else PRODUCT_COST[product]
         if verified:
-            with double_backward(self.plant.model):
-                exact = pull_back(
-                    "exact", self.evaluation, scratch, point, gradient_costates, costate.statistics
+            by = "exact" if self.exact else product
+            with double_backward(self.plant.model) if self.exact else nullcontext():
+                other = pull_back(
+                    by,
+                    self.evaluation,
+                    scratch,
+                    point,
+                    gradient_costates,
+                    costate.statistics,
+                    opposite=not self.exact,
                 )
             self.products += 1
-            self.equivalents += PRODUCT_COST["exact"]
-            share = relative_difference(pulled.parameters, exact.parameters)
+            self.equivalents += PRODUCT_COST[by]
+            share = relative_difference(pulled.parameters, other.parameters)
             self.disagreements[i] = share
-            if not share <= AGREES:
+            if not share <= AGREES and self.exact:
                 step = self.trajectory.start + i
                 raise Disagreement(step, share, self.products, self.equivalents)
-            pulled = exact
+            if self.exact:
+                pulled = other
         if not kept:
             self.discrepancies[i] = pulled.discrepancy
         parameters = [
@@ -346,14 +372,14 @@ class _Reverse:
         return costate
 
     def _note(self, i: int, costate: Costate) -> None:
-        self.norms[i] = costate.norm()
-        self.parameter_norms[i] = costate.parameter_norm()
+        """Keeps the norms of λ_i; they are put together, and looked at, at the end."""
+        self.norms[i] = costate.norms()
 
     def _damped(self, costate: Costate) -> Costate:
         discount, clip = self.damping.discount, self.damping.clip
         scale: Tensor | float = discount
         if clip is not None:
-            limit = clip * self.parameter_norms[self.steps]
+            limit = clip * self.end_norm.to(self.device)
             norm = costate.parameter_norm().to(self.device).clamp_min(1e-300)
             scale = discount * (limit / norm).clamp(max=1.0)
         elif discount == 1:
@@ -517,7 +543,8 @@ class _Reverse:
     def segments(self, costate: Costate, segment: int) -> Adjoint:
         """Graphs of `segment` steps at a time."""
         costate = self._with_share(costate, self.steps)
-        self.parameter_norms[self.steps] = costate.parameter_norm()
+        self._note(self.steps, costate)
+        self.end_norm = costate.parameter_norm()
         for start in reversed(range(0, self.steps, segment)):
             costate = self._segment(start, min(start + segment, self.steps), costate)
             if start:
@@ -620,7 +647,7 @@ class _Reverse:
     # Common to both ------------------------------------------------------------------------------
 
     def _values(self, i: int) -> dict[str, Any]:
-        return self.trajectory.schedule.at(self.trajectory.start + i)
+        return self._at[i]
 
     def _group_values(self, i: int, group: int) -> dict[str, Any]:
         """Every control but noise of step i as the group has it."""
