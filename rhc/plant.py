@@ -22,7 +22,7 @@ from rhc.dynamics import Dynamics, dynamics_of
 from rhc.errors import InputError
 from rhc.noise import add_gradient_noise
 from rhc.objective import Average
-from rhc.randomness import RandomState
+from rhc.randomness import RandomState, RandomWatch
 from rhc.schedule import OptimizerControls, Schedule, parameters_of
 
 PATIENCE = 5
@@ -203,6 +203,16 @@ class Plant:
         loss, metrics = self.loss(batch)
         loss.backward()
         return loss, metrics
+
+    def refuse_sparse(self) -> None:
+        """An InputError where a gradient, or a slot that was made of one, is sparse."""
+        for p in self.parameters:
+            tensors = [p.grad, *self.optimizer.state.get(p, {}).values()]
+            if any(isinstance(t, Tensor) and t.layout != torch.strided for t in tensors):
+                raise InputError(
+                    f"the gradient of parameter {self._names[id(p)]!r} is sparse, and looking back "
+                    "needs dense ones; use sparse=False in the embedding that makes it"
+                )
 
     def _accumulate(
         self, batches: MicroBatches | DrawnAsNeeded
@@ -389,6 +399,7 @@ class Plant:
 
     def block_states(self, blocks: Sequence[Block]) -> list[BlockState]:
         """A flattened copy of parameters and optimizer state, one per block."""
+        self.refuse_sparse()
         return [
             BlockState(
                 block.flatten(self.parameters),
@@ -422,7 +433,7 @@ class Recorder:
         self.states = states
         self.blocks = blocks
         self.store = _Store(steps)
-        self._rng: RandomState | None = None
+        self._watch: RandomWatch | None = None
 
     def before(self, i: int, batch: Any) -> Backward | None:
         """Called before every step; may return what is to take the place of loss and backward."""
@@ -440,6 +451,7 @@ class Recorder:
         """Called with the raw gradients, before clipping and noise."""
         trajectory = self.trajectory
         gradients = [p.grad for p in self.plant.parameters]
+        self.plant.refuse_sparse()
         if any(_is_split(block, gradients) for block in trajectory.blocks):
             # Seldom more than once per plant: from now on every parameter is its own block.
             self.plant.singletons = True
@@ -461,12 +473,13 @@ class Recorder:
 
     def _note_randomness(self) -> None:
         """Remembers the random state, and drops the one before if nothing was drawn since."""
-        now = RandomState.capture()
+        if self._watch is None:
+            self._watch = RandomWatch()
+        before, now = self._watch.state, self._watch.now()
         rng = self.trajectory.rng
-        if rng and self._rng is not None and now.same(self._rng):
+        if rng and now is before:
             rng[-1] = None
         rng.append(now)
-        self._rng = now
 
 
 class _Store:

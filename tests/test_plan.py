@@ -344,6 +344,12 @@ def look_back(setting: Setting, steps: int, **options: Any) -> Hypergradient:
     )
 
 
+def all_of(setting: Setting) -> list[Any]:
+    """What no look back may change, with the random state that every one of them begins with."""
+    torch.manual_seed(5)
+    return everything(setting.problem.model, setting.optimizer)
+
+
 def fixed_batches(problem: Problem, steps: int) -> list[Any]:
     """The same ones at every call; a problem draws from a stream."""
     found = BATCHES.setdefault(id(problem.batches), (problem.batches, []))[1]
@@ -385,7 +391,7 @@ def test_every_plan_gives_the_same_hypergradient(
 ) -> None:
     chosen = SETTINGS[name]()
     expected = look_back(chosen, steps, segment=steps)  # the unrolled graph remembers nothing else
-    before = everything(chosen.problem.model, chosen.optimizer)
+    before = all_of(chosen)
     for plan in plans(steps):
         monkeypatch.setattr(Lookback, "plan", lambda self, steps, batch, plan=plan: plan)
         found = look_back(chosen, steps, spill=tmp_path)
@@ -394,7 +400,6 @@ def test_every_plan_gives_the_same_hypergradient(
         terminal = "terminal" in chosen.options
         assert found.gradient_equivalents == plan.gradient_equivalents + terminal, plan
         assert found.hessian_products == steps
-        torch.manual_seed(5)
         assert_identical(before, everything(chosen.problem.model, chosen.optimizer))
 
 
@@ -411,7 +416,7 @@ def test_every_budget_gives_the_same_hypergradient(
     chosen = SETTINGS[name]()
     expected = look_back(chosen, 9)
     assert expected.plan is not None and expected.plan.predicted_bytes is not None
-    before = everything(chosen.problem.model, chosen.optimizer)
+    before = all_of(chosen)
     for factor in (1 / 40, 1 / 8, 1 / 3, 2, 40):
         budget = int(factor * expected.plan.predicted_bytes)
         found = look_back(chosen, 9, memory_budget=budget, spill=where)
@@ -421,30 +426,29 @@ def test_every_budget_gives_the_same_hypergradient(
         assert_same(found, expected, found.plan)
         terminal = "terminal" in chosen.options
         assert found.gradient_equivalents == found.plan.gradient_equivalents + terminal
-        torch.manual_seed(5)
         assert_identical(before, everything(chosen.problem.model, chosen.optimizer))
     assert [f for folder in ("own", "system") for f in (tmp_path / folder).iterdir()] == []
 
 
 def test_a_quarter_of_the_states_is_enough_without_a_disk() -> None:
-    """Batches of one row, so that a product is small beside 30 states of 1.7 MB."""
+    """Batches of one row, so that a product is small beside 60 states of 0.4 MB."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 10)).double()
-    rows = [torch.randn(1, 256, dtype=torch.float64) for _ in range(31)]
+    model = nn.Sequential(nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 10)).double()
+    rows = [torch.randn(1, 128, dtype=torch.float64) for _ in range(61)]
 
     def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
         return model(x).square().mean()
 
-    problem = Problem(model, loss_fn, lambda steps: rows[:steps], lambda m: loss_fn(m, rows[30]))
+    problem = Problem(model, loss_fn, lambda steps: rows[:steps], lambda m: loss_fn(m, rows[60]))
     optimizer = adamw(model.parameters())
     plain_loop(problem, optimizer, rows[:2], {})
     chosen = Setting(problem, optimizer, {"terminal": problem.terminal})
-    states = 30 * 3 * 8 * sum(p.numel() for p in model.parameters())
-    expected = look_back(chosen, 30)
-    found = look_back(chosen, 30, memory_budget=states // 4, spill=False)
-    assert found.plan is not None and found.plan.fits and found.plan.chunk
+    states = 60 * 3 * 8 * sum(p.numel() for p in model.parameters())
+    expected = look_back(chosen, 60)
+    found = look_back(chosen, 60, memory_budget=states // 4, spill=False)
+    assert found.plan is not None and found.plan.fits and found.plan.chunk, found.plan
     assert found.gradient_equivalents == found.plan.gradient_equivalents + 1
-    assert 90 < found.plan.gradient_equivalents < 180
+    assert 3 * 60 < found.plan.gradient_equivalents < 6 * 60
     assert_same(found, expected, found.plan)
 
 
@@ -483,13 +487,12 @@ def test_blocks_that_split_under_way(
     plain_loop(problem, kind, [(rows[0], True)], {})
     chosen = Setting(problem, kind, {"terminal": problem.terminal, "average": 0.9})
     expected = look_back(chosen, 7, segment=7)
-    before = everything(model, kind)
+    before = all_of(chosen)
     for plan in plans(7):
         monkeypatch.setattr(Lookback, "plan", lambda self, steps, batch, plan=plan: plan)
         found = look_back(chosen, 7, spill=tmp_path)
         assert_same(found, expected, plan)
-        torch.manual_seed(5)
-        assert_identical(before, everything(model, kind))
+        assert_identical(before, everything(chosen.problem.model, chosen.optimizer))
 
 
 KINDS = {
@@ -517,7 +520,7 @@ def test_an_exception_leaves_no_file_and_puts_everything_back(
     """Wherever the loss is evaluated: in the roll, in a product, when steps are rolled again."""
     monkeypatch.setattr(Lookback, "plan", lambda self, steps, batch: KINDS[kind])
     chosen = SETTINGS["clipped AdamW"]()
-    before = everything(chosen.problem.model, chosen.optimizer)
+    before = all_of(chosen)
     last = 8 + 8 - KINDS[kind].graphs + KINDS[kind].recomputed
     for number in range(1, last + 1, 2):
         calls = 0
@@ -531,7 +534,6 @@ def test_an_exception_leaves_no_file_and_puts_everything_back(
 
         with pytest.raises(ValueError, match="on purpose"):
             look_back(chosen, 8, loss_fn=loss_fn, spill=tmp_path)
-        torch.manual_seed(5)
         assert_identical(before, everything(chosen.problem.model, chosen.optimizer))
         assert [f for f in tmp_path.rglob("*") if f.is_file()] == [], number
 
@@ -548,11 +550,10 @@ def test_a_window_that_diverges_is_an_outcome_under_every_plan(
     def loss_fn(model: nn.Module, batch: Any) -> Tensor:
         return chosen.problem.loss_fn(model, batch) * (math.nan if batch is worst else 1.0)
 
-    before = everything(chosen.problem.model, chosen.optimizer)
+    before = all_of(chosen)
     found = look_back(chosen, 8, loss_fn=loss_fn, spill=tmp_path)
     assert (found.result.name, found.result.step) == ("non-finite", step)
     assert all(g.shape == (8,) for g in found.grad.values())
-    torch.manual_seed(5)
     assert_identical(before, everything(chosen.problem.model, chosen.optimizer))
 
 
@@ -603,6 +604,8 @@ def test_a_run_within_a_budget_can_be_interrupted(
         measured = 0
         directory = tmp_path / f"stopped-{number}"
         assert fitted(directory, 0, stop=number, **options) is None
+        if len(list((directory / "checkpoints").glob("window-*"))) == 1:
+            measured = 0  # the only checkpoint is older than the measurement
         saved = any((directory / "checkpoints").glob("window-*/*"))
         found = fitted(directory, 99 if saved else 0, **options)
         assert unequal(expected[:2], found[:2]) == [], number
@@ -618,5 +621,6 @@ def test_a_budget_does_not_change_the_run(tmp_path: Path) -> None:
         bound = fitted(
             tmp_path / f"bound-{spill}", 0, product="exact", memory_budget=2000, spill=spill
         )
-        for name in free[2].schedule.names:
-            assert relative_error(bound[2].schedule[name], free[2].schedule[name]) < 1e-4
+        for name in free[2].schedule.values:
+            found, expected = (run[2].schedule[name] for run in (bound, free))
+            assert torch.allclose(found, expected, rtol=1e-4, atol=0.0), name

@@ -291,7 +291,7 @@ def once_differentiable_function(node: Any) -> str | None:
     code = getattr(backward, "__code__", None)
     if code is None or code.co_filename != torch.autograd.function.__file__:
         return None
-    return str(function.__name__)
+    return str(getattr(function, "__name__", function))
 
 
 def gradients_by_backward(

@@ -19,7 +19,13 @@ from torch.nn.functional import pad
 
 from rhc import memory
 from rhc.errors import InputError
-from rhc.hypergradient.evaluation import Evaluation, Scratch, double_backward, visible_statistics
+from rhc.hypergradient.evaluation import (
+    Evaluation,
+    Scratch,
+    double_backward,
+    tensors_of,
+    visible_statistics,
+)
 from rhc.hypergradient.plan import FREE_GRAPHS, Plan, Sizes, make_plan
 from rhc.hypergradient.products import Product, StepPoint, pull_back
 from rhc.hypergradient.record import GraphMaker, WindowRecorder
@@ -149,7 +155,8 @@ class Lookback:
         self.automatic = product == "auto"
         self.product, self.why = self._first_choice(product)
         self.exact_fails = False
-        self._sizes: dict[bool, Sizes] = {}
+        self.moving: list[str] | None = None
+        self._sizes: dict[str, Sizes] = {}
 
     # Plan and roll -------------------------------------------------------------------------------
 
@@ -158,7 +165,7 @@ class Lookback:
         product = self._product(steps)
         if self.segment not in ("auto", 1):
             return Plan(steps, product, min(int(self.segment), steps), kept=steps)
-        sizes = self._measured(batch)
+        sizes = self._measured(batch, product)
         return make_plan(steps, product, sizes, self.memory_budget, spill=self.spill is not False)
 
     def roll(
@@ -217,6 +224,8 @@ class Lookback:
                 self._give_up(disagreement)
             except (RuntimeError, NotImplementedError) as error:
                 self._fall_back(error, trajectory)
+        if self.moving is None:
+            self.moving = self._moving_buffers(trajectory)
         value = stage_sum(self.objective, trajectory)
         if end is not None:
             value += self.objective.terminal_weight * float(end)
@@ -234,13 +243,13 @@ class Lookback:
             segment=plan.segment,
             hessian_products=found.hessian_products + wasted,
             gradient_equivalents=found.equivalents + spent + (end is not None),
-            why=self.why,
+            why=self._explained(product),
             plan=plan,
         )
 
     def state(self) -> dict[str, Any]:
         """What was decided and measured, JSON-able: a resumed run must roll as the run did."""
-        sizes = {str(full): asdict(found) for full, found in self._sizes.items()}
+        sizes = {key: asdict(found) for key, found in self._sizes.items()}
         return {
             "product": self.product,
             "why": self.why,
@@ -252,7 +261,7 @@ class Lookback:
         """Takes over what `state` gave."""
         self.product, self.why = state["product"], state["why"]
         self.exact_fails = bool(state["exact_fails"])
-        self._sizes = {full == "True": Sizes(**found) for full, found in state["sizes"].items()}
+        self._sizes = {key: Sizes(**found) for key, found in state["sizes"].items()}
 
     # Which product -------------------------------------------------------------------------------
 
@@ -269,6 +278,27 @@ class Lookback:
                 "a reward takes a graph of its own at every step",
             )
         return "forward-difference", "one gradient a step, verified against exact products"
+
+    def _explained(self, product: Product) -> str:
+        """Why `product` was taken, and what it leaves out."""
+        why = self.why
+        if product != self.product:
+            why = f"windows of fewer than {SHORT} steps are looked back at exactly"
+        return f"{why}; {_left_out(self.moving)}" if self.moving else why
+
+    def _moving_buffers(self, trajectory: Trajectory) -> list[str]:
+        """Buffers that training changes, beyond the statistics that are followed."""
+        followed = Evaluation(self.plant, trajectory.blocks, self.objective).statistics_names
+        moving = [
+            name
+            for name, live in self.plant.model.named_buffers()
+            if name not in followed
+            and live.is_floating_point()
+            and not torch.equal(live, trajectory.buffers[0][name])
+        ]
+        if moving:
+            self.notice(_left_out(moving))
+        return moving
 
     def _product(self, steps: int) -> Product:
         """For a window of `steps`: verifying differences costs what a short one would save."""
@@ -302,7 +332,7 @@ class Lookback:
     def _fall_back(self, error: BaseException, trajectory: Trajectory) -> None:
         """An operator lacks the derivative: differences where that is ours to choose."""
         batch = trajectory.batches[-1]
-        if not self.automatic or self.exact_fails:
+        if not self.automatic or self.exact_fails or self.segment not in ("auto", 1):
             raise unsupported(error, self.plant, batch, self.product) or error from error
         found = missing(error, self.plant, batch, "exact")
         if found is None:
@@ -314,13 +344,20 @@ class Lookback:
 
     # Sizes ---------------------------------------------------------------------------------------
 
-    def _measured(self, batch: Any) -> Sizes:
-        full = self.memory_budget is not None
-        if full not in self._sizes:
-            self._sizes[full] = measure_sizes(
-                self.plant, batch, self.objective, self.product, full=full
+    def _measured(self, batch: Any, product: Product) -> Sizes:
+        if product not in self._sizes:
+            self._sizes[product] = measure_sizes(
+                self.plant, batch, self.objective, product, full=self.memory_budget is not None
             )
-        return self._sizes[full]
+        return self._sizes[product]
+
+
+def _left_out(moving: Sequence[str]) -> str:
+    names = ", ".join(moving[:3]) + (", …" if len(moving) > 3 else "")
+    return (
+        f"buffers {names} change in training and count as constants of each step: what loss_fn "
+        "reads of them (spectral_norm does) is left out of the hypergradient"
+    )
 
 
 NEVER = 1 << 62
@@ -342,7 +379,7 @@ def measure_sizes(
     state = plant.snapshot()
     grads = [p.grad for p in plant.model.parameters()]
     try:
-        graph = 2 * parameters
+        graph = parameters
         if product == "exact" and (full or graph <= FREE_GRAPHS):
             for p in plant.model.parameters():
                 p.grad = None
@@ -368,33 +405,27 @@ def _graph_bytes(plant: Plant, batch: Any, objective: Objective, enough: float) 
 
     enough: bytes from which on it is not worth going on.
     """
-    own = {t.untyped_storage().data_ptr() for t in [*plant.parameters, *plant.model.buffers()]}
+    held = [*plant.parameters, *plant.model.buffers(), *tensors_of(batch)]
+    own = {t.untyped_storage().data_ptr() for t in held if t.layout == torch.strided}
     seen: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
+        if t.layout != torch.strided:  # has no storage; the recorder will refuse it by name
+            return t
         storage = t.untyped_storage()
         if storage.data_ptr() not in own:
             seen[storage.data_ptr()] = storage.nbytes()
             if sum(seen.values()) > enough:
                 raise _TooMuch
-        return t
+        return t.detach()  # the tensor itself could hold the node that holds it
 
     make_graph = GraphMaker(Evaluation(plant, plant.blocks(), objective))
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         try:
-            graph, _, steady = make_graph(batch)
+            _, _, _, steady = make_graph(batch)
         except _TooMuch:
             return NEVER
-    total = sum(seen.values())
-    total += sum(
-        g.numel() * g.element_size() for gs in graph.gradients for g in gs if g is not None
-    )
-    # What a hook returns may hold the node that holds it: only a backward pass lets go of it.
-    leaves = [leaf for of_block in graph.leaves for leaf in of_block]
-    pairs = [g for gs in graph.gradients for g in gs if g is not None and g.requires_grad]
-    if pairs:
-        torch.autograd.grad(pairs, leaves, [g.detach() for g in pairs], allow_unused=True)
-    return total if steady else NEVER
+    return sum(seen.values()) if steady else NEVER
 
 
 def _product_peak(plant: Plant, batch: Any, objective: Objective, product: Product) -> int:
@@ -405,6 +436,7 @@ def _product_peak(plant: Plant, batch: Any, objective: Objective, product: Produ
         p.grad = None
     with torch.enable_grad():
         plant.backward(batch)  # warm
+        plant.refuse_sparse()
         memory.reset_peak(device)
         for p in plant.model.parameters():
             p.grad = None

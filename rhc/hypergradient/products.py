@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from rhc.batches import MicroBatches
 from rhc.hypergradient.evaluation import (
@@ -54,13 +55,14 @@ KEPT_COST = 2
 class KeptGraph:
     """The graph of one step's gradient, as the roll left it.
 
-    leaves: per block, θ_t as one leaf per parameter; statistics_leaves: b_t by name. gradients:
-    like leaves, None where a parameter takes no part. evaluated: what the step gave.
+    leaves: θ_t, one leaf per parameter of the blocks; statistics_leaves: b_t by name. gradients:
+    where the graph of each leaf's gradient begins, None where there is no second derivative.
+    evaluated: what the step gave.
     """
 
-    leaves: list[list[Tensor]]
+    leaves: list[Tensor]
     statistics_leaves: dict[str, Tensor]
-    gradients: list[list[Tensor | None]]
+    gradients: list[GradientEdge | None]
     evaluated: Evaluated
 
 
@@ -180,14 +182,18 @@ def _kept(
     assert graph is not None
     blocks = evaluation.blocks
     seeds = _per_parameter(blocks, gradient_costates)
-    gradients = [g for of_block in graph.gradients for g in of_block]
-    outputs, output_seeds = _outputs(gradients, seeds)
+    pairs = [
+        (g, s)
+        for g, s in zip(graph.gradients, seeds, strict=True)
+        if g is not None and s is not None
+    ]
+    outputs: list[Any] = [g for g, _ in pairs]
+    output_seeds: list[Tensor | None] = [s for _, s in pairs]
     joint = bool(statistics_costates) or bool(evaluation.objective.reward_weight)
     if joint:
         _add_first_order(outputs, output_seeds, graph.evaluated, statistics_costates)
-    leaves = [leaf for of_block in graph.leaves for leaf in of_block]
     statistics = {n: graph.statistics_leaves[n] for n in statistics_costates}
-    wanted = [*leaves, *statistics.values()]
+    wanted = [*graph.leaves, *statistics.values()]
     total: list[Tensor | None] = [None] * len(wanted)
     if outputs:
         total = list(torch.autograd.grad(outputs, wanted, output_seeds, allow_unused=True))

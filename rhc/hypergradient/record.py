@@ -15,6 +15,7 @@ import torch
 import torch.utils.checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from rhc.hypergradient.evaluation import Evaluation, double_backward, visible_statistics
 from rhc.hypergradient.plan import Plan, chunk_bounds, split
@@ -115,12 +116,12 @@ class WindowRecorder(Recorder):
         plant, blocks = self.plant, self.trajectory.blocks
         if self._make_graph is None or self._make_graph.blocks is not blocks:
             self._make_graph = GraphMaker(Evaluation(plant, blocks, self.objective))
-        graph, buffers, steady = self._make_graph(batch)
+        graph, values, buffers, steady = self._make_graph(batch)
         if steady:
             self.graphs[i] = graph
-        for block, gradients in zip(blocks, graph.gradients, strict=True):
-            for index, g in zip(block.indices, gradients, strict=True):
-                plant.parameters[index].grad = None if g is None else g.detach()
+        indices = (i for block in blocks for i in block.indices)
+        for index, g in zip(indices, values, strict=True):
+            plant.parameters[index].grad = g
         with torch.no_grad():
             for live, after in buffers:
                 live.copy_(after)
@@ -266,8 +267,12 @@ class GraphMaker:
                     full = f"{prefix}.{name}" if prefix else name
                     self._buffers.append((module._buffers, name, full, buffer))
 
-    def __call__(self, batch: Any) -> tuple[KeptGraph, list[tuple[Tensor, Tensor]], bool]:
-        """(the graph, (buffer, its value after the step) for every buffer, whether it stays).
+    def __call__(
+        self, batch: Any
+    ) -> tuple[KeptGraph, list[Tensor | None], list[tuple[Tensor, Tensor]], bool]:
+        """(graph, gradients, (buffer, value after the step) for every buffer, whether it stays).
+
+        The graph itself holds no gradient's value, since nobody reads it again.
 
         A model that uses activation checkpointing runs again in the backward pass, with whatever
         parameters it then finds, so that its graph does not outlive the step.
@@ -298,14 +303,10 @@ class GraphMaker:
                     owner[name] = self._parameters[n]
                 for owner, name, _, live in self._buffers:
                     owner[name] = live
-        leaves, gradients = iter(flat), iter(found)
+        edges = [get_gradient_edge(g) if g is not None and g.requires_grad else None for g in found]
         return (
-            KeptGraph(
-                [[next(leaves) for _ in block.indices] for block in self.blocks],
-                statistics,
-                [[next(gradients) for _ in block.indices] for block in self.blocks],
-                evaluated,
-            ),
+            KeptGraph(flat, statistics, edges, evaluated),
+            [None if g is None else g.detach() for g in found],
             after,
             not used,
         )

@@ -149,8 +149,8 @@ def adjoint(
 
     recorder: of a roll whose end is the live state. average: θ̄ in the optimizer's parameter order,
     where the terminal loss is taken; None for the last iterate. verify: steps at which a difference
-    product is compared with an exact one, which then takes its place, or (not exact, where the model
-    has none) with a difference in the opposite direction: a difference of both is noted, not
+    product is compared with an exact one, which then takes its place, or (not exact, where the
+    model has none) with a difference in the opposite direction: a difference of both is noted, not
     raised. The live model and optimizer are used as scratch and put back; the random state is left
     changed.
     """
@@ -232,11 +232,9 @@ class _Reverse:
         self.weights = average_weights(objective.average, self.steps)
         # On the device until the end: writing to the host would make it wait at every step.
         self.device = plant.parameters[0].device
-        groups = len(plant.optimizer.param_groups)
-        self.pulled = {
-            n: torch.zeros(self.steps, groups, dtype=torch.float64, device=self.device)
-            for n in controls
-        }
+        self.groups = len(plant.optimizer.param_groups)
+        # name -> (step, group, factor, derivative), put together at the end.
+        self.pulled: dict[str, list[tuple[int, int, float, Tensor]]] = {n: [] for n in controls}
         self.norms: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         self.end_norm = torch.zeros((), dtype=torch.float64)
         self.products = 0
@@ -250,18 +248,19 @@ class _Reverse:
         schedule = self.trajectory.schedule
         gradient = {}
         for name, pulled in self.pulled.items():
-            per_group = schedule[name].dim() == 2
-            gradient[name] = pulled.cpu() if per_group else pulled.sum(1).cpu()
+            total = torch.zeros(self.steps, self.groups, dtype=torch.float64)
+            if pulled:
+                found = torch.stack([p.to(self.device, torch.float64) for *_, p in pulled]).cpu()
+                steps, groups, factors = zip(*((i, g, f) for i, g, f, _ in pulled), strict=True)
+                found *= torch.tensor(factors, dtype=torch.float64)
+                where = (torch.tensor(steps), torch.tensor(groups))
+                total.index_put_(where, found, accumulate=True)
+            gradient[name] = total if schedule[name].dim() == 2 else total.sum(1)
         norms = [self.norms[i] for i in range(self.steps + 1)]
         return Adjoint(
             gradient,
-            torch.stack(
-                [
-                    _euclidean([*self.norms[i][0], *self.norms[i][1]]).cpu()
-                    for i in range(self.steps)
-                ]
-            ),
-            torch.stack([_euclidean(self.norms[i][0]).cpu() for i in range(self.steps + 1)]),
+            torch.stack([_euclidean([*theta, *rest]).cpu() for theta, rest in norms[:-1]]),
+            torch.stack([_euclidean(theta).cpu() for theta, _ in norms]),
             self.products,
             self.equivalents,
             self.discrepancies,
@@ -354,6 +353,12 @@ class _Reverse:
             self.products += 1
             self.equivalents += PRODUCT_COST[by]
             share = relative_difference(pulled.parameters, other.parameters)
+            if not self.exact:
+                # Nothing better is at hand: rounding in a product that hardly counts is let pass,
+                # where all of the window's together stay below the same share of the costate.
+                carried = Costate(costate.parameters, []).parameter_norm()
+                moved = Costate(other.parameters, []).parameter_norm()
+                share = min(share, float(self.steps * share * moved / carried.clamp_min(1e-300)))
             self.disagreements[i] = share
             if not share <= AGREES and self.exact:
                 step = self.trajectory.start + i
@@ -362,9 +367,9 @@ class _Reverse:
                 pulled = other
         if not kept:
             self.discrepancies[i] = pulled.discrepancy
-        parameters = [
-            _sum(a, b) for a, b in zip(costate.parameters, pulled.parameters, strict=True)
-        ]
+        pairs = zip(costate.parameters, pulled.parameters, strict=True)
+        # Vectors of our own, so that they can be added to in place.
+        parameters = [b if a is None else a if b is None else a.add_(b) for a, b in pairs]
         costate = self._damped(Costate(parameters, costate.optimizer, pulled.statistics))
         if i:
             costate = self._with_share(costate, i)
@@ -410,12 +415,12 @@ class _Reverse:
         sigma = values.get("noise", 0.0)
         with torch.enable_grad():
             steered = "noise" in self.controls
-            noise = torch.tensor(sigma, dtype=torch.float64, requires_grad=True)
-            raw = [None if g is None else g.detach() for g in gradients]
             changed = steered or sigma != 0 or self._clips
+            raw = transformed = list(gradients)
             if changed:
-                raw = [None if g is None else g.requires_grad_() for g in raw]
-            transformed = self._transform(i, raw, noise if steered else sigma) if changed else raw
+                noise = torch.tensor(sigma, dtype=torch.float64, requires_grad=True)
+                raw = [None if g is None else g.detach().requires_grad_() for g in gradients]
+                transformed = self._transform(i, raw, noise if steered else sigma)
         parameters: list[Tensor | None] = []
         optimizer: list[list[Tensor | None]] = []
         of_gradients: list[Tensor | None] = []
@@ -448,7 +453,7 @@ class _Reverse:
                 of_gradients = [None if g is None else found.pop(0) for g in raw]
                 (of_noise,) = found
                 if steered and of_noise is not None:
-                    self.pulled["noise"][i, 0] += of_noise.to(self.device)
+                    self.pulled["noise"].append((i, 0, 1.0, of_noise))
         return Costate(parameters, optimizer, costate.statistics), of_gradients
 
     def _pull_block(
@@ -512,7 +517,7 @@ class _Reverse:
         """Adds dJ/d(the group's value) to the derivative by the schedule's value."""
         value = self._values(i)[name]
         slope = self.plant.controls.group_slope(name, group, value)
-        self.pulled[name][i, group] += slope * pulled.to(self.device, torch.float64)
+        self.pulled[name].append((i, group, slope, pulled))
 
     def _state_after(self, chunk: Chunk) -> Callable[[int, list[BlockState]], list[BlockState]]:
         """From the states of step i to those of step i + 1, by the gradients of the roll."""
@@ -675,7 +680,8 @@ class _Reverse:
     ) -> None:
         for name, p in zip(leaves, pulled, strict=True):
             if p is not None:
-                self.pulled[name][i, : p.numel()] = p.reshape(-1).to(self.device)
+                of_groups = p.reshape(-1)
+                self.pulled[name] += [(i, g, 1.0, of_groups[g]) for g in range(p.numel())]
 
     def _share(self, n: int) -> list[Tensor | None]:
         """The terminal gradient's share of the n-th iterate θ_n, 1 ≤ n ≤ K."""

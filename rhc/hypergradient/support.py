@@ -7,14 +7,24 @@ every module on its own, and the mend is said.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from rhc.errors import InputError
-from rhc.hypergradient.evaluation import double_backward, mean_loss
+from rhc.hypergradient.evaluation import (
+    OnceDifferentiable,
+    double_backward,
+    graph_nodes,
+    mean_loss,
+    once_differentiable_function,
+    tensors_of,
+)
 from rhc.hypergradient.products import Product
 from rhc.plant import Plant
 
@@ -22,73 +32,108 @@ _NO_DERIVATIVE = (
     re.compile(r"derivative for (?:aten::)?(\S+) is not implemented"),
     re.compile(r"forward AD with (\S+) that does not support it"),
     re.compile(r"(once_differentiable)"),
-    re.compile(r"(aot_autograd) does not currently support double backward"),
-    re.compile(r"(checkpoint)\S* is incompatible with \.grad"),
+    re.compile(r"torch\.compile with (aot_autograd) does not currently support double backward"),
+    re.compile(r"torch\.utils\.(checkpoint) is incompatible with \.grad"),
+    re.compile(r"backward through (\S+) but no autograd formula"),
     re.compile(r"function (\w+) has no backward|(\w+) is not differentiable twice"),
     re.compile(r"does not have a (jvp) formula|implement the (jvp)"),
     re.compile(r"(double backwards?) (?:is )?not (?:supported|implemented)"),
 )
 
-_MENDS = {
-    "aot_autograd": "give the uncompiled module, or use product 'forward-difference'",
-    "checkpoint": "use torch.utils.checkpoint with use_reentrant=False, or a difference product",
-    "once_differentiable": (
-        "write its backward with differentiable operations and without once_differentiable, or use "
-        "product 'forward-difference'"
-    ),
+_NAMES = {
+    "aot_autograd": "torch.compile (aot_autograd)",
+    "checkpoint": "torch.utils.checkpoint with use_reentrant=True",
+    "jvp": "a custom Function without jvp",
 }
+
+_MENDS = {
+    "aot_autograd": "give the uncompiled module",
+    "checkpoint": "use torch.utils.checkpoint with use_reentrant=False",
+    "jvp": "give it a jvp",
+    "mkldnn_rnn_layer": "set torch.backends.mkldnn.enabled = False",
+}
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What stands against a product. reason: operator and place; mend: how the model gets it."""
+
+    reason: str
+    mend: str
 
 
 def missing_derivative(error: BaseException) -> str | None:
     """The operator that a RuntimeError of autograd says cannot be differentiated, or None."""
+    if isinstance(error, OnceDifferentiable):
+        return error.function
     if not isinstance(error, (RuntimeError, NotImplementedError)):
         return None
     for pattern in _NO_DERIVATIVE:
         found = pattern.search(str(error))
         if found:
-            return next(g for g in found.groups() if g)
+            return next(g for g in found.groups() if g).strip("'")
     return None
+
+
+def missing(error: BaseException, plant: Plant, batch: Any, product: Product) -> Missing | None:
+    """What `error` says is missing for `product`; None for errors of another kind."""
+    operator = missing_derivative(error)
+    if operator is None:
+        return None
+    where = failing_module(plant, batch, product) or "loss_fn, outside any module"
+    if operator == "aot_autograd":
+        compiled = [n or "the model" for n, m in plant.model.named_modules() if _compiled(m)]
+        where = compiled[0] if compiled else where
+    mend = _MENDS.get(operator, "use another operator there")
+    if isinstance(error, OnceDifferentiable):
+        mend = "write its backward with differentiable operations, without once_differentiable"
+    kind = "forward-mode" if product == "forward-over-reverse" else "second"
+    name = _NAMES.get(operator, operator)
+    return Missing(f"no {kind} derivative of operator {name} in {where}", mend)
 
 
 def unsupported(
     error: BaseException, plant: Plant, batch: Any, product: Product
 ) -> InputError | None:
     """The error for a user who insisted on `product`: module, operator, mend; None for others."""
-    operator = missing_derivative(error)
-    if operator is None:
+    found = missing(error, plant, batch, product)
+    if found is None:
         return None
-    module = failing_module(plant, batch, product)
-    where = "loss_fn, outside any module" if module is None else module
-    if operator == "aot_autograd":
-        where = next(
-            (n or "the model" for n, m in plant.model.named_modules() if _compiled(m)), where
-        )
-    mend = _MENDS.get(operator, "use product 'forward-difference' or 'auto', or another operator")
-    kind = "forward-mode" if product == "forward-over-reverse" else "second"
-    return InputError(
-        f"product {product!r} needs a {kind} derivative that is missing: operator {operator} in "
-        f"{where}; {mend}"
-    )
+    others = {
+        "exact": "product 'forward-difference' or 'auto' with segment 1",
+        "forward-over-reverse": "product 'auto'",
+    }
+    instead = f", or use {others[product]}" if product in others else ""
+    return InputError(f"product {product!r}: {found.reason}; {found.mend}{instead}")
 
 
 def failing_module(plant: Plant, batch: Any, product: Product) -> str | None:
     """'name (Class)' of the innermost module without the derivative, by trying each on its own."""
     found: list[str] = []
+    trying = False
+    able = _forward_over_reverse if product == "forward-over-reverse" else _twice
 
     def hook(name: str) -> Callable[..., None]:
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            if not found and not _twice(module, output):
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            nonlocal trying
+            if found or trying:  # a module that is tried runs its own modules
+                return
+            trying = True
+            if not able(module, args, kwargs, output):
                 found.append(f"module {name or 'model'!s} ({type(module).__name__})")
+            trying = False
 
         return after
 
-    handles = [m.register_forward_hook(hook(n)) for n, m in plant.model.named_modules()]
+    handles = [
+        m.register_forward_hook(hook(n), with_kwargs=True) for n, m in plant.model.named_modules()
+    ]
     state = plant.snapshot()
     try:
         with torch.enable_grad(), double_backward(plant.model, light=False):
             mean_loss(plant.loss_fn, plant.model, batch)
-    except Exception:
-        return None
+    except Exception:  # the search for a better message may not hide the error itself
+        pass
     finally:
         for handle in handles:
             handle.remove()
@@ -96,49 +141,59 @@ def failing_module(plant: Plant, batch: Any, product: Product) -> str | None:
     return found[0] if found else None
 
 
-def _twice(module: nn.Module, output: Any) -> bool:
-    """Whether the sum of what the module gave can be differentiated twice by its parameters."""
-    outputs = [t for t in _tensors(output) if t.requires_grad]
-    leaves: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
-    if not outputs or not leaves:
-        leaves = [leaf for t in outputs for leaf in _ancestors(t)]
+def _twice(module: nn.Module, args: Any, kwargs: Any, output: Any) -> bool:
+    """Whether what the module gave can be differentiated twice by its inputs and parameters."""
+    outputs = [t for t in tensors_of(output) if t.requires_grad]
+    inputs = [t for t in tensors_of([args, kwargs]) if t.requires_grad]
+    leaves = [*inputs, *(p for p in module.parameters() if p.requires_grad)]
     if not outputs or not leaves:
         return True
+    if any(once_differentiable_function(node) for node in graph_nodes(outputs, inputs)):
+        return False
     try:
-        total = torch.stack([t.float().square().sum() for t in outputs]).sum()
-        gradients = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
-        live = [g.float().square().sum() for g in gradients if g is not None and g.requires_grad]
+        gradients = torch.autograd.grad(
+            _square(outputs), leaves, create_graph=True, allow_unused=True
+        )
+        live = [g for g in gradients if g is not None and g.requires_grad]
         if live:
-            torch.autograd.grad(
-                torch.stack(live).sum(), leaves, retain_graph=True, allow_unused=True
-            )
+            torch.autograd.grad(_square(live), leaves, retain_graph=True, allow_unused=True)
     except (RuntimeError, NotImplementedError) as error:
         return missing_derivative(error) is None
     return True
 
 
-def _ancestors(tensor: Tensor) -> list[Tensor]:
-    """The leaves that a tensor's graph reaches."""
-    leaves, stack, seen = [], [tensor.grad_fn], set[Any]()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-        stack.extend(n for n, _ in node.next_functions)
-    return leaves
+def _forward_over_reverse(module: nn.Module, args: Any, kwargs: Any, output: Any) -> bool:
+    """Whether the module's gradient has a derivative in forward mode; runs the module again."""
+    try:
+        with forward_ad.dual_level():
+
+            def dual(value: Any) -> Any:
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    leaf = value.detach().clone().requires_grad_()
+                    return forward_ad.make_dual(leaf, torch.ones_like(leaf))
+                if isinstance(value, dict):
+                    return {k: dual(v) for k, v in value.items()}
+                # A named tuple takes its parts one by one.
+                if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+                    return type(value)(map(dual, value))
+                return value
+
+            parameters = {n: dual(p) for n, p in module.named_parameters()}
+            buffers = {n: b.clone() for n, b in module.named_buffers()}
+            given = dual(args), dual(kwargs)
+            again = functional_call(module, {**parameters, **buffers}, *given)
+            outputs = [t for t in tensors_of(again) if t.requires_grad]
+            leaves = [*parameters.values(), *tensors_of(given)]
+            leaves = [t for t in leaves if t.requires_grad]
+            if outputs and leaves:
+                torch.autograd.grad(_square(outputs), leaves, allow_unused=True)
+    except (RuntimeError, NotImplementedError) as error:
+        return missing_derivative(error) is None
+    return True
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return [t for v in value.values() for t in _tensors(v)]
-    if isinstance(value, (list, tuple)):
-        return [t for v in value for t in _tensors(v)]
-    return []
+def _square(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([t.float().square().sum() for t in tensors]).sum()
 
 
 def _compiled(module: nn.Module) -> bool:

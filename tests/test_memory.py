@@ -1,0 +1,120 @@
+"""What looking back holds in memory, measured in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="peaks can be reset on Linux only"
+)
+
+MEASUREMENT = """
+import json, sys
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import rhc
+from rhc import memory
+
+options = json.loads(sys.argv[1])
+steps, rows = options.pop("steps"), options.pop("rows")
+torch.set_num_threads(1)
+torch.manual_seed(0)
+layers = [layer for _ in range(4) for layer in (nn.Linear(64, 64), nn.Tanh())]
+model = nn.Sequential(*layers, nn.Linear(64, 10))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+batch = torch.randn(rows, 64), torch.randint(10, (rows,))
+
+def loss_fn(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+def peak(function):
+    memory.trim()
+    memory.reset_peak(torch.device("cpu"))
+    return function(), memory.current_peak(torch.device("cpu"))
+
+def plain():
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss_fn(model, batch).backward()
+        optimizer.step()
+
+def look_back(steps):
+    return rhc.hypergradient(
+        model, optimizer, loss_fn, [batch] * steps, controls={"lr": 1e-3}, **options
+    )
+
+plain()
+_, before = peak(plain)
+found, during = peak(lambda: look_back(steps))
+parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+print(json.dumps({
+    "bytes": during - before,
+    "parameters": parameters,
+    "graphs": found.plan.graphs,
+    "spilled": found.plan.spilled,
+    "chunk": found.plan.chunk,
+    "fits": found.plan.fits,
+    "predicted": found.plan.predicted_bytes,
+}))
+"""
+
+
+def measured(**options: object) -> dict[str, int]:
+    """Bytes of the peak beyond plain training, and what was planned; of 4 hidden layers of 64."""
+    root = str(Path(__file__).resolve().parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", MEASUREMENT, json.dumps(options)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, int] = json.loads(done.stdout)
+    return found
+
+
+ROWS = 8192
+"""A hidden layer's activations are 2 MiB, against 72 kB of parameters; a graph holds some 40 MB."""
+
+NOISE = 6 * 2**20
+"""Of resident memory from process to process: what the allocator keeps, and code that is loaded."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("product", ["exact", "forward-difference"])
+def test_memory_of_graphs_does_not_grow_with_the_window(product: str) -> None:
+    """A gradient is kept for every step, and every √K-th state twice; nothing else may grow."""
+    short, long = (measured(steps=k, rows=ROWS, product=product) for k in (10, 200))
+    assert short["graphs"] == long["graphs"] == 0
+    stored = (200 - 10) * long["parameters"] + 2 * (15 - 4) * 3 * long["parameters"]
+    assert long["bytes"] - short["bytes"] < stored + NOISE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spill", [True, False])
+@pytest.mark.parametrize("budget", [120, 200, 400])
+def test_a_roomy_budget_is_kept_to(budget: int, spill: bool) -> None:
+    """Within a tenth, and it is made use of."""
+    found = measured(
+        steps=25, rows=ROWS, product="exact", memory_budget=budget * 10**6, spill=spill
+    )
+    assert found["fits"] and not found["spilled"] and not found["chunk"]
+    assert found["bytes"] <= 1.1 * budget * 10**6
+    assert found["graphs"] > 0
+
+
+@pytest.mark.slow
+def test_what_is_predicted_is_what_is_held() -> None:
+    """No less than half of it: a prediction far too high would make every plan too dear."""
+    found = measured(steps=25, rows=ROWS, product="exact", memory_budget=300 * 10**6)
+    assert 0.5 * found["predicted"] <= found["bytes"] <= 1.1 * found["predicted"]
