@@ -755,9 +755,9 @@ def test_functions_without_a_second_derivative(optimizer: str) -> None:
         for once in (True, False)
     )
     expected = differences(twin)
-    for segment in (1, 2):
+    for options in ({"segment": 1}, {"segment": 2}, {"engine": "higher"}):
         with pytest.raises(InputError, match="OnceCubed") as caught:
-            look_back(made, segment=segment, product="exact")
+            look_back(made, product="exact", **options)
         assert "middle" in str(caught.value) and "difference" in str(caught.value)
     found = look_back(made)
     assert_fell_back(found, "OnceCubed")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from problems import (
     steered,
     two_groups,
 )
-from runs import Run, Stop, files, make_run, state_of, stop_at_event, unequal
+from runs import Stop, files, make_run, state_of, stop_at_event, unequal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -91,7 +91,7 @@ def test_as_many_evaluations_as_checkpoint_schedules(snapshots: int) -> None:
 @given(st.integers(1, 300), st.integers(1, 400))
 def test_chunks_cover_the_window_and_only_the_first_is_shorter(steps: int, chunk: int) -> None:
     bounds = chunk_bounds(steps, chunk)
-    lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+    lengths = [b - a for a, b in pairwise(bounds)]
     assert bounds[0] == 0 and bounds[-1] == steps
     assert lengths[1:] == [chunk] * (len(lengths) - 1)
     assert 0 < lengths[0] <= chunk

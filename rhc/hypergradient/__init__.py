@@ -91,8 +91,10 @@ def hypergradient(
     product: how the Hessian is applied: exact (reverse over reverse), forward-over-reverse (exact,
     with less memory), forward-difference (one gradient per step), central-difference. "auto" takes
     forward differences in float32, compares them with exact products at two steps of the window and
-    gives them up where they differ by more than 1 %; in float64 it is exact. `why` says what was
-    taken and why. Other than exact needs segment 1.
+    gives them up where they differ by more than 1 %; in float64, and in windows of fewer than 16
+    steps, it is exact. Where the model has no second derivative it takes forward differences and
+    compares them with others in the opposite direction; where these disagree the result is
+    "inconsistent". `why` says what was taken and why. Other than exact needs segment 1.
 
     memory_budget: bytes that looking back may take beyond plain training; decides what the roll
     keeps, what is spilled to disk (spill: False, True for the temporary folder, or a folder) and
@@ -101,9 +103,11 @@ def hypergradient(
 
     Model, optimizer and random state are left as they were found. Raises InputError for arguments
     that cannot be used, and where an operator lacks the derivative that `product` insists on. A
-    hypergradient that cannot be trusted is reported in `result`, not raised. Buffers other than
-    BatchNorm's running statistics are treated as constants of each step, and those statistics are
-    followed for a terminal that reads them (in eval mode), not for a loss_fn that does.
+    hypergradient that cannot be trusted is reported in `result`, not raised. Buffers other than the
+    running statistics of BatchNorm and InstanceNorm are treated as constants of each step, and
+    those statistics are followed for a terminal that reads them (in eval mode), not for a loss_fn
+    that does. The singular vectors of spectral_norm are such constants, though they depend on the
+    weights: expect an error of 1e-4 to 1e-3. `why` names buffers that training changes.
     """
     batches = _steps(batches, accumulate)
     plant = Plant(model, optimizer, loss_fn, seed=seed, clip_norm=clip_norm, clip_value=clip_value)

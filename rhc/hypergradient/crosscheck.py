@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from rhc.errors import InputError
-from rhc.hypergradient.evaluation import double_backward
+from rhc.hypergradient.evaluation import OnceDifferentiable, check_twice, double_backward
+from rhc.hypergradient.support import unsupported
 from rhc.noise import root_mean_square, standard_noise
 from rhc.objective import Objective, average_weights
 from rhc.plant import Plant, checked_loss
@@ -82,6 +83,10 @@ def higher_hypergradient(
             values |= {name: leaf[i] for name, leaf in leaves.items()}
             loss, metrics = checked_loss(plant.loss_fn(functional, batch))
             losses.append(loss.detach())
+            try:
+                check_twice(plant, loss)
+            except OnceDifferentiable as error:
+                raise unsupported(error, plant, batch, "exact") or error from error
             stage = objective.stage(loss, metrics)
             if stage is not None:
                 cost = cost + stage.double().cpu()
