@@ -121,7 +121,7 @@ class RandomWatch:
 
 def _numpy_memory() -> bytes | None:
     """The memory of numpy's global Mersenne Twister (624 words and a position), if it is one."""
-    generator = np.random.get_bit_generator()
+    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
     if type(generator) is not np.random.MT19937:
         return None
     return ctypes.string_at(generator.ctypes.state_address, 625 * 4)

@@ -103,24 +103,29 @@ def pull_back(
     *,
     compare: bool = False,
     opposite: bool = False,
+    into: Sequence[Tensor | None] | None = None,
 ) -> Pulled:
     """H_t λ_g + ∂b′/∂θ ᵀ λ_b + ∇(stage cost), and the statistics' own costates.
 
-    compare: an exact product also says how far its own g_t is from the roll's. opposite: a forward
-    difference is taken backwards, (g(θ) − g(θ − εv)) / ε.
+    into: per block, a vector that this is added to in place. compare: an exact product also says
+    how far its own g_t is from the roll's. opposite: a forward difference is taken backwards,
+    (g(θ) − g(θ − εv)) / ε.
     """
     if product == "exact":
         if point.graph is not None:
-            return _kept(evaluation, point, gradient_costates, statistics_costates, compare)
-        return _exact(evaluation, scratch, point, gradient_costates, statistics_costates, compare)
+            return _kept(evaluation, point, gradient_costates, statistics_costates, into)
+        return _exact(
+            evaluation, scratch, point, gradient_costates, statistics_costates, compare, into
+        )
     if product == "forward-over-reverse":
         curvature = _forward_over_reverse(evaluation, scratch, point, gradient_costates)
     else:
         curvature = _difference(product, evaluation, scratch, point, gradient_costates, opposite)
     first = _first_order(evaluation, scratch, point, statistics_costates)
-    return Pulled(
-        [_sum(a, b) for a, b in zip(curvature, first.parameters, strict=True)], first.statistics
-    )
+    found = [_into(a, b) for a, b in zip(curvature, first.parameters, strict=True)]
+    if into is not None:
+        found = [_into(a, b) for a, b in zip(into, found, strict=True)]
+    return Pulled(found, first.statistics)
 
 
 # Exact -------------------------------------------------------------------------------------------
@@ -133,6 +138,7 @@ def _exact(
     gradient_costates: Sequence[Tensor | None],
     statistics_costates: Mapping[str, Tensor],
     compare: bool,
+    into: Sequence[Tensor | None] | None,
 ) -> Pulled:
     """Reverse over reverse: Pearlmutter 1994."""
     statistics = _statistics_leaves(point, statistics_costates)
@@ -167,7 +173,7 @@ def _exact(
                 for g, v in zip(point.gradients, gradient_costates, strict=True)
             ],
         )
-    return _result(evaluation, point, scratch.blocks, total, statistics, joint, discrepancy)
+    return _result(evaluation, point, scratch.blocks, total, statistics, joint, discrepancy, into)
 
 
 def _kept(
@@ -175,7 +181,7 @@ def _kept(
     point: StepPoint,
     gradient_costates: Sequence[Tensor | None],
     statistics_costates: Mapping[str, Tensor],
-    compare: bool,
+    into: Sequence[Tensor | None] | None,
 ) -> Pulled:
     """The second half of an exact product, through the graph that the roll kept."""
     graph = point.graph
@@ -197,7 +203,7 @@ def _kept(
     total: list[Tensor | None] = [None] * len(wanted)
     if outputs:
         total = list(torch.autograd.grad(outputs, wanted, output_seeds, allow_unused=True))
-    return _result(evaluation, point, blocks, total, statistics, joint, 0.0)
+    return _result(evaluation, point, blocks, total, statistics, joint, 0.0, into)
 
 
 def _gradients(
@@ -236,9 +242,13 @@ def _result(
     statistics: Mapping[str, Tensor],
     joint: bool,
     discrepancy: float,
+    into: Sequence[Tensor | None] | None = None,
 ) -> Pulled:
     count = len(total) - len(statistics)
-    parameters = _per_block(blocks, total[:count])
+    if into is None:
+        parameters = _per_block(blocks, total[:count])
+    else:
+        parameters = _added(blocks, into, total[:count])
     weight = evaluation.objective.loss_weight
     if weight and not joint:  # the stage cost is c_ℓ ℓ_t, whose gradient is known
         parameters = [
@@ -482,6 +492,30 @@ def _per_block(
             )
         )
     return result
+
+
+def _added(
+    blocks: Sequence[Block], into: Sequence[Tensor | None], tensors: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """`into`, a vector per block, with a tensor per parameter added in place: one pass."""
+    result: list[Tensor | None] = []
+    place = 0
+    for block, vector in zip(blocks, into, strict=True):
+        own = tensors[place : place + len(block.sizes)]
+        place += len(block.sizes)
+        if vector is None:
+            result += _per_block([block], own)
+            continue
+        pairs = [(v, t) for v, t in zip(block.views(vector), own, strict=True) if t is not None]
+        if pairs:
+            torch._foreach_add_([v for v, _ in pairs], [t for _, t in pairs])
+        result.append(vector)
+    return result
+
+
+def _into(vector: Tensor | None, term: Tensor | None) -> Tensor | None:
+    """The sum, in place where both are there."""
+    return term if vector is None else vector if term is None else vector.add_(term)
 
 
 def relative_difference(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> float:

@@ -335,6 +335,7 @@ class _Reverse:
             gradient_costates,
             costate.statistics,
             compare=i in self.compared,
+            into=None if verified else costate.parameters,  # a vector of our own
         )
         self.products += 1
         self.equivalents += KEPT_COST if kept else PRODUCT_COST[product]
@@ -367,9 +368,9 @@ class _Reverse:
                 pulled = other
         if not kept:
             self.discrepancies[i] = pulled.discrepancy
-        pairs = zip(costate.parameters, pulled.parameters, strict=True)
-        # Vectors of our own, so that they can be added to in place.
-        parameters = [b if a is None else a if b is None else a.add_(b) for a, b in pairs]
+        parameters = pulled.parameters
+        if verified:
+            parameters = [_sum(a, b) for a, b in zip(costate.parameters, parameters, strict=True)]
         costate = self._damped(Costate(parameters, costate.optimizer, pulled.statistics))
         if i:
             costate = self._with_share(costate, i)
@@ -689,7 +690,13 @@ class _Reverse:
         return [None if g is None or w == 0 else w * g for g in self.mean_gradient]
 
     def _with_share(self, costate: Costate, n: int) -> Costate:
-        parameters = [_sum(a, b) for a, b in zip(costate.parameters, self._share(n), strict=True)]
+        w = self.weights[n - 1]
+        if w == 0:
+            return costate
+        parameters = [
+            a if g is None else w * g if a is None else a.add_(g, alpha=w)
+            for a, g in zip(costate.parameters, self.mean_gradient, strict=True)
+        ]
         return Costate(parameters, costate.optimizer, costate.statistics)
 
     def _advance(
