@@ -141,9 +141,11 @@ def hypergradient(
                 damping=Damping(discount, costate_clip),
             )
             mean = Average(objective.average)
-            return lookback.look_back(
-                lookback.roll(batches, schedule, average=mean), mean, terminal
-            )
+            recorder = lookback.roll(batches, schedule, average=mean)
+            try:
+                return lookback.look_back(recorder, mean, terminal)
+            finally:
+                recorder.close()
     finally:
         plant.restore(before)
         for p, g in zip(model.parameters(), grads, strict=True):

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
@@ -74,12 +75,19 @@ def _plain(*tensors: Tensor | None) -> bool:
         )
         and first.is_floating_point()
         and not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0
     )
 
 
 def _tracked() -> bool:
     """Whether a graph is being made: in a backward pass, of a backward pass with create_graph."""
     return torch.is_grad_enabled()
+
+
+def _leaves(weight: Tensor, bias: Tensor | None) -> tuple[bool, bool]:
+    """Which are parameters themselves: a weight that is made of parameters (weight norm, a
+    hypernetwork) passes its gradient's value on to them."""
+    return weight.is_leaf, bias is not None and bias.is_leaf
 
 
 def _nothing(like: Tensor) -> Tensor:
@@ -103,22 +111,25 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torch.nn.functional.linear."""
     if weight.dim() != 2 or not _plain(input, weight, bias):
         return _linear(input, weight, bias)
-    return _Linear.apply(input, weight, bias)
+    return _Linear.apply(input, weight, bias, _leaves(weight, bias))
 
 
 class _Linear(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, leaves: tuple[bool, bool]
+    ) -> Tensor:
         ctx.save_for_backward(x, w)
+        ctx.leaves = leaves
         return _linear(x, w, b)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> Grads:
         x, w = ctx.saved_tensors
-        need_x, need_w, need_b = ctx.needs_input_grad
+        need = ctx.needs_input_grad[:3]
         if _tracked():
-            return _LinearBackward.apply(gy, x, w, need_x, need_w, need_b)
-        return _linear_backward(gy, x, w, need_x, need_w, need_b)
+            return *_LinearBackward.apply(gy, x, w, *need, ctx.leaves), None
+        return *_linear_backward(gy, x, w, *need), None
 
 
 def _linear_backward(
@@ -135,14 +146,26 @@ def _linear_backward(
 class _LinearBackward(Function):
     @staticmethod
     def forward(
-        ctx: Any, gy: Tensor, x: Tensor, w: Tensor, need_x: bool, need_w: bool, need_b: bool
+        ctx: Any,
+        gy: Tensor,
+        x: Tensor,
+        w: Tensor,
+        need_x: bool,
+        need_w: bool,
+        need_b: bool,
+        leaves: tuple[bool, bool],
     ) -> Grads:
         ctx.save_for_backward(gy, x, w)
         ctx.set_materialize_grads(False)
-        if not _Sweep.valueless:
-            return _linear_backward(gy, x, w, need_x, need_w, need_b)
-        bias = gy.new_zeros(()).expand(gy.shape[-1]) if need_b else None
-        return gy @ w if need_x else None, _nothing(w) if need_w else None, bias
+        leaf_w, leaf_b = (leaf and _Sweep.valueless for leaf in leaves)
+        gx, gw, gb = _linear_backward(
+            gy, x, w, need_x, need_w and not leaf_w, need_b and not leaf_b
+        )
+        if need_w and leaf_w:
+            gw = _nothing(w)
+        if need_b and leaf_b:
+            gb = gy.new_zeros(()).expand(gy.shape[-1])
+        return gx, gw, gb
 
     @staticmethod
     def backward(ctx: Any, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None) -> Grads:
@@ -163,7 +186,7 @@ class _LinearBackward(Function):
         gw = None
         if need_w and vx is not None:
             gw = gy.reshape(-1, gy.shape[-1]).t() @ vx.reshape(-1, vx.shape[-1])
-        return ggy, gx, gw, None, None, None
+        return ggy, gx, gw, None, None, None, None
 
 
 # Convolution -------------------------------------------------------------------------------------
@@ -187,7 +210,7 @@ def _convolution(dims: int, native: Callable[..., Tensor]) -> Callable[..., Tens
         ):
             return native(input, weight, bias, stride, padding, dilation, groups)
         settings = (*(_each(v, dims) for v in (stride, padding, dilation)), groups)
-        return _Convolution.apply(input, weight, bias, settings)
+        return _Convolution.apply(input, weight, bias, settings, _leaves(weight, bias))
 
     return conv
 
@@ -214,9 +237,16 @@ def _convolve_backward(
 
 class _Convolution(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, settings: Any) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        b: Tensor | None,
+        settings: Any,
+        leaves: tuple[bool, bool],
+    ) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.settings = settings
+        ctx.settings, ctx.leaves = settings, leaves
         return _convolve(x, w, b, settings)
 
     @staticmethod
@@ -224,23 +254,32 @@ class _Convolution(Function):
         x, w = ctx.saved_tensors
         need = list(ctx.needs_input_grad[:3])
         if _tracked():
-            return *_ConvolutionBackward.apply(gy, x, w, ctx.settings, need), None
-        return *_convolve_backward(gy, x, w, ctx.settings, need), None
+            return *_ConvolutionBackward.apply(gy, x, w, ctx.settings, need, ctx.leaves), None, None
+        return *_convolve_backward(gy, x, w, ctx.settings, need), None, None
 
 
 class _ConvolutionBackward(Function):
     @staticmethod
     def forward(
-        ctx: Any, gy: Tensor, x: Tensor, w: Tensor, settings: Any, need: list[bool]
+        ctx: Any,
+        gy: Tensor,
+        x: Tensor,
+        w: Tensor,
+        settings: Any,
+        need: list[bool],
+        leaves: tuple[bool, bool],
     ) -> Grads:
         ctx.save_for_backward(gy, x, w)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
-        if not _Sweep.valueless:
-            return _convolve_backward(gy, x, w, settings, need)
-        dx = _convolve_backward(gy, x, w, settings, [need[0], False, False])[0]
-        bias = gy.new_zeros(()).expand(w.shape[0]) if need[2] else None
-        return dx, _nothing(w) if need[1] else None, bias
+        leaf_w, leaf_b = (leaf and _Sweep.valueless for leaf in leaves)
+        real = [need[0], need[1] and not leaf_w, need[2] and not leaf_b]
+        gx, gw, gb = _convolve_backward(gy, x, w, settings, real)
+        if need[1] and leaf_w:
+            gw = _nothing(w)
+        if need[2] and leaf_b:
+            gb = gy.new_zeros(()).expand(w.shape[0])
+        return gx, gw, gb
 
     @staticmethod
     def backward(ctx: Any, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None) -> Grads:
@@ -258,7 +297,7 @@ class _ConvolutionBackward(Function):
             gx = _convolve_backward(gy, x, vw, ctx.settings, [True, False, False])[0]
         if need_w and vx is not None:
             gw = _convolve_backward(gy, vx, w, ctx.settings, [False, True, False])[1]
-        return ggy, gx, gw, None, None
+        return ggy, gx, gw, None, None, None
 
 
 # GELU --------------------------------------------------------------------------------------------
@@ -350,7 +389,7 @@ def _layer_norm_backward(
         gx, _, _ = torch.ops.aten.native_layer_norm_backward(
             gy, x, [x.shape[-1]], mean, r, None, None, [need[0], False, False]
         )
-        return gx, None, None
+        return gx, None, gy.reshape(-1, gy.shape[-1]).sum(0) if need[2] else None
     found = torch.ops.aten.native_layer_norm_backward(
         gy, x, [x.shape[-1]], mean, r, w, w, list(need)
     )

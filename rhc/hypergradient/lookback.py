@@ -181,9 +181,13 @@ class Lookback:
         plan = self.plan(len(batches), batches[0])
         folder = None if isinstance(self.spill, bool) else Path(self.spill)
         recorder = WindowRecorder(self.plant, self.objective, plan, folder)
-        self.plant.roll(
-            batches, schedule, record=recorder, average=average, on_step=on_step, limit=limit
-        )
+        try:
+            self.plant.roll(
+                batches, schedule, record=recorder, average=average, on_step=on_step, limit=limit
+            )
+        except BaseException:
+            recorder.close()
+            raise
         return recorder
 
     # Look back -----------------------------------------------------------------------------------
@@ -204,6 +208,10 @@ class Lookback:
         while True:
             product = self._product(plan.steps)
             check = self.automatic and product != "exact"
+            if trajectory.diverged is not None and plan.chunk:
+                # The roll ended before the chunk that it would have recorded.
+                found, end = _undefined(trajectory, self.controls), None
+                break
             try:
                 found, end = adjoint(
                     self.plant,
@@ -479,6 +487,14 @@ def _snapshot_bytes(plant: Plant) -> int:
     if not any(snapshot.slots):  # no step was taken yet, and slots are to come
         total *= 2
     return total
+
+
+def _undefined(trajectory: Trajectory, controls: Sequence[str]) -> Adjoint:
+    """The adjoint of a window that cannot be looked back at: NaN everywhere."""
+    steps, schedule = len(trajectory), trajectory.schedule
+    nothing = torch.full((steps,), math.nan, dtype=torch.float64)
+    gradient = {n: torch.full_like(schedule[n][:steps], math.nan) for n in controls}
+    return Adjoint(gradient, nothing, torch.full((steps + 1,), math.nan), 0, 0.0, {}, {})
 
 
 def stage_sum(objective: Objective, trajectory: Trajectory) -> float:

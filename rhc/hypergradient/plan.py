@@ -174,29 +174,29 @@ def _spilled(steps: int, product: Product, sizes: Sizes, budget: int) -> Plan:
 
 
 def _recomputed(steps: int, product: Product, sizes: Sizes, budget: int, costates: int) -> Plan:
-    best: Plan | None = None
     # The end of the window is kept as well, to go back to.
     fixed = sizes.product + costates + sizes.state
+    plans = []
     for chunk in _candidates(steps):
         chunks = math.ceil(steps / chunk)
         one = chunk * sizes.parameters + _rebuilt(chunk, sizes)
         snapshots = max(1, min(chunks, (budget - fixed - one) // max(1, sizes.state)))
-        needed = fixed + one + snapshots * sizes.state
-        plan = Plan(
-            steps,
-            product,
-            kept=min(chunk, steps),
-            snapshots=snapshots,
-            chunk=chunk,
-            recomputed=chunk_evaluations(chunks, snapshots - 1) * chunk - steps,
-            budget=budget,
-            predicted_bytes=needed,
+        plans.append(
+            Plan(
+                steps,
+                product,
+                kept=min(chunk, steps),
+                snapshots=snapshots,
+                chunk=chunk,
+                recomputed=chunk_evaluations(chunks, snapshots - 1) * chunk - steps,
+                budget=budget,
+                predicted_bytes=fixed + one + snapshots * sizes.state,
+            )
         )
-        if best is None or _rank(plan) < _rank(best):
-            best = plan
-    assert best is not None
-    exactly = recomputed_steps(steps, best.chunk, best.snapshots)
-    return replace(best, recomputed=exactly)
+    # The first chunk may be shorter, which the formula does not know.
+    likely = sorted(plans, key=_rank)[: 1024 if steps <= 1024 else 16]
+    exactly = (replace(p, recomputed=recomputed_steps(steps, p.chunk, p.snapshots)) for p in likely)
+    return min(exactly, key=_rank)
 
 
 def _candidates(steps: int) -> list[int]:
