@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -166,7 +166,11 @@ class Lookback:
         if self.segment not in ("auto", 1):
             return Plan(steps, product, min(int(self.segment), steps), kept=steps)
         sizes = self._measured(batch, product)
-        return make_plan(steps, product, sizes, self.memory_budget, spill=self.spill is not False)
+        spill = self.spill is not False
+        plan = make_plan(steps, product, sizes, self.memory_budget, spill=spill)
+        if self.automatic and product != "exact" and not self.exact_fails:
+            plan = replace(plan, verified=1 if plan.chunk else 2)
+        return plan
 
     def roll(
         self,

@@ -48,7 +48,8 @@ class Plan:
     """What a window of `steps` keeps. budget, predicted_bytes: beyond plain training.
 
     gradient_equivalents: predicted cost of looking back, in gradient evaluations, terminal loss not
-    counted. recomputed: of these, the steps that are rolled again.
+    counted. recomputed: of these, the steps that are rolled again. verified: steps at which a
+    difference product is compared with an exact one.
     """
 
     steps: int
@@ -61,16 +62,16 @@ class Plan:
     snapshots: int = 0
     chunk: int = 0
     recomputed: int = 0
+    verified: int = 0
     budget: int | None = None
     predicted_bytes: int | None = None
 
     @property
     def gradient_equivalents(self) -> float:
         products = self.steps * PRODUCT_COST[self.product]
-        if self.product == "exact":
-            graphs = self.steps if self.segment > 1 else self.graphs
-            products -= (PRODUCT_COST["exact"] - KEPT_COST) * (graphs if self.segment == 1 else 0)
-        return float(products + self.recomputed)
+        if self.product == "exact" and self.segment == 1:
+            products -= (PRODUCT_COST["exact"] - KEPT_COST) * self.graphs
+        return float(products + self.recomputed + self.verified * PRODUCT_COST["exact"])
 
     @property
     def fits(self) -> bool:
@@ -88,6 +89,8 @@ class Plan:
             f"window of {self.steps} steps, segment {self.segment}, product {self.product}",
             f"roll and look back: {per_step:.2f} gradient evaluations per step",
         ]
+        if self.verified:
+            lines.append(f"verified against exact products at {self.verified} of the steps")
         if self.graphs:
             lines.append(f"graphs kept by the roll: the last {self.graphs} steps")
         if self.kept:
