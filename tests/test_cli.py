@@ -409,6 +409,8 @@ def test_a_signal_from_the_keyboard(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A suite that a shell runs in the background ignores the signal, and its children with it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert child.stdout is not None
     while not (line := child.stdout.readline()).startswith("step"):
