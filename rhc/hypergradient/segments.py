@@ -235,7 +235,8 @@ class _Reverse:
         self.groups = len(plant.optimizer.param_groups)
         # name -> (step, group, factor, derivative), put together at the end.
         self.pulled: dict[str, list[tuple[int, int, float, Tensor]]] = {n: [] for n in controls}
-        self.norms: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        # One room: small tensors that stay, among large ones that go, would pin the heap.
+        self.norms = torch.zeros(self.steps + 1, 2, dtype=torch.float64, device=self.device)
         self.end_norm = torch.zeros((), dtype=torch.float64)
         self.products = 0
         self.equivalents = 0.0
@@ -256,11 +257,11 @@ class _Reverse:
                 where = (torch.tensor(steps), torch.tensor(groups))
                 total.index_put_(where, found, accumulate=True)
             gradient[name] = total if schedule[name].dim() == 2 else total.sum(1)
-        norms = [self.norms[i] for i in range(self.steps + 1)]
+        norms = self.norms.cpu()
         return Adjoint(
             gradient,
-            torch.stack([_euclidean([*theta, *rest]).cpu() for theta, rest in norms[:-1]]),
-            torch.stack([_euclidean(theta).cpu() for theta, _ in norms]),
+            torch.linalg.vector_norm(norms[:-1], dim=1),
+            norms[:, 0],
             self.products,
             self.equivalents,
             self.discrepancies,
@@ -379,7 +380,9 @@ class _Reverse:
 
     def _note(self, i: int, costate: Costate) -> None:
         """Keeps the norms of λ_i; they are put together, and looked at, at the end."""
-        self.norms[i] = costate.norms()
+        theta, rest = costate.norms()
+        self.norms[i, 0] = _euclidean(theta)
+        self.norms[i, 1] = _euclidean(rest)
 
     def _damped(self, costate: Costate) -> Costate:
         discount, clip = self.damping.discount, self.damping.clip
