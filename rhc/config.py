@@ -27,9 +27,14 @@ RECORD_VERSION = 1
 """Of the command line's part of config.json."""
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
-STARTS = ("given",)
+STARTS = ("zero", "probe", "given")
+TEMPLATES = ("constant", "cosine", "linear", "wsd")
+"""Starts and templates are those of rhc.start and rhc.schedule, which import torch."""
 ENGINES = ("adjoint",)
-PRODUCTS = ("auto", "exact", "forward-over-reverse", "forward-difference", "central-difference")
+PRODUCTS = (
+    *("auto", "exact", "forward-over-reverse", "forward-difference", "central-difference"),
+    "none",
+)
 """Those of rhc.hypergradient.products, which imports torch; a test holds the two together."""
 DEVICES = ("auto", "cpu", "cuda")
 RESUMES = ("auto", "never")
@@ -39,6 +44,7 @@ _REWRITING = {
     "controls": None,
     "per_group": None,
     "cooldown": None,
+    "until": None,
     "average": None,
     "objective_batches": None,
     "product": "auto",
@@ -87,25 +93,31 @@ class TrainConfig:
     accumulate: Annotated[int, arg(metavar="N")] = 1
     """Batches per optimizer step, which goes by the gradient of the mean of their losses."""
 
-    controls: Annotated[
-        tuple[str, ...] | None, _unset("the first three, as the optimizer has them", "NAME …")
-    ] = None
+    controls: Annotated[tuple[str, ...] | None, _unset("lr", "NAME …")] = None
     """What is rewritten: some of lr, momentum, noise, weight_decay."""
     per_group: Annotated[tuple[str, ...] | None, _unset("none", "NAME …")] = None
     """Those of them with a value per parameter group too; the others keep the groups' ratios."""
     rewrite: Annotated[bool, arg(help_behavior_hint="(default: rewrite)")] = True
     """--no-rewrite trains as the plain loop does, bit for bit."""
-    start: Annotated[str, arg(metavar="given")] = "given"
-    """Where the schedule starts: from the given lr; zero and probe do not exist yet."""
+    start: Annotated[
+        str | None,
+        _unset("zero; probe with --lr; given with --no-rewrite", "zero|probe|given"),
+    ] = None
+    """Where lr starts: zero needs no --lr, and finds one for every parameter group by a
+    hypergradient and short rolls; probe takes --lr for a first guess; given keeps it."""
+    template: Annotated[str | None, _unset("see the README", "NAME")] = None
+    """Shape of lr over the run, to be rewritten or followed: constant, cosine, linear, wsd."""
     cooldown: Annotated[float | None, _unset("see --print-config", "F")] = None
     """Fraction of the run, at its end, over which lr falls linearly to 0; 0 for none."""
+    until: Annotated[float | None, _unset("see --print-config", "F")] = None
+    """Fraction of the run after which the schedule is followed as it then stands."""
     average: Annotated[float | None, _unset("see --print-config", "D")] = None
     """A window is judged at the average of its iterates with this decay; 0 for the last one."""
     objective_batches: Annotated[int | None, _unset("see --print-config", "N")] = None
     """Validation batches that a window is judged on."""
     product: Annotated[str, arg(metavar="NAME")] = "auto"
     """Hessian products: auto, exact, forward-over-reverse, or approximately forward-difference
-    (half the cost) or central-difference."""
+    (half the cost) or central-difference; none leaves the Hessian out."""
     segment: Annotated[str, arg(metavar="N")] = "auto"
     """Steps per rebuilt graph: 1 (least memory) to the window (fastest)."""
     memory_budget: Annotated[str | None, _unset("none", "SIZE")] = None
@@ -143,7 +155,10 @@ class TrainConfig:
 
     def checked(self) -> TrainConfig:
         """These settings if they make sense by themselves; an InputError otherwise."""
-        _one_of("start", self.start, STARTS, "starts 'zero' and 'probe' do not exist yet")
+        if self.start is not None:
+            _one_of("start", self.start, STARTS)
+        if self.template is not None:
+            _one_of("template", self.template, TEMPLATES)
         _one_of("engine", self.engine, ENGINES, "'higher' is for rhc.hypergradient alone")
         _one_of("product", self.product, PRODUCTS)
         _one_of("device", self.device, DEVICES)
@@ -175,6 +190,11 @@ class TrainConfig:
             raise InputError(
                 f"cooldown must be in [0, 1), got {self.cooldown:g}; it is a fraction of the run, "
                 "try --cooldown 0.2"
+            )
+        if self.until is not None and not 0 < self.until <= 1:
+            raise InputError(
+                f"until must be in (0, 1], got {self.until:g}; it is a fraction of the run, "
+                "try --until 0.5"
             )
         if self.average is not None and not 0 <= self.average < 1:
             raise InputError(
@@ -268,10 +288,16 @@ class TrainConfig:
             weight_decay=decay,
             steps=workload.steps if self.steps is None else self.steps,
             stride=self.window if self.stride is None else self.stride,
+            start=self.start or self._usual_start(),
             data=None if self.data is None else self.data.resolve(),
             threads=self.threads or workload.threads or threads,
             run=_absolute(self.run),
         ).checked()
+
+    def _usual_start(self) -> str:
+        if not self.rewrite:
+            return "given"
+        return "zero" if self.lr is None else "probe"
 
     @property
     def short_name(self) -> str:

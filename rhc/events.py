@@ -25,6 +25,27 @@ class RunStarted:
 
 
 @dataclass(frozen=True)
+class StartTried:
+    """A probe of where to start, or the hypergradient at lr 0; `record` is its line in
+    start.jsonl."""
+
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class StartFound:
+    """Where the schedule starts: `lr`, a number or one per parameter group, in place of `given`.
+
+    cost: in plain runs.
+    """
+
+    start: str
+    lr: Any
+    given: Any
+    cost: float
+
+
+@dataclass(frozen=True)
 class VerbStarted:
     """One of the six verbs begins on the window [start, stop)."""
 
@@ -88,6 +109,8 @@ class RunEnded:
 
 Event = (
     RunStarted
+    | StartTried
+    | StartFound
     | VerbStarted
     | StepTaken
     | WindowAttempted

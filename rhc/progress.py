@@ -32,6 +32,8 @@ from rhc.events import (
     Notice,
     RunEnded,
     RunStarted,
+    StartFound,
+    StartTried,
     StepTaken,
     VerbStarted,
     WindowAttempted,
@@ -74,6 +76,9 @@ class Progress:
     row: Mapping[str, Any] = field(default_factory=dict)
     """The tape's newest line."""
     started: bool = False
+    tried: Mapping[str, Any] | None = None
+    """The newest roll in search of a start; None once it is found."""
+    begun: StartFound | None = None
     result: Mapping[str, Any] | None = None
 
     def observe(self, event: Event) -> None:
@@ -81,6 +86,10 @@ class Progress:
         match event:
             case StepTaken():
                 self.step = event
+            case StartTried(record):
+                self.tried = record
+            case StartFound():
+                self.begun, self.tried, self.began = event, None, self.clock()
             case VerbStarted():
                 self.verb = event
                 if event.verb in ("roll", "replay"):
@@ -153,6 +162,10 @@ class PlainLines(AbstractContextManager["PlainLines"]):
             case RunStarted():
                 for line in heading(self.progress):
                     self.write(line)
+            case StartTried(record):
+                self.write(f"start  {tried(record)}")
+            case StartFound():
+                self.write(f"start  {found(event)}")
             case WindowAttempted(record) if record["outcome"] == "rewound":
                 self.write(f"{self._place(record['stop'])}  rewound: {record['reason']}")
             case Committed():
@@ -203,6 +216,10 @@ class LiveDisplay(AbstractContextManager["LiveDisplay"]):
                 for line in heading(progress):
                     self.console.print(Text(line, style="dim"))
                 self.live.start()
+            case StartTried():
+                self._draw()
+            case StartFound():
+                self.console.print(Text(f"start: {found(event)}"))
             case Notice(message):
                 self.console.print(Text(f"notice: {message}"))
             case RunEnded():
@@ -253,7 +270,9 @@ def heading(progress: Progress) -> list[str]:
 def frame(progress: Progress, width: int) -> RenderableType:
     """The display as it stands, for a screen of `width` columns."""
     parts: list[RenderableType] = [_bars(progress)]
-    if progress.result is None:
+    if progress.tried is not None:
+        parts.append(Text(f"looking for a start: {tried(progress.tried)}"))
+    elif progress.result is None:
         parts.append(_verbs(progress))
     parts += [_controls(progress), _loss(progress)]
     if progress.attempts:
@@ -374,6 +393,26 @@ def change(record: Mapping[str, Any], arrow: str) -> str:
     """J before and after an attempt: `0.2107 -> 0.1890`."""
     before, after = record["objective_before"], record["objective_after"]
     return f"{_number(before)} {arrow} {_number(after)}"
+
+
+def tried(record: Mapping[str, Any]) -> str:
+    """What one roll in search of a start gave."""
+    if record["kind"] == "zero":
+        lr = "no lr lowers J" if record["lr"] is None else f"lr {one_number(record['lr']):.3g}"
+        return f"{record['steps']} steps at lr 0, J {_number(record['objective'])}: {lr}"
+    loss = "diverges" if record["loss"] is None else f"loss {record['loss']:.4g}"
+    return f"{record['steps']} steps at lr {one_number(record['from']):.3g}: {loss}"
+
+
+def found(event: StartFound) -> str:
+    """Where the run starts, and how to keep what was given."""
+    lrs = event.lr if isinstance(event.lr, list) else [event.lr]
+    text = f"lr {', '.join(f'{lr:.3g}' for lr in lrs[:8])}{', …' if len(lrs) > 8 else ''}"
+    if len(lrs) > 1:
+        text += " of the parameter groups"
+    if event.start == "probe":
+        text += f" in place of {one_number(event.given):.3g} (--start given keeps that)"
+    return f"{text}, for {event.cost:.2f} plain runs"
 
 
 def one_number(value: Any) -> Any:

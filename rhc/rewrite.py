@@ -47,6 +47,7 @@ class Rewrite:
     total_variation: weight of Σ|u_{t+1} − u_t| in the objective (see `penalty`).
     retries: how often a rejected proposal is tried again, `shrink` times as far.
     cooldown: fraction of the run over which lr falls linearly to 0 at the end.
+    until: fraction of the run after which the schedule is followed as it then stands.
     lower_lr: factor on lr when a window diverges; `rewinds`: how often in a row at most.
     """
 
@@ -59,6 +60,7 @@ class Rewrite:
     retries: int = 1
     shrink: float = 0.3
     cooldown: float = 0.2
+    until: float = 0.5
     lower_lr: float = 0.3
     rewinds: int = 10
 
@@ -69,6 +71,8 @@ class Rewrite:
             raise InputError(f"damping must be > 0, got {self.damping:g}")
         if not 0 <= self.cooldown < 1:
             raise InputError(f"cooldown must be in [0, 1), got {self.cooldown:g}; use 0 for none")
+        if not 0 < self.until <= 1:
+            raise InputError(f"until must be in (0, 1], got {self.until:g}; use 1 for all windows")
         if not 0 < self.lower_lr < 1:
             raise InputError(f"lower_lr must be in (0, 1), got {self.lower_lr:g}")
 

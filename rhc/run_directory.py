@@ -78,6 +78,9 @@ class RunDirectory:
             replace_durably(self.path / "config.json", _document(config))
         self.tape = JsonLines(self.path / "tape.jsonl")
         self.windows = JsonLines(self.path / "windows.jsonl")
+        # What was tried before the first checkpoint stays: it is not tried again.
+        self.starts = JsonLines(self.path / "start.jsonl")
+        self.starts.mend()
         self.tape.append([])
         self.windows.append([])
         checkpoint = self.checkpoints.latest()

@@ -29,6 +29,8 @@ from rhc.events import (
     Notice,
     RunEnded,
     RunStarted,
+    StartFound,
+    StartTried,
     StepTaken,
     Verb,
     VerbStarted,
@@ -55,11 +57,20 @@ from rhc.plant import LossFn, Plant, Snapshot, StepRecord, Trajectory
 from rhc.randomness import preserved
 from rhc.rewrite import Proposal, Rewrite, carried
 from rhc.run_directory import RunDirectory, hardware, versions
-from rhc.schedule import CONTROLS, Schedule, control, cooldown
+from rhc.schedule import (
+    CONTROLS,
+    TEMPLATES,
+    Schedule,
+    Template,
+    control,
+    template_factors,
+)
+from rhc.start import PROBE_BATCHES, STARTS, Start, StartSearch
 from rhc.state import snapshot_from_tensors, snapshot_to_tensors
 from rhc.tape import finite
 
-DEFAULT_CONTROLS = ("lr", "momentum", "noise")
+DEFAULT_CONTROLS = ("lr",)
+"""Rewriting momentum and noise too made runs worse on all three tasks tried (docs/log.md)."""
 
 DIVERGED = 4.0
 """A window counts as diverged where its loss exceeds this times the loss that it began with, and
@@ -139,11 +150,16 @@ class Runner:
     windows are judged on val_loader; without one, on the training batches that follow the window.
 
     window K: steps rolled and differentiated at once; stride M ≤ K: steps committed before sliding
-    on, K where None. controls: what is rewritten; None for lr, momentum and noise, as far as the
-    optimizer has them. per_group: those of them with a value per parameter group as well as per
+    on, K where None. controls: what is rewritten, of lr, momentum, noise and weight_decay; None for
+    lr. per_group: those of them with a value per parameter group as well as per
     step; the groups of the others keep their ratios. rewrite: False for the plain loop, bit for
     bit; a `Rewrite` for another law. objective: what a window is judged by. engine, product,
-    segment: as in `rhc.hypergradient`. start: "given" starts from the optimizer's own controls.
+    segment: as in `rhc.hypergradient`. start: where lr starts: "given", as the optimizer has it;
+    "probe" takes that for a first guess and finds a factor on it by short rolls; "zero" needs no
+    guess, and finds every parameter group's own lr. None for "probe" with rewriting, else "given".
+    template: the shape of lr over the run that is rewritten, or followed: "constant", "cosine",
+    "linear", "wsd" (constant, then linear over the law's cooldown). None for "cosine" where the
+    start is looked for; where it is given, "wsd" with rewriting, "constant" without.
     memory_budget: bytes that looking back may take beyond plain training; spill: whether states may
     go to disk for it (True: to the system's temporary folder; or a folder). discount γ ≤ 1: the
     costate is multiplied by it at every step backwards; costate_clip: its largest norm, as a
@@ -167,7 +183,8 @@ class Runner:
         stride: int | None = None,
         controls: Sequence[str] | None = None,
         per_group: Sequence[str] = (),
-        start: Literal["given"] = "given",
+        start: Start | None = None,
+        template: Template | None = None,
         rewrite: bool | Rewrite = True,
         objective: Objective | None = None,
         engine: Engine = "adjoint",
@@ -194,8 +211,10 @@ class Runner:
                 f"stride must be in [1, {window}] for window={window}, got {stride}; "
                 "lower --stride or raise --window"
             )
-        if start != "given":
-            raise InputError(f"start must be 'given', got {start!r}; other starts do not exist yet")
+        if start is not None and start not in STARTS:
+            raise InputError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
+        if template is not None and template not in TEMPLATES:
+            raise InputError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
         if accumulate < 1:
             raise InputError(f"accumulate must be ≥ 1, got {accumulate}; use 1 not to accumulate")
         self.plant = Plant(
@@ -205,6 +224,10 @@ class Runner:
         self.train_loader, self.val_loader, self.test_loader = train_loader, val_loader, test_loader
         self.window, self.stride = window, stride
         self.rewriting = rewrite is not False
+        self.start: Start = start or ("probe" if self.rewriting else "given")
+        self.template: Template = template or (
+            "cosine" if self.start != "given" else "wsd" if self.rewriting else "constant"
+        )
         self.law = rewrite if isinstance(rewrite, Rewrite) else Rewrite()
         self.objective = objective or Objective()
         self.engine: Engine = engine
@@ -266,6 +289,8 @@ class Runner:
                         None if self.directory is None else self.directory.path,
                     )
                 )
+                if loop.step == 0:
+                    self._find_start()
                 while loop.step < steps:
                     self._window()
                     self._save()
@@ -308,11 +333,13 @@ class Runner:
         commit = min(start + self.stride, stop)
         if self.rewriting:
             before = _Moment(self.plant.snapshot(), self.loop.average.copy())
-            attempt = self._roll_until_finite(start, stop, commit, before)
-            attempt = self._rewrite(attempt, commit, before)
+            steered = start < self.law.until * self.loop.steps
+            attempt = self._roll_until_finite(start, stop, commit, before, steered=steered)
+            if steered:
+                attempt = self._rewrite(attempt, commit, before)
         else:
             self._verb("roll", start, stop, 0)
-            attempt = self._roll(start, stop, commit, 0)
+            attempt = self._roll(start, stop, commit, 0, steered=False)
             if attempt.failure is not None:
                 raise DivergedError(
                     f"{attempt.failure}; lower the lr, or turn rewriting on to have it lowered"
@@ -321,12 +348,17 @@ class Runner:
 
     # The verbs -----------------------------------------------------------------------------------
 
-    def _roll_until_finite(self, start: int, stop: int, commit: int, before: _Moment) -> _Attempt:
-        """Rolls the planned schedule, at an ever lower lr while it diverges, and looks back."""
+    def _roll_until_finite(
+        self, start: int, stop: int, commit: int, before: _Moment, *, steered: bool
+    ) -> _Attempt:
+        """Rolls the planned schedule, at an ever lower lr while it diverges.
+
+        steered: also looks back.
+        """
         planned = self.loop.schedule
         for number in range(self.law.rewinds + 1):
             self._verb("roll", start, stop, number)
-            attempt = self._roll(start, stop, commit, number)
+            attempt = self._roll(start, stop, commit, number, steered=steered)
             if attempt.failure is None:
                 return attempt
             self._verb("restore", start, stop, number)
@@ -338,7 +370,9 @@ class Runner:
         # No lr helps, so that it is not the lr. A loss that is high but finite is let through.
         self.loop.schedule = planned
         self._verb("roll", start, stop, self.law.rewinds + 1)
-        attempt = self._roll(start, stop, commit, self.law.rewinds + 1, guarded=False)
+        attempt = self._roll(
+            start, stop, commit, self.law.rewinds + 1, steered=steered, guarded=False
+        )
         if attempt.failure is not None:
             self._restore(before)
             raise DivergedError(
@@ -348,9 +382,16 @@ class Runner:
         return attempt
 
     def _roll(
-        self, start: int, stop: int, commit: int, number: int, *, guarded: bool = True
+        self,
+        start: int,
+        stop: int,
+        commit: int,
+        number: int,
+        *,
+        steered: bool,
+        guarded: bool = True,
     ) -> _Attempt:
-        """One roll of the planned schedule, with its hypergradient where rewriting is on."""
+        """One roll of the planned schedule, with its hypergradient where it is to be steered."""
         schedule = self.loop.schedule.window(start, stop)
         if not self.rewriting:
             # The plain loop draws each batch just before its step, from the same random state.
@@ -359,6 +400,9 @@ class Runner:
             return attempt
         batches = self.loop.train.take(start, stop)
         attempt = _Attempt(number, schedule, batches)
+        if not steered:
+            self._run(attempt, commit, None, guarded=guarded)
+            return attempt
         terminal, share = self._terminal(start, stop)
         mean = Average(self.objective.average)
         recorder = self._run(attempt, commit, mean, record=True, guarded=guarded)
@@ -551,9 +595,16 @@ class Runner:
             self.loop.validation.release(first)
         else:
             after = self.loop.train.take(start, stop + self.objective.batches)[stop - start :]
-            batches = [m for b in after for m in (b if isinstance(b, MicroBatches) else (b,))]
+            batches = after
+        return self._mean_loss(batches, self.loop.train.take(start, start + 1)[0])
+
+    def _mean_loss(self, batches: Sequence[Any], train: Any = None) -> tuple[Terminal, float]:
+        """(mean loss on `batches` in eval mode, their size beside `train`'s, else their number)."""
+        batches = [m for b in batches for m in (b if isinstance(b, MicroBatches) else (b,))]
         sizes = [batch_size(b) for b in batches]
-        share = sum(sizes) / max(1, batch_size(self.loop.train.take(start, start + 1)[0]))
+        share = float(len(batches))
+        if train is not None:
+            share = sum(sizes) / max(1, batch_size(train))
 
         def terminal(model: nn.Module) -> Tensor:
             # Running statistics belong to the last iterate, not to the average that is judged.
@@ -642,16 +693,67 @@ class Runner:
         with self.plant.evaluating():
             self.plant.loss(batch)
 
-    def _planned(self, steps: int) -> Schedule:
-        """The optimizer's own controls at every step, lr with a cooldown at the end."""
-        planned = Schedule.constant(steps, self.seed, **self._initial())
-        if self.rewriting and "lr" in self.controls and self.law.cooldown:
-            lr, factors = planned["lr"], cooldown(steps, self.law.cooldown)
-            cooled = lr * (factors if lr.dim() == 1 else factors[:, None])
+    def _planned(self, steps: int, lr: Tensor | None = None) -> Schedule:
+        """The optimizer's own controls at every step, lr in the shape of the template.
+
+        lr: of step 0, () or (G,), in place of the optimizer's own.
+        """
+        initial = self._initial() if lr is None else self._initial() | {"lr": lr.tolist()}
+        planned = Schedule.constant(steps, self.seed, **initial)
+        # What is not rewritten keeps the optimizer's bits.
+        shaped = self.template != "constant" and ("lr" in self.controls or not self.rewriting)
+        if shaped and (self.template != "wsd" or self.law.cooldown):
+            lr, factors = planned["lr"], template_factors(self.template, steps, self.law.cooldown)
+            shape = lr * (factors if lr.dim() == 1 else factors[:, None])
             # A group that is at 0 stays there.
-            cooled = torch.where(lr == 0, lr, cooled.clamp(min=CONTROLS["lr"].lower))
-            planned = planned.replaced(Schedule({"lr": cooled}))
+            shape = torch.where(lr == 0, lr, shape.clamp(min=CONTROLS["lr"].lower))
+            planned = planned.replaced(Schedule({"lr": shape}))
         return planned
+
+    def _find_start(self) -> None:
+        """Looks for the lr to start from, where it is not given, and plans the run from it.
+
+        What was tried is in start.jsonl, so that a run that is resumed at step 0 finds the same.
+        """
+        if self.start == "given":
+            return
+        steps = self.loop.steps
+        stream = StepBatches(
+            self.train_loader, isolated=True, device=self._moved_to, accumulate=self.accumulate
+        )
+        stream.seek(self.loop.train.position(0))  # the run's own first batches
+        judged: list[Any] = []
+        if self.val_loader is not None:
+            validation = StepBatches(
+                self.val_loader, isolated=True, seed=self.seed, device=self._moved_to
+            )
+            if self.loop.validation is not None:
+                validation.seek(self.loop.validation.position(0))
+            judged = validation.take(0, _length(self.val_loader, PROBE_BATCHES))
+            validation.close()
+
+        def held_out(n: int) -> tuple[Terminal, float]:
+            return self._mean_loss(judged or stream.take(n, n + PROBE_BATCHES))
+
+        def tell(record: dict[str, Any]) -> None:
+            if self.directory is not None:
+                self.directory.starts.append([record])
+            self._emit(StartTried(record))
+
+        planned = Schedule.constant(steps, self.seed, **self._initial())
+        known = [] if self.directory is None else self.directory.starts.read()
+        with preserved():
+            search = StartSearch(self.plant, self.objective, planned, stream, held_out, known, tell)
+            lr = search.find(self.start)
+        stream.close()
+        self.loop.cost.gradients(search.gradients)
+        if lr is None:
+            raise DivergedError(
+                "no lr within its bounds keeps a short roll finite; look at the data and the loss"
+            )
+        given = planned["lr"][0].tolist()
+        self.loop.schedule = self._planned(steps, lr)
+        self._emit(StartFound(self.start, lr.tolist(), given, search.gradients / steps))
 
     def _initial(self) -> dict[str, Any]:
         """The optimizer's own controls: a number each, or a list of one per parameter group."""
@@ -850,6 +952,11 @@ class Runner:
             "memory_budget": (self.memory_budget, None),
             "discount": (self.discount, 1.0),
             "costate_clip": (self.costate_clip, None),
+            "start": (self.start, "given"),
+            "template": (
+                self.template,
+                "wsd" if self.rewriting and self.start == "given" else "constant",
+            ),
         }
         return {name: value for name, (value, usual) in settings.items() if value != usual}
 

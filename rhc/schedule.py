@@ -472,6 +472,25 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+Template = Literal["constant", "cosine", "linear", "wsd"]
+TEMPLATES: tuple[Template, ...] = ("constant", "cosine", "linear", "wsd")
+"""Shapes of lr over a run: none; half a cosine; a line; constant, then linear at the end (warm-up,
+stable, decay, without the warm-up)."""
+
+
+def template_factors(template: Template, steps: int, fraction: float) -> Tensor:
+    """(steps,) factors on lr, from 1 downwards. fraction: of the run, in which wsd cools down.
+
+    None of them is 0, so that every step counts.
+    """
+    if template == "wsd":
+        return cooldown(steps, fraction)
+    done = torch.arange(steps, dtype=torch.float64)
+    if template == "cosine":
+        return 0.5 * (1 + (math.pi * done / steps).cos())
+    return 1 - done / steps if template == "linear" else torch.ones_like(done)
+
+
 def cooldown(steps: int, fraction: float) -> Tensor:
     """(steps,) factors: 1, then linear towards 0 over the last `fraction` of the steps.
 

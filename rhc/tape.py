@@ -34,6 +34,11 @@ class JsonLines:
             os.fsync(file.fileno())
         self.length += len(data)
 
+    def mend(self) -> None:
+        """Cuts off a last line that was not written to its end."""
+        if self.length:
+            self.truncate(self.path.read_bytes().rfind(b"\n") + 1)
+
     def truncate(self, length: int) -> None:
         """Cuts the file back to `length` bytes; a shorter file is an InputError."""
         if self.length < length:

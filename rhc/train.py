@@ -27,7 +27,8 @@ from rhc.objective import Objective
 from rhc.progress import Progress, display
 from rhc.rewrite import Rewrite
 from rhc.runner import DivergedError, Runner
-from rhc.schedule import CONTROLS, control
+from rhc.schedule import CONTROLS, Template, control
+from rhc.start import Start
 from rhc.summary import RUNS, print_result, read_record
 from rhc.workload import Workload, load_runner
 
@@ -40,7 +41,14 @@ NOT_HASHED = (
 _DESCRIBED = ("rewrite", "controls", "segment", "device", "memory_budget")
 """Entries of config.json that the Runner writes in its own, resolved form."""
 
-_RECORDED_IF_GIVEN = ("accumulate", "clip_value", "per_group", "discount", "costate_clip")
+_RECORDED_IF_GIVEN = (
+    "accumulate",
+    "clip_value",
+    "per_group",
+    "discount",
+    "costate_clip",
+    "template",
+)
 """Settings that runs which were begun before they existed do not have in their config.json."""
 
 
@@ -150,7 +158,8 @@ def _law(config: TrainConfig) -> tuple[Rewrite | Literal[False], Objective, Trai
     """The law and the objective, and the settings with what these left open filled in."""
     if not config.rewrite:
         return False, Objective(), config
-    law = Rewrite() if config.cooldown is None else Rewrite(cooldown=config.cooldown)
+    given: dict[str, Any] = {"cooldown": config.cooldown, "until": config.until}
+    law = replace(Rewrite(), **{name: value for name, value in given.items() if value is not None})
     chosen: dict[str, Any] = {}
     if config.average is not None:
         chosen["average"] = config.average or None
@@ -164,6 +173,7 @@ def _law(config: TrainConfig) -> tuple[Rewrite | Literal[False], Objective, Trai
         replace(
             config,
             cooldown=law.cooldown if steers_lr else None,
+            until=law.until,
             average=objective.average or 0.0,
             objective_batches=objective.batches,
         ),
@@ -189,7 +199,8 @@ def _runner(
         stride=config.stride,
         controls=config.controls,
         per_group=config.per_group or (),
-        start=cast(Literal["given"], config.start),
+        start=cast(Start, config.start),
+        template=cast(Template | None, config.template),
         rewrite=law,
         objective=objective,
         engine=cast(Engine, config.engine),

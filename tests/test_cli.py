@@ -22,7 +22,7 @@ from rich.console import Console
 import rhc.train
 from rhc import InputError
 from rhc.cli import COMMANDS, main
-from rhc.config import OPTIMIZERS, PRODUCTS, TrainConfig, parsed_bytes
+from rhc.config import OPTIMIZERS, PRODUCTS, STARTS, TEMPLATES, TrainConfig, parsed_bytes
 from rhc.dynamics import DYNAMICS
 from rhc.events import (
     CheckpointSaved,
@@ -45,6 +45,8 @@ from rhc.progress import (
     one_number,
     sparkline,
 )
+from rhc.schedule import TEMPLATES as KNOWN_TEMPLATES
+from rhc.start import STARTS as KNOWN_STARTS
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -141,7 +143,7 @@ def process(*arguments: str, cwd: Path, **options: Any) -> subprocess.CompletedP
 
 
 def test_digits_from_end_to_end(call: Call, tmp_path: Path) -> None:
-    done = call("train --window 20 --steps 100 --keep-checkpoints 2")
+    done = call("train --window 20 --steps 100 --keep-checkpoints 2 --until 1")
     assert (done.status, done.err) == (0, "")
 
     (directory,) = (tmp_path / "runs").iterdir()
@@ -177,7 +179,7 @@ def test_digits_from_end_to_end(call: Call, tmp_path: Path) -> None:
 
 
 def test_plain_lines_where_there_is_no_terminal(call: Call) -> None:
-    lines = call("train own.py:own --window 5").out.splitlines()
+    lines = call("train own.py:own --window 5 --lr 0.1 --until 1").out.splitlines()
     number = r"[-+.\de]+"
     committed = re.compile(
         rf"step +(\d+)/20  loss {number} +lr {number} +J {number} -> {number} +"
@@ -187,6 +189,10 @@ def test_plain_lines_where_there_is_no_terminal(call: Call) -> None:
     assert found == ["5", "10", "15", "20"]
     assert lines[0].startswith("own: 20 steps, window 5, rewriting lr")
     assert "rhc resume runs/own-" in lines[1]
+    assert re.fullmatch(rf"start  10 steps at lr 0\.1: loss {number}", lines[2])
+    assert re.search(
+        rf"^start  lr {number} in place of 0.1 \(--start given", "\n".join(lines), re.M
+    )
 
 
 def test_without_rewriting(call: Call, tmp_path: Path) -> None:
@@ -342,6 +348,9 @@ def test_own_defaults_of_an_optimizer(call: Call, tmp_path: Path) -> None:
 
 def test_a_diverging_run_ends_with_status_1(call: Call) -> None:
     done = call("train own.py:nan --window 5")
+    assert done.status == 1
+    assert done.err.startswith("rhc: error: no lr within its bounds keeps a short roll finite")
+    done = call("train own.py:nan --window 5 --start given")
     assert done.status == 1
     assert (
         done.err.startswith("rhc: error: the loss is nan at step 0") and done.err.count("\n") == 1
@@ -528,8 +537,8 @@ BAD_INPUT: dict[str, list[str]] = {
     "train --optimizer rmsprop": ["'rmsprop'", "sgd, adam, adamw", "dynamics"],
     "train --product exat": ["'exat'", "did you mean 'exact'", "central-difference"],
     "train --engine higher": ["engine must be 'adjoint'", "'higher'", "rhc.hypergradient"],
-    "train --start zero": ["start must be 'given'", "'zero'", "do not exist yet"],
-    "train --start porbe": ["start must be 'given'", "'porbe'"],
+    "train --start porbe": ["start must be one of zero, probe, given", "'porbe'"],
+    "train --template sine": ["template must be one of constant, cosine, linear, wsd", "'sine'"],
     "train --device gpu": ["'gpu'", "auto, cpu, cuda"],
     "train --resume maybe": ["'maybe'", "auto, never"],
     # settings that would be ignored
@@ -709,6 +718,7 @@ def test_module_and_status(tmp_path: Path) -> None:
 
 def test_the_names_that_are_offered_are_those_that_exist() -> None:
     assert ("auto", *KNOWN_PRODUCTS) == PRODUCTS
+    assert STARTS == KNOWN_STARTS and TEMPLATES == KNOWN_TEMPLATES
     assert set(OPTIMIZERS) <= {kind.__name__.lower() for kind in DYNAMICS}
 
 

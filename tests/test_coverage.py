@@ -950,6 +950,7 @@ def test_what_is_given_up_is_told() -> None:
         loader,
         loader,
         window=4,
+        start="given",
         listeners=[lambda event: told.append(getattr(event, "message", ""))],
     )
     runner.fit(steps=8)

@@ -20,7 +20,7 @@ LAYERS = (
         "tape",
     },
     {"causal", "plant", "state"},
-    {"evaluate", "hindsight", "hypergradient", "planning", "rewrite"},
+    {"evaluate", "hindsight", "hypergradient", "planning", "rewrite", "start"},
     {"compare", "report", "runner"},
     {"__main__", "cli", "progress", "summary", "train"},
 )  # fmt: skip

@@ -564,7 +564,9 @@ def fitted(directory: Path, seed: int, *, stop: int | None = None, **options: An
     """The state and files of a run that ended, None of one that was interrupted."""
     run = make_run("adamw", seed=seed)
     listeners = [] if stop is None else [stop_at_event(stop)]
-    runner = Runner(*run, window=6, directory=directory, listeners=listeners, **options)
+    runner = Runner(
+        *run, window=6, start="given", directory=directory, listeners=listeners, **options
+    )
     try:
         result = runner.fit(16)
     except Stop:

@@ -43,8 +43,14 @@ from rhc.tape import JsonLines
 STEPS = 11
 """Three or four windows of 4, the last one shorter; the epoch ends at 10."""
 
-LAW = Rewrite(step={"lr": 1.5, "momentum": 0.5, "noise": 4.0}, damping=1e-9)
+LAW = Rewrite(until=1.0, step={"lr": 1.5, "momentum": 0.5, "noise": 4.0}, damping=1e-9)
 """Far steps, so that some windows are rejected, and noise."""
+
+
+@pytest.fixture(autouse=True)
+def three_controls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there are with every optimizer: more can go wrong than with lr alone."""
+    monkeypatch.setattr("rhc.runner.DEFAULT_CONTROLS", ("lr", "momentum", "noise"))
 
 
 @pytest.fixture(autouse=True)
@@ -404,7 +410,7 @@ CHANGED: dict[str, tuple[dict[str, Any], str]] = {
     "seed": ({"seed": 3}, "seed was 0, is 3"),
     "controls": ({"controls": ["lr"]}, r'controls was \["lr", "momentum", "noise"\], is \["lr"\]'),
     "law": (
-        {"rewrite": Rewrite(step={**LAW.step, "noise": 5.0})},
+        {"rewrite": Rewrite(until=1.0, step={**LAW.step, "noise": 5.0})},
         r"rewrite.step.noise was 4.0, is 5.0",
     ),
     "no law": ({"rewrite": False}, "rewrite was {.*, is false"),
@@ -445,7 +451,7 @@ def test_a_model_of_as_many_but_other_parameters(tmp_path: Path) -> None:
 
     uninterrupted_run = made(nn.Sequential(nn.Linear(6, 3, bias=False), nn.Linear(3, 3)))
     with pytest.raises(Stop):
-        runner(uninterrupted_run, tmp_path, stop_at_event(30)).fit(STEPS)
+        runner(uninterrupted_run, tmp_path, stop_at_event(45)).fit(STEPS)
     renamed = nn.Sequential(nn.Identity(), nn.Linear(6, 3, bias=False), nn.Linear(3, 3))
     refused(
         made(renamed),

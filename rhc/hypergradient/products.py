@@ -5,6 +5,7 @@ adds the stage cost's own gradient. Costs in gradient evaluations: exact 3 (g ag
 to pull it back; 2 where the roll kept the graph of g), forward over reverse 3, forward difference
 1 (the roll's g_t is known), central difference 2. Where no exact product exists, a difference is
 held against one in the opposite direction, which steps over other kinks: one gradient more.
+"none" leaves the Hessian out: no more than a baseline, but exact where lr is 0.
 """
 
 from __future__ import annotations
@@ -34,18 +35,22 @@ from rhc.hypergradient.kernels import valueless_gradients
 from rhc.plant import Block, Plant
 from rhc.randomness import RandomState
 
-Product = Literal["exact", "forward-over-reverse", "forward-difference", "central-difference"]
+Product = Literal[
+    "exact", "forward-over-reverse", "forward-difference", "central-difference", "none"
+]
 PRODUCTS: tuple[Product, ...] = (
     "exact",
     "forward-over-reverse",
     "forward-difference",
     "central-difference",
+    "none",
 )
 PRODUCT_COST: Mapping[str, int] = {
     "exact": 3,
     "forward-over-reverse": 3,
     "forward-difference": 1,
     "central-difference": 2,
+    "none": 0,
 }
 KEPT_COST = 2
 """Of an exact product whose graph the roll kept."""
@@ -119,6 +124,8 @@ def pull_back(
         )
     if product == "forward-over-reverse":
         curvature = _forward_over_reverse(evaluation, scratch, point, gradient_costates)
+    elif product == "none":
+        curvature = [None] * len(gradient_costates)
     else:
         curvature = _difference(product, evaluation, scratch, point, gradient_costates, opposite)
     first = _first_order(evaluation, scratch, point, statistics_costates)
