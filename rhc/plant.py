@@ -335,13 +335,20 @@ class Plant:
             trajectory.blocks = self.blocks() if recorder.blocks is None else recorder.blocks
             recorder.trajectory = trajectory
         losses: list[float] = []
+        scalars = _Scalars(len(schedule))
         for i, batch in enumerate(batches):
             backward = None if recorder is None else recorder.before(i, batch)
             step = schedule.start + i
             keep = None if recorder is None else recorder.keep_gradients
             observed = self._advance(batch, schedule.at(step), step, keep, backward)
-            trajectory.losses.append(observed.loss)
-            trajectory.metrics.append(observed.metrics)
+            if recorder is None:
+                trajectory.losses.append(observed.loss)
+                trajectory.metrics.append(observed.metrics)
+            else:
+                trajectory.losses.append(scalars.keep(None, observed.loss))
+                trajectory.metrics.append(
+                    {name: scalars.keep(name, v) for name, v in observed.metrics.items()}
+                )
             trajectory.gradient_norms.append(observed.gradient_norm)
             if average is not None:
                 average.update(self.parameters)
@@ -510,6 +517,24 @@ class _Store:
             kept.append(torch.cat(parts, out=room))
         self.kept += 1
         return kept
+
+
+class _Scalars:
+    """Room for what every step observes, by name: small tensors that stay would pin the heap."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.rooms: dict[str | None, tuple[Tensor, list[Tensor]]] = {}
+
+    def keep(self, name: str | None, value: Tensor) -> Tensor:
+        """The value, moved to the room of its name if it is a number."""
+        if value.dim():
+            return value
+        if name not in self.rooms:
+            room = value.new_empty(self.steps)
+            self.rooms[name] = room, list(room.unbind()[::-1])
+        own = self.rooms[name][1].pop()
+        return own.copy_(value)
 
 
 def _is_split(block: Block, gradients: Sequence[Tensor | None]) -> bool:

@@ -86,17 +86,27 @@ def measured(**options: object) -> dict[str, int]:
 ROWS = 8192
 """A hidden layer's activations are 2 MiB, against 72 kB of parameters; a graph holds some 40 MB."""
 
-NOISE = 6 * 2**20
-"""Of resident memory from process to process: what the allocator keeps, and code that is loaded."""
+NOISE = 16 * 2**20
+"""Of resident memory: what the allocator keeps, and code that is loaded. Equal processes differ by
+13 MB. A graph that stayed for every step would hold 7 GB."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("product", ["exact", "forward-difference"])
 def test_memory_of_graphs_does_not_grow_with_the_window(product: str) -> None:
-    """A gradient is kept for every step, and every √K-th state twice; nothing else may grow."""
-    short, long = (measured(steps=k, rows=ROWS, product=product) for k in (10, 200))
+    """A gradient is kept for every step, and every √K-th state twice; nothing else may grow.
+
+    From K = 50: before that the holes of the C heap fill up, by 10 to 30 MB whatever is held.
+    """
+    short, long = (
+        sorted(
+            (measured(steps=k, rows=ROWS, product=product) for _ in range(3)),
+            key=lambda found: found["bytes"],
+        )[1]
+        for k in (50, 200)
+    )
     assert short["graphs"] == long["graphs"] == 0
-    stored = (200 - 10) * long["parameters"] + 2 * (15 - 4) * 3 * long["parameters"]
+    stored = (200 - 50) * long["parameters"] + 2 * (15 - 8) * 3 * long["parameters"]
     assert long["bytes"] - short["bytes"] < stored + NOISE
 
 

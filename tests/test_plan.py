@@ -219,6 +219,16 @@ def test_more_memory_never_costs_more_gradients(
     assert more.fits or not less.fits
 
 
+@pytest.mark.parametrize("spill", [True, False])
+def test_states_are_rebuilt_before_anything_is_spilled(spill: bool) -> None:
+    """Those of √K steps do not fit beside the gradients, but log3 K of them do."""
+    found = make_plan(25, "exact", Sizes(1000, 3000, 5000, 2000), 50_000, spill=spill)
+    assert found.fits and found.kept == 25 and not found.spilled and not found.chunk
+    assert found.states_every == 0
+    roomy = make_plan(25, "exact", Sizes(1000, 3000, 5000, 2000), 500_000, spill=spill)
+    assert roomy.states_every > 0
+
+
 @given(st.integers(2, 40), sizes(), st.floats(0.02, 1.5))
 def test_no_other_chunk_is_cheaper_within_the_budget(
     steps: int, sizes: Sizes, share: float
@@ -236,9 +246,10 @@ def test_no_other_chunk_is_cheaper_within_the_budget(
 
 def affordable(steps: int, sizes: Sizes, budget: int) -> Iterator[tuple[int, int]]:
     """Every (chunk, snapshots) within the budget: two costates, a gradient, the window's end, one
-    product, the chunk's gradients and its log3 rebuilt states with two of work."""
+    product, the chunk's gradients and its log3 rebuilt states with two of work; one step has its
+    state, two have one made."""
     for chunk in range(1, steps + 1):
-        rebuilt = math.ceil(math.log(max(chunk, 2), 3)) + 2
+        rebuilt = chunk if chunk <= 2 else math.ceil(math.log(chunk, 3)) + 2
         fixed = sizes.product + 3 * sizes.state + sizes.parameters
         fixed += chunk * sizes.parameters + rebuilt * sizes.state
         room = (budget - fixed) // sizes.state

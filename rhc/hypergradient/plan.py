@@ -111,9 +111,17 @@ class Plan:
 
 
 def make_plan(
-    steps: int, product: Product, sizes: Sizes, budget: int | None, *, spill: bool
+    steps: int,
+    product: Product,
+    sizes: Sizes,
+    budget: int | None,
+    *,
+    spill: bool,
+    graph_bytes: int | None = None,
 ) -> Plan:
     """The plan that evaluates the fewest gradients within `budget` bytes.
+
+    graph_bytes: of kept graphs, at most, where the budget would have room for more.
 
     Without a budget gradients are kept for all steps, and graphs as far as FREE_GRAPHS goes.
     """
@@ -129,6 +137,8 @@ def make_plan(
         # A graph takes the place of what a product without one would hold.
         assert whole.predicted_bytes is not None
         room = budget - whole.predicted_bytes + min(sizes.graph, sizes.product)
+        if graph_bytes is not None:
+            room = min(room, graph_bytes)
         return _kept(steps, product, sizes, budget, min(steps, room // max(1, sizes.graph)))
     if spill:
         return _spilled(steps, product, sizes, budget)
@@ -136,19 +146,25 @@ def make_plan(
 
 
 def _rebuilt(steps: int, sizes: Sizes) -> int:
-    """Bytes of the states that `steps` rebuilt states need: log3 of them, and two of work."""
-    return (math.ceil(math.log(max(steps, 2), 3)) + 2) * sizes.state
+    """Bytes of the states that `steps` rebuilt states need: log3 of them, and two of work.
+
+    One step has its state already, two need one made.
+    """
+    if steps <= 2:
+        return max(steps, 1) * sizes.state
+    return (math.ceil(math.log(steps, 3)) + 2) * sizes.state
 
 
 def _kept(steps: int, product: Product, sizes: Sizes, budget: int | None, graphs: int) -> Plan:
     # States of √K steps, where they are small, so that every other is rebuilt once.
     apart = math.isqrt(max(0, steps - 1)) + 1
     states = 2 * apart * sizes.state
-    if states > FREE_STATES:
-        apart, states = 0, _rebuilt(steps, sizes)
-    fixed = steps * sizes.parameters + states + sizes.state + sizes.parameters
     overlap = min(sizes.graph, sizes.product)
-    peak = max(sizes.product, graphs * sizes.graph + sizes.product - overlap) if graphs else 0
+    fixed = (steps + 1) * sizes.parameters + sizes.state + sizes.product
+    if graphs:
+        fixed += max(0, graphs * sizes.graph - overlap)
+    if states > FREE_STATES or (budget is not None and fixed + states > budget):
+        apart, states = 0, _rebuilt(steps, sizes)
     return Plan(
         steps,
         product,
@@ -156,7 +172,7 @@ def _kept(steps: int, product: Product, sizes: Sizes, budget: int | None, graphs
         states_every=apart,
         kept=steps,
         budget=budget,
-        predicted_bytes=fixed + max(peak, sizes.product),
+        predicted_bytes=fixed + states,
     )
 
 

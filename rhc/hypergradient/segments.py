@@ -233,9 +233,11 @@ class _Reverse:
         # On the device until the end: writing to the host would make it wait at every step.
         self.device = plant.parameters[0].device
         self.groups = len(plant.optimizer.param_groups)
-        # name -> (step, group, factor, derivative), put together at the end.
-        self.pulled: dict[str, list[tuple[int, int, float, Tensor]]] = {n: [] for n in controls}
-        # One room: small tensors that stay, among large ones that go, would pin the heap.
+        # One room for each: small tensors that stay, among large ones that go, would pin the heap.
+        self.pulled = {
+            name: torch.zeros(self.steps, self.groups, dtype=torch.float64, device=self.device)
+            for name in controls
+        }
         self.norms = torch.zeros(self.steps + 1, 2, dtype=torch.float64, device=self.device)
         self.end_norm = torch.zeros((), dtype=torch.float64)
         self.products = 0
@@ -248,14 +250,8 @@ class _Reverse:
     def _adjoint(self) -> Adjoint:
         schedule = self.trajectory.schedule
         gradient = {}
-        for name, pulled in self.pulled.items():
-            total = torch.zeros(self.steps, self.groups, dtype=torch.float64)
-            if pulled:
-                found = torch.stack([p.to(self.device, torch.float64) for *_, p in pulled]).cpu()
-                steps, groups, factors = zip(*((i, g, f) for i, g, f, _ in pulled), strict=True)
-                found *= torch.tensor(factors, dtype=torch.float64)
-                where = (torch.tensor(steps), torch.tensor(groups))
-                total.index_put_(where, found, accumulate=True)
+        for name, room in self.pulled.items():
+            total = room.cpu()
             gradient[name] = total if schedule[name].dim() == 2 else total.sum(1)
         norms = self.norms.cpu()
         return Adjoint(
@@ -457,7 +453,7 @@ class _Reverse:
                 of_gradients = [None if g is None else found.pop(0) for g in raw]
                 (of_noise,) = found
                 if steered and of_noise is not None:
-                    self.pulled["noise"].append((i, 0, 1.0, of_noise))
+                    self.pulled["noise"][i, 0].add_(of_noise)
         return Costate(parameters, optimizer, costate.statistics), of_gradients
 
     def _pull_block(
@@ -521,7 +517,7 @@ class _Reverse:
         """Adds dJ/d(the group's value) to the derivative by the schedule's value."""
         value = self._values(i)[name]
         slope = self.plant.controls.group_slope(name, group, value)
-        self.pulled[name].append((i, group, slope, pulled))
+        self.pulled[name][i, group].add_(pulled.to(self.device), alpha=slope)
 
     def _state_after(self, chunk: Chunk) -> Callable[[int, list[BlockState]], list[BlockState]]:
         """From the states of step i to those of step i + 1, by the gradients of the roll."""
@@ -684,8 +680,7 @@ class _Reverse:
     ) -> None:
         for name, p in zip(leaves, pulled, strict=True):
             if p is not None:
-                of_groups = p.reshape(-1)
-                self.pulled[name] += [(i, g, 1.0, of_groups[g]) for g in range(p.numel())]
+                self.pulled[name][i, : p.numel()].add_(p.to(self.device).reshape(-1))
 
     def _share(self, n: int) -> list[Tensor | None]:
         """The terminal gradient's share of the n-th iterate θ_n, 1 ≤ n ≤ K."""
