@@ -60,7 +60,7 @@ class Rewrite:
     retries: int = 1
     shrink: float = 0.3
     cooldown: float = 0.2
-    until: float = 0.5
+    until: float = 1.0
     lower_lr: float = 0.3
     rewinds: int = 10
 
@@ -159,6 +159,18 @@ class Rewrite:
         signs = (raw[1:] - raw[:-1]).sign() * self.total_variation
         zero = torch.zeros(1, dtype=raw.dtype)
         return torch.cat([zero, signs]) - torch.cat([signs, zero])
+
+
+CORRECTION = Rewrite(
+    step={"lr": 0.15, "momentum": 0.03, "noise": 0.1, "weight_decay": 0.1}, until=0.5
+)
+"""The law where the start was looked for: small corrections in the run's first half. Larger ones
+made runs worse (docs/outcome.md)."""
+
+
+def usual_law(start: str) -> Rewrite:
+    """The law where none is given: `CORRECTION`, or far steps to the end where lr was given."""
+    return Rewrite() if start == "given" else CORRECTION
 
 
 def hat_functions(steps: int, knots: int) -> Tensor:

@@ -55,7 +55,7 @@ from rhc.noise import mixed_seed
 from rhc.objective import Average, Objective
 from rhc.plant import LossFn, Plant, Snapshot, StepRecord, Trajectory
 from rhc.randomness import preserved
-from rhc.rewrite import Proposal, Rewrite, carried
+from rhc.rewrite import Proposal, Rewrite, carried, usual_law
 from rhc.run_directory import RunDirectory, hardware, versions
 from rhc.schedule import (
     CONTROLS,
@@ -153,10 +153,11 @@ class Runner:
     on, K where None. controls: what is rewritten, of lr, momentum, noise and weight_decay; None for
     lr. per_group: those of them with a value per parameter group as well as per
     step; the groups of the others keep their ratios. rewrite: False for the plain loop, bit for
-    bit; a `Rewrite` for another law. objective: what a window is judged by. engine, product,
-    segment: as in `rhc.hypergradient`. start: where lr starts: "given", as the optimizer has it;
-    "probe" takes that for a first guess and finds a factor on it by short rolls; "zero" needs no
-    guess, and finds every parameter group's own lr. None for "probe" with rewriting, else "given".
+    bit; a `Rewrite` for another law than `rhc.rewrite.usual_law`. objective: what a window is
+    judged by. engine, product, segment: as in `rhc.hypergradient`.
+    start: where lr starts: "given", as the optimizer has it; "probe" takes that for a first guess
+    and finds a factor on it by short rolls; "zero" needs no guess, and finds every parameter
+    group's own lr. None for "probe" with rewriting, else "given".
     template: the shape of lr over the run that is rewritten, or followed: "constant", "cosine",
     "linear", "wsd" (constant, then linear over the law's cooldown). None for "cosine" where the
     start is looked for; where it is given, "wsd" with rewriting, "constant" without.
@@ -225,10 +226,10 @@ class Runner:
         self.window, self.stride = window, stride
         self.rewriting = rewrite is not False
         self.start: Start = start or ("probe" if self.rewriting else "given")
+        self.law = rewrite if isinstance(rewrite, Rewrite) else usual_law(self.start)
         self.template: Template = template or (
             "cosine" if self.start != "given" else "wsd" if self.rewriting else "constant"
         )
-        self.law = rewrite if isinstance(rewrite, Rewrite) else Rewrite()
         self.objective = objective or Objective()
         self.engine: Engine = engine
         self.segment, self.product = segment, product

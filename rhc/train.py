@@ -25,7 +25,7 @@ from rhc.events import Listener
 from rhc.hypergradient import Engine, Product
 from rhc.objective import Objective
 from rhc.progress import Progress, display
-from rhc.rewrite import Rewrite
+from rhc.rewrite import Rewrite, usual_law
 from rhc.runner import DivergedError, Runner
 from rhc.schedule import CONTROLS, Template, control
 from rhc.start import Start
@@ -159,7 +159,11 @@ def _law(config: TrainConfig) -> tuple[Rewrite | Literal[False], Objective, Trai
     if not config.rewrite:
         return False, Objective(), config
     given: dict[str, Any] = {"cooldown": config.cooldown, "until": config.until}
-    law = replace(Rewrite(), **{name: value for name, value in given.items() if value is not None})
+    assert config.start is not None
+    law = replace(
+        usual_law(config.start),
+        **{name: value for name, value in given.items() if value is not None},
+    )
     chosen: dict[str, Any] = {}
     if config.average is not None:
         chosen["average"] = config.average or None

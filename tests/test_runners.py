@@ -19,6 +19,7 @@ from rhc.errors import InputError
 from rhc.workload import Workload, available_runners, load_runner, runner_summary
 from runners.data import read_idx, split, tensor_loader
 from runners.digits import digits
+from runners.ill_scaled import SCALES, ill_scaled
 from runners.mnist import mnist
 from runners.sine import sine
 
@@ -411,3 +412,26 @@ def test_a_runner_must_return_a_workload(runner_file: Path) -> None:
 def test_load_runner_from_a_missing_file() -> None:
     with pytest.raises(InputError, match=r"there is no file absent.py in .*: correct the path"):
         load_runner("absent.py:f")
+
+
+def test_ill_scaled_is_the_ordinary_mlp_in_other_units(tmp_path: Path) -> None:
+    """The same function at first; gradients of a layer are multiplied by its scale."""
+    write_mnist(tmp_path, "t10k", 200, compress=False)
+    torch.manual_seed(3)
+    ordinary = mnist(seed=3, data=tmp_path)
+    torch.manual_seed(3)
+    scaled = ill_scaled(seed=3, data=tmp_path)
+    (batch,) = list(scaled.val_loader or [])
+    losses = [scalar_loss(workload, batch) for workload in (ordinary, scaled)]
+    assert torch.allclose(losses[0], losses[1], rtol=1e-5)
+    for loss in losses:
+        loss.backward()
+    assert scaled.parameter_groups is not None and len(scaled.parameter_groups) == len(SCALES)
+    plain = list(ordinary.model.parameters())
+    for group, scale, of_layer in zip(
+        scaled.parameter_groups, SCALES, zip(plain[::2], plain[1::2], strict=True), strict=True
+    ):
+        for p, q in zip(group["params"], of_layer, strict=True):
+            assert p.grad is not None and q.grad is not None
+            assert torch.allclose(p * scale, q, rtol=1e-6)
+            assert torch.allclose(p.grad, q.grad * scale, rtol=1e-4, atol=1e-7)
