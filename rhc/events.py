@@ -77,7 +77,10 @@ class WindowAttempted:
 
 @dataclass(frozen=True)
 class Committed:
-    """Steps [start, stop) are final; `rows` are their lines in tape.jsonl."""
+    """Steps [start, stop) are final; `rows` are their lines in tape.jsonl.
+
+    plain_run_equivalents: the cost of the whole run, if the rest is as dear as what was so far.
+    """
 
     start: int
     stop: int

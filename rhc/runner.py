@@ -569,10 +569,16 @@ class Runner:
         self.loop.tape += rows
         if self.directory is not None:
             self.directory.tape.append(rows)
-        self._emit(Committed(start, commit, rows, self.loop.cost.gradient_equivalents / commit))
+        self._emit(Committed(start, commit, rows, self._projected_cost()))
         if commit < self.loop.steps:
             self._verb("slide", start, stop, attempt.number)
         self.loop.cost.windows += 1
+
+    def _projected_cost(self) -> float:
+        """Of the whole run, in plain runs, if the rest is as dear: the start is paid for once."""
+        begun = self.loop.start_gradients
+        spent = self.loop.cost.gradient_equivalents - begun
+        return begun / self.loop.steps + spent / self.loop.step
 
     @property
     def _moved_to(self) -> torch.device | None:
@@ -748,6 +754,7 @@ class Runner:
             lr = search.find(self.start)
         stream.close()
         self.loop.cost.gradients(search.gradients)
+        self.loop.start_gradients = search.gradients
         if lr is None:
             raise DivergedError(
                 "no lr within its bounds keeps a short roll finite; look at the data and the loss"
@@ -815,6 +822,9 @@ class Runner:
         self.loop.reference = None if reference is None else (reference[0], reference[1])
         self.loop.cost = Cost(**values["cost"])
         self.loop.seconds_before = float(values["seconds"])
+        if self.loop.step:
+            tried = self.directory.starts.read()
+            self.loop.start_gradients = sum(record["gradients"] for record in tried)
         self.loop.tape = self.directory.tape.read()
         self.loop.windows = self.directory.windows.read()
 
@@ -990,6 +1000,7 @@ class _Loop:
     step: int = 0
     reference: tuple[float, float] | None = None
     cost: Cost = field(default_factory=Cost)
+    start_gradients: float = 0.0
     average: Average = field(default_factory=lambda: Average(AVERAGE_DECAY))
     tape: list[dict[str, Any]] = field(default_factory=list)
     windows: list[dict[str, Any]] = field(default_factory=list)

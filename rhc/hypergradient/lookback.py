@@ -58,10 +58,10 @@ HEAP = 0.9
 """The share of a budget that is planned with on a CPU: the C heap resides in a tenth more than is
 allocated, in holes between tensors."""
 
-FRESH_GRAPHS = 3 * 2**29
+FRESH_GRAPHS = 2**30
 """Bytes of graphs that are kept on a CPU at most, whatever the budget. The system's fresh pages
 take more time than is saved: a GPT with K = 50 took 3.9 plain steps a step with 16 graphs of 80 MB,
-5.4 with all 50."""
+5.0 with 22, 5.4 with all 50."""
 
 SHORT = 16
 """Windows of fewer steps are looked back at exactly, where it is ours to choose."""
