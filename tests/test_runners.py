@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from rhc.errors import InputError
 from rhc.workload import Workload, available_runners, load_runner, runner_summary
+from runners.char_lm import char_lm
 from runners.data import read_idx, split, tensor_loader
 from runners.digits import digits
 from runners.ill_scaled import SCALES, ill_scaled
@@ -435,3 +436,46 @@ def test_ill_scaled_is_the_ordinary_mlp_in_other_units(tmp_path: Path) -> None:
             assert p.grad is not None and q.grad is not None
             assert torch.allclose(p * scale, q, rtol=1e-6)
             assert torch.allclose(p.grad, q.grad * scale, rtol=1e-4, atol=1e-7)
+
+
+def test_char_lm_learns_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 100, encoding="utf-8")
+    torch.manual_seed(0)
+    workload = char_lm(data=tmp_path)
+    torch.manual_seed(0)
+    again = char_lm(data=path)
+    batches = [next(iter(w.train_loader)) for w in (workload, again)]
+    assert batches[0][0].shape == (16, 65)
+    model, other = workload.model, again.model
+    assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+    before = validation_loss(workload)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(8):
+        for batch in workload.train_loader:
+            optimizer.zero_grad()
+            scalar_loss(workload, batch).backward()
+            optimizer.step()
+    assert validation_loss(workload) < 0.8 * before
+
+
+def test_char_lm_sees_the_past_only(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("abcdefgh" * 500, encoding="utf-8")
+    model = char_lm(data=tmp_path).model
+    codes = torch.randint(8, (2, 64))
+    changed = codes.clone()
+    changed[:, 40:] = (changed[:, 40:] + 1) % 8
+    assert torch.allclose(model(codes)[:, :40], model(changed)[:, :40], atol=1e-6)
+
+
+def test_char_lm_needs_a_text(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="needs a text and got none"):
+        char_lm()
+    with pytest.raises(InputError, match=r"has no \.txt files"):
+        char_lm(data=tmp_path)
+    (tmp_path / "short.txt").write_text("too short", encoding="utf-8")
+    with pytest.raises(InputError, match="9 characters, too few"):
+        char_lm(data=tmp_path)
+    (tmp_path / "short.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="is not UTF-8"):
+        char_lm(data=tmp_path)
