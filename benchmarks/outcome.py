@@ -36,9 +36,9 @@ import torch
 
 import rhc
 from rhc.rewrite import CORRECTION
+from rhc.schedule import TEMPLATES
 from rhc.workload import load_runner
 
-TEMPLATES = ("constant", "cosine", "linear", "wsd")
 METHODS: Mapping[str, Mapping[str, Any]] = {
     **{name: {"rewrite": False, "start": "given", "template": name} for name in TEMPLATES},
     "probe-cosine": {"rewrite": False, "start": "probe"},

@@ -63,6 +63,7 @@ from rhc.schedule import (
     Schedule,
     Template,
     control,
+    shaped,
     template_factors,
 )
 from rhc.start import PROBE_BATCHES, STARTS, Start, StartSearch
@@ -708,12 +709,10 @@ class Runner:
         initial = self._initial() if lr is None else self._initial() | {"lr": lr.tolist()}
         planned = Schedule.constant(steps, self.seed, **initial)
         # What is not rewritten keeps the optimizer's bits.
-        shaped = self.template != "constant" and ("lr" in self.controls or not self.rewriting)
-        if shaped and (self.template != "wsd" or self.law.cooldown):
-            lr, factors = planned["lr"], template_factors(self.template, steps, self.law.cooldown)
-            shape = lr * (factors if lr.dim() == 1 else factors[:, None])
-            # A group that is at 0 stays there.
-            shape = torch.where(lr == 0, lr, shape.clamp(min=CONTROLS["lr"].lower))
+        follows = self.template != "constant" and ("lr" in self.controls or not self.rewriting)
+        if follows and (self.template != "wsd" or self.law.cooldown):
+            factors = template_factors(self.template, steps, self.law.cooldown)
+            shape = shaped(planned["lr"][0], factors)
             planned = planned.replaced(Schedule({"lr": shape}))
         return planned
 

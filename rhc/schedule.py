@@ -491,6 +491,15 @@ def template_factors(template: Template, steps: int, fraction: float) -> Tensor:
     return 1 - done / steps if template == "linear" else torch.ones_like(done)
 
 
+def shaped(lr: Tensor, factors: Tensor) -> Tensor:
+    """(T,) or (T, G): lr, () or (G,), times factors (T,), within the bounds of lr.
+
+    A group that is at 0 stays there.
+    """
+    values = factors * lr if lr.dim() == 0 else factors[:, None] * lr
+    return torch.where(values == 0, values, values.clamp(min=CONTROLS["lr"].lower))
+
+
 def cooldown(steps: int, fraction: float) -> Tensor:
     """(steps,) factors: 1, then linear towards 0 over the last `fraction` of the steps.
 

@@ -19,7 +19,7 @@ from rhc.batches import StepBatches
 from rhc.hypergradient import Lookback, Terminal
 from rhc.objective import Average, Objective
 from rhc.plant import Plant
-from rhc.schedule import CONTROLS, Schedule, cooldown
+from rhc.schedule import CONTROLS, Schedule, cooldown, shaped
 
 Start = Literal["zero", "probe", "given"]
 STARTS: tuple[Start, ...] = ("zero", "probe", "given")
@@ -226,12 +226,10 @@ class StartSearch:
         return math.inf if loss is None else float(loss)
 
     def _loss_after(self, lr: Any, n: int) -> tuple[dict[str, Any], float]:
-        factors = cooldown(n, COOLDOWN)
-        peak = torch.as_tensor(lr, dtype=torch.float64)
-        lrs = factors * peak if peak.dim() == 0 else factors[:, None] * peak
+        lrs = shaped(torch.as_tensor(lr, dtype=torch.float64), cooldown(n, COOLDOWN))
         trajectory = self.plant.roll(
             self._batches(n),
-            self._schedule(n, torch.where(lrs == 0, lrs, lrs.clamp(min=CONTROLS["lr"].lower))),
+            self._schedule(n, lrs),
             limit=lambda first: DIVERGED * first if first > 0 else math.inf,
         )
         self.plant.optimizer.zero_grad()

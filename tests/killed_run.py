@@ -49,7 +49,7 @@ def train(directory: Path, seed: int) -> None:
         window=12,
         stride=7,
         controls=("lr", "momentum", "noise"),
-        rewrite=Rewrite(until=1.0, step={"lr": 1.0, "momentum": 0.1, "noise": 3.0}, damping=1e-9),
+        rewrite=Rewrite(step={"lr": 1.0, "momentum": 0.1, "noise": 3.0}, damping=1e-9),
         directory=directory,
         listeners=[listener],
     )

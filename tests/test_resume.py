@@ -43,7 +43,7 @@ from rhc.tape import JsonLines
 STEPS = 11
 """Three or four windows of 4, the last one shorter; the epoch ends at 10."""
 
-LAW = Rewrite(until=1.0, step={"lr": 1.5, "momentum": 0.5, "noise": 4.0}, damping=1e-9)
+LAW = Rewrite(step={"lr": 1.5, "momentum": 0.5, "noise": 4.0}, damping=1e-9)
 """Far steps, so that some windows are rejected, and noise."""
 
 
@@ -410,7 +410,7 @@ CHANGED: dict[str, tuple[dict[str, Any], str]] = {
     "seed": ({"seed": 3}, "seed was 0, is 3"),
     "controls": ({"controls": ["lr"]}, r'controls was \["lr", "momentum", "noise"\], is \["lr"\]'),
     "law": (
-        {"rewrite": Rewrite(until=1.0, step={**LAW.step, "noise": 5.0})},
+        {"rewrite": Rewrite(step={**LAW.step, "noise": 5.0})},
         r"rewrite.step.noise was 4.0, is 5.0",
     ),
     "no law": ({"rewrite": False}, "rewrite was {.*, is false"),

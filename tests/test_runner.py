@@ -43,9 +43,7 @@ from rhc.rewrite import Proposal
 from rhc.runner import EXPLODING_CLIP, DivergedError, smoothness
 from rhc.schedule import total_variation
 
-NOISY = Rewrite(
-    until=1.0, step={"lr": 0.7, "momentum": 0.5, "noise": 4.0, "weight_decay": 1.0}, damping=1e-9
-)
+NOISY = Rewrite(step={"lr": 0.7, "momentum": 0.5, "noise": 4.0, "weight_decay": 1.0}, damping=1e-9)
 """A law that goes as far as it may, and leaves noise 0 behind with the first step downhill."""
 
 
@@ -76,7 +74,7 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def runner(run: Run, **options: Any) -> Runner:
     options = {"window": 8} | options
-    options = {"start": "given", "rewrite": Rewrite(until=1.0), **options}
+    options = {"start": "given", "rewrite": Rewrite(), **options}
     return Runner(run.model, run.optimizer, run.loss_fn, run.train, run.val, **options)
 
 
@@ -156,9 +154,7 @@ def test_every_problem_and_optimizer(problem: str, optimizer: str, stride: int) 
         (1, 1, 4),
     ],
 )
-@pytest.mark.parametrize(
-    "law", [Rewrite(until=1.0), Uphill(until=1.0), NOISY], ids=["law", "uphill", "noisy"]
-)
+@pytest.mark.parametrize("law", [Rewrite(), Uphill(), NOISY], ids=["law", "uphill", "noisy"])
 def test_every_window_and_stride(window: int, stride: int, steps: int, law: Rewrite) -> None:
     result = check_ordinary(in_order, steps, window=window, stride=stride, rewrite=law)
     if isinstance(law, Uphill):
@@ -275,7 +271,7 @@ def test_noise_is_part_of_the_run() -> None:
         {"controls": ["weight_decay"]},
         {
             "controls": ["lr"],
-            "rewrite": Rewrite(until=1.0, cooldown=0.0, knots=4, total_variation=0.01),
+            "rewrite": Rewrite(cooldown=0.0, knots=4, total_variation=0.01),
         },
     ],
     ids=str,
@@ -321,7 +317,7 @@ def test_layers_that_only_some_steps_use(optimizer: str) -> None:
 @pytest.mark.parametrize("stride", [8, 3])
 @pytest.mark.parametrize(
     ("law", "lr"),
-    [(Rewrite(until=1.0), 0.05), (Uphill(until=1.0), 0.05), (Rewrite(until=1.0), 10.0)],
+    [(Rewrite(), 0.05), (Uphill(), 0.05), (Rewrite(), 10.0)],
     ids=str,
 )
 def test_the_average_is_of_committed_iterates(law: Rewrite, lr: float, stride: int) -> None:
@@ -450,9 +446,7 @@ def test_tape_and_windows(stride: int, tmp_path: Path) -> None:
         assert (w["product"], w["segment"]) == ("exact", 1)
 
 
-@pytest.mark.parametrize(
-    "law", [Rewrite(until=1.0, step={"lr": 1e-4}, cooldown=0.0), NOISY, Uphill(until=1.0)]
-)
+@pytest.mark.parametrize("law", [Rewrite(step={"lr": 1e-4}, cooldown=0.0), NOISY, Uphill()])
 def test_smoothness_is_the_measured_over_the_predicted_change(law: Rewrite) -> None:
     """About 1 where the step is small; the summary is of all attempts, rejected ones too."""
     options = {"rewrite": law, "controls": ["lr"], "objective": Objective(average=None)}
@@ -548,7 +542,7 @@ def test_costates_that_explode_all_the_same(
 
 def test_accepted_windows_say_what_was_committed() -> None:
     """With M = K an accepted attempt's means are the committed schedule's, a rejected one's not."""
-    result = fit(in_order(), 24, rewrite=Rewrite(until=1.0, step={"lr": 2.0}, cooldown=0.0))
+    result = fit(in_order(), 24, rewrite=Rewrite(step={"lr": 2.0}, cooldown=0.0))
     assert "accepted" in outcomes(result)
     for w in result.windows:
         committed = result.schedule.window(w["start"], w["stop"]).means()
@@ -665,7 +659,7 @@ def test_a_reward_without_a_name_can_be_described(tmp_path: Path) -> None:
 
 def test_total_variation_smooths() -> None:
     def variation(weight: float) -> float:
-        law = Rewrite(until=1.0, knots=4, cooldown=0.0, total_variation=weight)
+        law = Rewrite(knots=4, cooldown=0.0, total_variation=weight)
         result = fit(in_order(), 24, rewrite=law, controls=["lr"])
         assert "accepted" in outcomes(result)
         return float(total_variation(result.schedule.raw(["lr"])))
@@ -675,9 +669,7 @@ def test_total_variation_smooths() -> None:
 
 def test_knots_bend_the_schedule_within_a_window() -> None:
     one, four = (
-        fit(
-            in_order(), 8, rewrite=Rewrite(until=1.0, knots=knots, cooldown=0.0), controls=["lr"]
-        ).schedule
+        fit(in_order(), 8, rewrite=Rewrite(knots=knots, cooldown=0.0), controls=["lr"]).schedule
         for knots in (1, 4)
     )
     assert len(set(one["lr"].tolist())) == 1
@@ -773,9 +765,7 @@ def check_finite(result_files: Path | None, run: Run, tape: list[dict[str, Any]]
 
 def test_an_lr_far_too_high_is_lowered(tmp_path: Path) -> None:
     run = in_order(norm=False, lr=10.0)
-    result = fit(
-        run, 40, directory=tmp_path, controls=["lr"], rewrite=Rewrite(until=1.0, cooldown=0.0)
-    )
+    result = fit(run, 40, directory=tmp_path, controls=["lr"], rewrite=Rewrite(cooldown=0.0))
     check_finite(tmp_path, run, result.tape)
     rewound = [w for w in result.windows if w["outcome"] == "rewound"]
     assert rewound[0]["start"] == 0 and result.windows[0] is rewound[0]
@@ -962,9 +952,7 @@ LETTER = {"roll": "r", "rewrite": "w", "restore": "b", "replay": "p", "commit": 
 
 
 @pytest.mark.parametrize("stride", [8, 3])
-@pytest.mark.parametrize(
-    "law", [Rewrite(until=1.0), Uphill(until=1.0), NOISY], ids=["law", "uphill", "noisy"]
-)
+@pytest.mark.parametrize("law", [Rewrite(), Uphill(), NOISY], ids=["law", "uphill", "noisy"])
 def test_the_six_verbs(stride: int, law: Rewrite) -> None:
     events: list[Any] = []
     result = fit(in_order(), 20, stride=stride, rewrite=law, listeners=[events.append])
@@ -1006,7 +994,7 @@ def test_the_ledger(product: str, lr: float, stride: int) -> None:
         stride=stride,
         product=product,
         controls=["lr"],
-        rewrite=Uphill(until=1.0) if lr < 1 else Rewrite(until=1.0, cooldown=0.0),
+        rewrite=Uphill() if lr < 1 else Rewrite(cooldown=0.0),
         listeners=[lambda e: taken.append(e.step) if isinstance(e, StepTaken) else None],
     )
     cost = result.record["cost"]

@@ -161,8 +161,7 @@ def _kept(steps: int, product: Product, sizes: Sizes, budget: int | None, graphs
     states = 2 * apart * sizes.state
     overlap = min(sizes.graph, sizes.product)
     fixed = (steps + 1) * sizes.parameters + sizes.state + sizes.product
-    if graphs:
-        fixed += max(0, graphs * sizes.graph - overlap)
+    fixed += max(0, graphs * sizes.graph - overlap)
     if states > FREE_STATES or (budget is not None and fixed + states > budget):
         apart, states = 0, _rebuilt(steps, sizes)
     return Plan(
