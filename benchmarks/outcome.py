@@ -118,7 +118,9 @@ def one(arguments: argparse.Namespace, method: str, lr: float | None, seed: int)
         result = runner.fit(arguments.steps or workload.steps)
     except rhc.runner.DivergedError:
         return row | {"cost": float("nan")}
-    track = statistics.fmean(step["loss"] or float("inf") for step in result.tape)
+    track = statistics.fmean(
+        step.get("tracking", step["loss"]) or float("inf") for step in result.tape
+    )
     cost = result.record["cost"]["plain_run_equivalents"]
     test = result.test_loss if result.test_loss is not None else track
     average = result.record["average_test_loss"]

@@ -6,6 +6,7 @@ same batches, noise and objective data (common random numbers): `rhc.runner`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -47,7 +48,14 @@ class Rewrite:
     total_variation: weight of Σ|u_{t+1} − u_t| in the objective (see `penalty`).
     retries: how often a rejected proposal is tried again, `shrink` times as far.
     cooldown: fraction of the run over which lr falls linearly to 0 at the end.
-    until: fraction of the run after which the schedule is followed as it then stands.
+    until: fraction of the run after which windows are looked back at only after a surprise.
+    iterations: rewrites of one window, one on top of the other, while each lowers J by the share
+    `worth`; every further one may go `grow` times as far, up to `farthest` times the step.
+    carry: share of a correction that is left after each window; 1 to keep it for good.
+    patience: looks in a row that are not worth it before windows are passed over, twice as many
+    each time; None to look back at all of them.
+    surprise: a window whose losses rise by this many standard errors above those of the window
+    before is looked back at in any case, and ends the passing over; None for no such test.
     lower_lr: factor on lr when a window diverges; `rewinds`: how often in a row at most.
     """
 
@@ -61,6 +69,13 @@ class Rewrite:
     shrink: float = 0.3
     cooldown: float = 0.2
     until: float = 1.0
+    iterations: int = 1
+    worth: float = 0.05
+    grow: float = 2.0
+    farthest: float = 8.0
+    carry: float = 1.0
+    patience: int | None = None
+    surprise: float | None = None
     lower_lr: float = 0.3
     rewinds: int = 10
 
@@ -73,6 +88,10 @@ class Rewrite:
             raise InputError(f"cooldown must be in [0, 1), got {self.cooldown:g}; use 0 for none")
         if not 0 < self.until <= 1:
             raise InputError(f"until must be in (0, 1], got {self.until:g}; use 1 for all windows")
+        if self.iterations < 1:
+            raise InputError(f"iterations must be ≥ 1, got {self.iterations}")
+        if not 0 <= self.carry <= 1:
+            raise InputError(f"carry must be in [0, 1], got {self.carry:g}")
         if not 0 < self.lower_lr < 1:
             raise InputError(f"lower_lr must be in (0, 1), got {self.lower_lr:g}")
 
@@ -171,6 +190,56 @@ made runs worse (docs/outcome.md)."""
 def usual_law(start: str) -> Rewrite:
     """The law where none is given: `CORRECTION`, or far steps to the end where lr was given."""
     return Rewrite() if start == "given" else CORRECTION
+
+
+def faded(
+    correction: Mapping[str, Shift], shifts: Mapping[str, Shift], left: float
+) -> tuple[dict[str, Shift], dict[str, Shift]]:
+    """(the correction after a window, by how much the plan moves for it).
+
+    correction: control -> what the plan is moved by so far, in raw coordinates. shifts: what this
+    window's rewrites add. left: the share of both that stays.
+    """
+    after: dict[str, Shift] = {}
+    change: dict[str, Shift] = {}
+    for name in {**correction, **shifts}:
+        old = torch.as_tensor(correction.get(name, 0.0), dtype=torch.float64)
+        new = left * (old + torch.as_tensor(shifts.get(name, 0.0), dtype=torch.float64))
+        after[name] = _plain(new)
+        change[name] = shifts.get(name, 0.0) if left == 1 else _plain(new - old)
+    return after, change
+
+
+def added(first: Mapping[str, Shift], second: Mapping[str, Shift]) -> dict[str, Shift]:
+    """The sum of the shifts of every control."""
+    return faded(first, second, 1.0)[0]
+
+
+def _plain(value: Tensor) -> Shift:
+    return float(value) if value.dim() == 0 else tuple(value.tolist())
+
+
+def surprised(before: Sequence[float], losses: Sequence[float], errors: float) -> bool:
+    """Whether losses rise, for a tenth of their number at least, above what they were before.
+
+    The mean of some block of `losses` lies `errors` of its standard errors and a tenth above the
+    mean of `before`; the spread is that of `before`. Multiplying all losses changes nothing.
+    """
+    if len(before) < 4 or not losses:
+        return False
+    block = max(5, len(losses) // 10)
+    level = sum(before) / len(before)
+    spread = math.sqrt(sum((x - level) ** 2 for x in before) / (len(before) - 1))
+    bar = level + errors * spread / math.sqrt(min(block, len(losses)))
+    means = [sum(part) / len(part) for part in _blocks(losses, block)]
+    return max(means) > max(bar, level + 0.1 * abs(level))
+
+
+def _blocks(values: Sequence[float], size: int) -> list[Sequence[float]]:
+    """Blocks of `size`, the last one reaching back where it would be shorter."""
+    starts = range(0, max(1, len(values) - size + 1), size)
+    blocks = [values[i : i + size] for i in starts]
+    return blocks if len(values) % size == 0 else [*blocks, values[-size:]]
 
 
 def hat_functions(steps: int, knots: int) -> Tensor:

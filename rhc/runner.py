@@ -55,7 +55,16 @@ from rhc.noise import mixed_seed
 from rhc.objective import Average, Objective
 from rhc.plant import LossFn, Plant, Snapshot, StepRecord, Trajectory
 from rhc.randomness import preserved
-from rhc.rewrite import Proposal, Rewrite, carried, usual_law
+from rhc.rewrite import (
+    Proposal,
+    Rewrite,
+    Shift,
+    added,
+    carried,
+    faded,
+    surprised,
+    usual_law,
+)
 from rhc.run_directory import RunDirectory, hardware, versions
 from rhc.schedule import (
     CONTROLS,
@@ -66,7 +75,7 @@ from rhc.schedule import (
     shaped,
     template_factors,
 )
-from rhc.start import PROBE_BATCHES, STARTS, Start, StartSearch
+from rhc.start import PROBE_BATCHES, STARTS, WARMUP, Start, StartSearch
 from rhc.state import snapshot_from_tensors, snapshot_to_tensors
 from rhc.tape import finite
 
@@ -160,8 +169,10 @@ class Runner:
     and finds a factor on it by short rolls; "zero" needs no guess, and finds every parameter
     group's own lr. None for "probe" with rewriting, else "given".
     template: the shape of lr over the run that is rewritten, or followed: "constant", "cosine",
-    "linear", "wsd" (constant, then linear over the law's cooldown). None for "cosine" where the
-    start is looked for; where it is given, "wsd" with rewriting, "constant" without.
+    "linear", "wsd" (constant, then linear over the law's cooldown), "1cycle". None for "cosine"
+    where the start is looked for; where it is given, "wsd" with rewriting, "constant" without.
+    warmup: fraction of the run in which lr rises linearly to the template. None for
+    `rhc.start.WARMUP` where the start of an Adam is looked for, else 0.
     memory_budget: bytes that looking back may take beyond plain training; spill: whether states may
     go to disk for it (True: to the system's temporary folder; or a folder). discount γ ≤ 1: the
     costate is multiplied by it at every step backwards; costate_clip: its largest norm, as a
@@ -187,6 +198,7 @@ class Runner:
         per_group: Sequence[str] = (),
         start: Start | None = None,
         template: Template | None = None,
+        warmup: float | None = None,
         rewrite: bool | Rewrite = True,
         objective: Objective | None = None,
         engine: Engine = "adjoint",
@@ -231,6 +243,11 @@ class Runner:
         self.template: Template = template or (
             "cosine" if self.start != "given" else "wsd" if self.rewriting else "constant"
         )
+        if warmup is not None and not 0 <= warmup < 1:
+            raise InputError(f"warmup must be in [0, 1), got {warmup:g}; use 0 for none")
+        adaptive = "betas" in optimizer.param_groups[0]
+        usual = WARMUP if adaptive and self.start != "given" else 0.0
+        self.warmup = usual if warmup is None else warmup
         self.objective = objective or Objective()
         self.engine: Engine = engine
         self.segment, self.product = segment, product
@@ -335,10 +352,16 @@ class Runner:
         commit = min(start + self.stride, stop)
         if self.rewriting:
             before = _Moment(self.plant.snapshot(), self.loop.average.copy())
-            steered = start < self.law.until * self.loop.steps
+            steered = self.loop.passed_over == 0 and start < self.law.until * self.loop.steps
             attempt = self._roll_until_finite(start, stop, commit, before, steered=steered)
-            if steered:
+            surprise = self._surprised(attempt)
+            if surprise and not steered:
+                self._verb("restore", start, stop, attempt.number)
+                self._restore(before)
+                attempt = self._roll_until_finite(start, stop, commit, before, steered=True)
+            if steered or surprise:
                 attempt = self._rewrite(attempt, commit, before)
+            self._pass_over(attempt, looked=steered or surprise, surprise=surprise)
         else:
             self._verb("roll", start, stop, 0)
             attempt = self._roll(start, stop, commit, 0, steered=False)
@@ -347,6 +370,26 @@ class Runner:
                     f"{attempt.failure}; lower the lr, or turn rewriting on to have it lowered"
                 )
         self._commit(attempt, commit)
+
+    def _surprised(self, attempt: _Attempt) -> bool:
+        """Whether the attempt's losses are higher than those of the last committed window."""
+        if self.law.surprise is None or attempt.trajectory is None:
+            return False
+        before = [float(row["loss"]) for row in self.loop.tape[-self.stride :]]
+        losses = torch.stack(attempt.trajectory.losses).double().tolist()
+        return surprised(before, losses, self.law.surprise)
+
+    def _pass_over(self, attempt: _Attempt, *, looked: bool, surprise: bool) -> None:
+        """Decides how many windows to pass over, by what looking back at this one was worth."""
+        if self.law.patience is None:
+            return
+        if not looked:
+            self.loop.passed_over -= self.loop.passed_over > 0
+        elif surprise or attempt.gain >= self.law.worth:
+            self.loop.in_vain = self.loop.passed_over = 0
+        else:
+            self.loop.in_vain += 1
+            self.loop.passed_over = 2 ** max(0, self.loop.in_vain - self.law.patience) - 1
 
     # The verbs -----------------------------------------------------------------------------------
 
@@ -358,30 +401,31 @@ class Runner:
         steered: also looks back.
         """
         planned = self.loop.schedule
-        for number in range(self.law.rewinds + 1):
-            self._verb("roll", start, stop, number)
-            attempt = self._roll(start, stop, commit, number, steered=steered)
-            if attempt.failure is None:
-                return attempt
-            self._verb("restore", start, stop, number)
-            self._restore(before)
-            self._record(attempt, "rewound", attempt.failure)
-            self.loop.cost.rewound_windows += number == 0
-            shift = {"lr": math.log(self.law.lower_lr)}
-            self.loop.schedule = carried(self.loop.schedule, start, shift)
-        # No lr helps, so that it is not the lr. A loss that is high but finite is let through.
-        self.loop.schedule = planned
-        self._verb("roll", start, stop, self.law.rewinds + 1)
-        attempt = self._roll(
-            start, stop, commit, self.law.rewinds + 1, steered=steered, guarded=False
+        number, failed = 0, None
+        # A loss that no lr lowers is not the lr's: if it is finite, it is let through.
+        for guarded in (True, False):
+            if not guarded and (failed is None or not math.isfinite(failed[1])):
+                break
+            self.loop.schedule, failed = planned, None
+            for _ in range(self.law.rewinds + 1):
+                self._verb("roll", start, stop, number)
+                attempt = self._roll(start, stop, commit, number, steered=steered, guarded=guarded)
+                if attempt.failure is None:
+                    return attempt
+                self._verb("restore", start, stop, number)
+                self._restore(before)
+                self._record(attempt, "rewound", attempt.failure)
+                self.loop.cost.rewound_windows += number == 0
+                failed, previous = _place(attempt), failed
+                if guarded and _same_place(previous, failed):
+                    break
+                shift = {"lr": math.log(self.law.lower_lr)}
+                self.loop.schedule = carried(self.loop.schedule, start, shift)
+                number += 1
+        raise DivergedError(
+            f"{attempt.failure}, also at lr x{self.law.lower_lr**self.law.rewinds:.0e}; "
+            "look at the data and the loss of these steps"
         )
-        if attempt.failure is not None:
-            self._restore(before)
-            raise DivergedError(
-                f"{attempt.failure}, also at lr x{self.law.lower_lr**self.law.rewinds:.0e}; "
-                "look at the data and the loss of these steps"
-            )
-        return attempt
 
     def _roll(
         self,
@@ -397,22 +441,29 @@ class Runner:
         schedule = self.loop.schedule.window(start, stop)
         if not self.rewriting:
             # The plain loop draws each batch just before its step, from the same random state.
-            attempt = _Attempt(number, schedule, self.loop.train.lazily(start, stop))
-            self._run(attempt, commit, None, guarded=False)
+            lazily = self.loop.train.lazily(start, stop)
+            attempt = _Attempt(number, schedule, lazily, guarded=False)
+            self._run(attempt, commit, None)
             return attempt
         batches = self.loop.train.take(start, stop)
-        attempt = _Attempt(number, schedule, batches)
+        attempt = _Attempt(number, schedule, batches, guarded=guarded)
         if not steered:
-            self._run(attempt, commit, None, guarded=guarded)
+            self._run(attempt, commit, None)
             return attempt
         terminal, share = self._terminal(start, stop)
+        self._run_and_look(attempt, commit, terminal)
+        if attempt.hypergradient is not None:
+            self.loop.cost.gradients(share)
+        return attempt
+
+    def _run_and_look(self, attempt: _Attempt, commit: int, terminal: Terminal | None) -> None:
+        """Live steps through the attempt's window, and its hypergradient unless they fail."""
         mean = Average(self.objective.average)
-        recorder = self._run(attempt, commit, mean, record=True, guarded=guarded)
+        recorder = self._run(attempt, commit, mean, record=True)
         assert recorder is not None
         if attempt.failure is not None:
             recorder.close()
-            return attempt
-        self.loop.cost.gradients(share)
+            return
         # Where no proposal is accepted, the next window goes on from the roll's random state.
         with preserved():
             h = self._look_back(recorder, mean, terminal, self.costate_clip)
@@ -422,10 +473,10 @@ class Runner:
                 h = self._look_back(recorder, mean, terminal, EXPLODING_CLIP)
         recorder.close()
         attempt.hypergradient = h
-        attempt.value = h.value + self.law.penalty(schedule, self.controls)
+        attempt.value = h.value + self.law.penalty(attempt.schedule, self.controls)
         if not math.isfinite(attempt.value):
-            attempt.failure = f"the objective is not finite at steps [{start}, {stop})"
-        return attempt
+            steps = f"[{attempt.schedule.start}, {attempt.schedule.stop})"
+            attempt.failure = f"the objective is not finite at steps {steps}"
 
     def _look_back(
         self,
@@ -443,23 +494,68 @@ class Runner:
         return h
 
     def _rewrite(self, rolled: _Attempt, commit: int, before: _Moment) -> _Attempt:
-        """Proposes, replays and compares; returns the attempt to commit, its end state live."""
+        """Proposes, replays and compares, again and again while that is worth it.
+
+        Returns the attempt to commit, its end state live.
+        """
+        start, stop = rolled.schedule.start, rolled.schedule.stop
+        terminal, share = self._terminal(start, stop)
+        current, scale = rolled, 1.0
+        for iteration in range(self.law.iterations):
+            if iteration:
+                again = replace(
+                    current, trajectory=None, inside=None, hypergradient=None, first_look=None
+                )
+                self._verb("restore", start, stop, again.number)
+                self._restore(before)
+                self._verb("roll", start, stop, again.number)
+                self._run_and_look(again, commit, terminal)
+                if again.failure is not None or again.hypergradient is None:
+                    self._restore(before)
+                    return self._plainly(current, commit, before)
+                current = again
+            better = self._better(current, commit, before, terminal, share, scale)
+            if better is None:
+                self.loop.cost.rejected_windows += current is rolled
+                return self._plainly(current, commit, before)
+            gain = (current.value - better.value) / max(abs(current.value), 1e-12)
+            better.gain = 1 - (1 - current.gain) * (1 - gain)
+            current = better
+            if gain < self.law.worth:
+                break
+            scale = min(scale * self.law.grow, self.law.farthest)
+        return current
+
+    def _better(
+        self,
+        rolled: _Attempt,
+        commit: int,
+        before: _Moment,
+        terminal: Terminal | None,
+        share: float,
+        scale: float,
+    ) -> _Attempt | None:
+        """A replay that lowers the objective, its end state live; None where none is found."""
         h = rolled.hypergradient
         assert h is not None
         start, stop = rolled.schedule.start, rolled.schedule.stop
         self._verb("rewrite", start, stop, rolled.number)
         if not h.result.usable:
-            self.loop.cost.rejected_windows += 1
             self._record(rolled, "rejected", f"hypergradient {h.result.name}: {h.result.message}")
-            return self._plainly(rolled, commit, before)
+            return None
         end = _Moment(self.plant.snapshot(), self.loop.average.copy())
-        terminal, share = self._terminal(start, stop)
         for retry in range(self.law.retries + 1):
             proposal = self.law.propose(
-                rolled.schedule, h.grad, rolled.value, self.law.shrink**retry
+                rolled.schedule, h.grad, rolled.value, scale * self.law.shrink**retry
             )
+            if rolled.proposal is not None:
+                proposal = replace(proposal, carry=added(rolled.proposal.carry, proposal.carry))
             replayed = _Attempt(
-                rolled.number + 1 + retry, proposal.schedule, rolled.batches, proposal
+                rolled.number + 1 + retry,
+                proposal.schedule,
+                rolled.batches,
+                proposal,
+                guarded=rolled.guarded,
             )
             self._verb("restore", start, stop, replayed.number)
             self._restore(before)
@@ -476,9 +572,8 @@ class Runner:
                     return replayed
                 replayed.failure = "the objective did not fall"
             self._record(replayed, "rejected", replayed.failure, rolled)
-        self.loop.cost.rejected_windows += 1
         self._restore(end)
-        return self._plainly(rolled, commit, before)
+        return None
 
     def _plainly(self, rolled: _Attempt, commit: int, before: _Moment) -> _Attempt:
         """The same window by the plain loop's own steps, to commit what anyone can replay.
@@ -504,7 +599,6 @@ class Runner:
         mean: Average | None,
         *,
         record: bool = False,
-        guarded: bool = True,
     ) -> WindowRecorder | None:
         """Live steps through the attempt's window; keeps the moment at `commit` if it is inside.
 
@@ -524,7 +618,7 @@ class Runner:
 
         def limit(first: float) -> float:
             lately, ever = self.loop.reference or (first, first)
-            if not guarded or min(first, lately, ever) <= 0:
+            if not attempt.guarded or min(first, lately, ever) <= 0:
                 return math.inf
             return max(DIVERGED * first, DIVERGED * lately, 1.5 * ever)
 
@@ -557,8 +651,10 @@ class Runner:
         if attempt.proposal is not None:
             rewritten = attempt.schedule.window(start, commit)
             self.loop.schedule = self.loop.schedule.replaced(rewritten)
-            if commit < self.loop.steps:
-                self.loop.schedule = carried(self.loop.schedule, commit, attempt.proposal.carry)
+        if commit < self.loop.steps and self.rewriting:
+            shifts = {} if attempt.proposal is None else attempt.proposal.carry
+            self.loop.correction, change = faded(self.loop.correction, shifts, self.law.carry)
+            self.loop.schedule = carried(self.loop.schedule, commit, change)
         rows = self._rows(attempt, commit)
         first = rows[0]["loss"] if self.loop.reference is None else self.loop.reference[1]
         self.loop.reference = (sum(row["loss"] for row in rows) / len(rows), first)
@@ -709,9 +805,9 @@ class Runner:
         initial = self._initial() if lr is None else self._initial() | {"lr": lr.tolist()}
         planned = Schedule.constant(steps, self.seed, **initial)
         # What is not rewritten keeps the optimizer's bits.
-        follows = self.template != "constant" and ("lr" in self.controls or not self.rewriting)
-        if follows and (self.template != "wsd" or self.law.cooldown):
-            factors = template_factors(self.template, steps, self.law.cooldown)
+        factors = template_factors(self.template, steps, self.law.cooldown, self.warmup)
+        follows = "lr" in self.controls or not self.rewriting
+        if follows and bool((factors != 1).any()):
             shape = shaped(planned["lr"][0], factors)
             planned = planned.replaced(Schedule({"lr": shape}))
         return planned
@@ -749,7 +845,9 @@ class Runner:
         planned = Schedule.constant(steps, self.seed, **self._initial())
         known = [] if self.directory is None else self.directory.starts.read()
         with preserved():
-            search = StartSearch(self.plant, self.objective, planned, stream, held_out, known, tell)
+            search = StartSearch(
+                self.plant, self.objective, planned, stream, held_out, known, tell, self.warmup
+            )
             lr = search.find(self.start)
         stream.close()
         self.loop.cost.gradients(search.gradients)
@@ -783,6 +881,8 @@ class Runner:
             "optimizer": rest,
             "reference": self.loop.reference,
             "average_count": self.loop.average.count,
+            "correction": self.loop.correction,
+            "patience": [self.loop.in_vain, self.loop.passed_over],
             "singletons": self.plant.singletons,
             "lookback": self.lookback.state() if self.rewriting else None,
             "cost": asdict(self.loop.cost),
@@ -817,6 +917,11 @@ class Runner:
             [v.to(self.device) for v in average] or None,
             int(values["average_count"]),
         )
+        self.loop.correction = {
+            name: tuple(shift) if isinstance(shift, list) else shift
+            for name, shift in values.get("correction", {}).items()
+        }
+        self.loop.in_vain, self.loop.passed_over = values.get("patience", (0, 0))
         reference = values["reference"]
         self.loop.reference = None if reference is None else (reference[0], reference[1])
         self.loop.cost = Cost(**values["cost"])
@@ -963,6 +1068,7 @@ class Runner:
             "discount": (self.discount, 1.0),
             "costate_clip": (self.costate_clip, None),
             "start": (self.start, "given"),
+            "warmup": (self.warmup, 0.0),
             "template": (
                 self.template,
                 "wsd" if self.rewriting and self.start == "given" else "constant",
@@ -989,7 +1095,9 @@ class _Loop:
     """Where the loop stands: everything that changes from window to window, but for the plant.
 
     schedule: committed up to `step`, planned after it. reference: (mean loss of the last committed
-    window, first loss of the run). average: of all committed iterates. finished: the result.
+    window, first loss of the run). average: of all committed iterates. correction: what the plan
+    of the steps to come is moved by, in raw coordinates. in_vain: looks back in a row that were not
+    worth it; passed_over: windows still to be passed over. finished: the result.
     """
 
     steps: int
@@ -1001,6 +1109,9 @@ class _Loop:
     cost: Cost = field(default_factory=Cost)
     start_gradients: float = 0.0
     average: Average = field(default_factory=lambda: Average(AVERAGE_DECAY))
+    correction: dict[str, Shift] = field(default_factory=dict)
+    in_vain: int = 0
+    passed_over: int = 0
     tape: list[dict[str, Any]] = field(default_factory=list)
     windows: list[dict[str, Any]] = field(default_factory=list)
     finished: dict[str, Any] | None = None
@@ -1020,7 +1131,8 @@ class _Moment:
 class _Attempt:
     """One way through a window: its schedule, what it saw, and how it was judged.
 
-    first_look: how the hypergradient ended, before any remedy.
+    first_look: how the hypergradient ended, before any remedy. gain: the share by which J fell from
+    the roll to here. guarded: whether a loss that is finite but far too high is a failure.
     """
 
     number: int
@@ -1031,6 +1143,8 @@ class _Attempt:
     hypergradient: Hypergradient | None = None
     first_look: Outcome | None = None
     value: float = math.nan
+    gain: float = 0.0
+    guarded: bool = True
     failure: str | None = None
     inside: _Moment | None = None
 
@@ -1089,6 +1203,21 @@ def _grouped(plant: Plant, controls: Sequence[str], asked: Sequence[str]) -> tup
             if value != 0:  # a group at 0 stays there
                 CONTROLS[name].check(value)
     return names
+
+
+def _place(attempt: _Attempt) -> tuple[int, float] | None:
+    """(the step of the window at which the loss was too high, the loss); None for none."""
+    trajectory = attempt.trajectory
+    if trajectory is None or trajectory.diverged is None:
+        return None
+    return trajectory.diverged, float(trajectory.losses[trajectory.diverged])
+
+
+def _same_place(before: tuple[int, float] | None, now: tuple[int, float] | None) -> bool:
+    """Whether a lower lr changed nothing: then the data are other than they were."""
+    if before is None or now is None or not math.isfinite(before[1] + now[1]):
+        return False
+    return before[0] == now[0] and now[1] > 0.7 * before[1]
 
 
 def _numbers(values: Sequence[float | Tensor]) -> list[float]:

@@ -472,23 +472,55 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-Template = Literal["constant", "cosine", "linear", "wsd"]
-TEMPLATES: tuple[Template, ...] = ("constant", "cosine", "linear", "wsd")
+Template = Literal["constant", "cosine", "linear", "wsd", "1cycle"]
+TEMPLATES: tuple[Template, ...] = ("constant", "cosine", "linear", "wsd", "1cycle")
 """Shapes of lr over a run: none; half a cosine; a line; constant, then linear at the end (warm-up,
-stable, decay, without the warm-up)."""
+stable, decay); up and down along half cosines (Smith, Topin 2019), of which only lr is taken."""
+
+ONE_CYCLE_UP, ONE_CYCLE_FIRST = 0.3, 0.04
+"""Fraction of the run in which 1cycle rises, and the factor that it rises from: torch's."""
 
 
-def template_factors(template: Template, steps: int, fraction: float) -> Tensor:
-    """(steps,) factors on lr, from 1 downwards. fraction: of the run, in which wsd cools down.
+def template_factors(
+    template: Template, steps: int, fraction: float, warmup: float = 0.0
+) -> Tensor:
+    """(steps,) factors on lr, 1 at the highest; none of them is 0, so that every step counts.
 
-    None of them is 0, so that every step counts.
+    fraction: of the run, in which wsd cools down. warmup: of the run, in which lr rises linearly
+    to what the template says; 1cycle has a rise of its own.
     """
-    if template == "wsd":
-        return cooldown(steps, fraction)
+    if template == "1cycle":
+        return _one_cycle(steps)
     done = torch.arange(steps, dtype=torch.float64)
-    if template == "cosine":
-        return 0.5 * (1 + (math.pi * done / steps).cos())
-    return 1 - done / steps if template == "linear" else torch.ones_like(done)
+    if template == "wsd":
+        factors = cooldown(steps, fraction)
+    elif template == "cosine":
+        factors = _half_cosine(done / steps)
+    elif template == "linear":
+        factors = 1 - done / steps
+    else:
+        factors = torch.ones_like(done)
+    return factors * warming(steps, warmup)
+
+
+def warming(steps: int, fraction: float) -> Tensor:
+    """(steps,) factors: linear upwards over the first `fraction` of the steps, then 1."""
+    n = math.floor(steps * fraction)
+    factors = torch.ones(steps, dtype=torch.float64)
+    factors[:n] = torch.arange(1, n + 1, dtype=torch.float64) / (n + 1)
+    return factors
+
+
+def _one_cycle(steps: int) -> Tensor:
+    up = math.floor(steps * ONE_CYCLE_UP)
+    rise = 1 - _half_cosine(torch.arange(up, dtype=torch.float64) / max(up, 1))
+    fall = _half_cosine(torch.arange(steps - up, dtype=torch.float64) / (steps - up))
+    return torch.cat([ONE_CYCLE_FIRST + (1 - ONE_CYCLE_FIRST) * rise, fall])
+
+
+def _half_cosine(done: Tensor) -> Tensor:
+    """From 1 to 0 as `done` goes from 0 to 1."""
+    return 0.5 * (1 + (math.pi * done).cos())
 
 
 def shaped(lr: Tensor, factors: Tensor) -> Tensor:

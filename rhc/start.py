@@ -19,7 +19,7 @@ from rhc.batches import StepBatches
 from rhc.hypergradient import Lookback, Terminal
 from rhc.objective import Average, Objective
 from rhc.plant import Plant
-from rhc.schedule import CONTROLS, Schedule, cooldown, shaped
+from rhc.schedule import CONTROLS, Schedule, cooldown, shaped, warming
 
 Start = Literal["zero", "probe", "given"]
 STARTS: tuple[Start, ...] = ("zero", "probe", "given")
@@ -38,6 +38,10 @@ GREED = 1.5
 
 COOLDOWN = 0.3
 """Every probe ends with a virtual cooldown: the share of its steps in which lr falls to 0."""
+
+WARMUP = 0.1
+"""The share of the run in which lr rises, for optimizers that divide by a second moment: without it
+a small language model ends 0.14 nats higher. With plain SGD it gains nothing (docs/log.md)."""
 
 FEWEST = 10
 """Steps of a probe, at least: fewer say little, and cost little anyway."""
@@ -167,11 +171,13 @@ class StartSearch:
         held_out: Callable[[int], tuple[Terminal, float]],
         known: Sequence[dict[str, Any]],
         tell: Callable[[dict[str, Any]], None],
+        warmup: float = 0.0,
     ) -> None:
         self.plant, self.objective, self.planned = plant, objective, planned
         self.stream, self.held_out = stream, held_out
         self.known = {_key(record): record for record in known}
         self.tell = tell
+        self.warmup = warmup
         self.gradients = 0.0
         self._first = stream.position(0)
         self._before = plant.snapshot()
@@ -226,7 +232,10 @@ class StartSearch:
         return math.inf if loss is None else float(loss)
 
     def _loss_after(self, lr: Any, n: int) -> tuple[dict[str, Any], float]:
-        lrs = shaped(torch.as_tensor(lr, dtype=torch.float64), cooldown(n, COOLDOWN))
+        # As long a rise as the run's, but in a short probe no more than its third.
+        rise = min(self.warmup * len(self.planned) / n, 1 / 3)
+        shape = warming(n, rise) * cooldown(n, COOLDOWN)
+        lrs = shaped(torch.as_tensor(lr, dtype=torch.float64), shape)
         trajectory = self.plant.roll(
             self._batches(n),
             self._schedule(n, lrs),
