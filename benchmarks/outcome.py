@@ -1,24 +1,10 @@
-"""What runs end with: methods × first lrs × seeds on a workload, at equal committed steps.
+"""What runs end with, on all workloads: the tables of docs/outcome.md.
 
-    python benchmarks/outcome.py mnist --data DIR --methods rhc zero-probe-cosine cosine \
-        --lrs 1e-5 1e-2 1 --seeds 100-109 -o mnist.json
+    python benchmarks/outcome.py --mnist DIR --text FILE [--workloads NAME …] [-o FOLDER]
 
-Methods:
-
-    constant, cosine, linear, wsd    no rewriting, from the lr that is given
-    probe-cosine, zero-probe-cosine  a start that is looked for, no rewriting
-    rhc, rhc-zero                    the default: the start (probe, zero), and rewriting
-    no-hessian                       rhc-zero with product none
-    all-controls                     rhc-zero that rewrites momentum and noise too
-    whole-run                        rhc-zero that rewrites to the end of the run
-    far-steps                        rhc-zero with moves of up to 0.7 nats
-    last-iterate                     rhc-zero that judges windows at their last iterate
-    greedy                           rhc-zero that judges windows by the sum of their train losses
-
-One line per method and lr: mean test loss with a bootstrap 95 % interval over seeds, and the cost
-in plain runs. Methods that need no lr are run once per seed. With --versus METHOD the paired
-difference to it, seed by seed (to its best lr), and its interval. Seeds 0 to 9 are for choosing,
-100 and more for reporting.
+First the sweep: five templates × five lrs on seeds 0 and 1, of which the best is chosen; then that
+one, and all other methods, on seeds 100 to 109. Rows go to FOLDER/WORKLOAD.jsonl as they come, and
+what is there already is not run again. `--tables` prints what the folder holds.
 """
 
 from __future__ import annotations
@@ -26,136 +12,98 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
+from rich.console import Console
 
-import rhc
-from rhc.rewrite import CORRECTION
-from rhc.schedule import TEMPLATES
-from rhc.workload import load_runner
+from rhc.compare import METHODS, Row, Task, run, summarise, table
 
-METHODS: Mapping[str, Mapping[str, Any]] = {
-    **{name: {"rewrite": False, "start": "given", "template": name} for name in TEMPLATES},
-    "probe-cosine": {"rewrite": False, "start": "probe"},
-    "zero-probe-cosine": {"rewrite": False, "start": "zero"},
-    "rhc": {"start": "probe"},
-    "rhc-zero": {"start": "zero"},
-    "no-hessian": {"start": "zero", "product": "none"},
-    "all-controls": {"start": "zero", "controls": ("lr", "momentum", "noise")},
-    "whole-run": {"start": "zero", "rewrite": replace(CORRECTION, until=1.0)},
-    "far-steps": {"start": "zero", "rewrite": rhc.Rewrite(until=0.5)},
-    "last-iterate": {"start": "zero", "objective": rhc.Objective(average=None)},
-    "greedy": {
-        "start": "zero",
-        "objective": rhc.Objective(loss_weight=1.0, terminal_weight=0.0),
-    },
+SWEPT = ("constant", "cosine", "linear", "1cycle", "wsd")
+LRS = {"sgd": (0.003, 0.01, 0.03, 0.1, 0.3), "adam": (0.0003, 0.001, 0.003, 0.01, 0.03)}
+WORKLOADS = {
+    "digits": "sgd",
+    "mnist": "sgd",
+    "mnist_cnn": "adam",
+    "char_lm": "adam",
+    "ill_scaled": "sgd",
+    "drifting_sine": "sgd",
+    "shifting_mnist": "sgd",
 }
+FIRST_LRS = (1e-5, 3e-4, 1e-2, 0.3, 1.0)
+TUNING, REPORTING = (0, 1), tuple(range(100, 110))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", help="a name that `rhc runs` lists, or path/to/file.py:function")
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=["rhc"])
-    parser.add_argument("--lrs", type=float, nargs="+", default=[1e-5, 3e-4, 1e-2, 0.3, 1.0])
-    parser.add_argument("--seeds", type=seeds, default=list(range(100, 110)), help="as in 100-109")
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--versus", choices=tuple(METHODS))
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--mnist", type=Path, help="folder with MNIST's IDX files")
+    parser.add_argument("--text", type=Path, help="a .txt file")
+    parser.add_argument("--workloads", nargs="+", choices=tuple(WORKLOADS), default=None)
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=None)
+    parser.add_argument("--tables", action="store_true")
+    parser.add_argument("-o", "--output", type=Path, default=Path("outcome"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
-    for method in arguments.methods:
-        needs_lr = METHODS[method].get("start") != "zero"
-        for lr in arguments.lrs if needs_lr else [None]:
-            rows = [one(arguments, method, lr, seed) for seed in arguments.seeds]
-            found[method, lr] = rows
-            print(line(method, lr, rows), flush=True)
-            if arguments.output:
-                arguments.output.write_text(json.dumps([r for v in found.values() for r in v]))
-    if arguments.versus:
-        print(f"\nagainst {arguments.versus} at its best lr:")
-        of_method = {lr: losses(rows) for (m, lr), rows in found.items() if m == arguments.versus}
-        reference = min(of_method.values(), key=statistics.mean)
-        for (method, lr), rows in found.items():
-            apart = [a - b for a, b in zip(losses(rows), reference, strict=True)]
-            low, high = interval(apart)
-            mean = statistics.mean(apart)
-            print(f"{method:<18} {text(lr):>8}  {mean:+.4f}  [{low:+.4f}, {high:+.4f}]")
+    arguments.output.mkdir(exist_ok=True)
+    for name in arguments.workloads or WORKLOADS:
+        data = {"char_lm": arguments.text, "digits": None, "drifting_sine": None}.get(
+            name, arguments.mnist
+        )
+        results = Results(Task(name, data), arguments.output / f"{name}.jsonl")
+        if not arguments.tables:
+            lrs = LRS[WORKLOADS[name]]
+            if arguments.methods is None:
+                results.run(SWEPT, lrs, TUNING)
+            best = results.best()
+            if best is not None:
+                results.run([best[0]], [best[1]], REPORTING)
+            others = [m for m in METHODS if m not in SWEPT and m != "oracle-cosine"]
+            if name == "ill_scaled":
+                results.run(["oracle-cosine"], [0.01, 0.03, 0.05], TUNING)
+                oracle = results.best(("oracle-cosine",))
+                assert oracle is not None
+                results.run([oracle[0]], [oracle[1]], REPORTING)
+            results.run(arguments.methods or others, FIRST_LRS, REPORTING)
+        results.show()
 
 
-def one(arguments: argparse.Namespace, method: str, lr: float | None, seed: int) -> dict[str, Any]:
-    """What one run ended with; a run that diverges for good has an infinite loss."""
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    workload = load_runner(arguments.run)(seed=seed, data=arguments.data)
-    groups: Any = workload.parameter_groups or workload.model.parameters()
-    first = workload.lr[workload.optimizer] if lr is None else lr
-    if workload.optimizer == "sgd":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=first, momentum=0.9)
-    else:
-        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[workload.optimizer]
-        optimizer = kind(groups, lr=first)
-    runner = rhc.Runner(
-        workload.model,
-        optimizer,
-        workload.loss_fn,
-        workload.train_loader,
-        workload.val_loader,
-        test_loader=workload.test_loader,
-        seed=seed,
-        **METHODS[method],
-    )
-    row: dict[str, Any] = {"method": method, "lr": lr, "seed": seed, "test_loss": float("inf")}
-    try:
-        result = runner.fit(arguments.steps or workload.steps)
-    except rhc.runner.DivergedError:
-        return row | {"cost": float("nan")}
-    track = statistics.fmean(
-        step.get("tracking", step["loss"]) or float("inf") for step in result.tape
-    )
-    cost = result.record["cost"]["plain_run_equivalents"]
-    test = result.test_loss if result.test_loss is not None else track
-    average = result.record["average_test_loss"]
-    return row | {"test_loss": test, "average": average, "tracking": track, "cost": cost}
+class Results:
+    """The rows of one workload, kept in a file."""
 
+    def __init__(self, task: Task, path: Path) -> None:
+        self.task, self.path = task, path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.rows = [Row(**json.loads(line)) for line in lines]
 
-def losses(rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    return [row["test_loss"] for row in rows]
+    def run(self, methods: Sequence[str], lrs: Sequence[float], seeds: Sequence[int]) -> None:
+        known = {(row.method, row.lr, row.seed) for row in self.rows}
+        for method in methods:
+            for lr in lrs if METHODS[method].needs_lr else [None]:
+                for seed in seeds:
+                    if (method, lr, seed) not in known:
+                        row = run(self.task, method, lr, seed)
+                        self.rows.append(row)
+                        with self.path.open("a") as file:
+                            file.write(json.dumps(asdict(row)) + "\n")
 
+    def best(self, methods: Sequence[str] = SWEPT) -> tuple[str, float] | None:
+        """The best method and lr on the tuning seeds."""
+        found: dict[tuple[str, float], list[float]] = {}
+        for row in self.rows:
+            if row.method in methods and row.seed in TUNING and row.lr is not None:
+                found.setdefault((row.method, row.lr), []).append(row.score)
+        return min(found, key=lambda key: statistics.mean(found[key]), default=None)
 
-def line(method: str, lr: float | None, rows: Sequence[Mapping[str, Any]]) -> str:
-    low, high = interval(losses(rows))
-    means = [statistics.mean(r.get(n) or float("nan") for r in rows) for n in ("tracking", "cost")]
-    return (
-        f"{method:<18} {text(lr):>8}  test {statistics.mean(losses(rows)):.4f} "
-        f"[{low:.4f}, {high:.4f}]  train {means[0]:.4f}  cost {means[1]:.2f}"
-    )
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The bootstrap 95 % interval of the mean (Efron 1979), 10,000 resamples with seed 0."""
-    if not np.isfinite(values).all():
-        return float("-inf"), float("inf")
-    draws = np.random.default_rng(0).choice(np.array(values), (10_000, len(values))).mean(1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def text(lr: float | None) -> str:
-    return "" if lr is None else f"{lr:g}"
-
-
-def seeds(given: str) -> list[int]:
-    first, _, last = given.partition("-")
-    return list(range(int(first), int(last or first) + 1))
+    def show(self) -> None:
+        console = Console(width=120)
+        rows = [row for row in self.rows if row.seed in REPORTING]
+        console.print(f"\n{self.task.run}", style="bold")
+        if rows:
+            console.print(table(summarise(rows, "zero-probe-cosine")))
 
 
 if __name__ == "__main__":

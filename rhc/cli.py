@@ -49,6 +49,38 @@ class InspectConfig:
 
 
 @dataclass(frozen=True)
+class CompareConfig:
+    """What `rhc compare` does. Each field's sentence is the help of its flag."""
+
+    run: Annotated[tyro.conf.Positional[str], arg(metavar="[RUN]")] = "digits"
+    """What is trained: a name that `rhc runs` lists, or path/to/file.py:function."""
+    methods: Annotated[tuple[str, ...], arg(metavar="NAME …")] = (
+        "rhc",
+        "zero-probe-cosine",
+        "cosine",
+    )
+    """Methods, as listed above."""
+    lrs: Annotated[
+        tuple[float, ...], arg(metavar="A …", help_behavior_hint="(default: the run's own)")
+    ] = ()
+    """Learning rates, for the methods that need one."""
+    seeds: Annotated[str, arg(metavar="N|FIRST-LAST")] = "5"
+    """How many seeds, from 100 on, or which. Choose on 0-9, report on 100 and more."""
+    versus: Annotated[
+        str | None, arg(metavar="NAME", help_behavior_hint="(default: the last method)")
+    ] = None
+    """The method that the others are compared with, at its best lr."""
+    steps: Annotated[
+        int | None, arg(metavar="T", help_behavior_hint="(default: the run's own)")
+    ] = None
+    """Optimizer steps of every run."""
+    data: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: none)")] = None
+    """Folder of the run's data, for runs that need one."""
+    output: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
+    """File for all rows, as JSON."""
+
+
+@dataclass(frozen=True)
 class RunsConfig:
     """What `rhc runs` does."""
 
@@ -231,6 +263,25 @@ def _inspect(config: InspectConfig) -> int:
     return 0
 
 
+def _compare(config: CompareConfig) -> int:
+    from rich.console import Console
+
+    from rhc.compare import print_comparison
+
+    print_comparison(
+        Console(),
+        config.run,
+        methods=config.methods,
+        lrs=config.lrs,
+        seeds=config.seeds,
+        versus=config.versus,
+        steps=config.steps,
+        data=config.data,
+        output=config.output,
+    )
+    return 0
+
+
 # tyro joins the lines of a paragraph that are not indented, so that each is one line here.
 OVERVIEW = """\
 Train a PyTorch model, and have its schedule written with hindsight:
@@ -252,6 +303,21 @@ examples:
 
 The same command finds its run again and continues it; so does rhc resume DIR."""
 
+COMPARE = """\
+Train RUN by several methods on several seeds, and compare what they end with
+and what they cost:
+  rhc  rhc-probe                     the default, without an lr or from one
+  zero-probe-cosine  probe-cosine    the start alone, then a cosine
+  constant cosine linear 1cycle wsd  plain templates from the lrs that are given
+  template-race  random-search       the best of several runs, by validation
+  lars-cosine  twin                  other ratios; other steering
+  no-rewrite  no-anew  no-hessian  no-average  no-accept  greedy
+  every-window  all-controls         rhc with a part changed
+
+examples:
+  rhc compare digits --methods rhc cosine --lrs 0.03 0.1 0.3 --seeds 10
+  rhc compare my_run.py:make --methods rhc twin --seeds 100-104 --output rows.json"""
+
 COMMANDS = {
     "train": Command(
         TrainConfig, _train, "Train and rewrite:   rhc train mnist --data mnist/", TRAIN
@@ -262,6 +328,12 @@ COMMANDS = {
         "Go on after a stop:  rhc resume runs/digits-1a2b3c4d",
         "Continue a run that was stopped, at its newest checkpoint, bit for bit.\n\n"
         "example:\n  rhc resume runs/digits-1a2b3c4d",
+    ),
+    "compare": Command(
+        CompareConfig,
+        _compare,
+        "Methods x seeds:     rhc compare digits --methods rhc cosine",
+        COMPARE,
     ),
     "runs": Command(
         RunsConfig,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rhc.errors import InputError
+from rhc.objective import Objective
 from rhc.schedule import CONTROLS, Schedule, total_variation
 
 LEAVES_ZERO = 0.5
@@ -46,7 +47,8 @@ class Rewrite:
 
     step: control -> largest move per rewrite (nats for log controls, logits for momentum).
     total_variation: weight of Σ|u_{t+1} − u_t| in the objective (see `penalty`).
-    retries: how often a rejected proposal is tried again, `shrink` times as far.
+    retries: how often a rejected proposal is tried again, `shrink` times as far. accept: whether a
+    proposal must lower the objective to be kept; False for the ablation that keeps every one.
     cooldown: fraction of the run over which lr falls linearly to 0 at the end.
     until: fraction of the run after which windows are looked back at only after a surprise.
     iterations: rewrites of one window, one on top of the other, while each lowers J by the share
@@ -56,6 +58,8 @@ class Rewrite:
     each time; None to look back at all of them.
     surprise: a window whose losses rise by this many standard errors above those of the window
     before is looked back at in any case, and ends the passing over; None for no such test.
+    restart: after a surprise, also try the template begun anew at its step, without corrections.
+    most: how far above the highest lr of the template a rewritten one may be, in nats.
     lower_lr: factor on lr when a window diverges; `rewinds`: how often in a row at most.
     """
 
@@ -67,6 +71,7 @@ class Rewrite:
     total_variation: float = 0.0
     retries: int = 1
     shrink: float = 0.3
+    accept: bool = True
     cooldown: float = 0.2
     until: float = 1.0
     iterations: int = 1
@@ -76,6 +81,8 @@ class Rewrite:
     carry: float = 1.0
     patience: int | None = None
     surprise: float | None = None
+    restart: bool = False
+    most: float = math.inf
     lower_lr: float = 0.3
     rewinds: int = 10
 
@@ -139,6 +146,17 @@ class Rewrite:
             Schedule({**schedule.values, **values}, schedule.start, schedule.seed), carry, predicted
         )
 
+    def bounded(self, new: Schedule, old: Schedule, highest: Tensor) -> Schedule:
+        """`new` with no lr above `most`, unless it was above it in `old`.
+
+        highest: lr of the template, () or (G,).
+        """
+        if "lr" not in new or not math.isfinite(self.most):
+            return new
+        ceiling = (highest * math.exp(self.most)).expand(new["lr"].shape[1:])
+        lr = new["lr"].minimum(old["lr"].maximum(ceiling))
+        return Schedule({**new.values, "lr": lr}, new.start, new.seed)
+
     def _moved(
         self,
         name: str,
@@ -180,16 +198,54 @@ class Rewrite:
         return torch.cat([zero, signs]) - torch.cat([signs, zero])
 
 
-CORRECTION = Rewrite(
-    step={"lr": 0.15, "momentum": 0.03, "noise": 0.1, "weight_decay": 0.1}, until=0.5
+@dataclass(frozen=True)
+class Twin(Rewrite):
+    """Without gradients: every window is replayed at lr e^δ and lr e^−δ, and the better is kept.
+
+    δ begins at `first`, grows by half where the direction repeats and halves where it turns, within
+    [0.02, 1.2]. Nothing is differentiated; one lr is steered, of all steps and groups alike.
+    """
+
+    first: float = 0.3
+
+    def next_delta(self, delta: float, *, repeats: bool) -> float:
+        """δ of the next window."""
+        return min(max(delta * (1.5 if repeats else 0.5), 0.02), 1.2)
+
+    def twins(self, schedule: Schedule, delta: float) -> list[Proposal]:
+        """The window's schedule at a higher and at a lower lr."""
+        return [
+            Proposal(carried(schedule, schedule.start, {"lr": d}), {"lr": d}, math.nan)
+            for d in (delta, -delta)
+        ]
+
+
+USUAL = Rewrite(
+    step={"lr": 0.3, "momentum": 0.1, "noise": 0.3, "weight_decay": 0.3},
+    until=0.1,
+    iterations=4,
+    carry=0.5,
+    patience=1,
+    surprise=8.0,
+    restart=True,
+    most=0.4,
 )
-"""The law where the start was looked for: small corrections in the run's first half. Larger ones
-made runs worse (docs/outcome.md)."""
+"""The law where the start was looked for. Corrections are small and fade; windows are looked back
+at while that is worth it, at the beginning and after a surprise: docs/outcome.md."""
 
 
 def usual_law(start: str) -> Rewrite:
-    """The law where none is given: `CORRECTION`, or far steps to the end where lr was given."""
-    return Rewrite() if start == "given" else CORRECTION
+    """The law where none is given: `USUAL`, or far steps to the end where lr was given."""
+    return Rewrite() if start == "given" else USUAL
+
+
+def usual_objective(start: str, window: int) -> Objective:
+    """What windows are judged by where nothing is said: a held-out loss at their averaged end.
+
+    Where the start was looked for, also the mean of their training losses, without which lrs rise
+    that only the average bears.
+    """
+    return Objective() if start == "given" else Objective(loss_weight=1 / window)
 
 
 def faded(
@@ -219,27 +275,25 @@ def _plain(value: Tensor) -> Shift:
     return float(value) if value.dim() == 0 else tuple(value.tolist())
 
 
-def surprised(before: Sequence[float], losses: Sequence[float], errors: float) -> bool:
-    """Whether losses rise, for a tenth of their number at least, above what they were before.
+def surprised(before: Sequence[float], losses: Sequence[float], errors: float) -> int | None:
+    """The first of `losses` at which they have risen above what they were before; None for none.
 
-    The mean of some block of `losses` lies `errors` of its standard errors and a tenth above the
-    mean of `before`; the spread is that of `before`. Multiplying all losses changes nothing.
+    They have where the mean of some block of a tenth of their number, five at least, lies `errors`
+    of its standard errors and a tenth above the mean of `before`; the spread is that of `before`.
+    Multiplying all losses by a number changes nothing.
     """
     if len(before) < 4 or not losses:
-        return False
-    block = max(5, len(losses) // 10)
+        return None
+    block = min(max(5, len(losses) // 10), len(losses))
     level = sum(before) / len(before)
     spread = math.sqrt(sum((x - level) ** 2 for x in before) / (len(before) - 1))
-    bar = level + errors * spread / math.sqrt(min(block, len(losses)))
-    means = [sum(part) / len(part) for part in _blocks(losses, block)]
-    return max(means) > max(bar, level + 0.1 * abs(level))
-
-
-def _blocks(values: Sequence[float], size: int) -> list[Sequence[float]]:
-    """Blocks of `size`, the last one reaching back where it would be shorter."""
-    starts = range(0, max(1, len(values) - size + 1), size)
-    blocks = [values[i : i + size] for i in starts]
-    return blocks if len(values) % size == 0 else [*blocks, values[-size:]]
+    bar = max(level + errors * spread / math.sqrt(block), level + 0.1 * abs(level))
+    means = [sum(losses[i : i + block]) / block for i in range(len(losses) - block + 1)]
+    high = next((i for i, mean in enumerate(means) if mean > bar), None)
+    if high is None:
+        return None
+    # The block that is first above the bar may have begun before the rise.
+    return next((i for i in range(high, high + block) if losses[i] > bar), high)
 
 
 def hat_functions(steps: int, knots: int) -> Tensor:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,17 +53,19 @@ from rhc.hypergradient.record import WindowRecorder
 from rhc.memory import peak_memory
 from rhc.noise import mixed_seed
 from rhc.objective import Average, Objective
-from rhc.plant import LossFn, Plant, Snapshot, StepRecord, Trajectory
+from rhc.plant import PATIENCE, LossFn, Plant, Snapshot, StepRecord, Trajectory
 from rhc.randomness import preserved
 from rhc.rewrite import (
     Proposal,
     Rewrite,
     Shift,
+    Twin,
     added,
     carried,
     faded,
     surprised,
     usual_law,
+    usual_objective,
 )
 from rhc.run_directory import RunDirectory, hardware, versions
 from rhc.schedule import (
@@ -248,7 +250,7 @@ class Runner:
         adaptive = "betas" in optimizer.param_groups[0]
         usual = WARMUP if adaptive and self.start != "given" else 0.0
         self.warmup = usual if warmup is None else warmup
-        self.objective = objective or Objective()
+        self.objective = objective or usual_objective(self.start, window)
         self.engine: Engine = engine
         self.segment, self.product = segment, product
         if memory_budget is not None and memory_budget < 1:
@@ -352,16 +354,22 @@ class Runner:
         commit = min(start + self.stride, stop)
         if self.rewriting:
             before = _Moment(self.plant.snapshot(), self.loop.average.copy())
-            steered = self.loop.passed_over == 0 and start < self.law.until * self.loop.steps
+            twin = isinstance(self.law, Twin)
+            wanted = self.loop.alert or start < self.law.until * self.loop.steps
+            steered = wanted and self.loop.passed_over == 0 and not twin
             attempt = self._roll_until_finite(start, stop, commit, before, steered=steered)
-            surprise = self._surprised(attempt)
-            if surprise and not steered:
-                self._verb("restore", start, stop, attempt.number)
-                self._restore(before)
-                attempt = self._roll_until_finite(start, stop, commit, before, steered=True)
-            if steered or surprise:
+            surprise = self._surprise(attempt)
+            if surprise is not None and surprise - start > PATIENCE:
+                # The window ends where the data change, and the next one begins there.
+                attempt = self._cut(attempt, surprise, before)
+                return self._commit(attempt, surprise)
+            if surprise is not None and self.law.restart and "lr" in self.controls:
+                attempt = self._anew(attempt, surprise, commit, before)
+            if twin:
+                attempt = self._better_twin(attempt, commit, before)
+            elif steered or surprise is not None:
                 attempt = self._rewrite(attempt, commit, before)
-            self._pass_over(attempt, looked=steered or surprise, surprise=surprise)
+            self._pass_over(attempt, looked=steered, surprise=surprise is not None)
         else:
             self._verb("roll", start, stop, 0)
             attempt = self._roll(start, stop, commit, 0, steered=False)
@@ -371,25 +379,68 @@ class Runner:
                 )
         self._commit(attempt, commit)
 
-    def _surprised(self, attempt: _Attempt) -> bool:
-        """Whether the attempt's losses are higher than those of the last committed window."""
+    def _surprise(self, attempt: _Attempt) -> int | None:
+        """The step from which losses are higher than those of the last committed window."""
         if self.law.surprise is None or attempt.trajectory is None:
-            return False
+            return None
         before = [float(row["loss"]) for row in self.loop.tape[-self.stride :]]
         losses = torch.stack(attempt.trajectory.losses).double().tolist()
-        return surprised(before, losses, self.law.surprise)
+        at = surprised(before, losses, self.law.surprise)
+        return None if at is None else attempt.schedule.start + at
+
+    def _cut(self, rolled: _Attempt, stop: int, before: _Moment) -> _Attempt:
+        """The same way up to `stop`, its end state live."""
+        start = rolled.schedule.start
+        short = replace(
+            rolled.emptied(),
+            schedule=rolled.schedule.window(start, stop),
+            batches=list(rolled.batches)[: stop - start],
+        )
+        self._verb("restore", start, stop, short.number)
+        self._restore(before)
+        self._verb("roll", start, stop, short.number)
+        self._run(short, stop, None)
+        return short
+
+    def _anew(self, rolled: _Attempt, step: int, commit: int, before: _Moment) -> _Attempt:
+        """The window with the template begun anew at `step`, where it is better than as rolled."""
+        start, stop = rolled.schedule.start, rolled.schedule.stop
+        terminal, share = self._terminal(start, stop)
+        if rolled.hypergradient is None:
+            self._replay(rolled, commit, before, terminal, share)
+        plan = self._begun_anew(step)
+        attempt = replace(
+            rolled.emptied(), number=rolled.number + 1, schedule=plan.window(start, stop)
+        )
+        self._replay(attempt, commit, before, terminal, share)
+        if attempt.failure is None and attempt.value < rolled.value:
+            self.loop.schedule, self.loop.correction = plan, {}
+            self._record(attempt, "accepted", f"the template begins anew at step {step}", rolled)
+            return attempt
+        why = attempt.failure or f"the template anew at step {step} does not lower the objective"
+        self._record(attempt, "rejected", why, rolled)
+        return rolled
+
+    def _begun_anew(self, step: int) -> Schedule:
+        """The plan with the template over the steps that are left, from where it began."""
+        left = self.loop.steps - step
+        factors = template_factors(self.template, left, self.law.cooldown)
+        lr = shaped(self.loop.first_lr, factors)
+        return self.loop.schedule.replaced(Schedule({"lr": lr}, step))
 
     def _pass_over(self, attempt: _Attempt, *, looked: bool, surprise: bool) -> None:
         """Decides how many windows to pass over, by what looking back at this one was worth."""
-        if self.law.patience is None:
-            return
-        if not looked:
-            self.loop.passed_over -= self.loop.passed_over > 0
-        elif surprise or attempt.gain >= self.law.worth:
-            self.loop.in_vain = self.loop.passed_over = 0
-        else:
+        if surprise:
+            self.loop.alert, self.loop.in_vain, self.loop.passed_over = True, 0, 0
+        elif not looked:
+            self.loop.passed_over = max(0, self.loop.passed_over - 1)
+        elif attempt.gain >= self.law.worth:
+            self.loop.in_vain = 0
+        elif self.law.patience is not None:
             self.loop.in_vain += 1
-            self.loop.passed_over = 2 ** max(0, self.loop.in_vain - self.law.patience) - 1
+            if self.loop.in_vain >= self.law.patience:
+                self.loop.alert = False
+                self.loop.passed_over = 2 ** (self.loop.in_vain - self.law.patience)
 
     # The verbs -----------------------------------------------------------------------------------
 
@@ -502,29 +553,26 @@ class Runner:
         terminal, share = self._terminal(start, stop)
         current, scale = rolled, 1.0
         for iteration in range(self.law.iterations):
-            if iteration:
-                again = replace(
-                    current, trajectory=None, inside=None, hypergradient=None, first_look=None
-                )
-                self._verb("restore", start, stop, again.number)
+            if current.hypergradient is None:
+                self._verb("restore", start, stop, current.number)
                 self._restore(before)
-                self._verb("roll", start, stop, again.number)
+                self._verb("roll", start, stop, current.number)
+                again = current.emptied()
                 self._run_and_look(again, commit, terminal)
-                if again.failure is not None or again.hypergradient is None:
-                    self._restore(before)
-                    return self._plainly(current, commit, before)
+                if again.failure is not None:
+                    break
                 current = again
             better = self._better(current, commit, before, terminal, share, scale)
             if better is None:
-                self.loop.cost.rejected_windows += current is rolled
-                return self._plainly(current, commit, before)
+                self.loop.cost.rejected_windows += iteration == 0
+                break
             gain = (current.value - better.value) / max(abs(current.value), 1e-12)
             better.gain = 1 - (1 - current.gain) * (1 - gain)
             current = better
             if gain < self.law.worth:
                 break
             scale = min(scale * self.law.grow, self.law.farthest)
-        return current
+        return self._settled(current, commit, before)
 
     def _better(
         self,
@@ -538,57 +586,103 @@ class Runner:
         """A replay that lowers the objective, its end state live; None where none is found."""
         h = rolled.hypergradient
         assert h is not None
-        start, stop = rolled.schedule.start, rolled.schedule.stop
-        self._verb("rewrite", start, stop, rolled.number)
+        self._verb("rewrite", rolled.schedule.start, rolled.schedule.stop, rolled.number)
         if not h.result.usable:
             self._record(rolled, "rejected", f"hypergradient {h.result.name}: {h.result.message}")
             return None
-        end = _Moment(self.plant.snapshot(), self.loop.average.copy())
+        if rolled.plain and rolled is self.loop.live:
+            rolled.end = _Moment(self.plant.snapshot(), self.loop.average.copy())
         for retry in range(self.law.retries + 1):
             proposal = self.law.propose(
                 rolled.schedule, h.grad, rolled.value, scale * self.law.shrink**retry
             )
+            proposed = self.law.bounded(proposal.schedule, rolled.schedule, self.loop.first_lr)
+            carry = proposal.carry
             if rolled.proposal is not None:
-                proposal = replace(proposal, carry=added(rolled.proposal.carry, proposal.carry))
-            replayed = _Attempt(
-                rolled.number + 1 + retry,
-                proposal.schedule,
-                rolled.batches,
-                proposal,
-                guarded=rolled.guarded,
+                carry = added(rolled.proposal.carry, carry)
+            replayed = replace(
+                rolled.emptied(),
+                number=rolled.number + 1 + retry,
+                schedule=proposed,
+                proposal=replace(proposal, schedule=proposed, carry=carry),
             )
-            self._verb("restore", start, stop, replayed.number)
-            self._restore(before)
-            self._verb("replay", start, stop, replayed.number)
-            mean = Average(self.objective.average)
-            self._run(replayed, commit, mean)
-            trajectory = replayed.trajectory
-            assert trajectory is not None
+            self._replay(replayed, commit, before, terminal, share)
             if replayed.failure is None:
-                replayed.value = self._value(replayed, trajectory, terminal, mean)
-                self.loop.cost.gradient_equivalents += share / 3
-                if replayed.value < rolled.value:
+                if replayed.value < rolled.value or not self.law.accept:
                     self._record(replayed, "accepted", None, rolled)
                     return replayed
                 replayed.failure = "the objective did not fall"
             self._record(replayed, "rejected", replayed.failure, rolled)
-        self._restore(end)
         return None
 
-    def _plainly(self, rolled: _Attempt, commit: int, before: _Moment) -> _Attempt:
-        """The same window by the plain loop's own steps, to commit what anyone can replay.
+    def _better_twin(self, rolled: _Attempt, commit: int, before: _Moment) -> _Attempt:
+        """The better of the window at a higher and at a lower lr; as rolled if both fail."""
+        assert isinstance(self.law, Twin)
+        terminal, share = self._terminal(rolled.schedule.start, rolled.schedule.stop)
+        tried = []
+        for number, proposal in enumerate(self.law.twins(rolled.schedule, self.loop.delta)):
+            attempt = replace(
+                rolled.emptied(),
+                number=rolled.number + number,
+                schedule=proposal.schedule,
+                proposal=proposal,
+            )
+            self._replay(attempt, commit, before, terminal, share)
+            if attempt.failure is None:
+                tried.append(attempt)
+                if number == 0:
+                    attempt.end = _Moment(self.plant.snapshot(), self.loop.average.copy())
+        if not tried:
+            return self._settled(rolled, commit, before)
+        best = min(tried, key=lambda attempt: attempt.value)
+        for attempt in tried:
+            kept = attempt is best
+            why = None if kept else "its twin is better"
+            self._record(attempt, "accepted" if kept else "rejected", why, attempt)
+        assert best.proposal is not None
+        up = cast(float, best.proposal.carry["lr"]) > 0
+        self.loop.delta = self.law.next_delta(self.loop.delta, repeats=up == self.loop.upwards)
+        self.loop.upwards = up
+        return self._settled(best, commit, before)
+
+    def _replay(
+        self,
+        attempt: _Attempt,
+        commit: int,
+        before: _Moment,
+        terminal: Terminal | None,
+        share: float,
+    ) -> None:
+        """The attempt's window by plain steps from its beginning, and its objective."""
+        start, stop = attempt.schedule.start, attempt.schedule.stop
+        self._verb("restore", start, stop, attempt.number)
+        self._restore(before)
+        self._verb("replay", start, stop, attempt.number)
+        mean = Average(self.objective.average)
+        self._run(attempt, commit, mean)
+        if attempt.failure is None:
+            assert attempt.trajectory is not None
+            attempt.value = self._value(attempt, attempt.trajectory, terminal, mean)
+            self.loop.cost.gradient_equivalents += share / 3
+            if not math.isfinite(attempt.value):
+                attempt.failure = f"the objective is not finite at steps [{start}, {stop})"
+
+    def _settled(self, attempt: _Attempt, commit: int, before: _Moment) -> _Attempt:
+        """The attempt with its end state live, as the plain loop's own steps reach it.
 
         A roll that keeps graphs takes kernels that can be differentiated twice, which differ from
-        the plain ones by roundings.
+        the plain ones by roundings: what is committed anyone can replay.
         """
-        h = rolled.hypergradient
-        if h is None or h.plan is None or not h.plan.graphs:
-            return rolled
-        start, stop = rolled.schedule.start, rolled.schedule.stop
-        self._verb("restore", start, stop, rolled.number)
+        if attempt.plain and attempt is self.loop.live:
+            return attempt
+        if attempt.plain and attempt.end is not None:
+            self._restore(attempt.end)
+            return attempt
+        start, stop = attempt.schedule.start, attempt.schedule.stop
+        self._verb("restore", start, stop, attempt.number)
         self._restore(before)
-        self._verb("roll", start, stop, rolled.number)
-        plain = replace(rolled, trajectory=None, inside=None)
+        self._verb("roll", start, stop, attempt.number)
+        plain = replace(attempt, trajectory=None, inside=None)
         self._run(plain, commit, None)
         return plain
 
@@ -633,6 +727,8 @@ class Runner:
                 attempt.batches, schedule, average=mean, on_step=on_step, limit=limit
             )
         attempt.trajectory = trajectory
+        attempt.plain = recorder is None or not recorder.plan.graphs
+        self.loop.live = attempt
         self.loop.cost.gradients(len(trajectory))
         if trajectory.diverged is not None:
             loss = float(trajectory.losses[trajectory.diverged])
@@ -683,6 +779,7 @@ class Runner:
         return None if self.device.type == "cpu" else self.device
 
     def _restore(self, moment: _Moment) -> None:
+        self.loop.live = None
         self.plant.restore(moment.snapshot)
         self.loop.average.assign(moment.average)
 
@@ -761,7 +858,8 @@ class Runner:
             device=device,
             accumulate=self.accumulate,
         )
-        self.loop = _Loop(steps, self._planned(steps), train)
+        first_lr = torch.tensor(self._initial()["lr"], dtype=torch.float64)
+        self.loop = _Loop(steps, self._planned(steps, first_lr), train, first_lr=first_lr)
         self._streams = [train]
         if self.rewriting and self.val_loader is not None and self.objective.terminal_weight:
             self.loop.validation = StepBatches(
@@ -797,12 +895,9 @@ class Runner:
         with self.plant.evaluating():
             self.plant.loss(batch)
 
-    def _planned(self, steps: int, lr: Tensor | None = None) -> Schedule:
-        """The optimizer's own controls at every step, lr in the shape of the template.
-
-        lr: of step 0, () or (G,), in place of the optimizer's own.
-        """
-        initial = self._initial() if lr is None else self._initial() | {"lr": lr.tolist()}
+    def _planned(self, steps: int, lr: Tensor) -> Schedule:
+        """The optimizer's own controls at every step; lr, () or (G,), in the template's shape."""
+        initial = self._initial() | {"lr": lr.tolist()}
         planned = Schedule.constant(steps, self.seed, **initial)
         # What is not rewritten keeps the optimizer's bits.
         factors = template_factors(self.template, steps, self.law.cooldown, self.warmup)
@@ -857,7 +952,7 @@ class Runner:
                 "no lr within its bounds keeps a short roll finite; look at the data and the loss"
             )
         given = planned["lr"][0].tolist()
-        self.loop.schedule = self._planned(steps, lr)
+        self.loop.schedule, self.loop.first_lr = self._planned(steps, lr), lr
         self._emit(StartFound(self.start, lr.tolist(), given, search.gradients / steps))
 
     def _initial(self) -> dict[str, Any]:
@@ -881,8 +976,10 @@ class Runner:
             "optimizer": rest,
             "reference": self.loop.reference,
             "average_count": self.loop.average.count,
+            "first_lr": self.loop.first_lr.tolist(),
             "correction": self.loop.correction,
-            "patience": [self.loop.in_vain, self.loop.passed_over],
+            "twin": [self.loop.delta, self.loop.upwards],
+            "patience": [self.loop.in_vain, self.loop.passed_over, self.loop.alert],
             "singletons": self.plant.singletons,
             "lookback": self.lookback.state() if self.rewriting else None,
             "cost": asdict(self.loop.cost),
@@ -917,11 +1014,16 @@ class Runner:
             [v.to(self.device) for v in average] or None,
             int(values["average_count"]),
         )
+        self.loop.first_lr = torch.tensor(
+            values.get("first_lr", self._initial()["lr"]), dtype=torch.float64
+        )
         self.loop.correction = {
             name: tuple(shift) if isinstance(shift, list) else shift
             for name, shift in values.get("correction", {}).items()
         }
-        self.loop.in_vain, self.loop.passed_over = values.get("patience", (0, 0))
+        self.loop.delta, self.loop.upwards = values.get("twin", (Twin.first, None))
+        patience = values.get("patience", (0, 0, False))
+        self.loop.in_vain, self.loop.passed_over, self.loop.alert = patience
         reference = values["reference"]
         self.loop.reference = None if reference is None else (reference[0], reference[1])
         self.loop.cost = Cost(**values["cost"])
@@ -1097,7 +1199,9 @@ class _Loop:
     schedule: committed up to `step`, planned after it. reference: (mean loss of the last committed
     window, first loss of the run). average: of all committed iterates. correction: what the plan
     of the steps to come is moved by, in raw coordinates. in_vain: looks back in a row that were not
-    worth it; passed_over: windows still to be passed over. finished: the result.
+    worth it; passed_over: windows still to be passed over; alert: after a surprise, until looking
+    back is no longer worth it. delta, upwards: of `Twin`. finished: the result. first_lr: () or
+    (G,), that the template begins with. live: the attempt whose end the plant stands at.
     """
 
     steps: int
@@ -1112,9 +1216,14 @@ class _Loop:
     correction: dict[str, Shift] = field(default_factory=dict)
     in_vain: int = 0
     passed_over: int = 0
+    alert: bool = False
+    delta: float = Twin.first
+    upwards: bool | None = None
     tape: list[dict[str, Any]] = field(default_factory=list)
     windows: list[dict[str, Any]] = field(default_factory=list)
     finished: dict[str, Any] | None = None
+    first_lr: Tensor = field(default_factory=lambda: torch.tensor(0.0))
+    live: _Attempt | None = None
     began: float = field(default_factory=time.monotonic)
     seconds_before: float = 0.0
 
@@ -1133,6 +1242,7 @@ class _Attempt:
 
     first_look: how the hypergradient ended, before any remedy. gain: the share by which J fell from
     the roll to here. guarded: whether a loss that is finite but far too high is a failure.
+    plain: whether it went by the plain loop's own kernels. end: the moment at its end, if kept.
     """
 
     number: int
@@ -1145,8 +1255,23 @@ class _Attempt:
     value: float = math.nan
     gain: float = 0.0
     guarded: bool = True
+    plain: bool = True
     failure: str | None = None
     inside: _Moment | None = None
+    end: _Moment | None = None
+
+    def emptied(self) -> _Attempt:
+        """The same way through the same window, not yet gone."""
+        return replace(
+            self,
+            trajectory=None,
+            hypergradient=None,
+            first_look=None,
+            value=math.nan,
+            failure=None,
+            inside=None,
+            end=None,
+        )
 
 
 def _steered(plant: Plant, asked: Sequence[str] | None) -> tuple[str, ...]:
@@ -1214,10 +1339,10 @@ def _place(attempt: _Attempt) -> tuple[int, float] | None:
 
 
 def _same_place(before: tuple[int, float] | None, now: tuple[int, float] | None) -> bool:
-    """Whether a lower lr changed nothing: then the data are other than they were."""
+    """Whether a lower lr changed little: then the data are other than they were."""
     if before is None or now is None or not math.isfinite(before[1] + now[1]):
         return False
-    return before[0] == now[0] and now[1] > 0.7 * before[1]
+    return abs(before[0] - now[0]) <= PATIENCE and now[1] > 0.7 * before[1]
 
 
 def _numbers(values: Sequence[float | Tensor]) -> list[float]:

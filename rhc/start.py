@@ -49,18 +49,17 @@ FEWEST = 10
 
 @dataclass(frozen=True)
 class Stage:
-    """Probes of `share` of the run's steps, at lrs a factor apart."""
+    """Probes of `share` of the run's steps, at lrs a factor apart, `farthest` moves to one side at
+    most."""
 
     share: float
     factor: float
+    farthest: int
 
 
-STAGES = (Stage(0.025, 10.0), Stage(0.1, 3.0), Stage(0.25, 2.0))
+STAGES = (Stage(0.025, 10.0, 12), Stage(0.1, 3.0, 4), Stage(0.25, 2.0, 2))
 """Short probes find the decade, long ones the factor of two: short ones alone prefer an lr that is
 too high, and what early greed costs cannot be undone."""
-
-FARTHEST = 12
-"""Moves to one side within a stage, at most."""
 
 
 def zero_lrs(
@@ -119,12 +118,12 @@ def probe(
         ) -> float:
             if k not in seen:
                 factor = centre * stage.factor**k
-                inside = abs(k) <= FARTHEST and lowest <= factor <= highest
+                inside = abs(k) <= stage.farthest and lowest <= factor <= highest
                 found = judge(n, factor) if inside else math.inf
                 seen[k] = found if math.isfinite(found) else math.inf
             return seen[k]
 
-        best = _lowest(at)
+        best = _lowest(at, stage.farthest)
         if not math.isfinite(at(best)):
             return None if number == 0 else centre
         last = number == len(stages) - 1
@@ -133,14 +132,14 @@ def probe(
     return min(max(centre, lowest), highest)
 
 
-def _lowest(at: Callable[[int], float]) -> int:
+def _lowest(at: Callable[[int], float], farthest: int) -> int:
     """Where `at` is lowest, downhill from 0; what is infinite lies above everything else."""
     k = 0
-    while not math.isfinite(at(k)) and k > -FARTHEST:
+    while not math.isfinite(at(k)) and k > -farthest:
         k -= 1
     upwards = at(k + 1) < at(k)
     side = 1 if upwards else -1
-    while abs(k) < FARTHEST and at(k + side) < at(k):
+    while abs(k) < farthest and at(k + side) < at(k):
         k += side
     return k
 

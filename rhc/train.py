@@ -25,7 +25,7 @@ from rhc.events import Listener
 from rhc.hypergradient import Engine, Product
 from rhc.objective import Objective
 from rhc.progress import Progress, display
-from rhc.rewrite import Rewrite, usual_law
+from rhc.rewrite import Rewrite, usual_law, usual_objective
 from rhc.runner import DivergedError, Runner
 from rhc.schedule import CONTROLS, Template, control
 from rhc.start import Start
@@ -169,7 +169,7 @@ def _law(config: TrainConfig) -> tuple[Rewrite | Literal[False], Objective, Trai
         chosen["average"] = config.average or None
     if config.objective_batches is not None:
         chosen["batches"] = config.objective_batches
-    objective = Objective(**chosen)
+    objective = replace(usual_objective(config.start, config.window), **chosen)
     steers_lr = config.controls is None or "lr" in config.controls
     return (
         law,

@@ -34,13 +34,17 @@ class ScaledLinear(nn.Module):
 def ill_scaled(*, seed: int = 0, data: Path | None = None) -> Workload:
     """MNIST's MLP whose three layers want learning rates in the ratio 100 : 1 : 0.01.
 
-    One parameter group per layer. seed and data are those of `mnist`, and so are the weights that
+    One parameter group per layer, each with its "ratio", which nothing but a comparison looks at.
+    seed and data are those of `mnist`, and so are the weights that
     the layers stand for.
     """
     workload = mnist(seed=seed, data=data)
     ordinary = [layer for layer in workload.model.modules() if isinstance(layer, nn.Linear)]
     layers = [ScaledLinear(layer, c) for layer, c in zip(ordinary, SCALES, strict=True)]
     workload.model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
-    workload.parameter_groups = [{"params": list(layer.parameters())} for layer in layers]
+    workload.parameter_groups = [
+        {"params": list(layer.parameters()), "ratio": 1 / c**2}
+        for layer, c in zip(layers, SCALES, strict=True)
+    ]
     workload.lr = {"sgd": 1e-3, "adam": 1e-3, "adamw": 1e-3}
     return workload

@@ -1,0 +1,449 @@
+"""Methods × seeds on one workload at equal committed steps: what each ends with, what it cost.
+
+Every number comes from a run of its own; the cost counts everything that was spent on the way to
+it: looking for a start, looking back, replays, objectives, and the runs that a race or a search
+throws away. Intervals are bootstrap 95 % intervals of the mean over seeds (Efron 1979); differences
+are paired, seed by seed. Seeds 0 to 9 are for choosing, 100 and more for reporting.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+
+from rhc.errors import InputError
+from rhc.objective import Objective
+from rhc.rewrite import USUAL, Twin, usual_objective
+from rhc.runner import DivergedError, Runner
+from rhc.schedule import CONTROLS
+from rhc.tape import finite
+from rhc.workload import Workload, load_runner
+
+RACED = ("cosine", "linear", "wsd")
+"""Templates that race each other."""
+
+SEARCHED = 5
+"""Runs of a random search: about as many plain runs as the whole of rhc may cost."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train a workload. settings: of the Runner. needs_lr: run once per first lr.
+
+    ratio: "lars" for lrs of the groups as |θ|/|∇J| at step 0; "oracle" for what the workload itself
+    says is right, its groups' "ratio". races: templates of which the best by
+    validation is taken. searches: runs with random lrs of which the best by validation is taken.
+    """
+
+    summary: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    needs_lr: bool = False
+    ratio: str | None = None
+    races: tuple[str, ...] = ()
+    searches: int = 0
+
+
+def _plainly(template: str, warmup: float = 0.0) -> Method:
+    how = f"{template}{' with warm-up' if warmup else ''}"
+    settings = {"rewrite": False, "start": "given", "template": template, "warmup": warmup}
+    return Method(f"{how} from the lr that is given, no rewriting", settings, needs_lr=True)
+
+
+def _without(what: str, **settings: Any) -> Method:
+    return Method(f"rhc {what}", {"start": "zero", **settings})
+
+
+METHODS: Mapping[str, Method] = {
+    "constant": _plainly("constant"),
+    "cosine": _plainly("cosine"),
+    "linear": _plainly("linear", warmup=0.1),
+    "1cycle": _plainly("1cycle"),
+    "wsd": _plainly("wsd"),
+    "zero-probe-cosine": Method(
+        "start from the hypergradient at lr 0, cosine, no rewriting",
+        {"rewrite": False, "start": "zero"},
+    ),
+    "probe-cosine": Method(
+        "start from probes around the lr that is given, cosine, no rewriting",
+        {"rewrite": False, "start": "probe"},
+        needs_lr=True,
+    ),
+    "lars-cosine": Method(
+        "groups in the ratio of |θ|/|∇J|, probes, cosine, no rewriting",
+        {"rewrite": False, "start": "probe"},
+        ratio="lars",
+    ),
+    "oracle-cosine": Method(
+        "the workload's own ratio of the groups, cosine from the lr that is given",
+        {"rewrite": False, "start": "given", "template": "cosine"},
+        needs_lr=True,
+        ratio="oracle",
+    ),
+    "template-race": Method(
+        f"start from zero, whole runs of {', '.join(RACED)}, the best by validation",
+        {"rewrite": False, "start": "zero"},
+        races=RACED,
+    ),
+    "random-search": Method(
+        f"{SEARCHED} constant lrs per group at random in [1e-5, 1], the best by validation",
+        {"rewrite": False, "start": "given", "template": "constant"},
+        searches=SEARCHED,
+    ),
+    "rhc": Method("the default, with no lr given", {"start": "zero"}),
+    "rhc-probe": Method(
+        "the default, from the lr that is given", {"start": "probe"}, needs_lr=True
+    ),
+    "twin": _without("without gradients: each window at a higher and a lower lr", rewrite=Twin()),
+    "no-rewrite": _without("that only begins the template anew", rewrite=replace(USUAL, step={})),
+    "no-anew": _without("that never does so", rewrite=replace(USUAL, restart=False)),
+    "no-hessian": _without("with H = 0", product="none"),
+    "no-average": _without(
+        "judging windows at the last iterate",
+        objective=replace(usual_objective("zero", 50), average=None),
+    ),
+    "greedy": _without(
+        "judging windows by their training losses alone",
+        objective=Objective(loss_weight=1.0, terminal_weight=0.0),
+    ),
+    "no-accept": _without("that keeps every rewrite", rewrite=replace(USUAL, accept=False)),
+    "every-window": _without(
+        "that looks back at all windows", rewrite=replace(USUAL, patience=None, until=1.0)
+    ),
+    "all-controls": _without(
+        "that rewrites momentum and noise too", controls=("lr", "momentum", "noise")
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one method ended with on one seed; a run that diverges for good has infinite losses.
+
+    score: what methods are compared by, the mean over all steps of the metric "tracking" where the
+    workload has one, else the test loss of the final weights. validation: what races and searches
+    choose by. cost: in plain runs.
+    """
+
+    method: str
+    lr: float | None
+    seed: int
+    score: float
+    test_loss: float | None
+    test_accuracy: float | None
+    average_test_loss: float | None
+    validation: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained: a runner's name, its data, and the steps of every run."""
+
+    run: str
+    data: Path | None = None
+    steps: int | None = None
+
+    def workload(self, seed: int) -> Workload:
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        workload = load_runner(self.run)(seed=seed, data=self.data)
+        if workload.threads is not None:
+            torch.set_num_threads(workload.threads)
+        return workload
+
+
+def compare(
+    task: Task,
+    methods: Sequence[str],
+    lrs: Sequence[float | None],
+    seeds: Sequence[int],
+    tell: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
+    """All methods on all seeds; those that need an lr from each of `lrs`, or the workload's own."""
+    for name in methods:
+        if name not in METHODS:
+            raise InputError(f"unknown method {name!r}: there are: {', '.join(METHODS)}")
+    rows = []
+    for name in methods:
+        for lr in (lrs or [None]) if METHODS[name].needs_lr else [None]:
+            for seed in seeds:
+                rows.append(run(task, name, lr, seed))
+                tell(rows[-1])
+    return rows
+
+
+def run(task: Task, name: str, lr: float | None, seed: int) -> Row:
+    """One method on one seed."""
+    method = METHODS[name]
+    if method.races:
+        tried = [_one(task, method, lr, seed, template=t) for t in method.races]
+        # The same start was looked for every time, and is paid for once.
+        start = tried[0]["start"]
+        best = min(tried, key=lambda found: found["validation"])
+        best["cost"] = start + sum(found["cost"] - start for found in tried)
+    elif method.searches:
+        draws = random.Random(seed)
+        tried = [_one(task, method, lr, seed, draw=draws) for _ in range(method.searches)]
+        best = min(tried, key=lambda found: found["validation"])
+        best["cost"] = sum(found["cost"] for found in tried)
+    else:
+        best = _one(task, method, lr, seed)
+    del best["start"]
+    return Row(name, lr, seed, **best)
+
+
+def _one(
+    task: Task,
+    method: Method,
+    lr: float | None,
+    seed: int,
+    *,
+    draw: random.Random | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    workload = task.workload(seed)
+    first = workload.lr[workload.optimizer] if lr is None else lr
+    groups: list[dict[str, Any]] = workload.parameter_groups or [
+        {"params": [p for p in workload.model.parameters() if p.requires_grad]}
+    ]
+    if method.ratio == "lars":
+        groups = _lars(workload, groups, first)
+    elif method.ratio == "oracle":
+        groups = [g | {"lr": first * g["ratio"]} for g in groups]
+    if draw is not None:
+        groups = [g | {"lr": 10 ** draw.uniform(-5, 0)} for g in groups]
+    runner = Runner(
+        workload.model,
+        optimizer_of(workload.optimizer, groups, first),
+        workload.loss_fn,
+        workload.train_loader,
+        workload.val_loader,
+        test_loader=workload.test_loader,
+        seed=seed,
+        **{**method.settings, **more},
+    )
+    steps = task.steps or workload.steps
+    try:
+        result = runner.fit(steps)
+    except DivergedError:
+        spent = runner.loop.cost.gradient_equivalents / steps
+        return _diverged(max(spent, 1.0), runner.loop.start_gradients / steps)
+    record = result.record
+    tracking = [row["tracking"] for row in result.tape if row.get("tracking") is not None]
+    test = record["test_loss"]
+    score = statistics.fmean(tracking) if len(tracking) == len(result.tape) else test
+    judged = record["val_loss"]
+    if judged is None:
+        judged = statistics.fmean(_finite(row["loss"]) for row in result.tape)
+    return {
+        "score": _finite(record["train_loss"] if score is None else score),
+        "test_loss": test,
+        "test_accuracy": record["test_accuracy"],
+        "average_test_loss": record["average_test_loss"],
+        "validation": _finite(judged),
+        "cost": record["cost"]["plain_run_equivalents"],
+        "start": runner.loop.start_gradients / steps,
+    }
+
+
+def _diverged(cost: float, start: float) -> dict[str, Any]:
+    names = ("test_loss", "test_accuracy", "average_test_loss")
+    lost = {"score": math.inf, "validation": math.inf, **dict.fromkeys(names)}
+    return {**lost, "cost": cost, "start": start}
+
+
+def _finite(value: float | None) -> float:
+    return math.inf if value is None or not math.isfinite(value) else value
+
+
+def optimizer_of(name: str, groups: Any, lr: float) -> torch.optim.Optimizer:
+    """As `rhc train` makes it."""
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9)
+    kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
+    return kind(groups, lr=lr, weight_decay=0.01 if name == "adamw" else 0.0)
+
+
+def _lars(
+    workload: Workload, groups: Sequence[dict[str, Any]], first: float
+) -> list[dict[str, Any]]:
+    """The groups with lrs in the ratio |θ|/|∇J| at the first batch; the largest is `first`."""
+    with torch.enable_grad():
+        outcome = workload.loss_fn(workload.model, next(iter(workload.train_loader)))
+        (outcome[0] if isinstance(outcome, tuple) else outcome).backward()
+
+    def norm(tensors: Iterator[Tensor | None]) -> float:
+        return math.sqrt(sum(float(t.square().sum()) for t in tensors if t is not None))
+
+    ratios = [
+        norm(p.detach() for p in g["params"]) / max(norm(p.grad for p in g["params"]), 1e-12)
+        for g in groups
+    ]
+    _forget(workload.model)
+    bounds = CONTROLS["lr"]
+    lrs = [first * ratio / max(ratios) for ratio in ratios]
+    return [
+        g | {"lr": min(max(lr, bounds.lower), bounds.upper)}
+        for g, lr in zip(groups, lrs, strict=True)
+    ]
+
+
+def _forget(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.grad = None
+
+
+def print_comparison(
+    console: Console,
+    run: str,
+    *,
+    methods: Sequence[str],
+    lrs: Sequence[float],
+    seeds: str,
+    versus: str | None,
+    steps: int | None,
+    data: Path | None,
+    output: Path | None,
+) -> None:
+    """`rhc compare`: runs everything, says how it goes, and prints a table."""
+    chosen = parsed_seeds(seeds)
+    reference = versus or methods[-1]
+    names = list(dict.fromkeys([*methods, reference]))
+    if data is not None and not data.exists():
+        raise InputError(f"data {data} does not exist; give --data an existing folder")
+    if steps is not None and steps < 1:
+        raise InputError(f"steps must be ≥ 1, got {steps}; try --steps 1000")
+    if output is not None and not output.parent.is_dir():
+        raise InputError(f"output {output} is in no folder; make {output.parent} first")
+
+    def tell(row: Row) -> None:
+        lr = "" if row.lr is None else f" lr {row.lr:g}"
+        console.print(
+            f"{row.method}{lr} seed {row.seed}: {row.score:.4g}, cost {row.cost:.2f}",
+            highlight=False,
+        )
+
+    rows = compare(Task(run, data, steps), names, lrs, chosen, tell)
+    lines = summarise(rows, reference)
+    console.print()
+    console.print(table(lines))
+    console.print(
+        f"\nscore: test loss of the final weights, or the mean of the metric tracking where there "
+        f"is one; interval: bootstrap over {len(chosen)} seeds; cost in plain runs; apart: paired "
+        f"difference to {reference}",
+        highlight=False,
+        style="dim",
+    )
+    if output is not None:
+        document = {
+            "format": "rhc.comparison",
+            "version": 1,
+            "run": run,
+            "versus": reference,
+            "rows": [asdict(row) for row in rows],
+            "lines": [asdict(line) for line in lines],
+        }
+        output.write_text(json.dumps(finite(document), indent=1) + "\n", encoding="utf-8")
+
+
+# Statistics ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Line:
+    """A method at one lr over all seeds: mean score, its interval, mean cost.
+
+    apart: mean paired difference to the reference and its interval; None for the reference itself.
+    """
+
+    method: str
+    lr: float | None
+    score: float
+    interval: tuple[float, float]
+    cost: float
+    apart: tuple[float, float, float] | None = None
+
+
+def summarise(rows: Sequence[Row], versus: str | None = None) -> list[Line]:
+    """A line per method and lr, in their order. versus: compared with, at its best lr."""
+    found: dict[tuple[str, float | None], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.method, row.lr), []).append(row)
+    scores = {key: [row.score for row in rs] for key, rs in found.items()}
+    of_reference = [key for key in found if key[0] == versus]
+    best = min(of_reference, key=lambda key: statistics.mean(scores[key]), default=None)
+    lines = []
+    for key, rs in found.items():
+        apart = None
+        if best is not None and key != best:
+            differences = [a - b for a, b in zip(scores[key], scores[best], strict=True)]
+            mean = statistics.mean(differences) if np.isfinite(differences).all() else math.inf
+            apart = (mean, *interval(differences))
+        lines.append(
+            Line(
+                *key,
+                statistics.mean(scores[key]),
+                interval(scores[key]),
+                statistics.mean(row.cost for row in rs),
+                apart,
+            )
+        )
+    return lines
+
+
+def table(lines: Sequence[Line]) -> Table:
+    """For a terminal."""
+    shown = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("method", "first lr", "score", "95 % interval", "cost", "apart", ""):
+        left = heading in ("method", "first lr", "95 % interval", "")
+        shown.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    for line in lines:
+        low, high = line.interval
+        apart, within = "", ""
+        if line.apart is not None:
+            apart = f"{line.apart[0]:+.4f}"
+            within = f"[{line.apart[1]:+.4f}, {line.apart[2]:+.4f}]"
+        shown.add_row(
+            line.method,
+            "" if line.lr is None else f"{line.lr:g}",
+            f"{line.score:.4f}",
+            Text(f"[{low:.4f}, {high:.4f}]"),
+            f"{line.cost:.2f}",
+            apart,
+            Text(within),
+        )
+    return shown
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The bootstrap 95 % interval of the mean, 10,000 resamples with seed 0."""
+    if not np.isfinite(values).all():
+        return -math.inf, math.inf
+    draws = np.random.default_rng(0).choice(np.array(values), (10_000, len(values))).mean(1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def parsed_seeds(text: str) -> list[int]:
+    """`100-109` is ten seeds; a number N is N of them, from 100 on."""
+    first, dash, last = text.partition("-")
+    try:
+        return (
+            list(range(int(first), int(last) + 1)) if dash else list(range(100, 100 + int(first)))
+        )
+    except ValueError:
+        raise InputError(f"seeds must be N or FIRST-LAST, got {text!r}; try 100-109") from None
