@@ -304,10 +304,10 @@ examples:
 The same command finds its run again and continues it; so does rhc resume DIR."""
 
 COMPARE = """\
-Train RUN by several methods on several seeds, and compare what they end with
-and what they cost:
+Train RUN by several methods on several seeds; what each ends with and costs:
   rhc  rhc-probe                     the default, without an lr or from one
-  zero-probe-cosine  probe-cosine    the start alone, then a cosine
+  zero-probe  zero-probe-cosine      the start alone, and a template
+  probe-cosine                       the same from an lr
   constant cosine linear 1cycle wsd  plain templates from the lrs that are given
   template-race  random-search       the best of several runs, by validation
   lars-cosine  twin                  other ratios; other steering
@@ -316,7 +316,7 @@ and what they cost:
 
 examples:
   rhc compare digits --methods rhc cosine --lrs 0.03 0.1 0.3 --seeds 10
-  rhc compare my_run.py:make --methods rhc twin --seeds 100-104 --output rows.json"""
+  rhc compare my_run.py:make --methods rhc twin --seeds 100-104"""
 
 COMMANDS = {
     "train": Command(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -72,18 +73,21 @@ METHODS: Mapping[str, Method] = {
     "linear": _plainly("linear", warmup=0.1),
     "1cycle": _plainly("1cycle"),
     "wsd": _plainly("wsd"),
-    "zero-probe-cosine": Method(
-        "start from the hypergradient at lr 0, cosine, no rewriting",
+    "zero-probe": Method(
+        "start from the hypergradient at lr 0, the usual template, no rewriting",
         {"rewrite": False, "start": "zero"},
+    ),
+    "zero-probe-cosine": Method(
+        "the same with a cosine", {"rewrite": False, "start": "zero", "template": "cosine"}
     ),
     "probe-cosine": Method(
         "start from probes around the lr that is given, cosine, no rewriting",
-        {"rewrite": False, "start": "probe"},
+        {"rewrite": False, "start": "probe", "template": "cosine"},
         needs_lr=True,
     ),
     "lars-cosine": Method(
         "groups in the ratio of |θ|/|∇J|, probes, cosine, no rewriting",
-        {"rewrite": False, "start": "probe"},
+        {"rewrite": False, "start": "probe", "template": "cosine"},
         ratio="lars",
     ),
     "oracle-cosine": Method(
@@ -175,8 +179,7 @@ def compare(
 ) -> list[Row]:
     """All methods on all seeds; those that need an lr from each of `lrs`, or the workload's own."""
     for name in methods:
-        if name not in METHODS:
-            raise InputError(f"unknown method {name!r}: there are: {', '.join(METHODS)}")
+        _known(name)
     rows = []
     for name in methods:
         for lr in (lrs or [None]) if METHODS[name].needs_lr else [None]:
@@ -184,6 +187,11 @@ def compare(
                 rows.append(run(task, name, lr, seed))
                 tell(rows[-1])
     return rows
+
+
+def _known(name: str) -> None:
+    if name not in METHODS:
+        raise InputError(f"unknown method {name!r}: there are: {', '.join(METHODS)}")
 
 
 def run(task: Task, name: str, lr: float | None, seed: int) -> Row:
@@ -323,6 +331,10 @@ def print_comparison(
     chosen = parsed_seeds(seeds)
     reference = versus or methods[-1]
     names = list(dict.fromkeys([*methods, reference]))
+    for name in names:
+        _known(name)
+    for lr in lrs:
+        CONTROLS["lr"].check(lr)
     if data is not None and not data.exists():
         raise InputError(f"data {data} does not exist; give --data an existing folder")
     if steps is not None and steps < 1:
@@ -440,10 +452,12 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def parsed_seeds(text: str) -> list[int]:
     """`100-109` is ten seeds; a number N is N of them, from 100 on."""
-    first, dash, last = text.partition("-")
-    try:
-        return (
-            list(range(int(first), int(last) + 1)) if dash else list(range(100, 100 + int(first)))
-        )
-    except ValueError:
-        raise InputError(f"seeds must be N or FIRST-LAST, got {text!r}; try 100-109") from None
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
+    seeds: list[int] = []
+    if match is not None and match[2] is None:
+        seeds = list(range(100, 100 + int(match[1])))
+    elif match is not None:
+        seeds = list(range(int(match[1]), int(match[2]) + 1))
+    if not seeds:
+        raise InputError(f"seeds must be N or FIRST-LAST, got {text!r}; try 100-109")
+    return seeds

@@ -28,7 +28,7 @@ RECORD_VERSION = 1
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 STARTS = ("zero", "probe", "given")
-TEMPLATES = ("constant", "cosine", "linear", "wsd")
+TEMPLATES = ("constant", "cosine", "linear", "wsd", "1cycle")
 """Starts and templates are those of rhc.start and rhc.schedule, which import torch."""
 ENGINES = ("adjoint",)
 PRODUCTS = (
@@ -106,7 +106,10 @@ class TrainConfig:
     """Where lr starts: zero needs no --lr, and finds one for every parameter group by a
     hypergradient and short rolls; probe takes --lr for a first guess; given keeps it."""
     template: Annotated[str | None, _unset("see the README", "NAME")] = None
-    """Shape of lr over the run, to be rewritten or followed: constant, cosine, linear, wsd."""
+    """Shape of lr over the run, to be rewritten or followed: constant, cosine, linear,
+    wsd, 1cycle."""
+    warmup: Annotated[float | None, _unset("0.1 for a start of adam, adamw; else 0", "F")] = None
+    """Fraction of the run over which lr rises linearly to the template."""
     cooldown: Annotated[float | None, _unset("see --print-config", "F")] = None
     """Fraction of the run, at its end, over which lr falls linearly to 0; 0 for none."""
     until: Annotated[float | None, _unset("see --print-config", "F")] = None
@@ -190,6 +193,11 @@ class TrainConfig:
             raise InputError(
                 f"cooldown must be in [0, 1), got {self.cooldown:g}; it is a fraction of the run, "
                 "try --cooldown 0.2"
+            )
+        if self.warmup is not None and not 0 <= self.warmup < 1:
+            raise InputError(
+                f"warmup must be in [0, 1), got {self.warmup:g}; it is a fraction of the run, "
+                "try --warmup 0.1"
             )
         if self.until is not None and not 0 < self.until <= 1:
             raise InputError(

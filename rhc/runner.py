@@ -77,7 +77,7 @@ from rhc.schedule import (
     shaped,
     template_factors,
 )
-from rhc.start import PROBE_BATCHES, STARTS, WARMUP, Start, StartSearch
+from rhc.start import ADAPTIVE_GREED, GREED, PROBE_BATCHES, STARTS, WARMUP, Start, StartSearch
 from rhc.state import snapshot_from_tensors, snapshot_to_tensors
 from rhc.tape import finite
 
@@ -171,8 +171,8 @@ class Runner:
     and finds a factor on it by short rolls; "zero" needs no guess, and finds every parameter
     group's own lr. None for "probe" with rewriting, else "given".
     template: the shape of lr over the run that is rewritten, or followed: "constant", "cosine",
-    "linear", "wsd" (constant, then linear over the law's cooldown), "1cycle". None for "cosine"
-    where the start is looked for; where it is given, "wsd" with rewriting, "constant" without.
+    "linear", "wsd" (constant, then linear over the law's cooldown), "1cycle". None where the
+    start is looked for for "cosine", or "linear" with an Adam; where it is given, "wsd" with rewriting, "constant" without.
     warmup: fraction of the run in which lr rises linearly to the template. None for
     `rhc.start.WARMUP` where the start of an Adam is looked for, else 0.
     memory_budget: bytes that looking back may take beyond plain training; spill: whether states may
@@ -242,13 +242,14 @@ class Runner:
         self.rewriting = rewrite is not False
         self.start: Start = start or ("probe" if self.rewriting else "given")
         self.law = rewrite if isinstance(rewrite, Rewrite) else usual_law(self.start)
-        self.template: Template = template or (
-            "cosine" if self.start != "given" else "wsd" if self.rewriting else "constant"
-        )
         if warmup is not None and not 0 <= warmup < 1:
             raise InputError(f"warmup must be in [0, 1), got {warmup:g}; use 0 for none")
-        adaptive = "betas" in optimizer.param_groups[0]
-        usual = WARMUP if adaptive and self.start != "given" else 0.0
+        self._adaptive = "betas" in optimizer.param_groups[0]
+        found = "linear" if self._adaptive else "cosine"
+        self.template: Template = template or (
+            found if self.start != "given" else "wsd" if self.rewriting else "constant"
+        )
+        usual = WARMUP if self._adaptive and self.start != "given" else 0.0
         self.warmup = usual if warmup is None else warmup
         self.objective = objective or usual_objective(self.start, window)
         self.engine: Engine = engine
@@ -941,7 +942,15 @@ class Runner:
         known = [] if self.directory is None else self.directory.starts.read()
         with preserved():
             search = StartSearch(
-                self.plant, self.objective, planned, stream, held_out, known, tell, self.warmup
+                self.plant,
+                self.objective,
+                planned,
+                stream,
+                held_out,
+                known,
+                tell,
+                self.warmup,
+                ADAPTIVE_GREED if self._adaptive else GREED,
             )
             lr = search.find(self.start)
         stream.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -35,6 +35,10 @@ PROBE_BATCHES = 16
 
 GREED = 1.5
 """What the factor found is divided by: even a quarter of the run prefers an lr that is too high."""
+
+ADAPTIVE_GREED = 1 / 1.5
+"""The same for optimizers that divide by a second moment. Their probes are short beside the rise of
+lr and err to the other side: a language model wants twice the lr that a quarter of its run does."""
 
 COOLDOWN = 0.3
 """Every probe ends with a virtual cooldown: the share of its steps in which lr falls to 0."""
@@ -157,7 +161,8 @@ class StartSearch:
 
     stream: of training batches, isolated, not used for anything else. held_out: n -> (the loss that
     judges a roll of the first n batches, its size in training batches). planned: the whole run's
-    schedule as the optimizer has it. known: records of an earlier search that was cut short, which
+    schedule as the optimizer has it. warmup: share of the run in which lr rises. greed: what the
+    factor found is divided by. known: records of an earlier search that was cut short, which
     are not tried again; tell: given every new record.
     """
 
@@ -171,12 +176,15 @@ class StartSearch:
         known: Sequence[dict[str, Any]],
         tell: Callable[[dict[str, Any]], None],
         warmup: float = 0.0,
+        greed: float = GREED,
     ) -> None:
-        self.plant, self.objective, self.planned = plant, objective, planned
+        # At lr 0 nothing moves: training losses say no more than the held-out one.
+        judged = replace(objective, loss_weight=0.0) if objective.terminal_weight else objective
+        self.plant, self.objective, self.planned = plant, judged, planned
         self.stream, self.held_out = stream, held_out
         self.known = {_key(record): record for record in known}
         self.tell = tell
-        self.warmup = warmup
+        self.warmup, self.greed = warmup, greed
         self.gradients = 0.0
         self._first = stream.position(0)
         self._before = plant.snapshot()
@@ -195,7 +203,7 @@ class StartSearch:
         factor = probe(judge, len(self.planned), bounds.lower / lowest, bounds.upper / highest)
         if factor is None:
             return None
-        return torch.where(base == 0, base, (base * factor / GREED).clamp(min=bounds.lower))
+        return torch.where(base == 0, base, (base * factor / self.greed).clamp(min=bounds.lower))
 
     def _zero(self, given: Tensor) -> Tensor:
         """The lrs at which the objective falls by DROP; as given where it does not fall at all."""

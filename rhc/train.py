@@ -48,6 +48,7 @@ _RECORDED_IF_GIVEN = (
     "discount",
     "costate_clip",
     "template",
+    "warmup",
 )
 """Settings that runs which were begun before they existed do not have in their config.json."""
 
@@ -205,6 +206,7 @@ def _runner(
         per_group=config.per_group or (),
         start=cast(Start, config.start),
         template=cast(Template | None, config.template),
+        warmup=config.warmup,
         rewrite=law,
         objective=objective,
         engine=cast(Engine, config.engine),

@@ -1,0 +1,203 @@
+"""Comparisons: what is run, how it is counted, and the statistics."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rhc import compare as comparing
+from rhc.cli import main
+from rhc.compare import METHODS, Row, Task, compare, interval, parsed_seeds, run, summarise
+from rhc.errors import InputError
+
+RUNNER = """
+import torch
+from torch import nn
+from rhc.workload import Workload
+
+
+def make(*, seed=0, data=None):
+    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(seed))
+    y = x @ torch.tensor([[1.0], [-2.0], [0.5]])
+    batches = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 64, 8)]
+    first, last = nn.Linear(3, 8), nn.Linear(8, 1)
+    return Workload(
+        nn.Sequential(first, nn.Tanh(), last),
+        lambda model, batch: (model(batch[0]) - batch[1]).square().mean(),
+        batches,
+        batches[:2],
+        batches[2:4],
+        steps=30,
+        lr={"sgd": 0.05},
+        parameter_groups=[
+            {"params": list(first.parameters()), "ratio": 1.0},
+            {"params": list(last.parameters()), "ratio": 0.1},
+        ],
+        threads=1,
+    )
+"""
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Task:
+    path = tmp_path / "small.py"
+    path.write_text(RUNNER)
+    return Task(f"{path}:make")
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_method_runs_and_says_what_it_cost(task: Task, name: str) -> None:
+    lr = 0.05 if METHODS[name].needs_lr else None
+    row = run(task, name, lr, 0)
+    assert (row.method, row.lr, row.seed) == (name, lr, 0)
+    assert math.isfinite(row.score) and row.score == row.test_loss
+    settings = METHODS[name].settings
+    plain = settings.get("rewrite") is False and settings["start"] == "given"
+    if METHODS[name].searches:
+        assert row.cost == pytest.approx(METHODS[name].searches)
+    elif METHODS[name].races:
+        assert row.cost > len(METHODS[name].races)
+    elif plain:
+        assert row.cost == 1
+    else:
+        assert row.cost > 1
+
+
+def test_a_race_pays_for_its_start_once(task: Task) -> None:
+    alone = run(task, "zero-probe-cosine", None, 0)
+    race = run(task, "template-race", None, 0)
+    assert race.cost == pytest.approx(alone.cost + 2)
+    assert race.validation <= alone.validation
+
+
+def test_the_same_seed_gives_the_same_row_and_another_one_another(task: Task) -> None:
+    one, same, other = (run(task, "cosine", 0.05, seed) for seed in (0, 0, 1))
+    assert one == same and one.score != other.score
+
+
+def test_a_run_that_diverges_is_a_row(task: Task) -> None:
+    row = run(task, "constant", 10.0, 0)
+    assert row.score == math.inf and row.cost >= 1
+    assert summarise([row])[0].interval == (-math.inf, math.inf)
+
+
+def test_lars_and_the_oracle_set_the_ratio_of_the_groups(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[list[float]] = []
+    usual = comparing.optimizer_of
+
+    def optimizer_of(name: str, groups: Any, lr: float) -> torch.optim.Optimizer:
+        optimizer = usual(name, groups, lr)
+        made.append([g["lr"] for g in optimizer.param_groups])
+        return optimizer
+
+    monkeypatch.setattr(comparing, "optimizer_of", optimizer_of)
+    run(task, "oracle-cosine", 0.05, 0)
+    assert made[-1] == pytest.approx([0.05, 0.005])
+    run(task, "lars-cosine", None, 0)
+    workload = task.workload(0)
+    workload.loss_fn(workload.model, next(iter(workload.train_loader))).backward()
+    ratios = []
+    for layer in (m for m in workload.model.modules() if isinstance(m, nn.Linear)):
+        weights, slopes = (
+            torch.cat([t.flatten() for t in tensors])
+            for tensors in (
+                [p.detach() for p in layer.parameters()],
+                [p.grad for p in layer.parameters() if p.grad is not None],
+            )
+        )
+        ratios.append(float(weights.norm() / slopes.norm()))
+    expected = [0.05 * ratio / max(ratios) for ratio in ratios]
+    assert made[-1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_tracking_is_what_methods_are_compared_by_where_there_is_one(tmp_path: Path) -> None:
+    row = run(Task("drifting_sine", steps=30), "constant", 0.01, 0)
+    assert row.test_loss is not None and row.score != row.test_loss and row.score < 2
+
+
+def test_methods_without_an_lr_run_once_per_seed(task: Task) -> None:
+    told: list[Row] = []
+    rows = compare(task, ["zero-probe-cosine", "cosine"], [0.01, 0.1], [3, 4], told.append)
+    assert told == rows
+    assert [(r.method, r.lr, r.seed) for r in rows] == [
+        ("zero-probe-cosine", None, 3),
+        ("zero-probe-cosine", None, 4),
+        *(("cosine", lr, seed) for lr in (0.01, 0.1) for seed in (3, 4)),
+    ]
+    with pytest.raises(InputError, match="unknown method 'cosin'"):
+        compare(task, ["cosin"], [], [0])
+
+
+def test_differences_are_paired_with_the_reference_at_its_best_lr() -> None:
+    row = Row("a", None, 0, 0.0, None, None, None, 0.0, 1.0)
+    noise = [0.0, 10.0, -5.0, 3.0]
+    rows = [
+        *(replace(row, seed=s, score=n + 1 + 0.01 * s) for s, n in enumerate(noise)),
+        *(replace(row, method="b", lr=0.1, seed=s, score=n) for s, n in enumerate(noise)),
+        *(replace(row, method="b", lr=1.0, seed=s, score=n + 7) for s, n in enumerate(noise)),
+    ]
+    a, best, worse = summarise(rows, "b")
+    assert best.apart is None and best.score == 2 and best.cost == 1
+    assert a.apart is not None and a.apart[0] == pytest.approx(1.015)
+    # Seeds differ by 15, the methods by 1: only pairing shows it.
+    assert 1 < a.apart[1] < a.apart[2] < 1.03 and a.interval[0] < 0
+    assert worse.apart == pytest.approx((7, 7, 7))
+
+
+def test_the_interval_covers_the_mean_about_as_often_as_it_says() -> None:
+    draws = np.random.default_rng(1).normal(2.0, 1.0, (200, 10))
+    inside = sum(low <= 2.0 <= high for low, high in map(interval, draws.tolist()))
+    assert 0.85 <= inside / 200 <= 0.97  # the percentile bootstrap of 10 values is a little narrow
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("3", [100, 101, 102]), ("0-1", [0, 1]), ("7-7", [7])])
+def test_seeds(text: str, seeds: list[int]) -> None:
+    assert parsed_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["", "x", "3-", "-3", "0", "5-4"])
+def test_seeds_that_are_none(text: str) -> None:
+    with pytest.raises(InputError, match="seeds must be"):
+        parsed_seeds(text)
+
+
+def test_the_command(task: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "rows.json"
+    words = f"compare {task.run} --methods zero-probe-cosine cosine --lrs 0.05 --seeds 2"
+    assert main([*words.split(), "--output", str(output)]) == 0
+    shown = capsys.readouterr().out
+    assert "zero-probe-cosine seed 100:" in shown and "cosine lr 0.05 seed 101:" in shown
+    assert "bootstrap over 2 seeds" in shown
+    document = json.loads(output.read_text())
+    assert document["versus"] == "cosine" and len(document["rows"]) == 4
+    assert [line["method"] for line in document["lines"]] == ["zero-probe-cosine", "cosine"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        ("--methods cosin", "unknown method 'cosin'"),
+        ("--versus cosin", "unknown method 'cosin'"),
+        ("--seeds many", "seeds must be"),
+        ("--steps 0", "steps must be"),
+        ("--output no/folder.json", "make no first"),
+        ("--data nowhere", "data nowhere does not exist"),
+        ("--lrs 100", "lr must be"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_in_one_sentence(
+    task: Task, capsys: pytest.CaptureFixture[str], flags: str, part: str
+) -> None:
+    assert main(["compare", task.run, "--methods", "cosine", *flags.split()]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and part in said.err
