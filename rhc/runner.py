@@ -171,8 +171,9 @@ class Runner:
     and finds a factor on it by short rolls; "zero" needs no guess, and finds every parameter
     group's own lr. None for "probe" with rewriting, else "given".
     template: the shape of lr over the run that is rewritten, or followed: "constant", "cosine",
-    "linear", "wsd" (constant, then linear over the law's cooldown), "1cycle". None where the
-    start is looked for for "cosine", or "linear" with an Adam; where it is given, "wsd" with rewriting, "constant" without.
+    "linear", "wsd" (constant, then linear over the law's cooldown), "1cycle". None, where
+    the start is looked for: "cosine", with an Adam "linear"; where it is given: "wsd" with rewriting,
+    "constant" without.
     warmup: fraction of the run in which lr rises linearly to the template. None for
     `rhc.start.WARMUP` where the start of an Adam is looked for, else 0.
     memory_budget: bytes that looking back may take beyond plain training; spill: whether states may
