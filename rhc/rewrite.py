@@ -58,7 +58,9 @@ class Rewrite:
     each time; None to look back at all of them.
     surprise: a window whose losses rise by this many standard errors above those of the window
     before is looked back at in any case, and ends the passing over; None for no such test.
-    restart: after a surprise, also try the template begun anew at its step, without corrections.
+    restart: after a surprise, the template is also tried begun anew at its step, at these factors
+    of its highest lr, without corrections. The best of them is taken unless it is worse than the
+    window as planned by the share `worth`: the window is short, and the lr is for what follows.
     most: how far above the highest lr of the template a rewritten one may be, in nats.
     lower_lr: factor on lr when a window diverges; `rewinds`: how often in a row at most.
     """
@@ -81,7 +83,7 @@ class Rewrite:
     carry: float = 1.0
     patience: int | None = None
     surprise: float | None = None
-    restart: bool = False
+    restart: tuple[float, ...] = ()
     most: float = math.inf
     lower_lr: float = 0.3
     rewinds: int = 10
@@ -227,7 +229,7 @@ USUAL = Rewrite(
     carry=0.5,
     patience=1,
     surprise=8.0,
-    restart=True,
+    restart=(1.0, 0.5, 0.25),
     most=0.4,
 )
 """The law where the start was looked for. Corrections are small and fade; windows are looked back

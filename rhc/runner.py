@@ -172,8 +172,8 @@ class Runner:
     group's own lr. None for "probe" with rewriting, else "given".
     template: the shape of lr over the run that is rewritten, or followed: "constant", "cosine",
     "linear", "wsd" (constant, then linear over the law's cooldown), "1cycle". None, where
-    the start is looked for: "cosine", with an Adam "linear"; where it is given: "wsd" with rewriting,
-    "constant" without.
+    the start is looked for: "cosine", with an Adam "linear"; where it is given: "wsd" with
+    rewriting, "constant" without.
     warmup: fraction of the run in which lr rises linearly to the template. None for
     `rhc.start.WARMUP` where the start of an Adam is looked for, else 0.
     memory_budget: bytes that looking back may take beyond plain training; spill: whether states may
@@ -405,29 +405,37 @@ class Runner:
         return short
 
     def _anew(self, rolled: _Attempt, step: int, commit: int, before: _Moment) -> _Attempt:
-        """The window with the template begun anew at `step`, where it is better than as rolled."""
+        """The window with the template begun anew at `step`, where that is better than planned."""
         start, stop = rolled.schedule.start, rolled.schedule.stop
         terminal, share = self._terminal(start, stop)
         if rolled.hypergradient is None:
             self._replay(rolled, commit, before, terminal, share)
-        plan = self._begun_anew(step)
-        attempt = replace(
-            rolled.emptied(), number=rolled.number + 1, schedule=plan.window(start, stop)
-        )
-        self._replay(attempt, commit, before, terminal, share)
-        if attempt.failure is None and attempt.value < rolled.value:
+        tried: list[tuple[_Attempt, Schedule]] = []
+        for number, factor in enumerate(self.law.restart, start=1):
+            plan = self._begun_anew(step, factor)
+            attempt = replace(
+                rolled.emptied(), number=rolled.number + number, schedule=plan.window(start, stop)
+            )
+            self._replay(attempt, commit, before, terminal, share)
+            if attempt.failure is None:
+                tried.append((attempt, plan))
+            else:
+                self._record(attempt, "rejected", attempt.failure, rolled)
+        best, plan = min(tried, key=lambda pair: pair[0].value, default=(rolled, None))
+        bar = rolled.value + self.law.worth * abs(rolled.value)
+        kept = best if plan is not None and (best.value < bar or math.isnan(bar)) else rolled
+        for attempt, _ in tried:
+            outcome = "accepted" if attempt is kept else "rejected"
+            self._record(attempt, outcome, f"the template begun anew at step {step}", rolled)
+        if kept is not rolled and plan is not None:
             self.loop.schedule, self.loop.correction = plan, {}
-            self._record(attempt, "accepted", f"the template begins anew at step {step}", rolled)
-            return attempt
-        why = attempt.failure or f"the template anew at step {step} does not lower the objective"
-        self._record(attempt, "rejected", why, rolled)
-        return rolled
+        return kept
 
-    def _begun_anew(self, step: int) -> Schedule:
-        """The plan with the template over the steps that are left, from where it began."""
+    def _begun_anew(self, step: int, factor: float) -> Schedule:
+        """The plan with the template over the steps that are left, from where it began × factor."""
         left = self.loop.steps - step
         factors = template_factors(self.template, left, self.law.cooldown)
-        lr = shaped(self.loop.first_lr, factors)
+        lr = shaped(factor * self.loop.first_lr, factors)
         return self.loop.schedule.replaced(Schedule({"lr": lr}, step))
 
     def _pass_over(self, attempt: _Attempt, *, looked: bool, surprise: bool) -> None:
