@@ -23,6 +23,7 @@ _MODULES = {
     "Hypergradient": "rhc.hypergradient",
     "hypergradient": "rhc.hypergradient",
     "Rewrite": "rhc.rewrite",
+    "Twin": "rhc.rewrite",
     "Runner": "rhc.runner",
     "RunResult": "rhc.runner",
     "Workload": "rhc.workload",
@@ -39,6 +40,7 @@ __all__ = [
     "RunResult",
     "Runner",
     "Schedule",
+    "Twin",
     "Workload",
     "__version__",
     "hypergradient",
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
     from rhc.hypergradient import Hypergradient, hypergradient
     from rhc.objective import Objective
     from rhc.plant import Plant
-    from rhc.rewrite import Rewrite
+    from rhc.rewrite import Rewrite, Twin
     from rhc.runner import Runner, RunResult
     from rhc.schedule import CONTROLS, Control, Schedule, total_variation
     from rhc.workload import Workload

@@ -101,6 +101,10 @@ class Rewrite:
             raise InputError(f"iterations must be ≥ 1, got {self.iterations}")
         if not 0 <= self.carry <= 1:
             raise InputError(f"carry must be in [0, 1], got {self.carry:g}")
+        if any(factor <= 0 for factor in self.restart):
+            raise InputError(f"restart must be of factors > 0, got {self.restart}; () for none")
+        if self.most < 0:
+            raise InputError(f"most must be ≥ 0, got {self.most:g}")
         if not 0 < self.lower_lr < 1:
             raise InputError(f"lower_lr must be in (0, 1), got {self.lower_lr:g}")
 
@@ -277,21 +281,30 @@ def _plain(value: Tensor) -> Shift:
     return float(value) if value.dim() == 0 else tuple(value.tolist())
 
 
+FEWEST = 20
+
+
 def surprised(before: Sequence[float], losses: Sequence[float], errors: float) -> int | None:
     """The first of `losses` at which they have risen above what they were before; None for none.
 
     They have where the mean of some block of a tenth of their number, five at least, lies `errors`
-    of its standard errors and a tenth above the mean of `before`; the spread is that of `before`.
-    Multiplying all losses by a number changes nothing.
+    of its standard errors and a tenth above the mean of `before`, and all but a fifth of the block
+    a standard deviation: one outlier is no shift. The spread is that of `before`.
+    Multiplying all losses by a number changes nothing. Fewer than `FEWEST` losses before say too
+    little of their spread.
     """
-    if len(before) < 4 or not losses:
+    if len(before) < FEWEST or not losses:
         return None
     block = min(max(5, len(losses) // 10), len(losses))
     level = sum(before) / len(before)
     spread = math.sqrt(sum((x - level) ** 2 for x in before) / (len(before) - 1))
     bar = max(level + errors * spread / math.sqrt(block), level + 0.1 * abs(level))
-    means = [sum(losses[i : i + block]) / block for i in range(len(losses) - block + 1)]
-    high = next((i for i, mean in enumerate(means) if mean > bar), None)
+
+    def risen(part: Sequence[float]) -> bool:
+        return sum(part) / block > bar and sorted(part)[block // 5] > level + spread
+
+    places = range(len(losses) - block + 1)
+    high = next((i for i in places if risen(losses[i : i + block])), None)
     if high is None:
         return None
     # The block that is first above the bar may have begun before the rise.

@@ -92,6 +92,9 @@ EXPLODING_CLIP = 10.0
 """Where costates explode, the window is looked back at once more with their norms clipped to this
 times the norm at its end, unless the run has a costate_clip of its own."""
 
+REMEMBERED = 50
+"""Committed steps whose losses a window is compared with, to see whether the data changed."""
+
 AVERAGE_EVERY = 5
 """The average behind the `average_…` results is of every fifth committed iterate, counted from the
 last one. Taking all in would cost a small model 8 % of its time, for the same weights."""
@@ -246,7 +249,7 @@ class Runner:
         if warmup is not None and not 0 <= warmup < 1:
             raise InputError(f"warmup must be in [0, 1), got {warmup:g}; use 0 for none")
         self._adaptive = "betas" in optimizer.param_groups[0]
-        found = "linear" if self._adaptive else "cosine"
+        found: Template = "linear" if self._adaptive else "cosine"
         self.template: Template = template or (
             found if self.start != "given" else "wsd" if self.rewriting else "constant"
         )
@@ -382,10 +385,11 @@ class Runner:
         self._commit(attempt, commit)
 
     def _surprise(self, attempt: _Attempt) -> int | None:
-        """The step from which losses are higher than those of the last committed window."""
+        """The step from which losses are higher than those committed lately."""
         if self.law.surprise is None or attempt.trajectory is None:
             return None
-        before = [float(row["loss"]) for row in self.loop.tape[-self.stride :]]
+        first = max(self.loop.regime, self.loop.step - REMEMBERED)
+        before = [float(row["loss"]) for row in self.loop.tape[first:]]
         losses = torch.stack(attempt.trajectory.losses).double().tolist()
         at = surprised(before, losses, self.law.surprise)
         return None if at is None else attempt.schedule.start + at
@@ -421,15 +425,16 @@ class Runner:
                 tried.append((attempt, plan))
             else:
                 self._record(attempt, "rejected", attempt.failure, rolled)
-        best, plan = min(tried, key=lambda pair: pair[0].value, default=(rolled, None))
         bar = rolled.value + self.law.worth * abs(rolled.value)
-        kept = best if plan is not None and (best.value < bar or math.isnan(bar)) else rolled
+        good = [pair for pair in tried if not pair[0].value >= bar]
+        best = min(good, key=lambda pair: pair[0].value, default=None)
         for attempt, _ in tried:
-            outcome = "accepted" if attempt is kept else "rejected"
+            outcome = "accepted" if best is not None and attempt is best[0] else "rejected"
             self._record(attempt, outcome, f"the template begun anew at step {step}", rolled)
-        if kept is not rolled and plan is not None:
-            self.loop.schedule, self.loop.correction = plan, {}
-        return kept
+        if best is None:
+            return rolled
+        self.loop.schedule, self.loop.correction = best[1], {}
+        return best[0]
 
     def _begun_anew(self, step: int, factor: float) -> Schedule:
         """The plan with the template over the steps that are left, from where it began × factor."""
@@ -442,6 +447,7 @@ class Runner:
         """Decides how many windows to pass over, by what looking back at this one was worth."""
         if surprise:
             self.loop.alert, self.loop.in_vain, self.loop.passed_over = True, 0, 0
+            self.loop.regime = self.loop.step
         elif not looked:
             self.loop.passed_over = max(0, self.loop.passed_over - 1)
         elif attempt.gain >= self.law.worth:
@@ -997,7 +1003,12 @@ class Runner:
             "first_lr": self.loop.first_lr.tolist(),
             "correction": self.loop.correction,
             "twin": [self.loop.delta, self.loop.upwards],
-            "patience": [self.loop.in_vain, self.loop.passed_over, self.loop.alert],
+            "patience": [
+                self.loop.in_vain,
+                self.loop.passed_over,
+                self.loop.alert,
+                self.loop.regime,
+            ],
             "singletons": self.plant.singletons,
             "lookback": self.lookback.state() if self.rewriting else None,
             "cost": asdict(self.loop.cost),
@@ -1040,8 +1051,8 @@ class Runner:
             for name, shift in values.get("correction", {}).items()
         }
         self.loop.delta, self.loop.upwards = values.get("twin", (Twin.first, None))
-        patience = values.get("patience", (0, 0, False))
-        self.loop.in_vain, self.loop.passed_over, self.loop.alert = patience
+        patience = values.get("patience", (0, 0, False, 0))
+        self.loop.in_vain, self.loop.passed_over, self.loop.alert, self.loop.regime = patience
         reference = values["reference"]
         self.loop.reference = None if reference is None else (reference[0], reference[1])
         self.loop.cost = Cost(**values["cost"])
@@ -1215,11 +1226,12 @@ class _Loop:
     """Where the loop stands: everything that changes from window to window, but for the plant.
 
     schedule: committed up to `step`, planned after it. reference: (mean loss of the last committed
-    window, first loss of the run). average: of all committed iterates. correction: what the plan
-    of the steps to come is moved by, in raw coordinates. in_vain: looks back in a row that were not
+    window, first loss of the run). average: of all committed iterates. correction: what the plan of
+    the steps to come is moved by, in raw coordinates. in_vain: looks back in a row that were not
     worth it; passed_over: windows still to be passed over; alert: after a surprise, until looking
-    back is no longer worth it. delta, upwards: of `Twin`. finished: the result. first_lr: () or
-    (G,), that the template begins with. live: the attempt whose end the plant stands at.
+    back is no longer worth it; regime: the step from which the data are as they are. delta,
+    upwards: of `Twin`. finished: the result. first_lr: () or (G,), that the template begins with.
+    live: the attempt whose end the plant stands at.
     """
 
     steps: int
@@ -1235,6 +1247,7 @@ class _Loop:
     in_vain: int = 0
     passed_over: int = 0
     alert: bool = False
+    regime: int = 0
     delta: float = Twin.first
     upwards: bool | None = None
     tape: list[dict[str, Any]] = field(default_factory=list)
