@@ -17,6 +17,7 @@ _MODULES = {
     "CONTROLS": "rhc.schedule",
     "Schedule": "rhc.schedule",
     "total_variation": "rhc.schedule",
+    "HeldOutBatches": "rhc.objective",
     "Objective": "rhc.objective",
     "Plant": "rhc.plant",
     "register_dynamics": "rhc.dynamics",
@@ -32,6 +33,7 @@ _MODULES = {
 __all__ = [
     "CONTROLS",
     "Control",
+    "HeldOutBatches",
     "Hypergradient",
     "InputError",
     "Objective",
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
     from rhc.dynamics import register_dynamics
     from rhc.errors import InputError
     from rhc.hypergradient import Hypergradient, hypergradient
-    from rhc.objective import Objective
+    from rhc.objective import HeldOutBatches, Objective
     from rhc.plant import Plant
     from rhc.rewrite import Rewrite, Twin
     from rhc.runner import Runner, RunResult

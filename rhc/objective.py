@@ -19,12 +19,28 @@ Reward = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
+class HeldOutBatches:
+    """The terminal loss is taken on the `count` training batches that follow the window.
+
+    So no validation data are used up: what windows are chosen by stays unseen by `val_loader`, and
+    they are other batches for every window. In an endless stream nothing has been trained on them.
+    """
+
+    count: int = 4
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise InputError(f"held-out batches must be ≥ 1, got {self.count}")
+
+
+@dataclass(frozen=True)
 class Objective:
     """The window objective, as a value.
 
     loss_weight c_ℓ and reward_weight c_r weigh the stage costs; reward maps (loss, metrics) of a
     step to r_t, and stands for metrics["reward"] where it is None. terminal_weight weighs the
-    terminal loss, on `batches` validation batches per window. average: decay of the iterates'
+    terminal loss, on `batches` validation batches per window, other ones each time, or on
+    `HeldOutBatches`. average: decay of the iterates'
     exponential average, in (0, 1), or None for the last iterate.
     """
 
@@ -33,19 +49,24 @@ class Objective:
     reward: Reward | None = None
     terminal_weight: float = 1.0
     average: float | None = 0.99
-    batches: int = 4
+    batches: int | HeldOutBatches = 4
 
     def __post_init__(self) -> None:
         if self.average is not None and not 0 < self.average < 1:
             raise InputError(
                 f"average must be in (0, 1), got {self.average}; use None for the last iterate"
             )
-        if self.batches < 1:
+        if isinstance(self.batches, int) and self.batches < 1:
             raise InputError(f"objective batches must be ≥ 1, got {self.batches}")
         if self.loss_weight == self.reward_weight == self.terminal_weight == 0:
             raise InputError(
                 "the objective is empty; give a weight to the loss, reward or terminal"
             )
+
+    @property
+    def count(self) -> int:
+        """Batches that the terminal loss is taken on."""
+        return self.batches if isinstance(self.batches, int) else self.batches.count
 
     def stage(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> Tensor | None:
         """c_ℓ ℓ_t − c_r r_t, or None where both weights are 0."""

@@ -52,7 +52,7 @@ from rhc.hypergradient.evaluation import visible_statistics
 from rhc.hypergradient.record import WindowRecorder
 from rhc.memory import peak_memory
 from rhc.noise import mixed_seed
-from rhc.objective import Average, Objective
+from rhc.objective import Average, HeldOutBatches, Objective
 from rhc.plant import PATIENCE, LossFn, Plant, Snapshot, StepRecord, Trajectory
 from rhc.randomness import preserved
 from rhc.rewrite import (
@@ -366,6 +366,7 @@ class Runner:
             surprise = self._surprise(attempt)
             if surprise is not None and surprise - start > PATIENCE:
                 # The window ends where the data change, and the next one begins there.
+                self._notice(f"the losses rise at step {surprise}, and the window ends there")
                 attempt = self._cut(attempt, surprise, before)
                 return self._commit(attempt, surprise)
             if surprise is not None and self.law.restart and "lr" in self.controls:
@@ -434,6 +435,7 @@ class Runner:
         if best is None:
             return rolled
         self.loop.schedule, self.loop.correction = best[1], {}
+        self._notice(f"the template begins anew at step {step}")
         return best[0]
 
     def _begun_anew(self, step: int, factor: float) -> Schedule:
@@ -806,12 +808,12 @@ class Runner:
         if self.objective.terminal_weight == 0:
             return None, 0.0
         if self.loop.validation is not None:
-            n = _length(self.val_loader, self.objective.batches)
+            n = _length(self.val_loader, self.objective.count)
             first = n * (start // self.stride)
             batches = self.loop.validation.take(first, first + n)
             self.loop.validation.release(first)
         else:
-            after = self.loop.train.take(start, stop + self.objective.batches)[stop - start :]
+            after = self.loop.train.take(start, stop + self.objective.count)[stop - start :]
             batches = after
         return self._mean_loss(batches, self.loop.train.take(start, start + 1)[0])
 
@@ -877,7 +879,9 @@ class Runner:
         first_lr = torch.tensor(self._initial()["lr"], dtype=torch.float64)
         self.loop = _Loop(steps, self._planned(steps, first_lr), train, first_lr=first_lr)
         self._streams = [train]
-        if self.rewriting and self.val_loader is not None and self.objective.terminal_weight:
+        validated = self.val_loader is not None and isinstance(self.objective.batches, int)
+        if self.rewriting and validated and self.objective.terminal_weight:
+            assert self.val_loader is not None
             self.loop.validation = StepBatches(
                 self.val_loader,
                 isolated=True,
@@ -936,7 +940,7 @@ class Runner:
         )
         stream.seek(self.loop.train.position(0))  # the run's own first batches
         judged: list[Any] = []
-        if self.val_loader is not None:
+        if self.val_loader is not None and isinstance(self.objective.batches, int):
             validation = StepBatches(
                 self.val_loader, isolated=True, seed=self.seed, device=self._moved_to
             )
@@ -1167,10 +1171,7 @@ class Runner:
             "stride": self.stride,
             "controls": list(self.controls),
             "rewrite": asdict(self.law) if self.rewriting else False,
-            "objective": {
-                k: v if k != "reward" else v and getattr(v, "__qualname__", type(v).__qualname__)
-                for k, v in vars(self.objective).items()
-            },
+            "objective": {k: _described(v) for k, v in vars(self.objective).items()},
             "validation": self.val_loader is not None,
             "product": self.product,
             "segment": self.segment,
@@ -1374,6 +1375,13 @@ def _same_place(before: tuple[int, float] | None, now: tuple[int, float] | None)
     if before is None or now is None or not math.isfinite(before[1] + now[1]):
         return False
     return abs(before[0] - now[0]) <= PATIENCE and now[1] > 0.7 * before[1]
+
+
+def _described(value: Any) -> Any:
+    """A field of the objective, for config.json."""
+    if isinstance(value, HeldOutBatches):
+        return {"held_out": value.count}
+    return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else value
 
 
 def _numbers(values: Sequence[float | Tensor]) -> list[float]:

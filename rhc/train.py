@@ -180,7 +180,7 @@ def _law(config: TrainConfig) -> tuple[Rewrite | Literal[False], Objective, Trai
             cooldown=law.cooldown if steers_lr else None,
             until=law.until,
             average=objective.average or 0.0,
-            objective_batches=objective.batches,
+            objective_batches=objective.count,
         ),
     )
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from runs import FILES, plain_loop, state_of, unequal
 from torch import Tensor, nn
 
-from rhc import InputError, Objective, Rewrite, Runner, RunResult, Schedule, Twin
+from rhc import HeldOutBatches, InputError, Objective, Rewrite, Runner, RunResult, Schedule, Twin
 from rhc.events import Committed, Event
 from rhc.rewrite import USUAL, added, faded, surprised
 
@@ -181,7 +181,7 @@ def test_a_window_ends_where_the_data_change_and_the_template_begins_anew() -> N
     assert len(tried) == 3 and sum(w["outcome"] == "accepted" for w in tried) == 1
     # The cosine had come down to about a half.
     lr = result.schedule["lr"]
-    assert lr[SHIFT - 1] < 0.012 and lr[-1] < 1e-4
+    assert lr[SHIFT - 1] < 0.0125 and lr[-1] < 1e-4
 
 
 def test_what_was_committed_is_the_plain_loop_of_the_schedule() -> None:
@@ -289,6 +289,40 @@ def test_the_objective_where_the_start_is_looked_for() -> None:
     """Also the mean training loss; where lr is given, the held-out loss alone."""
     assert Runner(*run(), window=20).objective == Objective(loss_weight=1 / 20)
     assert Runner(*run(), window=20, start="given").objective == Objective()
+
+
+def test_held_out_batches_are_the_training_batches_after_the_window() -> None:
+    """Not a single validation batch is drawn, and J is the mean loss on what comes next."""
+
+    class Untouched:
+        def __iter__(self) -> Iterator[Any]:
+            raise AssertionError("validation data were used")
+
+    model, optimizer, loss_fn, stream = run(None)
+    law = Rewrite(until=0.1, retries=0)
+    objective = Objective(batches=HeldOutBatches(3), average=None)
+    runner = Runner(
+        model,
+        optimizer,
+        loss_fn,
+        stream,
+        Untouched(),
+        window=10,
+        start="given",
+        rewrite=law,
+        objective=objective,
+    )
+    with pytest.raises(AssertionError, match="validation"):  # but for the figures at the end
+        runner.fit(20)
+    (window,) = runner.loop.windows
+    again = run(None)
+    plain_loop(_as_run(again), 10, Schedule({"lr": torch.full((10,), 0.02)}))
+    batches = [b for _, b in zip(range(13), Turning(None), strict=False)][10:]
+    with torch.no_grad():
+        expected = sum(float(loss_fn(again[0], b)) for b in batches) / 3
+    assert window["objective_before"] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(InputError, match="held-out batches"):
+        HeldOutBatches(0)
 
 
 def _as_run(parts: tuple[Any, ...]) -> Any:
