@@ -4,7 +4,8 @@
 
 First the sweep: five templates × five lrs on seeds 0 and 1, of which the best is chosen; then that
 one, and all other methods, on seeds 100 to 109. Rows go to FOLDER/WORKLOAD.jsonl as they come, and
-what is there already is not run again. `--tables` prints what the folder holds.
+what is there already is not run again; the folder is docs/outcome, so give another one to repeat
+the figures. `--tables` prints what the folder holds.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", choices=tuple(WORKLOADS), default=None)
     parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=None)
     parser.add_argument("--tables", action="store_true")
-    parser.add_argument("-o", "--output", type=Path, default=Path("outcome"))
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs/outcome"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.output.mkdir(exist_ok=True)

@@ -410,7 +410,7 @@ def test_a_stopped_run_resumed_equals_one_that_was_not(
 
 def test_a_signal_from_the_keyboard(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(OWN_RUNNERS)
-    flags = ["--steps", "100000", "--window", "5", "--directory", "a run"]
+    flags = ["--steps", "100000", "--window", "5", "--directory", "a run", "--start", "given"]
     child = subprocess.Popen(
         [sys.executable, "-u", "-m", "rhc", "train", "own.py:own", *flags],
         cwd=tmp_path,
