@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 
 from rhc.errors import InputError
@@ -355,7 +354,7 @@ def print_comparison(
     console.print(table(lines))
     console.print(
         f"\nscore: test loss of the final weights, or the mean of the metric tracking where there "
-        f"is one; interval: bootstrap over {len(chosen)} seeds; cost in plain runs; apart: paired "
+        f"is one; 95 %: bootstrap over {len(chosen)} seeds; cost in plain runs; apart: paired "
         f"difference to {reference}",
         highlight=False,
         style="dim",
@@ -418,25 +417,25 @@ def summarise(rows: Sequence[Row], versus: str | None = None) -> list[Line]:
 
 
 def table(lines: Sequence[Line]) -> Table:
-    """For a terminal."""
-    shown = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("method", "first lr", "score", "95 % interval", "cost", "apart", ""):
-        left = heading in ("method", "first lr", "95 % interval", "")
+    """For a terminal of 80 columns."""
+    shown = Table(box=None, padding=(0, 1, 0, 0))
+    for heading in ("method", "lr", "score", "95 %", "cost", "apart", "95 %"):
+        left = heading in ("method", "lr", "95 %")
         shown.add_column(heading, justify="left" if left else "right", no_wrap=True)
     for line in lines:
         low, high = line.interval
         apart, within = "", ""
         if line.apart is not None:
             apart = f"{line.apart[0]:+.4f}"
-            within = f"[{line.apart[1]:+.4f}, {line.apart[2]:+.4f}]"
+            within = f"{line.apart[1]:+.4f}…{line.apart[2]:+.4f}"
         shown.add_row(
             line.method,
             "" if line.lr is None else f"{line.lr:g}",
             f"{line.score:.4f}",
-            Text(f"[{low:.4f}, {high:.4f}]"),
+            f"{low:.4f}…{high:.4f}" if math.isfinite(high) else "",
             f"{line.cost:.2f}",
             apart,
-            Text(within),
+            within if line.apart is not None and math.isfinite(line.apart[2]) else "",
         )
     return shown
 

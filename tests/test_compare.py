@@ -177,7 +177,9 @@ def test_the_command(task: Task, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main([*words.split(), "--output", str(output)]) == 0
     shown = capsys.readouterr().out
     assert "zero-probe-cosine seed 100:" in shown and "cosine lr 0.05 seed 101:" in shown
-    assert "bootstrap over 2 seeds" in shown
+    assert "bootstrap over 2 seeds" in shown and max(map(len, shown.splitlines())) <= 80
+    (line,) = [x for x in shown.splitlines() if x.startswith("zero-probe-cosine ") and "…" in x]
+    assert len(line.split()) == 6 and line.count("…") == 2  # nothing is cut off
     document = json.loads(output.read_text())
     assert document["versus"] == "cosine" and len(document["rows"]) == 4
     assert [line["method"] for line in document["lines"]] == ["zero-probe-cosine", "cosine"]
