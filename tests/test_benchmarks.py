@@ -105,3 +105,34 @@ def test_a_mode_that_does_not_exist_is_refused(
     with pytest.raises(SystemExit):
         benchmark.parse_arguments(["--modes", "1/exactly"])
     assert "unknown mode '1/exactly'; the modes are: plain higher" in capsys.readouterr().err
+
+
+def test_rows_that_are_there_are_not_run_again(tmp_path: Path) -> None:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import outcome
+    finally:
+        sys.path.remove(str(FOLDER))
+    path = tmp_path / "rows.jsonl"
+    results = outcome.Results(outcome.Task("digits", steps=15), path)
+    results.run(["constant"], [0.01, 0.1], [0, 1])
+    results.run(["zero-probe-cosine"], [0.01], [100])
+    lines = path.read_text().splitlines()
+    assert len(lines) == 5
+    again = outcome.Results(outcome.Task("nothing"), path)  # would fail, if it ran anything
+    again.run(["constant"], [0.01, 0.1], [0, 1])
+    again.run(["zero-probe-cosine"], [0.01], [100])
+    assert path.read_text().splitlines() == lines
+    assert again.best() == ("constant", 0.1)
+    again.show()
+
+
+def test_the_rows_behind_the_tables_are_of_methods_that_exist() -> None:
+    from rhc.compare import METHODS, Row
+
+    files = sorted((FOLDER.parent / "docs" / "outcome").glob("*.jsonl"))
+    assert files
+    for file in files:
+        rows = [Row(**json.loads(line)) for line in file.read_text().splitlines()]
+        assert {row.method for row in rows} <= METHODS.keys()
+        assert len({(row.method, row.lr, row.seed) for row in rows}) == len(rows)

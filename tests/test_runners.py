@@ -20,8 +20,11 @@ from rhc.workload import Workload, available_runners, load_runner, runner_summar
 from runners.char_lm import char_lm
 from runners.data import read_idx, split, tensor_loader
 from runners.digits import digits
+from runners.drifting_sine import drifting_sine
 from runners.ill_scaled import SCALES, ill_scaled
 from runners.mnist import mnist
+from runners.mnist_cnn import mnist_cnn
+from runners.shifting_mnist import shifting_mnist
 from runners.sine import sine
 
 Runner = Callable[..., Workload]
@@ -479,3 +482,84 @@ def test_char_lm_needs_a_text(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="is not UTF-8"):
         char_lm(data=tmp_path)
+
+
+# Data that shift
+
+
+def test_the_sine_jumps_at_steps_that_the_seed_decides() -> None:
+    torch.manual_seed(0)
+    first, second = drifting_sine(seed=0), drifting_sine(seed=1)
+    jumps = [workload.train_loader.jumps for workload in (first, second)]  # type: ignore[attr-defined]
+    assert jumps[0] != jumps[1]
+    for found in jumps:
+        assert all(300 + 400 * i <= jump <= 500 + 400 * i for i, jump in enumerate(found))
+    curves = [batch[2] for _, batch in zip(range(1500), first.train_loader, strict=False)]
+    changes = [t for t in range(1, 1500) if not torch.equal(curves[t], curves[t - 1])]
+    assert changes == jumps[0]
+    # Endless, the same at every pass, and noise of the size that is said.
+    again = [batch for _, batch in zip(range(3), first.train_loader, strict=False)]
+    once = [batch for _, batch in zip(range(3), first.train_loader, strict=False)]
+    for a, b in zip(again, once, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    x, y, _ = (torch.cat(parts) for parts in zip(*again, strict=True))
+    assert (y - torch.sin(x)).std().item() == pytest.approx(0.1, rel=0.2)
+
+
+def test_tracking_is_the_distance_to_the_curve() -> None:
+    torch.manual_seed(0)
+    workload = drifting_sine(seed=0)
+    batch = next(iter(workload.train_loader))
+    _, metrics = workload.loss_fn(workload.model, batch)
+    grid = torch.linspace(-torch.pi, torch.pi, 128)[:, None]
+    with torch.no_grad():
+        expected = (workload.model(grid) - torch.sin(grid)).square().mean()
+    assert metrics["tracking"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert not metrics["tracking"].requires_grad
+    with pytest.raises(InputError, match="takes no data"):
+        drifting_sine(data=Path("x"))
+
+
+def test_pixels_and_then_labels_of_mnist_change_places(tmp_path: Path) -> None:
+    write_mnist(tmp_path, "t10k", 2000, compress=False)
+    torch.manual_seed(0)
+    workload = shifting_mnist(seed=0, data=tmp_path)
+    shifts = workload.train_loader.shifts  # type: ignore[attr-defined]
+    assert 320 <= shifts.pixels_at <= 480 and 720 <= shifts.labels_at <= 880
+    images, labels = torch.randn(5, 784), torch.arange(5)
+    same = shifts.apply(shifts.pixels_at - 1, images, labels)
+    assert torch.equal(same[0], images) and torch.equal(same[1], labels)
+    moved = shifts.apply(shifts.pixels_at, images, labels)
+    assert torch.equal(moved[0], images[:, shifts.pixels]) and torch.equal(moved[1], labels)
+    last = shifts.apply(shifts.labels_at, images, labels)
+    assert torch.equal(last[1], shifts.labels[labels])
+    assert workload.parameter_groups is not None and len(workload.parameter_groups) == 3
+    # A permutation of what goes in, and of what comes out, is undone by one layer alone.
+    first, final = (m for i, m in enumerate(workload.model.children()) if i in (0, 4))
+    _, before = workload.loss_fn(workload.model, (images, labels, images, labels))
+    with torch.no_grad():
+        first.weight.copy_(first.weight[:, shifts.pixels].clone())  # type: ignore[operator, union-attr, index]
+        for p in final.parameters():
+            p[shifts.labels] = p.clone()
+    _, after = workload.loss_fn(workload.model, (*last, *last))
+    assert after["tracking"].item() == pytest.approx(before["tracking"].item(), rel=1e-5)
+
+
+def test_watched_images_are_never_trained_on(tmp_path: Path) -> None:
+    write_mnist(tmp_path, "t10k", 2000, compress=False)
+    torch.manual_seed(0)
+    workload = shifting_mnist(seed=0, data=tmp_path)
+    batches = [batch for _, batch in zip(range(30), workload.train_loader, strict=False)]
+    trained = {tuple(row[:200].tolist()) for batch in batches for row in batch[0]}
+    watched = {tuple(row[:200].tolist()) for batch in batches for row in batch[2]}
+    assert not trained & watched and len(watched) > 250
+    assert workload.val_loader is None and examples(workload.test_loader) == 300
+
+
+def test_the_convolutional_network_trains(tmp_path: Path) -> None:
+    write_mnist(tmp_path, "t10k", 500, compress=False)
+    torch.manual_seed(0)
+    workload = mnist_cnn(seed=0, data=tmp_path)
+    loss, metrics = workload.loss_fn(workload.model, next(iter(workload.train_loader)))
+    assert loss.isfinite() and 0 <= metrics["accuracy"] <= 1
+    assert workload.optimizer == "adamw" and workload.steps == 600
