@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader
 
 from rhc import InputError, Objective, Rewrite, Runner
 from rhc.checkpoint import write_durably
-from rhc.events import Notice, RunStarted, StepTaken
+from rhc.events import CheckpointSaved, Notice, RunStarted, StepTaken
 from rhc.tape import JsonLines
 
 STEPS = 11
@@ -450,8 +450,13 @@ def test_a_model_of_as_many_but_other_parameters(tmp_path: Path) -> None:
         return Run(model, optimizer, classify, list(make_run(loader="list").train), None)
 
     uninterrupted_run = made(nn.Sequential(nn.Linear(6, 3, bias=False), nn.Linear(3, 3)))
+
+    def stop_once_saved(event: Any) -> None:
+        if isinstance(event, CheckpointSaved) and event.step > 0:
+            raise Stop
+
     with pytest.raises(Stop):
-        runner(uninterrupted_run, tmp_path, stop_at_event(45)).fit(STEPS)
+        runner(uninterrupted_run, tmp_path, stop_once_saved).fit(STEPS)
     renamed = nn.Sequential(nn.Identity(), nn.Linear(6, 3, bias=False), nn.Linear(3, 3))
     refused(
         made(renamed),
