@@ -171,7 +171,8 @@ class Runner:
     bit; a `Rewrite` for another law than `rhc.rewrite.usual_law`. objective: what a window is
     judged by. engine, product, segment: as in `rhc.hypergradient`.
     start: where lr starts: "given", as the optimizer has it; "probe" takes that for a first guess
-    and finds a factor on it by short rolls; "zero" needs no guess, and finds every parameter
+    and finds a factor on it by short rolls (and the ratio of parameter groups, where they all have
+    the same lr); "zero" needs no guess, and finds every parameter
     group's own lr. None for "probe" with rewriting, else "given".
     template: the shape of lr over the run that is rewritten, or followed: "constant", "cosine",
     "linear", "wsd" (constant, then linear over the law's cooldown), "1cycle". None, where

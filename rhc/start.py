@@ -2,7 +2,8 @@
 
 `zero` needs no lr at all: the hypergradient at α = 0 says how fast the objective falls per unit of
 every group's lr, and so in which ratio the groups want theirs. `probe` finds the common scale by
-short rolls from the initial state, which the Runner takes and judges. Numbers: docs/log.md.
+short rolls from the initial state, which the Runner takes and judges; of several groups with one lr
+it takes the ratio from the hypergradient too. Numbers: docs/log.md.
 """
 
 from __future__ import annotations
@@ -194,6 +195,9 @@ class StartSearch:
         base = self.planned["lr"][0]
         if start == "zero":
             base = self._zero(base)
+        elif self._unchosen():
+            ratio = self._zero(base)
+            base = base.max() * ratio / ratio.max()
         highest, lowest = float(base.max()), float(base[base > 0].min())
         bounds = CONTROLS["lr"]
 
@@ -204,6 +208,11 @@ class StartSearch:
         if factor is None:
             return None
         return torch.where(base == 0, base, (base * factor / self.greed).clamp(min=bounds.lower))
+
+    def _unchosen(self) -> bool:
+        """Whether parameter groups have one lr, so that nobody has chosen their ratio."""
+        own = self.plant.controls.own["lr"]
+        return len(own) > 1 and len(set(own)) == 1 and own[0] > 0
 
     def _zero(self, given: Tensor) -> Tensor:
         """The lrs at which the objective falls by DROP; as given where it does not fall at all."""

@@ -309,3 +309,16 @@ def test_templates(template: str) -> None:
         assert torch.equal(warmed[:5], factors[:5] * rise)
         assert torch.equal(warmed[5:], factors[5:])
     Schedule({"lr": 0.1 * factors})
+
+
+def test_a_probe_finds_the_ratio_of_groups_that_have_one_lr() -> None:
+    """And keeps one that was chosen; the lr that is given is still where it looks first."""
+    _, zero, _ = tried(linear_run(), start="zero", rewrite=False)
+    records, probed, _ = tried(linear_run(), start="probe", rewrite=False)
+    assert probed.lr[0] / probed.lr[1] == pytest.approx(zero.lr[0] / zero.lr[1], rel=1e-6)
+    first = next(r for r in records if r["kind"] == "probe")
+    assert max(first["from"]) == pytest.approx(0.1)
+    chosen = linear_run()
+    chosen.optimizer.param_groups[1]["lr"] = 0.05
+    records, _, result = tried(chosen, start="probe", rewrite=False)
+    assert {r["kind"] for r in records} == {"probe"} and result.schedule["lr"].dim() == 1
