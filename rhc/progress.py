@@ -69,6 +69,8 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     """Mean training loss of every committed window."""
     attempts: deque[Mapping[str, Any]] = field(default_factory=lambda: deque(maxlen=ATTEMPTS_SHOWN))
+    of_newest: list[Mapping[str, Any]] = field(default_factory=list)
+    """Attempts at the newest window."""
     outcomes: dict[str, int] = field(
         default_factory=lambda: {"accepted": 0, "rejected": 0, "rewound": 0}
     )
@@ -96,6 +98,9 @@ class Progress:
                     self.step = None
             case WindowAttempted(record):
                 self.attempts.append(record)
+                if self.of_newest and self.of_newest[0]["start"] != record["start"]:
+                    self.of_newest.clear()
+                self.of_newest.append(record)
                 if record["outcome"] == "rewound":
                     self.outcomes["rewound"] += record["attempt"] == 0
             case Committed():
@@ -118,9 +123,14 @@ class Progress:
                 self.result = result
 
     def of_window(self, start: int) -> Mapping[str, Any] | None:
-        """The newest attempt, if it was at the window that begins at `start`."""
-        newest = self.attempts[-1] if self.attempts else None
-        return newest if newest is not None and newest["start"] == start else None
+        """What became of the window that begins at `start`: its newest attempt, or the newest one
+        that was accepted, with the objective from before the first."""
+        of_it = [record for record in self.of_newest if record["start"] == start]
+        kept = [record for record in of_it if record["outcome"] == "accepted"]
+        if not kept:
+            return of_it[-1] if of_it else None
+        judged = [record for record in of_it if record["outcome"] != "rewound"]
+        return {**kept[-1], "objective_before": judged[0]["objective_before"]}
 
     @property
     def seconds_left(self) -> float | None:
@@ -143,7 +153,8 @@ class Progress:
         last: dict[int, str] = {}
         for line in path.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
-            last[record["start"]] = record["outcome"]
+            if last.get(record["start"]) != "accepted":
+                last[record["start"]] = record["outcome"]
             self.outcomes["rewound"] += record["outcome"] == "rewound" and record["attempt"] == 0
         for outcome in last.values():
             self.outcomes[outcome] += outcome != "rewound"
@@ -186,7 +197,10 @@ class PlainLines(AbstractContextManager["PlainLines"]):
         parts.append(f"lr {one_number(event.rows[-1]['lr']):<9.3g}")
         record = progress.of_window(event.start)
         if record is not None:
-            parts.append(f"J {change(record, '->'):<22} {record['outcome']}")
+            judged = record["outcome"] != "rewound"
+            parts.append(
+                f"J {change(record, '->'):<22} {record['outcome']}" if judged else "rewound"
+            )
         if progress.rewriting:
             parts.append(f"cost {event.plain_run_equivalents:.1f}x")
         return "  ".join([*parts, f"eta {duration(progress.seconds_left)}"])

@@ -787,10 +787,14 @@ class Runner:
         self.loop.cost.windows += 1
 
     def _projected_cost(self) -> float:
-        """Of the whole run, in plain runs, if the rest is as dear: the start is paid for once."""
-        begun = self.loop.start_gradients
-        spent = self.loop.cost.gradient_equivalents - begun
-        return begun / self.loop.steps + spent / self.loop.step
+        """Of the whole run, in plain runs: the windows that will be looked back at as dear as those
+        so far, the others plain, the start paid for once."""
+        loop = self.loop
+        spent = loop.cost.gradient_equivalents - loop.start_gradients
+        looked = math.ceil(self.law.until * loop.steps) if self.rewriting else 0
+        dear = max(0, looked - loop.step) * spent / loop.step
+        plain = loop.steps - max(looked, loop.step)
+        return (loop.start_gradients + spent + dear + plain) / loop.steps
 
     @property
     def _moved_to(self) -> torch.device | None:

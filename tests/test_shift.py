@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rhc import HeldOutBatches, InputError, Objective, Rewrite, Runner, RunResult, Schedule, Twin
 from rhc.events import Committed, Event
+from rhc.progress import Progress
 from rhc.rewrite import USUAL, added, faded, surprised
 
 SHIFT, STEPS = 46, 100
@@ -329,3 +330,36 @@ def _as_run(parts: tuple[Any, ...]) -> Any:
     from runs import Run
 
     return Run(*parts, None)
+
+
+def test_what_became_of_a_window_that_was_rewritten_several_times() -> None:
+    """The display counts windows, not attempts: accepted where any rewrite was kept."""
+    progress = Progress("own")
+    law = Rewrite(step={"lr": 0.3}, iterations=5, worth=0.0, until=0.05, retries=2)
+    seen: list[Any] = []
+
+    def listener(event: Event) -> None:
+        progress.observe(event)
+        if isinstance(event, Committed) and event.start == 0:
+            seen.append(progress.of_window(0))
+
+    result = fit(run(None, lr=5e-3), rewrite=law, listeners=[listener])
+    first = [w for w in result.windows if w["start"] == 0]
+    accepted = [w for w in first if w["outcome"] == "accepted"]
+    (shown,) = seen
+    assert shown["outcome"] == "accepted"
+    assert shown["objective_before"] == first[0]["objective_before"]
+    assert shown["objective_after"] == accepted[-1]["objective_after"]
+    assert progress.outcomes == {"accepted": 1, "rejected": 0, "rewound": 0}
+    assert progress.cost == pytest.approx(result.record["cost"]["plain_run_equivalents"])
+
+
+def test_the_cost_that_is_projected_knows_which_windows_are_passed_over() -> None:
+    costs: list[float] = []
+
+    def listener(event: Event) -> None:
+        if isinstance(event, Committed):
+            costs.append(event.plain_run_equivalents)
+
+    fit(run(None), rewrite=Rewrite(until=0.1), listeners=[listener])
+    assert len(set(costs)) == 1 and 1 < costs[0] < 2  # the first window says it all
