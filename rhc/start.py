@@ -198,6 +198,8 @@ class StartSearch:
         elif self._unchosen():
             ratio = self._zero(base)
             base = base.max() * ratio / ratio.max()
+            # The search begins where the least of them is within its bounds.
+            base = base * max(1.0, CONTROLS["lr"].lower / float(base[base > 0].min()))
         highest, lowest = float(base.max()), float(base[base > 0].min())
         bounds = CONTROLS["lr"]
 

@@ -322,3 +322,15 @@ def test_a_probe_finds_the_ratio_of_groups_that_have_one_lr() -> None:
     chosen.optimizer.param_groups[1]["lr"] = 0.05
     records, _, result = tried(chosen, start="probe", rewrite=False)
     assert {r["kind"] for r in records} == {"probe"} and result.schedule["lr"].dim() == 1
+
+
+def test_a_probe_from_so_low_an_lr_that_a_group_has_none() -> None:
+    """At 1e-8 for the one, the other's share would lie below what an lr may be."""
+    low = linear_run(scale=100.0)
+    for group in low.optimizer.param_groups:
+        group["lr"] = 1e-8
+    _, found, result = tried(low, start="probe", rewrite=False)
+    _, zero, _ = tried(linear_run(scale=100.0), start="zero", rewrite=False)
+    assert found.lr[0] / found.lr[1] == pytest.approx(zero.lr[0] / zero.lr[1], rel=1e-6)
+    assert found.lr[1] == pytest.approx(zero.lr[1], rel=1.0)
+    assert math.isfinite(result.val_loss or math.nan)
