@@ -10,15 +10,13 @@ import argparse
 import json
 import statistics
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import torch
 from matplotlib import pyplot as plt
 from outcome import REPORTING, SWEPT, WORKLOADS
 
-from rhc import Runner
-from rhc.compare import METHODS, Row, Task, interval, optimizer_of
+from rhc.compare import METHODS, Row, Task, interval, runner_of
 
 matplotlib.use("Agg")
 DOCS = Path(__file__).parents[1] / "docs"
@@ -81,7 +79,8 @@ def courses(task: Task, path: Path, *, group: int | None, seed: int = 100) -> No
     """Tracking error and lr of every step. group: whose lr, where there are several."""
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(9, 5), sharex=True)
     for method, lr in (("wsd", 0.03), ("zero-probe-cosine", None), ("rhc", None)):
-        result = fitted(task, method, lr, seed)
+        runner, steps = runner_of(task, METHODS[method], lr, seed)
+        result = runner.fit(steps)
         tracking = [row["tracking"] for row in result.tape]
         smooth = [statistics.fmean(tracking[i : i + 10]) for i in range(0, len(tracking), 10)]
         label = method if lr is None else f"{method} {lr:g}, the best of 25"
@@ -100,22 +99,6 @@ def courses(task: Task, path: Path, *, group: int | None, seed: int = 100) -> No
     lower.set_xlabel("step")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-
-
-def fitted(task: Task, method: str, lr: float | None, seed: int) -> Any:
-    workload = task.workload(seed)
-    groups = workload.parameter_groups or workload.model.parameters()
-    optimizer = optimizer_of(workload.optimizer, groups, lr or workload.lr[workload.optimizer])
-    runner = Runner(
-        workload.model,
-        optimizer,
-        workload.loss_fn,
-        workload.train_loader,
-        workload.val_loader,
-        seed=seed,
-        **METHODS[method].settings,
-    )
-    return runner.fit(workload.steps)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from rhc.compare import METHODS, Row, Task, run, summarise, table
+from rhc.compare import METHODS, Row, Task, cells, run, summarise, table
 
 SWEPT = ("constant", "cosine", "linear", "1cycle", "wsd")
 LRS = {"sgd": (0.003, 0.01, 0.03, 0.1, 0.3), "adam": (0.0003, 0.001, 0.003, 0.01, 0.03)}
@@ -82,14 +82,12 @@ class Results:
 
     def run(self, methods: Sequence[str], lrs: Sequence[float], seeds: Sequence[int]) -> None:
         known = {(row.method, row.lr, row.seed) for row in self.rows}
-        for method in methods:
-            for lr in lrs if METHODS[method].needs_lr else [None]:
-                for seed in seeds:
-                    if (method, lr, seed) not in known:
-                        row = run(self.task, method, lr, seed)
-                        self.rows.append(row)
-                        with self.path.open("a") as file:
-                            file.write(json.dumps(asdict(row)) + "\n")
+        for cell in cells(methods, lrs, seeds):
+            if cell not in known:
+                row = run(self.task, *cell)
+                self.rows.append(row)
+                with self.path.open("a") as file:
+                    file.write(json.dumps(asdict(row)) + "\n")
 
     def best(self, methods: Sequence[str] = SWEPT) -> tuple[str, float] | None:
         """The best method and lr on the tuning seeds."""

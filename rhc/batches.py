@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rhc.errors import InputError
-from rhc.randomness import RandomState, preserved
+from rhc.randomness import RandomState, preserved, seed_everything
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,7 @@ class StepBatches:
         self._index = 0
         self._start: _EpochStart | None = None
         with preserved():
-            torch.manual_seed(seed)
-            _seed_others(seed)
+            seed_everything(seed)
             self._rng, self._generators = RandomState.capture(), _states(loader)
 
     def take(self, start: int, stop: int) -> list[Any]:
@@ -326,12 +325,3 @@ def _generators(loader: Any) -> list[torch.Generator]:
         if isinstance(generator, torch.Generator):
             found[id(generator)] = generator
     return list(found.values())
-
-
-def _seed_others(seed: int) -> None:
-    import random
-
-    import numpy as np
-
-    random.seed(seed)
-    np.random.seed(seed % 2**32)

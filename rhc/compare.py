@@ -26,11 +26,12 @@ from torch import Tensor, nn
 
 from rhc.errors import InputError
 from rhc.objective import Objective
+from rhc.randomness import seed_everything
 from rhc.rewrite import USUAL, Twin, usual_objective
 from rhc.runner import DivergedError, Runner
 from rhc.schedule import CONTROLS
 from rhc.tape import finite
-from rhc.workload import Workload, load_runner
+from rhc.workload import Workload, load_runner, optimizer_of
 
 RACED = ("cosine", "linear", "wsd")
 """Templates that race each other."""
@@ -160,9 +161,7 @@ class Task:
     steps: int | None = None
 
     def workload(self, seed: int) -> Workload:
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
+        seed_everything(seed)
         workload = load_runner(self.run)(seed=seed, data=self.data)
         if workload.threads is not None:
             torch.set_num_threads(workload.threads)
@@ -180,12 +179,20 @@ def compare(
     for name in methods:
         _known(name)
     rows = []
+    for name, lr, seed in cells(methods, lrs, seeds):
+        rows.append(run(task, name, lr, seed))
+        tell(rows[-1])
+    return rows
+
+
+def cells(
+    methods: Sequence[str], lrs: Sequence[float | None], seeds: Sequence[int]
+) -> Iterator[tuple[str, float | None, int]]:
+    """(method, lr, seed) of every run, in order; lr None where a method needs none."""
     for name in methods:
         for lr in (lrs or [None]) if METHODS[name].needs_lr else [None]:
             for seed in seeds:
-                rows.append(run(task, name, lr, seed))
-                tell(rows[-1])
-    return rows
+                yield name, lr, seed
 
 
 def _known(name: str) -> None:
@@ -222,28 +229,7 @@ def _one(
     draw: random.Random | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    workload = task.workload(seed)
-    first = workload.lr[workload.optimizer] if lr is None else lr
-    groups: list[dict[str, Any]] = workload.parameter_groups or [
-        {"params": [p for p in workload.model.parameters() if p.requires_grad]}
-    ]
-    if method.ratio == "lars":
-        groups = _lars(workload, groups, first)
-    elif method.ratio == "oracle":
-        groups = [g | {"lr": first * g["ratio"]} for g in groups]
-    if draw is not None:
-        groups = [g | {"lr": 10 ** draw.uniform(-5, 0)} for g in groups]
-    runner = Runner(
-        workload.model,
-        optimizer_of(workload.optimizer, groups, first),
-        workload.loss_fn,
-        workload.train_loader,
-        workload.val_loader,
-        test_loader=workload.test_loader,
-        seed=seed,
-        **{**method.settings, **more},
-    )
-    steps = task.steps or workload.steps
+    runner, steps = runner_of(task, method, lr, seed, draw=draw, **more)
     try:
         result = runner.fit(steps)
     except DivergedError:
@@ -267,6 +253,43 @@ def _one(
     }
 
 
+def runner_of(
+    task: Task,
+    method: Method,
+    lr: float | None,
+    seed: int,
+    *,
+    draw: random.Random | None = None,
+    **more: Any,
+) -> tuple[Runner, int]:
+    """A Runner that is about to train the task by `method`, and its steps.
+
+    draw: where random lrs of the groups come from. more: further settings of the Runner.
+    """
+    workload = task.workload(seed)
+    first = workload.lr[workload.optimizer] if lr is None else lr
+    groups: list[dict[str, Any]] = workload.parameter_groups or [
+        {"params": [p for p in workload.model.parameters() if p.requires_grad]}
+    ]
+    if method.ratio == "lars":
+        groups = _lars(workload, groups, first)
+    elif method.ratio == "oracle":
+        groups = [g | {"lr": first * g["ratio"]} for g in groups]
+    if draw is not None:
+        groups = [g | {"lr": 10 ** draw.uniform(-5, 0)} for g in groups]
+    runner = Runner(
+        workload.model,
+        optimizer_of(workload.optimizer, groups, first),
+        workload.loss_fn,
+        workload.train_loader,
+        workload.val_loader,
+        test_loader=workload.test_loader,
+        seed=seed,
+        **{**method.settings, **more},
+    )
+    return runner, task.steps or workload.steps
+
+
 def _diverged(cost: float, start: float) -> dict[str, Any]:
     names = ("test_loss", "test_accuracy", "average_test_loss")
     lost = {"score": math.inf, "validation": math.inf, **dict.fromkeys(names)}
@@ -275,14 +298,6 @@ def _diverged(cost: float, start: float) -> dict[str, Any]:
 
 def _finite(value: float | None) -> float:
     return math.inf if value is None or not math.isfinite(value) else value
-
-
-def optimizer_of(name: str, groups: Any, lr: float) -> torch.optim.Optimizer:
-    """As `rhc train` makes it."""
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=0.9)
-    kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
-    return kind(groups, lr=lr, weight_decay=0.01 if name == "adamw" else 0.0)
 
 
 def _lars(

@@ -21,7 +21,7 @@ import tyro.conf
 from tyro.conf import arg
 
 from rhc.errors import InputError
-from rhc.workload import Workload
+from rhc.workload import Workload, usual_weight_decay
 
 RECORD_VERSION = 1
 """Of the command line's part of config.json."""
@@ -288,7 +288,7 @@ class TrainConfig:
             raise InputError(f"lr: run {self.run!r} has no default for {optimizer}; give --lr")
         decay = self.weight_decay
         if decay is None:
-            decay = 0.01 if optimizer == "adamw" else 0.0
+            decay = usual_weight_decay(optimizer)
         return replace(
             self,
             optimizer=optimizer,

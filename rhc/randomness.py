@@ -14,6 +14,13 @@ import torch
 from torch import Tensor
 
 
+def seed_everything(seed: int) -> None:
+    """Seeds every global generator."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 @dataclass(frozen=True)
 class RandomState:
     """A copy of every global generator; `capture()` takes it, `restore()` puts it back."""

@@ -404,9 +404,7 @@ class Runner:
             schedule=rolled.schedule.window(start, stop),
             batches=list(rolled.batches)[: stop - start],
         )
-        self._verb("restore", start, stop, short.number)
-        self._restore(before)
-        self._verb("roll", start, stop, short.number)
+        self._back_to(before, short, "roll")
         self._run(short, stop, None)
         return short
 
@@ -573,9 +571,7 @@ class Runner:
         current, scale = rolled, 1.0
         for iteration in range(self.law.iterations):
             if current.hypergradient is None:
-                self._verb("restore", start, stop, current.number)
-                self._restore(before)
-                self._verb("roll", start, stop, current.number)
+                self._back_to(before, current, "roll")
                 again = current.emptied()
                 self._run_and_look(again, commit, terminal)
                 if again.failure is not None:
@@ -674,9 +670,7 @@ class Runner:
     ) -> None:
         """The attempt's window by plain steps from its beginning, and its objective."""
         start, stop = attempt.schedule.start, attempt.schedule.stop
-        self._verb("restore", start, stop, attempt.number)
-        self._restore(before)
-        self._verb("replay", start, stop, attempt.number)
+        self._back_to(before, attempt, "replay")
         mean = Average(self.objective.average)
         self._run(attempt, commit, mean)
         if attempt.failure is None:
@@ -685,6 +679,13 @@ class Runner:
             self.loop.cost.gradient_equivalents += share / 3
             if not math.isfinite(attempt.value):
                 attempt.failure = f"the objective is not finite at steps [{start}, {stop})"
+
+    def _back_to(self, before: _Moment, attempt: _Attempt, verb: Verb) -> None:
+        """Restores the window's beginning, and says that `verb` comes next."""
+        start, stop = attempt.schedule.start, attempt.schedule.stop
+        self._verb("restore", start, stop, attempt.number)
+        self._restore(before)
+        self._verb(verb, start, stop, attempt.number)
 
     def _settled(self, attempt: _Attempt, commit: int, before: _Moment) -> _Attempt:
         """The attempt with its end state live, as the plain loop's own steps reach it.
@@ -697,10 +698,7 @@ class Runner:
         if attempt.plain and attempt.end is not None:
             self._restore(attempt.end)
             return attempt
-        start, stop = attempt.schedule.start, attempt.schedule.stop
-        self._verb("restore", start, stop, attempt.number)
-        self._restore(before)
-        self._verb("roll", start, stop, attempt.number)
+        self._back_to(before, attempt, "roll")
         plain = replace(attempt, trajectory=None, inside=None)
         self._run(plain, commit, None)
         return plain

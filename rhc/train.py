@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import shlex
 import sys
 from collections.abc import Mapping
@@ -15,7 +14,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 from rich.console import Console
 
@@ -25,12 +23,13 @@ from rhc.events import Listener
 from rhc.hypergradient import Engine, Product
 from rhc.objective import Objective
 from rhc.progress import Progress, display
+from rhc.randomness import seed_everything
 from rhc.rewrite import Rewrite, usual_law, usual_objective
 from rhc.runner import DivergedError, Runner
 from rhc.schedule import CONTROLS, Template, control
 from rhc.start import Start
 from rhc.summary import RUNS, print_result, read_record
-from rhc.workload import Workload, load_runner
+from rhc.workload import Workload, load_runner, optimizer_of
 
 NOT_HASHED = (
     *("directory", "resume", "device", "keep_checkpoints"),
@@ -61,7 +60,7 @@ def train(config: TrainConfig, console: Console, *, recorded_data: Path | None =
     runner_function = load_runner(config.run)
     _check_controls(config)
     device = _device(config.device)
-    _seed(config.seed)
+    seed_everything(config.seed)
     workload = runner_function(seed=config.seed, data=config.data)
     config = config.resolved(workload, torch.get_num_threads())
     law, objective, config = _law(config)
@@ -149,12 +148,6 @@ def _device(name: str) -> torch.device:
 # Parts of a run -----------------------------------------------------------------------------------
 
 
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
 def _law(config: TrainConfig) -> tuple[Rewrite | Literal[False], Objective, TrainConfig]:
     """The law and the objective, and the settings with what these left open filled in."""
     if not config.rewrite:
@@ -229,17 +222,14 @@ def _runner(
 def _optimizer(config: TrainConfig, workload: Workload) -> torch.optim.Optimizer:
     parameters: Any = workload.parameter_groups or workload.model.parameters()
     assert config.lr is not None and config.weight_decay is not None
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters,
-            lr=config.lr,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            nesterov=config.nesterov,
-        )
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(
-        parameters, lr=config.lr, betas=(config.momentum, 0.999), weight_decay=config.weight_decay
+    assert config.optimizer is not None
+    return optimizer_of(
+        config.optimizer,
+        parameters,
+        config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
     )
 
 

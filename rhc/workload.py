@@ -31,6 +31,7 @@ from rhc.errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.optim import Optimizer
 
 ENTRY_POINT_GROUP = "rhc.runners"
 
@@ -64,6 +65,33 @@ class Workload:
     """Passed to the optimizer in place of model.parameters()."""
     threads: int | None = None
     """Default CPU threads; None leaves it to torch. Small tensors are slower on several."""
+
+
+def optimizer_of(
+    name: str,
+    parameters: Any,
+    lr: float,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float | None = None,
+    nesterov: bool = False,
+) -> Optimizer:
+    """torch.optim's sgd, adam or adamw. momentum: β1 of the Adams. weight_decay: None for the usual
+    one, 0.01 for adamw and 0 for the others."""
+    import torch
+
+    if weight_decay is None:
+        weight_decay = usual_weight_decay(name)
+    if name == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov
+        )
+    kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
+    return kind(parameters, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay)
+
+
+def usual_weight_decay(optimizer: str) -> float:
+    return 0.01 if optimizer == "adamw" else 0.0
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import FILES, plain_loop, state_of, unequal
+from runs import FILES, Run, plain_loop, state_of, unequal
 from torch import Tensor, nn
 
 from rhc import HeldOutBatches, InputError, Objective, Rewrite, Runner, RunResult, Schedule, Twin
@@ -41,20 +41,21 @@ class Turning:
             yield x, y
 
 
-def run(shift: int | None = SHIFT, lr: float = 0.02) -> tuple[Any, ...]:
+def run(shift: int | None = SHIFT, lr: float = 0.02) -> Run:
     torch.manual_seed(0)
     first, last = nn.Linear(4, 8), nn.Linear(8, 1)
     model = nn.Sequential(first, nn.Tanh(), last)
     groups = [{"params": list(first.parameters())}, {"params": list(last.parameters())}]
-    return (
+    return Run(
         model,
         torch.optim.SGD(groups, lr=lr, momentum=0.9),
         lambda m, b: (m(b[0]) - b[1]).square().mean(),
         Turning(shift),
+        None,
     )
 
 
-def fit(given: tuple[Any, ...] | None = None, steps: int = STEPS, **options: Any) -> RunResult:
+def fit(given: Run | None = None, steps: int = STEPS, **options: Any) -> RunResult:
     settings: dict[str, Any] = {"start": "given", "template": "cosine", "rewrite": USUAL}
     return Runner(*(given or run()), **{"window": 10, **settings, **options}).fit(steps)
 
@@ -189,8 +190,8 @@ def test_what_was_committed_is_the_plain_loop_of_the_schedule() -> None:
     own = run()
     result = fit(own)
     again = run()
-    plain_loop(_as_run(again), STEPS, result.schedule)
-    assert not unequal(state_of(_as_run(own))["model"], state_of(_as_run(again))["model"])
+    plain_loop(again, STEPS, result.schedule)
+    assert not unequal(state_of(own)["model"], state_of(again)["model"])
 
 
 def test_beginning_anew_pays_after_a_shift() -> None:
@@ -231,8 +232,8 @@ def test_the_better_twin_is_kept() -> None:
     assert cost["hessian_products"] == 0 and 3 <= cost["plain_run_equivalents"] < 5
     assert result.schedule["lr"][-1] > 2e-3  # it was far too low
     again = run(None, lr=1e-3)
-    plain_loop(_as_run(again), STEPS, result.schedule)
-    assert not unequal(state_of(_as_run(own))["model"], state_of(_as_run(again))["model"])
+    plain_loop(again, STEPS, result.schedule)
+    assert not unequal(state_of(own)["model"], state_of(again)["model"])
 
 
 def test_the_distance_of_twins() -> None:
@@ -271,7 +272,7 @@ def test_a_run_that_is_resumed_around_a_shift_ends_the_same(
     fit(resumed, directory=halted, rewrite=law)
     for name in FILES:
         assert (straight / name).read_bytes() == (halted / name).read_bytes(), name
-    assert not unequal(state_of(_as_run(whole))["model"], state_of(_as_run(resumed))["model"])
+    assert not unequal(state_of(whole)["model"], state_of(resumed)["model"])
     costs = [json.loads((d / "result.json").read_text())["cost"] for d in (straight, halted)]
     for cost in costs:
         del cost["peak_memory_bytes"]
@@ -299,7 +300,7 @@ def test_held_out_batches_are_the_training_batches_after_the_window() -> None:
         def __iter__(self) -> Iterator[Any]:
             raise AssertionError("validation data were used")
 
-    model, optimizer, loss_fn, stream = run(None)
+    model, optimizer, loss_fn, stream, _ = run(None)
     law = Rewrite(until=0.1, retries=0)
     objective = Objective(batches=HeldOutBatches(3), average=None)
     runner = Runner(
@@ -317,19 +318,13 @@ def test_held_out_batches_are_the_training_batches_after_the_window() -> None:
         runner.fit(20)
     (window,) = runner.loop.windows
     again = run(None)
-    plain_loop(_as_run(again), 10, Schedule({"lr": torch.full((10,), 0.02)}))
+    plain_loop(again, 10, Schedule({"lr": torch.full((10,), 0.02)}))
     batches = [b for _, b in zip(range(13), Turning(None), strict=False)][10:]
     with torch.no_grad():
         expected = sum(float(loss_fn(again[0], b)) for b in batches) / 3
     assert window["objective_before"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(InputError, match="held-out batches"):
         HeldOutBatches(0)
-
-
-def _as_run(parts: tuple[Any, ...]) -> Any:
-    from runs import Run
-
-    return Run(*parts, None)
 
 
 def test_what_became_of_a_window_that_was_rewritten_several_times() -> None:
