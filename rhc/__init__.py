@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _MODULES = {
+    "AdaptiveRL": "rhc.causal",
+    "Bounds": "rhc.causal",
+    "Gains": "rhc.causal",
     "InputError": "rhc.errors",
     "Control": "rhc.schedule",
     "CONTROLS": "rhc.schedule",
@@ -32,7 +35,10 @@ _MODULES = {
 
 __all__ = [
     "CONTROLS",
+    "AdaptiveRL",
+    "Bounds",
     "Control",
+    "Gains",
     "HeldOutBatches",
     "Hypergradient",
     "InputError",
@@ -51,6 +57,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from rhc.causal import AdaptiveRL, Bounds, Gains
     from rhc.dynamics import register_dynamics
     from rhc.errors import InputError
     from rhc.hypergradient import Hypergradient, hypergradient

@@ -1,0 +1,338 @@
+"""AdaptiveRL: learning rate, momentum and noise from the trends of loss and reward."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rhc.causal.laws import Bounds, Cap, Controls, Gains, lowered, updated
+from rhc.errors import InputError
+from rhc.noise import root_mean_square, standard_noise
+from rhc.signals import Average, Signals, Smoothing, Trends, is_usable, observed, trends
+
+VERSION = 1
+
+NoiseOn = Literal["gradients", "gradients-by-weights", "parameters"]
+NOISE_ON: tuple[NoiseOn, ...] = ("gradients", "gradients-by-weights", "parameters")
+
+SOURCES = ("both", "loss", "reward")
+
+
+class AdaptiveRL:
+    """A scheduler that is driven by what the run does: `scheduler.step(loss)` after every
+    `optimizer.step()`.
+
+    Every `every` steps the laws of `rhc.causal.laws` move lr, momentum and noise by the trends of
+    all steps since the last time. Losses may be tensors on any device; they are read when an update
+    is due and not before, so that no step waits for an accelerator. One that is NaN or infinite is
+    left out of the trends, lowers lr by half once per update, is counted in `ignored`, and warned
+    of once.
+
+    optimizer: SGD and Adam families: groups with "momentum" > 0 or "betas" are steered in μ (β2
+    stays, see `couple_beta2`), others in lr and noise alone. The lrs of groups keep their ratios,
+    and the bounds hold for the largest; one that begins outside them begins at the bound, and a
+    warning says so.
+    noise: σ at the beginning; 0.02 suits reinforcement learning. noise_on: σ·RMS(g)·ξ on every
+    gradient ("gradients"), σ·RMS(θ)·ξ on every gradient ("gradients-by-weights"), or α·σ·RMS(θ)·ξ
+    on the parameters themselves ("parameters"); before each step of the optimizer, from a private
+    generator of (seed, step). To switch noise off, bound it: Bounds(noise=(0, 0)).
+    source: which trends count: "both"; "loss": a reward is not looked at; "reward": the terms of
+    the loss are left out.
+    cap: factors that no update goes beyond. couple_beta2: Adam's β2 averages twice as long where
+    the variance of the loss is twice its usual one, and half as long where it is half.
+
+    Raises InputError for settings that cannot be.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        every: int = 20,
+        gains: Gains | None = None,
+        bounds: Bounds | None = None,
+        cap: Cap | None = (0.8, 1.25),
+        smoothing: Smoothing | None = None,
+        noise: float = 0.0,
+        noise_on: NoiseOn = "gradients",
+        source: str = "both",
+        couple_beta2: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise InputError(
+                f"AdaptiveRL steers a torch.optim.Optimizer, got {type(optimizer).__name__}: "
+                "pass the optimizer itself"
+            )
+        if every < 1:
+            raise InputError(f"every must be ≥ 1 steps, got {every}")
+        if cap is not None and not 0 < cap[0] <= 1 <= cap[1]:
+            raise InputError(f"cap must be (≤ 1, ≥ 1) and positive, got {cap}; None for no cap")
+        if not 0 <= noise < math.inf:
+            raise InputError(f"noise must be ≥ 0 and finite, got {noise:g}")
+        if noise_on not in NOISE_ON:
+            raise InputError(f"noise_on must be one of {', '.join(NOISE_ON)}, got {noise_on!r}")
+        if source not in SOURCES:
+            raise InputError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
+        self.optimizer = optimizer
+        self.every, self.cap, self.seed = every, cap, seed
+        self.gains, self.bounds = gains or Gains(), bounds or Bounds()
+        self.smoothing = smoothing or Smoothing()
+        self.noise_on, self.source, self.couple_beta2 = noise_on, source, couple_beta2
+        self.signals, self.trends = Signals(), Trends()
+        self.steps = self.updates = self.ignored = self.noise_steps = 0
+        self._pending: list[tuple[Any, Any]] = []
+        self._warned = False
+        self._groups = [_Group(group) for group in optimizer.param_groups]
+        top = max(group.lr for group in self._groups)
+        self._shares = [group.lr / top if top > 0 else 1.0 for group in self._groups]
+        lead = next((g.momentum for g in self._groups if g.momentum is not None), None)
+        self._logits = [
+            0.0 if g.momentum is None or lead is None else _logit(g.momentum) - _logit(lead)
+            for g in self._groups
+        ]
+        asked = Controls(top, lead, noise)
+        self.controls = self.bounds.clipped(asked)
+        self._tell_clipped(asked)
+        self._write()
+        self._handle = optimizer.register_step_pre_hook(self._add_noise)
+
+    def step(
+        self, loss: Tensor | float | None = None, reward: Tensor | float | None = None
+    ) -> None:
+        """Once per step of the optimizer, after it.
+
+        loss: of that step, a scalar (a mean over accumulated micro-batches). reward: higher is
+        better, whenever there is one. Where a framework calls `step()` by itself, `observe` gives
+        both beforehand.
+        """
+        if loss is not None or reward is not None:
+            self.observe(loss, reward)
+        self.steps += 1
+        if self.steps % self.every == 0:
+            self._update()
+
+    def observe(
+        self, loss: Tensor | float | None = None, reward: Tensor | float | None = None
+    ) -> None:
+        """Adds a loss, a reward or both to what the next update looks at."""
+        self._pending.append((_kept(loss, "loss"), _kept(reward, "reward")))
+
+    def get_last_lr(self) -> list[float]:
+        """The lr of every parameter group, as torch's schedulers give it."""
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    @property
+    def values(self) -> dict[str, float | None]:
+        """Controls, trends and plateau score of the last update, for logs and pictures."""
+        return {
+            "lr": self.controls.lr,
+            "momentum": self.controls.momentum,
+            "noise": self.controls.noise,
+            "loss_trend": self.trends.loss,
+            "reward_trend": self.trends.reward,
+            "plateau": self.trends.plateau,
+        }
+
+    def close(self) -> None:
+        """Takes the noise off the optimizer; controls stay as they are."""
+        self._handle.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers, lists and strings only; a scheduler that loads it goes on bit for bit."""
+        return {
+            "version": VERSION,
+            "controls": asdict(self.controls),
+            "signals": asdict(self.signals),
+            "trends": asdict(self.trends),
+            "steps": self.steps,
+            "updates": self.updates,
+            "ignored": self.ignored,
+            "noise_steps": self.noise_steps,
+            "pending": [list(pair) for pair in self._read_pending()],
+            "shares": list(self._shares),
+            "logits": list(self._logits),
+            "beta2": [group.beta2 for group in self._groups],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The state of another AdaptiveRL; also sets the optimizer's lr and momentum.
+
+        Raises InputError where it is of another version or another number of parameter groups.
+        """
+        if state.get("version") != VERSION:
+            raise InputError(
+                f"the state is of AdaptiveRL version {state.get('version')}, this is version "
+                f"{VERSION}: load it with the rhc that wrote it"
+            )
+        if len(state["shares"]) != len(self._groups):
+            raise InputError(
+                f"the state is of {len(state['shares'])} parameter groups, the optimizer has "
+                f"{len(self._groups)}: build the optimizer as it was when the state was saved"
+            )
+        self.controls = Controls(**state["controls"])
+        restored: dict[str, Any] = {
+            name: Average(**value) if isinstance(value, Mapping) else value
+            for name, value in state["signals"].items()
+        }
+        self.signals = Signals(**restored)
+        self.trends = Trends(**state["trends"])
+        self.steps, self.updates = state["steps"], state["updates"]
+        self.ignored, self.noise_steps = state["ignored"], state["noise_steps"]
+        self._pending = [(loss, reward) for loss, reward in state["pending"]]
+        self._shares, self._logits = list(state["shares"]), list(state["logits"])
+        for group, beta2 in zip(self._groups, state["beta2"], strict=True):
+            group.beta2 = beta2
+        self._write()
+
+    def _update(self) -> None:
+        lost = 0
+        for loss, reward in self._read_pending():
+            lost += sum(x is not None and not is_usable(x) for x in (loss, reward))
+            seen = math.nan if loss is None else loss
+            wanted = None if self.source == "loss" else reward
+            self.signals = observed(self.signals, seen, wanted, self.smoothing)
+        self._pending = []
+        self.trends, self.signals = trends(self.signals, self.smoothing)
+        gains = self.gains
+        if self.source == "reward":
+            gains = Gains(**{**asdict(gains), "lr_loss": 0.0, "momentum_loss": 0.0})
+        if lost:
+            self.ignored += lost
+            self.controls = lowered(self.controls, self.bounds)
+            self._warn_once()
+        else:
+            self.controls = updated(self.controls, self.trends, gains, self.bounds, self.cap)
+        self.updates += 1
+        self._write()
+
+    def _read_pending(self) -> list[tuple[float | None, float | None]]:
+        """As numbers; tensors of a device are read in one transfer."""
+        tensors = [x for pair in self._pending for x in pair if isinstance(x, Tensor)]
+        numbers: list[float] = []
+        if tensors:
+            same = len({t.device for t in tensors}) == 1
+            numbers = (
+                torch.stack(
+                    [t.double() if t.device.type == "cpu" else t.float() for t in tensors]
+                ).tolist()
+                if same
+                else [float(t) for t in tensors]
+            )
+        found = iter(numbers)
+        read = [
+            tuple(next(found) if isinstance(x, Tensor) else x for x in pair)
+            for pair in self._pending
+        ]
+        self._pending = [(pair[0], pair[1]) for pair in read]
+        return self._pending
+
+    def _write(self) -> None:
+        """The controls into the optimizer's groups. A tensor lr, of a compiled step, stays one."""
+        quotient = self._variance_quotient()
+        for group, own, share, logit in zip(
+            self.optimizer.param_groups, self._groups, self._shares, self._logits, strict=True
+        ):
+            lr = self.controls.lr * share
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+            if own.momentum is None or self.controls.momentum is None:
+                continue
+            low, high = self.bounds.momentum
+            moved = self.controls.momentum
+            if logit:
+                moved = min(max(_sigmoid(_logit(moved) + logit), low), high)
+            if own.beta2 is None:
+                group["momentum"] = moved
+            else:
+                beta2 = 1 - (1 - own.beta2) / quotient if self.couple_beta2 else own.beta2
+                group["betas"] = (moved, beta2)
+
+    def _variance_quotient(self) -> float:
+        usual = self.signals.usual_variance.value
+        return min(max(self.signals.variance.value / usual, 0.5), 2.0) if usual > 0 else 1.0
+
+    @torch.no_grad()
+    def _add_noise(self, *_: Any) -> None:
+        step, self.noise_steps = self.noise_steps, self.noise_steps + 1
+        sigma = self.controls.noise
+        if sigma == 0:
+            return
+        for number, group in enumerate(self.optimizer.param_groups):
+            parameters = [p for p in group["params"] if p.requires_grad]
+            lr = float(group["lr"]) if self.noise_on == "parameters" else 0.0
+            noise = standard_noise(parameters, self.seed + number, step)
+            for p, xi in zip(parameters, noise, strict=True):
+                if p.grad is None or p.grad.is_sparse:
+                    continue
+                if self.noise_on == "gradients":
+                    p.grad.addcmul_(xi, root_mean_square(p.grad), value=sigma)
+                elif self.noise_on == "gradients-by-weights":
+                    p.grad.addcmul_(xi, root_mean_square(p), value=sigma)
+                else:
+                    p.addcmul_(xi, root_mean_square(p), value=lr * sigma)
+
+    def _tell_clipped(self, asked: Controls) -> None:
+        for name in ("lr", "momentum", "noise"):
+            wanted, given = getattr(asked, name), getattr(self.controls, name)
+            if wanted != given:
+                low, high = getattr(self.bounds, name)
+                warnings.warn(
+                    f"{name} {wanted:g} lies outside AdaptiveRL's bounds [{low:g}, {high:g}] and "
+                    f"begins at {given:g}: give bounds=Bounds({name}=(…, …)) for others",
+                    stacklevel=3,
+                )
+
+    def _warn_once(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"a loss or reward before step {self.steps} is not finite: it is left out of the "
+                f"trends and lr is halved to {self.controls.lr:g}; `ignored` counts them",
+                stacklevel=4,
+            )
+
+
+class _Group:
+    """What a parameter group began with: lr; μ and β2, None where it has none."""
+
+    def __init__(self, group: Mapping[str, Any]) -> None:
+        self.lr = float(group["lr"])
+        self.beta2: float | None = None
+        self.momentum: float | None = None
+        if "betas" in group:
+            self.momentum, self.beta2 = (float(beta) for beta in group["betas"])
+        elif group.get("momentum"):
+            self.momentum = float(group["momentum"])
+        if self.momentum is not None and not 0 < self.momentum < 1:
+            self.momentum = None  # nothing to steer on a logit scale
+
+
+def _kept(value: Any, name: str) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise InputError(
+                f"{name} must be a scalar, got shape {tuple(value.shape)}: pass its mean"
+            )
+        # A graph's memory may be used again for the next step.
+        return value.detach().reshape(()).clone()
+    return float(value)
+
+
+def _logit(p: float) -> float:
+    return math.log(p) - math.log1p(-p)
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

@@ -1,0 +1,183 @@
+"""What a causal scheduler knows of a run: trends of loss and reward, their scales, a plateau score.
+
+All of it is pure: an update takes a state and an observation and returns a new state, so that a
+tape, a scheduler and a planner compute the same numbers. Every average is exponential with β the
+weight of the newest value, and corrected for its start as Adam's are (Kingma & Ba 2015). Every
+signal that leaves this module is free of units: a loss times 1000 gives the same trends and scores.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from rhc.errors import InputError
+
+LARGEST = 1e100
+"""Observations beyond ±this count as not finite: their squares must be numbers."""
+
+FEWEST = 20
+"""Observations before a plateau can be told from a beginning."""
+
+
+@dataclass(frozen=True)
+class Average:
+    """An exponential average. total / weight is its value; 0 before the first observation."""
+
+    total: float = 0.0
+    weight: float = 0.0
+
+    @property
+    def value(self) -> float:
+        return self.total / self.weight if self.weight > 0 else 0.0
+
+    def updated(self, new: float, beta: float) -> Average:
+        """With one more value, of weight `beta` in (0, 1]."""
+        return Average((1 - beta) * self.total + beta * new, (1 - beta) * self.weight + beta)
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """β of every average, each the weight of the newest value.
+
+    loss, reward: of ℓ̄ and r̄, per step; between 0.01 and 0.05 suits most runs. variance: of v, per
+    step. usual: of the variance that v is compared with, per step. scale: of S_ℓ and S_r, per
+    update.
+    """
+
+    loss: float = 0.02
+    reward: float = 0.02
+    variance: float = 0.01
+    usual: float = 0.002
+    scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("loss", "reward", "variance", "usual", "scale"):
+            value = getattr(self, name)
+            if not 0 < value <= 1:
+                raise InputError(f"smoothing {name} must be in (0, 1], got {value:g}")
+
+
+@dataclass(frozen=True)
+class Signals:
+    """State of all signals, after `steps` finite losses and `rewards` finite rewards.
+
+    loss ℓ̄, reward r̄, and variance v of (ℓ − ℓ̄)²; change and size: averages of Δℓ̄ and |Δℓ̄| per
+    step; loss_scale S_ℓ and reward_scale S_r: averages of |Δℓ|, |Δr| per update; loss_mark,
+    reward_mark: ℓ̄ and r̄ at the last update, None before the first observation.
+    """
+
+    loss: Average = Average()
+    variance: Average = Average()
+    usual_variance: Average = Average()
+    change: Average = Average()
+    size: Average = Average()
+    reward: Average = Average()
+    loss_scale: Average = Average()
+    reward_scale: Average = Average()
+    loss_mark: float | None = None
+    reward_mark: float | None = None
+    steps: int = 0
+    rewards: int = 0
+    fresh_rewards: int = 0
+
+
+@dataclass(frozen=True)
+class Trends:
+    """What the laws are driven by.
+
+    loss: Δ̃ℓ in [−1, 1], positive where the loss rises. reward: Δ̃r in [−1, 1], positive where the
+    reward rises; where no reward was ever given, −Δ̃ℓ. plateau: P in [0, 1].
+    """
+
+    loss: float = 0.0
+    reward: float = 0.0
+    plateau: float = 0.0
+
+
+def is_usable(value: float) -> bool:
+    """Whether an observation is finite, and its square too."""
+    return math.isfinite(value) and abs(value) <= LARGEST
+
+
+def observed(signals: Signals, loss: float, reward: float | None, smoothing: Smoothing) -> Signals:
+    """After one step's loss, and its reward where there is one. What is not finite is ignored."""
+    if is_usable(loss):
+        signals = _with_loss(signals, float(loss), smoothing)
+    if reward is not None and is_usable(reward):
+        mean = signals.reward.updated(float(reward), smoothing.reward)
+        mark = mean.value if signals.reward_mark is None else signals.reward_mark
+        signals = replace(
+            signals,
+            reward=mean,
+            reward_mark=mark,
+            rewards=signals.rewards + 1,
+            fresh_rewards=signals.fresh_rewards + 1,
+        )
+    return signals
+
+
+def _with_loss(signals: Signals, loss: float, smoothing: Smoothing) -> Signals:
+    mean = signals.loss.updated(loss, smoothing.loss)
+    if signals.loss_mark is None:
+        return replace(signals, loss=mean, loss_mark=mean.value, steps=1)
+    apart = loss - mean.value
+    delta = mean.value - signals.loss.value
+    variance = signals.variance.updated(apart * apart, smoothing.variance)
+    return replace(
+        signals,
+        loss=mean,
+        variance=variance,
+        usual_variance=signals.usual_variance.updated(variance.value, smoothing.usual),
+        change=signals.change.updated(delta, smoothing.loss),
+        size=signals.size.updated(abs(delta), smoothing.loss),
+        steps=signals.steps + 1,
+    )
+
+
+def trends(signals: Signals, smoothing: Smoothing) -> tuple[Trends, Signals]:
+    """The trends over all steps since this was last called, and the state that begins anew there.
+
+    Δℓ is the change of ℓ̄ since then, Δ̃ℓ = clip(Δℓ / S_ℓ, −1, 1), likewise for the reward; both
+    are 0 where nothing was observed.
+    """
+    loss, reward = 0.0, 0.0
+    if signals.loss_mark is not None:
+        delta = signals.loss.value - signals.loss_mark
+        scale = signals.loss_scale.updated(abs(delta), smoothing.scale)
+        loss = _share(delta, scale.value)
+        signals = replace(signals, loss_scale=scale, loss_mark=signals.loss.value)
+    if signals.reward_mark is None:
+        reward = -loss
+    elif signals.fresh_rewards:
+        delta = signals.reward.value - signals.reward_mark
+        scale = signals.reward_scale.updated(abs(delta), smoothing.scale)
+        reward = _share(delta, scale.value)
+        signals = replace(signals, reward_scale=scale, reward_mark=signals.reward.value)
+    return Trends(loss, reward, plateau(signals)), replace(signals, fresh_rewards=0)
+
+
+def plateau(signals: Signals) -> float:
+    """P = σ((ε_Δ − |Δℓ|) / s_ℓ) · σ((ε_v − v) / s_v), near 1 where the loss neither moves nor
+    swings.
+
+    Δℓ is the average change per step; ε_Δ and s_ℓ are 0.3 and 0.05 of the average |change|: noise
+    alone gives a ratio of about 0.1, a steady descent 1. ε_v and s_v are 2 and 0.5 of the usual
+    variance. 0 with fewer than `FEWEST` observations.
+    """
+    if signals.steps < FEWEST:
+        return 0.0
+    moved = abs(_share(signals.change.value, signals.size.value))
+    usual = signals.usual_variance.value
+    swings = min(signals.variance.value / usual, 1e3) if usual > 0 else 0.0
+    return _sigmoid((0.3 - moved) / 0.05) * _sigmoid((2.0 - swings) / 0.5)
+
+
+def _share(delta: float, scale: float) -> float:
+    return min(max(delta / scale, -1.0), 1.0) if scale > 0 else 0.0
+
+
+def _sigmoid(x: float) -> float:
+    if x >= 0:
+        return 1 / (1 + math.exp(-x))
+    return math.exp(x) / (1 + math.exp(x))
