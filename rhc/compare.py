@@ -123,6 +123,14 @@ METHODS: Mapping[str, Method] = {
         objective=Objective(loss_weight=1.0, terminal_weight=0.0),
     ),
     "no-accept": _without("that keeps every rewrite", rewrite=replace(USUAL, accept=False)),
+    "step-standard-error": _without(
+        "with steps normalised by their spread over windows",
+        rewrite=replace(USUAL, rule="standard-error"),
+    ),
+    "step-sign": _without(
+        "with steps by the sign, longer where it repeats", rewrite=replace(USUAL, rule="sign")
+    ),
+    "step-adam": _without("with Adam's steps over windows", rewrite=replace(USUAL, rule="adam")),
     "every-window": _without(
         "that looks back at all windows", rewrite=replace(USUAL, patience=None, until=1.0)
     ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,16 +24,25 @@ LEAVES_ZERO = 0.5
 
 Shift = float | tuple[float, ...]
 
+RULES = ("normalised", "standard-error", "sign", "adam")
+
+History = dict[str, list[list[float]]]
+"""What windows asked for so far, oldest first: control, or "control/group", -> g of every knot."""
+
+REMEMBERED = 8
+"""Windows that a rule looks back on."""
+
 
 @dataclass(frozen=True)
 class Proposal:
     """schedule: the window's, rewritten. carry: control -> shift in raw coordinates for the steps
     after the window, one per parameter group where the control has values per group. predicted:
-    first-order change of J."""
+    first-order change of J. asked: g of every knot, for the history."""
 
     schedule: Schedule
     carry: dict[str, Shift]
     predicted: float
+    asked: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,11 @@ class Rewrite:
     parameter group is as many controls, each moved by its own gradient; of those, one at 0 stays
     there, and none comes down to it.
 
+    rule: what takes the place of g / (|g| + damping / n), from this window's g and those of the
+    last `REMEMBERED` windows: "standard-error": g / (|g| + s), s the standard deviation of g from
+    window to window; "sign": the sign of g, 1.3 times as far each time it repeats and half as far
+    each time it turns (Rprop, Riedmiller & Braun 1993); "adam": m̂ / (√v̂ + damping / n) over the
+    windows, β = 0.9, 0.99 (Kingma & Ba 2015). "normalised" looks at no other window.
     step: control -> largest move per rewrite (nats for log controls, logits for momentum).
     total_variation: weight of Σ|u_{t+1} − u_t| in the objective (see `penalty`).
     retries: how often a rejected proposal is tried again, `shrink` times as far. accept: whether a
@@ -68,6 +83,7 @@ class Rewrite:
     step: Mapping[str, float] = field(
         default_factory=lambda: {"lr": 0.7, "momentum": 0.1, "noise": 0.3, "weight_decay": 0.3}
     )
+    rule: str = "normalised"
     damping: float = 0.05
     knots: int = 1
     total_variation: float = 0.0
@@ -89,6 +105,8 @@ class Rewrite:
     rewinds: int = 10
 
     def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise InputError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}")
         if self.knots < 1:
             raise InputError(f"knots must be ≥ 1, got {self.knots}")
         if self.damping <= 0:
@@ -120,37 +138,71 @@ class Rewrite:
         gradient: Mapping[str, Tensor],
         value: float,
         scale: float = 1.0,
+        history: Mapping[str, Sequence[Sequence[float]]] | None = None,
     ) -> Proposal:
         """A rewritten window.
 
         schedule: the window as rolled, K steps. gradient: control -> dJ/du in natural units, of
         the shape of the schedule's values, (K,) or (K, G), without the penalty's. value: J. scale:
-        of all steps, for a retry. Controls whose gradient is 0 everywhere do not move, nor do
-        those at exactly 0 for less than `LEAVES_ZERO`.
+        of all steps, for a retry. history: what the windows before asked for. Controls whose
+        gradient is 0 everywhere do not move by the usual rule, nor do those at exactly 0 for less
+        than `LEAVES_ZERO`.
         """
         basis = hat_functions(len(schedule), self.knots)
         size = max(abs(value), 1e-12)
         values: dict[str, Tensor] = {}
         carry: dict[str, Shift] = {}
+        asked: dict[str, list[float]] = {}
         predicted = 0.0
+
+        def moved(
+            name: str, key: str, old: Tensor, natural: Tensor, *, of_group: bool = False
+        ) -> tuple[Tensor, float, float]:
+            raw, of_raw = self._in_raw(name, old, natural)
+            knots = basis.T @ of_raw / size
+            asked[key] = knots.tolist()
+            direction = self._direction(knots, (history or {}).get(key, ()))
+            move = -self.step.get(name, 0.0) * scale * direction
+            return self._moved(name, old, raw, of_raw, basis, move, scale, of_group=of_group)
+
         for name, natural in gradient.items():
             old = schedule[name]
             if old.dim() == 1:
-                values[name], carry[name], change = self._moved(
-                    name, old, natural, basis, size, scale
-                )
+                values[name], carry[name], change = moved(name, name, old, natural)
                 predicted += change
                 continue
-            moved = [
-                self._moved(name, old[:, g], natural[:, g], basis, size, scale, of_group=True)
+            groups = [
+                moved(name, f"{name}/{g}", old[:, g], natural[:, g], of_group=True)
                 for g in range(old.shape[1])
             ]
-            values[name] = torch.stack([new for new, _, _ in moved], dim=1)
-            carry[name] = tuple(shift for _, shift, _ in moved)
-            predicted += sum(change for _, _, change in moved)
-        return Proposal(
-            Schedule({**schedule.values, **values}, schedule.start, schedule.seed), carry, predicted
-        )
+            values[name] = torch.stack([new for new, _, _ in groups], dim=1)
+            carry[name] = tuple(shift for _, shift, _ in groups)
+            predicted += sum(change for _, _, change in groups)
+        new = Schedule({**schedule.values, **values}, schedule.start, schedule.seed)
+        return Proposal(new, carry, predicted, asked)
+
+    def _direction(self, knots: Tensor, past: Sequence[Sequence[float]]) -> Tensor:
+        """What a step of size 1 goes against, (n,). past: (n,) each; of others nothing is known."""
+        least = self.damping / self.knots
+        if self.rule == "normalised":
+            return knots / (knots.abs() + least)
+        same = [torch.tensor(p, dtype=torch.float64) for p in past if len(p) == len(knots)]
+        seen = torch.stack([*same[-REMEMBERED:], knots])
+        if self.rule == "standard-error":
+            # Two values say little of their spread; one alone is as uncertain as it is large.
+            spread = seen.std(0) if len(seen) > 2 else knots.abs()
+            return knots / (knots.abs() + spread).clamp(min=1e-300)
+        if self.rule == "sign":
+            reach = torch.ones_like(knots)
+            for before, after in pairwise(seen.sign()):
+                reach = torch.where(before * after < 0, 0.5 * reach, reach)
+                reach = torch.where(before * after > 0, 1.3 * reach, reach).clamp(1 / 16, 4.0)
+            return knots.sign() * reach
+        first, second = torch.zeros_like(knots), torch.zeros_like(knots)
+        for g in seen:
+            first, second = 0.9 * first + 0.1 * g, 0.99 * second + 0.01 * g * g
+        first, second = first / (1 - 0.9 ** len(seen)), second / (1 - 0.99 ** len(seen))
+        return first / (second.sqrt() + least)
 
     def bounded(self, new: Schedule, old: Schedule, highest: Tensor) -> Schedule:
         """`new` with no lr above `most`, unless it was above it in `old`.
@@ -163,24 +215,27 @@ class Rewrite:
         lr = new["lr"].minimum(old["lr"].maximum(ceiling))
         return Schedule({**new.values, "lr": lr}, new.start, new.seed)
 
+    def _in_raw(self, name: str, old: Tensor, natural: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and gradient in unconstrained coordinates, (K,) each, with the penalty's."""
+        control = CONTROLS[name]
+        raw = control.to_raw(old)
+        of_raw = natural * control.slope(old) + self._penalty_gradient(raw)
+        return raw, of_raw.clamp(-1e100, 1e100)  # sums of them stay finite
+
     def _moved(
         self,
         name: str,
         old: Tensor,
-        natural: Tensor,
+        raw: Tensor,
+        of_raw: Tensor,
         basis: Tensor,
-        size: float,
+        move: Tensor,
         scale: float,
         *,
         of_group: bool = False,
     ) -> tuple[Tensor, float, float]:
         """(new values (K,), shift to carry on, predicted change of J) of one control or group."""
         control = CONTROLS[name]
-        raw = control.to_raw(old)
-        of_raw = natural * control.slope(old) + self._penalty_gradient(raw)
-        of_raw = of_raw.clamp(-1e100, 1e100)  # sums of them stay finite
-        knots = basis.T @ of_raw / size
-        move = -self.step.get(name, 0.0) * scale * knots / (knots.abs() + self.damping / self.knots)
         shift = basis @ move
         new = control.from_raw(raw + shift)
         # What does not move keeps its bits, and 0 is left for a good reason only.
@@ -275,6 +330,14 @@ def faded(
 def added(first: Mapping[str, Shift], second: Mapping[str, Shift]) -> dict[str, Shift]:
     """The sum of the shifts of every control."""
     return faded(first, second, 1.0)[0]
+
+
+def remembered(history: History, asked: Mapping[str, Sequence[float]]) -> History:
+    """The history with one more window, of which the last `REMEMBERED` are kept."""
+    grown = {name: list(past) for name, past in history.items()}
+    for name, knots in asked.items():
+        grown[name] = [*grown.get(name, []), list(knots)][-REMEMBERED:]
+    return grown
 
 
 def _plain(value: Tensor) -> Shift:

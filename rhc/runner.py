@@ -56,6 +56,7 @@ from rhc.objective import Average, HeldOutBatches, Objective
 from rhc.plant import PATIENCE, LossFn, Plant, Snapshot, StepRecord, Trajectory
 from rhc.randomness import preserved
 from rhc.rewrite import (
+    History,
     Proposal,
     Rewrite,
     Shift,
@@ -63,6 +64,7 @@ from rhc.rewrite import (
     added,
     carried,
     faded,
+    remembered,
     surprised,
     usual_law,
     usual_objective,
@@ -607,10 +609,14 @@ class Runner:
             return None
         if rolled.plain and rolled is self.loop.live:
             rolled.end = _Moment(self.plant.snapshot(), self.loop.average.copy())
+        # A law of one's own that needs no history may do without the argument.
+        past = {} if self.law.rule == "normalised" else {"history": self.loop.history}
         for retry in range(self.law.retries + 1):
             proposal = self.law.propose(
-                rolled.schedule, h.grad, rolled.value, scale * self.law.shrink**retry
+                rolled.schedule, h.grad, rolled.value, scale * self.law.shrink**retry, **past
             )
+            if past and rolled.proposal is None and retry == 0:
+                self.loop.history = remembered(self.loop.history, proposal.asked)
             proposed = self.law.bounded(proposal.schedule, rolled.schedule, self.loop.first_lr)
             carry = proposal.carry
             if rolled.proposal is not None:
@@ -1016,6 +1022,7 @@ class Runner:
                 self.loop.alert,
                 self.loop.regime,
             ],
+            "history": self.loop.history,
             "singletons": self.plant.singletons,
             "lookback": self.lookback.state() if self.rewriting else None,
             "cost": asdict(self.loop.cost),
@@ -1060,6 +1067,7 @@ class Runner:
         self.loop.delta, self.loop.upwards = values.get("twin", (Twin.first, None))
         patience = values.get("patience", (0, 0, False, 0))
         self.loop.in_vain, self.loop.passed_over, self.loop.alert, self.loop.regime = patience
+        self.loop.history = values.get("history", {})
         reference = values["reference"]
         self.loop.reference = None if reference is None else (reference[0], reference[1])
         self.loop.cost = Cost(**values["cost"])
@@ -1231,11 +1239,12 @@ class _Loop:
 
     schedule: committed up to `step`, planned after it. reference: (mean loss of the last committed
     window, first loss of the run). average: of all committed iterates. correction: what the plan of
-    the steps to come is moved by, in raw coordinates. in_vain: looks back in a row that were not
-    worth it; passed_over: windows still to be passed over; alert: after a surprise, until looking
-    back is no longer worth it; regime: the step from which the data are as they are. delta,
-    upwards: of `Twin`. finished: the result. first_lr: () or (G,), that the template begins with.
-    live: the attempt whose end the plant stands at.
+    the steps to come is moved by, in raw coordinates. history: what windows asked for, for the
+    rewrite's rule. in_vain: looks back in a row that were not worth it; passed_over: windows still
+    to be passed over; alert: after a surprise, until looking back is no longer worth it; regime:
+    the step from which the data are as they are. delta, upwards: of `Twin`. finished: the result.
+    first_lr: () or (G,), that the template begins with. live: the attempt whose end the plant
+    stands at.
     """
 
     steps: int
@@ -1248,6 +1257,7 @@ class _Loop:
     start_gradients: float = 0.0
     average: Average = field(default_factory=lambda: Average(AVERAGE_DECAY))
     correction: dict[str, Shift] = field(default_factory=dict)
+    history: History = field(default_factory=dict)
     in_vain: int = 0
     passed_over: int = 0
     alert: bool = False

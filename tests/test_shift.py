@@ -250,7 +250,11 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("law", [USUAL, Twin()], ids=["usual", "twin"])
+@pytest.mark.parametrize(
+    "law",
+    [USUAL, Twin(), replace(USUAL, rule="adam", until=1.0, patience=None)],
+    ids=["usual", "twin", "adam"],
+)
 @pytest.mark.parametrize("windows", [2, 5, 6, 7])
 def test_a_run_that_is_resumed_around_a_shift_ends_the_same(
     tmp_path: Path, windows: int, law: Rewrite
