@@ -13,8 +13,10 @@ import math
 import random
 import re
 import statistics
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from rhc.causal import AdaptiveRL, Bounds
 from rhc.errors import InputError
+from rhc.evaluate import evaluate
 from rhc.objective import Objective
+from rhc.plant import Plant
 from rhc.randomness import seed_everything
 from rhc.rewrite import USUAL, Twin, usual_objective
 from rhc.runner import DivergedError, Runner
@@ -47,6 +53,7 @@ class Method:
     ratio: "lars" for lrs of the groups as |θ|/|∇J| at step 0; "oracle" for what the workload itself
     says is right, its groups' "ratio". races: templates of which the best by
     validation is taken. searches: runs with random lrs of which the best by validation is taken.
+    drives: (optimizer, steps) -> what is told the loss of every step of a plain loop, after it.
     """
 
     summary: str
@@ -55,6 +62,30 @@ class Method:
     ratio: str | None = None
     races: tuple[str, ...] = ()
     searches: int = 0
+    drives: Callable[[Optimizer, int], Callable[[Tensor], None]] | None = None
+
+
+def _adaptive(**settings: Any) -> Callable[[Optimizer, int], Callable[[Tensor], None]]:
+    return lambda optimizer, _: AdaptiveRL(optimizer, **settings).step
+
+
+def _step_lr(optimizer: Optimizer, steps: int) -> Callable[[Tensor], None]:
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, max(1, steps // 3), 0.1)
+    return lambda loss: scheduler.step()
+
+
+def _on_plateau(optimizer: Optimizer, steps: int) -> Callable[[Tensor], None]:
+    """ReduceLROnPlateau on the mean training loss of every fiftieth of the run."""
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.3, patience=3)
+    seen: list[Tensor] = []
+
+    def step(loss: Tensor) -> None:
+        seen.append(loss.detach())
+        if len(seen) >= max(1, steps // 50):
+            scheduler.step(float(torch.stack(seen).mean()))
+            seen.clear()
+
+    return step
 
 
 def _plainly(template: str, warmup: float = 0.0) -> Method:
@@ -73,6 +104,18 @@ METHODS: Mapping[str, Method] = {
     "linear": _plainly("linear", warmup=0.1),
     "1cycle": _plainly("1cycle"),
     "wsd": _plainly("wsd"),
+    "step": Method("StepLR: lr falls to a tenth after each third", needs_lr=True, drives=_step_lr),
+    "on-plateau": Method(
+        "ReduceLROnPlateau on the training loss", needs_lr=True, drives=_on_plateau
+    ),
+    "adaptive": Method(
+        "AdaptiveRL from the lr that is given, in a plain loop", needs_lr=True, drives=_adaptive()
+    ),
+    "adaptive-no-noise": Method(
+        "the same without gradient noise",
+        needs_lr=True,
+        drives=_adaptive(bounds=Bounds(noise=(0.0, 0.0))),
+    ),
     "zero-probe": Method(
         "start from the hypergradient at lr 0, the usual template, no rewriting",
         {"rewrite": False, "start": "zero"},
@@ -222,6 +265,8 @@ def run(task: Task, name: str, lr: float | None, seed: int) -> Row:
         tried = [_one(task, method, lr, seed, draw=draws) for _ in range(method.searches)]
         best = min(tried, key=lambda found: found["validation"])
         best["cost"] = sum(found["cost"] for found in tried)
+    elif method.drives is not None:
+        best = _driven(task, method, lr, seed)
     else:
         best = _one(task, method, lr, seed)
     del best["start"]
@@ -258,6 +303,45 @@ def _one(
         "validation": _finite(judged),
         "cost": record["cost"]["plain_run_equivalents"],
         "start": runner.loop.start_gradients / steps,
+    }
+
+
+def _driven(task: Task, method: Method, lr: float | None, seed: int) -> dict[str, Any]:
+    """A plain loop whose scheduler is told every loss; nothing is rewound."""
+    workload = task.workload(seed)
+    model, steps = workload.model, task.steps or workload.steps
+    first = workload.lr[workload.optimizer] if lr is None else lr
+    parameters: Any = workload.parameter_groups
+    if parameters is None:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optimizer_of(workload.optimizer, parameters, first)
+    plant = Plant(model, optimizer, workload.loss_fn, seed=seed)
+    assert method.drives is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an lr outside the bounds is part of the comparison
+        step = method.drives(optimizer, steps)
+        tracking, losses = [], []
+        for batch in islice(chain.from_iterable(repeat(workload.train_loader)), steps):
+            outcome = workload.loss_fn(model, batch)
+            loss, metrics = outcome if isinstance(outcome, tuple) else (outcome, {})
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step(loss)
+            losses.append(float(loss))
+            if "tracking" in metrics:
+                tracking.append(float(metrics["tracking"]))
+    test = evaluate(plant, workload.test_loader)
+    held_out = evaluate(plant, workload.val_loader)
+    score = math.nan if test is None else test.loss
+    return {
+        "score": _finite(statistics.fmean(tracking) if len(tracking) == steps else score),
+        "test_loss": None if test is None else _finite(test.loss),
+        "test_accuracy": None if test is None else test.metrics.get("accuracy"),
+        "average_test_loss": None,
+        "validation": _finite(statistics.fmean(losses) if held_out is None else held_out.loss),
+        "cost": 1.0,
+        "start": 0.0,
     }
 
 
