@@ -65,7 +65,7 @@ def test_every_method_runs_and_says_what_it_cost(task: Task, name: str) -> None:
         assert row.cost == pytest.approx(METHODS[name].searches)
     elif METHODS[name].races:
         assert row.cost > len(METHODS[name].races)
-    elif plain:
+    elif plain or METHODS[name].drives is not None:
         assert row.cost == 1
     else:
         assert row.cost > 1
@@ -203,3 +203,12 @@ def test_what_cannot_be_compared_is_said_in_one_sentence(
     assert main(["compare", task.run, "--methods", "cosine", *flags.split()]) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1 and part in said.err
+
+
+def test_a_scheduler_in_a_plain_loop_trains_as_that_loop_does(task: Task) -> None:
+    """A law that never moves is the constant lr, on the same batches in the same order."""
+    still = replace(METHODS["adaptive"], drives=lambda optimizer, steps: lambda loss: None)
+    row = comparing._driven(task, still, 0.05, 3)
+    constant = run(task, "constant", 0.05, 3)
+    assert row["test_loss"] == pytest.approx(constant.test_loss, rel=1e-5)
+    assert run(task, "adaptive", 0.05, 3).score != constant.score
