@@ -156,7 +156,8 @@ METHODS: Mapping[str, Method] = {
     "twin": _without("without gradients: each window at a higher and a lower lr", rewrite=Twin()),
     "no-rewrite": _without("that only begins the template anew", rewrite=replace(USUAL, step={})),
     "no-anew": _without("that never does so", rewrite=replace(USUAL, restart=())),
-    "no-hessian": _without("with H = 0", product="none"),
+    "no-hessian": _without("with H = 0: the default, named", product="none"),
+    "exact-hessian": _without("with exact Hessian products", product="exact"),
     "no-average": _without(
         "judging windows at the last iterate",
         objective=replace(usual_objective("zero", 50), average=None),

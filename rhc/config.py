@@ -119,8 +119,9 @@ class TrainConfig:
     objective_batches: Annotated[int | None, _unset("see --print-config", "N")] = None
     """Validation batches that a window is judged on."""
     product: Annotated[str, arg(metavar="NAME")] = "auto"
-    """Hessian products: auto, exact, forward-over-reverse, or approximately forward-difference
-    (half the cost) or central-difference; none leaves the Hessian out."""
+    """Hessian products: exact, forward-over-reverse, or approximately forward-difference (half the
+    cost) or central-difference; none leaves the Hessian out. auto is none where the start is
+    looked for, else what is exact or agrees with it."""
     segment: Annotated[str, arg(metavar="N")] = "auto"
     """Steps per rebuilt graph: 1 (least memory) to the window (fastest)."""
     memory_budget: Annotated[str | None, _unset("none", "SIZE")] = None

@@ -171,7 +171,9 @@ class Runner:
     lr. per_group: those of them with a value per parameter group as well as per
     step; the groups of the others keep their ratios. rewrite: False for the plain loop, bit for
     bit; a `Rewrite` for another law than `rhc.rewrite.usual_law`. objective: what a window is
-    judged by. engine, product, segment: as in `rhc.hypergradient`.
+    judged by. engine, product, segment: as in `rhc.hypergradient`; but where the start is looked
+    for, product "auto" is "none": exact products cost half a run there, and gain nothing
+    (docs/outcome.md).
     start: where lr starts: "given", as the optimizer has it; "probe" takes that for a first guess
     and finds a factor on it by short rolls (and the ratio of parameter groups, where they all have
     the same lr); "zero" needs no guess, and finds every parameter
@@ -260,7 +262,10 @@ class Runner:
         self.warmup = usual if warmup is None else warmup
         self.objective = objective or usual_objective(self.start, window)
         self.engine: Engine = engine
-        self.segment, self.product = segment, product
+        self.segment = segment
+        self.product: Product | Literal["auto"] = product
+        if product == "auto" and segment == "auto" and self.start != "given":
+            self.product = "none"
         if memory_budget is not None and memory_budget < 1:
             raise InputError(f"memory_budget must be ≥ 1 byte, got {memory_budget}")
         if not 0 < discount <= 1:
