@@ -22,6 +22,7 @@ from tyro.conf import arg
 from rhc import __version__
 from rhc.config import TrainConfig, field_kind
 from rhc.errors import InputError
+from rhc.hindsight_config import REPLAY, ReplayConfig
 
 
 @dataclass(frozen=True)
@@ -198,8 +199,10 @@ def _fault(flags: type[Any], arguments: Sequence[str]) -> str | None:
             except ValueError:
                 number = "a whole number" if kind is int else "a number"
                 return f"{flag} must be {number}, got {text!r}"
-    required = any(f.default is MISSING for f in fields(flags))
+    required = [f.name for f in fields(flags) if f.default is MISSING]
     if required and not any(token[:1] != "-" for token in arguments):
+        if required[0] != "directory":
+            return f"{required[0]} is missing: give the directory of a run, or one of its files"
         return "DIR is missing: give the directory of a run"
     return None
 
@@ -232,9 +235,13 @@ def _train(config: TrainConfig) -> int:
 def _resume(config: ResumeConfig) -> int:
     from rhc.summary import read_record
 
-    read_record(config.directory)  # what is no run is said before torch is imported
+    record = read_record(config.directory)  # what is no run is said before torch is imported
     from rich.console import Console
 
+    if record.get("command") == "replay":
+        from rhc.replay import resume_replay
+
+        return resume_replay(config.directory, config.data, config.device, Console())
     from rhc.train import config_of, train
 
     recorded = config_of(config.directory)
@@ -261,6 +268,15 @@ def _inspect(config: InspectConfig) -> int:
 
     print_run(Console(), config.directory)
     return 0
+
+
+def _replay(config: ReplayConfig) -> int:
+    config = config.checked()
+    from rich.console import Console
+
+    from rhc.replay import replay
+
+    return replay(config, Console())
 
 
 def _compare(config: CompareConfig) -> int:
@@ -328,6 +344,12 @@ COMMANDS = {
         "Go on after a stop:  rhc resume runs/digits-1a2b3c4d",
         "Continue a run that was stopped, at its newest checkpoint, bit for bit.\n\n"
         "example:\n  rhc resume runs/digits-1a2b3c4d",
+    ),
+    "replay": Command(
+        ReplayConfig,
+        _replay,
+        "Use a schedule:      rhc replay runs/digits-1a2b3c4d --seed 1",
+        REPLAY,
     ),
     "compare": Command(
         CompareConfig,

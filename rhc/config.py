@@ -388,6 +388,11 @@ def _one_of(argument: str, value: str, known: Sequence[str], remark: str = "") -
         )
 
 
+def checked_choice(argument: str, value: str, known: Sequence[str]) -> None:
+    """Raises InputError unless `value` is one of `known`."""
+    _one_of(argument, value, known)
+
+
 def _nearest(value: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(value, known, n=1, cutoff=0.7)
     return f"did you mean {near[0]!r}? " if near else ""

@@ -182,6 +182,8 @@ class Runner:
     "linear", "wsd" (constant, then linear over the law's cooldown), "1cycle". None, where
     the start is looked for: "cosine", with an Adam "linear"; where it is given: "wsd" with
     rewriting, "constant" without.
+    schedule: followed as it is where nothing is rewritten, in place of a template; a control that
+    it lacks stays as the optimizer has it.
     warmup: fraction of the run in which lr rises linearly to the template. None for
     `rhc.start.WARMUP` where the start of an Adam is looked for, else 0.
     memory_budget: bytes that looking back may take beyond plain training; spill: whether states may
@@ -211,6 +213,7 @@ class Runner:
         template: Template | None = None,
         warmup: float | None = None,
         rewrite: bool | Rewrite = True,
+        schedule: Schedule | None = None,
         objective: Objective | None = None,
         engine: Engine = "adjoint",
         product: Product | Literal["auto"] = "auto",
@@ -260,6 +263,7 @@ class Runner:
         )
         usual = WARMUP if self._adaptive and self.start != "given" else 0.0
         self.warmup = usual if warmup is None else warmup
+        self.followed = self._checked_schedule(schedule, template)
         self.objective = objective or usual_objective(self.start, window)
         self.engine: Engine = engine
         self.segment = segment
@@ -307,6 +311,11 @@ class Runner:
         """
         if steps < 1:
             raise InputError(f"steps must be ≥ 1, got {steps}")
+        if self.followed is not None and len(self.followed) < steps:
+            raise InputError(
+                f"the schedule has {len(self.followed)} steps, fewer than the run's {steps}; "
+                f"stretch it to {steps} steps, or train for at most {len(self.followed)}"
+            )
         if resume not in ("auto", "never"):
             raise InputError(f"resume must be 'auto' or 'never', got {resume!r}")
         try:
@@ -931,6 +940,10 @@ class Runner:
 
     def _planned(self, steps: int, lr: Tensor) -> Schedule:
         """The optimizer's own controls at every step; lr, () or (G,), in the template's shape."""
+        if self.followed is not None:
+            own = Schedule.constant(steps, self.seed, **self._initial())
+            given = self.followed.window(0, steps)
+            return Schedule({**own.values, **given.values}, 0, self.seed)
         initial = self._initial() | {"lr": lr.tolist()}
         planned = Schedule.constant(steps, self.seed, **initial)
         # What is not rewritten keeps the optimizer's bits.
@@ -996,6 +1009,32 @@ class Runner:
         given = planned["lr"][0].tolist()
         self.loop.schedule, self.loop.first_lr = self._planned(steps, lr), lr
         self._emit(StartFound(self.start, lr.tolist(), given, search.gradients / steps))
+
+    def _checked_schedule(
+        self, schedule: Schedule | None, template: Template | None
+    ) -> Schedule | None:
+        """A schedule that is to be followed, if it can be."""
+        if schedule is None:
+            return None
+        if self.rewriting or self.start != "given" or template is not None or self.warmup:
+            raise InputError(
+                "a schedule that is given is followed as it is: use it with rewrite=False, and "
+                "without start, template and warmup"
+            )
+        if schedule.start != 0:
+            raise InputError(
+                f"a schedule that is followed must start at step 0, got {schedule.start}; give a "
+                "whole run's"
+            )
+        known = self.plant.controls.available
+        for name in schedule.values:
+            if name not in known:
+                raise InputError(
+                    f"the schedule has {name}, which {type(self.plant.optimizer).__name__} has "
+                    f"not; leave it out of the schedule, which can have {', '.join(known)}"
+                )
+        self.plant.controls.check_groups(schedule)
+        return schedule
 
     def _initial(self) -> dict[str, Any]:
         """The optimizer's own controls: a number each, or a list of one per parameter group."""
@@ -1217,6 +1256,7 @@ class Runner:
             "costate_clip": (self.costate_clip, None),
             "start": (self.start, "given"),
             "warmup": (self.warmup, 0.0),
+            "followed": (self.followed and self.followed.digest(), None),
             "template": (
                 self.template,
                 "wsd" if self.rewriting and self.start == "given" else "constant",

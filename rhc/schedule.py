@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -266,6 +267,63 @@ class Schedule:
                 )
             values[name][where] = v
         return Schedule(values, self.start, self.seed)
+
+    def stretched(self, steps: int) -> Schedule:
+        """The same shape over `steps` steps, by interpolation in the unconstrained coordinates.
+
+        Step i of the new one lies where step (i + ½) T / steps − ½ of this one does; beyond the
+        first and the last step those are held. Between a value and an exact 0, the nearer of them.
+        What a run of this length does per step is not made longer or shorter: only time is.
+        """
+        if steps < 1:
+            raise InputError(f"steps must be ≥ 1, got {steps}")
+        old = len(self)
+        if steps == old:
+            return self
+        place = ((torch.arange(steps, dtype=torch.float64) + 0.5) * old / steps - 0.5).clamp(
+            0, old - 1
+        )
+        low = place.floor().long()
+        high = (low + 1).clamp(max=old - 1)
+        values = {}
+        for name, v in self.values.items():
+            share = (place - low).reshape(-1, *[1] * (v.dim() - 1))
+            before, after = v[low], v[high]
+            if CONTROLS[name].coordinate == "log":
+                between = before.log().lerp(after.log(), share).exp()
+            else:
+                between = before.logit().lerp(after.logit(), share).sigmoid()
+            nearer = torch.where(share < 0.5, before, after)
+            apart = (before != after) & (before > 0) & (after > 0)
+            values[name] = torch.where(apart, between, nearer)
+        return Schedule(values, self.start, self.seed)
+
+    def rescaled(self, factor: float, name: str = "lr") -> Schedule:
+        """This schedule with one control moved by log(factor) in its coordinate, within its bounds.
+
+        A factor on lr, noise and weight decay, on the odds μ/(1 − μ) of momentum. 0 stays 0.
+        """
+        if name not in self.values:
+            raise InputError(
+                f"the schedule has no {name}; it has {', '.join(self.values)}, so rescale those"
+            )
+        if not 0 < factor < math.inf:
+            raise InputError(f"factor must be > 0 and finite, got {factor:g}")
+        if factor == 1:
+            return self
+        known, v = CONTROLS[name], self.values[name]
+        moved = known.rescale(v, factor)
+        assert isinstance(moved, Tensor)
+        moved = torch.where(v > 0, moved.clamp(known.lower, known.upper), v)
+        return Schedule({**self.values, name: moved}, self.start, self.seed)
+
+    def digest(self) -> str:
+        """Sixteen hexadecimal digits that tell schedules of other values apart."""
+        content = hashlib.sha256()
+        for name in sorted(self.values):
+            v = self.values[name]
+            content.update(f"{name} {tuple(v.shape)} ".encode() + v.contiguous().numpy().tobytes())
+        return content.hexdigest()[:16]
 
     def means(self) -> dict[str, Any]:
         """The mean of every control over the steps: a number, or a list of one per group.

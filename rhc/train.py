@@ -59,7 +59,7 @@ def train(config: TrainConfig, console: Console, *, recorded_data: Path | None =
     """
     runner_function = load_runner(config.run)
     _check_controls(config)
-    device = _device(config.device)
+    device = device_of(config.device)
     seed_everything(config.seed)
     workload = runner_function(seed=config.seed, data=config.data)
     config = config.resolved(workload, torch.get_num_threads())
@@ -85,7 +85,7 @@ def train(config: TrainConfig, console: Console, *, recorded_data: Path | None =
             runner = _runner(config, workload, law, objective, directory, listener)
             runner.fit(config.steps, cast(Literal["auto", "never"], config.resume))
     except KeyboardInterrupt:
-        return _interrupted(progress, directory)
+        return interrupted(progress, directory)
     except DivergedError as error:
         print(f"rhc: error: {error}", file=sys.stderr)
         return 1
@@ -135,7 +135,8 @@ def _check_controls(config: TrainConfig) -> None:
             CONTROLS[name].check(value)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device that a setting means; one that torch does not find is an InputError."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise InputError(
@@ -188,7 +189,7 @@ def _runner(
 ) -> Runner:
     return Runner(
         workload.model,
-        _optimizer(config, workload),
+        built_optimizer(config, workload),
         workload.loss_fn,
         workload.train_loader,
         workload.val_loader,
@@ -215,11 +216,12 @@ def _runner(
         keep_checkpoints=config.keep_checkpoints,
         seed=config.seed,
         listeners=listeners,
-        config=_recorded(config),
+        config=recorded(config),
     )
 
 
-def _optimizer(config: TrainConfig, workload: Workload) -> torch.optim.Optimizer:
+def built_optimizer(config: TrainConfig, workload: Workload) -> torch.optim.Optimizer:
+    """The optimizer of the workload's parameters. config: resolved."""
     parameters: Any = workload.parameter_groups or workload.model.parameters()
     assert config.lr is not None and config.weight_decay is not None
     assert config.optimizer is not None
@@ -233,7 +235,7 @@ def _optimizer(config: TrainConfig, workload: Workload) -> torch.optim.Optimizer
     )
 
 
-def _recorded(config: TrainConfig) -> dict[str, Any]:
+def recorded(config: TrainConfig) -> dict[str, Any]:
     """The command line's part of config.json."""
     record = {k: v for k, v in config.to_record().items() if k not in _DESCRIBED}
     del record["print_config"], record["plan"], record["keep_checkpoints"]
@@ -257,7 +259,8 @@ def _default_directory(
     return RUNS / f"{config.short_name}-{digest[:8]}"
 
 
-def _interrupted(progress: Progress, directory: Path) -> int:
+def interrupted(progress: Progress, directory: Path) -> int:
+    """Says how to go on after Ctrl-C, and returns the exit status."""
     saved = f"{progress.saved} of {progress.steps} steps are saved"
     print(
         f"rhc: stopped; {saved}; resume with: rhc resume {shlex.quote(str(directory))}"

@@ -15,12 +15,15 @@ from runners.data import tensor_loader
 CONTEXT, BATCH, EVALUATED = 64, 16, 200
 
 
-def char_lm(*, seed: int = 0, data: Path | None = None) -> Workload:
+def char_lm(
+    *, seed: int = 0, data: Path | None = None, width: int = 1, batch_size: int = BATCH
+) -> Workload:
     """A GPT of 2 layers that predicts the characters of a text, the .txt file in --data.
 
     The text is cut into pieces of 65 characters: the first 90 % of them to train, 5 % to validate
     and 5 % to test, of which at most 200 each are used.
     seed: the weights are drawn from the global generator, which the caller has seeded with it.
+    width, batch_size: the layers are `width` times as wide; pieces per training batch.
     """
     text = _text(data)
     alphabet = sorted(set(text))
@@ -35,9 +38,9 @@ def char_lm(*, seed: int = 0, data: Path | None = None) -> Workload:
         )
     train, validation, test = pieces.split([len(pieces) - 2 * held_out, held_out, held_out])
     return Workload(
-        model=GPT(len(alphabet)),
+        model=GPT(len(alphabet), width=64 * width),
         loss_fn=next_character,
-        train_loader=tensor_loader((train,), BATCH, shuffle=True),
+        train_loader=tensor_loader((train,), batch_size, shuffle=True),
         val_loader=tensor_loader((validation[:EVALUATED],), BATCH, shuffle=False),
         test_loader=tensor_loader((test[:EVALUATED],), BATCH, shuffle=False),
         steps=600,

@@ -13,13 +13,17 @@ from rhc.workload import Workload
 from runners.data import split, tensor_loader
 
 TRAIN, VALIDATION, TEST = 1100, 300, 397
+BATCH = 64
 
 
-def digits(*, seed: int = 0, data: Path | None = None) -> Workload:
+def digits(
+    *, seed: int = 0, data: Path | None = None, width: int = 1, batch_size: int = BATCH
+) -> Workload:
     """Real handwritten digits of 8x8 pixels, from scikit-learn, and an MLP 64-128-10.
 
     seed: the weights are drawn from the global generator, which the caller has seeded with it.
     data: must be None, as the images come with scikit-learn.
+    width, batch_size: the hidden layers are `width` times as wide; examples per training batch.
     """
     if data is not None:
         raise InputError(
@@ -28,9 +32,9 @@ def digits(*, seed: int = 0, data: Path | None = None) -> Workload:
     images, labels = _load()
     train, validation, test = split((images, labels), (TRAIN, VALIDATION, TEST))
     return Workload(
-        model=nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)),
+        model=nn.Sequential(nn.Linear(64, 128 * width), nn.ReLU(), nn.Linear(128 * width, 10)),
         loss_fn=cross_entropy,
-        train_loader=tensor_loader(train, 64, shuffle=True),
+        train_loader=tensor_loader(train, batch_size, shuffle=True),
         val_loader=tensor_loader(validation, VALIDATION, shuffle=False),
         test_loader=tensor_loader(test, TEST, shuffle=False),
         steps=600,

@@ -16,7 +16,9 @@ PIXEL_MEAN, PIXEL_STD = 0.1307, 0.3081  # of the 60,000 training images, scaled 
 BATCH, EVALUATION_BATCH = 64, 500
 
 
-def mnist(*, seed: int = 0, data: Path | None = None) -> Workload:
+def mnist(
+    *, seed: int = 0, data: Path | None = None, width: int = 1, batch_size: int = BATCH
+) -> Workload:
     """Handwritten digits of 28x28 pixels, from the IDX files in --data, and an MLP 784-128-64-10.
 
     With the training files in the folder: 55,000 images to train, 5,000 to validate, and the t10k
@@ -24,6 +26,7 @@ def mnist(*, seed: int = 0, data: Path | None = None) -> Workload:
 
     seed: the weights are drawn from the global generator, which the caller has seeded with it.
     data: the folder; files may be plain or gzip.
+    width, batch_size: the hidden layers are `width` times as wide; examples per training batch.
     """
     if data is None:
         raise InputError(
@@ -36,10 +39,14 @@ def mnist(*, seed: int = 0, data: Path | None = None) -> Workload:
     train, validation, test = _load(data)
     return Workload(
         model=nn.Sequential(
-            nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)
+            nn.Linear(784, 128 * width),
+            nn.ReLU(),
+            nn.Linear(128 * width, 64 * width),
+            nn.ReLU(),
+            nn.Linear(64 * width, 10),
         ),
         loss_fn=cross_entropy,
-        train_loader=tensor_loader(train, BATCH, shuffle=True),
+        train_loader=tensor_loader(train, batch_size, shuffle=True),
         val_loader=tensor_loader(validation, EVALUATION_BATCH, shuffle=False),
         test_loader=tensor_loader(test, EVALUATION_BATCH, shuffle=False),
         steps=1000,

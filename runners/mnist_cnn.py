@@ -7,21 +7,23 @@ from pathlib import Path
 from torch import nn
 
 from rhc.workload import Workload
-from runners.mnist import mnist
+from runners.mnist import BATCH, mnist
 
 
-def mnist_cnn(*, seed: int = 0, data: Path | None = None) -> Workload:
+def mnist_cnn(
+    *, seed: int = 0, data: Path | None = None, width: int = 1, batch_size: int = BATCH
+) -> Workload:
     """Handwritten digits as `mnist` has them, and two convolutions with BatchNorm.
 
-    seed and data are those of `mnist`.
+    seed, data and batch_size are those of `mnist`; width multiplies the channels.
     """
-    workload = mnist(seed=seed, data=data)
+    workload = mnist(seed=seed, data=data, batch_size=batch_size)
     workload.model = nn.Sequential(
         nn.Unflatten(1, (1, 28, 28)),
-        *_block(1, 8),
-        *_block(8, 16),
+        *_block(1, 8 * width),
+        *_block(8 * width, 16 * width),
         nn.Flatten(),
-        nn.Linear(16 * 7 * 7, 10),
+        nn.Linear(16 * width * 7 * 7, 10),
     )
     workload.steps = 600
     workload.optimizer = "adamw"

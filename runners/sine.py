@@ -14,24 +14,28 @@ from rhc.workload import Workload
 from runners.data import split, tensor_loader
 
 TRAIN, VALIDATION, TEST = 2048, 512, 512
+BATCH = 64
 NOISE = 0.1  # standard deviation of y: the best reachable loss is NOISE² = 0.01
 
 
-def sine(*, seed: int = 0, data: Path | None = None) -> Workload:
+def sine(
+    *, seed: int = 0, data: Path | None = None, width: int = 1, batch_size: int = BATCH
+) -> Workload:
     """y = sin(x) + noise on [-π, π], generated, and an MLP 1-64-64-1 under squared error.
 
     seed: the weights are drawn from the global generator, which the caller has seeded with it.
     data: must be None, as the points are generated, the same for every seed.
+    width, batch_size: the hidden layers are `width` times as wide; examples per training batch.
     """
     if data is not None:
         raise InputError(f"runner sine takes no data, got --data {data}: leave --data out")
     train, validation, test = split(_points(), (TRAIN, VALIDATION, TEST))
     return Workload(
         model=nn.Sequential(
-            nn.Linear(1, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1)
+            *hidden(1, 64 * width), *hidden(64 * width, 64 * width), nn.Linear(64 * width, 1)
         ),
         loss_fn=mean_squared_error,
-        train_loader=tensor_loader(train, 64, shuffle=True),
+        train_loader=tensor_loader(train, batch_size, shuffle=True),
         val_loader=tensor_loader(validation, VALIDATION, shuffle=False),
         test_loader=tensor_loader(test, TEST, shuffle=False),
         steps=1000,
@@ -39,6 +43,11 @@ def sine(*, seed: int = 0, data: Path | None = None) -> Workload:
         lr={"sgd": 0.01, "adam": 1e-3, "adamw": 1e-3},
         threads=1,
     )
+
+
+def hidden(inputs: int, outputs: int) -> tuple[nn.Module, nn.Module]:
+    """A hidden layer."""
+    return nn.Linear(inputs, outputs), nn.ReLU()
 
 
 def mean_squared_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -16,13 +16,13 @@ LAYERS = (
         "workload",
     },
     {
-        "batches", "checkpoint", "config", "dynamics", "events", "objective", "run_directory",
-        "tape",
+        "batches", "checkpoint", "config", "dynamics", "events", "hindsight_config", "objective",
+        "run_directory", "tape",
     },
     {"causal", "plant", "state"},
     {"evaluate", "hindsight", "hypergradient", "planning", "rewrite", "start"},
     {"compare", "report", "runner"},
-    {"__main__", "cli", "progress", "summary", "train"},
+    {"__main__", "cli", "progress", "replay", "summary", "train"},
 )  # fmt: skip
 """L0 to L5 of the design: a module or package of rhc may import its own layer and those before."""
 

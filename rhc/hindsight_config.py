@@ -1,0 +1,124 @@
+"""Flags of the commands that use a run after it has ended: replay, smooth, hypergradient, distill.
+
+As in `rhc.config`, each field's sentence is the help of its flag, checks are cheap, and nothing
+imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro.conf
+from tyro.conf import arg
+
+from rhc.config import OPTIMIZERS, RESUMES, checked_choice
+from rhc.errors import InputError
+
+RESCALES = ("none", "linear", "sqrt", "width")
+
+
+def _unset(meaning: str, metavar: str) -> Any:
+    return arg(metavar=metavar, help_behavior_hint=f"(default: {meaning})")
+
+
+def _check_least(settings: Any, *names: str) -> None:
+    """Raises InputError where a whole number that must be ≥ 1 is not."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise InputError(
+                f"{name} must be ≥ 1, got {value}; leave --{name.replace('_', '-')} out for the "
+                "usual one"
+            )
+
+
+def check_seed(seed: int) -> None:
+    """Raises InputError unless torch and numpy can be seeded with it."""
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed must be in [0, 2**32), got {seed}; try --seed 0")
+
+
+def check_data(data: Path | None) -> None:
+    """Raises InputError where a folder that was named does not exist."""
+    if data is not None and not data.exists():
+        raise InputError(f"data {data} does not exist; give --data an existing folder")
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """What `rhc replay` does."""
+
+    schedule: Annotated[tyro.conf.Positional[Path], arg(metavar="DIR|FILE")]
+    """The directory of a run, or its schedule.json."""
+    run: Annotated[
+        tyro.conf.Positional[str | None],
+        arg(metavar="[RUN]", help_behavior_hint="(default: what the schedule was made on)"),
+    ] = None
+    """What is trained: a name that `rhc runs` lists, or path/to/file.py:function."""
+
+    seed: Annotated[int, arg(metavar="S")] = 0
+    """Seed of weights, batches, dropout and gradient noise."""
+    steps: Annotated[int | None, _unset("the schedule's", "T")] = None
+    """Optimizer steps in all; fewer than the schedule has are its first ones."""
+    stretch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """The whole schedule over --steps, longer or shorter, in place of its first steps."""
+    batch_size: Annotated[int | None, _unset("the run's own", "B")] = None
+    """Examples per batch, for runs that can have other ones."""
+    width: Annotated[int | None, _unset("1", "N")] = None
+    """Hidden layers N times as wide, for runs that can have other ones."""
+    rescale: Annotated[str, arg(metavar="none|linear|sqrt|width")] = "none"
+    """lr of every step: linear × (batch size / what it was), sqrt × the root of that, width ÷ how
+    much wider the model is; none leaves it."""
+    optimizer: Annotated[str | None, _unset("what it was made with", "NAME")] = None
+    """sgd, adam or adamw, of torch.optim."""
+
+    data: Annotated[Path | None, _unset("as it was made with", "DIR")] = None
+    """Folder of the run's data, for runs that need one."""
+    device: Annotated[str, arg(metavar="NAME")] = "auto"
+    """cpu, cuda, or auto for cuda where there is one."""
+    threads: Annotated[int | None, _unset("the run's own", "N")] = None
+    """CPU threads of torch; small tensors are slower on several."""
+    directory: Annotated[Path | None, _unset("runs/RUN-replay-HASH", "DIR")] = None
+    """The run's directory; by default one per schedule and settings."""
+    resume: Annotated[str, arg(metavar="auto|never")] = "auto"
+    """auto continues the run that the directory holds, never refuses it."""
+    keep_checkpoints: Annotated[int, arg(metavar="N")] = 3
+    """Newest checkpoints that are kept."""
+
+    def checked(self) -> ReplayConfig:
+        """These settings if they make sense by themselves; an InputError otherwise."""
+        checked_choice("rescale", self.rescale, RESCALES)
+        checked_choice("resume", self.resume, RESUMES)
+        if self.optimizer is not None:
+            checked_choice("optimizer", self.optimizer, OPTIMIZERS)
+        _check_least(self, "steps", "batch_size", "width", "threads", "keep_checkpoints")
+        check_seed(self.seed)
+        check_data(self.data)
+        if self.stretch and self.steps is None:
+            raise InputError("stretch needs a length; give --steps T too")
+        if self.rescale in ("linear", "sqrt") and self.batch_size is None:
+            raise InputError(
+                f"rescale {self.rescale} is by batch size, which is as it was; give --batch-size B "
+                "or leave --rescale out"
+            )
+        if self.rescale == "width" and self.width is None:
+            raise InputError(
+                "rescale width is by the model's width, which is as it was; give --width N or "
+                "leave --rescale out"
+            )
+        return self
+
+
+REPLAY = """\
+Train RUN by a schedule that another run wrote, as it is: one plain run, on any seed:
+  followed step by step; nothing is rewritten, nothing looked for
+
+examples:
+  rhc replay runs/digits-1a2b3c4d --seed 1             the same run, another seed
+  rhc replay schedule.json mnist --data mnist/         any run, any schedule
+  rhc replay schedule.json --steps 2000 --stretch      the same shape, longer
+  rhc replay schedule.json --batch-size 256 --rescale sqrt
+  rhc replay schedule.json --width 4 --rescale width   lr / 4, as muP has it for
+                                                       hidden weights under Adam"""
