@@ -97,9 +97,9 @@ class Results:
                 found.setdefault((row.method, row.lr), []).append(row.score)
         return min(found, key=lambda key: statistics.mean(found[key]), default=None)
 
-    def show(self) -> None:
+    def show(self, seeds: Sequence[int] = REPORTING) -> None:
         console = Console(width=120)
-        rows = [row for row in self.rows if row.seed in REPORTING]
+        rows = [row for row in self.rows if row.seed in seeds]
         console.print(f"\n{self.task.run}", style="bold")
         if rows:
             console.print(table(summarise(rows, "zero-probe-cosine")))

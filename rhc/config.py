@@ -45,6 +45,7 @@ _REWRITING = {
     "per_group": None,
     "cooldown": None,
     "until": None,
+    "budget": None,
     "average": None,
     "objective_batches": None,
     "product": "auto",
@@ -114,6 +115,8 @@ class TrainConfig:
     """Fraction of the run, at its end, over which lr falls linearly to 0; 0 for none."""
     until: Annotated[float | None, _unset("see --print-config", "F")] = None
     """Fraction of the run after which the schedule is followed as it then stands."""
+    budget: Annotated[float | None, _unset("see --print-config", "X")] = None
+    """Plain runs that the run may cost in all; windows beyond it are followed as planned."""
     average: Annotated[float | None, _unset("see --print-config", "D")] = None
     """A window is judged at the average of its iterates with this decay; 0 for the last one."""
     objective_batches: Annotated[int | None, _unset("see --print-config", "N")] = None
@@ -205,6 +208,8 @@ class TrainConfig:
                 f"until must be in (0, 1], got {self.until:g}; it is a fraction of the run, "
                 "try --until 0.5"
             )
+        if self.budget is not None and not self.budget >= 1:
+            raise InputError(f"budget must be ≥ 1 plain run, got {self.budget:g}; try --budget 5")
         if self.average is not None and not 0 <= self.average < 1:
             raise InputError(
                 f"average must be in [0, 1), got {self.average:g}; it is a decay, "

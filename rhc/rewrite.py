@@ -77,6 +77,8 @@ class Rewrite:
     of its highest lr, without corrections. The best of them is taken unless it is worse than the
     window as planned by the share `worth`: the window is short, and the lr is for what follows.
     most: how far above the highest lr of the template a rewritten one may be, in nats.
+    budget: plain runs that the whole run may cost: what would exceed it is not looked back at,
+    replayed or begun anew, but rolled plainly; but for the first window, and windows that diverge.
     lower_lr: factor on lr when a window diverges; `rewinds`: how often in a row at most.
     """
 
@@ -101,6 +103,7 @@ class Rewrite:
     surprise: float | None = None
     restart: tuple[float, ...] = ()
     most: float = math.inf
+    budget: float = math.inf
     lower_lr: float = 0.3
     rewinds: int = 10
 
@@ -123,6 +126,8 @@ class Rewrite:
             raise InputError(f"restart must be of factors > 0, got {self.restart}; () for none")
         if self.most < 0:
             raise InputError(f"most must be ≥ 0, got {self.most:g}")
+        if not self.budget >= 1:
+            raise InputError(f"budget must be ≥ 1 plain run, got {self.budget:g}; use inf for none")
         if not 0 < self.lower_lr < 1:
             raise InputError(f"lower_lr must be in (0, 1), got {self.lower_lr:g}")
 
@@ -290,6 +295,7 @@ USUAL = Rewrite(
     surprise=8.0,
     restart=(1.0, 0.5, 0.25),
     most=0.4,
+    budget=5.0,
 )
 """The law where the start was looked for. Corrections are small and fade; windows are looked back
 at while that is worth it, at the beginning and after a surprise: docs/outcome.md."""

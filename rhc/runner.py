@@ -300,6 +300,7 @@ class Runner:
         )
         self.device = self.plant.parameters[0].device
         self._streams: list[StepBatches] = []
+        self._spent = False
 
     # fit -----------------------------------------------------------------------------------------
 
@@ -378,9 +379,16 @@ class Runner:
             before = _Moment(self.plant.snapshot(), self.loop.average.copy())
             twin = isinstance(self.law, Twin)
             wanted = self.loop.alert or start < self.law.until * self.loop.steps
-            steered = wanted and self.loop.passed_over == 0 and not twin
+            wanted = wanted and self.loop.passed_over == 0
+            # Looked back at, replayed, and rolled once more.
+            steered = wanted and not twin and self._affords(3 * (stop - start))
             attempt = self._roll_until_finite(start, stop, commit, before, steered=steered)
             surprise = self._surprise(attempt)
+            affordable = surprise is not None and self._affords(
+                (len(self.law.restart) + 4) * (stop - start)
+            )
+            if surprise is not None and not affordable:
+                surprise = None
             if surprise is not None and surprise - start > PATIENCE:
                 # The window ends where the data change, and the next one begins there.
                 self._notice(f"the losses rise at step {surprise}, and the window ends there")
@@ -388,9 +396,9 @@ class Runner:
                 return self._commit(attempt, surprise)
             if surprise is not None and self.law.restart and "lr" in self.controls:
                 attempt = self._anew(attempt, surprise, commit, before)
-            if twin:
+            if twin and self._affords(3 * (stop - start)):
                 attempt = self._better_twin(attempt, commit, before)
-            elif steered or surprise is not None:
+            elif not twin and (steered or surprise is not None):
                 attempt = self._rewrite(attempt, commit, before)
             self._pass_over(attempt, looked=steered, surprise=surprise is not None)
         else:
@@ -484,13 +492,25 @@ class Runner:
 
         steered: also looks back.
         """
-        planned = self.loop.schedule
+        planned, correction = self.loop.schedule, self.loop.correction
         number, failed = 0, None
-        # A loss that no lr lowers is not the lr's: if it is finite, it is let through.
-        for guarded in (True, False):
+        ladders = [(planned, correction, True), (planned, correction, False)]
+        begun_with = self._planned(self.loop.steps, self.loop.first_lr)
+        first = planned.replaced(begun_with.window(start, planned.stop))
+        others = [name for name in planned.values if name != "lr"]
+        if not all(torch.equal(planned[name], first[name]) for name in others):
+            # No lr helps: it may be what rewriting made of the others.
+            ladders.insert(1, (first, {}, True))
+        for schedule, corrected, guarded in ladders:
+            # A loss that no lr lowers is not the lr's: if it is finite, it is let through.
             if not guarded and (failed is None or not math.isfinite(failed[1])):
                 break
-            self.loop.schedule, failed = planned, None
+            if schedule is first:
+                self._notice(
+                    f"no lr keeps the steps from {start} on finite: all controls go back to what "
+                    "the run began with"
+                )
+            self.loop.schedule, self.loop.correction, failed = schedule, corrected, None
             for _ in range(self.law.rewinds + 1):
                 self._verb("roll", start, stop, number)
                 attempt = self._roll(start, stop, commit, number, steered=steered, guarded=guarded)
@@ -586,6 +606,8 @@ class Runner:
         terminal, share = self._terminal(start, stop)
         current, scale = rolled, 1.0
         for iteration in range(self.law.iterations):
+            if iteration and not self._affords(3 * (stop - start)):
+                break
             if current.hypergradient is None:
                 self._back_to(before, current, "roll")
                 again = current.emptied()
@@ -626,6 +648,8 @@ class Runner:
         # A law of one's own that needs no history may do without the argument.
         past = {} if self.law.rule == "normalised" else {"history": self.loop.history}
         for retry in range(self.law.retries + 1):
+            if retry and not self._affords(2 * len(rolled.schedule)):
+                break
             proposal = self.law.propose(
                 rolled.schedule, h.grad, rolled.value, scale * self.law.shrink**retry, **past
             )
@@ -804,6 +828,23 @@ class Runner:
             self._verb("slide", start, stop, attempt.number)
         self.loop.cost.windows += 1
 
+    def _affords(self, gradients: int) -> bool:
+        """Whether so many more evaluations, and plain steps to the end, are within the budget.
+
+        The first window is looked back at anyway: of a very short run the start alone takes more.
+        """
+        loop = self.loop
+        whole = loop.cost.gradient_equivalents + gradients + loop.steps - loop.step
+        if whole <= self.law.budget * loop.steps or loop.step == 0:
+            return True
+        if not self._spent:
+            self._spent = True
+            self._notice(
+                f"the budget of {self.law.budget:g} plain runs is spent: the rest is followed as "
+                "planned"
+            )
+        return False
+
     def _projected_cost(self) -> float:
         """Of the whole run, in plain runs: the windows that will be looked back at as dear as those
         so far, the others plain, the start paid for once."""
@@ -812,7 +853,9 @@ class Runner:
         looked = math.ceil(self.law.until * loop.steps) if self.rewriting else 0
         dear = max(0, looked - loop.step) * spent / loop.step
         plain = loop.steps - max(looked, loop.step)
-        return (loop.start_gradients + spent + dear + plain) / loop.steps
+        projected = (loop.start_gradients + spent + dear + plain) / loop.steps
+        least = (loop.start_gradients + spent + loop.steps - loop.step) / loop.steps
+        return min(projected, max(least, self.law.budget))
 
     @property
     def _moved_to(self) -> torch.device | None:

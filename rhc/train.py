@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shlex
 import sys
 from collections.abc import Mapping
@@ -153,7 +154,11 @@ def _law(config: TrainConfig) -> tuple[Rewrite | Literal[False], Objective, Trai
     """The law and the objective, and the settings with what these left open filled in."""
     if not config.rewrite:
         return False, Objective(), config
-    given: dict[str, Any] = {"cooldown": config.cooldown, "until": config.until}
+    given: dict[str, Any] = {
+        "cooldown": config.cooldown,
+        "until": config.until,
+        "budget": config.budget,
+    }
     assert config.start is not None
     law = replace(
         usual_law(config.start),
@@ -173,6 +178,7 @@ def _law(config: TrainConfig) -> tuple[Rewrite | Literal[False], Objective, Trai
             config,
             cooldown=law.cooldown if steers_lr else None,
             until=law.until,
+            budget=law.budget if math.isfinite(law.budget) else None,
             average=objective.average or 0.0,
             objective_batches=objective.count,
         ),

@@ -179,7 +179,7 @@ def test_digits_from_end_to_end(call: Call, tmp_path: Path) -> None:
 
 
 def test_plain_lines_where_there_is_no_terminal(call: Call) -> None:
-    lines = call("train own.py:own --window 5 --lr 0.1 --until 1").out.splitlines()
+    lines = call("train own.py:own --window 5 --lr 0.1 --until 1 --budget 99").out.splitlines()
     number = r"[-+.\de]+"
     committed = re.compile(
         rf"step +(\d+)/20  loss {number} +lr {number} +J {number} -> {number} +"
@@ -312,7 +312,7 @@ def test_remedies_and_a_budget_reach_the_run(
     call: Call, tmp_path: Path, interrupt: Callable[[int], None]
 ) -> None:
     """And are taken up by `rhc resume`; without them config.json is as it was before they were."""
-    line = "train own.py:own --window 5 --discount 0.9 --costate-clip 5 --memory-budget 2MiB"
+    line = "train own.py:own --window 5 --budget 99 --discount 0.9 --costate-clip 5 --memory-budget 2MiB"
     assert call(f"{line} --directory straight").status == 0
     interrupt(40)
     assert call(f"{line} --directory stopped").status == 130
@@ -732,7 +732,7 @@ def test_runs_and_inspect(call: Call, tmp_path: Path, interrupt: Callable[[int],
         assert re.search(rf"^{re.escape(name)} +\S", shown.out, re.MULTILINE)
     assert call("train own.py:own --window 5").status == 0
     interrupt(60)
-    assert call("train own.py:own --window 5 --seed 1").status == 130
+    assert call("train own.py:own --window 5 --seed 1 --budget 99").status == 130
     (tmp_path / "runs/broken").mkdir()
     (tmp_path / "runs/broken/config.json").write_text("{")
     lines = call("runs").out.splitlines()

@@ -28,10 +28,11 @@ from runs import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from rhc import CONTROLS, InputError, Objective, Rewrite, Runner, RunResult, Schedule
+from rhc import CONTROLS, InputError, Objective, Rewrite, Runner, RunResult, Schedule, Twin
 from rhc.events import (
     CheckpointSaved,
     Committed,
+    Notice,
     RunEnded,
     RunStarted,
     StepTaken,
@@ -657,6 +658,24 @@ def test_a_reward_without_a_name_can_be_described(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("law", [Rewrite(iterations=3, worth=0.0), Twin()])
+def test_a_budget_is_kept(law: Rewrite) -> None:
+    free = fit(in_order(lr=0.02), 80, rewrite=law, product="none")
+    notices: list[str] = []
+    bound = fit(
+        in_order(lr=0.02),
+        80,
+        rewrite=replace(law, budget=2.0),
+        product="none",
+        listeners=[lambda e: notices.append(e.message) if isinstance(e, Notice) else None],
+    )
+    assert free.record["cost"]["plain_run_equivalents"] > 2.5
+    assert 1.5 < bound.record["cost"]["plain_run_equivalents"] <= 2.0
+    assert notices == ["the budget of 2 plain runs is spent: the rest is followed as planned"]
+    assert 0 < len(bound.windows) < len(free.windows)
+    assert bound.record["cost"]["hessian_products"] == 0
+
+
 def test_total_variation_smooths() -> None:
     def variation(weight: float) -> float:
         law = Rewrite(knots=4, cooldown=0.0, total_variation=weight)
@@ -788,9 +807,16 @@ def poisoned(run: Run, at: int) -> Run:
     return run._replace(train=train)
 
 
-@pytest.mark.parametrize(("at", "committed"), [(0, 0), (3, 0), (8, 8), (10, 16)])
-def test_a_loss_that_is_not_finite_at_any_lr(at: int, committed: int, tmp_path: Path) -> None:
-    """Step 10 of the epoch of 9 is its second batch again: at = 10 means steps 1, 10, …"""
+@pytest.mark.parametrize(
+    ("at", "committed", "ladders"), [(0, 0, 1), (3, 0, 1), (8, 8, 2), (10, 16, 2)]
+)
+def test_a_loss_that_is_not_finite_at_any_lr(
+    at: int, committed: int, ladders: int, tmp_path: Path
+) -> None:
+    """Step 10 of the epoch of 9 is its second batch again: at = 10 means steps 1, 10, …
+
+    Once momentum has been rewritten, the one of the beginning is tried too.
+    """
     run = in_order(lr=0.02)
     if at == 10:  # first seen at step 18
         clean = list(run.train)
@@ -809,9 +835,36 @@ def test_a_loss_that_is_not_finite_at_any_lr(at: int, committed: int, tmp_path: 
     check_finite(tmp_path, run, tape)
     windows = lines(tmp_path / "windows.jsonl")
     last = [w for w in windows if w["start"] == committed]
-    assert len(last) == 11 and {w["outcome"] for w in last} == {"rewound"}
+    assert len(last) == 11 * ladders and {w["outcome"] for w in last} == {"rewound"}
     assert {w["reason"] for w in last} == {f"the loss is nan at step {at}"}
     assert (tmp_path / "checkpoints" / f"window-{committed:08d}").is_dir()
+
+
+def test_where_no_lr_helps_all_controls_go_back_to_those_of_the_beginning() -> None:
+    """A rewritten momentum is what makes the second window non-finite, at whatever lr."""
+
+    class Wild(Rewrite):
+        def propose(self, schedule: Schedule, *rest: Any, **more: Any) -> Proposal:
+            return Proposal(schedule, {"momentum": 5.0}, -1.0)
+
+    run = in_order(lr=0.02)
+
+    def fragile(model: nn.Module, batch: Any) -> Any:
+        loss, metrics = classify(model, batch)
+        wild = run.optimizer.param_groups[0]["momentum"] > 0.99
+        return loss * (math.nan if wild else 1.0), metrics
+
+    notices: list[str] = []
+    result = fit(
+        run._replace(loss_fn=fragile),
+        24,
+        rewrite=Wild(accept=False),
+        listeners=[lambda e: notices.append(e.message) if isinstance(e, Notice) else None],
+    )
+    assert [n for n in notices if n.startswith("no lr keeps the steps from 8 on finite")]
+    assert result.schedule["momentum"][8:16].tolist() == [0.9] * 8
+    second = [w for w in result.windows if w["start"] == 8 and w["outcome"] == "rewound"]
+    assert len(second) == 11
 
 
 def test_without_rewriting_divergence_is_an_error_too(tmp_path: Path) -> None:

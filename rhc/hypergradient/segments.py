@@ -334,7 +334,7 @@ class _Reverse:
             compare=i in self.compared,
             into=None if verified else costate.parameters,  # a vector of our own
         )
-        self.products += 1
+        self.products += product != "none"
         self.equivalents += KEPT_COST if kept else PRODUCT_COST[product]
         if verified:
             by = "exact" if self.exact else product
