@@ -69,8 +69,8 @@ class ReplayConfig:
     width: Annotated[int | None, _unset("1", "N")] = None
     """Hidden layers N times as wide, for runs that can have other ones."""
     rescale: Annotated[str, arg(metavar="none|linear|sqrt|width")] = "none"
-    """lr of every step: linear × (batch size / what it was), sqrt × the root of that, width ÷ how
-    much wider the model is; none leaves it."""
+    """lr of every step: linear × (batch size / what it was), sqrt × the root of that, width / how
+    many times as wide the model is; none leaves it."""
     optimizer: Annotated[str | None, _unset("what it was made with", "NAME")] = None
     """sgd, adam or adamw, of torch.optim."""
 
@@ -112,13 +112,13 @@ class ReplayConfig:
 
 
 REPLAY = """\
-Train RUN by a schedule that another run wrote, as it is: one plain run, on any seed:
-  followed step by step; nothing is rewritten, nothing looked for
+Train RUN by a schedule that another run wrote, for one plain run, on any seed:
+  it is followed step by step; nothing is rewritten, nothing looked for
 
 examples:
-  rhc replay runs/digits-1a2b3c4d --seed 1             the same run, another seed
-  rhc replay schedule.json mnist --data mnist/         any run, any schedule
-  rhc replay schedule.json --steps 2000 --stretch      the same shape, longer
+  rhc replay runs/digits-1a2b3c4d --seed 1           the same run, another seed
+  rhc replay schedule.json mnist --data mnist/       any run, any schedule
+  rhc replay schedule.json --steps 2000 --stretch    the same shape, longer
   rhc replay schedule.json --batch-size 256 --rescale sqrt
-  rhc replay schedule.json --width 4 --rescale width   lr / 4, as muP has it for
-                                                       hidden weights under Adam"""
+  rhc replay schedule.json --width 4 --rescale width lr / 4, as muP has it
+                                                     for hidden weights, Adam"""

@@ -579,7 +579,7 @@ BAD_INPUT: dict[str, list[str]] = {
     "train digits mnist": ["mnist", "rhc train --help"],
     "train -x": ["-x", "rhc train --help"],
     "resume": ["DIR is missing", "rhc resume --help"],
-    "trian": ["'trian'", "did you mean 'train'", "train, resume, compare, runs, inspect"],
+    "trian": ["'trian'", "did you mean 'train'", "train, resume, replay, compare, runs, inspect"],
     "--versoin": ["--versoin", "rhc --help"],
 }
 
