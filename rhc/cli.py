@@ -22,7 +22,7 @@ from tyro.conf import arg
 from rhc import __version__
 from rhc.config import TrainConfig, field_kind
 from rhc.errors import InputError
-from rhc.hindsight_config import REPLAY, ReplayConfig
+from rhc.hindsight_config import REPLAY, SMOOTH, ReplayConfig, SmoothConfig
 
 
 @dataclass(frozen=True)
@@ -242,6 +242,14 @@ def _resume(config: ResumeConfig) -> int:
         from rhc.replay import resume_replay
 
         return resume_replay(config.directory, config.data, config.device, Console())
+    if "pass" in record:
+        raise InputError(
+            f"directory {config.directory} is one run of {config.directory.parent}; resume that"
+        )
+    if record.get("command") == "smooth":
+        from rhc.smooth import resume_smooth
+
+        return resume_smooth(record, config.directory, Console())
     from rhc.train import config_of, train
 
     recorded = config_of(config.directory)
@@ -277,6 +285,15 @@ def _replay(config: ReplayConfig) -> int:
     from rhc.replay import replay
 
     return replay(config, Console())
+
+
+def _smooth(config: SmoothConfig) -> int:
+    config = config.checked()
+    from rich.console import Console
+
+    from rhc.smooth import smooth_run
+
+    return smooth_run(config, Console())
 
 
 def _compare(config: CompareConfig) -> int:
@@ -327,6 +344,7 @@ Train RUN by several methods on several seeds; what each ends with and costs:
   constant cosine linear 1cycle wsd  plain templates from the lrs that are given
   template-race  random-search       the best of several runs, by validation
   lars-cosine  twin                  other ratios; other steering
+  smooth  smooth-3                   the two-pass smoother, from an lr
   no-rewrite  no-anew  no-hessian  no-average  no-accept  greedy
   every-window  all-controls         rhc with a part changed
 
@@ -350,6 +368,12 @@ COMMANDS = {
         _replay,
         "Use a schedule:      rhc replay runs/digits-1a2b3c4d --seed 1",
         REPLAY,
+    ),
+    "smooth": Command(
+        SmoothConfig,
+        _smooth,
+        "Two plain runs:      rhc smooth drifting_sine",
+        SMOOTH,
     ),
     "compare": Command(
         CompareConfig,

@@ -30,12 +30,13 @@ from torch.optim import Optimizer
 from rhc.causal import AdaptiveRL, Bounds
 from rhc.errors import InputError
 from rhc.evaluate import evaluate
+from rhc.hindsight import Pass, Smoother, held_out, smooth
 from rhc.objective import Objective
 from rhc.plant import Plant
 from rhc.randomness import seed_everything
 from rhc.rewrite import USUAL, Twin, usual_objective
-from rhc.runner import DivergedError, Runner
-from rhc.schedule import CONTROLS
+from rhc.runner import DivergedError, Runner, RunResult
+from rhc.schedule import CONTROLS, Schedule
 from rhc.tape import finite
 from rhc.workload import Workload, load_runner, optimizer_of
 
@@ -53,6 +54,7 @@ class Method:
     ratio: "lars" for lrs of the groups as |θ|/|∇J| at step 0; "oracle" for what the workload itself
     says is right, its groups' "ratio". races: templates of which the best by
     validation is taken. searches: runs with random lrs of which the best by validation is taken.
+    smooths: passes of the two-pass smoother, whose kept run is taken.
     drives: (optimizer, steps) -> what is told the loss of every step of a plain loop, after it.
     """
 
@@ -62,6 +64,7 @@ class Method:
     ratio: str | None = None
     races: tuple[str, ...] = ()
     searches: int = 0
+    smooths: int = 0
     drives: Callable[[Optimizer, int], Callable[[Tensor], None]] | None = None
 
 
@@ -115,6 +118,18 @@ METHODS: Mapping[str, Method] = {
         "the same without gradient noise",
         needs_lr=True,
         drives=_adaptive(bounds=Bounds(noise=(0.0, 0.0))),
+    ),
+    "smooth": Method(
+        "the two-pass smoother, from a run at the constant lr that is given",
+        {"rewrite": False, "start": "given"},
+        needs_lr=True,
+        smooths=1,
+    ),
+    "smooth-3": Method(
+        "the same in three passes, four runs",
+        {"rewrite": False, "start": "given"},
+        needs_lr=True,
+        smooths=3,
     ),
     "zero-probe": Method(
         "start from the hypergradient at lr 0, the usual template, no rewriting",
@@ -266,6 +281,8 @@ def run(task: Task, name: str, lr: float | None, seed: int) -> Row:
         tried = [_one(task, method, lr, seed, draw=draws) for _ in range(method.searches)]
         best = min(tried, key=lambda found: found["validation"])
         best["cost"] = sum(found["cost"] for found in tried)
+    elif method.smooths:
+        best = _smoothed(task, method, lr, seed)
     elif method.drives is not None:
         best = _driven(task, method, lr, seed)
     else:
@@ -289,6 +306,11 @@ def _one(
     except DivergedError:
         spent = runner.loop.cost.gradient_equivalents / steps
         return _diverged(max(spent, 1.0), runner.loop.start_gradients / steps)
+    return _ended(result, runner.loop.start_gradients / steps)
+
+
+def _ended(result: RunResult, start: float) -> dict[str, Any]:
+    """The row of a run that has ended. start: what looking for one cost, in plain runs."""
     record = result.record
     tracking = [row["tracking"] for row in result.tape if row.get("tracking") is not None]
     test = record["test_loss"]
@@ -303,8 +325,24 @@ def _one(
         "average_test_loss": record["average_test_loss"],
         "validation": _finite(judged),
         "cost": record["cost"]["plain_run_equivalents"],
-        "start": runner.loop.start_gradients / steps,
+        "start": start,
     }
+
+
+def _smoothed(task: Task, method: Method, lr: float | None, seed: int) -> dict[str, Any]:
+    """The run that the smoother keeps, and what all of its runs cost."""
+
+    def train(number: int, schedule: Schedule | None) -> Pass:
+        runner, steps = runner_of(task, method, lr, seed, schedule=schedule)
+        result = runner.fit(steps)
+        judged = held_out(result.record, result.tape)
+        return Pass(result.schedule, result.tape, judged, _ended(result, 0.0))
+
+    try:
+        runs, best = smooth(train, Smoother(), method.smooths)
+    except DivergedError:
+        return _diverged(1.0, 0.0)
+    return {**runs[best].result, "cost": sum(run.result["cost"] for run in runs)}
 
 
 def _driven(task: Task, method: Method, lr: float | None, seed: int) -> dict[str, Any]:

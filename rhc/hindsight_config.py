@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro.conf
 from tyro.conf import arg
 
-from rhc.config import OPTIMIZERS, RESUMES, checked_choice
+from rhc.config import DEVICES, OPTIMIZERS, RESUMES, TEMPLATES, checked_choice
 from rhc.errors import InputError
 
 RESCALES = ("none", "linear", "sqrt", "width")
@@ -91,6 +91,7 @@ class ReplayConfig:
         """These settings if they make sense by themselves; an InputError otherwise."""
         checked_choice("rescale", self.rescale, RESCALES)
         checked_choice("resume", self.resume, RESUMES)
+        checked_choice("device", self.device, DEVICES)
         if self.optimizer is not None:
             checked_choice("optimizer", self.optimizer, OPTIMIZERS)
         _check_least(self, "steps", "batch_size", "width", "threads", "keep_checkpoints")
@@ -110,6 +111,85 @@ class ReplayConfig:
             )
         return self
 
+
+@dataclass(frozen=True)
+class PlainSettings:
+    """What the commands that train by plain runs have in common."""
+
+    run: Annotated[tyro.conf.Positional[str], arg(metavar="[RUN]")] = "digits"
+    """What is trained: a name that `rhc runs` lists, or path/to/file.py:function."""
+
+    steps: Annotated[int | None, _unset("the run's own", "T")] = None
+    """Optimizer steps of every run."""
+    optimizer: Annotated[str | None, _unset("the run's own", "NAME")] = None
+    """sgd, adam or adamw, of torch.optim."""
+    lr: Annotated[float | None, _unset("the run's own", "A")] = None
+    """Learning rate of the first run."""
+    momentum: Annotated[float, arg(metavar="MU")] = 0.9
+    """Momentum of sgd, β1 of adam and adamw, of the first run."""
+    weight_decay: Annotated[float | None, _unset("0; 0.01 for adamw", "W")] = None
+    """Weight decay."""
+    clip_norm: Annotated[float | None, _unset("no clipping", "C")] = None
+    """Norm that the gradient of all parameters together is clipped to."""
+    seed: Annotated[int, arg(metavar="S")] = 0
+    """Seed of weights, batches, dropout and gradient noise; the same for all runs."""
+    data: Annotated[Path | None, _unset("none", "DIR")] = None
+    """Folder of the run's data, for runs that need one."""
+    device: Annotated[str, arg(metavar="NAME")] = "auto"
+    """cpu, cuda, or auto for cuda where there is one."""
+    threads: Annotated[int | None, _unset("the run's own", "N")] = None
+    """CPU threads of torch; small tensors are slower on several."""
+
+    def check_plain(self) -> None:
+        """Raises InputError where one of these makes no sense."""
+        if self.optimizer is not None:
+            checked_choice("optimizer", self.optimizer, OPTIMIZERS)
+        checked_choice("device", self.device, DEVICES)
+        _check_least(self, "steps", "threads")
+        check_seed(self.seed)
+        check_data(self.data)
+
+
+@dataclass(frozen=True)
+class SmoothConfig(PlainSettings):
+    """What `rhc smooth` does."""
+
+    passes: Annotated[int, arg(metavar="N")] = 1
+    """Schedules that are written and tried; N passes take N + 1 plain runs."""
+    template: Annotated[str, arg(metavar="NAME")] = "constant"
+    """Shape of lr in the first run: constant, cosine, linear, wsd, 1cycle."""
+    source: Annotated[str, arg(metavar="both|loss|reward")] = "both"
+    """Trends that count: both, the loss alone, or the reward alone, a metric called reward."""
+    every: Annotated[int, arg(metavar="N")] = 20
+    """Steps from one move of the controls to the next."""
+    gain: Annotated[float, arg(metavar="G")] = 1.0
+    """Factor on how far the laws go at each."""
+    baseline: Annotated[bool, arg(help_behavior_hint="(default: baseline)")] = True
+    """--no-baseline takes trends as they are, not from their mean over the run."""
+    directory: Annotated[Path | None, _unset("runs/RUN-smooth-HASH", "DIR")] = None
+    """Its directory; every run has one of its own in it."""
+
+    def checked(self) -> SmoothConfig:
+        """These settings if they make sense by themselves; an InputError otherwise."""
+        self.check_plain()
+        checked_choice("template", self.template, TEMPLATES)
+        checked_choice("source", self.source, ("both", "loss", "reward"))
+        _check_least(self, "passes", "every")
+        if not 0 < self.gain < float("inf"):
+            raise InputError(f"gain must be > 0, got {self.gain:g}; try --gain 1")
+        return self
+
+
+SMOOTH = """\
+Train RUN, look at its tape from both ends, write a schedule, train again by it:
+  the laws of AdaptiveRL, driven by what came after a step as well as before;
+  the best run by held-out loss is kept; no gradients of gradients
+
+examples:
+  rhc smooth digits                                  two plain runs
+  rhc smooth drifting_sine --passes 3                four
+  rhc smooth mnist --data mnist/ --template cosine   corrects a cosine
+  rhc replay runs/digits-smooth-1a2b3c4d --seed 1    what came out, used again"""
 
 REPLAY = """\
 Train RUN by a schedule that another run wrote, for one plain run, on any seed:

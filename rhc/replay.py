@@ -26,7 +26,7 @@ from rhc.hindsight_config import ReplayConfig
 from rhc.progress import Progress, display
 from rhc.randomness import seed_everything
 from rhc.runner import DivergedError, Runner
-from rhc.schedule import Schedule
+from rhc.schedule import CONTROLS, Schedule
 from rhc.summary import RUNS, print_result, read_record
 from rhc.train import built_optimizer, config_of, device_of, interrupted, recorded
 from rhc.workload import Workload, load_runner
@@ -127,6 +127,9 @@ def plain_run(config: TrainConfig, sizes: Sizes) -> PlainRun:
     """The run of these settings, those that they leave open filled in from the workload."""
     sizes.check(config.run)
     device_of(config.device)
+    for name in ("lr", "momentum", "weight_decay"):
+        if (value := getattr(config, name)) is not None:
+            CONTROLS[name].check(value)
     seed_everything(config.seed)
     workload = load_runner(config.run)(seed=config.seed, data=config.data, **sizes.given())
     resolved = replace(config, rewrite=False, start="given").resolved(

@@ -65,6 +65,8 @@ def test_every_method_runs_and_says_what_it_cost(task: Task, name: str) -> None:
         assert row.cost == pytest.approx(METHODS[name].searches)
     elif METHODS[name].races:
         assert row.cost > len(METHODS[name].races)
+    elif METHODS[name].smooths:
+        assert row.cost == METHODS[name].smooths + 1
     elif plain or METHODS[name].drives is not None:
         assert row.cost == 1
     else:

@@ -1,0 +1,6 @@
+"""What a run that has ended is good for: a smoother of its tape, schedules over the whole horizon,
+and causal schedulers distilled from many."""
+
+from rhc.hindsight.smoother import USUAL_GAINS, Pass, Smoother, Tape, held_out, smooth
+
+__all__ = ["USUAL_GAINS", "Pass", "Smoother", "Tape", "held_out", "smooth"]

@@ -1,0 +1,287 @@
+"""The two-pass smoother: AdaptiveRL's laws, driven by the future of a run as well as its past.
+
+A probe leaves a tape of losses, rewards and gradient norms. With all of it there, a trend at step t
+is the mean of what comes after minus the mean of what came before, weighted exponentially both
+ways, so that it lags behind nothing (zero phase); and what is large or small is judged by the whole
+tape. The bounded laws of `rhc.causal.laws`, walked along these trends, give the schedule that the
+run is trained with again. Nothing is differentiated: it serves rewards that have no gradient, and
+models without second derivatives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from rhc.causal.laws import Bounds, Cap, Controls, Gains, lowered, updated
+from rhc.errors import InputError
+from rhc.schedule import CONTROLS, Schedule
+from rhc.signals import Smoothing, Trends, is_usable
+
+USUAL_GAINS = Gains(lr_reward=0.12, lr_loss=0.12, momentum_reward=0.06, momentum_loss=0.12)
+"""Six times AdaptiveRL's for lr and momentum: trends that look both ways need less caution. Chosen
+on seeds 0-3 of MNIST, sine and drifting sine (docs/hindsight.md)."""
+
+SOURCES = ("both", "loss", "reward")
+
+
+@dataclass(frozen=True)
+class Tape:
+    """What a probe observed at each of its T steps; NaN where there was nothing, or nothing finite.
+
+    losses, gradient_norms: T values. rewards: T values, or None where the run has no reward.
+    """
+
+    losses: Sequence[float]
+    rewards: Sequence[float] | None = None
+    gradient_norms: Sequence[float] | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any]]) -> Tape:
+        """From the lines of a tape.jsonl."""
+        if not rows:
+            raise InputError("the tape is empty; train the probe first")
+
+        def column(name: str) -> list[float] | None:
+            if all(row.get(name) is None for row in rows):
+                return None
+            return [math.nan if row.get(name) is None else float(row[name]) for row in rows]
+
+        losses = column("loss")
+        return cls(losses or [math.nan] * len(rows), column("reward"), column("gradient_norm"))
+
+
+@dataclass(frozen=True)
+class Smoother:
+    """From a probe's tape and schedule to the schedule of the next run.
+
+    every, bounds, cap, smoothing: as of AdaptiveRL, and gains 6 times as large; of smoothing the β
+    of loss and reward are used, in both directions. source: "both"; "loss": a reward is not looked
+    at; "reward": the terms of the loss are left out.
+    baseline: trends count from their mean over the tape: controls go up where the run made more
+    progress than usual, and down where it made less. A causal law cannot know that mean; without
+    it every fall of the loss raises lr, up to the last step.
+
+    Walked from block to block of `every` steps, the laws give factors on lr and noise, and shifts
+    of logit μ, which the probe's schedule is moved by; so that passes add up.
+    """
+
+    every: int = 20
+    gains: Gains = USUAL_GAINS
+    bounds: Bounds = field(default_factory=Bounds)
+    cap: Cap | None = (0.8, 1.25)
+    smoothing: Smoothing = field(default_factory=Smoothing)
+    source: str = "both"
+    baseline: bool = True
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise InputError(f"every must be ≥ 1 steps, got {self.every}")
+        if self.source not in SOURCES:
+            raise InputError(f"source must be one of {', '.join(SOURCES)}, got {self.source!r}")
+
+    def trends(self, tape: Tape) -> list[Trends]:
+        """The trends at the beginning of every block of `every` steps but the first.
+
+        Δ = (mean after) − (mean before); Δ̃ = clip(Δ / S, −1, 1) with S the mean of |Δ| over the
+        tape, minus its own mean with a baseline. Without a reward Δ̃r = −Δ̃ℓ.
+        """
+        if self.source == "reward" and tape.rewards is None:
+            raise InputError(
+                "source 'reward' needs a reward, and the tape has none; return a metric called "
+                "'reward' from loss_fn, or use source 'loss'"
+            )
+        marks = range(self.every, len(tape.losses), self.every)
+        loss = self._shares(tape.losses, self.smoothing.loss, marks)
+        reward = [-share for share in loss]
+        if tape.rewards is not None and self.source != "loss":
+            reward = self._shares(tape.rewards, self.smoothing.reward, marks)
+        plateaus = _plateaus(tape.losses, self.smoothing, marks)
+        return [Trends(*values) for values in zip(loss, reward, plateaus, strict=True)]
+
+    def schedule(self, tape: Tape, probe: Schedule) -> Schedule:
+        """The next run's schedule, of the steps and controls of `probe`, which left the tape."""
+        if len(tape.losses) != len(probe):
+            raise InputError(
+                f"the tape has {len(tape.losses)} steps and the schedule {len(probe)}; give both "
+                "of one run"
+            )
+        gains = self.gains
+        if self.source == "reward":
+            gains = Gains(**{**asdict(gains), "lr_loss": 0.0, "momentum_loss": 0.0})
+        lost = _lost(tape, self.every)
+        first = self.bounds.clipped(_controls(probe))
+        current = lowered(first, self.bounds) if 0 in lost else first
+        walk = [current]
+        for block, trends in enumerate(self.trends(tape), start=1):
+            current = updated(current, trends, gains, self.bounds, self.cap)
+            if block in lost:  # what will not be finite there is known beforehand
+                current = lowered(current, self.bounds)
+            walk.append(current)
+        return self._moved(probe, first, walk)
+
+    def _shares(self, values: Sequence[float], beta: float, marks: range) -> list[float]:
+        before, after = _both_ways(values, beta)
+        deltas = [after[m] - before[m] for m in marks]
+        deltas = [d if math.isfinite(d) else 0.0 for d in deltas]
+        scale = sum(map(abs, deltas)) / len(deltas) if deltas else 0.0
+        shares = [min(max(d / scale, -1.0), 1.0) if scale > 0 else 0.0 for d in deltas]
+        if self.baseline and shares:
+            usual = sum(shares) / len(shares)
+            shares = [min(max(share - usual, -1.0), 1.0) for share in shares]
+        return shares
+
+    def _moved(self, probe: Schedule, first: Controls, walk: Sequence[Controls]) -> Schedule:
+        """The probe's schedule moved by how far the walk is from its first controls."""
+        block = [i // self.every for i in range(len(probe))]
+        values = dict(probe.values)
+        for name in ("lr", "momentum", "noise"):
+            if name not in probe:
+                continue
+            known, old = CONTROLS[name], probe[name]
+            start, bounds = getattr(first, name), getattr(self.bounds, name)
+            path = [getattr(controls, name) for controls in walk]
+            if start is None or (name == "momentum" and not bool((old > 0).all())):
+                continue
+            if name == "noise" and not start > 0:
+                if any(path):  # it was 0, which no factor moves: the walk itself
+                    values[name] = torch.tensor([path[b] for b in block], dtype=torch.float64)
+                continue
+            ratios = torch.tensor(
+                [known.ratio(path[b], start) for b in block], dtype=torch.float64
+            ).reshape(-1, *[1] * (old.dim() - 1))
+            moved = old * ratios
+            if known.coordinate == "logit":
+                moved = old * ratios / (1 - old + old * ratios)
+            # A template may be outside the bounds already, and is not pulled into them.
+            low, high = old.clamp(max=bounds[0]), old.clamp(min=bounds[1])
+            values[name] = torch.where(ratios == 1, old, torch.minimum(moved.maximum(low), high))
+        return Schedule(values, probe.start, probe.seed)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A plain run of the smoother's: its schedule, the lines of its tape, and what it is judged by.
+
+    held_out: lower is better. result: whatever else its maker wants to keep of it.
+    """
+
+    schedule: Schedule
+    rows: Sequence[Mapping[str, Any]]
+    held_out: float
+    result: Any = None
+
+
+def smooth(
+    train: Callable[[int, Schedule | None], Pass], smoother: Smoother, passes: int
+) -> tuple[list[Pass], int]:
+    """(all runs, the probe first; the number of the one with the lowest held-out loss).
+
+    train: trains from the beginning, with the same seed, by a schedule, or by the run's own
+    controls where it is None; called passes + 1 times, so that one pass costs two plain runs and
+    every further one another. The best run is where the next pass starts from; after a run that was
+    no better, its gains are halved.
+    """
+    if passes < 1:
+        raise InputError(f"passes must be ≥ 1, got {passes}")
+    runs = [train(0, None)]
+    best, scale = 0, 1.0
+    for number in range(1, passes + 1):
+        gains = {name: scale * gain for name, gain in asdict(smoother.gains).items()}
+        law = replace(smoother, gains=Gains(**gains))
+        schedule = law.schedule(Tape.of(runs[best].rows), runs[best].schedule)
+        runs.append(train(number, schedule))
+        if runs[number].held_out < runs[best].held_out:
+            best = number
+        else:
+            scale *= 0.5
+    return runs, best
+
+
+def held_out(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float:
+    """What a run is judged by: its validation loss; without validation data its mean reward, with
+    the sign turned, or its mean training loss, which an endless stream makes a held-out one."""
+    if record["val_loss"] is not None:
+        return _or_infinite(record["val_loss"])
+    tape = Tape.of(rows)
+    if tape.rewards is not None:
+        given = [r for r in tape.rewards if math.isfinite(r)]
+        return -sum(given) / len(given)
+    return _or_infinite(sum(tape.losses) / len(tape.losses))
+
+
+def _or_infinite(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
+
+
+def _controls(probe: Schedule) -> Controls:
+    """Those of the probe's first step: its largest lr, its first group's momentum."""
+
+    def first(name: str) -> float | None:
+        return float(probe[name][0].reshape(-1)[0]) if name in probe else None
+
+    momentum = first("momentum")
+    return Controls(float(probe["lr"].max()), momentum or None, first("noise") or 0.0)
+
+
+def _both_ways(values: Sequence[float], beta: float) -> tuple[list[float], list[float]]:
+    """(means of what lies before each place, of what lies from it on), T + 1 each.
+
+    Exponential with β the weight of the nearest value; what is not usable is left out.
+    """
+
+    def one_way(ordered: Sequence[float]) -> list[float]:
+        total, weight, means = 0.0, 0.0, [math.nan]
+        for value in ordered:
+            total, weight = (1 - beta) * total, (1 - beta) * weight
+            if is_usable(value):
+                total, weight = total + beta * value, weight + beta
+            means.append(total / weight if weight > 1e-12 else math.nan)
+        return means
+
+    return one_way(values), one_way(values[::-1])[::-1]
+
+
+def _centred(values: Sequence[float], beta: float) -> list[float]:
+    """The mean of both sides at every step: a filter without lag."""
+    before, after = _both_ways(values, beta)
+    pairs = zip(before[1:], after[:-1], strict=True)
+    return [(b + a) / 2 if math.isfinite(b + a) else math.nan for b, a in pairs]
+
+
+def _plateaus(losses: Sequence[float], smoothing: Smoothing, marks: range) -> list[float]:
+    """P of `rhc.signals.plateau` at the marks, from means that look both ways."""
+    mean = _centred(losses, smoothing.loss)
+    change = [*(b - a for a, b in pairwise(mean)), 0.0]
+    moved = _centred(change, smoothing.loss)
+    size = _centred([abs(c) for c in change], smoothing.loss)
+    squares = [
+        (x - m) ** 2 if is_usable(x) else math.nan for x, m in zip(losses, mean, strict=True)
+    ]
+    variance = _centred(squares, smoothing.variance)
+    finite = [v for v in variance if math.isfinite(v)]
+    usual = sum(finite) / len(finite) if finite else 0.0
+    found = []
+    for m in marks:
+        still = abs(moved[m]) / size[m] if size[m] > 0 else 0.0
+        swings = min(variance[m] / usual, 1e3) if usual > 0 else 0.0
+        p = _sigmoid((0.3 - still) / 0.05) * _sigmoid((2.0 - swings) / 0.5)
+        found.append(p if math.isfinite(p) else 0.0)
+    return found
+
+
+def _lost(tape: Tape, every: int) -> set[int]:
+    """Blocks with an observation that is not finite, of losses or gradient norms."""
+    columns = [tape.losses] + ([] if tape.gradient_norms is None else [tape.gradient_norms])
+    return {i // every for column in columns for i, x in enumerate(column) if not is_usable(x)}
+
+
+def _sigmoid(x: float) -> float:
+    if x >= 0:
+        return 1 / (1 + math.exp(-x))
+    return math.exp(x) / (1 + math.exp(x))
