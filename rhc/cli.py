@@ -22,7 +22,14 @@ from tyro.conf import arg
 from rhc import __version__
 from rhc.config import TrainConfig, field_kind
 from rhc.errors import InputError
-from rhc.hindsight_config import REPLAY, SMOOTH, ReplayConfig, SmoothConfig
+from rhc.hindsight_config import (
+    HYPERGRADIENT,
+    REPLAY,
+    SMOOTH,
+    HypergradientConfig,
+    ReplayConfig,
+    SmoothConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -296,6 +303,18 @@ def _smooth(config: SmoothConfig) -> int:
     return smooth_run(config, Console())
 
 
+def _hypergradient(config: HypergradientConfig) -> int:
+    config = config.checked()
+    from rhc.summary import read_record
+
+    read_record(config.directory)  # what is no run is said before torch is imported
+    from rich.console import Console
+
+    from rhc.horizon import hypergradient_of
+
+    return hypergradient_of(config, Console())
+
+
 def _compare(config: CompareConfig) -> int:
     from rich.console import Console
 
@@ -374,6 +393,12 @@ COMMANDS = {
         _smooth,
         "Two plain runs:      rhc smooth drifting_sine",
         SMOOTH,
+    ),
+    "hypergradient": Command(
+        HypergradientConfig,
+        _hypergradient,
+        "The whole run:       rhc hypergradient runs/digits-1a2b3c4d",
+        HYPERGRADIENT,
     ),
     "compare": Command(
         CompareConfig,

@@ -13,7 +13,15 @@ from typing import Annotated, Any
 import tyro.conf
 from tyro.conf import arg
 
-from rhc.config import DEVICES, OPTIMIZERS, RESUMES, TEMPLATES, checked_choice
+from rhc.config import (
+    DEVICES,
+    OPTIMIZERS,
+    PRODUCTS,
+    RESUMES,
+    TEMPLATES,
+    checked_choice,
+    parsed_bytes,
+)
 from rhc.errors import InputError
 
 RESCALES = ("none", "linear", "sqrt", "width")
@@ -179,6 +187,85 @@ class SmoothConfig(PlainSettings):
             raise InputError(f"gain must be > 0, got {self.gain:g}; try --gain 1")
         return self
 
+
+@dataclass(frozen=True)
+class HypergradientConfig:
+    """What `rhc hypergradient` does."""
+
+    directory: Annotated[tyro.conf.Positional[Path], arg(metavar="DIR")]
+    """The directory of a run."""
+
+    controls: Annotated[tuple[str, ...] | None, _unset("all that are not 0", "NAME …")] = None
+    """What J is differentiated by: some of lr, momentum, noise, weight_decay."""
+    steps: Annotated[int | None, _unset("all of them", "T")] = None
+    """Only the first T steps of the run, with J at their end."""
+    product: Annotated[str, arg(metavar="NAME")] = "exact"
+    """Hessian products, as of rhc train."""
+    average: Annotated[float, arg(metavar="D")] = 0.0
+    """J is taken at the average of the iterates with this decay; 0 for the last one."""
+    stage_weight: Annotated[float | None, _unset("0; 1/T without validation data", "W")] = None
+    """Weight of the sum of the training losses in J."""
+    objective_batches: Annotated[int, arg(metavar="N")] = 16
+    """Validation batches in J, at most."""
+    memory_budget: Annotated[str | None, _unset("none", "SIZE")] = None
+    """Memory that looking back may take beyond plain training: bytes, 500MB, 2GiB."""
+    discount: Annotated[float, arg(metavar="G")] = 1.0
+    """Factor on the costate at every step backwards; below 1 the far future counts less."""
+    costate_clip: Annotated[float | None, _unset("none", "C")] = None
+    """Largest norm of the costate, as a multiple of its norm at the end."""
+
+    passes: Annotated[int, arg(metavar="N")] = 0
+    """Rewrites of the whole schedule, each kept where J falls on the same data; a run by what comes
+    out is trained in the end."""
+    knots: Annotated[int, arg(metavar="M")] = 8
+    """Knots that --passes move, with log-linear values between them; 0 for one per step."""
+    step: Annotated[float, arg(metavar="X")] = 0.3
+    """Largest move of a knot per rewrite, in nats (momentum: logits)."""
+    output: Annotated[Path | None, _unset("runs/RUN-horizon-HASH", "DIR")] = None
+    """Directory of the run that --passes ends with."""
+
+    data: Annotated[Path | None, _unset("as before", "DIR")] = None
+    """Where the same data are now, if they were moved."""
+    device: Annotated[str | None, _unset("as before", "NAME")] = None
+    """Where to compute: cpu, cuda or auto."""
+
+    def checked(self) -> HypergradientConfig:
+        """These settings if they make sense by themselves; an InputError otherwise."""
+        checked_choice("product", self.product, PRODUCTS)
+        if self.device is not None:
+            checked_choice("device", self.device, DEVICES)
+        _check_least(self, "steps", "objective_batches")
+        for name in ("passes", "knots"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be ≥ 0, got {getattr(self, name)}")
+        if not 0 <= self.average < 1:
+            raise InputError(f"average must be in [0, 1), got {self.average:g}; it is a decay")
+        if not 0 < self.discount <= 1:
+            raise InputError(
+                f"discount must be in (0, 1], got {self.discount:g}; leave --discount out for none"
+            )
+        if self.costate_clip is not None and not self.costate_clip > 0:
+            raise InputError(
+                f"costate_clip must be > 0, got {self.costate_clip:g}; leave it out for none"
+            )
+        if not self.step > 0:
+            raise InputError(f"step must be > 0, got {self.step:g}; try --step 0.3")
+        if self.memory_budget is not None:
+            parsed_bytes(self.memory_budget)
+        check_data(self.data)
+        if self.output is not None and not self.passes:
+            raise InputError("output is where --passes ends; give --passes N too")
+        return self
+
+
+HYPERGRADIENT = """\
+Exact dJ/du of every step and control of a run that was recorded, however long:
+  J is the validation loss at its end; written to DIR/hypergradient.json
+
+examples:
+  rhc hypergradient runs/mnist-1a2b3c4d
+  rhc hypergradient runs/mnist-1a2b3c4d --memory-budget 256MB
+  rhc hypergradient runs/mnist-1a2b3c4d --passes 4     rewrite it all, and train"""
 
 SMOOTH = """\
 Train RUN, look at its tape from both ends, write a schedule, train again by it:

@@ -96,13 +96,15 @@ class PlainRun:
         directory: Path | None,
         record: Mapping[str, Any],
         listeners: Sequence[Listener] = (),
+        *,
+        spent: float = 0.0,
     ) -> Runner:
         """A Runner that follows `schedule`, or keeps the optimizer's own controls without one.
 
-        record: what config.json has besides the settings.
+        record: what config.json has besides the settings. spent: plain runs on its ledger already.
         """
         config, workload = self.config, self.workload()
-        return Runner(
+        runner = Runner(
             workload.model,
             built_optimizer(config, workload),
             workload.loss_fn,
@@ -121,6 +123,9 @@ class PlainRun:
             listeners=listeners,
             config={**recorded(config), **self.sizes.given(), **record},
         )
+        assert config.steps is not None
+        runner.owed = spent * config.steps
+        return runner
 
 
 def plain_run(config: TrainConfig, sizes: Sizes) -> PlainRun:
@@ -200,7 +205,7 @@ def replay(config: ReplayConfig, console: Console) -> int:
     for remark in source.remarks(run.config):
         console.print(f"note      {remark}", highlight=False, soft_wrap=True)
     directory = config.directory or _default_directory(run, schedule)
-    return _follow(run, schedule, directory, record, console)
+    return follow(run, schedule, directory, record, console)
 
 
 def resume_replay(directory: Path, data: Path | None, device: str | None, console: Console) -> int:
@@ -212,7 +217,7 @@ def resume_replay(directory: Path, data: Path | None, device: str | None, consol
     schedule = Schedule.load(directory / "schedule.json")
     run = plain_run(config.checked(), sizes)
     record = {"command": "replay", "replay": old["replay"], "data": old.get("data")}
-    return _follow(run, schedule, directory, record, console)
+    return follow(run, schedule, directory, record, console)
 
 
 def rescaling(rule: str, was: Sizes, now: Sizes) -> tuple[float, str]:
@@ -248,15 +253,24 @@ def _default_directory(run: PlainRun, schedule: Schedule) -> Path:
     return RUNS / f"{run.config.short_name}-replay-{digest}"
 
 
-def _follow(
-    run: PlainRun, schedule: Schedule, directory: Path, record: Mapping[str, Any], console: Console
+def follow(
+    run: PlainRun,
+    schedule: Schedule,
+    directory: Path,
+    record: Mapping[str, Any],
+    console: Console,
+    *,
+    spent: float = 0.0,
 ) -> int:
-    """The run, shown while it goes, and its exit status."""
+    """The run, shown while it goes, and its exit status.
+
+    spent: plain runs that went into the schedule and belong on this run's ledger.
+    """
     assert run.config.steps is not None
     progress = Progress(run.config.short_name)
     try:
         with display(progress, console) as listener:
-            runner = run.runner(schedule, directory, record, [listener])
+            runner = run.runner(schedule, directory, record, [listener], spent=spent)
             runner.fit(run.config.steps, cast(Literal["auto", "never"], run.config.resume))
     except KeyboardInterrupt:
         return interrupted(progress, directory)

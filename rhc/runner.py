@@ -263,6 +263,8 @@ class Runner:
         )
         usual = WARMUP if self._adaptive and self.start != "given" else 0.0
         self.warmup = usual if warmup is None else warmup
+        self.owed = 0.0
+        """Gradient evaluations that went into a schedule that is followed: the ledger's first."""
         self.followed = self._checked_schedule(schedule, template)
         self.objective = objective or usual_objective(self.start, window)
         self.engine: Engine = engine
@@ -960,6 +962,8 @@ class Runner:
             self._try_first_batch()
             checkpoint = self.directory.open(self._description(), resume)
             if checkpoint is None:
+                self.loop.cost.gradients(self.owed)
+                self.loop.start_gradients = self.owed
                 self._save()
             else:
                 self._load(checkpoint)

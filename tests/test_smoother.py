@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import rhc.runner
 from rhc import AdaptiveRL, Gains, InputError, Schedule
 from rhc.cli import main
-from rhc.hindsight import USUAL_GAINS, Pass, Smoother, Tape, held_out, smooth
+from rhc.hindsight import Pass, Smoother, Tape, held_out, smooth
+from rhc.hindsight.smoother import AGAINST, changed
 
 STEPS = 200
 FALLING = [math.exp(-t / 60) + 0.1 for t in range(STEPS)]
@@ -162,7 +163,7 @@ def test_tapes_that_cannot_be_used() -> None:
 # Passes -------------------------------------------------------------------------------------------
 
 
-def test_passes_start_from_the_best_and_halve_the_gains_after_a_failure() -> None:
+def test_passes_start_from_the_best_and_turn_round_after_a_failure() -> None:
     seen: list[Schedule] = []
 
     def train(number: int, schedule: Schedule | None) -> Pass:
@@ -175,11 +176,28 @@ def test_passes_start_from_the_best_and_halve_the_gains_after_a_failure() -> Non
     assert len(runs) == 4
     assert best == 2
     first, second = (s["lr"][80].log() - math.log(0.01) for s in seen[1:3])
-    assert float(second) == pytest.approx(float(first) / 2)
+    assert float(first) > 0 > float(second)
     on_top = seen[3]["lr"][80].log() - seen[2]["lr"][80].log()
     assert float(on_top) == pytest.approx(float(second))
     with pytest.raises(InputError, match="passes must be ≥ 1"):
         smooth(train, Smoother(), 0)
+
+
+def test_where_the_data_change_the_first_pass_goes_the_other_way() -> None:
+    jumps = [0.05 + math.exp(-(t % 100) / 15) for t in range(STEPS)]
+    assert changed(Tape(jumps))
+    assert not changed(Tape(FALLING))
+    noisy = [x * (1 + 0.3 * math.sin(37 * t * t)) for t, x in enumerate(FALLING)]
+    assert not changed(Tape(noisy))
+    assert AGAINST < 0
+    seen: list[Schedule] = []
+
+    def train(number: int, schedule: Schedule | None) -> Pass:
+        seen.append(schedule or Schedule.constant(STEPS, lr=0.01))
+        return Pass(seen[-1], [{"loss": x} for x in jumps], 1.0)
+
+    smooth(train, Smoother(), 1)
+    assert float(seen[1]["lr"][100]) > float(seen[1]["lr"][60])
 
 
 def test_what_a_run_is_judged_by() -> None:
@@ -292,10 +310,3 @@ def test_a_probe_that_diverges_says_what_to_do(call: Callable[..., Any], tmp_pat
     status, _, err = call(*command)
     assert status == 1
     assert "begin at a lower --lr" in err
-
-
-def test_the_usual_gains_are_those_of_adaptive_rl_times_six() -> None:
-    usual = Gains()
-    assert USUAL_GAINS.lr_reward == 6 * usual.lr_reward
-    assert USUAL_GAINS.momentum_loss == 6 * usual.momentum_loss
-    assert USUAL_GAINS.noise_plateau == usual.noise_plateau

@@ -23,9 +23,15 @@ from rhc.errors import InputError
 from rhc.schedule import CONTROLS, Schedule
 from rhc.signals import Smoothing, Trends, is_usable
 
-USUAL_GAINS = Gains(lr_reward=0.12, lr_loss=0.12, momentum_reward=0.06, momentum_loss=0.12)
-"""Six times AdaptiveRL's for lr and momentum: trends that look both ways need less caution. Chosen
-on seeds 0-3 of MNIST, sine and drifting sine (docs/hindsight.md)."""
+USUAL_GAINS = Gains(lr_reward=0.24, lr_loss=0.24, momentum_reward=0.0, momentum_loss=0.0)
+"""Twelve times AdaptiveRL's for lr, since trends that look both ways need less caution; momentum
+stays. Chosen on seeds 0-3 of MNIST, sine and drifting sine (docs/hindsight.md)."""
+
+ROSE_AGAIN = 0.25
+"""A smoothed loss that rises again by this share of its fall says that the data changed."""
+
+AGAINST = -0.25
+"""Gains where the data changed: lr goes up where the loss rises, and down while nothing happens."""
 
 SOURCES = ("both", "loss", "reward")
 
@@ -60,7 +66,7 @@ class Tape:
 class Smoother:
     """From a probe's tape and schedule to the schedule of the next run.
 
-    every, bounds, cap, smoothing: as of AdaptiveRL, and gains 6 times as large; of smoothing the β
+    every, bounds, cap, smoothing: as of AdaptiveRL, gains larger; of smoothing the β
     of loss and reward are used, in both directions. source: "both"; "loss": a reward is not looked
     at; "reward": the terms of the loss are left out.
     baseline: trends count from their mean over the tape: controls go up where the run made more
@@ -185,12 +191,12 @@ def smooth(
     train: trains from the beginning, with the same seed, by a schedule, or by the run's own
     controls where it is None; called passes + 1 times, so that one pass costs two plain runs and
     every further one another. The best run is where the next pass starts from; after a run that was
-    no better, its gains are halved.
+    no better, half as far in the other direction. The first goes `AGAINST` where the data changed.
     """
     if passes < 1:
         raise InputError(f"passes must be ≥ 1, got {passes}")
     runs = [train(0, None)]
-    best, scale = 0, 1.0
+    best, scale = 0, AGAINST if changed(Tape.of(runs[0].rows)) else 1.0
     for number in range(1, passes + 1):
         gains = {name: scale * gain for name, gain in asdict(smoother.gains).items()}
         law = replace(smoother, gains=Gains(**gains))
@@ -199,8 +205,22 @@ def smooth(
         if runs[number].held_out < runs[best].held_out:
             best = number
         else:
-            scale *= 0.5
+            scale *= -0.5
     return runs, best
+
+
+def changed(tape: Tape) -> bool:
+    """Whether the data changed under the run, as far as its losses tell.
+
+    For data that stay, lr should be high where there is progress and low where there is none.
+    Where the data change, it is the other way round: the loss rises when much is to be learned.
+    """
+    mean = [m for m in _centred(tape.losses, 0.05) if math.isfinite(m)]
+    lowest, highest_rise = math.inf, 0.0
+    for m in mean:
+        lowest = min(lowest, m)
+        highest_rise = max(highest_rise, m - lowest)
+    return bool(mean) and highest_rise > ROSE_AGAIN * (mean[0] - lowest)
 
 
 def held_out(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float:
