@@ -1,17 +1,23 @@
 """Checkpoints: a directory of safetensors with a manifest, which is there whole or not at all.
 
-Everything is written into a temporary directory and fsynced, the manifest (sizes and SHA-256)
-last; then the directory is renamed. A directory that does not match its manifest is passed over
-with a notice, and the one before it is used. Nothing is pickled.
+Everything is written into a temporary directory and fsynced, the manifest (sizes and SHA-256) last,
+and read back; then the directory is renamed, and only then are older ones removed. A directory that
+does not match its manifest is passed over with a notice, and the one before it is used. Nothing is
+pickled, and nothing that a stranger may have put there is trusted (docs/reliability.md).
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +28,31 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from rhc.errors import InputError
+from rhc.files import (
+    MOST_JSON_BYTES,
+    make_directory,
+    parsed_json,
+    read_regular,
+    sync_directory,
+    write_durably,
+)
 from rhc.tape import encode
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+VALUES = "values.json"
 _PREFIX = "window-"
+_NAME = re.compile(r"[A-Za-z0-9_]{1,64}\.safetensors|values\.json")
+
+MOST_FILES = 64
+MOST_MANIFEST_BYTES = 2**20
+MOST_HEADER_BYTES = 32 * 2**20
+"""Of the JSON part of a safetensors file: 100 bytes a tensor."""
+
+MOST_TENSOR_BYTES = 2**40
+
+PARALLEL = 32 * 2**20
+"""Bytes from which the files of a checkpoint are hashed and written by several threads."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +65,10 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints of one run, in `root`; `keep` newest ones stay."""
+    """The checkpoints of one run, in `root`; the `keep` newest ones stay.
+
+    most_bytes: a checkpoint whose manifest says more is refused before it is read.
+    """
 
     def __init__(
         self, root: Path, keep: int = 3, notice: Callable[[str], None] = lambda message: None
@@ -49,6 +78,8 @@ class CheckpointStore:
         self.root = root
         self.keep = keep
         self.notice = notice
+        self.most_bytes = MOST_TENSOR_BYTES
+        self._damaged: set[int] = set()
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of `step` is."""
@@ -59,57 +90,169 @@ class CheckpointStore:
         if not self.root.is_dir():
             return []
         names = [p.name[len(_PREFIX) :] for p in self.root.iterdir() if p.name.startswith(_PREFIX)]
-        return sorted(int(name) for name in names if name.isdigit())
+        steps = sorted(int(n) for n in names if n.isascii() and n.isdecimal() and len(n) < 19)
+        return [step for step in steps if os.path.lexists(self.path(step))]
+
+    # Saving --------------------------------------------------------------------------------------
 
     def save(self, checkpoint: Checkpoint) -> Path:
-        """Writes a checkpoint, returns its directory, and removes those older than the newest n."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        """Writes a checkpoint, returns its directory, and removes those older than the newest n.
+
+        An OSError leaves the checkpoints that there were as they were.
+        """
         final = self.path(checkpoint.step)
         temporary = self.root / f".writing-{final.name}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        contents = {
-            f"{group}.safetensors": save_tensors(
-                {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-            )
+        make_directory(self.root)
+        try:
+            removed(temporary)
+            os.mkdir(temporary)
+            self._write(temporary, checkpoint)
+            gone = self.root / f".removing-{checkpoint.step:08d}"
+            removed(gone)
+            if os.path.lexists(final):  # it could not be used, or it is written a second time
+                os.rename(final, gone)
+            os.rename(temporary, final)
+            sync_directory(self.root)
+        except BaseException:
+            # Leftovers take room from the next attempt; a process that dies leaves them to it.
+            with contextlib.suppress(OSError):
+                removed(temporary)
+            raise
+        self._damaged.discard(checkpoint.step)
+        with contextlib.suppress(OSError):  # the checkpoint is there; what is old can wait
+            self._retire(self.keep)
+        return final
+
+    def make_room(self) -> bool:
+        """Removes all but the newest checkpoint that can be used; whether there were any others."""
+        if not self.root.is_dir():
+            return False
+        before = self.steps()
+        good = (s for s in reversed(before) if s not in self._damaged and self._whole(s))
+        valid = next(good, None)
+        if valid is None:
+            return False
+        with contextlib.suppress(OSError):
+            self._clear(step for step in before if step != valid)
+        return self.steps() != before
+
+    def _write(self, directory: Path, checkpoint: Checkpoint) -> None:
+        """All files of a checkpoint, each read back before the next one is relied on."""
+
+        def written(name: str, content: Callable[[], bytes]) -> tuple[str, int, str]:
+            data = content()
+            digest = hashlib.sha256(data).hexdigest()
+            write_durably(directory / name, data)
+            _read_back(directory / name, data)
+            return name, len(data), digest
+
+        jobs: list[tuple[str, Callable[[], bytes]]] = [
+            (f"{group}.safetensors", lambda tensors=tensors: _serialised(tensors))  # type: ignore[misc]
             for group, tensors in checkpoint.tensors.items()
-        }
-        contents["values.json"] = (encode(checkpoint.values) + "\n").encode()
-        for name, data in contents.items():
-            write_durably(temporary / name, data)
+        ]
+        jobs.append((VALUES, lambda: (encode(checkpoint.values) + "\n").encode()))
+        size = sum(t.nbytes for group in checkpoint.tensors.values() for t in group.values())
+        if size < PARALLEL:
+            files = [written(*job) for job in jobs]
+        else:
+            with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+                files = list(pool.map(lambda job: written(*job), jobs))
         manifest = {
             "format": "rhc.checkpoint",
             "version": FORMAT_VERSION,
             "step": checkpoint.step,
             "torch": torch.__version__,
-            "files": {
-                name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-                for name, data in contents.items()
-            },
+            "files": {name: {"bytes": n, "sha256": digest} for name, n, digest in files},
         }
-        write_durably(temporary / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-        sync_directory(temporary)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        sync_directory(self.root)
-        self._retire()
-        return final
+        data = (json.dumps(manifest, indent=1) + "\n").encode()
+        write_durably(directory / MANIFEST, data)
+        _read_back(directory / MANIFEST, data)
+        sync_directory(directory)
+
+    def _retire(self, keep: int) -> None:
+        """Removes what is damaged or left over, and all but the newest `keep`."""
+        good = [step for step in self.steps() if step not in self._damaged]
+        self._clear(step for step in self.steps() if step not in good[-keep:])
+
+    def _clear(self, steps: Iterable[int]) -> None:
+        for leftover in [*self.root.glob(".removing-*"), *self.root.glob(".writing-*")]:
+            removed(leftover)
+        for step in list(steps):
+            # Renamed first: a half-removed directory never looks like a checkpoint.
+            gone = self.root / f".removing-{step:08d}"
+            os.rename(self.path(step), gone)
+            removed(gone)
+            self._damaged.discard(step)
+
+    # Loading -------------------------------------------------------------------------------------
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that matches its manifest, or None."""
+        return next(self.usable(), None)
+
+    def usable(self) -> Iterator[Checkpoint]:
+        """The checkpoints that match their manifests, newest first; a notice of each other."""
         for step in reversed(self.steps()):
             try:
-                return self.load(step)
+                yield self.load(step)
             except InputError as error:
-                self.notice(f"{error}; passing over this checkpoint")
-        return None
+                self.pass_over(step, str(error))
+
+    def pass_over(self, step: int, why: str) -> None:
+        """Says that a checkpoint is not used; it is removed when others have taken its place."""
+        self._damaged.add(step)
+        self.notice(f"{why}; passing over this checkpoint")
 
     def load(self, step: int) -> Checkpoint:
         """Reads one checkpoint; whatever does not match its manifest is an InputError."""
         directory = self.path(step)
+        tensors: dict[str, dict[str, Tensor]] = {}
+        values: Any = None
+        for name, data in self._contents(step):
+            path = directory / name
+            if name == VALUES:
+                try:
+                    values = parsed_json(data)
+                except ValueError as error:
+                    raise InputError(f"{path} is damaged ({error})") from None
+            else:
+                tensors[path.stem] = _tensors(path, data)
+        if not isinstance(values, dict):
+            raise InputError(f"{directory / VALUES} is missing or no JSON object")
+        return Checkpoint(step, tensors, values)
+
+    def _contents(self, step: int) -> Iterator[tuple[str, bytes]]:
+        """(name, content) of every file, checked against the manifest."""
+        directory = self.path(step)
+        files = self._manifest(step)
+        if sum(size for size, _ in files.values()) > self.most_bytes:
+            raise InputError(
+                f"{directory / MANIFEST} lists more than {self.most_bytes} bytes, far more than "
+                "this model needs"
+            )
+        for name, (size, digest) in files.items():
+            path = directory / name
+            most = MOST_JSON_BYTES if name == VALUES else MOST_TENSOR_BYTES
+            try:
+                data = read_regular(path, most, exactly=size)
+            except OSError as error:
+                raise InputError(f"{path} cannot be read ({error.strerror})") from None
+            except ValueError as error:
+                raise InputError(
+                    f"{path} does not match its manifest: it was truncated or altered ({error})"
+                ) from None
+            if hashlib.sha256(data).hexdigest() != digest:
+                raise InputError(f"{path} does not match its manifest: it was truncated or altered")
+            yield name, data
+
+    def _manifest(self, step: int) -> dict[str, tuple[int, str]]:
+        """name -> (bytes, SHA-256) of every file of a checkpoint."""
+        directory = self.path(step)
+        path = directory / MANIFEST
         try:
-            manifest = json.loads((directory / MANIFEST).read_bytes())
+            if not stat.S_ISDIR(os.lstat(directory).st_mode):
+                raise ValueError("its directory is a link")
+            manifest = parsed_json(read_regular(path, MOST_MANIFEST_BYTES))
             if manifest["format"] != "rhc.checkpoint" or manifest["version"] != FORMAT_VERSION:
                 raise ValueError(f"version {manifest['version']}")
             files = {
@@ -117,57 +260,59 @@ class CheckpointStore:
             }
             if int(manifest["step"]) != step:
                 raise ValueError(f"step {manifest['step']}")
-        except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{directory / MANIFEST} is damaged ({error})") from None
-        tensors: dict[str, dict[str, Tensor]] = {}
-        values: dict[str, Any] = {}
-        for name, (size, digest) in files.items():
-            path = directory / name
-            if path.parent != directory:
-                raise InputError(f"{directory / MANIFEST} names {name!r}, outside its directory")
-            try:
-                data = path.read_bytes()
-            except OSError as error:
-                raise InputError(f"{path} cannot be read ({error.strerror})") from None
-            if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
-                raise InputError(f"{path} does not match its manifest: it was truncated or altered")
-            if path.suffix == ".safetensors":
-                tensors[path.stem] = load_tensors(data)
-            else:
-                values = json.loads(data)
-        return Checkpoint(step, tensors, values)
+            if len(files) > MOST_FILES:
+                raise ValueError(f"{len(files)} files")
+            if any(size < 0 for size, _ in files.values()):
+                raise ValueError("a negative size")
+        except OSError as error:
+            raise InputError(f"{path} is damaged ({error.strerror})") from None
+        except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is damaged ({error})") from None
+        for name in files:
+            if not _NAME.fullmatch(name):
+                raise InputError(
+                    f"{path} names {name[:80]!r}, outside its directory or not of a checkpoint"
+                )
+        return files
 
-    def _retire(self) -> None:
-        for leftover in self.root.glob(".removing-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        for step in self.steps()[: -self.keep]:
-            # Renamed first: a half-removed directory never looks like a checkpoint.
-            gone = self.root / f".removing-{step:08d}"
-            shutil.rmtree(gone, ignore_errors=True)
-            self.path(step).rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+    def _whole(self, step: int) -> bool:
+        """Whether a checkpoint matches its manifest."""
+        try:
+            return all(True for _ in self._contents(step))
+        except InputError:
+            return False
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Writes a file and returns when its content is on disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def removed(path: Path) -> None:
+    """Removes a directory and what is in it; nothing where there is none."""
+    if os.path.islink(path) or path.is_file():
+        os.unlink(path)
+    elif path.exists():
+        shutil.rmtree(path)
 
 
-def replace_durably(path: Path, data: bytes) -> None:
-    """Replaces a file in one step: a reader sees the old content or the new, never half."""
-    temporary = path.with_name(f".writing-{path.name}")
-    write_durably(temporary, data)
-    temporary.replace(path)
-    sync_directory(path.parent)
+def _serialised(tensors: dict[str, Tensor]) -> bytes:
+    return save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
 
 
-def sync_directory(path: Path) -> None:
-    """Makes the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _read_back(path: Path, data: bytes) -> None:
+    """An OSError unless the file gives back what was written."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        same = read_regular(path, len(data), exactly=len(data)) == data
+    except ValueError:
+        same = False
+    if not same:
+        raise OSError(errno.EIO, "it reads back other than it was written", str(path))
+
+
+def _tensors(path: Path, data: bytes) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; an InputError where it is none."""
+    size = int.from_bytes(data[:8], "little")
+    if size > min(MOST_HEADER_BYTES, len(data)):
+        raise InputError(
+            f"{path} is damaged: its header claims {size} bytes of the file's {len(data)}"
+        )
+    try:
+        return load_tensors(data)
+    except Exception as error:  # of a parser in Rust, and of what it gives to torch
+        raise InputError(f"{path} is damaged ({error})") from None

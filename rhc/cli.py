@@ -1,7 +1,8 @@
 """The command line `rhc`: flags from types, errors in one sentence, exit statuses.
 
-0 done, 1 the run diverged, 2 something that was given cannot be used, 130 stopped by Ctrl-C. torch
-is imported by the commands that need it, so that help and mistyped flags are answered at once.
+0 done, 1 the run diverged, 2 something that was given cannot be used, 3 the disk did not take all,
+130 stopped by Ctrl-C. torch is imported by the commands that need it, so that help and mistyped
+flags are answered at once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tyro.conf import arg
 
 from rhc import __version__
 from rhc.config import TrainConfig, field_kind
-from rhc.errors import InputError
+from rhc.errors import InputError, StorageError
 from rhc.hindsight_config import (
     HYPERGRADIENT,
     REPLAY,
@@ -42,6 +43,8 @@ class ResumeConfig:
         None
     )
     """Where the same data are now, if they were moved."""
+    steps: Annotated[int | None, arg(metavar="T", help_behavior_hint="(default: as before)")] = None
+    """More steps in all than before: the plan is made anew for those to come."""
     device: Annotated[
         str | None, arg(metavar="NAME", help_behavior_hint="(default: as before)")
     ] = None
@@ -115,6 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"rhc: error: {error}", file=sys.stderr)
         return 2
+    except StorageError as error:
+        print(f"rhc: error: {error}", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print("rhc: stopped", file=sys.stderr)
         return 130
@@ -245,6 +251,11 @@ def _resume(config: ResumeConfig) -> int:
     record = read_record(config.directory)  # what is no run is said before torch is imported
     from rich.console import Console
 
+    if config.steps is not None and "command" in record:
+        raise InputError(
+            f"steps belongs to the schedule that is used again, got {config.steps}; leave --steps "
+            "out"
+        )
     if record.get("command") == "replay":
         from rhc.replay import resume_replay
 
@@ -262,7 +273,10 @@ def _resume(config: ResumeConfig) -> int:
     recorded = config_of(config.directory)
     moved = None if config.data is None else recorded.data
     settings = replace(
-        recorded, data=config.data or recorded.data, device=config.device or recorded.device
+        recorded,
+        data=config.data or recorded.data,
+        device=config.device or recorded.device,
+        steps=recorded.steps if config.steps is None else config.steps,
     )
     return train(settings.checked(), Console(), recorded_data=moved)
 

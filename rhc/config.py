@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,7 @@ import tyro.conf
 from tyro.conf import arg
 
 from rhc.errors import InputError
+from rhc.files import MOST_TOML_BYTES, parsed_toml, read_regular
 from rhc.workload import Workload, usual_weight_decay
 
 RECORD_VERSION = 1
@@ -346,7 +346,7 @@ class TrainConfig:
     def from_toml(cls, path: Path) -> TrainConfig:
         """Settings from a TOML file; errors name the file."""
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            values = parsed_toml(read_regular(path.resolve(), MOST_TOML_BYTES))
         except OSError as error:
             raise InputError(
                 f"config {path} cannot be read ({error.strerror}); give --config a TOML file"

@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend: bad arguments, files and settings."""
+"""Exceptions that a person can act on: bad arguments, files and settings; a disk that failed."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,13 @@ class InputError(ValueError):
     Its message is one sentence that names the argument, its value and the mend; the command line
     prints it without a traceback and exits with status 2.
     """
+
+
+class StorageError(RuntimeError):
+    """A run went on to its end although the disk failed, and something of it is not saved.
+
+    Its message is one sentence; the command line prints it and exits with status 3. result: what
+    the run ended with, as `Runner.fit` would have returned it; None where it did not end.
+    """
+
+    result: object = None

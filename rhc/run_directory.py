@@ -6,18 +6,23 @@ overwritten that another run wrote.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import platform
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from rhc import __version__
-from rhc.checkpoint import Checkpoint, CheckpointStore, replace_durably
-from rhc.errors import InputError
+from rhc.checkpoint import Checkpoint, CheckpointStore
+from rhc.errors import InputError, StorageError
+from rhc.files import CLOSED_ON_EXEC, NO_LINK, make_directory, read_json, replace_durably
 from rhc.schedule import Schedule
 from rhc.tape import JsonLines, finite
 
@@ -25,15 +30,33 @@ FILES = ("config.json", "schedule.json", "tape.jsonl", "windows.jsonl", "result.
 NOT_COMPARED = ("versions", "hardware", "directory", "resume", "device", "config")
 """Entries of config.json that may differ when a run is continued."""
 
+SAFE = {
+    "memory_budget": "what looking back keeps changes, and its bits may differ",
+    "threads": "its bits may differ",
+    "data": "its data must be the same",
+}
+"""Entries that may differ too, where the difference is said, and what it means."""
+
 
 class RunDirectory:
-    """The files of one run. `open` must be called first."""
+    """The files of one run. `open` must be called first.
+
+    A disk that is full, read-only or broken stops no training: what could not be written is kept
+    in memory and tried again with every save, a notice says so once, and `finish` raises a
+    StorageError if in the end something is missing.
+    """
 
     def __init__(self, path: Path, keep_checkpoints: int, notice: Callable[[str], None]) -> None:
         self.path = path
         self.notice = notice
         self.checkpoints = CheckpointStore(path / "checkpoints", keep_checkpoints, notice)
+        self.saved: int | None = None
+        self.trouble: OSError | None = None
+        self._first: Checkpoint | None = None
         self._lock: int | None = None
+        self._config = b""
+
+    # Opening -------------------------------------------------------------------------------------
 
     def open(
         self, config: Mapping[str, Any], resume: Literal["auto", "never"]
@@ -44,7 +67,7 @@ class RunDirectory:
         "never", or holds a run of another configuration (the message shows what differs).
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_directory(self.path)
             probe = self.path / ".writing-probe"
             probe.write_bytes(b"")
             probe.unlink()
@@ -66,7 +89,8 @@ class RunDirectory:
                     f"directory {self.path} holds a run already; use --resume auto to continue it, "
                     "or choose another --directory"
                 )
-            self._check_same(config)
+        changed = "config.json" in present and self._check_same(config)
+        longer = changed and read_json(self.path / "config.json").get("steps") != config["steps"]
         try:
             self._lock = _locked(self.path / ".lock")
         except BlockingIOError:
@@ -74,32 +98,169 @@ class RunDirectory:
                 f"directory {self.path} is being written by another process; wait for it, "
                 "or choose another --directory"
             ) from None
-        if "config.json" not in present:
-            replace_durably(self.path / "config.json", _document(config))
+        except OSError as error:
+            raise InputError(
+                f"directory {self.path} cannot be locked ({error.strerror}); choose another "
+                "--directory"
+            ) from None
         self.tape = JsonLines(self.path / "tape.jsonl")
         self.windows = JsonLines(self.path / "windows.jsonl")
         # What was tried before the first checkpoint stays: it is not tried again.
         self.starts = JsonLines(self.path / "start.jsonl")
-        self.starts.mend()
-        self.tape.append([])
-        self.windows.append([])
-        checkpoint = self.checkpoints.latest()
-        if checkpoint is None and (self.tape.length or self.checkpoints.steps()):
-            raise InputError(
-                f"directory {self.path} holds a run, but no checkpoint of it can be used; start "
-                "again in another --directory"
-            )
+        checkpoint = self._newest()
         lengths = {} if checkpoint is None else checkpoint.values["lengths"]
-        self.tape.truncate(int(lengths.get("tape", 0)))
-        self.windows.truncate(int(lengths.get("windows", 0)))
+        try:
+            if longer and "result.json" in present:
+                # What the shorter run ended with stays, by another name.
+                old = read_json(self.path / "config.json").get("steps")
+                os.replace(self.path / "result.json", self.path / f"result-{old}.json")
+            if "config.json" not in present or changed:
+                replace_durably(self.path / "config.json", _document(config))
+            self._config = (self.path / "config.json").read_bytes()
+            self.starts.truncate(self.starts.intact().length)
+            self.tape.truncate(int(lengths.get("tape", 0)))
+            self.windows.truncate(int(lengths.get("windows", 0)))
+            self.tape.flush()
+            self.windows.flush()
+        except OSError as error:
+            raise InputError(
+                f"directory {self.path} cannot be written ({error.strerror}); make room there, or "
+                "choose another --directory"
+            ) from None
+        self.saved = None if checkpoint is None else checkpoint.step
         return checkpoint
+
+    def _newest(self) -> Checkpoint | None:
+        """The newest checkpoint that can be continued: whole, and with all lines that it saw."""
+        lines = {"tape": self.tape.intact(), "windows": self.windows.intact()}
+        lost = ""
+        for checkpoint in self.checkpoints.usable():
+            lengths = checkpoint.values.get("lengths")
+            if not isinstance(lengths, dict) or not all(
+                isinstance(lengths.get(name), int) and lengths[name] >= 0 for name in lines
+            ):
+                path = self.checkpoints.path(checkpoint.step) / "values.json"
+                self.checkpoints.pass_over(checkpoint.step, f"{path} has no lengths of the tape")
+                continue
+            short = [found.fault for name, found in lines.items() if found.length < lengths[name]]
+            if not short:
+                return checkpoint
+            lost = f" ({short[0]} where the checkpoint of step {checkpoint.step} saw more)"
+            self.checkpoints.pass_over(
+                checkpoint.step, f"{short[0]}, too few for {checkpoint.step}"
+            )
+        if self.tape.length or self.windows.length or self.checkpoints.steps():
+            self.close()
+            raise InputError(
+                f"directory {self.path} holds a run, but no checkpoint of it can be used{lost}; "
+                "start again in another --directory"
+            )
+        return None
 
     def close(self) -> None:
         """Lets another process write here. A process that dies does so by itself."""
+        for lines in (getattr(self, n, None) for n in ("tape", "windows", "starts")):
+            if lines is not None:
+                lines.close()
         if self._lock is not None:
             _LOCKS.remove(self._lock)
             os.close(self._lock)
             self._lock = None
+
+    # Writing -------------------------------------------------------------------------------------
+
+    def save(self, checkpoint: Checkpoint, schedule: Schedule) -> Path | None:
+        """Brings tape, windows, schedule and then the checkpoint to the disk; its directory.
+
+        None where the disk does not take them: the next call tries again.
+        """
+        if self._first is None and self.saved is None:
+            self._first = checkpoint  # before any line of the tape there is a checkpoint
+        for attempt in (0, 1):
+            try:
+                self._present()
+                path = self._save(checkpoint, schedule)
+            except OSError as error:
+                # Older checkpoints make room for a newer one; the newest that is good stays.
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                if attempt == 0 and full and self.checkpoints.make_room():
+                    self.notice(f"{self.path} is full: older checkpoints are removed to make room")
+                    continue
+                self._troubled(error)
+                return None
+            if self.trouble is not None:
+                self.trouble = None
+                self.notice(f"{self.path} can be written again, and nothing of the run is missing")
+            return path
+        return None
+
+    def _save(self, checkpoint: Checkpoint, schedule: Schedule) -> Path:
+        if self._first is not None and self._first is not checkpoint:
+            values = self._first.values | {"lengths": {"tape": 0, "windows": 0}}
+            self.checkpoints.save(replace(self._first, values=values))
+            self.saved = self._first.step
+            self._first = None
+        self.starts.flush()
+        if self._first is None:
+            self.tape.flush()
+            self.windows.flush()
+        self.save_schedule(schedule)
+        lengths = {"tape": self.tape.length, "windows": self.windows.length}
+        path = self.checkpoints.save(
+            replace(checkpoint, values=checkpoint.values | {"lengths": lengths})
+        )
+        self.saved, self._first = checkpoint.step, None
+        return path
+
+    def record_start(self, record: Mapping[str, Any]) -> None:
+        """Adds a line to start.jsonl, at once: it is not tried again after a stop."""
+        self.starts.append([record])
+        try:
+            self.starts.flush()
+        except OSError as error:
+            self._troubled(error)
+
+    def flush(self) -> None:
+        """Brings what was recorded to the disk, if it takes it."""
+        try:
+            if self._first is None:
+                self.tape.flush()
+                self.windows.flush()
+        except OSError as error:
+            self._troubled(error)
+
+    def _troubled(self, error: OSError) -> None:
+        if self.trouble is None:
+            self.notice(
+                f"{self.path} cannot be written ({error.strerror or error}): training goes on, "
+                "the last good checkpoint stays, and every window tries again"
+            )
+        self.trouble = error
+
+    def _present(self) -> None:
+        """Puts back what somebody removed, and makes sure that nobody else writes here."""
+        make_directory(self.path)
+        config = self.path / "config.json"
+        if not config.exists():
+            replace_durably(config, self._config)
+        if self._lock is None or not hasattr(os, "register_at_fork"):
+            return
+        lock, held = self.path / ".lock", os.fstat(self._lock)
+        with contextlib.suppress(FileNotFoundError):
+            named = os.stat(lock)
+            if (named.st_dev, named.st_ino) == (held.st_dev, held.st_ino):
+                return
+        try:
+            fresh = _locked(lock)
+        except BlockingIOError:
+            raise StorageError(
+                f"another process took {self.path} over after its lock was removed; stop one of "
+                "the two"
+            ) from None
+        assert fresh is not None
+        _LOCKS.remove(self._lock)
+        os.close(self._lock)
+        self._lock = fresh
 
     def result(self) -> dict[str, Any] | None:
         """The content of result.json where the run has ended."""
@@ -107,31 +268,76 @@ class RunDirectory:
         return read_json(path) if path.exists() else None
 
     def finish(self, schedule: Schedule, result: Mapping[str, Any]) -> None:
-        """Writes the committed schedule and, last, the result."""
-        self.save_schedule(schedule)
-        replace_durably(self.path / "result.json", _document(result))
+        """Writes the committed schedule and, last, the result; StorageError where that fails."""
+        steps = result["steps"]
+        for seconds in (0.0, 0.2, 1.0):
+            time.sleep(seconds)
+            try:
+                self._present()
+                self.tape.flush()
+                self.windows.flush()
+                self.save_schedule(schedule)
+                replace_durably(self.path / "result.json", _document(result))
+                break
+            except OSError as error:
+                self._troubled(error)
+        else:
+            assert self.trouble is not None
+            self._unfinished(f"the result of {steps} steps", self.trouble)
+        if self.saved != steps and self.trouble is not None:
+            self._unfinished(f"the checkpoint of step {steps}", self.trouble)
+
+    def _unfinished(self, what: str, error: OSError) -> None:
+        kept = "no checkpoint" if self.saved is None else f"the checkpoint of step {self.saved}"
+        raise StorageError(
+            f"the run has ended, but {what} could not be written to {self.path} "
+            f"({error.strerror or error}); {kept} is there: mend the disk and run the same command "
+            "again"
+        )
 
     def save_schedule(self, schedule: Schedule) -> None:
         """Replaces schedule.json."""
         replace_durably(self.path / "schedule.json", _document(schedule.to_json()))
 
-    def _check_same(self, config: Mapping[str, Any]) -> None:
+    def _check_same(self, config: Mapping[str, Any]) -> bool:
+        """Whether the run has other settings than before; an InputError where it is another run.
+
+        What differs is said. More steps, or another place or budget of memory, leave a run what
+        it is; anything else would make it another one in the middle.
+        """
         old = read_json(self.path / "config.json")
         new = json.loads(json.dumps(finite(config)))
         was, now = ({k: v for k, v in c.items() if k not in NOT_COMPARED} for c in (old, new))
-        differences = _differences(was, now)
+        safe = {name for name in SAFE if was.get(name) != now.get(name)}
+        before, steps = was.get("steps"), now.get("steps")
+        if isinstance(before, int) and isinstance(steps, int) and steps > before:
+            safe.add("steps")
+        kept = [{k: v for k, v in c.items() if k not in safe} for c in (was, now)]
+        differences = _differences(kept[0], kept[1])
         if differences:
+            shorter = differences == [f"steps was {before}, is {steps}"]
+            mend = (
+                "steps can be raised, not lowered: give as many or more, or choose another "
+                "--directory"
+                if shorter
+                else "choose another --directory, or give the same settings"
+            )
             raise InputError(
                 f"directory {self.path} belongs to another configuration "
-                f"({'; '.join(differences)}); choose another --directory, or give the same settings"
+                f"({'; '.join(differences)}); {mend}"
             )
-        versions = {
-            key: (old.get("versions", {}).get(key), value)
-            for key, value in new.get("versions", {}).items()
-            if old.get("versions", {}).get(key) != value
-        }
-        for key, (before, here) in versions.items():
-            self.notice(f"the run began with {key} {before}, this is {here}: its bits may differ")
+        for name in sorted(safe):
+            text = f"{name} was {_short(was.get(name))}, is {_short(now.get(name))}"
+            self.notice(f"{text}: {SAFE.get(name, 'the plan is made anew for the steps to come')}")
+        for part, remark in (("versions", "this is"), ("hardware", "here it is")):
+            began = old.get(part)
+            for key, here in new.get(part, {}).items():
+                then = began.get(key) if isinstance(began, dict) else None
+                if then != here and key != "cores":
+                    self.notice(
+                        f"the run began with {key} {then}, {remark} {here}: its bits may differ"
+                    )
+        return bool(safe)
 
 
 def _locked(path: Path) -> int | None:
@@ -140,7 +346,7 @@ def _locked(path: Path) -> int | None:
         import fcntl
     except ImportError:  # not on this operating system
         return None
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | CLOSED_ON_EXEC | NO_LINK, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -176,19 +382,6 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; anything else is an InputError that names the file."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path} ({error.strerror})") from None
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(document, dict):
-        raise InputError(f"{path} must hold a JSON object, got {type(document).__name__}")
-    return document
 
 
 def _document(value: Mapping[str, Any]) -> bytes:

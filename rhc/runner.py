@@ -341,6 +341,10 @@ class Runner:
                     self._window()
                     self._save()
                 loop.finished = self._end()
+        except DivergedError:
+            if self.directory is not None:
+                self.directory.flush()  # what was tried last
+            raise
         finally:
             if self.directory is not None:
                 self.directory.close()
@@ -1028,7 +1032,7 @@ class Runner:
 
         def tell(record: dict[str, Any]) -> None:
             if self.directory is not None:
-                self.directory.starts.append([record])
+                self.directory.record_start(record)
             self._emit(StartTried(record))
 
         planned = Schedule.constant(steps, self.seed, **self._initial())
@@ -1097,8 +1101,11 @@ class Runner:
         tensors["average"] = {str(i): v for i, v in enumerate(self.loop.average.values or [])}
         tensors["train_batches"] = self.loop.train.position(self.loop.step).to_tensors()
         if self.loop.validation is not None:
+            # A window that was cut short, or the last of a run that goes on, is followed by one
+            # that is judged on the same batches.
+            first = _length(self.val_loader, self.objective.count) * (self.loop.step // self.stride)
             tensors["validation_batches"] = self.loop.validation.position(
-                self.loop.validation.next_step
+                min(first, self.loop.validation.next_step)
             ).to_tensors()
         values = {
             "optimizer": rest,
@@ -1118,14 +1125,11 @@ class Runner:
             "lookback": self.lookback.state() if self.rewriting else None,
             "cost": asdict(self.loop.cost),
             "seconds": self._seconds(),
-            "lengths": {
-                "tape": self.directory.tape.length,
-                "windows": self.directory.windows.length,
-            },
         }
-        self.directory.save_schedule(self.loop.schedule)
-        path = self.directory.checkpoints.save(Checkpoint(self.loop.step, tensors, values))
-        self._emit(CheckpointSaved(self.loop.step, path))
+        checkpoint = Checkpoint(self.loop.step, tensors, values)
+        path = self.directory.save(checkpoint, self.loop.schedule)
+        if path is not None:
+            self._emit(CheckpointSaved(self.loop.step, path))
 
     def _load(self, checkpoint: Checkpoint) -> None:
         assert self.directory is not None
@@ -1141,7 +1145,7 @@ class Runner:
         self.loop.step = checkpoint.step
         # safetensors gives names back in any order, and the tape's lines keep the schedule's.
         values_by_name = {name: tensors["schedule"][name] for name in self.loop.schedule.values}
-        self.loop.schedule = Schedule(values_by_name, 0, self.seed)
+        known = Schedule(values_by_name, 0, self.seed)
         average = [tensors["average"][str(i)] for i in range(len(tensors["average"]))]
         self.loop.average = Average(
             AVERAGE_DECAY,
@@ -1155,6 +1159,7 @@ class Runner:
             name: tuple(shift) if isinstance(shift, list) else shift
             for name, shift in values.get("correction", {}).items()
         }
+        self.loop.schedule = self._lengthened(known)
         self.loop.delta, self.loop.upwards = values.get("twin", (Twin.first, None))
         patience = values.get("patience", (0, 0, False, 0))
         self.loop.in_vain, self.loop.passed_over, self.loop.alert, self.loop.regime = patience
@@ -1168,6 +1173,15 @@ class Runner:
             self.loop.start_gradients = sum(record["gradients"] for record in tried)
         self.loop.tape = self.directory.tape.read()
         self.loop.windows = self.directory.windows.read()
+
+    def _lengthened(self, known: Schedule) -> Schedule:
+        """The schedule of a run that is resumed; planned anew from here where it has more steps."""
+        step, steps = self.loop.step, self.loop.steps
+        if len(known) >= steps:
+            return known
+        planned = self._planned(steps, self.loop.first_lr)
+        planned = carried(planned, step, self.loop.correction)
+        return planned.replaced(known.window(0, step)) if step else planned
 
     def _end(self) -> dict[str, Any]:
         """Evaluates the final and the averaged weights and writes the result."""
@@ -1262,7 +1276,7 @@ class Runner:
         record = finite(record)  # as it will be read back
         self.loop.windows.append(record)
         if self.directory is not None:
-            self.directory.windows.append([record])
+            self.directory.windows.append([record])  # on the disk with the next save
         self._emit(WindowAttempted(record))
 
     def _description(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rhc.errors import InputError
+from rhc.files import MOST_JSON_BYTES, parsed_json, read_regular
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -408,7 +409,7 @@ class Schedule:
     def load(cls, path: str | Path) -> Schedule:
         """Reads what `save` wrote; errors name the file."""
         try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
+            document = parsed_json(read_regular(Path(path).resolve(), MOST_JSON_BYTES))
         except OSError as error:
             raise InputError(f"cannot read schedule {path}: {error.strerror}") from None
         except ValueError as error:

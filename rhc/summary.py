@@ -5,7 +5,6 @@ Reads a run's directory as a person would, file by file, and needs no torch.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections import Counter
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rhc.errors import InputError
+from rhc.files import MOST_JSON_BYTES, parsed_json, read_regular
 from rhc.progress import duration, one_number, sparkline
 from rhc.workload import available_runners
 
@@ -28,7 +28,7 @@ def read_record(directory: Path, name: str = "config.json") -> dict[str, Any]:
     """A JSON object of a run's directory; where there is none, an InputError says what to give."""
     path = directory / name
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parsed_json(read_regular(path.resolve(), MOST_JSON_BYTES))
     except FileNotFoundError:
         raise InputError(
             f"directory {directory} is no run: it has no {name}; give a directory that `rhc runs` "
@@ -168,7 +168,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = parsed_json(line)
+            if not isinstance(row, dict):
+                break
+            rows.append(row)
         except ValueError:
             break
     return rows

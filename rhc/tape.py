@@ -4,62 +4,223 @@ Both files are JSON lines, appended to and never rewritten; a resumed run cuts t
 length that its checkpoint recorded. They hold nothing that differs between two runs of the same
 computation (no wall-clock times), so that an interrupted run's tape equals an uninterrupted one's
 byte by byte.
+
+Beside a file NAME lies .NAME.crc32 with the CRC-32 of each of its lines, so that the lines stay
+what a reader expects and a damaged one is known by its number.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rhc.errors import InputError
+from rhc.files import (
+    CLOSED_ON_EXEC,
+    NO_LINK,
+    parsed_json,
+    read_regular,
+    replace_durably,
+    sync_directory,
+    write_all,
+)
+
+MOST_BYTES = 2**34
+"""Of such a file: more is not read."""
+
+_SUM = 9
+"""Bytes of a line's checksum: eight hexadecimal digits and a newline."""
+
+
+@dataclass(frozen=True)
+class Intact:
+    """How much of a file can be trusted: bytes, lines, and why it is no more."""
+
+    length: int
+    lines: int
+    fault: str
 
 
 class JsonLines:
-    """An append-only file of JSON objects, one per line."""
+    """An append-only file of JSON objects, one per line.
+
+    `append` keeps rows in memory, `flush` brings them to the disk; where that fails they stay, and
+    the next flush tries again. `length`: bytes that are on the disk for good.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.sums = path.with_name(f".{path.name}.crc32")
         self.length = path.stat().st_size if path.exists() else 0
+        self.lines = 0
+        self._pending: list[bytes] = []
+        self._files: tuple[int, int] | None = None
+
+    # Writing -------------------------------------------------------------------------------------
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Adds the rows and returns when they are on disk."""
-        data = "".join(encode(row) + "\n" for row in rows).encode()
-        with self.path.open("ab") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        self.length += len(data)
+        """Adds rows, which the next `flush` writes."""
+        self._pending += [encode(row).encode() for row in rows]
 
-    def mend(self) -> None:
-        """Cuts off a last line that was not written to its end."""
-        if self.length:
-            self.truncate(self.path.read_bytes().rfind(b"\n") + 1)
+    @property
+    def pending(self) -> int:
+        """Rows that are not on the disk yet."""
+        return len(self._pending)
+
+    def flush(self) -> None:
+        """Writes what was appended and returns when it is on disk; an OSError leaves it pending."""
+        rows, self._files = list(self._pending), self._files or self._opened()
+        file, sums = self._files
+        self._put_back(file, self.path, self.length)
+        self._put_back(sums, self.sums, _SUM * self.lines)
+        if not rows:
+            return
+        data = b"".join(row + b"\n" for row in rows)
+        try:
+            write_all(file, data)
+            os.fsync(file)
+            write_all(sums, b"".join(b"%08x\n" % zlib.crc32(row) for row in rows))
+            os.fsync(sums)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._put_back(file, self.path, self.length)
+                self._put_back(sums, self.sums, _SUM * self.lines)
+            raise
+        self.length += len(data)
+        self.lines += len(rows)
+        del self._pending[: len(rows)]
+
+    def _opened(self) -> tuple[int, int]:
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | CLOSED_ON_EXEC | NO_LINK
+        file = os.open(self.path, flags, 0o644)
+        try:
+            sums = os.open(self.sums, flags, 0o644)
+        except OSError:
+            os.close(file)
+            raise
+        try:
+            sync_directory(self.path.parent)
+        except OSError:
+            os.close(file)
+            os.close(sums)
+            raise
+        return file, sums
+
+    def _put_back(self, descriptor: int, path: Path, length: int) -> None:
+        """Makes `path` the open file again, of `length` bytes, whoever removed or lengthened it."""
+        here = os.fstat(descriptor)
+        if here.st_size > length:
+            os.ftruncate(descriptor, length)
+        with contextlib.suppress(FileNotFoundError):
+            named = os.stat(path, follow_symlinks=False)
+            if (named.st_dev, named.st_ino) == (here.st_dev, here.st_ino):
+                return
+        # The name is gone, the content is not as long as the file is open.
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        content = bytearray()
+        while len(content) < length and (part := os.read(descriptor, length - len(content))):
+            content += part
+        replace_durably(path, bytes(content))
+        flags = os.O_RDWR | os.O_APPEND | CLOSED_ON_EXEC | NO_LINK
+        fresh = os.open(path, flags)
+        os.dup2(fresh, descriptor, inheritable=False)
+        os.close(fresh)
+
+    def close(self) -> None:
+        """Lets go of the file."""
+        files, self._files = self._files, None
+        for descriptor in files or ():
+            os.close(descriptor)
+
+    # Checking ------------------------------------------------------------------------------------
+
+    def intact(self) -> Intact:
+        """The lines from the first on that are whole and as they were written.
+
+        A file without checksums, of a run before there were any, is taken at its word.
+        """
+        if not self.path.exists():
+            return Intact(0, 0, f"{self.path} is missing")
+        try:
+            data = read_regular(self.path, MOST_BYTES)
+            sums = read_regular(self.sums, MOST_BYTES) if self.sums.exists() else None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            return Intact(0, 0, f"{self.path} cannot be read ({reason})")
+        length = lines = 0
+        while (end := data.find(b"\n", length)) >= 0:
+            line = data[length:end]
+            if sums is None:
+                try:
+                    if not isinstance(json.loads(line), dict):
+                        raise ValueError("not an object")
+                except (ValueError, RecursionError) as error:
+                    fault = f"{self.path}, line {lines + 1}: not JSON ({error})"
+                    return Intact(length, lines, fault)
+            else:
+                given = sums[_SUM * lines : _SUM * (lines + 1)]
+                if len(given) < _SUM:
+                    fault = f"{self.sums} has no checksum of line {lines + 1}"
+                    return Intact(length, lines, fault)
+                if given != b"%08x\n" % zlib.crc32(line):
+                    fault = (
+                        f"{self.path}, line {lines + 1}, does not match its checksum in "
+                        f"{self.sums.name}"
+                    )
+                    return Intact(length, lines, fault)
+            length, lines = end + 1, lines + 1
+        return Intact(length, lines, f"{self.path} has {length} bytes of whole lines")
 
     def truncate(self, length: int) -> None:
-        """Cuts the file back to `length` bytes; a shorter file is an InputError."""
-        if self.length < length:
+        """Cuts the file back to `length` bytes, which must be whole lines that are intact."""
+        if not self.path.exists():
+            self.length = self.lines = 0
+            return
+        with open(self.path, "rb") as file:
+            kept = file.read(length)
+        if len(kept) < length:
             raise InputError(
-                f"{self.path} has {self.length} bytes where the checkpoint saw {length}; lines "
+                f"{self.path} has {len(kept)} bytes where the checkpoint saw {length}; lines "
                 "were lost, so start again in another --directory"
             )
-        if self.path.exists():
+        self.lines = kept.count(b"\n")
+        if os.stat(self.path).st_size > length:
             os.truncate(self.path, length)
         self.length = length
+        whole = _SUM * self.lines
+        if not self.sums.exists():
+            rows = kept.splitlines()
+            replace_durably(self.sums, b"".join(b"%08x\n" % zlib.crc32(row) for row in rows))
+        elif os.stat(self.sums).st_size > whole:
+            os.truncate(self.sums, whole)
+
+    # Reading -------------------------------------------------------------------------------------
 
     def read(self) -> list[dict[str, Any]]:
-        """All rows; a line that is not JSON is an InputError that names it."""
-        if not self.path.exists():
-            return []
-        rows = []
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+        """All rows, on the disk and pending; a line that is not JSON is an InputError naming it."""
+        data = b""
+        if self.path.exists():
             try:
-                rows.append(json.loads(line))
+                data = read_regular(self.path, MOST_BYTES)
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise InputError(f"{self.path} cannot be read ({reason})") from None
+        rows = []
+        for number, line in enumerate([*data.splitlines(), *self._pending], 1):
+            try:
+                row = parsed_json(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"{type(row).__name__} in place of an object")
             except ValueError as error:
                 raise InputError(f"{self.path}, line {number}: not JSON ({error})") from None
+            rows.append(row)
         return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from rhc import InputError
 from rhc.batches import Position, StepBatches
-from rhc.checkpoint import Checkpoint, CheckpointStore, replace_durably, write_durably
+from rhc.checkpoint import Checkpoint, CheckpointStore
+from rhc.files import replace_durably, write_durably
 from rhc.randomness import RandomState, preserved
 
 TENSORS: dict[str, Tensor] = {
@@ -179,10 +181,10 @@ def test_the_manifest_is_written_last_and_the_rename_comes_after(
         write_durably(path, data)
         done.append(path.name)
 
-    rename = Path.rename
+    rename = os.rename
     monkeypatch.setattr("rhc.checkpoint.write_durably", noted)
     monkeypatch.setattr("rhc.checkpoint.sync_directory", lambda path: done.append(path.name))
-    monkeypatch.setattr(Path, "rename", lambda a, b: (done.append("rename"), rename(a, b))[1])
+    monkeypatch.setattr("os.rename", lambda a, b: (done.append("rename"), rename(a, b))[1])
     CheckpointStore(tmp_path / "root").save(checkpoint(5))
     assert sorted(done[:3]) == ["average.safetensors", "model.safetensors", "values.json"]
     assert done[3:] == ["manifest.json", ".writing-window-00000005", "rename", "root"]
@@ -197,7 +199,7 @@ def test_a_replaced_file_is_old_or_new(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError("no space")
 
     with monkeypatch.context() as patched:
-        patched.setattr("rhc.checkpoint.write_durably", half)
+        patched.setattr("rhc.files.write_durably", half)
         with pytest.raises(OSError, match="no space"):
             replace_durably(path, b"new")
     assert path.read_bytes() == b"old"

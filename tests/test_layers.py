@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 LAYERS = (
     {
-        "_lr_scheduler", "errors", "memory", "noise", "randomness", "schedule", "signals",
+        "_lr_scheduler", "errors", "files", "memory", "noise", "randomness", "schedule", "signals",
         "workload",
     },
     {

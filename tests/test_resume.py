@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from faulty_disk import OPERATIONS, FaultyDisk, Killed
 from runs import (
     OPTIMIZERS,
     Run,
@@ -36,9 +38,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from rhc import InputError, Objective, Rewrite, Runner
-from rhc.checkpoint import write_durably
 from rhc.events import CheckpointSaved, Notice, RunStarted, StepTaken
-from rhc.tape import JsonLines
 
 STEPS = 11
 """Three or four windows of 4, the last one shorter; the epoch ends at 10."""
@@ -219,75 +219,28 @@ def test_interrupted_again_and_again(name: str, tmp_path: Path) -> None:
 # Killed in the middle of a write -----------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it."""
-
-
-class Disk:
-    """Every operation on the disk, counted; the one with number `fatal` is half done, then Killed.
-
-    Nothing may touch the disk after that, as after SIGKILL: no `finally`, no clean-up.
-    """
-
-    def __init__(self, patch: pytest.MonkeyPatch, fatal: int | None) -> None:
-        self.count, self.fatal, self.dead = 0, fatal, False
-        self.names: list[str] = []
-        rename, replace, rmtree, append = Path.rename, Path.replace, shutil.rmtree, JsonLines.append
-
-        def write(path: Path, data: bytes) -> None:
-            self.step("write", lambda: path.write_bytes(data[: len(data) // 2]))
-            write_durably(path, data)
-
-        def append_rows(lines: JsonLines, rows: Any) -> None:
-            self.step("append", lambda: append_half(lines, rows))
-            append(lines, rows)
-
-        def append_half(lines: JsonLines, rows: Any) -> None:
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            with lines.path.open("a") as file:
-                file.write(text[: len(text) // 2])
-
-        def remove(path: Path, ignore_errors: bool = False) -> None:
-            self.step("rmtree", lambda: next((p.unlink() for p in Path(path).glob("*")), None))
-            rmtree(path, ignore_errors=ignore_errors)
-
-        patch.setattr("rhc.checkpoint.write_durably", write)
-        patch.setattr(JsonLines, "append", append_rows)
-        patch.setattr("shutil.rmtree", remove)
-        patch.setattr(Path, "rename", lambda a, b: (self.step("rename"), rename(a, b))[1])
-        patch.setattr(Path, "replace", lambda a, b: (self.step("replace"), replace(a, b))[1])
-
-    def step(self, name: str, half: Callable[[], Any] = lambda: None) -> None:
-        assert not self.dead, f"{name} after the process died"
-        if self.count == self.fatal:
-            half()
-            self.dead = True
-            raise Killed
-        self.count += 1
-        self.names.append(name)
-
-
 @pytest.mark.parametrize(
     ("name", "every"),
-    [("sliding", 4), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in CASES)],
+    [("sliding", 41), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in CASES)],
 )
-def test_killed_at_every_write_rename_and_removal(name: str, every: int, tmp_path: Path) -> None:
-    """At every one of the first, and of the last; in between at each `every`-th of them."""
+def test_killed_at_every_operation_on_the_disk(name: str, every: int, tmp_path: Path) -> None:
+    """Half a write, a file without a name, a name without a file: nothing of it matters.
+
+    At every one of the first, and of the last; in between at each `every`-th of them.
+    """
     make, options = CASES[name]
     options = options | {"keep_checkpoints": 1}
     expected = uninterrupted(name, tmp_path / "whole")
-    with pytest.MonkeyPatch.context() as patch:
-        disk = Disk(patch, None)
+    with FaultyDisk() as disk:
         runner(make(0), tmp_path / "counted", **options).fit(STEPS)
-    assert disk.names.count("append") >= 6 and {"write", "rmtree", "rename"} < {*disk.names}
-    last = disk.count - 20
-    numbers = [n for n in range(disk.count) if n < 20 or n > last or n % every == 0]
+    assert {*OPERATIONS} - {"truncate", "ftruncate"} <= {*disk.names}
+    count = len(disk.names)
+    numbers = [n for n in range(count) if n < 16 or n > count - 16 or n % every == 0]
     for fatal in numbers:
         directory = tmp_path / str(fatal)
-        with pytest.MonkeyPatch.context() as patch:
-            Disk(patch, fatal)
-            with pytest.raises(Killed):
-                runner(make(0), directory, **options).fit(STEPS)
+        fault = lambda n, _, at=fatal: Killed() if n == at else None  # noqa: E731
+        with FaultyDisk(fault), pytest.raises(Killed):
+            runner(make(0), directory, **options).fit(STEPS)
         again = make(0)
         result = runner(again, directory, **options).fit(STEPS)
         found = outcome(again, directory, result.record)
@@ -416,7 +369,7 @@ CHANGED: dict[str, tuple[dict[str, Any], str]] = {
     "no law": ({"rewrite": False}, "rewrite was {.*, is false"),
     "objective": ({"objective": Objective(batches=3)}, "objective.batches was 4, is 3"),
     "clipping": ({"clip_norm": 2.0}, "clip_norm was null, is 2.0"),
-    "product": ({"product": "central-difference"}, 'product was "auto", is "central-difference"'),
+    "product": ({"product": "central-difference"}, 'product was "none", is "central-difference"'),
 }
 
 
@@ -436,7 +389,8 @@ def test_another_configuration_is_refused(name: str, finished: bool, tmp_path: P
 
 def test_another_number_of_steps_model_optimizer_or_data(tmp_path: Path) -> None:
     stopped_late(tmp_path)
-    refused(make_run("adamw"), tmp_path, "steps was 11, is 12", steps=12)
+    message = "steps was 11, is 10.*steps can be raised, not lowered: give as many or more"
+    refused(make_run("adamw"), tmp_path, message, steps=10)
     refused(make_run("adam"), tmp_path, 'optimizer was "adamw", is "adam"')
     refused(make_run("adamw", lr=0.02), tmp_path, "initial.lr was 0.01, is 0.02")
     refused(make_run("adamw", norm=False), tmp_path, r"parameters was \d+, is \d+")
@@ -545,21 +499,112 @@ def test_a_forked_process_does_not_hold_the_lock(tmp_path: Path) -> None:
             os.waitpid(child, 0)
 
 
+def line_flipped(path: Path) -> None:
+    """One digit of the last line but one."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    digits = [i for i, byte in enumerate(lines[-2]) if chr(byte).isdigit()]
+    line = bytearray(lines[-2])
+    line[digits[-1]] ^= 1
+    path.write_bytes(b"".join([*lines[:-2], bytes(line), lines[-1]]))
+
+
+LINES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "flipped": (line_flipped, r"{name}.*, line \d+, does not match its checksum in .{name}.crc32"),
+    "halved": (halved, r"{name} has \d+ bytes of whole lines"),
+    "line lost": (
+        lambda path: path.write_bytes(b"\n".join(path.read_bytes().split(b"\n")[:-2]) + b"\n"),
+        r"{name} has \d+ bytes of whole lines",
+    ),
+    "checksums halved": (
+        lambda path: halved(path.with_name(f".{path.name}.crc32")),
+        r".{name}.crc32 has no checksum of line \d+",
+    ),
+}
+
+
 @pytest.mark.parametrize("name", ["tape.jsonl", "windows.jsonl"])
-def test_a_file_that_is_shorter_than_the_checkpoint_says(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", LINES)
+def test_a_damaged_line_is_named_and_made_again(damage: str, name: str, tmp_path: Path) -> None:
+    """By the newest checkpoint that all its lines are there for; the end is the same."""
+    expected = uninterrupted("chunks", tmp_path / "whole")
+    stopped_late(tmp_path / "run")
+    damaged, message = LINES[damage]
+    damaged(tmp_path / "run" / name)
+    events: list[Any] = []
+    run = make_run("adamw", seed=99)
+    result = runner(run, tmp_path / "run", events.append).fit(STEPS)
+    notices = [e.message for e in events if isinstance(e, Notice)]
+    assert notices and re.search(message.format(name=name), notices[0]), notices
+    assert next(e for e in events if isinstance(e, RunStarted)).start in (0, 4)
+    assert unequal(expected, outcome(run, tmp_path / "run", result.record)) == []
+
+
+def test_a_line_that_no_checkpoint_can_make_again(tmp_path: Path) -> None:
     stopped_late(tmp_path)
-    path = tmp_path / name
-    path.write_bytes(path.read_bytes()[:100])
-    message = rf"{name} has 100 bytes where the checkpoint saw \d+; lines were lost, so start again"
+    for step in (0, 4):
+        shutil.rmtree(tmp_path / "checkpoints" / f"window-{step:08d}")
+    halved(tmp_path / "tape.jsonl")
+    message = r"no checkpoint of it can be used \(.*tape.jsonl has \d+ bytes of whole lines where"
     refused(make_run("adamw"), tmp_path, message)
 
 
-def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+def test_a_run_of_before_there_were_checksums(tmp_path: Path) -> None:
+    """Its lines are taken at their word, and get checksums."""
+    expected = uninterrupted("chunks", tmp_path / "whole")
+    stopped_late(tmp_path / "run")
+    for name in ("tape.jsonl", "windows.jsonl", "start.jsonl"):
+        (tmp_path / "run" / f".{name}.crc32").unlink(missing_ok=True)
+    assert unequal(expected, resumed("chunks", tmp_path / "run", seed=99)) == []
+    lines = (tmp_path / "run" / "tape.jsonl").read_bytes().splitlines()
+    sums = (tmp_path / "run" / ".tape.jsonl.crc32").read_bytes().splitlines()
+    assert sums == [b"%08x" % zlib.crc32(line) for line in lines]
+
+
+# Longer than before ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_more_steps(finished: bool, tmp_path: Path) -> None:
+    """The plan is made anew from there; also that run can be stopped anywhere."""
+    longer = 2 * STEPS
+    if finished:
+        uninterrupted("sliding", tmp_path / "whole")
+    else:
+        interrupt("sliding", tmp_path / "whole", 60, seed=0)
+    before = files(tmp_path / "whole")["tape.jsonl"]
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    make, options = CASES["sliding"]
+    events: list[Any] = []
+    run = make(98)
+    result = runner(run, tmp_path / "whole", events.append, **options).fit(longer)
+    expected = outcome(run, tmp_path / "whole", result.record)
+    notices = [e.message for e in events if isinstance(e, Notice)]
+    assert f"steps was {STEPS}, is {longer}: the plan is made anew" in notices[0]
+    assert [row["step"] for row in result.tape] == list(range(longer))
+    assert len(result.schedule) == longer and result.record["steps"] == longer
+    assert expected["files"]["tape.jsonl"].startswith(before)
+    assert (tmp_path / "whole" / f"result-{STEPS}.json").exists() == finished
+    for number in (3, 25, 20):
+        with pytest.raises(Stop):
+            runner(make(97), tmp_path / "stopped", stop_at_event(number), **options).fit(longer)
+    again = make(96)
+    result = runner(again, tmp_path / "stopped", **options).fit(longer)
+    assert unequal(expected, outcome(again, tmp_path / "stopped", result.record)) == []
+    with pytest.raises(
+        InputError, match=r"steps was 22, is 11\); steps can be raised, not lowered"
+    ):
+        runner(make(0), tmp_path / "stopped", **options).fit(STEPS)
+
+
+def test_more_memory_is_said_and_tolerated(tmp_path: Path) -> None:
     stopped_late(tmp_path)
-    path = tmp_path / "tape.jsonl"
-    path.write_bytes(b"x" + path.read_bytes()[1:])
-    with pytest.raises(InputError, match=r"tape.jsonl, line 1: not JSON"):
-        runner(make_run("adamw"), tmp_path).fit(STEPS)
+    events: list[Any] = []
+    runner(make_run("adamw"), tmp_path, events.append, memory_budget=10**9).fit(STEPS)
+    assert [e.message for e in events if isinstance(e, Notice)] == [
+        "memory_budget was null, is 1000000000: what looking back keeps changes, and its bits may "
+        "differ"
+    ]
+    assert json.loads((tmp_path / "config.json").read_text())["memory_budget"] == 10**9
 
 
 # Finished ----------------------------------------------------------------------------------------
@@ -584,12 +629,13 @@ def test_other_versions_are_said_and_tolerated(tmp_path: Path) -> None:
     stopped_late(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["versions"]["torch"] = "1.0"
-    config["hardware"]["cores"] = 1000
+    config["hardware"] |= {"cores": 1000, "threads": 77}
     (tmp_path / "config.json").write_text(json.dumps(config))
     events: list[Any] = []
     runner(make_run("adamw"), tmp_path, events.append).fit(STEPS)
     assert [e.message for e in events if isinstance(e, Notice)] == [
-        f"the run began with torch 1.0, this is {torch.__version__}: its bits may differ"
+        f"the run began with torch 1.0, this is {torch.__version__}: its bits may differ",
+        f"the run began with threads 77, here it is {torch.get_num_threads()}: its bits may differ",
     ]
 
 

@@ -1,0 +1,185 @@
+"""Files of a run: written durably, and read within limits, whoever wrote them.
+
+Everything that a run keeps goes through the few functions of `os` that are called here, and by
+their names in that module, so that a fault can be put in the place of any of them
+(benchmarks/faults.py). Reading trusts nothing: a file from a stranger may be huge, deep or no file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+from rhc.errors import InputError
+
+MOST_JSON_BYTES = 256 * 2**20
+"""Of a JSON document: the tape of a million steps is smaller."""
+
+MOST_TOML_BYTES = 2**20
+
+MOST_DEPTH = 64
+"""Of nested lists and objects; rhc writes six at most."""
+
+CLOSED_ON_EXEC = getattr(os, "O_CLOEXEC", 0)
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+
+
+# Writing -----------------------------------------------------------------------------------------
+
+
+def write_durably(path: Path, data: bytes | memoryview) -> None:
+    """Writes a file and returns when its content is on disk; a link in its place is replaced."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | CLOSED_ON_EXEC, 0o644)
+    try:
+        write_all(descriptor, data)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Writes all of `data`, however little the system takes at once."""
+    rest = memoryview(data)
+    while rest:
+        written = os.write(descriptor, rest[: 2**26])
+        rest = rest[written:]
+
+
+def replace_durably(path: Path, data: bytes) -> None:
+    """Replaces a file in one step: a reader sees the old content or the new, never half."""
+    temporary = path.with_name(f".writing-{path.name}")
+    write_durably(temporary, data)
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | CLOSED_ON_EXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory and those above it, each name durable in the one above."""
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    for directory in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(directory)
+        sync_directory(directory.parent)
+
+
+# Reading -----------------------------------------------------------------------------------------
+
+
+def read_regular(path: Path, most: int, *, exactly: int | None = None) -> bytes:
+    """The content of a regular file of at most `most` bytes; OSError or ValueError otherwise.
+
+    A link is not followed, a pipe or device not opened to wait for it. exactly: the size that it
+    must have; another is a ValueError before anything is read.
+    """
+    flags = os.O_RDONLY | CLOSED_ON_EXEC | NO_LINK | getattr(os, "O_NONBLOCK", 0)
+    with open(os.open(path, flags), "rb", buffering=0) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("it is not a regular file")
+        size = found.st_size
+        if exactly is not None and size != exactly:
+            raise ValueError(f"it has {size} bytes in place of {exactly}")
+        if size > most:
+            raise ValueError(f"it has {size} bytes, more than the {most} that are read")
+        data = file.readall()
+    if exactly is not None and len(data) != exactly:
+        raise ValueError(f"it gave {len(data)} bytes in place of {exactly}")
+    return data
+
+
+_BRACKETS = re.compile(rb'[\[\]{}"\\]')
+"""Nothing else decides how deep JSON is nested."""
+
+
+def parsed_json(data: bytes | str) -> Any:
+    """A JSON document of bounded size and depth; whatever else is a ValueError.
+
+    NaN and infinities, which JSON lacks, are refused like any other word.
+    """
+    raw = data.encode() if isinstance(data, str) else bytes(data)
+    if len(raw) > MOST_JSON_BYTES:
+        raise ValueError(f"it has {len(raw)} bytes, more than the {MOST_JSON_BYTES} that are read")
+    depth = _depth(raw)
+    if depth > MOST_DEPTH:
+        raise ValueError(f"it is nested more than {MOST_DEPTH} deep")
+    try:
+        return json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+    except RecursionError:  # pragma: no cover: the depth has been looked at
+        raise ValueError("it is nested too deep") from None
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _depth(raw: bytes) -> int:
+    """How deep brackets outside of strings are nested, looked at up to MOST_DEPTH + 1."""
+    if raw.count(b"[") + raw.count(b"{") <= MOST_DEPTH:
+        return 0  # so few brackets cannot be too deep
+    depth = deepest = 0
+    inside = False
+    skipped = -1
+    for match in _BRACKETS.finditer(raw):
+        at, mark = match.start(), match[0]
+        if at == skipped:
+            continue
+        if mark == b"\\":
+            skipped = at + 1
+        elif mark == b'"':
+            inside = not inside
+        elif not inside:
+            depth += 1 if mark in b"[{" else -1
+            deepest = max(deepest, depth)
+            if deepest > MOST_DEPTH:
+                break
+    return deepest
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; anything else is an InputError that names the file."""
+    try:
+        # The run's own files may be reached through a link; a checkpoint's may not.
+        document = parsed_json(read_regular(path.resolve(), MOST_JSON_BYTES))
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror})") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(document, dict):
+        raise InputError(f"{path} must hold a JSON object, got {type(document).__name__}")
+    return document
+
+
+def parsed_toml(data: bytes) -> dict[str, Any]:
+    """A TOML document of bounded size and depth; whatever else is a ValueError."""
+    import tomllib
+
+    if len(data) > MOST_TOML_BYTES:
+        raise ValueError(f"it has {len(data)} bytes, more than the {MOST_TOML_BYTES} that are read")
+    text = data.decode("utf-8")
+    for line in text.splitlines():
+        # Dotted keys nest without a bracket, and tomllib takes time by the square of their number.
+        if line.count(".") > 8 * MOST_DEPTH or line.count("[") + line.count("{") > 64 * MOST_DEPTH:
+            raise ValueError("it is nested too deep")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
