@@ -22,9 +22,9 @@ from rich.console import Console
 
 from rhc import memory
 from rhc.batches import StepBatches
-from rhc.checkpoint import replace_durably
 from rhc.config import TrainConfig, parsed_bytes
 from rhc.errors import InputError
+from rhc.files import replace_durably
 from rhc.hindsight.horizon import EXPLODING_CLIP, Episode, Outer, Shelf, improved, shelved
 from rhc.hindsight_config import HypergradientConfig
 from rhc.hypergradient import Hypergradient

@@ -13,10 +13,10 @@ from typing import Any
 from rich.console import Console
 
 from rhc.causal import Gains
-from rhc.checkpoint import replace_durably
 from rhc.config import RECORD_VERSION, TrainConfig
 from rhc.errors import InputError
 from rhc.events import Event, RunStarted
+from rhc.files import replace_durably
 from rhc.hindsight import USUAL_GAINS, Pass, Smoother, Tape, held_out, smooth
 from rhc.hindsight_config import PlainSettings, SmoothConfig
 from rhc.progress import Progress, display
