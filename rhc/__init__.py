@@ -28,6 +28,9 @@ _MODULES = {
     "hypergradient": "rhc.hypergradient",
     "Rewrite": "rhc.rewrite",
     "Twin": "rhc.rewrite",
+    "EpochPlanner": "rhc.planning",
+    "LossSampler": "rhc.planning",
+    "plan_next_epoch": "rhc.planning",
     "Runner": "rhc.runner",
     "RunResult": "rhc.runner",
     "Workload": "rhc.workload",
@@ -38,10 +41,12 @@ __all__ = [
     "AdaptiveRL",
     "Bounds",
     "Control",
+    "EpochPlanner",
     "Gains",
     "HeldOutBatches",
     "Hypergradient",
     "InputError",
+    "LossSampler",
     "Objective",
     "Plant",
     "Rewrite",
@@ -52,6 +57,7 @@ __all__ = [
     "Workload",
     "__version__",
     "hypergradient",
+    "plan_next_epoch",
     "register_dynamics",
     "total_variation",
 ]
@@ -62,6 +68,7 @@ if TYPE_CHECKING:
     from rhc.errors import InputError
     from rhc.hypergradient import Hypergradient, hypergradient
     from rhc.objective import HeldOutBatches, Objective
+    from rhc.planning import EpochPlanner, LossSampler, plan_next_epoch
     from rhc.plant import Plant
     from rhc.rewrite import Rewrite, Twin
     from rhc.runner import Runner, RunResult
@@ -70,8 +77,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "dynamics":  # a module of names of its own: rhc.dynamics.lion
-        return importlib.import_module("rhc.dynamics")
+    if name in ("dynamics", "planning"):  # modules of names of their own: rhc.dynamics.lion
+        return importlib.import_module(f"rhc.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module 'rhc' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES[name]), name)

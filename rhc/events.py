@@ -97,6 +97,29 @@ class CheckpointSaved:
 
 
 @dataclass(frozen=True)
+class Intervened:
+    """A guard of the epoch planner, or a drift of the data, changed the plan beyond its laws.
+
+    kind: "drift", "failsafe", "re-armed", "not finite", …; reason: a sentence.
+    """
+
+    step: int
+    epoch: int
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class EpochPlanned:
+    """Epoch `epoch` ended before step `step`: its statistics, and the plan of the next one."""
+
+    step: int
+    epoch: int
+    stats: Mapping[str, Any]
+    plan: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Notice:
     """Something a person should know."""
 
@@ -119,6 +142,8 @@ Event = (
     | WindowAttempted
     | Committed
     | CheckpointSaved
+    | Intervened
+    | EpochPlanned
     | Notice
     | RunEnded
 )
