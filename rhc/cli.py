@@ -65,16 +65,22 @@ class CompareConfig:
 
     run: Annotated[tyro.conf.Positional[str], arg(metavar="[RUN]")] = "digits"
     """What is trained: a name that `rhc runs` lists, or path/to/file.py:function."""
-    methods: Annotated[tuple[str, ...], arg(metavar="NAME …")] = (
-        "rhc",
-        "zero-probe-cosine",
-        "cosine",
-    )
+    methods: Annotated[
+        tuple[str, ...],
+        arg(metavar="NAME …", help_behavior_hint="(default: rhc zero-probe-cosine cosine)"),
+    ] = ()
     """Methods, as listed above."""
+    ablations: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """AdaptiveRL and AdaptiveRL with one part changed, beside or in place of other methods."""
     lrs: Annotated[
         tuple[float, ...], arg(metavar="A …", help_behavior_hint="(default: the run's own)")
     ] = ()
     """Learning rates, for the methods that need one."""
+    tune: Annotated[
+        str | None, arg(metavar="N|FIRST-LAST", help_behavior_hint="(default: all are reported)")
+    ] = None
+    """Seeds on which each method's lr is chosen, among --lrs or six from 0.001 to 0.3; only that
+    one is reported, and what the choice took is said."""
     seeds: Annotated[str, arg(metavar="N|FIRST-LAST")] = "5"
     """How many seeds, from 100 on, or which. Choose on 0-9, report on 100 and more."""
     versus: Annotated[
@@ -87,8 +93,20 @@ class CompareConfig:
     """Optimizer steps of every run."""
     data: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: none)")] = None
     """Folder of the run's data, for runs that need one."""
+    target: Annotated[
+        float | None, arg(metavar="X", help_behavior_hint="(default: the run's own, or see below)")
+    ] = None
+    """What a run must reach for its steps to be counted; by default what the reference ends with,
+    give or take 5 %."""
+    jobs: Annotated[int, arg(metavar="N")] = 1
+    """Processes that run at once."""
+    directory: Annotated[
+        Path | None,
+        arg(metavar="DIR", aliases=("-o",), help_behavior_hint="(default: runs/compare-RUN)"),
+    ] = None
+    """Where rows are kept as they come, and not computed again."""
     output: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
-    """File for all rows, as JSON."""
+    """A further file for all rows and lines, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -332,20 +350,25 @@ def _hypergradient(config: HypergradientConfig) -> int:
 def _compare(config: CompareConfig) -> int:
     from rich.console import Console
 
-    from rhc.compare import print_comparison
+    from rhc.comparison import print_comparison
 
-    print_comparison(
+    short = config.run.rpartition(":")[2]
+    return print_comparison(
         Console(),
         config.run,
         methods=config.methods,
+        ablations=config.ablations,
         lrs=config.lrs,
+        tune=config.tune,
         seeds=config.seeds,
         versus=config.versus,
+        target=config.target,
         steps=config.steps,
         data=config.data,
+        jobs=config.jobs,
+        directory=config.directory or Path("runs") / f"compare-{short}",
         output=config.output,
     )
-    return 0
 
 
 # tyro joins the lines of a paragraph that are not indented, so that each is one line here.
@@ -375,6 +398,9 @@ Train RUN by several methods on several seeds; what each ends with and costs:
   zero-probe  zero-probe-cosine      the start alone, and a template
   probe-cosine                       the same from an lr
   constant cosine linear 1cycle wsd  plain templates from the lrs that are given
+  step  on-plateau  adamw-cosine     other schedulers from them; adamw: at its own
+  schedule-free  prodigy             optimizers without a schedule (packages)
+  adaptive  adaptive-…               AdaptiveRL; parts of it, see --ablations
   template-race  random-search       the best of several runs, by validation
   lars-cosine  twin                  other ratios; other steering
   smooth  smooth-3                   the two-pass smoother, from an lr
@@ -383,6 +409,8 @@ Train RUN by several methods on several seeds; what each ends with and costs:
 
 examples:
   rhc compare digits --methods rhc cosine --lrs 0.03 0.1 0.3 --seeds 10
+  rhc compare sine --methods adaptive constant cosine --tune 0-2 --jobs 2
+  rhc compare sine --ablations --lrs 0.01
   rhc compare my_run.py:make --methods rhc twin --seeds 100-104"""
 
 COMMANDS = {

@@ -1,5 +1,8 @@
 """Methods × seeds on one workload at equal committed steps: what each ends with, what it cost.
 
+`METHODS` says what there is, `run` runs one of them on one seed and returns a Row, `summarise`
+makes lines of rows. `rhc.comparison` runs many of them in parallel and prints the table.
+
 Every number comes from a run of its own; the cost counts everything that was spent on the way to
 it: looking for a start, looking back, replays, objectives, and the runs that a race or a search
 throws away. Intervals are bootstrap 95 % intervals of the mean over seeds (Efron 1979); differences
@@ -8,21 +11,21 @@ are paired, seed by seed. Seeds 0 to 9 are for choosing, 100 and more for report
 
 from __future__ import annotations
 
-import json
+import difflib
+import importlib
 import math
 import random
 import re
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -30,15 +33,15 @@ from torch.optim import Optimizer
 from rhc.causal import AdaptiveRL, Bounds
 from rhc.errors import InputError
 from rhc.evaluate import evaluate
+from rhc.events import Committed, Event
 from rhc.hindsight import Pass, Smoother, held_out, smooth
 from rhc.objective import Objective
 from rhc.plant import Plant
-from rhc.randomness import seed_everything
+from rhc.randomness import preserved, seed_everything
 from rhc.rewrite import USUAL, Twin, usual_objective
 from rhc.runner import DivergedError, Runner, RunResult
 from rhc.schedule import CONTROLS, Schedule
-from rhc.tape import finite
-from rhc.workload import Workload, load_runner, optimizer_of
+from rhc.workload import Goal, Workload, load_runner, optimizer_of, usual_weight_decay
 
 RACED = ("cosine", "linear", "wsd")
 """Templates that race each other."""
@@ -50,45 +53,105 @@ SEARCHED = 5
 @dataclass(frozen=True)
 class Method:
     """One way to train a workload. settings: of the Runner. needs_lr: run once per first lr.
+    optimizer: in place of the workload's own.
 
     ratio: "lars" for lrs of the groups as |θ|/|∇J| at step 0; "oracle" for what the workload itself
     says is right, its groups' "ratio". races: templates of which the best by
     validation is taken. searches: runs with random lrs of which the best by validation is taken.
     smooths: passes of the two-pass smoother, whose kept run is taken.
-    drives: (optimizer, steps) -> what is told the loss of every step of a plain loop, after it.
+    drives: what makes the optimizer of a plain loop and is told the loss and reward of every step.
     """
 
     summary: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     needs_lr: bool = False
+    optimizer: str | None = None
     ratio: str | None = None
     races: tuple[str, ...] = ()
     searches: int = 0
     smooths: int = 0
-    drives: Callable[[Optimizer, int], Callable[[Tensor], None]] | None = None
+    drives: Drives | None = None
 
 
-def _adaptive(**settings: Any) -> Callable[[Optimizer, int], Callable[[Tensor], None]]:
-    return lambda optimizer, _: AdaptiveRL(optimizer, **settings).step
+@dataclass
+class Driver:
+    """What steers a plain loop. step: told (loss, reward) after every step of the optimizer, reward
+    None where there is none. rewarded: whether it looks at rewards, which cost something. course:
+    the numbers of now, for pictures. mode: told True before training and False before a model is
+    judged."""
+
+    optimizer: Optimizer
+    step: Callable[[Tensor, Any], None] = lambda loss, reward: None
+    rewarded: bool = False
+    course: Callable[[], Mapping[str, float | None]] | None = None
+    mode: Callable[[bool], None] = lambda training: None
 
 
-def _step_lr(optimizer: Optimizer, steps: int) -> Callable[[Tensor], None]:
+Drives = Callable[[str, Any, float, int], Driver]
+"""(name of the workload's optimizer, parameters, first lr, steps) -> Driver."""
+
+
+def _adaptive(*, rewarded: bool = True, **settings: Any) -> Drives:
+    """AdaptiveRL. In reinforcement learning, which is where there is a reward at every step, noise
+    begins at 0.02."""
+
+    def drives(name: str, parameters: Any, lr: float, steps: int) -> Driver:
+        optimizer = optimizer_of(name, parameters, lr)
+        scheduler = AdaptiveRL(optimizer, **settings)
+        return Driver(optimizer, scheduler.step, rewarded, lambda: scheduler.values)
+
+    return drives
+
+
+def _step_lr(name: str, parameters: Any, lr: float, steps: int) -> Driver:
+    optimizer = optimizer_of(name, parameters, lr)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, max(1, steps // 3), 0.1)
-    return lambda loss: scheduler.step()
+    return Driver(optimizer, lambda loss, reward: scheduler.step())
 
 
-def _on_plateau(optimizer: Optimizer, steps: int) -> Callable[[Tensor], None]:
+def _on_plateau(name: str, parameters: Any, lr: float, steps: int) -> Driver:
     """ReduceLROnPlateau on the mean training loss of every fiftieth of the run."""
+    optimizer = optimizer_of(name, parameters, lr)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.3, patience=3)
     seen: list[Tensor] = []
 
-    def step(loss: Tensor) -> None:
+    def step(loss: Tensor, reward: Any) -> None:
         seen.append(loss.detach())
         if len(seen) >= max(1, steps // 50):
             scheduler.step(float(torch.stack(seen).mean()))
             seen.clear()
 
-    return step
+    return Driver(optimizer, step)
+
+
+def _schedule_free(name: str, parameters: Any, lr: float, steps: int) -> Driver:
+    """Schedule-Free SGD or AdamW (Defazio et al. 2024), with a warm-up of a twentieth."""
+    free = _optional("schedulefree", "schedule-free")
+    warmup = steps // 20
+    if name == "sgd":
+        optimizer = free.SGDScheduleFree(parameters, lr=lr, momentum=0.9, warmup_steps=warmup)
+    else:
+        decay = usual_weight_decay(name)
+        optimizer = free.AdamWScheduleFree(
+            parameters, lr=lr, warmup_steps=warmup, weight_decay=decay
+        )
+    return Driver(optimizer, mode=lambda on: optimizer.train() if on else optimizer.eval())
+
+
+def _prodigy(name: str, parameters: Any, lr: float, steps: int) -> Driver:
+    """Prodigy (Mishchenko & Defazio 2024), its lr of 1 falling along a cosine."""
+    optimizer = _optional("prodigyopt", "prodigy").Prodigy(parameters, lr=1.0)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    return Driver(optimizer, lambda loss, reward: scheduler.step())
+
+
+def _optional(module: str, method: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise InputError(
+            f"method {method} needs {module}: pip install 'rhc[baselines]' or {module}"
+        ) from None
 
 
 def _plainly(template: str, warmup: float = 0.0) -> Method:
@@ -100,6 +163,10 @@ def _plainly(template: str, warmup: float = 0.0) -> Method:
 def _without(what: str, **settings: Any) -> Method:
     return Method(f"rhc {what}", {"start": "zero", **settings})
 
+
+_CONSTANT = {"rewrite": False, "start": "given", "template": "constant"}
+_COSINE = _CONSTANT | {"template": "cosine"}
+FIXED_NOISE = Bounds(noise=(0.02, 0.02))
 
 METHODS: Mapping[str, Method] = {
     "constant": _plainly("constant"),
@@ -131,6 +198,25 @@ METHODS: Mapping[str, Method] = {
         needs_lr=True,
         smooths=3,
     ),
+    **{
+        f"adaptive-{name}": Method(
+            f"AdaptiveRL {what}", needs_lr=True, drives=_adaptive(**settings)
+        )
+        for name, what, settings in (
+            ("loss-only", "that looks at no reward", {"source": "loss", "rewarded": False}),
+            ("reward-only", "without the terms of the loss", {"source": "reward"}),
+            ("fixed-noise", "with noise fixed at 0.02", {"noise": 0.02, "bounds": FIXED_NOISE}),
+            ("parameter-noise", "with noise on the parameters", {"noise_on": "parameters"}),
+        )
+    },
+    "adamw": Method("AdamW at its own lr, constant", _CONSTANT, optimizer="adamw"),
+    "adamw-cosine": Method(
+        "AdamW with a cosine from the lr that is given", _COSINE, needs_lr=True, optimizer="adamw"
+    ),
+    "schedule-free": Method(
+        "Schedule-Free, of the package schedulefree", needs_lr=True, drives=_schedule_free
+    ),
+    "prodigy": Method("Prodigy with a cosine, of the package prodigyopt", drives=_prodigy),
     "zero-probe": Method(
         "start from the hypergradient at lr 0, the usual template, no rewriting",
         {"rewrite": False, "start": "zero"},
@@ -199,13 +285,41 @@ METHODS: Mapping[str, Method] = {
 }
 
 
+ABLATIONS = (
+    "adaptive",
+    "adaptive-loss-only",
+    "adaptive-reward-only",
+    "adaptive-no-noise",
+    "adaptive-fixed-noise",
+    "adaptive-parameter-noise",
+)
+"""What `--ablations` runs: AdaptiveRL, and AdaptiveRL with one part changed."""
+
+TRACKING = Goal("tracking", over=50, last=False)
+"""Of workloads without a goal whose steps all have this metric."""
+
+EVERY = 50
+"""Steps between two points of a run's curve, at most a twentieth of the run where nothing is
+rewritten; the window of a Runner that rewrites, which commits that often."""
+
+JUDGED_BATCHES = 8
+"""Batches of held-out data behind a point of the curve, at most."""
+
+POINTS = 100
+"""Points of a run's course that are kept, at most."""
+
+
 @dataclass(frozen=True)
 class Row:
     """What one method ended with on one seed; a run that diverges for good has infinite losses.
 
-    score: what methods are compared by, the mean over all steps of the metric "tracking" where the
-    workload has one, else the test loss of the final weights. validation: what races and searches
-    choose by. cost: in plain runs.
+    score: what methods are compared by, that of the workload's goal where it has one, else the
+    mean over all steps of the metric "tracking" where there is one, else the test loss of the final
+    weights. higher: whether a higher score is better. validation: what races and searches choose
+    by. cost: in plain runs.
+    curve: (steps taken, value), of what the score is about: the metric's running mean, or else the
+    loss on held-out data. course: columns of numbers over the run, for pictures: "step" and
+    whatever the method steers.
     """
 
     method: str
@@ -217,6 +331,17 @@ class Row:
     average_test_loss: float | None
     validation: float
     cost: float
+    higher: bool = False
+    gradient_evaluations: float | None = None
+    curve: Sequence[Sequence[float | None]] = ()
+    course: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+
+    def steps_to(self, target: float) -> int | None:
+        """Steps after which the curve first reaches the target; None where it never does."""
+        for step, value in self.curve:
+            if value is not None and (value >= target if self.higher else value <= target):
+                return int(step or 0)
+        return None
 
 
 @dataclass(frozen=True)
@@ -244,7 +369,7 @@ def compare(
 ) -> list[Row]:
     """All methods on all seeds; those that need an lr from each of `lrs`, or the workload's own."""
     for name in methods:
-        _known(name)
+        known(name)
     rows = []
     for name, lr, seed in cells(methods, lrs, seeds):
         rows.append(run(task, name, lr, seed))
@@ -262,9 +387,12 @@ def cells(
                 yield name, lr, seed
 
 
-def _known(name: str) -> None:
+def known(name: str) -> None:
+    """Raises InputError for a method that there is not."""
     if name not in METHODS:
-        raise InputError(f"unknown method {name!r}: there are: {', '.join(METHODS)}")
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(f"unknown method {name!r}: {hint}there are: {', '.join(METHODS)}")
 
 
 def run(task: Task, name: str, lr: float | None, seed: int) -> Row:
@@ -300,88 +428,197 @@ def _one(
     draw: random.Random | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    runner, steps = runner_of(task, method, lr, seed, draw=draw, **more)
+    runner, workload, steps = _prepared(task, method, lr, seed, draw=draw, **more)
     try:
-        result = runner.fit(steps)
+        return _fitted(runner, workload, steps)[0]
     except DivergedError:
-        spent = runner.loop.cost.gradient_equivalents / steps
-        return _diverged(max(spent, 1.0), runner.loop.start_gradients / steps)
-    return _ended(result, runner.loop.start_gradients / steps)
+        cost = runner.loop.cost
+        return _diverged(
+            workload.goal,
+            max(cost.gradient_equivalents / steps, 1.0),
+            cost.gradient_evaluations,
+            runner.loop.start_gradients / steps,
+        )
 
 
-def _ended(result: RunResult, start: float) -> dict[str, Any]:
-    """The row of a run that has ended. start: what looking for one cost, in plain runs."""
+def _fitted(runner: Runner, workload: Workload, steps: int) -> tuple[dict[str, Any], RunResult]:
+    """A Runner's run to its end, as the fields of a row. Raises DivergedError."""
+    points: list[tuple[int, float | None]] = []
+
+    def judge(event: Event) -> None:
+        if isinstance(event, Committed) and workload.goal is None:
+            points.append((event.stop, _judged(runner.plant, workload.val_loader)))
+
+    runner.listeners.append(judge)
+    result = runner.fit(steps)
     record = result.record
-    tracking = [row["tracking"] for row in result.tape if row.get("tracking") is not None]
-    test = record["test_loss"]
-    score = statistics.fmean(tracking) if len(tracking) == len(result.tape) else test
-    judged = record["val_loss"]
-    if judged is None:
-        judged = statistics.fmean(_finite(row["loss"]) for row in result.tape)
-    return {
-        "score": _finite(record["train_loss"] if score is None else score),
-        "test_loss": test,
+    found = _found(
+        workload.goal,
+        [row["loss"] for row in result.tape],
+        lambda name: [row.get(name) for row in result.tape],
+        points,
+        validation=record["val_loss"],
+        test=record["test_loss"],
+        train=record["train_loss"],
+    )
+    return found | {
         "test_accuracy": record["test_accuracy"],
         "average_test_loss": record["average_test_loss"],
-        "validation": _finite(judged),
         "cost": record["cost"]["plain_run_equivalents"],
-        "start": start,
-    }
+        "gradient_evaluations": record["cost"]["gradient_evaluations"],
+        "course": _course(result.tape),
+        "start": runner.loop.start_gradients / steps,
+    }, result
 
 
 def _smoothed(task: Task, method: Method, lr: float | None, seed: int) -> dict[str, Any]:
     """The run that the smoother keeps, and what all of its runs cost."""
+    goal = task.workload(seed).goal
 
     def train(number: int, schedule: Schedule | None) -> Pass:
-        runner, steps = runner_of(task, method, lr, seed, schedule=schedule)
-        result = runner.fit(steps)
+        found, result = _fitted(*_prepared(task, method, lr, seed, schedule=schedule))
         judged = held_out(result.record, result.tape)
-        return Pass(result.schedule, result.tape, judged, _ended(result, 0.0))
+        return Pass(result.schedule, result.tape, judged, found)
 
     try:
         runs, best = smooth(train, Smoother(), method.smooths)
     except DivergedError:
-        return _diverged(1.0, 0.0)
-    return {**runs[best].result, "cost": sum(run.result["cost"] for run in runs)}
+        return _diverged(goal, 1.0, None, 0.0)
+    spent = {
+        name: sum(run.result[name] for run in runs) for name in ("cost", "gradient_evaluations")
+    }
+    return {**runs[best].result, **spent}
 
 
 def _driven(task: Task, method: Method, lr: float | None, seed: int) -> dict[str, Any]:
     """A plain loop whose scheduler is told every loss; nothing is rewound."""
     workload = task.workload(seed)
     model, steps = workload.model, task.steps or workload.steps
-    first = workload.lr[workload.optimizer] if lr is None else lr
+    name = method.optimizer or workload.optimizer
+    first = _first_lr(workload, name, lr)
     parameters: Any = workload.parameter_groups
     if parameters is None:
         parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = optimizer_of(workload.optimizer, parameters, first)
-    plant = Plant(model, optimizer, workload.loss_fn, seed=seed)
+    goal, every = workload.goal, _every(steps)
     assert method.drives is not None
+    losses: list[float] = []
+    metrics: dict[str, list[float]] = {}
+    points: list[tuple[int, float | None]] = []
+    course: list[dict[str, float | None]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an lr outside the bounds is part of the comparison
-        step = method.drives(optimizer, steps)
-        tracking, losses = [], []
-        for batch in islice(chain.from_iterable(repeat(workload.train_loader)), steps):
+        driver = method.drives(name, parameters, first, steps)
+        plant = Plant(model, driver.optimizer, workload.loss_fn, seed=seed)
+        reward = workload.reward if driver.rewarded else None
+        for step, batch in enumerate(
+            islice(chain.from_iterable(repeat(workload.train_loader)), steps), 1
+        ):
+            driver.mode(True)
             outcome = workload.loss_fn(model, batch)
-            loss, metrics = outcome if isinstance(outcome, tuple) else (outcome, {})
-            optimizer.zero_grad()
+            loss, seen = outcome if isinstance(outcome, tuple) else (outcome, {})
+            driver.optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
-            step(loss)
+            driver.optimizer.step()
+            driver.step(loss, None if reward is None else reward(model, step, seen))
             losses.append(float(loss))
-            if "tracking" in metrics:
-                tracking.append(float(metrics["tracking"]))
+            for key, value in seen.items():
+                metrics.setdefault(key, []).append(float(value))
+            if step % every == 0 or step == steps:
+                driver.mode(False)
+                points.append((step, None if goal else _judged(plant, workload.val_loader)))
+            if driver.course is not None:
+                course.append({"step": step - 1, "loss": losses[-1], **driver.course()})
+    driver.mode(False)
     test = evaluate(plant, workload.test_loader)
-    held_out = evaluate(plant, workload.val_loader)
-    score = math.nan if test is None else test.loss
-    return {
-        "score": _finite(statistics.fmean(tracking) if len(tracking) == steps else score),
-        "test_loss": None if test is None else _finite(test.loss),
+    judged = evaluate(plant, workload.val_loader)
+    forward = getattr(reward, "forward_passes", 0.0)
+    found = _found(
+        goal,
+        losses,
+        lambda name: metrics.get(name, []),
+        points,
+        validation=None if judged is None else judged.loss,
+        test=None if test is None else test.loss,
+        train=losses[-1],
+    )
+    return found | {
         "test_accuracy": None if test is None else test.metrics.get("accuracy"),
         "average_test_loss": None,
-        "validation": _finite(statistics.fmean(losses) if held_out is None else held_out.loss),
-        "cost": 1.0,
+        "cost": 1.0 + forward / 3 / steps,
+        "gradient_evaluations": float(steps),
+        "course": _course(course),
         "start": 0.0,
     }
+
+
+def _found(
+    goal: Goal | None,
+    losses: Sequence[float | None],
+    metric: Callable[[str], Sequence[float | None]],
+    points: Sequence[tuple[int, float | None]],
+    *,
+    validation: float | None,
+    test: float | None,
+    train: float | None,
+) -> dict[str, Any]:
+    """Score, curve and what a search chooses by, of a run that went to its end."""
+    tracked = [value for value in metric(TRACKING.metric) if value is not None]
+    if goal is None and len(tracked) == len(losses):
+        goal = TRACKING
+    higher = goal is not None and goal.higher
+    if validation is None:
+        validation = statistics.fmean(_finite(loss) for loss in losses)
+    curve = points
+    score = train if test is None else test
+    if goal is not None:
+        values = [_finite(value, higher) for value in metric(goal.metric)]
+        curve = running_means(values, goal.over)
+        score = statistics.fmean(values[-goal.over :] if goal.last else values)
+    elif all(value is None for _, value in points):
+        curve = running_means([_finite(loss) for loss in losses], _every(len(losses)))
+    return {
+        "score": _finite(score, higher),
+        "test_loss": test,
+        "validation": _finite(validation),
+        "higher": higher,
+        "curve": [(step, value) for step, value in curve],
+    }
+
+
+def running_means(values: Sequence[float], over: int) -> list[tuple[int, float | None]]:
+    """(steps taken, mean of the last `over` values) at every tenth step from `over` on, and at the
+    last; over all values where there are fewer."""
+    over = max(1, min(over, len(values)))
+    sums = np.cumsum([0.0, *values])
+    every = 10 if len(values) - over >= 100 else 1
+    steps = sorted({*range(over, len(values) + 1, every), len(values)})
+    with np.errstate(invalid="ignore"):
+        means = [float((sums[step] - sums[step - over]) / over) for step in steps]
+    return [(s, m if math.isfinite(m) else None) for s, m in zip(steps, means, strict=True)]
+
+
+def _judged(plant: Plant, loader: Any) -> float | None:
+    """The loss on held-out data; the run that goes on afterwards is the same."""
+    with preserved():
+        losses = evaluate(plant, loader, most=JUDGED_BATCHES)
+    return None if losses is None or not math.isfinite(losses.loss) else losses.loss
+
+
+def _course(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+    """Columns of what is a number, or absent, in all rows, at no more than POINTS steps; of a
+    control that differs by parameter group, the largest."""
+    kept = rows[:: math.ceil(len(rows) / POINTS)] if rows else []
+    names = dict.fromkeys(chain.from_iterable(kept))
+    columns = {name: [_largest(row.get(name)) for row in kept] for name in names}
+    return {
+        name: [None if x is None else float(f"{x:.6g}") for x in column]
+        for name, column in columns.items()
+        if all(isinstance(x, int | float | None) for x in column)
+    }
+
+
+def _largest(value: Any) -> Any:
+    return max(value) if isinstance(value, list | tuple) and value else value
 
 
 def runner_of(
@@ -397,8 +634,22 @@ def runner_of(
 
     draw: where random lrs of the groups come from. more: further settings of the Runner.
     """
+    runner, _, steps = _prepared(task, method, lr, seed, draw=draw, **more)
+    return runner, steps
+
+
+def _prepared(
+    task: Task,
+    method: Method,
+    lr: float | None,
+    seed: int,
+    *,
+    draw: random.Random | None = None,
+    **more: Any,
+) -> tuple[Runner, Workload, int]:
     workload = task.workload(seed)
-    first = workload.lr[workload.optimizer] if lr is None else lr
+    name = method.optimizer or workload.optimizer
+    first = _first_lr(workload, name, lr)
     groups: list[dict[str, Any]] = workload.parameter_groups or [
         {"params": [p for p in workload.model.parameters() if p.requires_grad]}
     ]
@@ -408,27 +659,48 @@ def runner_of(
         groups = [g | {"lr": first * g["ratio"]} for g in groups]
     if draw is not None:
         groups = [g | {"lr": 10 ** draw.uniform(-5, 0)} for g in groups]
+    steps = task.steps or workload.steps
+    plain = {} if method.settings.get("rewrite", True) else {"window": _every(steps)}
     runner = Runner(
         workload.model,
-        optimizer_of(workload.optimizer, groups, first),
+        optimizer_of(name, groups, first),
         workload.loss_fn,
         workload.train_loader,
         workload.val_loader,
         test_loader=workload.test_loader,
         seed=seed,
-        **{**method.settings, **more},
+        **{**plain, **method.settings, **more},
     )
-    return runner, task.steps or workload.steps
+    return runner, workload, steps
 
 
-def _diverged(cost: float, start: float) -> dict[str, Any]:
-    names = ("test_loss", "test_accuracy", "average_test_loss")
-    lost = {"score": math.inf, "validation": math.inf, **dict.fromkeys(names)}
-    return {**lost, "cost": cost, "start": start}
+def _every(steps: int) -> int:
+    return max(1, min(EVERY, steps // 20))
 
 
-def _finite(value: float | None) -> float:
-    return math.inf if value is None or not math.isfinite(value) else value
+def _first_lr(workload: Workload, optimizer: str, lr: float | None) -> float:
+    """The lr that is given, or the workload's own for that optimizer, or torch's."""
+    return workload.lr.get(optimizer, 1e-3) if lr is None else lr
+
+
+def _diverged(
+    goal: Goal | None, cost: float, gradients: float | None, start: float
+) -> dict[str, Any]:
+    higher = goal is not None and goal.higher
+    return {
+        **dict.fromkeys(("test_loss", "test_accuracy", "average_test_loss")),
+        "score": -math.inf if higher else math.inf,
+        "validation": math.inf,
+        "higher": higher,
+        "cost": cost,
+        "gradient_evaluations": gradients,
+        "start": start,
+    }
+
+
+def _finite(value: float | None, higher: bool = False) -> float:
+    worst = -math.inf if higher else math.inf
+    return worst if value is None or not math.isfinite(value) else value
 
 
 def _lars(
@@ -460,63 +732,6 @@ def _forget(model: nn.Module) -> None:
         p.grad = None
 
 
-def print_comparison(
-    console: Console,
-    run: str,
-    *,
-    methods: Sequence[str],
-    lrs: Sequence[float],
-    seeds: str,
-    versus: str | None,
-    steps: int | None,
-    data: Path | None,
-    output: Path | None,
-) -> None:
-    """`rhc compare`: runs everything, says how it goes, and prints a table."""
-    chosen = parsed_seeds(seeds)
-    reference = versus or methods[-1]
-    names = list(dict.fromkeys([*methods, reference]))
-    for name in names:
-        _known(name)
-    for lr in lrs:
-        CONTROLS["lr"].check(lr)
-    if data is not None and not data.exists():
-        raise InputError(f"data {data} does not exist; give --data an existing folder")
-    if steps is not None and steps < 1:
-        raise InputError(f"steps must be ≥ 1, got {steps}; try --steps 1000")
-    if output is not None and not output.parent.is_dir():
-        raise InputError(f"output {output} is in no folder; make {output.parent} first")
-
-    def tell(row: Row) -> None:
-        lr = "" if row.lr is None else f" lr {row.lr:g}"
-        console.print(
-            f"{row.method}{lr} seed {row.seed}: {row.score:.4g}, cost {row.cost:.2f}",
-            highlight=False,
-        )
-
-    rows = compare(Task(run, data, steps), names, lrs, chosen, tell)
-    lines = summarise(rows, reference)
-    console.print()
-    console.print(table(lines))
-    console.print(
-        f"\nscore: test loss of the final weights, or the mean of the metric tracking where there "
-        f"is one; 95 %: bootstrap over {len(chosen)} seeds; cost in plain runs; apart: paired "
-        f"difference to {reference}",
-        highlight=False,
-        style="dim",
-    )
-    if output is not None:
-        document = {
-            "format": "rhc.comparison",
-            "version": 1,
-            "run": run,
-            "versus": reference,
-            "rows": [asdict(row) for row in rows],
-            "lines": [asdict(line) for line in lines],
-        }
-        output.write_text(json.dumps(finite(document), indent=1) + "\n", encoding="utf-8")
-
-
 # Statistics ---------------------------------------------------------------------------------------
 
 
@@ -525,6 +740,8 @@ class Line:
     """A method at one lr over all seeds: mean score, its interval, mean cost.
 
     apart: mean paired difference to the reference and its interval; None for the reference itself.
+    steps: mean over the `reached` of `seeds` runs that reach the target. tuning: what choosing the
+    lr took in plain runs.
     """
 
     method: str
@@ -533,62 +750,156 @@ class Line:
     interval: tuple[float, float]
     cost: float
     apart: tuple[float, float, float] | None = None
+    target: float | None = None
+    steps: float | None = None
+    reached: int = 0
+    seeds: int = 0
+    gradient_evaluations: float | None = None
+    tuning: float = 0.0
 
 
-def summarise(rows: Sequence[Row], versus: str | None = None) -> list[Line]:
-    """A line per method and lr, in their order. versus: compared with, at its best lr."""
+def summarise(
+    rows: Sequence[Row],
+    versus: str | None = None,
+    *,
+    target: float | None = None,
+    tuning: Mapping[str, float] | None = None,
+) -> list[Line]:
+    """A line per method and lr, in their order.
+
+    versus: compared with, at its best lr. target: None for what the reference's curves end with,
+    give or take 5 %. tuning: plain runs by method.
+    """
     found: dict[tuple[str, float | None], list[Row]] = {}
     for row in rows:
         found.setdefault((row.method, row.lr), []).append(row)
-    scores = {key: [row.score for row in rs] for key, rs in found.items()}
+    scores = {key: {row.seed: row.score for row in rs} for key, rs in found.items()}
+    higher = any(row.higher for row in rows)
     of_reference = [key for key in found if key[0] == versus]
-    best = min(of_reference, key=lambda key: statistics.mean(scores[key]), default=None)
+    best = min(
+        of_reference,
+        key=lambda key: statistics.mean(scores[key].values()) * (-1 if higher else 1),
+        default=None,
+    )
+    if target is None:
+        target = _usual_target(found[best] if best is not None else rows, higher)
     lines = []
     for key, rs in found.items():
         apart = None
         if best is not None and key != best:
-            differences = [a - b for a, b in zip(scores[key], scores[best], strict=True)]
-            mean = statistics.mean(differences) if np.isfinite(differences).all() else math.inf
-            apart = (mean, *interval(differences))
+            # A seed that one of the two has not (it failed, or is not done yet) makes no pair.
+            both = scores[key].keys() & scores[best].keys()
+            differences = [scores[key][s] - scores[best][s] for s in sorted(both)]
+            lost = math.inf if not higher else -math.inf
+            sound = bool(differences) and bool(np.isfinite(differences).all())
+            apart = (statistics.mean(differences) if sound else lost, *interval(differences))
+        steps = [s for row in rs if target is not None and (s := row.steps_to(target)) is not None]
+        gradients = [row.gradient_evaluations for row in rs if row.gradient_evaluations is not None]
         lines.append(
             Line(
                 *key,
-                statistics.mean(scores[key]),
-                interval(scores[key]),
+                statistics.mean(scores[key].values()),
+                interval(list(scores[key].values())),
                 statistics.mean(row.cost for row in rs),
                 apart,
+                target,
+                statistics.mean(steps) if steps else None,
+                len(steps),
+                len(rs),
+                statistics.mean(gradients) if gradients else None,
+                (tuning or {}).get(key[0], 0.0),
             )
         )
     return lines
 
 
+def _usual_target(rows: Sequence[Row], higher: bool) -> float | None:
+    ends = [row.curve[-1][1] for row in rows if row.curve and row.curve[-1][1] is not None]
+    if not ends:
+        return None
+    mean = statistics.mean(end for end in ends if end is not None)
+    return mean - 0.05 * abs(mean) if higher else mean + 0.05 * abs(mean)
+
+
+def tuned(rows: Sequence[Row]) -> tuple[dict[str, float], dict[str, float]]:
+    """The lr with the best mean score of every method, and what all its rows cost together.
+
+    A method that diverges at every lr is left out.
+    """
+    best: dict[str, float] = {}
+    spent: dict[str, float] = {}
+    for name in dict.fromkeys(row.method for row in rows):
+        mine = [row for row in rows if row.method == name]
+        spent[name] = sum(row.cost for row in mine)
+        means = {
+            lr: statistics.mean(row.score for row in mine if row.lr == lr)
+            for lr in dict.fromkeys(row.lr for row in mine)
+        }
+        sign = -1 if mine[0].higher else 1
+        lr = min(means, key=lambda lr: sign * means[lr])
+        if lr is not None and math.isfinite(means[lr]):
+            best[name] = lr
+    return best, spent
+
+
 def table(lines: Sequence[Line]) -> Table:
-    """For a terminal of 80 columns."""
-    shown = Table(box=None, padding=(0, 1, 0, 0))
-    for heading in ("method", "lr", "score", "95 %", "cost", "apart", "95 %"):
-        left = heading in ("method", "lr", "95 %")
-        shown.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    """Scores, their intervals and paired differences, for a terminal of 80 columns."""
+    shown = _empty("method", "lr", "score", "95 %", "cost", "apart", "95 %")
     for line in lines:
         low, high = line.interval
         apart, within = "", ""
         if line.apart is not None:
-            apart = f"{line.apart[0]:+.4f}"
-            within = f"{line.apart[1]:+.4f}…{line.apart[2]:+.4f}"
+            apart = _signed(line.apart[0])
+            within = f"{_signed(line.apart[1])}…{_signed(line.apart[2])}"
         shown.add_row(
             line.method,
             "" if line.lr is None else f"{line.lr:g}",
-            f"{line.score:.4f}",
-            f"{low:.4f}…{high:.4f}" if math.isfinite(high) else "",
+            _number(line.score) if math.isfinite(line.score) else "diverges",
+            f"{_number(low)}…{_number(high)}" if math.isfinite(high) else "",
             f"{line.cost:.2f}",
-            apart,
+            apart if line.apart is not None and math.isfinite(line.apart[0]) else "",
             within if line.apart is not None and math.isfinite(line.apart[2]) else "",
         )
     return shown
 
 
+def costs(lines: Sequence[Line]) -> Table:
+    """Steps to the target, and what a run and the choice of its lr took."""
+    target = lines[0].target
+    heading = "to target" if target is None else f"steps to {_number(target)}"
+    shown = _empty("method", "lr", heading, "reached", "gradients", "cost", "tuning")
+    for line in lines:
+        shown.add_row(
+            line.method,
+            "" if line.lr is None else f"{line.lr:g}",
+            "–" if line.steps is None else f"{line.steps:.0f}",
+            f"{line.reached} of {line.seeds}",
+            "" if line.gradient_evaluations is None else f"{line.gradient_evaluations:.0f}",
+            f"{line.cost:.2f}",
+            f"{line.tuning:.0f}" if line.tuning else "",
+        )
+    return shown
+
+
+def _empty(*headings: str) -> Table:
+    shown = Table(box=None, padding=(0, 1, 0, 0))
+    for heading in headings:
+        left = heading in ("method", "lr", "95 %")
+        shown.add_column(heading, justify="left" if left else "right", no_wrap=True)
+    return shown
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}" if abs(value) < 10 else f"{value:+.1f}"
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """The bootstrap 95 % interval of the mean, 10,000 resamples with seed 0."""
-    if not np.isfinite(values).all():
+    if not len(values) or not np.isfinite(values).all():
         return -math.inf, math.inf
     draws = np.random.default_rng(0).choice(np.array(values), (10_000, len(values))).mean(1)
     low, high = np.quantile(draws, [0.025, 0.975])

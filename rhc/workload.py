@@ -36,6 +36,22 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP = "rhc.runners"
 
 
+@dataclass(frozen=True)
+class Goal:
+    """What runs are compared by where it is not the test loss: a metric of every training step."""
+
+    metric: str
+    """A name among the metrics that loss_fn returns."""
+    over: int
+    """Steps of its running mean."""
+    last: bool = True
+    """The mean over the last of these counts; False for the mean over all steps."""
+    higher: bool = False
+    """Higher is better."""
+    target: float | None = None
+    """What a good run's running mean reaches."""
+
+
 @dataclass
 class Workload:
     """What a runner hands to the command line: model, loss and data, with defaults that suit them.
@@ -65,6 +81,12 @@ class Workload:
     """Passed to the optimizer in place of model.parameters()."""
     threads: int | None = None
     """Default CPU threads; None leaves it to torch. Small tensors are slower on several."""
+    goal: Goal | None = None
+    """What `rhc compare` compares by; None for the test loss."""
+    reward: Callable[[nn.Module, int, Mapping[str, Any]], float | None] | None = None
+    """(model, steps taken, metrics of the step) -> what a causal scheduler is told beside the loss,
+    after every step; None where there is nothing new. Its attribute `forward_passes`, where it has
+    one, counts those of a training batch that it spent."""
 
 
 def optimizer_of(

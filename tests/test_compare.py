@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,26 @@ import torch
 from torch import nn
 
 from rhc import compare as comparing
+from rhc import comparison
 from rhc.cli import main
-from rhc.compare import METHODS, Row, Task, compare, interval, parsed_seeds, run, summarise
+from rhc.compare import (
+    ABLATIONS,
+    METHODS,
+    Driver,
+    Row,
+    Task,
+    compare,
+    interval,
+    parsed_seeds,
+    run,
+    running_means,
+    summarise,
+    tuned,
+)
 from rhc.errors import InputError
+from rhc.workload import Goal, optimizer_of
+
+PACKAGES = {"schedule-free": "schedulefree", "prodigy": "prodigyopt"}
 
 RUNNER = """
 import torch
@@ -47,7 +65,8 @@ def make(*, seed=0, data=None):
 
 
 @pytest.fixture
-def task(tmp_path: Path) -> Task:
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
+    monkeypatch.chdir(tmp_path)  # the default directory lies below the current folder
     path = tmp_path / "small.py"
     path.write_text(RUNNER)
     return Task(f"{path}:make")
@@ -55,12 +74,16 @@ def task(tmp_path: Path) -> Task:
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_every_method_runs_and_says_what_it_cost(task: Task, name: str) -> None:
+    if name in PACKAGES:
+        pytest.importorskip(PACKAGES[name])
     lr = 0.05 if METHODS[name].needs_lr else None
     row = run(task, name, lr, 0)
     assert (row.method, row.lr, row.seed) == (name, lr, 0)
     assert math.isfinite(row.score) and row.score == row.test_loss
     settings = METHODS[name].settings
     plain = settings.get("rewrite") is False and settings["start"] == "given"
+    assert row.curve[-1][0] == 30 and math.isfinite(row.curve[-1][1] or math.nan)
+    assert set(row.course) >= {"lr"} or METHODS[name].drives is not None
     if METHODS[name].searches:
         assert row.cost == pytest.approx(METHODS[name].searches)
     elif METHODS[name].races:
@@ -179,12 +202,17 @@ def test_the_command(task: Task, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main([*words.split(), "--output", str(output)]) == 0
     shown = capsys.readouterr().out
     assert "zero-probe-cosine seed 100:" in shown and "cosine lr 0.05 seed 101:" in shown
-    assert "bootstrap over 2 seeds" in shown and max(map(len, shown.splitlines())) <= 80
+    assert "bootstrap over 2 seeds" in " ".join(shown.split())
+    assert max(map(len, shown.splitlines())) <= 80
     (line,) = [x for x in shown.splitlines() if x.startswith("zero-probe-cosine ") and "…" in x]
     assert len(line.split()) == 6 and line.count("…") == 2  # nothing is cut off
     document = json.loads(output.read_text())
     assert document["versus"] == "cosine" and len(document["rows"]) == 4
     assert [line["method"] for line in document["lines"]] == ["zero-probe-cosine", "cosine"]
+    reference = document["lines"][1]
+    assert 1 <= reference["reached"] <= reference["seeds"] == 2 and reference["steps"] <= 30
+    assert reference["gradient_evaluations"] == 30
+    assert json.loads((tmp_path / "runs/compare-make/comparison.json").read_text()) == document
 
 
 @pytest.mark.parametrize(
@@ -197,6 +225,10 @@ def test_the_command(task: Task, tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("--output no/folder.json", "make no first"),
         ("--data nowhere", "data nowhere does not exist"),
         ("--lrs 100", "lr must be"),
+        ("--jobs 0", "jobs must be"),
+        ("--tune 100-101", "seeds in common"),
+        ("--target nan", "target must be"),
+        ("--directory small.py", "small.py is a file"),
     ],
 )
 def test_what_cannot_be_compared_is_said_in_one_sentence(
@@ -209,8 +241,159 @@ def test_what_cannot_be_compared_is_said_in_one_sentence(
 
 def test_a_scheduler_in_a_plain_loop_trains_as_that_loop_does(task: Task) -> None:
     """A law that never moves is the constant lr, on the same batches in the same order."""
-    still = replace(METHODS["adaptive"], drives=lambda optimizer, steps: lambda loss: None)
+    still = replace(
+        METHODS["adaptive"],
+        drives=lambda name, parameters, lr, steps: Driver(optimizer_of(name, parameters, lr)),
+    )
     row = comparing._driven(task, still, 0.05, 3)
     constant = run(task, "constant", 0.05, 3)
     assert row["test_loss"] == pytest.approx(constant.test_loss, rel=1e-5)
     assert run(task, "adaptive", 0.05, 3).score != constant.score
+
+
+def test_rows_that_are_there_are_not_run_again(
+    task: Task, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = f"compare {task.run} --methods constant cosine --lrs 0.05 10 --directory kept --seeds"
+    assert main([*words.split(), "2"]) == 0
+    file = Path("kept/rows.jsonl")
+    lines = file.read_text().splitlines()
+    assert len(lines) == 8 and "diverged" in capsys.readouterr().out
+    with file.open("a") as torn:
+        torn.write('{"task": {"run"')  # the process was killed while it wrote
+
+    ran: list[tuple[str, float | None, int]] = []
+    usual = comparison.run
+
+    def counted(task: Task, *cell: Any) -> Row:
+        ran.append(cell)
+        return usual(task, *cell)
+
+    monkeypatch.setattr(comparison, "run", counted)
+    assert main([*words.split(), "2"]) == 0
+    assert ran == [] and "8 of 8 rows are already in" in capsys.readouterr().out
+    assert file.read_text().splitlines() == lines
+    assert main([*words.split(), "3"]) == 0
+    assert [seed for _, _, seed in ran] == [102] * 4
+    # What is trained has changed: no row of before is taken.
+    path = Path(task.run.rpartition(":")[0])
+    path.write_text(path.read_text().replace("steps=30", "steps=20"))
+    ran.clear()
+    assert main([*words.split(), "2"]) == 0 and len(ran) == 8
+
+
+def test_rows_do_not_depend_on_the_number_of_processes(task: Task) -> None:
+    words = f"compare {task.run} --methods adaptive cosine constant --lrs 0.05 10 --seeds 2"
+    found = []
+    for jobs in ("1", "2"):
+        assert main([*words.split(), "--jobs", jobs, "-o", f"jobs{jobs}"]) == 0
+        document = json.loads(Path(f"jobs{jobs}/comparison.json").read_text())
+        found.append((document["rows"], document["lines"]))
+    assert found[0] == found[1] and len(found[0][0]) == 12
+
+
+def test_a_method_that_cannot_run_says_why_and_the_others_go_on(
+    task: Task, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    words = f"compare {task.run} --methods prodigy constant --lrs 0.05 --seeds 2"
+    assert main(words.split()) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("prodigy is left out: method prodigy needs prodigyopt: pip install") == 1
+    assert "constant lr 0.05 seed 101" in shown
+    document = json.loads(Path("runs/compare-make/comparison.json").read_text())
+    assert [failure["seed"] for failure in document["failures"]] == [100, 101]
+    assert main(f"compare {task.run} --methods prodigy --seeds 1".split()) == 1
+    assert "nothing could be run" in capsys.readouterr().out
+
+
+def test_a_process_that_dies_costs_one_cell(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(task.run.rpartition(":")[0])
+    deadly = "def make(*, seed=0, data=None):\n    import os\n    seed == 101 and os._exit(7)"
+    path.write_text(path.read_text().replace("def make(*, seed=0, data=None):", deadly))
+    words = f"compare {task.run} --methods constant cosine --lrs 0.05 --seeds 3 --jobs 2"
+    assert main(words.split()) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("is left out: its process ended with status 7") == 2
+    assert all(f"{name} lr 0.05 seed 102" in shown for name in ("constant", "cosine"))
+
+
+def test_tuning_is_done_on_seeds_of_its_own_and_its_cost_is_said(
+    task: Task, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"compare {task.run} --methods constant zero-probe-cosine --lrs 1e-5 0.05 --seeds 1"
+    assert main([*words.split(), "--tune", "0-1"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "constant: lr 0.05, the best of 1e-05, 0.05 on seeds 0-1, for 4 plain runs" in shown
+    document = json.loads(Path("runs/compare-make/comparison.json").read_text())
+    assert [(r["method"], r["lr"], r["seed"]) for r in document["rows"]] == [
+        ("constant", 0.05, 100),
+        ("zero-probe-cosine", None, 100),
+    ]
+    assert [line["tuning"] for line in document["lines"]] == [4.0, 0.0]
+
+
+def test_the_best_lr_is_the_highest_where_higher_is_better() -> None:
+    row = Row("a", 0.1, 0, 5.0, None, None, None, 0.0, 1.0, higher=True)
+    other = replace(row, lr=1.0, score=7.0)
+    lost = replace(row, method="b", score=-math.inf)
+    assert tuned([row, other, lost]) == ({"a": 1.0}, {"a": 2.0, "b": 1.0})
+    assert tuned([replace(r, higher=False) for r in (row, other)])[0] == {"a": 0.1}
+    lines = summarise([row, other], "a")
+    assert lines[0].apart == (-2, -2, -2) and lines[1].apart is None
+
+
+def test_steps_to_a_target() -> None:
+    row = Row("a", 0.1, 0, 5.0, None, None, None, 0.0, 1.0, curve=[(10, 3.0), (20, 1.0), (30, 2.0)])
+    assert row.steps_to(1.5) == 20 and row.steps_to(0.5) is None
+    higher = replace(row, higher=True, curve=[(10, None), (20, 1.0), (30, 2.0)])
+    assert higher.steps_to(1.5) == 30
+    never = replace(row, seed=1, curve=[(10, 3.0)])
+    (line,) = summarise([row, never], target=1.5)
+    assert (line.steps, line.reached, line.seeds) == (20, 1, 2)
+    # Without a target: what the reference ends with, give or take 5 %.
+    assert summarise([row], "a")[0].target == pytest.approx(2.1)
+    assert summarise([higher], "a")[0].target == pytest.approx(1.9)
+
+
+def test_running_means() -> None:
+    assert running_means([1.0, 2.0, 3.0, 4.0], 2) == [(2, 1.5), (3, 2.5), (4, 3.5)]
+    assert running_means([1.0], 5) == [(1, 1.0)]
+    assert running_means([1.0, math.inf], 1) == [(1, 1.0), (2, None)]
+    assert [step for step, _ in running_means([0.0] * 205, 100)] == [*range(100, 201, 10), 205]
+
+
+def test_a_goal_is_what_runs_are_compared_by(task: Task) -> None:
+    path = Path(task.run.rpartition(":")[0])
+    metric = (
+        "lambda model, batch: ((model(batch[0]) - batch[1]).square().mean(), {'r': batch[0].max()})"
+    )
+    text = path.read_text().replace(
+        "lambda model, batch: (model(batch[0]) - batch[1]).square().mean()", metric
+    )
+    path.write_text(
+        text.replace(
+            "threads=1", "threads=1, goal=Goal('r', over=8, higher=True, target=0.5)"
+        ).replace("import Workload", "import Goal, Workload")
+    )
+    seen = [float(batch[0].max()) for batch in task.workload(0).train_loader]
+    for name in ("constant", "adaptive", "zero-probe"):
+        row = run(task, name, 0.05 if METHODS[name].needs_lr else None, 0)
+        assert row.higher and row.score == pytest.approx(sum(seen) / 8)
+    assert isinstance(task.workload(0).goal, Goal)
+
+
+def test_the_ablations_differ_from_what_they_ablate() -> None:
+    task = Task("drifting_sine", steps=540)  # with a jump, before which the loss never rises
+    rows = {name: run(task, name, 0.01, 0).course for name in ABLATIONS}
+    assert set(rows["adaptive-no-noise"]["noise"]) == {0.0}
+    assert set(rows["adaptive-fixed-noise"]["noise"]) == {0.02}
+    assert rows["adaptive"]["lr"] != rows["adaptive-reward-only"]["lr"]
+    assert rows["adaptive"] == rows["adaptive-loss-only"]  # there is no reward
+
+
+def test_help_names_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--help"]) == 0
+    shown = capsys.readouterr().out.replace("adaptive-…", " ".join(ABLATIONS))
+    hidden = {"oracle-cosine", "step-standard-error", "step-sign", "step-adam", "exact-hessian"}
+    assert [name for name in METHODS if name not in hidden and name not in shown] == []
