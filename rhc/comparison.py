@@ -43,7 +43,7 @@ from rhc.compare import (
 )
 from rhc.errors import InputError
 from rhc.schedule import CONTROLS
-from rhc.tape import JsonLines, encode, finite
+from rhc.tape import encode, finite
 
 Cell = tuple[str, float | None, int]
 
@@ -187,15 +187,14 @@ class Bench:
         self.folder = directory
         self.failures: list[Failure] = []
         self._kept: dict[Cell, Row] = {}
-        self._file: JsonLines | None = None
+        self._file: Path | None = None
         self._identity = _identity(task)
         if directory is not None:
             if directory.exists() and not directory.is_dir():
                 raise InputError(f"directory {directory} is a file; give --directory a folder")
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = JsonLines(directory / ROWS)
-            self._file.mend()
-            for record in self._file.read():
+            self._file = directory / ROWS
+            for record in _read(self._file):
                 if record.get("task") == self._identity:
                     row = _row(record["row"])
                     self._kept[row.method, row.lr, row.seed] = row
@@ -218,7 +217,8 @@ class Bench:
                 continue
             self._kept[outcome.method, outcome.lr, outcome.seed] = outcome
             if self._file is not None:
-                self._file.append([{"task": self._identity, "row": asdict(outcome)}])
+                with self._file.open("a", encoding="utf-8") as file:
+                    file.write(encode({"task": self._identity, "row": asdict(outcome)}) + "\n")
             self._tell(outcome)
         return [self._kept[cell] for cell in wanted if cell in self._kept]
 
@@ -257,6 +257,24 @@ def _identity(task: Task) -> dict[str, Any]:
         "source": source,
         "rhc": __version__,
     }
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file; a line that a kill cut short is cut off, and one that is damaged is not
+    taken: its cell is run again."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+    for line in data[:whole].splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield record
 
 
 def _row(record: Mapping[str, Any]) -> Row:
