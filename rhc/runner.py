@@ -17,14 +17,16 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from rhc.batches import MicroBatches, Position, StepBatches, batch_size
+from rhc.batches import MicroBatches, Position, StepBatches, batch_size, loader_preserved
 from rhc.checkpoint import Checkpoint
 from rhc.errors import InputError
 from rhc.evaluate import TRAIN_BATCHES, Losses, at_average, batch_statistics, evaluate
 from rhc.events import (
     CheckpointSaved,
     Committed,
+    EpochPlanned,
     Event,
+    Intervened,
     Listener,
     Notice,
     RunEnded,
@@ -53,6 +55,7 @@ from rhc.hypergradient.record import WindowRecorder
 from rhc.memory import peak_memory
 from rhc.noise import mixed_seed
 from rhc.objective import Average, HeldOutBatches, Objective
+from rhc.planning import EpochPlanner, Plan, joined, parted
 from rhc.plant import PATIENCE, LossFn, Plant, Snapshot, StepRecord, Trajectory
 from rhc.randomness import preserved
 from rhc.rewrite import (
@@ -93,6 +96,9 @@ this times the mean loss of the window before, and 1.5 times the run's first los
 EXPLODING_CLIP = 10.0
 """Where costates explode, the window is looked back at once more with their norms clipped to this
 times the norm at its end, unless the run has a costate_clip of its own."""
+
+PER_EXAMPLE = "example_"
+"""Metrics that begin so have a value per example: they are a LossSampler's, and not of the tape."""
 
 REMEMBERED = 50
 """Committed steps whose losses a window is compared with, to see whether the data changed."""
@@ -193,6 +199,8 @@ class Runner:
     accumulate n: every step takes n batches of train_loader and the gradient of the mean of their
     losses. clip_norm, clip_value: clipping by the norm of all gradients, or of every element.
     directory: of the run; None keeps everything in memory. seed: of the gradient noise.
+    planner: plans every epoch from the one before, on top of the template; see `rhc.EpochPlanner`,
+    which is built without the optimizer here. Windows end where epochs do.
     Raises InputError for settings that cannot be used, before anything is touched.
     """
 
@@ -228,6 +236,7 @@ class Runner:
         directory: str | Path | None = None,
         keep_checkpoints: int = 3,
         seed: int = 0,
+        planner: EpochPlanner | None = None,
         listeners: Sequence[Listener] = (),
         config: Mapping[str, Any] | None = None,
     ) -> None:
@@ -302,6 +311,9 @@ class Runner:
         )
         self.device = self.plant.parameters[0].device
         self._streams: list[StepBatches] = []
+        self.planner = planner
+        self._validation_batches: float | None = None
+        self._epoch_steps = 0 if planner is None else self._plannable(planner)
         self._spent = False
 
     # fit -----------------------------------------------------------------------------------------
@@ -380,6 +392,8 @@ class Runner:
         """One window: six verbs, and the state, tape and schedule move on by up to M steps."""
         length = self.window if self.rewriting else self.stride
         start, stop = self.loop.step, min(self.loop.step + length, self.loop.steps)
+        if self.planner is not None:
+            stop = min(stop, (start // self._epoch_steps + 1) * self._epoch_steps)
         commit = min(start + self.stride, stop)
         if self.rewriting:
             before = _Moment(self.plant.snapshot(), self.loop.average.copy())
@@ -825,6 +839,8 @@ class Runner:
             self.loop.cost.peak_memory_bytes, peak_memory(self.device)
         )
         self.loop.step = commit
+        if self.planner is not None:
+            self._plan_on(attempt, rows)
         self.loop.train.release(commit)
         self.loop.tape += rows
         if self.directory is not None:
@@ -833,6 +849,118 @@ class Runner:
         if commit < self.loop.steps:
             self._verb("slide", start, stop, attempt.number)
         self.loop.cost.windows += 1
+
+    # Epochs --------------------------------------------------------------------------------------
+
+    def _plannable(self, planner: EpochPlanner) -> int:
+        """The steps of an epoch, of a planner that is checked."""
+        if planner.optimizer is not None:
+            raise InputError(
+                "planner steers its optimizer by itself, and so would the Runner; build it without "
+                "one: EpochPlanner(…)"
+            )
+        if planner.needs_validation and self.val_loader is None:
+            raise InputError(
+                "planner takes its rewards from a validation loss and there is no val_loader; give "
+                "one, or EpochPlanner(reward=FreshSeeds(…)), or reward=TrainingTape()"
+            )
+        steps = planner.epoch_steps
+        if steps is None:
+            try:
+                batches = len(self.train_loader)  # type: ignore[arg-type]
+            except TypeError:
+                raise InputError(
+                    "train_loader does not say how many batches an epoch has; give "
+                    "EpochPlanner(epoch_steps=…)"
+                ) from None
+            steps = max(1, batches // self.accumulate)
+        if planner.samples and self.accumulate > 1:
+            raise InputError(
+                f"a LossSampler needs every batch to be a step, got accumulate={self.accumulate}; "
+                "use 1, or larger batches"
+            )
+        ahead = self.rewriting and (
+            self.val_loader is None or not isinstance(self.objective.batches, int)
+        )
+        if planner.samples and ahead:
+            raise InputError(
+                "windows are judged on training batches of the next epoch, which a LossSampler has "
+                "not planned yet; give a val_loader, or rewrite=False"
+            )
+        return steps
+
+    def _plan_on(self, attempt: _Attempt, rows: list[dict[str, Any]]) -> None:
+        """Tells the planner of committed steps; where an epoch ends, or the data drift, the rest of
+        the schedule follows its new plan, and the tape says why."""
+        planner, trajectory = self.planner, attempt.trajectory
+        assert planner is not None and planner.plan is not None and trajectory is not None
+        before, reward = planner.plan, planner.reward_metric
+        for row, metrics in zip(rows, trajectory.metrics, strict=False):
+            planner.observe(
+                math.nan if row["loss"] is None else row["loss"],
+                row.get(reward) if reward else None,
+                row["gradient_norm"],
+                metrics.get(f"{PER_EXAMPLE}index"),
+                metrics.get(f"{PER_EXAMPLE}loss"),
+            )
+        epoch = planner.state.epoch
+        done = planner.read()
+        for step, what in done:
+            marks = rows[step - rows[0]["step"]].setdefault("planning", {"interventions": []})
+            marks["interventions"].append(asdict(what))
+        if self.loop.step % self._epoch_steps == 0:
+            held_out = None
+            if self.val_loader is not None:
+                held_out = evaluate(self.plant, self.val_loader)
+                self.loop.cost.gradient_equivalents += self._size_of(self.val_loader) / 3
+            plan = planner.end_epoch(None if held_out is None else held_out.loss)
+            last = rows[-1]
+            own = [asdict(what) for what in plan.interventions]
+            earlier = last.get("planning", {"interventions": []})["interventions"]
+            last["planning"] = finite(
+                {
+                    "epoch": planner.history[-1].to_json(),
+                    "plan": plan.values | {"mode": plan.mode},
+                    "interventions": earlier + own,
+                }
+            )
+            done = [*done, *((self.loop.step - 1, what) for what in plan.interventions)]
+            self._emit(
+                EpochPlanned(self.loop.step, epoch, last["planning"]["epoch"], plan.to_json())
+            )
+        for step, what in done:
+            self._notice(f"{what.kind}: {what.reason}")
+            self._emit(Intervened(step, epoch, what.kind, what.reason))
+        self._follow(before, planner.plan)
+
+    def _follow(self, before: Plan, after: Plan) -> None:
+        """Moves the rest of the schedule from one plan to the other."""
+        start, schedule = self.loop.step, self.loop.schedule
+        if start >= self.loop.steps:
+            return
+        rest = schedule.window(start, schedule.stop)
+        values: dict[str, Tensor] = {}
+        if after.lr != before.lr:
+            ratio = after.lr / before.lr
+            values["lr"] = _rescaled("lr", rest["lr"], ratio)
+            self.loop.first_lr = self.loop.first_lr * ratio
+        if after.momentum != before.momentum and after.momentum and before.momentum:
+            ratio = CONTROLS["momentum"].ratio(after.momentum, before.momentum)
+            values["momentum"] = _rescaled("momentum", rest["momentum"], ratio)
+        if after.noise != before.noise:
+            values["noise"] = torch.full_like(rest["noise"], after.noise)
+        if values:
+            self.loop.schedule = schedule.replaced(Schedule(values, start))
+
+    def _size_of(self, loader: Iterable[Any]) -> float:
+        """The batches of a loader, once counted."""
+        if self._validation_batches is None:
+            try:
+                self._validation_batches = float(len(loader))  # type: ignore[arg-type]
+            except TypeError:
+                with loader_preserved(loader), preserved():
+                    self._validation_batches = float(sum(1 for _ in loader))
+        return self._validation_batches
 
     def _affords(self, gradients: int) -> bool:
         """Whether so many more evaluations, and plain steps to the end, are within the budget.
@@ -951,6 +1079,9 @@ class Runner:
         first_lr = torch.tensor(self._initial()["lr"], dtype=torch.float64)
         self.loop = _Loop(steps, self._planned(steps, first_lr), train, first_lr=first_lr)
         self._streams = [train]
+        if self.planner is not None:
+            own = self.plant.controls.initial
+            self.planner.begin(own["lr"], own.get("momentum"), own.get("noise", 0.0))
         validated = self.val_loader is not None and isinstance(self.objective.batches, int)
         if self.rewriting and validated and self.objective.terminal_weight:
             assert self.val_loader is not None
@@ -1059,6 +1190,9 @@ class Runner:
             )
         given = planned["lr"][0].tolist()
         self.loop.schedule, self.loop.first_lr = self._planned(steps, lr), lr
+        if self.planner is not None:
+            own = self.plant.controls.initial
+            self.planner.begin(float(lr.max()), own.get("momentum"), own.get("noise", 0.0))
         self._emit(StartFound(self.start, lr.tolist(), given, search.gradients / steps))
 
     def _checked_schedule(
@@ -1126,6 +1260,8 @@ class Runner:
             "cost": asdict(self.loop.cost),
             "seconds": self._seconds(),
         }
+        if self.planner is not None:
+            tensors["controller"], values["controller"] = parted(self.planner.state_dict())
         checkpoint = Checkpoint(self.loop.step, tensors, values)
         path = self.directory.save(checkpoint, self.loop.schedule)
         if path is not None:
@@ -1135,6 +1271,9 @@ class Runner:
         assert self.directory is not None
         tensors, values = checkpoint.tensors, checkpoint.values
         snapshot = snapshot_from_tensors(self.plant, tensors, values["optimizer"])
+        if self.planner is not None:  # before the loader is asked for this epoch's order again
+            state = joined(tensors.get("controller", {}), values["controller"])
+            self.planner.load_state_dict(state, place=False)
         self.loop.train.seek(Position.from_tensors(tensors["train_batches"]))
         if self.loop.validation is not None:
             self.loop.validation.seek(Position.from_tensors(tensors["validation_batches"]))
@@ -1235,7 +1374,7 @@ class Runner:
                 row[name] = values[i]
             for name, value in trajectory.metrics[i].items():
                 # A metric called "loss" or "lr" does not take the place of the loop's own.
-                if name not in row:
+                if name not in row and not name.startswith(PER_EXAMPLE):
                     row[name] = finite(_number(value))  # as it will be read back
             rows.append(row)
         return rows
@@ -1317,6 +1456,7 @@ class Runner:
             "costate_clip": (self.costate_clip, None),
             "start": (self.start, "given"),
             "warmup": (self.warmup, 0.0),
+            "planner": (None if self.planner is None else self.planner.describe(), None),
             "followed": (self.followed and self.followed.digest(), None),
             "template": (
                 self.template,
@@ -1494,6 +1634,13 @@ def _same_place(before: tuple[int, float] | None, now: tuple[int, float] | None)
     if before is None or now is None or not math.isfinite(before[1] + now[1]):
         return False
     return abs(before[0] - now[0]) <= PATIENCE and now[1] > 0.7 * before[1]
+
+
+def _rescaled(name: str, values: Tensor, ratio: float) -> Tensor:
+    """A control's values moved by log(ratio) in its coordinate, within its bounds; 0 stays 0."""
+    known = CONTROLS[name]
+    moved = torch.as_tensor(known.rescale(values, ratio)).clamp(known.lower, known.upper)
+    return torch.where(values == 0, values, moved)
 
 
 def _described(value: Any) -> Any:

@@ -44,6 +44,7 @@ from rhc.planning import (
     Preset,
     Smoothed,
     TrainingTape,
+    Watch,
     after_drift,
     closed,
     next_value,
@@ -852,3 +853,185 @@ def test_a_state_of_other_knobs_or_another_version_is_refused() -> None:
 def test_the_front_door() -> None:
     assert rhc.EpochPlanner is EpochPlanner and rhc.LossSampler is LossSampler
     assert rhc.plan_next_epoch is plan_next_epoch and rhc.planning is planning
+
+
+# In a Runner --------------------------------------------------------------------------------------
+
+
+class Images(nn.Module):
+    """A loss that tells a sampler of its examples, with an augmentation that is planned."""
+
+    def __init__(self, sampler: LossSampler | None, augmentation: Augmentation | None) -> None:
+        super().__init__()
+        self.sampler, self.augmentation = sampler, augmentation
+
+    def __call__(self, model: nn.Module, batch: list[Tensor]) -> Any:
+        x, y, *indices = batch
+        if self.augmentation is not None:
+            x = self.augmentation(x, training=model.training)
+        losses = nn.functional.cross_entropy(model(x), y, reduction="none")
+        if not indices or self.sampler is None or not model.training:
+            return losses.mean()
+        loss = (self.sampler.importance(indices[0]) * losses).mean()
+        return loss, {"example_index": indices[0], "example_loss": losses}
+
+
+def planned_runner(directory: Any = None, listener: Any = None, **settings: Any) -> rhc.Runner:
+    torch.manual_seed(0)
+    draw = torch.Generator().manual_seed(1)
+    y = torch.randint(0, 3, (66,), generator=draw)
+    x = torch.randn(66, 9, generator=draw) + nn.functional.one_hot(y, 9)
+    model = nn.Sequential(nn.Linear(9, 8), nn.Dropout(0.1), nn.Linear(8, 3))
+    sampler, augmentation = LossSampler(50), Augmentation(0.25)
+    rows = TensorDataset(x[:50], y[:50], torch.arange(50))
+    loader = DataLoader(rows, batch_size=8, sampler=sampler, drop_last=True)  # 6 batches
+    planner = EpochPlanner(
+        steer=("lr", "momentum", "noise"), knobs=[sampler, augmentation], **settings
+    )
+    return rhc.Runner(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        Images(sampler, augmentation),
+        loader,
+        [[x[50:], y[50:]]],
+        window=4,
+        rewrite=False,
+        directory=directory,
+        planner=planner,
+        listeners=[] if listener is None else [listener],
+    )
+
+
+class TestRunner:
+    def test_windows_end_with_epochs_and_the_tape_says_what_was_planned(self) -> None:
+        told: list[Any] = []
+        result = planned_runner(listener=told.append).fit(20)
+        marks = {row["step"]: row["planning"] for row in result.tape if "planning" in row}
+        assert list(marks) == [5, 11, 17]
+        assert [e.step for e in told if isinstance(e, EpochPlanned)] == [6, 12, 18]
+        after = marks[11]["plan"]
+        assert [row["lr"] for row in result.tape[12:18]] == pytest.approx([after["lr"]] * 6)
+        assert after["lr"] != 0.1 and marks[5]["plan"]["augmentation"] is not None
+        assert not [name for name in result.tape[0] if name.startswith("example_")]
+        assert json.loads(json.dumps(result.tape)) == result.tape
+
+    def test_the_tape_gives_the_statistics_of_the_run(self) -> None:
+        runner = planned_runner()
+        result = runner.fit(20)
+        assert runner.planner is not None
+        again = planning.epochs_of(result.tape)
+        assert again == runner.planner.history
+        assert [e.loss for e in planning.epochs_of(result.tape, 6)] == [e.loss for e in again]
+
+    @pytest.mark.parametrize("stop", [2, 5, 6, 8, 13])
+    def test_a_run_that_is_stopped_anywhere_ends_bit_for_bit(
+        self, stop: int, tmp_path: Any
+    ) -> None:
+        from runs import FILES, Stop, stop_at_step
+
+        straight = planned_runner(tmp_path / "straight")
+        straight.fit(20)
+        with pytest.raises(Stop):
+            planned_runner(tmp_path / "stopped", stop_at_step(stop)).fit(20)
+        resumed = planned_runner(tmp_path / "stopped")
+        resumed.fit(20)
+        for name in FILES:
+            assert (tmp_path / "stopped" / name).read_bytes() == (
+                tmp_path / "straight" / name
+            ).read_bytes(), name
+        for a, b in zip(resumed.plant.parameters, straight.plant.parameters, strict=True):
+            assert torch.equal(a, b)
+        assert resumed.planner is not None and straight.planner is not None
+        assert resumed.planner.plan == straight.planner.plan
+        assert resumed.planner.state == straight.planner.state
+        ours, theirs = resumed.planner.knobs[0], straight.planner.knobs[0]
+        assert isinstance(ours, LossSampler) and isinstance(theirs, LossSampler)
+        assert np.array_equal(ours.weights, theirs.weights) and ours.weights.std() > 0
+        for name in ("recent", "older", "count"):
+            assert np.array_equal(getattr(ours.statistics, name), getattr(theirs.statistics, name))
+
+    def test_a_failsafe_and_a_drift_are_on_the_tape_with_their_reasons(self) -> None:
+        told: list[Any] = []
+        runner = planned_runner(
+            listener=told.append, watch=Watch(drift=ChangeTest(warmup=25, lag=12))
+        )
+        calls, original = [0], runner.plant.loss_fn
+
+        def poisoned(model: nn.Module, batch: Any) -> Any:
+            if model.training:
+                calls[0] += 1
+                found = original(model, batch)
+                return (found[0] + (9.0 if calls[0] > 30 else 0.0), found[1])
+            return original(model, batch) + 0.1 * calls[0]
+
+        runner.plant.loss_fn = poisoned
+        result = runner.fit(60)
+        done = {
+            what["kind"]: what["reason"]
+            for row in result.tape
+            for what in row.get("planning", {}).get("interventions", [])
+        }
+        assert done.keys() == {"drift", "failsafe"}
+        modes = [
+            r["planning"]["plan"]["mode"] for r in result.tape if "plan" in r.get("planning", {})
+        ]
+        assert modes == ["planned", "planned"] + ["conservative"] * 8
+        kinds = {e.kind: e for e in told if isinstance(e, Intervened)}
+        assert 30 <= kinds["drift"].step < 50 and kinds["failsafe"].step == 17
+
+    def test_a_template_is_multiplied_and_rewriting_goes_on(self) -> None:
+        a = make_rewritten(None).fit(20)
+        planner = make_rewritten(EpochPlanner(drift=False, epoch_steps=5))
+        b = planner.fit(20)
+        assert [r["lr"] for r in a.tape[:5]] == [r["lr"] for r in b.tape[:5]]
+        assert planner.planner is not None and planner.planner.plan is not None
+        assert a.tape[-1]["lr"] != b.tape[-1]["lr"]
+        assert len([r for r in b.tape if "planning" in r]) == 4
+
+    @pytest.mark.parametrize(
+        "make, part",
+        [
+            (lambda: EpochPlanner(optimizer()), "without one"),
+            (lambda: EpochPlanner(reward=None, epoch_steps=3), "no val_loader"),
+        ],
+    )
+    def test_what_cannot_be_planned_is_refused(
+        self, make: Callable[[], EpochPlanner], part: str
+    ) -> None:
+        model = nn.Linear(1, 1)
+        with pytest.raises(rhc.InputError, match=part):
+            rhc.Runner(
+                model,
+                torch.optim.SGD(model.parameters(), lr=0.1),
+                lambda m, b: m(b).sum(),
+                [torch.ones(1, 1)],
+                None if "val" in part else [torch.ones(1, 1)],
+                planner=make(),
+            )
+
+    def test_another_planner_is_not_taken_up(self, tmp_path: Any) -> None:
+        planned_runner(tmp_path).fit(6)
+        with pytest.raises(rhc.InputError, match="planner"):
+            planned_runner(tmp_path, drift=False).fit(12)
+
+
+def make_rewritten(planner: EpochPlanner | None) -> rhc.Runner:
+    from runs import make_run
+
+    model, optimizer, loss_fn, train, val = make_run("sgd", dropout=0.0)
+    return rhc.Runner(
+        model, optimizer, loss_fn, train, val,
+        window=5, start="given", template="cosine", planner=planner,
+    )  # fmt: skip
+
+
+def test_a_state_as_tensors_and_json() -> None:
+    state = planned_runner().planner.state_dict  # type: ignore[union-attr]
+    with pytest.raises(rhc.InputError, match="no plan yet"):
+        state()
+    planner = EpochPlanner(optimizer(), knobs=[LossSampler(5), Entropy()])
+    tensors, rest = planning.parted(planner.state_dict())
+    assert "knobs.sampling.statistics.recent" in tensors and json.dumps(rest)
+    EpochPlanner(optimizer(), knobs=[LossSampler(5), Entropy()]).load_state_dict(
+        planning.joined(tensors, json.loads(json.dumps(rest)))
+    )

@@ -35,7 +35,7 @@ from rhc.planning.plan import (
     next_value,
     plan_next_epoch,
 )
-from rhc.planning.planner import EpochPlanner
+from rhc.planning.planner import EpochPlanner, joined, parted
 from rhc.planning.sampler import ExampleStatistics, LossSampler
 from rhc.planning.statistics import EpochState, EpochStats, Watch, closed, epochs_of, seen
 
@@ -73,7 +73,9 @@ __all__ = [
     "after_drift",
     "closed",
     "epochs_of",
+    "joined",
     "next_value",
+    "parted",
     "plan_next_epoch",
     "seen",
     "shifted",

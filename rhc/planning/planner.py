@@ -130,7 +130,6 @@ class EpochPlanner:
         self.steps = self.noise_steps = self.played = 0
         self._begun: Plan | None = None
         self._pending: list[tuple[Any, Any, Any]] = []
-        self._interventions: list[tuple[int, Intervention]] = []
         self.optimizer = optimizer
         if optimizer is not None:
             groups = optimizer.param_groups
@@ -216,7 +215,7 @@ class EpochPlanner:
             step = first + number
             what = Intervention("drift", f"the level of the losses has risen by step {step}")
             found.append((step, what))
-            self._interventions.append((step, what))
+            self._emit(Intervened(step, self.state.epoch, what.kind, what.reason))
             if self.drift:
                 self._forewarn(what)
         self._pending = []
@@ -244,18 +243,15 @@ class EpochPlanner:
         if plan.mode == before.mode and self._begun is not None:
             # A drift has used up a part of what this epoch may change.
             plan = capped(plan, self._begun, self.bounds, CAP)
-        if plan.interventions:
-            self._interventions += [(self.steps - 1, what) for what in plan.interventions]
         self.history.append(stats)
         self.plan = self._begun = plan
         self._set_knobs(plan)
         for knob in self.knobs:
             if isinstance(knob, LossSampler):
                 knob.next_epoch()
-        for step, what in self._interventions:
-            self._emit(Intervened(step, stats.epoch, what.kind, what.reason))
+        for what in plan.interventions:
+            self._emit(Intervened(self.steps - 1, stats.epoch, what.kind, what.reason))
         self._emit(EpochPlanned(self.steps, stats.epoch, stats.to_json(), plan.to_json()))
-        self._interventions = []
         return plan
 
     @property
@@ -294,7 +290,6 @@ class EpochPlanner:
             "plan": self._plan.to_json(),
             "begun": None if self._begun is None else self._begun.to_json(),
             "pending": [list(p) for p in self._pending],
-            "interventions": [[step, asdict(what)] for step, what in self._interventions],
             "steps": self.steps,
             "noise_steps": self.noise_steps,
             "played": self.played,
@@ -318,7 +313,6 @@ class EpochPlanner:
         self.plan = Plan.from_json(state["plan"])
         self._begun = None if state["begun"] is None else Plan.from_json(state["begun"])
         self._pending = [(p[0], p[1], p[2]) for p in state["pending"]]
-        self._interventions = [(step, Intervention(**w)) for step, w in state["interventions"]]
         self.steps, self.noise_steps = state["steps"], state["noise_steps"]
         self.played = state["played"]
         for knob in self.knobs:
@@ -419,6 +413,31 @@ class EpochPlanner:
     def _emit(self, event: Event) -> None:
         for listener in self.listeners:
             listener(event)
+
+
+def parted(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A `state_dict` as (tensors by path, the JSON-able rest), for a checkpoint."""
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif isinstance(value, Mapping):
+            inner, rest[name] = parted(value)
+            tensors |= {f"{name}.{path}": tensor for path, tensor in inner.items()}
+        else:
+            rest[name] = value
+    return tensors, rest
+
+
+def joined(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `parted`."""
+    state: dict[str, Any] = {}
+    for name, value in rest.items():
+        inner = {p.removeprefix(f"{name}."): t for p, t in tensors.items()
+                 if p.startswith(f"{name}.")}  # fmt: skip
+        state[name] = joined(inner, value) if isinstance(value, Mapping) else value
+    return state | {path: t for path, t in tensors.items() if "." not in path}
 
 
 def _next(value: Any, found: Iterable[float]) -> float | None:
