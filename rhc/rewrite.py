@@ -76,7 +76,8 @@ class Rewrite:
     restart: after a surprise, the template is also tried begun anew at its step, at these factors
     of its highest lr, without corrections. The best of them is taken unless it is worse than the
     window as planned by the share `worth`: the window is short, and the lr is for what follows.
-    most: how far above the highest lr of the template a rewritten one may be, in nats.
+    most: how far above the highest lr of the template a rewritten one may be, in nats; while the
+    template rises, above the template.
     budget: plain runs that the whole run may cost: what would exceed it is not looked back at,
     replayed or begun anew, but rolled plainly; but for the first window, and windows that diverge.
     lower_lr: factor on lr when a window diverges; `rewinds`: how often in a row at most.
@@ -212,11 +213,11 @@ class Rewrite:
     def bounded(self, new: Schedule, old: Schedule, highest: Tensor) -> Schedule:
         """`new` with no lr above `most`, unless it was above it in `old`.
 
-        highest: lr of the template, () or (G,).
+        highest: what `most` is counted from, of the shape of the lrs or one for all steps.
         """
         if "lr" not in new or not math.isfinite(self.most):
             return new
-        ceiling = (highest * math.exp(self.most)).expand(new["lr"].shape[1:])
+        ceiling = (highest * math.exp(self.most)).expand(new["lr"].shape)
         lr = new["lr"].minimum(old["lr"].maximum(ceiling))
         return Schedule({**new.values, "lr": lr}, new.start, new.seed)
 

@@ -675,7 +675,7 @@ class Runner:
             )
             if past and rolled.proposal is None and retry == 0:
                 self.loop.history = remembered(self.loop.history, proposal.asked)
-            proposed = self.law.bounded(proposal.schedule, rolled.schedule, self.loop.first_lr)
+            proposed = self.law.bounded(proposal.schedule, rolled.schedule, self._highest(rolled))
             carry = proposal.carry
             if rolled.proposal is not None:
                 carry = added(rolled.proposal.carry, carry)
@@ -693,6 +693,19 @@ class Runner:
                 replayed.failure = "the objective did not fall"
             self._record(replayed, "rejected", replayed.failure, rolled)
         return None
+
+    def _highest(self, rolled: _Attempt) -> Tensor:
+        """What the law's bound on lr is counted from, (K,) or (K, G) of the window.
+
+        That is the template's highest lr, but in its warm-up the template itself: what a short
+        window wins there by going faster, the run loses later (docs/log.md).
+        """
+        start, stop = rolled.schedule.start, rolled.schedule.stop
+        lr = self._planned(self.loop.steps, self.loop.first_lr)["lr"]
+        steps = torch.arange(start, stop)
+        rises = steps < self.warmup * self.loop.steps
+        highest = self.loop.first_lr.expand(stop - start, *lr.shape[1:])
+        return torch.where(rises.view(-1, *[1] * (lr.dim() - 1)), lr[start:stop], highest)
 
     def _better_twin(self, rolled: _Attempt, commit: int, before: _Moment) -> _Attempt:
         """The better of the window at a higher and at a lower lr; as rolled if both fail."""

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from rhc import HeldOutBatches, InputError, Objective, Rewrite, Runner, RunResult, Schedule, Twin
 from rhc.events import Committed, Event
 from rhc.progress import Progress
-from rhc.rewrite import USUAL, added, faded, surprised
+from rhc.rewrite import USUAL, Proposal, added, faded, surprised
+from rhc.schedule import warming
 
 SHIFT, STEPS = 46, 100
 
@@ -113,6 +114,17 @@ def test_lr_stays_below_a_ceiling_unless_it_was_above_it() -> None:
         bounded["lr"], torch.tensor([[0.2, 0.15], [0.01, 5.0]], dtype=torch.float64)
     )
     assert Rewrite().bounded(new, old, torch.tensor(0.1)) is new
+
+
+def test_in_the_warm_up_the_ceiling_is_counted_from_the_template() -> None:
+    class Upwards(Rewrite):
+        def propose(self, schedule: Schedule, *rest: Any, **more: Any) -> Proposal:
+            higher = Schedule({"lr": schedule["lr"] * 9}, schedule.start)
+            return Proposal(schedule.replaced(higher), {}, -1.0)
+
+    law = Upwards(most=math.log(2), accept=False)
+    result = fit(run(lr=1e-3), 40, rewrite=law, template="constant", warmup=0.5)
+    assert torch.allclose(result.schedule["lr"], 2e-3 * warming(40, 0.5))
 
 
 @pytest.mark.parametrize("carry", [0.0, 0.5, 1.0])
