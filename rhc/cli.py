@@ -1,8 +1,8 @@
 """The command line `rhc`: flags from types, errors in one sentence, exit statuses.
 
 0 done, 1 the run diverged, 2 something that was given cannot be used, 3 the disk did not take all,
-130 stopped by Ctrl-C. torch is imported by the commands that need it, so that help and mistyped
-flags are answered at once.
+130 and 143 stopped by Ctrl-C and SIGTERM. torch is imported by the commands that need it, so that
+help and mistyped flags are answered at once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import arg
 
-from rhc import __version__
+from rhc import __version__, stopping
 from rhc.config import TrainConfig, field_kind
 from rhc.errors import InputError, StorageError
 from rhc.hindsight_config import (
@@ -131,6 +131,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A terminal that is not UTF-8 gets a question mark in place of "≥", not a traceback.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    with stopping.handled():
+        status = _status(arguments)
+    # Whoever caught a signal on the way took it for Ctrl-C.
+    number = stopping.received()
+    return stopping.STATUS[number] if status == 130 and number is not None else status
+
+
+def _status(arguments: list[str]) -> int:
     try:
         return _dispatch(arguments)
     except InputError as error:

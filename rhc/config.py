@@ -136,6 +136,8 @@ class TrainConfig:
     engine: Annotated[str, arg(metavar="adjoint")] = "adjoint"
     """How the run is differentiated."""
 
+    deterministic: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Only operators that give the same bits again; an error where there is none."""
     seed: Annotated[int, arg(metavar="S")] = 0
     """Seed of weights, batches, dropout and gradient noise."""
     data: Annotated[Path | None, _unset("none", "DIR")] = None

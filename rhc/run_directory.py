@@ -200,7 +200,8 @@ class RunDirectory:
             self.checkpoints.save(replace(self._first, values=values))
             self.saved = self._first.step
             self._first = None
-        self.starts.flush()
+        if self.starts.pending:
+            self.starts.flush()
         if self._first is None:
             self.tape.flush()
             self.windows.flush()

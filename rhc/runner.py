@@ -17,9 +17,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from rhc import stopping
 from rhc.batches import MicroBatches, Position, StepBatches, batch_size, loader_preserved
 from rhc.checkpoint import Checkpoint
-from rhc.errors import InputError
+from rhc.errors import InputError, StorageError
 from rhc.evaluate import TRAIN_BATCHES, Losses, at_average, batch_statistics, evaluate
 from rhc.events import (
     CheckpointSaved,
@@ -38,6 +39,7 @@ from rhc.events import (
     VerbStarted,
     WindowAttempted,
 )
+from rhc.faults import Deviation, Relief, make_deterministic, out_of_memory, replay_deviation
 from rhc.hypergradient import (
     Damping,
     Engine,
@@ -52,7 +54,7 @@ from rhc.hypergradient import (
 )
 from rhc.hypergradient.evaluation import visible_statistics
 from rhc.hypergradient.record import WindowRecorder
-from rhc.memory import peak_memory
+from rhc.memory import peak_memory, trim
 from rhc.noise import mixed_seed
 from rhc.objective import Average, HeldOutBatches, Objective
 from rhc.planning import EpochPlanner, Plan, joined, parted
@@ -198,6 +200,7 @@ class Runner:
     multiple of the norm at the window's end. Both favour the near future where costates grow.
     accumulate n: every step takes n batches of train_loader and the gradient of the mean of their
     losses. clip_norm, clip_value: clipping by the norm of all gradients, or of every element.
+    deterministic: only operators that give the same bits again; torch raises where it has none.
     directory: of the run; None keeps everything in memory. seed: of the gradient noise.
     planner: plans every epoch from the one before, on top of the template; see `rhc.EpochPlanner`,
     which is built without the optimizer here. Windows end where epochs do.
@@ -235,6 +238,7 @@ class Runner:
         clip_value: float | None = None,
         directory: str | Path | None = None,
         keep_checkpoints: int = 3,
+        deterministic: bool = False,
         seed: int = 0,
         planner: EpochPlanner | None = None,
         listeners: Sequence[Listener] = (),
@@ -258,6 +262,7 @@ class Runner:
             model, optimizer, loss_fn, seed=seed, clip_norm=clip_norm, clip_value=clip_value
         )
         self.accumulate = accumulate
+        self.deterministic = deterministic
         self.train_loader, self.val_loader, self.test_loader = train_loader, val_loader, test_loader
         self.window, self.stride = window, stride
         self.rewriting = rewrite is not False
@@ -333,36 +338,56 @@ class Runner:
             )
         if resume not in ("auto", "never"):
             raise InputError(f"resume must be 'auto' or 'never', got {resume!r}")
+        if self.deterministic:
+            make_deterministic()
         try:
-            loop = self._begin(steps, resume)
-            if loop.finished is None:
-                self._emit(
-                    RunStarted(
-                        loop.step,
-                        steps,
-                        self.window,
-                        self.stride,
-                        self.controls,
-                        self.rewriting,
-                        None if self.directory is None else self.directory.path,
-                    )
-                )
-                if loop.step == 0:
-                    self._find_start()
-                while loop.step < steps:
-                    self._window()
-                    self._save()
-                loop.finished = self._end()
+            with stopping.at_steps():
+                self._train(steps, resume)
         except DivergedError:
             if self.directory is not None:
                 self.directory.flush()  # what was tried last
+            raise
+        except StorageError as error:
+            if self.loop.finished is not None:
+                error.result = self._result()
             raise
         finally:
             if self.directory is not None:
                 self.directory.close()
             for stream in self._streams:
                 stream.close()
-        self._emit(RunEnded(loop.finished))
+        result = self._result()
+        self._emit(RunEnded(result.record))
+        return result
+
+    def _train(self, steps: int, resume: Literal["auto", "never"]) -> None:
+        loop = self._begin(steps, resume)
+        if loop.finished is not None:
+            return
+        self._emit(
+            RunStarted(
+                loop.step,
+                steps,
+                self.window,
+                self.stride,
+                self.controls,
+                self.rewriting,
+                None if self.directory is None else self.directory.path,
+            )
+        )
+        if loop.step == 0:
+            self._find_start()
+        while loop.step < steps:
+            self._window()
+            self._save()
+            stopping.check()
+        if self.directory is not None and self.directory.saved != steps:
+            self._save()  # the disk did not take it before
+        self._end()
+
+    def _result(self) -> RunResult:
+        loop = self.loop
+        assert loop.finished is not None
         return RunResult(
             loop.schedule,
             loop.finished,
@@ -391,6 +416,7 @@ class Runner:
     def _window(self) -> None:
         """One window: six verbs, and the state, tape and schedule move on by up to M steps."""
         length = self.window if self.rewriting else self.stride
+        length = min(length, self.loop.relief.longest or length)
         start, stop = self.loop.step, min(self.loop.step + length, self.loop.steps)
         if self.planner is not None:
             stop = min(stop, (start // self._epoch_steps + 1) * self._epoch_steps)
@@ -401,6 +427,7 @@ class Runner:
             wanted = self.loop.alert or start < self.law.until * self.loop.steps
             wanted = wanted and self.loop.passed_over == 0
             # Looked back at, replayed, and rolled once more.
+            wanted = wanted and not self.loop.relief.blind
             steered = wanted and not twin and self._affords(3 * (stop - start))
             attempt = self._roll_until_finite(start, stop, commit, before, steered=steered)
             surprise = self._surprise(attempt)
@@ -428,6 +455,8 @@ class Runner:
                 raise DivergedError(
                     f"{attempt.failure}; lower the lr, or turn rewriting on to have it lowered"
                 )
+            assert attempt.trajectory is not None
+            commit = start + len(attempt.trajectory)  # fewer where the run is being stopped
         self._commit(attempt, commit)
 
     def _surprise(self, attempt: _Attempt) -> int | None:
@@ -540,6 +569,12 @@ class Runner:
                 self._restore(before)
                 self._record(attempt, "rewound", attempt.failure)
                 self.loop.cost.rewound_windows += number == 0
+                if attempt.starved:
+                    # This window is let through where the next one will be shorter.
+                    steered = stop - start <= (self.loop.relief.longest or self.window)
+                    steered = steered and not self.loop.relief.blind
+                    number += 1
+                    continue
                 failed, previous = _place(attempt), failed
                 if guarded and _same_place(previous, failed):
                     break
@@ -565,7 +600,7 @@ class Runner:
         schedule = self.loop.schedule.window(start, stop)
         if not self.rewriting:
             # The plain loop draws each batch just before its step, from the same random state.
-            lazily = self.loop.train.lazily(start, stop)
+            lazily = stopping.until_asked(self.loop.train.lazily(start, stop))
             attempt = _Attempt(number, schedule, lazily, guarded=False)
             self._run(attempt, commit, None)
             return attempt
@@ -582,6 +617,38 @@ class Runner:
 
     def _run_and_look(self, attempt: _Attempt, commit: int, terminal: Terminal | None) -> None:
         """Live steps through the attempt's window, and its hypergradient unless they fail."""
+        try:
+            self._look_at(attempt, commit, terminal)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            attempt.starved = True
+        if attempt.starved:  # out of the handler, whose traceback holds what there was
+            attempt.hypergradient, attempt.trajectory, self.loop.live = None, None, None
+            attempt.failure = f"out of memory; from now on {self._relieved(attempt)}"
+            self._notice(f"looking back ran {attempt.failure}")
+
+    def _relieved(self, attempt: _Attempt) -> str:
+        """Makes looking back do with less memory, and says in words how."""
+        self.plant.optimizer.zero_grad()
+        trim()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            plan = self.lookback.plan(len(attempt.schedule), next(iter(attempt.batches)))
+            predicted, product = plan.predicted_bytes, str(plan.product)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            predicted, product = None, self.lookback.product
+        self.loop.relief, words = self.loop.relief.more(len(attempt.schedule), product, predicted)
+        state = self.lookback.state()
+        self.lookback = self._new_lookback()
+        self.lookback.load_state(state | {"product": self.loop.relief.product or state["product"]})
+        return words
+
+    def _look_at(self, attempt: _Attempt, commit: int, terminal: Terminal | None) -> None:
+        """`_run_and_look` where memory suffices."""
         mean = Average(self.objective.average)
         recorder = self._run(attempt, commit, mean, record=True)
         assert recorder is not None
@@ -798,6 +865,8 @@ class Runner:
         def on_step(step: int, observed: StepRecord) -> None:
             if step < commit and (steps - step) % AVERAGE_EVERY == 1:
                 self.loop.average.update(parameters)
+            if self.rewriting:
+                stopping.check()
             if step + 1 == commit < schedule.stop:
                 attempt.inside = _Moment(self.plant.snapshot(), self.loop.average.copy())
             if self.listeners:
@@ -830,6 +899,8 @@ class Runner:
             attempt.failure = f"the loss is {loss:.4g} at step {step}"
         elif not self.plant.is_finite():
             attempt.failure = f"the state is not finite after step {schedule.stop - 1}"
+        if self.rewriting:
+            self._check_replay(attempt)
         return recorder
 
     def _commit(self, attempt: _Attempt, commit: int) -> None:
@@ -1063,13 +1134,14 @@ class Runner:
         return value + self.law.penalty(attempt.schedule, self.controls)
 
     def _new_lookback(self) -> Lookback:
+        relief = self.loop.relief if hasattr(self, "loop") else Relief()
         return Lookback(
             self.plant,
             self.objective,
             self.controls,
-            segment=self.segment,
-            product=self.product,
-            memory_budget=self.memory_budget,
+            segment=self.segment if relief.memory_budget is None else "auto",
+            product=self.product if relief.product is None else cast(Product, relief.product),
+            memory_budget=relief.memory_budget or self.memory_budget,
             spill=self.spill,
             damping=Damping(self.discount, self.costate_clip),
             notice=self._notice,
@@ -1208,6 +1280,32 @@ class Runner:
             self.planner.begin(float(lr.max()), own.get("momentum"), own.get("noise", 0.0))
         self._emit(StartFound(self.start, lr.tolist(), given, search.gradients / steps))
 
+    def _check_replay(self, attempt: _Attempt) -> None:
+        """Whether a step that is taken again is the same: once, in the first window that has one.
+
+        The first loss and gradient of two ways through a window depend on where it begins alone, so
+        that this costs nothing unless they differ.
+        """
+        trajectory = attempt.trajectory
+        if self.loop.checked or not attempt.plain or not trajectory:
+            return
+        start = attempt.schedule.start
+        norm = trajectory.gradient_norms[0]
+        seen = (start, torch.stack([trajectory.losses[0].double(), torch.as_tensor(norm).double()]))
+        before, self.loop.seen = self.loop.seen, seen
+        if before is None or before[0] != start or not bool(seen[1].isfinite().all()):
+            return
+        self.loop.checked = True
+        if torch.equal(before[1], seen[1]):
+            return
+        batch = next(iter(attempt.batches))
+        with preserved():
+            found = replay_deviation(self.plant, batch, attempt.schedule.at(start), start)
+        self.loop.cost.gradients(2)
+        apart = float(((before[1] - seen[1]).abs() / before[1].abs().clamp(min=1e-30)).max())
+        self.loop.deviation = found or Deviation(apart, ())
+        self._notice(self.loop.deviation.sentence())
+
     def _checked_schedule(
         self, schedule: Schedule | None, template: Template | None
     ) -> Schedule | None:
@@ -1268,6 +1366,8 @@ class Runner:
                 self.loop.regime,
             ],
             "history": self.loop.history,
+            "relief": self.loop.relief.to_json(),
+            "deviation": self.loop.deviation and asdict(self.loop.deviation),
             "singletons": self.plant.singletons,
             "lookback": self.lookback.state() if self.rewriting else None,
             "cost": asdict(self.loop.cost),
@@ -1292,7 +1392,12 @@ class Runner:
             self.loop.validation.seek(Position.from_tensors(tensors["validation_batches"]))
         self.plant.restore(snapshot)
         self.plant.singletons = bool(values["singletons"])
+        self.loop.relief = Relief(**values.get("relief", {}))
+        deviation = values.get("deviation")
+        if deviation is not None:
+            self.loop.deviation = Deviation(deviation["largest"], tuple(deviation["operators"]))
         if self.rewriting and values.get("lookback") is not None:
+            self.lookback = self._new_lookback()
             self.lookback.load_state(values["lookback"])
         self.loop.step = checkpoint.step
         # safetensors gives names back in any order, and the tape's lines keep the schedule's.
@@ -1335,7 +1440,7 @@ class Runner:
         planned = carried(planned, step, self.loop.correction)
         return planned.replaced(known.window(0, step)) if step else planned
 
-    def _end(self) -> dict[str, Any]:
+    def _end(self) -> None:
         """Evaluates the final and the averaged weights and writes the result."""
         final = self._losses()
         with at_average(self.plant, self.loop.average, self.train_loader):
@@ -1355,9 +1460,11 @@ class Runner:
             "smoothness": _smoothness_summary(self.loop.windows),
             "cost": self.loop.cost.to_json(self.loop.step),
         }
+        if self.loop.deviation is not None:
+            result["replay"] = asdict(self.loop.deviation)
+        self.loop.finished = result
         if self.directory is not None:
             self.directory.finish(self.loop.schedule, result)
-        return result
 
     def _losses(self) -> dict[str, Losses | None]:
         return {
@@ -1462,6 +1569,7 @@ class Runner:
         """
         settings: dict[str, tuple[Any, Any]] = {
             "accumulate": (self.accumulate, 1),
+            "deterministic": (self.deterministic, False),
             "clip_value": (self.plant.clip_value, None),
             "per_group": (list(self.per_group), []),
             "memory_budget": (self.memory_budget, None),
@@ -1482,6 +1590,8 @@ class Runner:
         return self.loop.seconds_before + time.monotonic() - self.loop.began
 
     def _verb(self, verb: Verb, start: int, stop: int, attempt: int) -> None:
+        if verb not in ("commit", "slide"):  # a window that is done is saved first
+            stopping.check()
         self._emit(VerbStarted(verb, self.loop.cost.windows, start, stop, attempt))
 
     def _notice(self, message: str) -> None:
@@ -1502,6 +1612,8 @@ class _Loop:
     rewrite's rule. in_vain: looks back in a row that were not worth it; passed_over: windows still
     to be passed over; alert: after a surprise, until looking back is no longer worth it; regime:
     the step from which the data are as they are. delta, upwards: of `Twin`. finished: the result.
+    relief: what memory did not suffice for; checked: whether a step was taken again, seen: its
+    first loss and gradient; deviation: how it differed.
     first_lr: () or (G,), that the template begins with. live: the attempt whose end the plant
     stands at.
     """
@@ -1526,6 +1638,10 @@ class _Loop:
     tape: list[dict[str, Any]] = field(default_factory=list)
     windows: list[dict[str, Any]] = field(default_factory=list)
     finished: dict[str, Any] | None = None
+    relief: Relief = field(default_factory=Relief)
+    checked: bool = False
+    seen: tuple[int, Tensor] | None = None
+    deviation: Deviation | None = None
     first_lr: Tensor = field(default_factory=lambda: torch.tensor(0.0))
     live: _Attempt | None = None
     began: float = field(default_factory=time.monotonic)
@@ -1546,6 +1662,7 @@ class _Attempt:
 
     first_look: how the hypergradient ended, before any remedy. gain: the share by which J fell from
     the roll to here. guarded: whether a loss that is finite but far too high is a failure.
+    starved: whether memory did not suffice.
     plain: whether it went by the plain loop's own kernels. end: the moment at its end, if kept.
     """
 
@@ -1561,6 +1678,7 @@ class _Attempt:
     guarded: bool = True
     plain: bool = True
     failure: str | None = None
+    starved: bool = False
     inside: _Moment | None = None
     end: _Moment | None = None
 
@@ -1573,6 +1691,7 @@ class _Attempt:
             first_look=None,
             value=math.nan,
             failure=None,
+            starved=False,
             inside=None,
             end=None,
         )

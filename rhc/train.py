@@ -43,6 +43,7 @@ _DESCRIBED = ("rewrite", "controls", "segment", "device", "memory_budget")
 
 _RECORDED_IF_GIVEN = (
     "accumulate",
+    "deterministic",
     "clip_value",
     "per_group",
     "discount",
@@ -219,6 +220,7 @@ def _runner(
         clip_norm=config.clip_norm,
         clip_value=config.clip_value,
         directory=directory,
+        deterministic=config.deterministic,
         keep_checkpoints=config.keep_checkpoints,
         seed=config.seed,
         listeners=listeners,
@@ -266,7 +268,7 @@ def _default_directory(
 
 
 def interrupted(progress: Progress, directory: Path) -> int:
-    """Says how to go on after Ctrl-C, and returns the exit status."""
+    """Says how to go on after Ctrl-C or SIGTERM, and returns the exit status of the former."""
     saved = f"{progress.saved} of {progress.steps} steps are saved"
     print(
         f"rhc: stopped; {saved}; resume with: rhc resume {shlex.quote(str(directory))}"

@@ -13,14 +13,14 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 LAYERS = (
     {
         "_lr_scheduler", "errors", "files", "memory", "noise", "randomness", "schedule", "signals",
-        "workload",
+        "stopping", "workload",
     },
     {
         "batches", "checkpoint", "config", "dynamics", "events", "hindsight_config", "objective",
         "run_directory", "tape",
     },
     {"causal", "plant", "state"},
-    {"evaluate", "hindsight", "hypergradient", "planning", "rewrite", "start"},
+    {"evaluate", "faults", "hindsight", "hypergradient", "planning", "rewrite", "start"},
     {"compare", "comparison", "report", "runner"},
     {"__main__", "cli", "horizon", "progress", "replay", "smooth", "summary", "train"},
 )  # fmt: skip
