@@ -425,11 +425,11 @@ class Runner:
             before = _Moment(self.plant.snapshot(), self.loop.average.copy())
             twin = isinstance(self.law, Twin)
             wanted = self.loop.alert or start < self.law.until * self.loop.steps
-            wanted = wanted and self.loop.passed_over == 0
+            wanted = wanted and self.loop.passed_over == 0 and not self.loop.relief.blind
             # Looked back at, replayed, and rolled once more.
-            wanted = wanted and not self.loop.relief.blind
             steered = wanted and not twin and self._affords(3 * (stop - start))
             attempt = self._roll_until_finite(start, stop, commit, before, steered=steered)
+            steered = steered and attempt.hypergradient is not None  # unless memory did not suffice
             surprise = self._surprise(attempt)
             affordable = surprise is not None and self._affords(
                 (len(self.law.restart) + 4) * (stop - start)
@@ -699,6 +699,8 @@ class Runner:
                 self._back_to(before, current, "roll")
                 again = current.emptied()
                 self._run_and_look(again, commit, terminal)
+                if again.starved:
+                    self._record(again, "rejected", again.failure)
                 if again.failure is not None:
                     break
                 current = again

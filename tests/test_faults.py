@@ -316,7 +316,7 @@ def test_out_of_memory_in_the_reverse_pass(
     monkeypatch.setattr(Lookback, "look_back", failing)
     events: list[Any] = []
     run = make_run("adamw")
-    law = replace(LAW, until=1.0)
+    law = replace(LAW, until=1.0, patience=None)
     fitted = runner(run, tmp_path, events.append, product="exact", rewrite=law)
     result = fitted.fit(STEPS)
     reasons = [w["reason"] for w in result.windows if "memory" in (w["reason"] or "")]
