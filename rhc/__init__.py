@@ -24,6 +24,7 @@ _MODULES = {
     "Objective": "rhc.objective",
     "Plant": "rhc.plant",
     "register_dynamics": "rhc.dynamics",
+    "DistilledScheduler": "rhc.hindsight",
     "Hypergradient": "rhc.hypergradient",
     "hypergradient": "rhc.hypergradient",
     "Rewrite": "rhc.rewrite",
@@ -41,6 +42,7 @@ __all__ = [
     "AdaptiveRL",
     "Bounds",
     "Control",
+    "DistilledScheduler",
     "EpochPlanner",
     "Gains",
     "HeldOutBatches",
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     from rhc.causal import AdaptiveRL, Bounds, Gains
     from rhc.dynamics import register_dynamics
     from rhc.errors import InputError
+    from rhc.hindsight import DistilledScheduler
     from rhc.hypergradient import Hypergradient, hypergradient
     from rhc.objective import HeldOutBatches, Objective
     from rhc.planning import EpochPlanner, LossSampler, plan_next_epoch

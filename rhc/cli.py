@@ -24,9 +24,11 @@ from rhc import __version__, stopping
 from rhc.config import TrainConfig, field_kind
 from rhc.errors import InputError, StorageError
 from rhc.hindsight_config import (
+    DISTILL,
     HYPERGRADIENT,
     REPLAY,
     SMOOTH,
+    DistillConfig,
     HypergradientConfig,
     ReplayConfig,
     SmoothConfig,
@@ -355,6 +357,15 @@ def _hypergradient(config: HypergradientConfig) -> int:
     return hypergradient_of(config, Console())
 
 
+def _distill(config: DistillConfig) -> int:
+    config = config.checked()
+    from rich.console import Console
+
+    from rhc.distill import distill
+
+    return distill(config, Console())
+
+
 def _compare(config: CompareConfig) -> int:
     from rich.console import Console
 
@@ -449,6 +460,12 @@ COMMANDS = {
         _hypergradient,
         "The whole run:       rhc hypergradient runs/digits-1a2b3c4d",
         HYPERGRADIENT,
+    ),
+    "distill": Command(
+        DistillConfig,
+        _distill,
+        "A causal scheduler:  rhc distill runs/digits-smooth-* -o policy",
+        DISTILL,
     ),
     "compare": Command(
         CompareConfig,

@@ -258,6 +258,59 @@ class HypergradientConfig:
         return self
 
 
+@dataclass(frozen=True)
+class DistillConfig:
+    """What `rhc distill` does."""
+
+    directories: Annotated[tyro.conf.Positional[tuple[Path, ...]], arg(metavar="DIR …")]
+    """Directories of runs that were written with hindsight: of rhc smooth, hypergradient, train."""
+    output: Annotated[Path, arg(metavar="POLICY", aliases=("-o",))]
+    """Folder for the policy; rhc.DistilledScheduler.load takes it."""
+
+    kind: Annotated[str, arg(metavar="gru|laws")] = "gru"
+    """gru: a small recurrent network; laws: those of AdaptiveRL with fitted gains, to be read."""
+    controls: Annotated[tuple[str, ...] | None, _unset("what moves in the runs", "NAME …")] = None
+    """What the policy steers: some of lr, momentum, noise."""
+    every: Annotated[int, arg(metavar="N")] = 20
+    """Steps from one move of the controls to the next."""
+    gradient_norms: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Look at the trend of the gradient's norm too, taken once per move."""
+    held_out: Annotated[float, arg(metavar="F")] = 0.2
+    """Share of the runs that nothing is learned from; policies are judged by steering them."""
+    rounds: Annotated[int, arg(metavar="N")] = 2
+    """Rounds in which the policy steers the training runs and is corrected where it goes."""
+    per_round: Annotated[int, arg(metavar="N")] = 8
+    """Training runs that are steered in a round, at most, one plain run each."""
+    seed: Annotated[int, arg(metavar="S")] = 0
+    """Seed of the fit and of the split."""
+    data: Annotated[Path | None, _unset("as before", "DIR")] = None
+    """Where the runs' data are now, if they were moved."""
+
+    def checked(self) -> DistillConfig:
+        """These settings if they make sense by themselves; an InputError otherwise."""
+        checked_choice("kind", self.kind, ("gru", "laws"))
+        _check_least(self, "every", "per_round")
+        if self.rounds < 0:
+            raise InputError(f"rounds must be ≥ 0, got {self.rounds}; try --rounds 2")
+        if not 0 <= self.held_out < 1:
+            raise InputError(
+                f"held_out must be in [0, 1), got {self.held_out:g}; it is a share, try 0.2"
+            )
+        check_seed(self.seed)
+        check_data(self.data)
+        return self
+
+
+DISTILL = """\
+Fit a causal scheduler to runs that were written with hindsight: one that sees
+the past alone, costs one plain run, and works in any loop:
+  scheduler = rhc.DistilledScheduler.load("POLICY", optimizer, steps=T)
+
+examples:
+  rhc distill runs/mnist-smooth-* -o policy
+  rhc distill runs/mnist-smooth-* -o laws --kind laws --rounds 0
+  rhc compare mnist --data mnist/ --methods distilled constant --policy policy"""
+
 HYPERGRADIENT = """\
 Exact dJ/du of every step and control of a run that was recorded, however long:
   J is the validation loss at its end; written to DIR/hypergradient.json

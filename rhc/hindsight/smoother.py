@@ -23,9 +23,17 @@ from rhc.errors import InputError
 from rhc.schedule import CONTROLS, Schedule
 from rhc.signals import Smoothing, Trends, is_usable
 
-USUAL_GAINS = Gains(lr_reward=0.24, lr_loss=0.24, momentum_reward=0.0, momentum_loss=0.0)
+USUAL_GAINS = Gains(
+    lr_reward=0.24,
+    lr_loss=0.24,
+    momentum_reward=0.0,
+    momentum_loss=0.0,
+    noise_plateau=0.0,
+    noise_reward=0.0,
+)
 """Twelve times AdaptiveRL's for lr, since trends that look both ways need less caution; momentum
-stays. Chosen on seeds 0-3 of MNIST, sine and drifting sine (docs/hindsight.md)."""
+stays, and noise where it is. Chosen on seeds 0-3 of MNIST, sine and drifting sine
+(docs/hindsight.md)."""
 
 ROSE_AGAIN = 0.25
 """A smoothed loss that rises again by this share of its fall says that the data changed."""

@@ -1,0 +1,318 @@
+"""From runs that were written with hindsight to a scheduler that needs none.
+
+A lesson is a run's tape, read as a causal scheduler would, beside the moves that the run's schedule
+makes; the policy that repeats them is fitted to many. Where it steers, it comes to states that no
+lesson was in: so it is let steer, and shown what the schedule would have done from there (DAgger:
+Ross, Gordon, Bagnell 2011).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rhc.causal import AdaptiveRL
+from rhc.causal.laws import Bounds, Cap, Controls, lowered, updated
+from rhc.causal.scheduler import NoiseOn
+from rhc.errors import InputError
+from rhc.hindsight.features import STEERED, Form, Observer, names_differ, raw, stepped
+from rhc.hindsight.policy import LIMIT, Lesson, Policy
+from rhc.schedule import Schedule
+from rhc.signals import is_usable, observed, trends
+
+VARIES = 1e-6
+"""A control whose coordinate moves by less than this in a run is not steered there."""
+
+
+class Example:
+    """A run to distil: its name, the lines of its tape, and the schedule that it was trained by.
+
+    start_lr: that a user would have begun with; None for the schedule's first.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        rows: Sequence[Mapping[str, Any]],
+        schedule: Schedule,
+        start_lr: float | None = None,
+    ) -> None:
+        if len(rows) != len(schedule):
+            raise InputError(
+                f"run {name} has a tape of {len(rows)} steps and a schedule of {len(schedule)}; "
+                "distil runs that have ended"
+            )
+        if "lr" not in schedule:
+            raise InputError(f"run {name} has a schedule without lr; distil runs that have one")
+        self.name, self.rows, self.schedule = name, rows, schedule
+        self.columns = {
+            n: (v.amax(1) if v.dim() == 2 else v)
+            for n in STEERED
+            if n in schedule
+            for v in (schedule[n],)
+        }
+        self.start_lr = float(self.columns["lr"][0]) if start_lr is None else start_lr
+
+    @property
+    def steered(self) -> tuple[str, ...]:
+        """The controls that move in this run."""
+        found = []
+        for name, column in self.columns.items():
+            coordinates = [raw(name, x) for x in {float(column.min()), float(column.max())}]
+            if max(coordinates) - min(coordinates) > VARIES:
+                found.append(name)
+        return tuple(found)
+
+    @property
+    def has_reward(self) -> bool:
+        return any(row.get("reward") is not None for row in self.rows)
+
+    @property
+    def has_norms(self) -> bool:
+        return any(row.get("gradient_norm") is not None for row in self.rows)
+
+    def block(self, number: int, every: int) -> Controls:
+        """The controls of a block of steps: their mean in their coordinates."""
+        part = slice(number * every, min((number + 1) * every, len(self.rows)))
+        means = {
+            name: float(column[part].log().mean().exp())
+            if name == "lr" and bool((column[part] > 0).all())
+            else float(column[part].mean())
+            for name, column in self.columns.items()
+        }
+        momentum = means.get("momentum") or None
+        return Controls(means["lr"], momentum, means.get("noise", 0.0))
+
+    def start(self) -> Controls:
+        """What a scheduler would begin with."""
+        first = self.block(0, 1)
+        return Controls(self.start_lr, first.momentum, first.noise)
+
+
+def form_of(
+    examples: Sequence[Example], controls: Sequence[str] | None, *, gradient_norm: bool
+) -> Form:
+    """The features that all examples have; runs that do not go together are InputErrors."""
+    if not examples:
+        raise InputError("there is nothing to distil; give at least one run")
+    # A run whose schedule is constant, as a smoother's probe that was kept, goes with any other.
+    first = next((e for e in examples if e.steered), examples[0])
+    for other in examples:
+        if controls is None and other.steered and set(other.steered) != set(first.steered):
+            raise InputError(
+                f"runs {first.name} and {other.name} have different controls, "
+                f"{names_differ(first.steered, other.steered)}; distil runs of one kind, or name "
+                "those to learn with --controls"
+            )
+        if set(other.columns) != set(first.columns):
+            raise InputError(
+                f"runs {first.name} and {other.name} have different controls, "
+                f"{names_differ(tuple(first.columns), tuple(other.columns))}; distil runs of one "
+                "kind of optimizer"
+            )
+        if other.has_reward != first.has_reward:
+            with_one, without = (first, other) if first.has_reward else (other, first)
+            raise InputError(
+                f"run {without.name} has no reward in its tape and run {with_one.name} has; "
+                "distil them apart"
+            )
+    if gradient_norm:
+        for example in examples:
+            if not example.has_norms:
+                raise InputError(
+                    f"run {example.name} has no gradient_norm in its tape; leave "
+                    "--gradient-norms out"
+                )
+    steered = first.steered if controls is None else tuple(controls)
+    for name in steered:
+        if name not in first.columns:
+            raise InputError(
+                f"control {name!r} is not in these runs' schedules or cannot be distilled; choose "
+                f"of {', '.join(first.columns)}"
+            )
+    if not steered:
+        raise InputError(
+            f"nothing moves in run {first.name}: its schedule is constant; distil runs whose "
+            "schedule was rewritten, or smoothed"
+        )
+    return Form(tuple(n for n in STEERED if n in steered), first.has_reward, gradient_norm)
+
+
+def lesson(example: Example, form: Form, every: int, *, known: bool) -> Lesson:
+    """The example's features and moves at each update, its length known or not."""
+    observer = Observer(form, example.start())
+    steps = len(example.rows)
+    features, targets = [], []
+    for t, row in enumerate(example.rows):
+        observer.observe(_number(row.get("loss")), _number(row.get("reward")))
+        done = t + 1
+        if done % every or done == steps:
+            continue
+        observer.observe_norm(_number(row.get("gradient_norm")))
+        now = example.block(done // every - 1, every)
+        features.append(observer.features(now, done / steps if known else None))
+        targets.append(target(example, form, done, every, now))
+    if not features:
+        raise InputError(
+            f"run {example.name} has {steps} steps, too few for updates every {every}; lower "
+            "--every or distil longer runs"
+        )
+    return Lesson(example.name, torch.tensor(features), torch.tensor(targets))
+
+
+def target(example: Example, form: Form, done: int, every: int, now: Controls) -> list[float]:
+    """What the example's schedule does next after `done` steps, for a run that is at `now`."""
+    then = example.block(min(done, len(example.rows) - 1) // every, every)
+    moves = []
+    for name in form.steered:
+        was, will = getattr(now, name), getattr(then, name)
+        move = 0.0 if was is None or will is None else raw(name, will) - raw(name, was)
+        moves.append(min(max(move, -LIMIT), LIMIT))
+    return moves
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+class DistilledScheduler(AdaptiveRL):
+    """A scheduler that a policy drives: `scheduler.step(loss)` after every `optimizer.step()`.
+
+    It has AdaptiveRL's interface, bounds and hooks, and sees what that sees; what it does with it
+    was learned from runs that were written with hindsight. Where a feature is outside what the
+    policy was fitted on, that update is made by AdaptiveRL's laws, `fallbacks` counts it, and a
+    warning says so once.
+
+    steps: the run's length, where it is known: policies go by how far a run is. The others: as of
+    AdaptiveRL. Where the policy looks at gradient norms, it takes one every `every` steps itself.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        policy: Policy,
+        *,
+        steps: int | None = None,
+        bounds: Bounds | None = None,
+        cap: Cap | None = (0.8, 1.25),
+        noise: float = 0.0,
+        noise_on: NoiseOn = "gradients",
+        seed: int = 0,
+    ) -> None:
+        if steps is not None and steps < 1:
+            raise InputError(f"steps must be ≥ 1, got {steps}; leave it out where nobody knows")
+        super().__init__(
+            optimizer,
+            every=policy.every,
+            bounds=bounds,
+            cap=cap,
+            noise=noise,
+            noise_on=noise_on,
+            seed=seed,
+        )
+        self.policy, self.length = policy, steps
+        self.fallbacks = 0
+        self.observer = Observer(policy.form, self.controls)
+        self.memory = policy.network.memory(1)
+        self.seen: list[float] = []
+        """The features of the last update."""
+        self._told = False
+        self._norm: Tensor | None = None
+        self._norm_handle = (
+            optimizer.register_step_pre_hook(self._take_norm) if policy.form.gradient_norm else None
+        )
+
+    @classmethod
+    def load(cls, policy: str | Path, optimizer: Optimizer, **settings: Any) -> DistilledScheduler:
+        """The scheduler of a policy that `rhc distill` wrote; settings: as of this class."""
+        return cls(optimizer, Policy.load(policy), **settings)
+
+    def close(self) -> None:
+        """Takes noise and norms off the optimizer; controls stay as they are."""
+        super().close()
+        if self._norm_handle is not None:
+            self._norm_handle.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of AdaptiveRL, with the policy's memory; the policy itself is in its own files."""
+        return {
+            **super().state_dict(),
+            "distilled": {
+                "memory": self.memory.flatten().tolist(),
+                "observer": self.observer.state(),
+                "fallbacks": self.fallbacks,
+                "length": self.length,
+                "features": list(self.policy.form.names),
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The state of another DistilledScheduler of the same policy; else an InputError."""
+        own = state.get("distilled")
+        if (
+            own is None
+            or own["features"] != list(self.policy.form.names)
+            or len(own["memory"]) != self.memory.numel()
+        ):
+            raise InputError(
+                "the state is not of a DistilledScheduler with this policy; load the policy that "
+                "it was saved with"
+            )
+        super().load_state_dict(state)
+        self.memory = torch.tensor(own["memory"]).reshape(1, 1, -1)
+        self.observer.load_state(own["observer"])
+        self.fallbacks, self.length = own["fallbacks"], own["length"]
+
+    def _update(self) -> None:
+        lost = 0
+        for loss, reward in self._read_pending():
+            lost += sum(x is not None and not is_usable(x) for x in (loss, reward))
+            self.observer.observe(loss, reward)
+            self.signals = observed(
+                self.signals, math.nan if loss is None else loss, reward, self.smoothing
+            )
+        self._pending = []
+        if self._norm is not None:
+            self.observer.observe_norm(float(self._norm))
+        self.trends, self.signals = trends(self.signals, self.smoothing)
+        progress = None if self.length is None else min(self.steps / self.length, 1.0)
+        self.seen = self.observer.features(self.controls, progress)
+        moves, self.memory = self.policy.moves(self.seen, self.memory)
+        outside = self.policy.outside(self.seen)
+        if self.policy.form.reward and self.signals.reward_mark is None:
+            outside = "reward, which the policy goes by and nobody gave"
+        if lost:
+            self.ignored += lost
+            self.controls = lowered(self.controls, self.bounds)
+            self._warn_once()
+        elif outside is not None:
+            self.fallbacks += 1
+            self.controls = updated(self.controls, self.trends, self.gains, self.bounds, self.cap)
+            self._tell_outside(outside)
+        else:
+            self.controls = self.bounds.clipped(stepped(self.controls, moves))
+        self.updates += 1
+        self._write()
+
+    def _tell_outside(self, name: str) -> None:
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                f"at step {self.steps} a feature is outside what the policy was distilled from "
+                f"({name}): such updates are AdaptiveRL's; `fallbacks` counts them",
+                stacklevel=5,
+            )
+
+    @torch.no_grad()
+    def _take_norm(self, *_: Any) -> None:
+        if (self.steps + 1) % self.every == 0:
+            groups = self.optimizer.param_groups
+            grads = [p.grad for g in groups for p in g["params"] if p.grad is not None]
+            self._norm = torch.nn.utils.get_total_norm(grads) if grads else None

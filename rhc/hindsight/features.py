@@ -1,0 +1,177 @@
+"""What a distilled scheduler may look at: unit-free features of a run's past, and nothing else.
+
+The same `Observer` reads tapes to train on and runs to steer, so that a feature means the same in
+both. A loss times 1000 gives the same features, and so do gradients and lrs in other units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from rhc.causal.laws import Controls
+from rhc.schedule import CONTROLS
+from rhc.signals import Average, Signals, Smoothing, is_usable, observed, trends
+
+SCALES: Mapping[str, Smoothing] = {
+    "fast": Smoothing(loss=0.1, reward=0.1, variance=0.05),
+    "usual": Smoothing(),
+    "slow": Smoothing(loss=0.005, reward=0.005, variance=0.005),
+}
+"""Time constants of 10, 50 and 200 steps."""
+
+STEERED = ("lr", "momentum", "noise")
+"""What a policy may steer, in this order."""
+
+_NORM = 0.2
+"""β of the mean that a gradient norm is compared with, per update."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """Which features there are. steered: controls that are moved, and looked at.
+
+    reward: trends of a reward, which every run must then have. gradient_norm: the trend of log |g|.
+    """
+
+    steered: tuple[str, ...] = ("lr", "momentum")
+    reward: bool = False
+    gradient_norm: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The features' names, in the order of `Observer.features`."""
+        of_scales = [
+            f"{scale}.{what}"
+            for scale in SCALES
+            for what in ("loss", "rise", *(["reward"] if self.reward else []), "plateau")
+        ]
+        own = [f"moved.{name}" for name in self.steered]
+        norm = ["gradient_norm"] if self.gradient_norm else []
+        return (*of_scales, "fallen", "known", "progress", *own, *norm)
+
+
+@dataclass
+class Observer:
+    """The past of one run, step by step: `observe` every step, `features` at every update."""
+
+    form: Form
+    start: Controls
+    signals: dict[str, Signals] = field(default_factory=lambda: {n: Signals() for n in SCALES})
+    first: float | None = None
+    log_norm: Average = field(default_factory=Average)
+    norm: float | None = None
+
+    def observe(self, loss: float | None, reward: float | None) -> None:
+        """Takes one step's loss and reward in; what is None or not finite is left out."""
+        seen = math.nan if loss is None else loss
+        wanted = reward if self.form.reward else None
+        self.signals = {
+            name: observed(state, seen, wanted, SCALES[name])
+            for name, state in self.signals.items()
+        }
+
+    def observe_norm(self, norm: float | None) -> None:
+        """Takes in a gradient norm, of the last step before an update."""
+        self.norm = norm
+
+    def features(self, controls: Controls, progress: float | None) -> list[float]:
+        """The features now, in the order of `form.names`, and begins a new stretch of trends.
+
+        progress: the share of the run that is done, None where its length is not known.
+        """
+        values: list[float] = []
+        for name, smoothing in SCALES.items():
+            found, self.signals[name] = trends(self.signals[name], smoothing)
+            values += [found.loss, max(found.loss, 0.0)]
+            values += [found.reward] if self.form.reward else []
+            values.append(found.plateau)
+        mean = self.signals["usual"].loss.value
+        if self.first is None and self.signals["usual"].steps:
+            self.first = mean
+        values.append(_fallen(self.first, mean))
+        values += [0.0, 0.0] if progress is None else [1.0, progress]
+        values += [moved(name, controls, self.start) for name in self.form.steered]
+        if self.form.gradient_norm:
+            values.append(self._norm_trend())
+        return values
+
+    def _norm_trend(self) -> float:
+        """log |g| less its mean over the updates before."""
+        if self.norm is None or not is_usable(self.norm) or self.norm <= 0:
+            return 0.0
+        log = math.log(self.norm)
+        trend = log - self.log_norm.value if self.log_norm.weight else 0.0
+        self.log_norm = self.log_norm.updated(log, _NORM)
+        return min(max(trend, -3.0), 3.0)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next features depend on, as JSON."""
+        return {
+            "signals": {name: asdict(s) for name, s in self.signals.items()},
+            "first": self.first,
+            "log_norm": asdict(self.log_norm),
+            "norm": self.norm,
+            "start": asdict(self.start),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state` gave."""
+        for name, values in state["signals"].items():
+            read: dict[str, Any] = {
+                k: Average(**v) if isinstance(v, Mapping) else v for k, v in values.items()
+            }
+            self.signals[name] = Signals(**read)
+        self.first, self.norm = state["first"], state["norm"]
+        self.log_norm, self.start = Average(**state["log_norm"]), Controls(**state["start"])
+
+
+def raw(name: str, value: float) -> float:
+    """The unconstrained coordinate of a control's value, within its bounds."""
+    known = CONTROLS[name]
+    clipped = min(max(value, known.lower), known.upper)
+    if known.coordinate == "log":
+        return math.log(clipped)
+    return math.log(clipped) - math.log1p(-clipped)
+
+
+def natural(name: str, coordinate: float) -> float:
+    """The inverse of `raw`; at or below the lower bound 0, where that is allowed."""
+    known = CONTROLS[name]
+    if known.zero and coordinate <= raw(name, known.lower):
+        return 0.0
+    if known.coordinate == "log":
+        value = math.exp(min(coordinate, 50.0))
+    else:
+        value = 1 / (1 + math.exp(-min(max(coordinate, -50.0), 50.0)))
+    return min(max(value, known.lower), known.upper)
+
+
+def moved(name: str, controls: Controls, start: Controls) -> float:
+    """How far a control is from where it began, in its coordinate; 0 where there is none."""
+    now, then = getattr(controls, name), getattr(start, name)
+    return 0.0 if now is None or then is None else raw(name, now) - raw(name, then)
+
+
+def stepped(controls: Controls, moves: Mapping[str, float]) -> Controls:
+    """The controls after moves in their coordinates; what has none, or is not had, stays."""
+    new = {
+        name: natural(name, raw(name, value) + move)
+        for name, move in moves.items()
+        if (value := getattr(controls, name)) is not None and move != 0
+    }
+    return replace(controls, **new)
+
+
+def _fallen(first: float | None, now: float) -> float:
+    """log(mean loss now / at first), for positive losses; else 0."""
+    if first is None or first <= 0 or now <= 0:
+        return 0.0
+    return min(max(math.log(now / first), -8.0), 4.0)
+
+
+def names_differ(a: Sequence[str], b: Sequence[str]) -> str:
+    """The two lists, for a message."""
+    return f"{', '.join(a) or 'none'} and {', '.join(b) or 'none'}"

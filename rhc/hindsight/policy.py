@@ -1,0 +1,331 @@
+"""A causal policy from features to moves of the controls: what it is, its files, how it is fitted.
+
+Two kinds. "laws": the terms of AdaptiveRL's laws (and how far the run is), with gains fitted by
+ridge regression; one can read them. "gru": a small gated recurrent network, which can remember.
+Both give (Δlog α, Δlogit μ, Δlog σ) per update, within ± `LIMIT` whatever goes in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from rhc.errors import InputError
+from rhc.files import replace_durably
+from rhc.hindsight.features import STEERED, Form
+
+VERSION = 1
+KINDS = ("gru", "laws")
+LIMIT = math.log(1.25)
+"""Largest move per update, in nats or logits."""
+HIDDEN = 16
+LEAST = 0.05
+"""Features are of the order of 1: what hardly varies in the lessons must not be blown up."""
+MARGIN = 0.25
+"""Features may leave the range of the training runs by this share of it."""
+_LARGEST_FILE = 16 * 2**20
+
+
+class Network(nn.Module):
+    """features (R, U, F) of R runs at U updates -> moves (R, U, C), and a memory (1, R, H)."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, kind: str, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.kind = kind
+        self.register_buffer("mean", torch.zeros(inputs))
+        self.register_buffer("scale", torch.ones(inputs))
+        self.linear = nn.Linear(inputs, outputs)
+        if kind == "gru":
+            self.memorise = nn.GRU(inputs, HIDDEN, batch_first=True)
+            self.head = nn.Linear(HIDDEN, outputs, bias=False)
+
+    def memory(self, rows: int) -> Tensor:
+        """What a run begins with."""
+        return torch.zeros(1, rows, HIDDEN if self.kind == "gru" else 0)
+
+    def forward(self, features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        z = (features - self.mean) / self.scale
+        out = self.linear(z)
+        if self.kind == "gru":
+            seen, memory = self.memorise(z, memory)
+            out = out + self.head(seen)
+            return LIMIT * torch.tanh(out / LIMIT), memory
+        return out.clamp(-LIMIT, LIMIT), memory
+
+
+def _blank(kind: str, form: Form, seed: int = 0) -> Network:
+    """A network before it is fitted or loaded; the global random state stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Network(kind, len(form.names), len(form.steered))
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A fitted policy. every: steps from one update to the next. low, high: ranges of the features
+    that it was fitted on, with `MARGIN`. notes: where it comes from, for people."""
+
+    kind: str
+    form: Form
+    every: int
+    network: Network
+    low: Tensor
+    high: Tensor
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def outside(self, features: Sequence[float]) -> str | None:
+        """The name of a feature that is beyond what the policy was fitted on, or None."""
+        values = torch.tensor(features)
+        beyond = (values < self.low) | (values > self.high) | ~values.isfinite()
+        if not bool(beyond.any()):
+            return None
+        return self.form.names[int(beyond.nonzero()[0])]
+
+    @torch.no_grad()
+    def moves(self, features: Sequence[float], memory: Tensor) -> tuple[dict[str, float], Tensor]:
+        """(control -> move in its coordinate, the memory for the next update)."""
+        out, memory = self.network(torch.tensor(features)[None, None], memory)
+        return dict(zip(self.form.steered, out[0, 0].tolist(), strict=True)), memory
+
+    # Files ---------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Writes policy.json and weights.safetensors into a folder, the JSON last."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: t.contiguous() for name, t in self.network.state_dict().items()}
+        data = save_tensors({**tensors, "low": self.low, "high": self.high})
+        replace_durably(folder / "weights.safetensors", data)
+        document = {
+            "format": "rhc.policy",
+            "version": VERSION,
+            "kind": self.kind,
+            "every": self.every,
+            "steered": list(self.form.steered),
+            "reward": self.form.reward,
+            "gradient_norm": self.form.gradient_norm,
+            "features": list(self.form.names),
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "notes": dict(self.notes),
+        }
+        replace_durably(folder / "policy.json", (json.dumps(document, indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Policy:
+        """Reads what `save` wrote; anything else is an InputError that names the file."""
+        folder = Path(folder)
+        document = _read(folder / "policy.json")
+        if document.get("format") != "rhc.policy":
+            raise InputError(
+                f"{folder / 'policy.json'} is no policy; give the folder that rhc distill -o wrote"
+            )
+        if document.get("version") != VERSION:
+            raise InputError(
+                f"policy {folder} has version {document.get('version')!r}, this rhc reads version "
+                f"{VERSION}; distil it again with this version"
+            )
+        try:
+            form = Form(
+                tuple(document["steered"]),
+                _flag(document["reward"]),
+                _flag(document["gradient_norm"]),
+            )
+            kind, every = document["kind"], document["every"]
+            known = kind in KINDS and isinstance(every, int) and every >= 1
+            known = known and bool(form.steered) and set(form.steered) <= set(STEERED)
+            known = known and list(form.names) == document["features"]
+            size, digest = int(document["bytes"]), str(document["sha256"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(folder / "policy.json", f"{type(error).__name__}: {error}") from None
+        if not known:
+            raise _damaged(
+                folder / "policy.json", "its kind, controls or features are not this rhc's"
+            )
+        path = folder / "weights.safetensors"
+        try:
+            if path.stat().st_size > _LARGEST_FILE:
+                raise _damaged(path, f"{path.stat().st_size} bytes are too many")
+            data = path.read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"policy {folder}: weights.safetensors cannot be read ({error.strerror}); distil "
+                "it again"
+            ) from None
+        if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
+            raise _damaged(path, "it is not the file that policy.json was written with")
+        try:
+            tensors = load_tensors(data)
+        except Exception as error:  # safetensors has an error of its own
+            raise _damaged(path, str(error)) from None
+        network = _blank(kind, form)
+        expected = {name: t.shape for name, t in network.state_dict().items()}
+        expected |= {name: torch.Size([len(form.names)]) for name in ("low", "high")}
+        for name in expected.keys() | tensors.keys():
+            if name not in expected or name not in tensors:
+                raise _damaged(path, f"{name} is {'too much' if name in tensors else 'missing'}")
+            t = tensors[name]
+            if t.shape != expected[name] or t.dtype != torch.float32:
+                raise _damaged(path, f"{name} is {tuple(t.shape)} of {t.dtype}")
+            if not bool(t.isfinite().all()):
+                raise _damaged(path, f"{name} is not finite")
+        low, high = tensors.pop("low"), tensors.pop("high")
+        network.load_state_dict(tensors)
+        network.requires_grad_(False)
+        notes = document.get("notes")
+        return cls(kind, form, every, network, low, high, notes if isinstance(notes, dict) else {})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"cannot read {path} ({error.strerror}); give the folder that rhc distill -o wrote"
+        ) from None
+    except ValueError as error:
+        raise _damaged(path, f"not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise _damaged(path, f"it holds {type(document).__name__}")
+    return document
+
+
+def _damaged(path: Path, what: str) -> InputError:
+    return InputError(f"{path} is damaged ({what}); distil the policy again")
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{value!r} is not true or false")
+    return value
+
+
+# Fitting ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One run to learn from. features: (U, F) at its updates; targets: (U, C) moves."""
+
+    name: str
+    features: Tensor
+    targets: Tensor
+
+
+def fitted(
+    kind: str,
+    form: Form,
+    every: int,
+    lessons: Sequence[Lesson],
+    held_out: Sequence[Lesson] = (),
+    *,
+    epochs: int = 400,
+    seed: int = 0,
+    notes: Mapping[str, Any] | None = None,
+) -> Policy:
+    """The policy of that kind that repeats the lessons' moves best, in the mean square.
+
+    held_out: other runs, on which the recurrent network's epoch is chosen; without any, the last.
+    """
+    if kind not in KINDS:
+        raise InputError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if not lessons:
+        raise InputError("there is nothing to learn from; give at least one run")
+    network = _blank(kind, form, seed)
+    everything = torch.cat([lesson.features for lesson in lessons])
+    spread = everything.std(0, correction=0)
+    network.mean.copy_(everything.mean(0))
+    network.scale.copy_(spread.clamp(min=LEAST))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if kind == "laws":
+            _fit_linear(network, lessons)
+        else:
+            _fit_recurrent(network, lessons, held_out, epochs)
+    network.requires_grad_(False)
+    width = everything.amax(0) - everything.amin(0)
+    low, high = everything.amin(0) - MARGIN * width, everything.amax(0) + MARGIN * width
+    low, high = low - 1e-4, high + 1e-4
+    return Policy(kind, form, every, network.eval(), low, high, dict(notes or {}))
+
+
+def error(policy: Policy, lessons: Sequence[Lesson]) -> float:
+    """The mean square difference of the policy's moves from the lessons', over that of no move."""
+    off = still = 0.0
+    with torch.no_grad():
+        for lesson in lessons:
+            out, _ = policy.network(lesson.features[None], policy.network.memory(1))
+            off += float((out[0] - lesson.targets).square().sum())
+            still += float(lesson.targets.square().sum())
+    return off / still if still else math.nan
+
+
+def _fit_linear(network: Network, lessons: Sequence[Lesson], ridge: float = 1e-2) -> None:
+    z = torch.cat([(x.features - network.mean) / network.scale for x in lessons]).double()
+    y = torch.cat([x.targets for x in lessons]).double()
+    ones = torch.ones(len(z), 1, dtype=torch.float64)
+    a = torch.cat([z, ones], 1)
+    penalty = ridge * len(z) * torch.eye(a.shape[1], dtype=torch.float64)
+    penalty[-1, -1] = 0
+    w = torch.linalg.solve(a.T @ a + penalty, a.T @ y)
+    with torch.no_grad():
+        network.linear.weight.copy_(w[:-1].T)
+        network.linear.bias.copy_(w[-1])
+
+
+def _fit_recurrent(
+    network: Network, lessons: Sequence[Lesson], held_out: Sequence[Lesson], epochs: int
+) -> None:
+    """Adam over whole runs; noise on the features stands for states that no run was in."""
+    _fit_linear(network, lessons)
+    with torch.no_grad():
+        network.head.weight.zero_()
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3, weight_decay=1e-5)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    train, test = _padded(lessons), _padded(held_out) if held_out else None
+    best, kept = math.inf, {k: v.clone() for k, v in network.state_dict().items()}
+    for epoch in range(epochs):
+        loss = _loss(network, *train, noise=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        decay.step()
+        if test is not None and epoch % 20 == 19:
+            with torch.no_grad():
+                value = float(_loss(network, *test))
+            if value < best:
+                best, kept = value, {k: v.clone() for k, v in network.state_dict().items()}
+    if test is not None:
+        network.load_state_dict(kept)
+
+
+def _padded(lessons: Sequence[Lesson]) -> tuple[Tensor, Tensor, Tensor]:
+    """(features (R, U, F), targets (R, U, C), mask (R, U)) of runs of several lengths."""
+    pad = nn.utils.rnn.pad_sequence
+    features = pad([x.features for x in lessons], batch_first=True)
+    targets = pad([x.targets for x in lessons], batch_first=True)
+    mask = pad([torch.ones(len(x.features)) for x in lessons], batch_first=True)
+    return features, targets, mask
+
+
+def _loss(
+    network: Network, features: Tensor, targets: Tensor, mask: Tensor, noise: float = 0.0
+) -> Tensor:
+    if noise:
+        features = features + noise * network.scale * torch.randn_like(features)
+    out, _ = network(features, network.memory(len(features)))
+    return ((out - targets).square().sum(-1) * mask).sum() / (mask.sum() * LIMIT**2)
