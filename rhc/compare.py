@@ -87,29 +87,31 @@ class Driver:
     mode: Callable[[bool], None] = lambda training: None
 
 
-Drives = Callable[[str, Any, float, int], Driver]
-"""(name of the workload's optimizer, parameters, first lr, steps) -> Driver."""
+Drives = Callable[[Workload, str, Any, float, int], Driver]
+"""(workload, name of the optimizer, parameters, first lr, steps) -> Driver."""
 
 
-def _adaptive(*, rewarded: bool = True, **settings: Any) -> Drives:
-    """AdaptiveRL. In reinforcement learning, which is where there is a reward at every step, noise
-    begins at 0.02."""
+def _adaptive(*, rewarded: bool = True, paced: bool = True, **settings: Any) -> Drives:
+    """AdaptiveRL, told the length of the run unless not `paced`."""
 
-    def drives(name: str, parameters: Any, lr: float, steps: int) -> Driver:
+    def drives(workload: Workload, name: str, parameters: Any, lr: float, steps: int) -> Driver:
         optimizer = optimizer_of(name, parameters, lr)
-        scheduler = AdaptiveRL(optimizer, **settings)
+        own = {"steps": steps if paced else None, "noise": workload.noise}
+        bounds: Bounds = settings.get("bounds", Bounds())
+        own["noise"] = min(max(workload.noise, bounds.noise[0]), bounds.noise[1])
+        scheduler = AdaptiveRL(optimizer, **own | settings)
         return Driver(optimizer, scheduler.step, rewarded, lambda: scheduler.values)
 
     return drives
 
 
-def _step_lr(name: str, parameters: Any, lr: float, steps: int) -> Driver:
+def _step_lr(workload: Workload, name: str, parameters: Any, lr: float, steps: int) -> Driver:
     optimizer = optimizer_of(name, parameters, lr)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, max(1, steps // 3), 0.1)
     return Driver(optimizer, lambda loss, reward: scheduler.step())
 
 
-def _on_plateau(name: str, parameters: Any, lr: float, steps: int) -> Driver:
+def _on_plateau(workload: Workload, name: str, parameters: Any, lr: float, steps: int) -> Driver:
     """ReduceLROnPlateau on the mean training loss of every fiftieth of the run."""
     optimizer = optimizer_of(name, parameters, lr)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.3, patience=3)
@@ -124,7 +126,7 @@ def _on_plateau(name: str, parameters: Any, lr: float, steps: int) -> Driver:
     return Driver(optimizer, step)
 
 
-def _schedule_free(name: str, parameters: Any, lr: float, steps: int) -> Driver:
+def _schedule_free(workload: Workload, name: str, parameters: Any, lr: float, steps: int) -> Driver:
     """Schedule-Free SGD or AdamW (Defazio et al. 2024), with a warm-up of a twentieth."""
     free = _optional("schedulefree", "schedule-free")
     warmup = steps // 20
@@ -138,7 +140,7 @@ def _schedule_free(name: str, parameters: Any, lr: float, steps: int) -> Driver:
     return Driver(optimizer, mode=lambda on: optimizer.train() if on else optimizer.eval())
 
 
-def _prodigy(name: str, parameters: Any, lr: float, steps: int) -> Driver:
+def _prodigy(workload: Workload, name: str, parameters: Any, lr: float, steps: int) -> Driver:
     """Prodigy (Mishchenko & Defazio 2024), its lr of 1 falling along a cosine."""
     optimizer = _optional("prodigyopt", "prodigy").Prodigy(parameters, lr=1.0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -181,8 +183,13 @@ METHODS: Mapping[str, Method] = {
     "adaptive": Method(
         "AdaptiveRL from the lr that is given, in a plain loop", needs_lr=True, drives=_adaptive()
     ),
+    "adaptive-unpaced": Method(
+        "the same with an update every 20 steps, whatever the length of the run",
+        needs_lr=True,
+        drives=_adaptive(paced=False),
+    ),
     "adaptive-no-noise": Method(
-        "the same without gradient noise",
+        "AdaptiveRL without gradient noise",
         needs_lr=True,
         drives=_adaptive(bounds=Bounds(noise=(0.0, 0.0))),
     ),
@@ -507,7 +514,7 @@ def _driven(task: Task, method: Method, lr: float | None, seed: int) -> dict[str
     course: list[dict[str, float | None]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an lr outside the bounds is part of the comparison
-        driver = method.drives(name, parameters, first, steps)
+        driver = method.drives(workload, name, parameters, first, steps)
         plant = Plant(model, driver.optimizer, workload.loss_fn, seed=seed)
         reward = workload.reward if driver.rewarded else None
         for step, batch in enumerate(

@@ -9,6 +9,7 @@ signal that leaves this module is free of units: a loss times 1000 gives the sam
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -41,7 +42,8 @@ class Average:
 class Smoothing:
     """β of every average, each the weight of the newest value.
 
-    loss, reward: of ℓ̄ and r̄, per step; between 0.01 and 0.05 suits most runs. variance: of v, per
+    loss, reward: of ℓ̄ and r̄, per step; between 0.01 and 0.05 suits most runs. A reward that comes
+    every n steps weighs 1 − (1 − β)ⁿ. variance: of v, per
     step. usual: of the variance that v is compared with, per step. scale: of S_ℓ and S_r, per
     update.
     """
@@ -65,7 +67,9 @@ class Signals:
 
     loss ℓ̄, reward r̄, and variance v of (ℓ − ℓ̄)²; change and size: averages of Δℓ̄ and |Δℓ̄| per
     step; loss_scale S_ℓ and reward_scale S_r: averages of |Δℓ|, |Δr| per update; loss_mark,
-    reward_mark: ℓ̄ and r̄ at the last update, None before the first observation.
+    reward_mark: ℓ̄ and r̄ at the last update, None before the first observation. fresh_losses,
+    fresh_rewards: observations since then. waited: steps since the last reward, and gap: between
+    the last two. reward_trend: that of the last reward.
     """
 
     loss: Average = Average()
@@ -81,6 +85,10 @@ class Signals:
     steps: int = 0
     rewards: int = 0
     fresh_rewards: int = 0
+    fresh_losses: int = 0
+    waited: int = 0
+    gap: int = 0
+    reward_trend: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,8 @@ class Trends:
     """What the laws are driven by.
 
     loss: Δ̃ℓ in [−1, 1], positive where the loss rises. reward: Δ̃r in [−1, 1], positive where the
-    reward rises; where no reward was ever given, −Δ̃ℓ. plateau: P in [0, 1].
+    reward rises; where no reward was ever given, the fall of the loss as far as it stands out from
+    its noise. plateau: P in [0, 1].
     """
 
     loss: float = 0.0
@@ -105,23 +114,27 @@ def observed(signals: Signals, loss: float, reward: float | None, smoothing: Smo
     """After one step's loss, and its reward where there is one. What is not finite is ignored."""
     if is_usable(loss):
         signals = _with_loss(signals, float(loss), smoothing)
-    if reward is not None and is_usable(reward):
-        mean = signals.reward.updated(float(reward), smoothing.reward)
-        mark = mean.value if signals.reward_mark is None else signals.reward_mark
-        signals = replace(
-            signals,
-            reward=mean,
-            reward_mark=mark,
-            rewards=signals.rewards + 1,
-            fresh_rewards=signals.fresh_rewards + 1,
-        )
-    return signals
+    waited = signals.waited + 1
+    if reward is None or not is_usable(reward):
+        return replace(signals, waited=waited)
+    gap = waited if signals.rewards else 1
+    weight = smoothing.reward if gap == 1 else 1 - (1 - smoothing.reward) ** gap
+    mean = signals.reward.updated(float(reward), weight)
+    return replace(
+        signals,
+        reward=mean,
+        reward_mark=mean.value if signals.reward_mark is None else signals.reward_mark,
+        rewards=signals.rewards + 1,
+        fresh_rewards=signals.fresh_rewards + 1,
+        waited=0,
+        gap=gap if signals.rewards else 0,
+    )
 
 
 def _with_loss(signals: Signals, loss: float, smoothing: Smoothing) -> Signals:
     mean = signals.loss.updated(loss, smoothing.loss)
     if signals.loss_mark is None:
-        return replace(signals, loss=mean, loss_mark=mean.value, steps=1)
+        return replace(signals, loss=mean, loss_mark=mean.value, steps=1, fresh_losses=1)
     apart = loss - mean.value
     delta = mean.value - signals.loss.value
     variance = signals.variance.updated(apart * apart, smoothing.variance)
@@ -133,6 +146,7 @@ def _with_loss(signals: Signals, loss: float, smoothing: Smoothing) -> Signals:
         change=signals.change.updated(delta, smoothing.loss),
         size=signals.size.updated(abs(delta), smoothing.loss),
         steps=signals.steps + 1,
+        fresh_losses=signals.fresh_losses + 1,
     )
 
 
@@ -140,22 +154,65 @@ def trends(signals: Signals, smoothing: Smoothing) -> tuple[Trends, Signals]:
     """The trends over all steps since this was last called, and the state that begins anew there.
 
     Δℓ is the change of ℓ̄ since then, Δ̃ℓ = clip(Δℓ / S_ℓ, −1, 1), likewise for the reward; both
-    are 0 where nothing was observed.
+    are 0 where nothing was observed. A reward that comes more seldom than this is called keeps its
+    trend until the next is due.
+
+    Where no reward was ever given, the loss stands in for it: Δ̃r = −Δℓ / (|Δℓ| + s), s the
+    standard deviation that Δℓ has by noise alone. −Δ̃ℓ itself would be ±1 as soon as the falls are
+    alike, however small: lr then grows for as long as the training loss falls at all.
     """
     loss, reward = 0.0, 0.0
     if signals.loss_mark is not None:
-        delta = signals.loss.value - signals.loss_mark
+        delta = _beyond_rounding(signals.loss.value - signals.loss_mark, signals.loss.value)
         scale = signals.loss_scale.updated(abs(delta), smoothing.scale)
         loss = _share(delta, scale.value)
+        spread = math.sqrt(max(signals.variance.value, 0.0)) * _spread(
+            smoothing.loss, signals.fresh_losses
+        )
+        reward = 0.0 if delta == 0 else -delta / (abs(delta) + spread)
         signals = replace(signals, loss_scale=scale, loss_mark=signals.loss.value)
-    if signals.reward_mark is None:
-        reward = -loss
-    elif signals.fresh_rewards:
-        delta = signals.reward.value - signals.reward_mark
-        scale = signals.reward_scale.updated(abs(delta), smoothing.scale)
-        reward = _share(delta, scale.value)
-        signals = replace(signals, reward_scale=scale, reward_mark=signals.reward.value)
-    return Trends(loss, reward, plateau(signals)), replace(signals, fresh_rewards=0)
+    if signals.reward_mark is not None:
+        reward = signals.reward_trend if signals.waited < signals.gap else 0.0
+        if signals.fresh_rewards:
+            delta = signals.reward.value - signals.reward_mark
+            delta = _beyond_rounding(delta, signals.reward.value)
+            scale = signals.reward_scale.updated(abs(delta), smoothing.scale)
+            reward = _share(delta, scale.value)
+            signals = replace(signals, reward_scale=scale, reward_mark=signals.reward.value)
+    signals = replace(signals, fresh_rewards=0, fresh_losses=0, reward_trend=reward)
+    return Trends(loss, reward, plateau(signals)), signals
+
+
+def surprises(signals: Signals, losses: Sequence[float]) -> bool:
+    """Whether these losses, which are not yet part of the signals, are not of their kind: their
+    mean lies 3 standard deviations of single losses above ℓ̄.
+
+    The mean of n losses of an unchanged run has 1/√n of that deviation. False with fewer than
+    `FEWEST` observations, and where the losses have no variance.
+    """
+    usable = [loss for loss in losses if is_usable(loss)]
+    if signals.steps < FEWEST or not usable or signals.variance.value <= 0:
+        return False
+    above = sum(usable) / len(usable) - signals.loss.value
+    return above > 3 * math.sqrt(signals.variance.value)
+
+
+def begun_anew(signals: Signals) -> Signals:
+    """Without what is known of the loss; what is known of the reward stays."""
+    new = Signals()
+    kept = ("reward", "reward_scale", "reward_mark", "rewards", "fresh_rewards", "waited", "gap")
+    return replace(new, **{name: getattr(signals, name) for name in (*kept, "reward_trend")})
+
+
+def _spread(beta: float, steps: int) -> float:
+    """Standard deviation of the change of an exponential average over `steps` values of variance
+    1: √(2β/(2 − β) · (1 − (1 − β)ⁿ))."""
+    return math.sqrt(2 * beta / (2 - beta) * (1 - (1 - beta) ** max(steps, 1)))
+
+
+def _beyond_rounding(delta: float, mean: float) -> float:
+    """0 for a change that summing up numbers of this size makes by itself."""
+    return 0.0 if abs(delta) <= 1e-12 * abs(mean) else delta
 
 
 def plateau(signals: Signals) -> float:

@@ -81,6 +81,8 @@ class Workload:
     """Passed to the optimizer in place of model.parameters()."""
     threads: int | None = None
     """Default CPU threads; None leaves it to torch. Small tensors are slower on several."""
+    noise: float = 0.0
+    """Gradient noise, relative to the RMS of the gradient, that a causal scheduler begins with."""
     goal: Goal | None = None
     """What `rhc compare` compares by; None for the test loss."""
     reward: Callable[[nn.Module, int, Mapping[str, Any]], float | None] | None = None

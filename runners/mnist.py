@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rhc.causal import HeldOut
 from rhc.errors import InputError
 from rhc.workload import Workload
 from runners.data import read_idx, split, tensor_loader
@@ -37,6 +38,7 @@ def mnist(
         raise InputError(f"--data {data} is not a folder: give the one with MNIST's IDX files")
 
     train, validation, test = _load(data)
+    val_loader = tensor_loader(validation, EVALUATION_BATCH, shuffle=False)
     return Workload(
         model=nn.Sequential(
             nn.Linear(784, 128 * width),
@@ -47,12 +49,13 @@ def mnist(
         ),
         loss_fn=cross_entropy,
         train_loader=tensor_loader(train, batch_size, shuffle=True),
-        val_loader=tensor_loader(validation, EVALUATION_BATCH, shuffle=False),
+        val_loader=val_loader,
         test_loader=tensor_loader(test, EVALUATION_BATCH, shuffle=False),
         steps=1000,
         optimizer="sgd",
         lr={"sgd": 0.01, "adam": 1e-3, "adamw": 1e-3},
         threads=1,
+        reward=HeldOut(cross_entropy, val_loader, metric="accuracy", trained_on=BATCH),
     )
 
 

@@ -61,7 +61,7 @@ class TestSignals:
     def test_without_reward_the_fall_of_the_loss_is_the_reward(self) -> None:
         signals = observed(observed(Signals(), 3.0, None, SMOOTHING), 2.0, None, SMOOTHING)
         found, _ = trends(signals, SMOOTHING)
-        assert found.reward == -found.loss == 1.0
+        assert found.loss == -1.0 and 0.9 < found.reward < 1  # as far as it exceeds the noise
 
     def test_a_reward_that_did_not_come_is_no_trend(self) -> None:
         signals = observed(Signals(), 3.0, 1.0, SMOOTHING)

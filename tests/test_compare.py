@@ -243,7 +243,9 @@ def test_a_scheduler_in_a_plain_loop_trains_as_that_loop_does(task: Task) -> Non
     """A law that never moves is the constant lr, on the same batches in the same order."""
     still = replace(
         METHODS["adaptive"],
-        drives=lambda name, parameters, lr, steps: Driver(optimizer_of(name, parameters, lr)),
+        drives=lambda workload, name, parameters, lr, steps: Driver(
+            optimizer_of(name, parameters, lr)
+        ),
     )
     row = comparing._driven(task, still, 0.05, 3)
     constant = run(task, "constant", 0.05, 3)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from rhc.errors import InputError
+from rhc.rewrite import Rewrite
 from rhc.workload import Workload, available_runners, load_runner, runner_summary
 from runners.char_lm import char_lm
 from runners.data import read_idx, split, tensor_loader
@@ -319,6 +321,122 @@ def test_mnist_10k_on_the_real_files(data_dir: Path) -> None:
 def mnist_sizes(workload: Workload) -> list[int]:
     loaders = (workload.train_loader, workload.val_loader, workload.test_loader)
     return [examples(loader) for loader in loaders]
+
+
+# CartPole: playing is part of the loss function, and a function of weights and batch
+
+
+@pytest.fixture
+def cartpole() -> Workload:
+    pytest.importorskip("gymnasium")
+    from runners.cartpole import cartpole as make
+
+    torch.manual_seed(0)
+    return make(seed=0)
+
+
+def test_cartpole_plays_the_same_episodes_from_the_same_weights(cartpole: Workload) -> None:
+    batch, other, *_ = list(cartpole.train_loader)
+    before = torch.get_rng_state()
+    (loss, metrics), (again, _) = (cartpole.loss_fn(cartpole.model, batch) for _ in range(2))
+    assert torch.equal(loss, again) and torch.equal(torch.get_rng_state(), before)
+    assert 8 <= metrics["return"] <= 500
+    _, seen = cartpole.loss_fn(cartpole.model, other)
+    assert seen["return"] != metrics["return"]
+    first_pass, second_pass = (list(cartpole.train_loader) for _ in range(2))
+    assert not torch.equal(first_pass[0], second_pass[0])  # every pass has episodes of its own
+    # What was played in between leaves nothing behind.
+    assert torch.equal(cartpole.loss_fn(cartpole.model, batch)[0], loss)
+    validation = next(iter(cartpole.val_loader or ()))
+    assert not set(batch.tolist()) & set(validation.tolist())
+
+
+def test_the_return_of_cartpole_is_that_of_the_game_itself(cartpole: Workload) -> None:
+    """Played anew with gymnasium's own single environment, from the same first states."""
+    import gymnasium
+
+    from runners.cartpole import _play
+
+    batch = next(iter(cartpole.train_loader))
+    vector = gymnasium.make_vec("CartPole-v1", num_envs=4, vectorization_mode="vector_entry_point")
+    seen, actions, playing = _play(vector, cartpole.model, batch)
+    for episode in range(4):
+        game = gymnasium.make("CartPole-v1")
+        game.reset(seed=0)
+        game.unwrapped.state = seen[0, episode].double().numpy()
+        length = int(playing[:, episode].sum())
+        for step in range(length):
+            state, _, fell, ended, _ = game.step(int(actions[step, episode]))
+            assert (fell or ended) == (step == length - 1)
+            if step < length - 1:
+                assert torch.allclose(seen[step + 1, episode], torch.from_numpy(state), atol=1e-4)
+
+
+def test_the_gradient_of_cartpole_is_that_of_reinforce(cartpole: Workload) -> None:
+    """Written out with loops: advantages from discounted returns and the baseline, normalised."""
+    from runners.cartpole import _environment, _play
+
+    model, batch = cartpole.model, next(iter(cartpole.train_loader))
+    cartpole.loss_fn(model, batch)[0].backward()
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    seen, actions, playing = _play(_environment(), model, batch)
+    errors, likelihoods = [], []
+    for episode in range(playing.shape[1]):
+        length = int(playing[:, episode].sum())
+        for step in range(length):
+            logit, baseline = model(seen[step, episode])
+            chance = torch.sigmoid(logit)
+            likelihoods.append(torch.log(chance if actions[step, episode] else 1 - chance))
+            errors.append(0.01 * sum(0.99**k for k in range(length - step)) - baseline)
+    error = torch.stack(errors)
+    advantage = (error - error.mean()).detach()
+    advantage = advantage / (advantage.square().mean().sqrt() + 1e-6)
+    model.zero_grad()
+    (error.square().mean() - (advantage * torch.stack(likelihoods)).mean()).backward()
+    expected = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_rewritten_run_of_cartpole_is_the_plain_loop_of_its_schedule(cartpole: Workload) -> None:
+    from rhc import Runner
+
+    model, settings = cartpole.model, {"start": "given", "window": 3}
+    first = {k: v.clone() for k, v in model.state_dict().items()}
+    seen: list[Tensor] = []
+
+    def noted(model: nn.Module, batch: Tensor) -> object:
+        seen.append(batch)
+        return cartpole.loss_fn(model, batch)
+
+    law = Rewrite(step={"lr": 0.5}, accept=False, until=1.0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    rewritten = Runner(model, optimizer, noted, cartpole.train_loader, rewrite=law, **settings).fit(
+        6
+    )
+    lrs = [row["lr"] for row in rewritten.tape]
+    assert len(set(map(str, lrs))) > 1 and len(seen) > 12
+    batches = {batch[0].item(): batch for batch in seen}
+    model.load_state_dict(first)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for row, batch in zip(rewritten.tape, batches.values(), strict=False):
+        optimizer.param_groups[0]["lr"] = (
+            row["lr"] if isinstance(row["lr"], float) else row["lr"][0]
+        )
+        loss, metrics = cartpole.loss_fn(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert (loss.item(), metrics["return"].item()) == (row["loss"], row["return"])
+
+
+def test_cartpole_without_gymnasium_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    from runners.cartpole import cartpole as make
+
+    with pytest.raises(InputError, match="needs gymnasium: pip install"):
+        make()
+    with pytest.raises(InputError, match="takes no data"):
+        make(data=Path("x"))
 
 
 # How a runner is found

@@ -4,15 +4,15 @@
     logit μ ← logit μ + k_μr Δ̃r − k_μℓ max(Δ̃ℓ, 0)
     log σ   ← log σ   + k_σP P  − k_σr max(Δ̃r, 0)
 
-each clipped to its bounds. Without a reward Δ̃r = −Δ̃ℓ: the two trends are one signal, a fall of
-the loss raises log α by k_r and a rise lowers it by k_r + k_ℓ. On a noisy plateau, where falls and
-rises take turns, α therefore comes down slowly.
+each clipped to its bounds. Without a reward both trends are of the loss: a fall raises log α by k_r
+as far as it stands out from the noise, a rise lowers it by k_ℓ and that much. On a noisy plateau,
+where falls and rises take turns, α and μ therefore come down.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from rhc.errors import InputError
 from rhc.signals import Trends
@@ -73,6 +73,38 @@ class Bounds:
             None if momentum is None else _clip(momentum, self.momentum),
             _clip(controls.noise, self.noise),
         )
+
+
+DIP = 1.35
+"""Logits by which μ falls where the losses are suddenly of another kind: 0.9 becomes 0.7."""
+
+
+def paced(gains: Gains, every: int, steps: int | None) -> tuple[Gains, int, float]:
+    """(gains, steps between updates, factor on the β of ℓ̄) for a run of `steps` steps.
+
+    The laws' gains and `every` are those of runs of `USUAL_STEPS`: 500 updates. A run of 1000 steps
+    would have 50, which move lr by a factor of e at most. Shorter runs are updated more often and
+    further at a time, so that the sum of gains times updates is the same; longer ones and None are
+    left as they are.
+    """
+    if steps is None or steps >= USUAL_STEPS:
+        return gains, every, 1.0
+    pace = USUAL_STEPS / max(steps, USUAL_STEPS // 20)
+    between = max(1, round(every / pace**0.6))
+    further = pace * between / every
+    values = {f.name: getattr(gains, f.name) * further for f in fields(gains)}
+    return Gains(**values), between, pace**0.4
+
+
+USUAL_STEPS = 10_000
+
+
+def dipped(controls: Controls, bounds: Bounds) -> Controls:
+    """After losses of another kind, on which the momentum of before points the wrong way."""
+    momentum = controls.momentum
+    if momentum is None or not 0 < momentum < 1:
+        return controls
+    return bounds.clipped(replace(controls, momentum=_sigmoid(_logit(momentum) - DIP)))
 
 
 Cap = tuple[float, float]

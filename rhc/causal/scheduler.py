@@ -5,19 +5,29 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rhc.causal.laws import Bounds, Cap, Controls, Gains, lowered, updated
+from rhc.causal.laws import Bounds, Cap, Controls, Gains, dipped, lowered, paced, updated
 from rhc.errors import InputError
 from rhc.noise import root_mean_square, standard_noise
-from rhc.signals import Average, Signals, Smoothing, Trends, is_usable, observed, trends
+from rhc.signals import (
+    Average,
+    Signals,
+    Smoothing,
+    Trends,
+    begun_anew,
+    is_usable,
+    observed,
+    surprises,
+    trends,
+)
 
-VERSION = 1
+VERSION = 2
 
 NoiseOn = Literal["gradients", "gradients-by-weights", "parameters"]
 NOISE_ON: tuple[NoiseOn, ...] = ("gradients", "gradients-by-weights", "parameters")
@@ -39,6 +49,12 @@ class AdaptiveRL:
     stays, see `couple_beta2`), others in lr and noise alone. The lrs of groups keep their ratios,
     and the bounds hold for the largest; one that begins outside them begins at the bound, and a
     warning says so.
+    steps: how long the run will be, where that is known: one shorter than 10,000 steps is updated
+    more often and further at a time, see `rhc.causal.laws.paced`. It is no horizon: lr does not go
+    to 0 at its end.
+    surprise: where the losses since the last update lie 3 standard deviations above those before,
+    the data or the task have changed: the trends begin anew there, and momentum falls (0.9 to 0.7).
+    `surprises` counts it.
     noise: σ at the beginning; 0.02 suits reinforcement learning. noise_on: σ·RMS(g)·ξ on every
     gradient ("gradients"), σ·RMS(θ)·ξ on every gradient ("gradients-by-weights"), or α·σ·RMS(θ)·ξ
     on the parameters themselves ("parameters"); before each step of the optimizer, from a private
@@ -55,6 +71,7 @@ class AdaptiveRL:
         self,
         optimizer: Optimizer,
         *,
+        steps: int | None = None,
         every: int = 20,
         gains: Gains | None = None,
         bounds: Bounds | None = None,
@@ -63,6 +80,7 @@ class AdaptiveRL:
         noise: float = 0.0,
         noise_on: NoiseOn = "gradients",
         source: str = "both",
+        surprise: bool = True,
         couple_beta2: bool = False,
         seed: int = 0,
     ) -> None:
@@ -73,6 +91,8 @@ class AdaptiveRL:
             )
         if every < 1:
             raise InputError(f"every must be ≥ 1 steps, got {every}")
+        if steps is not None and steps < 1:
+            raise InputError(f"steps must be ≥ 1 or None, got {steps}")
         if cap is not None and not 0 < cap[0] <= 1 <= cap[1]:
             raise InputError(f"cap must be (≤ 1, ≥ 1) and positive, got {cap}; None for no cap")
         if not 0 <= noise < math.inf:
@@ -82,12 +102,16 @@ class AdaptiveRL:
         if source not in SOURCES:
             raise InputError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
         self.optimizer = optimizer
-        self.every, self.cap, self.seed = every, cap, seed
-        self.gains, self.bounds = gains or Gains(), bounds or Bounds()
-        self.smoothing = smoothing or Smoothing()
+        self.cap, self.seed, self.bounds = cap, seed, bounds or Bounds()
+        self.gains, self.every, faster = paced(gains or Gains(), every, steps)
+        usual = Smoothing()
+        self.smoothing = smoothing or replace(
+            usual, loss=min(usual.loss * faster, 0.05), reward=min(usual.reward * faster, 0.05)
+        )
         self.noise_on, self.source, self.couple_beta2 = noise_on, source, couple_beta2
+        self.surprise = surprise
         self.signals, self.trends = Signals(), Trends()
-        self.steps = self.updates = self.ignored = self.noise_steps = 0
+        self.steps = self.updates = self.ignored = self.noise_steps = self.surprises = 0
         self._pending: list[tuple[Any, Any]] = []
         self._warned = False
         self._groups = [_Group(group) for group in optimizer.param_groups]
@@ -156,6 +180,7 @@ class AdaptiveRL:
             "updates": self.updates,
             "ignored": self.ignored,
             "noise_steps": self.noise_steps,
+            "surprises": self.surprises,
             "pending": [list(pair) for pair in self._read_pending()],
             "shares": list(self._shares),
             "logits": list(self._logits),
@@ -186,6 +211,7 @@ class AdaptiveRL:
         self.trends = Trends(**state["trends"])
         self.steps, self.updates = state["steps"], state["updates"]
         self.ignored, self.noise_steps = state["ignored"], state["noise_steps"]
+        self.surprises = state["surprises"]
         self._pending = [(loss, reward) for loss, reward in state["pending"]]
         self._shares, self._logits = list(state["shares"]), list(state["logits"])
         for group, beta2 in zip(self._groups, state["beta2"], strict=True):
@@ -194,7 +220,12 @@ class AdaptiveRL:
 
     def _update(self) -> None:
         lost = 0
-        for loss, reward in self._read_pending():
+        pending = self._read_pending()
+        if self.surprise and surprises(self.signals, [x for x, _ in pending if x is not None]):
+            self.surprises += 1
+            self.signals = begun_anew(self.signals)
+            self.controls = dipped(self.controls, self.bounds)
+        for loss, reward in pending:
             lost += sum(x is not None and not is_usable(x) for x in (loss, reward))
             seen = math.nan if loss is None else loss
             wanted = None if self.source == "loss" else reward
