@@ -279,6 +279,10 @@ METHODS: Mapping[str, Method] = {
         "with steps normalised by their spread over windows",
         rewrite=replace(USUAL, rule="standard-error"),
     ),
+    "step-batch-error": _without(
+        "with steps normalised by their standard error over the objective's batches",
+        rewrite=replace(USUAL, rule="batch-error"),
+    ),
     "step-sign": _without(
         "with steps by the sign, longer where it repeats", rewrite=replace(USUAL, rule="sign")
     ),

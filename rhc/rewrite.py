@@ -24,7 +24,7 @@ LEAVES_ZERO = 0.5
 
 Shift = float | tuple[float, ...]
 
-RULES = ("normalised", "standard-error", "sign", "adam")
+RULES = ("normalised", "standard-error", "batch-error", "sign", "adam")
 
 History = dict[str, list[list[float]]]
 """What windows asked for so far, oldest first: control, or "control/group", -> g of every knot."""
@@ -57,7 +57,9 @@ class Rewrite:
 
     rule: what takes the place of g / (|g| + damping / n), from this window's g and those of the
     last `REMEMBERED` windows: "standard-error": g / (|g| + s), s the standard deviation of g from
-    window to window; "sign": the sign of g, 1.3 times as far each time it repeats and half as far
+    window to window; "batch-error": the same with s the standard error of g over the batches of the
+    objective, each batch's part of it at H = 0, so that it takes no further adjoint (with a single
+    batch s = |g|); "sign": the sign of g, 1.3 times as far each time it repeats and half as far
     each time it turns (Rprop, Riedmiller & Braun 1993); "adam": m̂ / (√v̂ + damping / n) over the
     windows, β = 0.9, 0.99 (Kingma & Ba 2015). "normalised" looks at no other window.
     step: control -> largest move per rewrite (nats for log controls, logits for momentum).
@@ -145,12 +147,14 @@ class Rewrite:
         value: float,
         scale: float = 1.0,
         history: Mapping[str, Sequence[Sequence[float]]] | None = None,
+        samples: Mapping[str, Tensor] | None = None,
     ) -> Proposal:
         """A rewritten window.
 
         schedule: the window as rolled, K steps. gradient: control -> dJ/du in natural units, of
         the shape of the schedule's values, (K,) or (K, G), without the penalty's. value: J. scale:
-        of all steps, for a retry. history: what the windows before asked for. Controls whose
+        of all steps, for a retry. history: what the windows before asked for. samples: the gradient
+        by each batch of the objective, (n, K) or (n, K, G), for "batch-error". Controls whose
         gradient is 0 everywhere do not move by the usual rule, nor do those at exactly 0 for less
         than `LEAVES_ZERO`.
         """
@@ -162,23 +166,38 @@ class Rewrite:
         predicted = 0.0
 
         def moved(
-            name: str, key: str, old: Tensor, natural: Tensor, *, of_group: bool = False
+            name: str,
+            key: str,
+            old: Tensor,
+            natural: Tensor,
+            sampled: Sequence[Tensor] = (),
+            *,
+            of_group: bool = False,
         ) -> tuple[Tensor, float, float]:
             raw, of_raw = self._in_raw(name, old, natural)
             knots = basis.T @ of_raw / size
             asked[key] = knots.tolist()
-            direction = self._direction(knots, (history or {}).get(key, ()))
+            seen = [basis.T @ self._in_raw(name, old, s)[1] / size for s in sampled]
+            direction = self._direction(knots, (history or {}).get(key, ()), seen)
             move = -self.step.get(name, 0.0) * scale * direction
             return self._moved(name, old, raw, of_raw, basis, move, scale, of_group=of_group)
 
         for name, natural in gradient.items():
             old = schedule[name]
+            sampled = list((samples or {}).get(name, ()))
             if old.dim() == 1:
-                values[name], carry[name], change = moved(name, name, old, natural)
+                values[name], carry[name], change = moved(name, name, old, natural, sampled)
                 predicted += change
                 continue
             groups = [
-                moved(name, f"{name}/{g}", old[:, g], natural[:, g], of_group=True)
+                moved(
+                    name,
+                    f"{name}/{g}",
+                    old[:, g],
+                    natural[:, g],
+                    [s[:, g] for s in sampled],
+                    of_group=True,
+                )
                 for g in range(old.shape[1])
             ]
             values[name] = torch.stack([new for new, _, _ in groups], dim=1)
@@ -187,11 +206,22 @@ class Rewrite:
         new = Schedule({**schedule.values, **values}, schedule.start, schedule.seed)
         return Proposal(new, carry, predicted, asked)
 
-    def _direction(self, knots: Tensor, past: Sequence[Sequence[float]]) -> Tensor:
-        """What a step of size 1 goes against, (n,). past: (n,) each; of others nothing is known."""
+    def _direction(
+        self, knots: Tensor, past: Sequence[Sequence[float]], sampled: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """What a step of size 1 goes against, (n,).
+
+        past: of earlier windows, (n,) each; of others nothing is known. sampled: of this window, by
+        each batch of the objective, (n,).
+        """
         least = self.damping / self.knots
         if self.rule == "normalised":
             return knots / (knots.abs() + least)
+        if self.rule == "batch-error":
+            error = knots.abs()
+            if len(sampled) > 1:
+                error = torch.stack(list(sampled)).std(0) / math.sqrt(len(sampled))
+            return knots / (knots.abs() + error).clamp(min=1e-300)
         same = [torch.tensor(p, dtype=torch.float64) for p in past if len(p) == len(knots)]
         seen = torch.stack([*same[-REMEMBERED:], knots])
         if self.rule == "standard-error":

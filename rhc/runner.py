@@ -662,6 +662,8 @@ class Runner:
             unclipped = self.costate_clip is None
             if h.result.name == "exploding" and unclipped and recorder.again:
                 h = self._look_back(recorder, mean, terminal, EXPLODING_CLIP)
+            if self.law.rule == "batch-error" and recorder.again:
+                attempt.samples = self._by_batch(recorder, mean, terminal)
         recorder.close()
         attempt.hypergradient = h
         attempt.value = h.value + self.law.penalty(attempt.schedule, self.controls)
@@ -683,6 +685,23 @@ class Runner:
         # The terminal loss is counted by its size.
         self.loop.cost.gradient_equivalents += h.gradient_equivalents - (terminal is not None)
         return h
+
+    def _by_batch(
+        self, recorder: WindowRecorder, mean: Average, terminal: Terminal | None
+    ) -> dict[str, Tensor]:
+        """control -> dJ/du by each batch of the objective alone, at H = 0: (n, K) or (n, K, G)."""
+        if not isinstance(terminal, _HeldOutLoss) or len(terminal.batches) < 2:
+            return {}
+        lookback = self._new_lookback("none")
+        damping = Damping(self.discount, self.costate_clip)
+        found = []
+        for part in terminal.parts():
+            h = lookback.look_back(recorder, mean, part, damping)
+            self.loop.cost.gradient_equivalents += h.gradient_equivalents - 1
+            found.append(h.grad)
+        # One more pass over the objective's data.
+        self.loop.cost.gradients(terminal.share)
+        return {name: torch.stack([grad[name] for grad in found]) for name in found[0]}
 
     def _rewrite(self, rolled: _Attempt, commit: int, before: _Moment) -> _Attempt:
         """Proposes, replays and compares, again and again while that is worth it.
@@ -735,7 +754,11 @@ class Runner:
         if rolled.plain and rolled is self.loop.live:
             rolled.end = _Moment(self.plant.snapshot(), self.loop.average.copy())
         # A law of one's own that needs no history may do without the argument.
-        past = {} if self.law.rule == "normalised" else {"history": self.loop.history}
+        past: dict[str, Any] = {}
+        if self.law.rule != "normalised":
+            past = {"history": self.loop.history}
+        if self.law.rule == "batch-error":
+            past["samples"] = rolled.samples
         for retry in range(self.law.retries + 1):
             if retry and not self._affords(2 * len(rolled.schedule)):
                 break
@@ -1110,15 +1133,7 @@ class Runner:
         share = float(len(batches))
         if train is not None:
             share = sum(sizes) / max(1, batch_size(train))
-
-        def terminal(model: nn.Module) -> Tensor:
-            # Running statistics belong to the last iterate, not to the average that is judged.
-            with self.plant.evaluating():
-                batch_statistics(model)
-                losses = [self.plant.loss(b)[0] * n for b, n in zip(batches, sizes, strict=True)]
-                return torch.stack(losses).sum() / sum(sizes)
-
-        return terminal, share
+        return _HeldOutLoss(self.plant, batches, sizes, share), share
 
     @torch.no_grad()
     def _value(
@@ -1135,14 +1150,14 @@ class Runner:
             torch._foreach_copy_(parameters, live)
         return value + self.law.penalty(attempt.schedule, self.controls)
 
-    def _new_lookback(self) -> Lookback:
+    def _new_lookback(self, product: Product | None = None) -> Lookback:
         relief = self.loop.relief if hasattr(self, "loop") else Relief()
         return Lookback(
             self.plant,
             self.objective,
             self.controls,
             segment=self.segment if relief.memory_budget is None else "auto",
-            product=self.product if relief.product is None else cast(Product, relief.product),
+            product=product or cast(Product, relief.product) or self.product,
             memory_budget=relief.memory_budget or self.memory_budget,
             spill=self.spill,
             damping=Damping(self.discount, self.costate_clip),
@@ -1683,6 +1698,7 @@ class _Attempt:
     starved: bool = False
     inside: _Moment | None = None
     end: _Moment | None = None
+    samples: Mapping[str, Tensor] = field(default_factory=dict)
 
     def emptied(self) -> _Attempt:
         """The same way through the same window, not yet gone."""
@@ -1696,7 +1712,32 @@ class _Attempt:
             starved=False,
             inside=None,
             end=None,
+            samples={},
         )
+
+
+@dataclass(frozen=True)
+class _HeldOutLoss:
+    """The mean loss on batches in eval mode. share: their size in training batches."""
+
+    plant: Plant
+    batches: Sequence[Any]
+    sizes: Sequence[int]
+    share: float
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        # Running statistics belong to the last iterate, not to the average that is judged.
+        with self.plant.evaluating():
+            batch_statistics(model)
+            pairs = zip(self.batches, self.sizes, strict=True)
+            losses = [self.plant.loss(batch)[0] * size for batch, size in pairs]
+            return torch.stack(losses).sum() / sum(self.sizes)
+
+    def parts(self) -> list[_HeldOutLoss]:
+        """The loss on each batch alone."""
+        share = self.share / len(self.batches)
+        pairs = zip(self.batches, self.sizes, strict=True)
+        return [_HeldOutLoss(self.plant, [batch], [size], share) for batch, size in pairs]
 
 
 def _steered(plant: Plant, asked: Sequence[str] | None) -> tuple[str, ...]:

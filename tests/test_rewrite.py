@@ -398,6 +398,25 @@ def test_a_spread_over_windows_shortens_the_step() -> None:
     assert moved_by("standard-error", 0.2, [0.6, -0.2]) == pytest.approx(expected)
 
 
+def test_batches_that_disagree_shorten_the_step() -> None:
+    schedule = Schedule({"lr": torch.full((4,), 0.1, dtype=torch.float64)}, 0, 0)
+
+    def per_step(g: float) -> torch.Tensor:
+        return torch.full((4,), g / 4 / 0.1, dtype=torch.float64)
+
+    law = Rewrite(step={"lr": 1.0}, rule="batch-error")
+
+    def moved(*batches: float) -> float:
+        samples = {"lr": torch.stack([per_step(g) for g in batches])} if batches else {}
+        proposal = law.propose(schedule, {"lr": per_step(0.2)}, 1.0, samples=samples)
+        return float((proposal.schedule["lr"] / 0.1).log()[0])
+
+    assert moved() == moved(0.3) == pytest.approx(-0.5)
+    assert moved(0.2, 0.2) == pytest.approx(-1.0)
+    error = torch.tensor([0.5, -0.1, 0.3, 0.1], dtype=torch.float64).std().item() / 2
+    assert moved(0.5, -0.1, 0.3, 0.1) == pytest.approx(-0.2 / (0.2 + error))
+
+
 def test_signs_that_repeat_lengthen_the_step_and_turns_halve_it() -> None:
     assert moved_by("sign", 0.001, []) == pytest.approx(-1.0)
     assert moved_by("sign", 0.001, [5.0, 0.1]) == pytest.approx(-(1.3**2))

@@ -658,6 +658,31 @@ def test_a_reward_without_a_name_can_be_described(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("per_group", [(), ("lr",)])
+def test_batches_of_the_objective_give_a_variance(per_group: tuple[str, ...]) -> None:
+    """Their mean is the hypergradient, and they take one more pass over the objective's data."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    class Looking(Rewrite):
+        def propose(
+            self, schedule: Schedule, gradient: Any, value: float, scale: float = 1.0, **more: Any
+        ) -> Proposal:
+            seen.append((gradient["lr"], more["samples"]["lr"]))
+            return super().propose(schedule, gradient, value, scale, **more)
+
+    law, run = Looking(rule="batch-error", retries=0), problem_run("mlp", "sgd", groups=True)
+    options: dict[str, Any] = {"controls": ("lr",), "per_group": per_group, "product": "none"}
+    result = fit(run, 16, rewrite=law, **options)
+    usual = fit(problem_run("mlp", "sgd", groups=True), 16, rewrite=Rewrite(retries=0), **options)
+    assert len(seen) == 2
+    for gradient, samples in seen:
+        assert samples.shape == (4, *gradient.shape)
+        assert torch.allclose(samples.mean(0), gradient, rtol=1e-4, atol=1e-9)
+        assert float(samples.std(0).min()) > 0
+    costs = [r.record["cost"]["gradient_evaluations"] for r in (result, usual)]
+    assert usual.record["cost"]["windows"] == 2 and costs[0] > costs[1]
+
+
 @pytest.mark.parametrize("law", [Rewrite(iterations=3, worth=0.0), Twin()])
 def test_a_budget_is_kept(law: Rewrite) -> None:
     free = fit(in_order(lr=0.02), 80, rewrite=law, product="none")
