@@ -204,10 +204,10 @@ class Plant:
         loss.backward()
         return loss, metrics
 
-    def refuse_sparse(self) -> None:
+    def refuse_sparse(self, *, slots: bool = True) -> None:
         """An InputError where a gradient, or a slot that was made of one, is sparse."""
         for p in self.parameters:
-            tensors = [p.grad, *self.optimizer.state.get(p, {}).values()]
+            tensors = [p.grad, *(self.optimizer.state.get(p, {}).values() if slots else ())]
             if any(isinstance(t, Tensor) and t.layout != torch.strided for t in tensors):
                 raise InputError(
                     f"the gradient of parameter {self._names[id(p)]!r} is sparse, and looking back "
@@ -458,7 +458,7 @@ class Recorder:
         """Called with the raw gradients, before clipping and noise."""
         trajectory = self.trajectory
         gradients = [p.grad for p in self.plant.parameters]
-        self.plant.refuse_sparse()
+        self.plant.refuse_sparse(slots=False)
         if any(_is_split(block, gradients) for block in trajectory.blocks):
             # Seldom more than once per plant: from now on every parameter is its own block.
             self.plant.singletons = True

@@ -416,7 +416,7 @@ def measure_sizes(
                 p.grad = None
             enough = math.inf if full else FREE_GRAPHS
             try:
-                graph = max(graph, _graph_bytes(plant, batch, objective, enough))
+                graph = _graph_bytes(plant, batch, objective, enough)
             except (RuntimeError, NotImplementedError) as error:
                 if missing_derivative(error) is None:
                     raise
@@ -522,6 +522,11 @@ def _undefined(trajectory: Trajectory, controls: Sequence[str]) -> Adjoint:
 
 def stage_sum(objective: Objective, trajectory: Trajectory) -> float:
     """Σ_t of the stage costs that a roll observed."""
+    if not objective.reward_weight:
+        if not objective.loss_weight or not trajectory.losses:
+            return 0.0
+        losses = torch.stack([x.double() for x in trajectory.losses]).tolist()
+        return float(sum(objective.loss_weight * loss for loss in losses))
     costs = [
         objective.stage(loss.double(), metrics)
         for loss, metrics in zip(trajectory.losses, trajectory.metrics, strict=True)

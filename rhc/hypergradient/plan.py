@@ -34,7 +34,7 @@ FREE_STATES = 16 * 2**20
 @dataclass(frozen=True)
 class Sizes:
     """Bytes. parameters: θ that is trained. state: a whole snapshot. graph: of one step's gradient,
-    with its own copy of θ. product: the most that one Hessian product takes beyond plain training.
+    with its own copy of what it reads of θ. product: the most that one Hessian product takes beyond plain training.
     """
 
     parameters: int

@@ -29,6 +29,7 @@ from rhc.hypergradient.evaluation import (
     gradients_by_backward,
     mean_loss,
     parts,
+    pulled_through,
     tensors_of,
 )
 from rhc.hypergradient.kernels import valueless_gradients
@@ -60,7 +61,7 @@ KEPT_COST = 2
 class KeptGraph:
     """The graph of one step's gradient, as the roll left it.
 
-    leaves: θ_t, one leaf per parameter of the blocks; statistics_leaves: b_t by name. gradients:
+    leaves: one per parameter of the blocks, θ_t only where the graph reads it; statistics_leaves: b_t by name. gradients:
     where the graph of each leaf's gradient begins, None where there is no second derivative.
     evaluated: what the step gave.
     """
@@ -118,7 +119,12 @@ def pull_back(
     """
     if product == "exact":
         if point.graph is not None:
-            return _kept(evaluation, point, gradient_costates, statistics_costates, into)
+            try:
+                return _kept(evaluation, point, gradient_costates, statistics_costates, into)
+            except RuntimeError as error:
+                # A graph that saves other parameters than those that its maker copied.
+                if "modified by an inplace operation" not in str(error):
+                    raise
         return _exact(
             evaluation, scratch, point, gradient_costates, statistics_costates, compare, into
         )
@@ -169,7 +175,7 @@ def _exact(
             _add_first_order(outputs, output_seeds, evaluated, statistics_costates)
         del evaluated, loss, gradients
         if outputs:
-            pulled = torch.autograd.grad(outputs, wanted, output_seeds, allow_unused=True)
+            pulled = pulled_through(outputs, wanted, output_seeds)
             total = [_sum(a, b) for a, b in zip(total, pulled, strict=True)]
     discrepancy = 0.0
     if compare:
@@ -209,7 +215,7 @@ def _kept(
     wanted = [*graph.leaves, *statistics.values()]
     total: list[Tensor | None] = [None] * len(wanted)
     if outputs:
-        total = list(torch.autograd.grad(outputs, wanted, output_seeds, allow_unused=True))
+        total = pulled_through(outputs, wanted, output_seeds)
     return _result(evaluation, point, blocks, total, statistics, joint, 0.0, into)
 
 

@@ -10,14 +10,21 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.utils.checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
-from rhc.hypergradient.evaluation import Evaluation, double_backward, visible_statistics
+from rhc.hypergradient import kernels
+from rhc.hypergradient.evaluation import (
+    Evaluation,
+    double_backward,
+    graph_nodes,
+    visible_statistics,
+)
 from rhc.hypergradient.plan import Plan, chunk_bounds, split
 from rhc.hypergradient.products import KeptGraph
 from rhc.objective import Objective
@@ -31,6 +38,7 @@ from rhc.plant import (
     split_gradients,
     split_states,
 )
+from rhc.randomness import preserved
 
 
 def kept_states(steps: int, segment: int) -> Callable[[int], bool]:
@@ -242,10 +250,16 @@ def _vector(block: Block, gradients: Sequence[Tensor | None]) -> Tensor | None:
 # Graphs ------------------------------------------------------------------------------------------
 
 
+_READ: WeakKeyDictionary[Plant, frozenset[str]] = WeakKeyDictionary()
+"""The parameters of a plant whose values its graphs read again: the others need no copy."""
+
+
 class GraphMaker:
     """Makes graphs of a plant's gradient at its live values, which stay when the values move on.
 
-    The model sees leaves of its own in place of its parameters, and copies of its buffers.
+    The model sees leaves of its own in place of its parameters, and copies of its buffers. A leaf
+    is a copy where the graph reads its value again; else it shares the live parameter's memory, and
+    its count of changes, so that a graph that does read it, for once, says so.
     """
 
     def __init__(self, evaluation: Evaluation) -> None:
@@ -256,6 +270,7 @@ class GraphMaker:
         indices = [i for block in self.blocks for i in block.indices]
         place = {id(plant.parameters[i]): n for n, i in enumerate(indices)}
         self._parameters = [plant.parameters[i] for i in indices]
+        self._names = [name for block in self.blocks for name in block.names]
         self._owners: list[tuple[dict[str, Any], str, int]] = []
         self._buffers: list[tuple[dict[str, Any], str, str, Tensor]] = []
         for prefix, module in model.named_modules():
@@ -277,9 +292,48 @@ class GraphMaker:
         A model that uses activation checkpointing runs again in the backward pass, with whatever
         parameters it then finds, so that its graph does not outlive the step.
         """
+        plant = self.evaluation.plant
+        if plant not in _READ:
+            with preserved():
+                _READ[plant] = self._read(batch)
+        read = _READ[plant]
+        leaves = [
+            (p.detach().clone() if name in read else p.detach()).requires_grad_()
+            for name, p in zip(self._names, self._parameters, strict=True)
+        ]
+        graph, found, after, steady = self._graph(batch, leaves)
+        return graph, [None if g is None else g.detach() for g in found], after, steady
+
+    def _read(self, batch: Any) -> frozenset[str]:
+        """Names of the parameters whose values a graph saves; all where nobody can say."""
+        leaves = [p.detach().clone().requires_grad_() for p in self._parameters]
+        place = {
+            leaf.untyped_storage().data_ptr(): name
+            for name, leaf in zip(self._names, leaves, strict=True)
+        }
+        read = set[str]()
+
+        def pack(t: Tensor) -> Tensor:
+            if t.layout != torch.strided:
+                return t
+            if (name := place.get(t.untyped_storage().data_ptr())) is not None:
+                read.add(name)
+            return t.detach()
+
+        with saved_tensors_hooks(pack, lambda t: t):
+            _, found, _, _ = self._graph(batch, leaves)
+        for node in graph_nodes([g for g in found if g is not None]):
+            function = getattr(type(node), "_forward_cls", None)
+            if function is not None and function.__module__ != kernels.__name__:
+                return frozenset(self._names)  # it may keep tensors where nobody sees them
+        return frozenset(read)
+
+    def _graph(
+        self, batch: Any, flat: list[Tensor]
+    ) -> tuple[KeptGraph, Sequence[Tensor | None], list[tuple[Tensor, Tensor]], bool]:
+        """(graph, gradients with their graph, buffers, whether it stays) at these leaves."""
         evaluation = self.evaluation
         model = evaluation.plant.model
-        flat = [p.detach().clone().requires_grad_() for p in self._parameters]
         names = set(evaluation.statistics_names)
         statistics = {
             full: live.detach().clone().requires_grad_()
@@ -287,7 +341,7 @@ class GraphMaker:
             if full in names
         }
         visible = visible_statistics(model, update=True) if names else nullcontext()
-        with double_backward(model), visible, _checkpointing() as used:
+        with double_backward(model, valued=True), visible, _checkpointing() as used:
             try:
                 for owner, name, n in self._owners:
                     owner[name] = flat[n]
@@ -306,7 +360,7 @@ class GraphMaker:
         edges = [get_gradient_edge(g) if g is not None and g.requires_grad else None for g in found]
         return (
             KeptGraph(flat, statistics, edges, evaluated),
-            [None if g is None else g.detach() for g in found],
+            found,
             after,
             not used,
         )
