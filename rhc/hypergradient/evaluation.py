@@ -110,9 +110,15 @@ class Evaluation:
         return self.substitution.at(self.substituted(flats, buffers), evaluate)
 
     def of_model(
-        self, model: nn.Module, batch: Any, *, statistics: bool = False, twice: bool = False
+        self,
+        model: nn.Module,
+        batch: Any,
+        *,
+        statistics: bool = False,
+        twice: bool = False,
+        stage: bool = True,
     ) -> Evaluated:
-        """Loss and stage cost of the model as it is; micro-batches in one graph.
+        """Loss and, if `stage`, stage cost of the model as it is; micro-batches in one graph.
 
         twice: the loss is to be differentiated twice; OnceDifferentiable where a part of it is not.
         """
@@ -121,7 +127,8 @@ class Evaluation:
             check_twice(self.plant, loss)
         names = self.statistics_names if statistics else ()
         after = {name: model.get_buffer(name) for name in names}
-        return Evaluated(loss, self.objective.stage(loss, metrics), after, metrics)
+        cost = self.objective.stage(loss, metrics) if stage else None
+        return Evaluated(loss, cost, after, metrics)
 
     def terminal(
         self,
@@ -348,22 +355,28 @@ def pulled_through(
 
 @contextmanager
 def double_backward(
-    model: nn.Module, *, light: bool = True, valued: bool = False
+    model: nn.Module, *, light: bool = True, valued: bool = False, recurrent: bool | None = None
 ) -> Iterator[None]:
     """Kernels that can be differentiated twice: fused attention and cuDNN's RNNs cannot.
 
     light: also those of `kernels`, whose second derivative is cheap. valued: the gradients' values
-    are read too.
+    are read too. recurrent: whether the model has RNNs, where that is known.
     """
+    if recurrent is None:
+        recurrent = is_recurrent(model)
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_composed_weight_norm())
-        if any(isinstance(m, nn.RNNBase) for m in model.modules()):
+        if recurrent:
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         if light:
             least = LEAST_VALUED if valued else LEAST_VALUELESS
             stack.enter_context(light_second_order(least))
         yield
+
+
+def is_recurrent(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.RNNBase) for m in model.modules())
 
 
 @contextmanager

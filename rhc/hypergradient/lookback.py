@@ -23,12 +23,11 @@ from rhc.hypergradient.evaluation import (
     Evaluation,
     Scratch,
     double_backward,
-    tensors_of,
     visible_statistics,
 )
 from rhc.hypergradient.plan import FREE_GRAPHS, Plan, Sizes, make_plan
 from rhc.hypergradient.products import Product, StepPoint, pull_back
-from rhc.hypergradient.record import GraphMaker, WindowRecorder
+from rhc.hypergradient.record import GraphMaker, TooMuch, WindowRecorder
 from rhc.hypergradient.segments import (
     AGREES,
     Adjoint,
@@ -395,10 +394,6 @@ NEVER = 1 << 62
 """Bytes of a graph that cannot be kept."""
 
 
-class _TooMuch(Exception):
-    pass
-
-
 def measure_sizes(
     plant: Plant, batch: Any, objective: Objective, product: Product, *, full: bool
 ) -> Sizes:
@@ -423,7 +418,7 @@ def measure_sizes(
                 graph = NEVER
         peak = 0
         if full:
-            peak = _product_peak(plant, batch, objective, product)
+            peak = _product_peak(plant, batch, objective, product, graph)
         return Sizes(parameters, _snapshot_bytes(plant), graph, peak)
     finally:
         plant.restore(state)
@@ -436,31 +431,21 @@ def _graph_bytes(plant: Plant, batch: Any, objective: Objective, enough: float) 
 
     enough: bytes from which on it is not worth going on.
     """
-    held = [*plant.parameters, *plant.model.buffers(), *tensors_of(batch)]
-    own = {t.untyped_storage().data_ptr() for t in held if t.layout == torch.strided}
-    seen: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.layout != torch.strided:  # has no storage; the recorder will refuse it by name
-            return t
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage.nbytes()
-            if sum(seen.values()) > enough:
-                raise _TooMuch
-        return t.detach()  # the tensor itself could hold the node that holds it
-
     make_graph = GraphMaker(Evaluation(plant, plant.blocks(), objective))
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        try:
-            _, _, _, steady = make_graph(batch)
-        except _TooMuch:
-            return NEVER
-    return sum(seen.values()) if steady else NEVER
+    try:
+        found = make_graph.survey(batch, enough)
+    except TooMuch:
+        return NEVER
+    return found.size if found.steady else NEVER
 
 
-def _product_peak(plant: Plant, batch: Any, objective: Objective, product: Product) -> int:
-    """The most that one Hessian product takes beyond one plain gradient, in bytes."""
+def _product_peak(
+    plant: Plant, batch: Any, objective: Objective, product: Product, size: int
+) -> int:
+    """The most that one Hessian product takes beyond one plain gradient, in bytes.
+
+    size: bytes of a graph.
+    """
     device = plant.parameters[0].device
     blocks = plant.blocks()
     for p in plant.model.parameters():
@@ -468,6 +453,7 @@ def _product_peak(plant: Plant, batch: Any, objective: Objective, product: Produ
     with torch.enable_grad():
         plant.backward(batch)  # warm
         plant.refuse_sparse()
+        memory.trim()  # holes in the heap would hide what is taken
         memory.reset_peak(device)
         for p in plant.model.parameters():
             p.grad = None
@@ -484,14 +470,17 @@ def _product_peak(plant: Plant, batch: Any, objective: Objective, product: Produ
             None,
             gradients,
         )
-        memory.reset_peak(device)
         try:
             with (
                 double_backward(plant.model),
                 visible_statistics(plant.model, update=False),
                 Scratch(plant, blocks) as scratch,
             ):
-                pull_back(product, evaluation, scratch, point, gradients, {})
+                # Beside a small model the code of the kernels, read the first time, would count.
+                for _ in range(2 if size <= FREE_GRAPHS else 1):
+                    memory.trim()
+                    memory.reset_peak(device)
+                    pull_back(product, evaluation, scratch, point, gradients, {})
         except (RuntimeError, NotImplementedError) as error:
             if missing_derivative(error) is None:
                 raise

@@ -34,7 +34,8 @@ FREE_STATES = 16 * 2**20
 @dataclass(frozen=True)
 class Sizes:
     """Bytes. parameters: θ that is trained. state: a whole snapshot. graph: of one step's gradient,
-    with its own copy of what it reads of θ. product: the most that one Hessian product takes beyond plain training.
+    with its own copy of what it reads of θ. product: the most that one Hessian product takes beyond
+    plain training.
     """
 
     parameters: int
@@ -134,9 +135,11 @@ def make_plan(
     if whole.fits:
         if not exact:
             return whole
-        # A graph takes the place of what a product without one would hold.
-        assert whole.predicted_bytes is not None
-        room = budget - whole.predicted_bytes + min(sizes.graph, sizes.product)
+        # A graph takes the place of what a product without one would hold, and saves more than
+        # states that need not be rebuilt.
+        lean = _kept(steps, product, sizes, budget, 0, lean=True)
+        assert lean.predicted_bytes is not None
+        room = budget - lean.predicted_bytes + min(sizes.graph, sizes.product)
         if graph_bytes is not None:
             room = min(room, graph_bytes)
         return _kept(steps, product, sizes, budget, min(steps, room // max(1, sizes.graph)))
@@ -155,14 +158,23 @@ def _rebuilt(steps: int, sizes: Sizes) -> int:
     return (math.ceil(math.log(steps, 3)) + 2) * sizes.state
 
 
-def _kept(steps: int, product: Product, sizes: Sizes, budget: int | None, graphs: int) -> Plan:
+def _kept(
+    steps: int,
+    product: Product,
+    sizes: Sizes,
+    budget: int | None,
+    graphs: int,
+    *,
+    lean: bool = False,
+) -> Plan:
+    """lean: with the fewest states."""
     # States of √K steps, where they are small, so that every other is rebuilt once.
     apart = math.isqrt(max(0, steps - 1)) + 1
     states = 2 * apart * sizes.state
     overlap = min(sizes.graph, sizes.product)
     fixed = (steps + 1) * sizes.parameters + sizes.state + sizes.product
     fixed += max(0, graphs * sizes.graph - overlap)
-    if states > FREE_STATES or (budget is not None and fixed + states > budget):
+    if lean or states > FREE_STATES or (budget is not None and fixed + states > budget):
         apart, states = 0, _rebuilt(steps, sizes)
     return Plan(
         steps,

@@ -61,9 +61,9 @@ KEPT_COST = 2
 class KeptGraph:
     """The graph of one step's gradient, as the roll left it.
 
-    leaves: one per parameter of the blocks, θ_t only where the graph reads it; statistics_leaves: b_t by name. gradients:
-    where the graph of each leaf's gradient begins, None where there is no second derivative.
-    evaluated: what the step gave.
+    leaves: one per parameter of the blocks, of value θ_t where the graph reads it.
+    statistics_leaves: b_t by name. gradients: where the graph of each leaf's gradient begins, None
+    where there is no second derivative. evaluated: what the step gave.
     """
 
     leaves: list[Tensor]
@@ -164,7 +164,7 @@ def _exact(
     _restore(point.rng)
     for batch, share in _shares(point.batch, joint):
         evaluated = evaluation.of_model(
-            scratch.model, batch, statistics=bool(statistics), twice=True
+            scratch.model, batch, statistics=bool(statistics), twice=True, stage=joint
         )
         loss = evaluated.loss if share == 1 else evaluated.loss * share
         gradients = _gradients(loss, scratch.leaves, seeds, valueless=not compare)

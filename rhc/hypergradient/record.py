@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,20 +10,22 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.utils.checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from rhc.hypergradient import kernels
 from rhc.hypergradient.evaluation import (
     Evaluation,
     double_backward,
     graph_nodes,
+    is_recurrent,
+    tensors_of,
     visible_statistics,
 )
 from rhc.hypergradient.plan import Plan, chunk_bounds, split
@@ -250,8 +253,20 @@ def _vector(block: Block, gradients: Sequence[Tensor | None]) -> Tensor | None:
 # Graphs ------------------------------------------------------------------------------------------
 
 
-_READ: WeakKeyDictionary[Plant, frozenset[str]] = WeakKeyDictionary()
-"""The parameters of a plant whose values its graphs read again: the others need no copy."""
+class Survey(NamedTuple):
+    """What a plant's graphs hold: bytes; the parameters whose values they read again, which is
+    whose leaves must be copies; and whether a graph outlives its step."""
+
+    size: int
+    read: frozenset[str]
+    steady: bool
+
+
+_SURVEYS: WeakKeyDictionary[Plant, Survey] = WeakKeyDictionary()
+
+
+class TooMuch(Exception):
+    """A graph is larger than is worth measuring."""
 
 
 class GraphMaker:
@@ -271,6 +286,7 @@ class GraphMaker:
         place = {id(plant.parameters[i]): n for n, i in enumerate(indices)}
         self._parameters = [plant.parameters[i] for i in indices]
         self._names = [name for block in self.blocks for name in block.names]
+        self._recurrent = is_recurrent(model)
         self._owners: list[tuple[dict[str, Any], str, int]] = []
         self._buffers: list[tuple[dict[str, Any], str, str, Tensor]] = []
         for prefix, module in model.named_modules():
@@ -292,11 +308,7 @@ class GraphMaker:
         A model that uses activation checkpointing runs again in the backward pass, with whatever
         parameters it then finds, so that its graph does not outlive the step.
         """
-        plant = self.evaluation.plant
-        if plant not in _READ:
-            with preserved():
-                _READ[plant] = self._read(batch)
-        read = _READ[plant]
+        read = self.survey(batch).read
         leaves = [
             (p.detach().clone() if name in read else p.detach()).requires_grad_()
             for name, p in zip(self._names, self._parameters, strict=True)
@@ -304,29 +316,46 @@ class GraphMaker:
         graph, found, after, steady = self._graph(batch, leaves)
         return graph, [None if g is None else g.detach() for g in found], after, steady
 
-    def _read(self, batch: Any) -> frozenset[str]:
-        """Names of the parameters whose values a graph saves; all where nobody can say."""
+    def survey(self, batch: Any, enough: float = math.inf) -> Survey:
+        """Of a graph that is made the first time, and dropped; TooMuch beyond `enough` bytes."""
+        plant = self.evaluation.plant
+        if plant not in _SURVEYS:
+            with torch.enable_grad(), preserved():
+                _SURVEYS[plant] = self._survey(batch, enough)
+        return _SURVEYS[plant]
+
+    def _survey(self, batch: Any, enough: float) -> Survey:
+        plant = self.evaluation.plant
         leaves = [p.detach().clone().requires_grad_() for p in self._parameters]
         place = {
             leaf.untyped_storage().data_ptr(): name
             for name, leaf in zip(self._names, leaves, strict=True)
         }
-        read = set[str]()
+        held = [*plant.parameters, *plant.model.buffers(), *tensors_of(batch)]
+        own = {t.untyped_storage().data_ptr() for t in held if t.layout == torch.strided}
+        seen: dict[int, int] = {}
 
         def pack(t: Tensor) -> Tensor:
-            if t.layout != torch.strided:
+            if t.layout != torch.strided:  # has no storage; the recorder will refuse it by name
                 return t
-            if (name := place.get(t.untyped_storage().data_ptr())) is not None:
-                read.add(name)
-            return t.detach()
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in own:
+                seen[storage.data_ptr()] = storage.nbytes()
+                if sum(seen.values()) > enough:
+                    raise TooMuch
+            return t.detach()  # the tensor itself could hold the node that holds it
 
         with saved_tensors_hooks(pack, lambda t: t):
-            _, found, _, _ = self._graph(batch, leaves)
+            _, found, _, steady = self._graph(batch, leaves)
+        read = frozenset(name for pointer, name in place.items() if pointer in seen)
+        size = sum(seen.values())
         for node in graph_nodes([g for g in found if g is not None]):
             function = getattr(type(node), "_forward_cls", None)
             if function is not None and function.__module__ != kernels.__name__:
-                return frozenset(self._names)  # it may keep tensors where nobody sees them
-        return frozenset(read)
+                # It may keep tensors where nobody sees them.
+                copies = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+                return Survey(size + copies, frozenset(self._names), steady)
+        return Survey(size, read, steady)
 
     def _graph(
         self, batch: Any, flat: list[Tensor]
@@ -341,13 +370,17 @@ class GraphMaker:
             if full in names
         }
         visible = visible_statistics(model, update=True) if names else nullcontext()
-        with double_backward(model, valued=True), visible, _checkpointing() as used:
+        kernels_of_two = double_backward(model, valued=True, recurrent=self._recurrent)
+        with kernels_of_two, visible, _checkpointing() as used:
             try:
                 for owner, name, n in self._owners:
                     owner[name] = flat[n]
                 for owner, name, full, live in self._buffers:
                     owner[name] = statistics[full] if full in names else live.detach().clone()
-                evaluated = evaluation.of_model(model, batch, statistics=bool(names), twice=True)
+                joint = bool(names) or bool(evaluation.objective.reward_weight)
+                evaluated = evaluation.of_model(
+                    model, batch, statistics=bool(names), twice=True, stage=joint
+                )
                 found = torch.autograd.grad(
                     evaluated.loss, flat, create_graph=True, allow_unused=True
                 )
@@ -357,13 +390,21 @@ class GraphMaker:
                     owner[name] = self._parameters[n]
                 for owner, name, _, live in self._buffers:
                     owner[name] = live
-        edges = [get_gradient_edge(g) if g is not None and g.requires_grad else None for g in found]
+        edges = [None if g is None or not g.requires_grad else _edge(g) for g in found]
         return (
             KeptGraph(flat, statistics, edges, evaluated),
             found,
             after,
             not used,
         )
+
+
+def _edge(g: Tensor) -> GradientEdge:
+    """Where the graph of g begins. Nodes of C++ need none of get_gradient_edge's care."""
+    node: Any = g.grad_fn
+    if node is None or isinstance(node, torch._C._FunctionBase):
+        return get_gradient_edge(g)
+    return GradientEdge(node, g.output_nr)
 
 
 @contextmanager

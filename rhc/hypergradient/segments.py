@@ -220,6 +220,7 @@ class _Reverse:
         exact: bool,
     ) -> None:
         self.plant = plant
+        self.dynamics = plant.dynamics
         self.exact = exact
         self.trajectory = trajectory
         self.objective = objective
@@ -476,7 +477,7 @@ class _Reverse:
         if of_theta is None and all(t is None for t in of_slots):
             return None, [], None
         block = self.blocks[b]
-        dynamics = self.plant.dynamics
+        dynamics = self.dynamics
         group = self.plant.optimizer.param_groups[block.group]
         values = self._group_values(i, block.group)
         closed = None
@@ -537,7 +538,7 @@ class _Reverse:
             gradients = chunk.gradients[i - chunk.start]
             values = self._values(i)
             transformed = self._transform(i, gradients, values.get("noise", 0.0))
-            dynamics = self.plant.dynamics
+            dynamics = self.dynamics
             result = []
             for block, state, g in zip(self.blocks, states, transformed, strict=True):
                 own = self._group_values(i, block.group)
@@ -735,7 +736,7 @@ class _Reverse:
         """Φ of one block, with controls that may be tensors of a graph."""
         group = self.plant.optimizer.param_groups[block.group]
         controls = {name: _cast(value, g) for name, value in values.items()}
-        step = self.plant.dynamics.transformation(group, controls, block.shapes)
+        step = self.dynamics.transformation(group, controls, block.shapes)
         updates, after = step.update(g, state.optimizer, params=state.parameters, inplace=False)
         theta = torchopt.apply_updates(state.parameters, updates, inplace=False)
         return BlockState(theta, after)
