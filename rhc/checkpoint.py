@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +164,7 @@ class CheckpointStore:
             "torch": torch.__version__,
             "files": {name: {"bytes": n, "sha256": digest} for name, n, digest in files},
         }
-        data = (json.dumps(manifest, indent=1) + "\n").encode()
+        data = _sealed(manifest)
         write_durably(directory / MANIFEST, data)
         _read_back(directory / MANIFEST, data)
         sync_directory(directory)
@@ -252,12 +252,16 @@ class CheckpointStore:
         try:
             if not stat.S_ISDIR(os.lstat(directory).st_mode):
                 raise ValueError("its directory is a link")
-            manifest = parsed_json(read_regular(path, MOST_MANIFEST_BYTES))
+            data = read_regular(path, MOST_MANIFEST_BYTES)
+            manifest = parsed_json(data)
             if manifest["format"] != "rhc.checkpoint" or manifest["version"] != FORMAT_VERSION:
                 raise ValueError(f"version {manifest['version']}")
             files = {
                 str(k): (int(v["bytes"]), str(v["sha256"])) for k, v in manifest["files"].items()
             }
+            # A manifest of before it had a digest of its own has none of this.
+            if set(manifest) != _UNSEALED and data != _sealed(manifest):
+                raise ValueError("it does not match its own digest")
             if int(manifest["step"]) != step:
                 raise ValueError(f"step {manifest['step']}")
             if len(files) > MOST_FILES:
@@ -281,6 +285,16 @@ class CheckpointStore:
             return all(True for _ in self._contents(step))
         except InputError:
             return False
+
+
+_UNSEALED = {"format", "version", "step", "torch", "files"}
+
+
+def _sealed(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest as it is written, with the SHA-256 of what is before that."""
+    plain = {key: value for key, value in manifest.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+    return (json.dumps({**plain, "sha256": digest}, indent=1) + "\n").encode()
 
 
 def removed(path: Path) -> None:

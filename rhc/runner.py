@@ -314,6 +314,9 @@ class Runner:
             if directory is None
             else RunDirectory(Path(directory), keep_checkpoints, self._notice)
         )
+        if self.directory is not None:
+            size = sum(p.nbytes for p in self.plant.model.parameters())
+            self.directory.checkpoints.most_bytes = 2**30 + 64 * size
         self.device = self.plant.parameters[0].device
         self._streams: list[StepBatches] = []
         self.planner = planner
@@ -1203,7 +1206,16 @@ class Runner:
                 self.loop.start_gradients = self.owed
                 self._save()
             else:
-                self._load(checkpoint)
+                try:
+                    self._load(checkpoint)
+                except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+                    if isinstance(error, InputError):
+                        raise
+                    path = self.directory.checkpoints.path(checkpoint.step)
+                    raise InputError(
+                        f"{path} is no checkpoint of this run ({type(error).__name__}: {error}); "
+                        "start again in another --directory"
+                    ) from error
                 if self.loop.step == steps:
                     self.loop.finished = self.directory.result()
         return self.loop
@@ -1404,10 +1416,12 @@ class Runner:
         if self.planner is not None:  # before the loader is asked for this epoch's order again
             state = joined(tensors.get("controller", {}), values["controller"])
             self.planner.load_state_dict(state, place=False)
-        self.loop.train.seek(Position.from_tensors(tensors["train_batches"]))
+        place = Position.from_tensors(tensors["train_batches"])
+        if place.step != checkpoint.step:
+            raise ValueError(f"batches of step {place.step} at step {checkpoint.step}")
+        self.loop.train.seek(place)
         if self.loop.validation is not None:
             self.loop.validation.seek(Position.from_tensors(tensors["validation_batches"]))
-        self.plant.restore(snapshot)
         self.plant.singletons = bool(values["singletons"])
         self.loop.relief = Relief(**values.get("relief", {}))
         deviation = values.get("deviation")
@@ -1445,6 +1459,12 @@ class Runner:
         if self.loop.step:
             tried = self.directory.starts.read()
             self.loop.start_gradients = sum(record["gradients"] for record in tried)
+        for mean, live in zip(
+            self.loop.average.values or [], self.plant.parameters, strict=bool(average)
+        ):
+            if mean.shape != live.shape:
+                raise ValueError(f"an average of shape {tuple(mean.shape)} for {tuple(live.shape)}")
+        self.plant.restore(snapshot)  # now that nothing can fail any more
         self.loop.tape = self.directory.tape.read()
         self.loop.windows = self.directory.windows.read()
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rhc.errors import InputError
 from rhc.plant import Plant, Snapshot
-from rhc.randomness import RandomState
+from rhc.randomness import RandomState, preserved
 
 Tensors = dict[str, dict[str, Tensor]]
 
@@ -64,21 +64,40 @@ def snapshot_from_tensors(plant: Plant, tensors: Tensors, rest: Mapping[str, Any
             f"one {len(plant.parameters)} in {len(plant.optimizer.param_groups)}; resume with the "
             "optimizer that the run began with"
         )
+    known = _has_dynamics(plant)
     for name, value in tensors["optimizer"].items():
         kind, index, key = name.split(".", 2)
         if kind == "slot":
+            shape = plant.parameters[int(index)].shape
+            if known and value.numel() != 1 and value.shape != shape:
+                raise InputError(
+                    f"the optimizer's {key} of parameter {index} is {tuple(value.shape)} in the "
+                    f"checkpoint, its parameter {tuple(shape)}; resume with the optimizer that the "
+                    "run began with"
+                )
             # torch keeps the step count on the CPU unless asked otherwise.
             device = value.device if key == "step" else plant.parameters[int(index)].device
             slots[int(index)][key] = value.to(device)
         else:
             groups[int(index)][key] = value
+    rng = RandomState.from_tensors(tensors["rng"])
+    with preserved():
+        rng.restore()  # what torch, numpy or python refuse, they refuse here
     return Snapshot(
         {n: found[f"parameter.{n}"] for n, _ in plant.model.named_parameters()},
         {n: found[f"buffer.{n}"] for n, _ in plant.model.named_buffers()},
         slots,
         groups,
-        RandomState.from_tensors(tensors["rng"]),
+        rng,
     )
+
+
+def _has_dynamics(plant: Plant) -> bool:
+    """Whether it is an optimizer whose slots are numbers, or have the parameter's shape."""
+    try:
+        return bool(plant.dynamics)
+    except InputError:
+        return False
 
 
 def _is_plain(value: Any) -> bool:

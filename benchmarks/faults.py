@@ -1,0 +1,613 @@
+"""The campaign: kills, flips, truncations, full disks and fuzzed files, and what became of them.
+
+    python benchmarks/faults.py kills --count 200
+    python benchmarks/faults.py flips truncations full
+    python benchmarks/faults.py fuzz --count 100000
+    python benchmarks/faults.py cost size
+
+Each prints a table; docs/reliability.md has the figures. `tests/` has pieces of all this that take
+seconds.
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests"), str(Path(__file__).parent)]
+
+import killed_run
+from faulty_disk import FaultyDisk
+from runs import files, make_run, seed_everything, state_of, unequal
+
+from rhc import InputError, Rewrite, Runner
+from rhc.checkpoint import Checkpoint, CheckpointStore, _tensors
+from rhc.config import TrainConfig
+from rhc.events import StepTaken, VerbStarted
+from rhc.files import parsed_json, parsed_toml
+from rhc.hypergradient import Lookback
+from rhc.plant import Plant
+from rhc.schedule import Schedule
+from rhc.state import snapshot_from_tensors, snapshot_to_tensors
+from rhc.tape import JsonLines
+
+# Kills -------------------------------------------------------------------------------------------
+
+
+def kills(count: int, seed: int) -> bool:
+    """SIGKILLs at random instants, each resumed; every run must end as the one that was left alone.
+
+    A forked process trains tests/killed_run.py's run and writes down in which phase it is. Half of
+    the kills come after a random time, half at a random change of phase, so that short phases (a
+    rename, a truncation) are hit as well. A run is killed until it ends; then the next one begins.
+    """
+    draw = random.Random(seed)
+    folder = Path(tempfile.mkdtemp(prefix="rhc-kills-"))
+    began = time.monotonic()
+    phases, _ = _child(folder / "whole", None, None)
+    seconds = time.monotonic() - began
+    expected = _final(folder / "whole")
+    histogram: Counter[str] = Counter()
+    run = ended = equal = 0
+    while histogram.total() < count:
+        directory = folder / str(run)
+        timed = draw.random() < 0.5
+        after = draw.uniform(0, 0.4) * seconds if timed else None
+        change = None if timed else draw.randrange(max(1, int(0.4 * phases)))
+        _, phase = _child(directory, after, change)
+        if phase is not None:
+            histogram[phase] += 1
+            continue
+        run, ended = run + 1, ended + 1
+        equal += not unequal(expected, _final(directory))
+        shutil.rmtree(directory)
+    if (folder / str(run)).exists():
+        _child(folder / str(run), None, None)
+        ended += 1
+        equal += not unequal(expected, _final(folder / str(run)))
+    print(f"{histogram.total()} kills in {ended} runs of {seconds:.1f} s: {equal} ended bit-equal")
+    print("| killed while | kills |\n|---|---|")
+    for phase, kills_there in histogram.most_common():
+        print(f"| {phase} | {kills_there} |")
+    shutil.rmtree(folder)
+    return equal == ended
+
+
+def _final(directory: Path) -> dict[str, Any]:
+    return {"tensors": load_file(directory / "final.safetensors"), "files": files(directory)}
+
+
+def _child(directory: Path, after: float | None, change: int | None) -> tuple[int, str | None]:
+    """(changes of phase, the phase that a kill found; None where the run came to its end)."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reading)
+        status = 1
+        with contextlib.suppress(BaseException):
+            _train(directory, writing, change)
+            status = 0
+        os._exit(status)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        first = pipe.readline()
+        if after is not None:
+            time.sleep(after)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        said = (first + pipe.read()).decode().splitlines()
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
+        return len(said), said[-1] if said else "begin"
+    assert os.WEXITSTATUS(status) == 0, f"the run itself failed in {directory}: {said[-3:]}"
+    return len(said), None
+
+
+def _train(directory: Path, pipe: int, change: int | None) -> None:
+    torch.set_num_threads(1)
+    said = 0
+
+    def say(phase: str) -> None:
+        nonlocal said
+        os_write(pipe, f"{phase}\n".encode())
+        if said == change:
+            os.kill(os.getpid(), signal.SIGKILL)
+        said += 1
+
+    os_write, saving = os.write, [False]
+
+    def on_disk(number: int, name: str) -> None:
+        say(f"disk: {name}")
+
+    def listener(event: Any) -> None:
+        if isinstance(event, VerbStarted):
+            say(event.verb)
+        elif isinstance(event, StepTaken) and event.step % 5 == 0:
+            say("in a roll or replay")
+
+    look_back = Lookback.look_back
+
+    def looking(self: Lookback, *args: Any, **options: Any) -> Any:
+        say("reverse pass")
+        found = look_back(self, *args, **options)
+        say("rewrite")
+        return found
+
+    Lookback.look_back = looking  # type: ignore[method-assign]
+    run = killed_run.make(0)
+
+    class Loading:
+        """The loader, saying when it is at work."""
+
+        def __init__(self, loader: Any) -> None:
+            self.loader, self.generator = loader, loader.generator
+            self.sampler, self.batch_sampler = loader.sampler, loader.batch_sampler
+
+        def __len__(self) -> int:
+            return len(self.loader)
+
+        def __iter__(self) -> Iterator[Any]:
+            say("loading data")
+            yield from self.loader
+
+    run = run._replace(train=Loading(run.train))
+    del saving
+    say("open")
+    with FaultyDisk(on_disk):  # type: ignore[arg-type]
+        runner = Runner(
+            *run,
+            window=12,
+            stride=7,
+            controls=("lr", "momentum", "noise"),
+            rewrite=Rewrite(step={"lr": 1.0, "momentum": 0.1, "noise": 3.0}, damping=1e-9),
+            directory=directory,
+            listeners=[listener],
+        )
+        runner.fit(killed_run.STEPS)
+        say("end")
+    tensors = {f"model.{k}": v.contiguous() for k, v in run.model.state_dict().items()}
+    for index, slots in run.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": v for k, v in slots.items()}
+    save_file(tensors | {"rng": torch.get_rng_state()}, directory / "final.safetensors")
+
+
+# Damage ------------------------------------------------------------------------------------------
+
+STEPS = 11
+LAW = Rewrite(step={"lr": 1.5, "momentum": 0.5, "noise": 4.0}, damping=1e-9)
+SEALED = ("checkpoints/*/*", "tape.jsonl", "windows.jsonl", "start.jsonl", ".*.crc32")
+"""Files that carry a digest or checksums."""
+
+
+def _small(directory: Path, steps: int = STEPS, seed: int = 0) -> tuple[Any, Any]:
+    run = make_run("adamw", seed=seed)
+    law = Runner(*run, window=4, rewrite=LAW, directory=directory)
+    return run, law.fit(steps)
+
+
+def _found(directory: Path, path: Path) -> bool:
+    """Whether damage of a file is found, and told with its name (or of the one beside it)."""
+    told: list[str] = []
+    if path.parent.parent.name == "checkpoints":
+        store = CheckpointStore(directory / "checkpoints", notice=told.append)
+        step = int(path.parent.name.rpartition("-")[2])
+        try:
+            store.load(step)
+        except InputError as error:
+            return path.name in str(error) or path.name == "manifest.json"
+        return False
+    name = path.name.removeprefix(".").removesuffix(".crc32")
+    lines = JsonLines(directory / name)
+    whole = (directory / name).read_bytes().count(b"\n")
+    found = lines.intact()
+    return (found.lines < whole_lines[name] and name in found.fault) or whole < whole_lines[name]
+
+
+whole_lines: dict[str, int] = {}
+
+
+def _sealed_files(directory: Path) -> list[Path]:
+    found = sorted({p for pattern in SEALED for p in directory.glob(pattern) if p.is_file()})
+    for path in found:
+        if path.suffix == ".jsonl":
+            whole_lines[path.name] = path.read_bytes().count(b"\n")
+    return found
+
+
+def flips(count: int, seed: int) -> bool:
+    """`count` bit flips in every file that carries a digest, and what was found of them."""
+    draw = random.Random(seed)
+    return _damages(
+        "bit flips",
+        lambda data: (_flipped(data, draw) for _ in range(count)),
+    )
+
+
+def _flipped(data: bytes, draw: random.Random) -> bytes:
+    damaged = bytearray(data)
+    damaged[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    return bytes(damaged)
+
+
+def truncations(count: int, seed: int) -> bool:
+    """Every file cut at every 4 KiB, at its beginning and one byte before its end."""
+    return _damages(
+        "truncations",
+        lambda data: (data[:n] for n in sorted({*range(0, len(data), 4096), len(data) - 1})),
+    )
+
+
+def _damages(what: str, damages: Callable[[bytes], Iterator[bytes]]) -> bool:
+    folder = Path(tempfile.mkdtemp(prefix="rhc-damage-"))
+    _small(folder / "run")
+    table: Counter[str] = Counter()
+    detected: Counter[str] = Counter()
+    for path in _sealed_files(folder / "run"):
+        data = path.read_bytes()
+        for damaged in damages(data) if data else ():
+            path.write_bytes(damaged)
+            table[path.name] += 1
+            detected[path.name] += _found(folder / "run", path)
+        path.write_bytes(data)
+    print(f"| file | {what} | found by name |\n|---|---|---|")
+    for name in sorted(table):
+        print(f"| {name} | {table[name]} | {detected[name]} |")
+    print(f"| all | {table.total()} | {detected.total()} |")
+    shutil.rmtree(folder)
+    return table == detected
+
+
+def full(count: int, seed: int) -> bool:
+    """ENOSPC at every single operation on the disk of a run, once and four times in a row."""
+    folder = Path(tempfile.mkdtemp(prefix="rhc-full-"))
+    run, result = _small(folder / "whole")
+    expected = state_of(run), files(folder / "whole")
+    with FaultyDisk() as disk:
+        _small(folder / "counted")
+    names, table = disk.names, Counter[str]()
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for length in (1, 4):
+        for number in range(len(names)):
+            directory = folder / f"{length}-{number}"
+            fault = lambda n, _, a=number, k=length: error if a <= n < a + k else None  # noqa: E731
+            with FaultyDisk(fault):
+                try:
+                    run, _ = _small(directory)
+                except InputError:
+                    table["refused before the first step, in one sentence"] += 1
+                    shutil.rmtree(directory, ignore_errors=True)
+                    continue
+                except RuntimeError as told:
+                    kind = "told at the end, and resumed to an equal end"
+                    assert "could not be written" in str(told)
+                    run, _ = _small(directory, seed=99)
+                else:
+                    kind = "survived to an equal end"
+            store = CheckpointStore(directory / "checkpoints")
+            good = store.latest() is not None
+            same = not unequal(expected, (state_of(run), files(directory)))
+            table[kind if good and same else f"FAILED at {number} ({names[number]})"] += 1
+            shutil.rmtree(directory)
+    print(f"ENOSPC at each of {len(names)} operations ({', '.join(sorted(set(names)))})")
+    print("| what became of the run | cases |\n|---|---|")
+    for kind, number in table.most_common():
+        print(f"| {kind} | {number} |")
+    shutil.rmtree(folder)
+    return not any(kind.startswith("FAILED") for kind in table)
+
+
+# Fuzzing -----------------------------------------------------------------------------------------
+
+SLOW = 1.0
+"""Seconds after which a parser hangs."""
+
+
+def fuzz(count: int, seed: int) -> bool:
+    """`count` mutated inputs for every parser: an answer or its own error, and nothing else."""
+    folder = Path(tempfile.mkdtemp(prefix="rhc-fuzz-"))
+    _small(folder / "run")
+    good = True
+    print("| parser | inputs | read | refused | worst ms | failures |\n|---|---|---|---|---|---|")
+    for name, (parse, seeds) in parsers(folder).items():
+        draw = random.Random(f"{seed} {name}")
+        read = refused = 0
+        worst, failures = 0.0, []
+        for _ in range(count):
+            data = mutated(draw.choice(seeds), draw)
+            began = time.perf_counter()
+            try:
+                parse(data)
+                read += 1
+            except (InputError, ValueError):
+                refused += 1
+            except Exception as error:
+                failures.append((type(error).__name__, str(error)[:80], data[:80]))
+            took = time.perf_counter() - began
+            worst = max(worst, took)
+            if took > SLOW:
+                failures.append(("slow", f"{took:.1f} s", data[:80]))
+        row = f"| {name} | {count} | {read} | {refused} | {1e3 * worst:.0f} | {len(failures)} |"
+        print(row, flush=True)
+        for failure in failures[:3]:
+            print("   ", failure)
+        good &= not failures
+    shutil.rmtree(folder)
+    return good
+
+
+def parsers(folder: Path) -> dict[str, tuple[Callable[[bytes], Any], list[bytes]]]:
+    """Every reader of what may come from somebody else, and inputs to begin with."""
+    run = folder / "run"
+    store = CheckpointStore(run / "checkpoints")
+    step = store.steps()[-1]
+    checkpoint = store.path(step)
+    model = (checkpoint / "model.safetensors").read_bytes()
+    whole = store.load(step)
+    plant = Plant(*make_run("adamw")[:3])
+    tensors, rest = snapshot_to_tensors(plant.snapshot())
+    toml = TrainConfig().to_toml().encode()
+
+    def manifest(data: bytes) -> None:
+        (checkpoint / "manifest.json").write_bytes(data)
+        with contextlib.suppress(FileNotFoundError):
+            store._manifest(step)
+
+    def line(data: bytes) -> None:
+        path = folder / "lines.jsonl"
+        path.write_bytes(data)
+        lines = JsonLines(path)
+        lines.truncate(lines.intact().length)
+        lines.read()
+
+    def values(data: bytes) -> None:
+        document = parsed_json(data)
+        with contextlib.suppress(LookupError, TypeError, AttributeError):
+            # What the Runner turns into an InputError of the checkpoint (`Runner._begin`).
+            snapshot_from_tensors(plant, tensors, document["optimizer"])
+
+    def config(data: bytes) -> None:
+        document = parsed_json(data)
+        if not isinstance(document, dict):
+            raise ValueError("no object")
+        TrainConfig.from_record(document, "config.json").checked()
+
+    def settings(data: bytes) -> None:
+        TrainConfig.from_record(parsed_toml(data), "run.toml").checked()
+
+    given = (run / "schedule.json").read_bytes()
+    record = json.dumps(TrainConfig().to_record()).encode()
+    saved = json.dumps(whole.values).encode()
+    tape = b"".join((run / "tape.jsonl").read_bytes().splitlines(True)[:3])
+    return {
+        "JSON within limits": (parsed_json, [given[:400], record, b'{"a": [[[1]]], "b": "[{"}']),
+        "schedule.json": (lambda d: Schedule.from_json(parsed_json(d)), [given]),
+        "config.json": (config, [record]),
+        "a TOML file of settings": (settings, [toml]),
+        "manifest.json": (manifest, [(checkpoint / "manifest.json").read_bytes()]),
+        "safetensors": (lambda d: _tensors(Path("model.safetensors"), d), [model]),
+        "values.json": (values, [saved, json.dumps({"optimizer": rest}).encode()]),
+        "tape.jsonl": (line, [tape]),
+    }
+
+
+TOKENS = (
+    *(
+        b"[",
+        b"]",
+        b"{",
+        b"}",
+        b'"',
+        b",",
+        b":",
+        b"\\",
+        b"null",
+        b"true",
+        b"NaN",
+        b"Infinity",
+        b"-0",
+    ),
+    *(b"1e999", b"-1", b"9" * 400, b"1" * 5000, b"\xff", b"\0", b"[" * 200, b'{"a":' * 100, b"\n"),
+    *(
+        b"a.b.c",
+        b"[[x]]",
+        b"= ",
+        b"'''",
+        b"18446744073709551616",
+        b"1e-320",
+        b"../",
+        b"/etc/passwd",
+    ),
+)
+
+
+def mutated(data: bytes, draw: random.Random) -> bytes:
+    """One to six edits: bits, bytes, cuts, repetitions, swaps, and words that parsers trip over."""
+    out = bytearray(data)
+    for _ in range(draw.choice((1, 1, 2, 3, 6))):
+        at = draw.randrange(len(out) + 1)
+        kind = draw.randrange(7)
+        if kind == 0 and out:
+            out[min(at, len(out) - 1)] ^= 1 << draw.randrange(8)
+        elif kind == 1:
+            out[at:at] = draw.choice(TOKENS)
+        elif kind == 2:
+            del out[at : at + draw.choice((1, 2, 8, 64))]
+        elif kind == 3:
+            out[at : at + draw.randrange(8)] = draw.choice(TOKENS)
+        elif kind == 4:
+            out[at:at] = out[at : at + draw.choice((1, 8, 64))]
+        elif kind == 5:
+            del out[at:]
+        else:
+            out[at:at] = draw.randbytes(draw.choice((1, 4, 16)))
+    return bytes(out)
+
+
+def atheris(count: int, seed: int) -> bool:
+    """The same parsers under libFuzzer, which looks at what its inputs reach; where it installs."""
+    try:
+        import atheris as engine
+    except ImportError:
+        print("atheris is not installed: pip install atheris")
+        return True
+    folder = Path(tempfile.mkdtemp(prefix="rhc-atheris-"))
+    _small(folder / "run")
+    good = True
+    for name, (parse, seeds) in parsers(folder).items():
+        corpus = folder / name.replace(" ", "-")
+        corpus.mkdir()
+        for number, data in enumerate(seeds):
+            (corpus / str(number)).write_bytes(data)
+
+        def one(data: bytes, parse: Callable[[bytes], Any] = parse) -> None:
+            with contextlib.suppress(InputError, ValueError):
+                parse(data)
+
+        pid = os.fork()
+        if pid == 0:
+            engine.instrument_all() if os.environ.get("RHC_INSTRUMENT") else None
+            flags = [f"-runs={count}", f"-seed={seed + 1}", "-timeout=10", "-verbosity=0"]
+            engine.Setup([sys.argv[0], *flags, "-max_len=20000", str(corpus)], one)
+            engine.Fuzz()
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        fine = os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0
+        print(f"| {name} | {count} | {'no failure' if fine else f'FAILED, status {status}'} |")
+        good &= fine
+    shutil.rmtree(folder)
+    return good
+
+
+# Cost --------------------------------------------------------------------------------------------
+
+
+def cost(count: int, seed: int) -> bool:
+    """What saving takes of a run of the GPT, with a checkpoint per window of 50 plain steps."""
+    from models import CASES
+
+    torch.set_num_threads(1)
+    case = CASES["gpt"]
+    for label, rewrite in (("rewriting (the default law)", True), ("no rewriting", False)):
+        seed_everything(seed)
+        model = case.model()
+        batches = [case.make_batch() for _ in range(50)]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        folder = Path(tempfile.mkdtemp(prefix="rhc-cost-"))
+        runner = Runner(
+            model, optimizer, case.loss_fn, batches, batches[:4],
+            window=50, rewrite=rewrite, start="given", directory=folder,
+        )  # fmt: skip
+        spent = [0.0, 0.0]
+        save = runner._save
+
+        def timed(save: Any = save, spent: list[float] = spent) -> None:
+            wall, cpu = time.perf_counter(), time.process_time()
+            save()
+            spent[0] += time.perf_counter() - wall
+            spent[1] += time.process_time() - cpu
+
+        runner._save = timed  # type: ignore[method-assign]
+        wall, cpu = time.perf_counter(), time.process_time()
+        runner.fit(50 * count)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        size = sum(p.stat().st_size for p in max((folder / "checkpoints").iterdir()).iterdir())
+        print(
+            f"{label}: {count} windows, {wall:.1f} s, of which saving {spent[0]:.2f} s = "
+            f"{100 * spent[0] / wall:.2f} % (CPU {100 * spent[1] / cpu:.2f} %); {size / 1e6:.1f} MB"
+        )
+        shutil.rmtree(folder)
+    return True
+
+
+def size(count: int, seed: int) -> bool:
+    """Time and bytes of a checkpoint of 100 M parameters with Adam, beside a plain one."""
+    import hashlib
+
+    from safetensors.torch import load, save
+
+    folder = Path(tempfile.mkdtemp(prefix="rhc-size-"))
+    one = {f"layer.{i}": torch.randn(1000, 1000) for i in range(100)}
+    groups = {"model": one, "optimizer": {f"{k}.{s}": v + 1 for k, v in one.items() for s in "mv"}}
+
+    def plainly() -> None:
+        for name, tensors in groups.items():
+            data = save(tensors)
+            hashlib.sha256(data).hexdigest()
+            with (folder / name).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def plainly_read() -> None:
+        for name in groups:
+            data = (folder / name).read_bytes()
+            hashlib.sha256(data).hexdigest()
+            load(data)
+
+    store = CheckpointStore(folder / "checkpoints", keep=1)
+    rows: dict[str, list[float]] = {}
+    for n in range(count):
+        for name, action in {
+            "safetensors + SHA-256, save": plainly,
+            "rhc, save": lambda n=n: store.save(Checkpoint(n, groups, {})),
+            "safetensors + SHA-256, load": plainly_read,
+            "rhc, load": lambda n=n: store.load(n),
+        }.items():
+            began = time.perf_counter()
+            action()
+            rows.setdefault(name, []).append(time.perf_counter() - began)
+    total = sum(p.stat().st_size for p in max((folder / "checkpoints").iterdir()).iterdir())
+    print(f"{total / 1e9:.2f} GB; seconds, median of {count} (all)")
+    for name, seconds in rows.items():
+        print(f"| {name} | {sorted(seconds)[count // 2]:.2f} | {[round(s, 2) for s in seconds]} |")
+    shutil.rmtree(folder)
+    return True
+
+
+CAMPAIGNS: dict[str, tuple[Callable[[int, int], bool], int]] = {
+    "kills": (kills, 200),
+    "flips": (flips, 200),
+    "truncations": (truncations, 1),
+    "full": (full, 1),
+    "fuzz": (fuzz, 100_000),
+    "atheris": (atheris, 100_000),
+    "cost": (cost, 8),
+    "size": (size, 5),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("campaigns", nargs="+", choices=CAMPAIGNS)
+    parser.add_argument("--count", type=int, help="kills, flips per file, inputs, windows, times")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    good = True
+    for name in given.campaigns:
+        campaign, usual = CAMPAIGNS[name]
+        began = time.monotonic()
+        good &= campaign(given.count or usual, given.seed)
+        print(f"{name}: {time.monotonic() - began:.0f} s\n", flush=True)
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()
