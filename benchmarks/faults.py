@@ -38,7 +38,7 @@ from faulty_disk import FaultyDisk
 from runs import files, make_run, seed_everything, state_of, unequal
 
 from rhc import InputError, Rewrite, Runner
-from rhc.checkpoint import Checkpoint, CheckpointStore, _tensors
+from rhc.checkpoint import Checkpoint, CheckpointStore, _sealed, _tensors
 from rhc.config import TrainConfig
 from rhc.events import StepTaken, VerbStarted
 from rhc.files import parsed_json, parsed_toml
@@ -277,7 +277,7 @@ def _damages(what: str, damages: Callable[[bytes], Iterator[bytes]]) -> bool:
 def full(count: int, seed: int) -> bool:
     """ENOSPC at every single operation on the disk of a run, once and four times in a row."""
     folder = Path(tempfile.mkdtemp(prefix="rhc-full-"))
-    run, result = _small(folder / "whole")
+    run, _result = _small(folder / "whole")
     expected = state_of(run), files(folder / "whole")
     with FaultyDisk() as disk:
         _small(folder / "counted")
@@ -365,15 +365,18 @@ def parsers(folder: Path) -> dict[str, tuple[Callable[[bytes], Any], list[bytes]
     toml = TrainConfig().to_toml().encode()
 
     def manifest(data: bytes) -> None:
-        (checkpoint / "manifest.json").write_bytes(data)
-        with contextlib.suppress(FileNotFoundError):
-            store._manifest(step)
+        document = parsed_json(data)
+        # Forged: with the digest that it should have.
+        forged = _sealed(document) if isinstance(document, dict) else data
+        (checkpoint / "manifest.json").write_bytes(forged)
+        store._manifest(step)
 
     def line(data: bytes) -> None:
         path = folder / "lines.jsonl"
         path.write_bytes(data)
         lines = JsonLines(path)
-        lines.truncate(lines.intact().length)
+        lines.sums.unlink(missing_ok=True)
+        lines.intact()
         lines.read()
 
     def values(data: bytes) -> None:
@@ -482,7 +485,7 @@ def atheris(count: int, seed: int) -> bool:
 
         pid = os.fork()
         if pid == 0:
-            engine.instrument_all() if os.environ.get("RHC_INSTRUMENT") else None
+            _instrument(engine)
             flags = [f"-runs={count}", f"-seed={seed + 1}", "-timeout=10", "-verbosity=0"]
             engine.Setup([sys.argv[0], *flags, "-max_len=20000", str(corpus)], one)
             engine.Fuzz()
@@ -493,6 +496,20 @@ def atheris(count: int, seed: int) -> bool:
         good &= fine
     shutil.rmtree(folder)
     return good
+
+
+def _instrument(engine: Any) -> None:
+    """Lets libFuzzer see which branches of the parsers an input reaches."""
+    import json.decoder
+    import tomllib._parser  # type: ignore[import-not-found]
+    import types
+
+    import rhc.files
+
+    for module in (rhc.files, json.decoder, tomllib._parser, sys.modules["rhc.schedule"]):
+        for function in list(vars(module).values()):
+            if isinstance(function, types.FunctionType):
+                engine.instrument_func(function)
 
 
 # Cost --------------------------------------------------------------------------------------------
