@@ -100,6 +100,22 @@ class CompareConfig:
     ] = None
     """What a run must reach for its steps to be counted; by default what the reference ends with,
     give or take 5 %."""
+    schedule: Annotated[
+        Path | None, arg(metavar="DIR|FILE", help_behavior_hint="(default: none)")
+    ] = None
+    """The schedule that the method replay follows: of a run, stretched to the length of these."""
+    policy: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: none)")] = (
+        None
+    )
+    """The policy that the method distilled is steered by, of rhc distill."""
+    oracle: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: none)")] = None
+    """The method whose gain over --versus is what the others are said to keep a share of."""
+    width: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None
+    """Hidden layers N times as wide, for runs that can have other ones."""
+    batch_size: Annotated[
+        int | None, arg(metavar="B", help_behavior_hint="(default: the run's own)")
+    ] = None
+    """Examples per batch, for runs that can have other ones."""
     jobs: Annotated[int, arg(metavar="N")] = 1
     """Processes that run at once."""
     directory: Annotated[
@@ -384,6 +400,11 @@ def _compare(config: CompareConfig) -> int:
         target=config.target,
         steps=config.steps,
         data=config.data,
+        schedule=config.schedule,
+        policy=config.policy,
+        oracle=config.oracle,
+        width=config.width,
+        batch_size=config.batch_size,
         jobs=config.jobs,
         directory=config.directory or Path("runs") / f"compare-{short}",
         output=config.output,
@@ -423,6 +444,8 @@ Train RUN by several methods on several seeds; what each ends with and costs:
   template-race  random-search       the best of several runs, by validation
   lars-cosine  twin                  other ratios; other steering
   smooth  smooth-3                   the two-pass smoother, from an lr
+  replay  distilled                  the schedule, the policy that are given
+  search-cosine-2  search-cosine-4   random lrs for a cosine, best by validation
   no-rewrite  no-anew  no-hessian  no-average  no-accept  greedy
   every-window  all-controls         rhc with a part changed
 
@@ -430,6 +453,9 @@ examples:
   rhc compare digits --methods rhc cosine --lrs 0.03 0.1 0.3 --seeds 10
   rhc compare sine --methods adaptive constant cosine --tune 0-2 --jobs 2
   rhc compare sine --ablations --lrs 0.01
+  rhc compare mnist --data mnist/ --methods smooth replay distilled \\
+      search-cosine-2 constant --schedule runs/mnist-smooth-1a2b3c4d \\
+      --policy policy --oracle smooth   what is kept of hindsight's gain
   rhc compare my_run.py:make --methods rhc twin --seeds 100-104"""
 
 COMMANDS = {

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import math
 import random
 import re
@@ -34,7 +35,7 @@ from rhc.causal import AdaptiveRL, Bounds
 from rhc.errors import InputError
 from rhc.evaluate import evaluate
 from rhc.events import Committed, Event
-from rhc.hindsight import Pass, Smoother, held_out, smooth
+from rhc.hindsight import DistilledScheduler, Pass, Policy, Smoother, held_out, smooth
 from rhc.objective import Objective
 from rhc.plant import Plant
 from rhc.randomness import preserved, seed_everything
@@ -50,6 +51,10 @@ SEARCHED = 5
 """Runs of a random search: about as many plain runs as the whole of rhc may cost."""
 
 
+SPAN = (0.1, 30.0)
+"""Of a random search over cosines: two and a half decades around the lr that is given."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One way to train a workload. settings: of the Runner. needs_lr: run once per first lr.
@@ -58,7 +63,9 @@ class Method:
     ratio: "lars" for lrs of the groups as |θ|/|∇J| at step 0; "oracle" for what the workload itself
     says is right, its groups' "ratio". races: templates of which the best by
     validation is taken. searches: runs with random lrs of which the best by validation is taken.
-    smooths: passes of the two-pass smoother, whose kept run is taken.
+    smooths: passes of the two-pass smoother, whose kept run is taken. replays: whether it follows
+    the task's schedule. distilled: whether the task's policy steers it. span: factors within which
+    `searches` draws one lr of all groups around the one that is given, in place of any lrs.
     drives: what makes the optimizer of a plain loop and is told the loss and reward of every step.
     """
 
@@ -70,6 +77,9 @@ class Method:
     races: tuple[str, ...] = ()
     searches: int = 0
     smooths: int = 0
+    replays: bool = False
+    distilled: bool = False
+    span: tuple[float, float] | None = None
     drives: Drives | None = None
 
 
@@ -205,6 +215,24 @@ METHODS: Mapping[str, Method] = {
         needs_lr=True,
         smooths=3,
     ),
+    "replay": Method(
+        "the schedule of --schedule as it is, stretched to the run's length",
+        {"rewrite": False, "start": "given"},
+        replays=True,
+    ),
+    "distilled": Method(
+        "the policy of --policy, from the lr that is given", needs_lr=True, distilled=True
+    ),
+    **{
+        f"search-cosine-{count}": Method(
+            f"{count} cosines, lrs at random, 0.1 to 30 times that given, the best by validation",
+            {"rewrite": False, "start": "given", "template": "cosine"},
+            needs_lr=True,
+            searches=count,
+            span=SPAN,
+        )
+        for count in (2, 4)
+    },
     **{
         f"adaptive-{name}": Method(
             f"AdaptiveRL {what}", needs_lr=True, drives=_adaptive(**settings)
@@ -357,15 +385,25 @@ class Row:
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained: a runner's name, its data, and the steps of every run."""
+    """What is trained: a runner's name, its data, and the steps of every run.
+
+    schedule, policy: files of the methods that use one. width, batch_size: for runs that have other
+    ones; None for the run's own.
+    """
 
     run: str
     data: Path | None = None
     steps: int | None = None
+    schedule: Path | None = None
+    policy: Path | None = None
+    width: int | None = None
+    batch_size: int | None = None
 
     def workload(self, seed: int) -> Workload:
         seed_everything(seed)
-        workload = load_runner(self.run)(seed=seed, data=self.data)
+        sizes = {"width": self.width, "batch_size": self.batch_size}
+        given = {name: size for name, size in sizes.items() if size is not None}
+        workload = load_runner(self.run)(seed=seed, data=self.data, **given)
         if workload.threads is not None:
             torch.set_num_threads(workload.threads)
         return workload
@@ -422,6 +460,10 @@ def run(task: Task, name: str, lr: float | None, seed: int) -> Row:
         best["cost"] = sum(found["cost"] for found in tried)
     elif method.smooths:
         best = _smoothed(task, method, lr, seed)
+    elif method.replays:
+        best = _one(task, method, lr, seed, schedule=_schedule(task, seed))
+    elif method.distilled:
+        best = _driven(task, replace(method, drives=_distilled(task)), lr, seed)
     elif method.drives is not None:
         best = _driven(task, method, lr, seed)
     else:
@@ -499,6 +541,50 @@ def _smoothed(task: Task, method: Method, lr: float | None, seed: int) -> dict[s
         name: sum(run.result[name] for run in runs) for name in ("cost", "gradient_evaluations")
     }
     return {**runs[best].result, **spent}
+
+
+def check_files(task: Task, names: Sequence[str]) -> None:
+    """Raises InputError unless the task has what the methods need, and nothing that none needs."""
+    if any(METHODS[name].replays for name in names):
+        _schedule(task, 0)
+    elif task.schedule is not None:
+        raise InputError("--schedule is for the method replay; name it too, or leave it out")
+    if any(METHODS[name].distilled for name in names):
+        _distilled(task)
+    elif task.policy is not None:
+        raise InputError("--policy is for the method distilled; name it too, or leave it out")
+    known_sizes = inspect.signature(load_runner(task.run)).parameters
+    for name in ("width", "batch_size"):
+        size = getattr(task, name)
+        if size is not None and (name not in known_sizes or size < 1):
+            raise InputError(
+                f"run {task.run!r} cannot have {name} {size}; leave --{name.replace('_', '-')} out"
+            )
+
+
+def _schedule(task: Task, seed: int) -> Schedule:
+    """The task's schedule, of the run's length."""
+    if task.schedule is None:
+        raise InputError("method replay follows a schedule; give --schedule DIR or FILE")
+    given = task.schedule
+    schedule = Schedule.load(given / "schedule.json" if given.is_dir() else given)
+    return schedule.stretched(task.steps or task.workload(seed).steps)
+
+
+def _distilled(task: Task) -> Drives:
+    """The task's policy."""
+    if task.policy is None:
+        raise InputError("method distilled needs a policy; give --policy FOLDER of rhc distill")
+    policy = Policy.load(task.policy)
+
+    def drives(workload: Workload, name: str, parameters: Any, lr: float, steps: int) -> Driver:
+        optimizer = optimizer_of(name, parameters, lr)
+        scheduler = DistilledScheduler(optimizer, policy, steps=steps)
+        return Driver(
+            optimizer, scheduler.step, policy.form.reward, course=lambda: scheduler.values
+        )
+
+    return drives
 
 
 def _driven(task: Task, method: Method, lr: float | None, seed: int) -> dict[str, Any]:
@@ -668,7 +754,10 @@ def _prepared(
         groups = _lars(workload, groups, first)
     elif method.ratio == "oracle":
         groups = [g | {"lr": first * g["ratio"]} for g in groups]
-    if draw is not None:
+    if draw is not None and method.span is not None:
+        factor = math.exp(draw.uniform(*map(math.log, method.span)))
+        groups = [g | {"lr": g.get("lr", first) * factor} for g in groups]
+    elif draw is not None:
         groups = [g | {"lr": 10 ** draw.uniform(-5, 0)} for g in groups]
     steps = task.steps or workload.steps
     plain = {} if method.settings.get("rewrite", True) else {"window": _every(steps)}
@@ -830,6 +919,39 @@ def _usual_target(rows: Sequence[Row], higher: bool) -> float | None:
         return None
     mean = statistics.mean(end for end in ends if end is not None)
     return mean - 0.05 * abs(mean) if higher else mean + 0.05 * abs(mean)
+
+
+def share_of_gain(rows: Sequence[Row], reference: str, oracle: str, name: str) -> str:
+    """What a method keeps of the oracle's gain over the reference, in a sentence.
+
+    Of the means over the seeds that all three have, each at its best lr; the interval resamples
+    seeds.
+    """
+    by_seed: dict[str, dict[int, float]] = {}
+    for method in (reference, oracle, name):
+        mine = [row for row in rows if row.method == method]
+        lrs = {row.lr for row in mine}
+        sign = -1 if mine and mine[0].higher else 1
+        means = {lr: statistics.mean(sign * r.score for r in mine if r.lr == lr) for lr in lrs}
+        best = min(means, key=lambda lr: means[lr], default=None)
+        by_seed[method] = {row.seed: sign * row.score for row in mine if row.lr == best}
+    seeds = sorted(set.intersection(*(set(found) for found in by_seed.values())))
+    base, best_, mine_ = (
+        np.array([by_seed[m][s] for s in seeds]) for m in (reference, oracle, name)
+    )
+    if not len(seeds) or not np.isfinite([base, best_, mine_]).all():
+        return f"{name}: no seed has finite losses of {reference}, {oracle} and {name}"
+    gain, kept = base - best_, base - mine_
+    if gain.mean() <= 0:
+        return f"{name}: {oracle} gains nothing over {reference} of which a share could be kept"
+    draws = np.random.default_rng(0).integers(0, len(seeds), (10_000, len(seeds)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = kept[draws].mean(1) / gain[draws].mean(1)
+    low, high = np.quantile(shares, [0.025, 0.975])
+    return (
+        f"{name} keeps {100 * kept.mean() / gain.mean():.0f} % [{100 * low:.0f}, {100 * high:.0f}] "
+        f"of what {oracle} gains over {reference} ({gain.mean():.4f}), {len(seeds)} seeds"
+    )
 
 
 def tuned(rows: Sequence[Row]) -> tuple[dict[str, float], dict[str, float]]:

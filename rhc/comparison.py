@@ -33,10 +33,12 @@ from rhc.compare import (
     Row,
     Task,
     cells,
+    check_files,
     costs,
     known,
     parsed_seeds,
     run,
+    share_of_gain,
     summarise,
     table,
     tuned,
@@ -49,6 +51,11 @@ Cell = tuple[str, float | None, int]
 
 GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 """What `--tune` chooses from where no lrs are given."""
+
+PATHS = ("data", "schedule", "policy")
+"""Fields of a Task that are paths."""
+
+CONTENTS = ("schedule.json", "policy.json", "weights.safetensors")
 
 ROWS, RESULT = "rows.jsonl", "comparison.json"
 
@@ -79,6 +86,11 @@ def print_comparison(
     ablations: bool = False,
     tune: str | None = None,
     target: float | None = None,
+    schedule: Path | None = None,
+    policy: Path | None = None,
+    oracle: str | None = None,
+    width: int | None = None,
+    batch_size: int | None = None,
 ) -> int:
     """Runs everything, says how it goes, prints the tables, writes the files; the exit status.
 
@@ -88,7 +100,7 @@ def print_comparison(
         methods = ABLATIONS if not methods else [*methods, *ABLATIONS]
     methods = methods or USUAL_METHODS
     reference = versus or ("adaptive" if ablations else methods[-1])
-    names = list(dict.fromkeys([*methods, reference]))
+    names = list(dict.fromkeys([*methods, *([oracle] if oracle else []), reference]))
     chosen = parsed_seeds(seeds)
     for name in names:
         known(name)
@@ -110,7 +122,12 @@ def print_comparison(
             f"tune {tune} and seeds {seeds} have seeds in common: choose on seeds that are not "
             "reported, such as --tune 0-2"
         )
-    task = Task(run, data, steps)
+    task = Task(run, data, steps, schedule, policy, width, batch_size)
+    check_files(task, names)
+    if oracle == reference:
+        raise InputError(
+            f"oracle and versus are both {oracle}, so that there is no gain; give another --versus"
+        )
     goal = task.workload(chosen[0]).goal  # what is wrong with the run itself is said here, once
     bench = Bench(console, task, directory, jobs)
 
@@ -141,6 +158,11 @@ def print_comparison(
     console.print(table(lines))
     console.print()
     console.print(costs(lines))
+    if oracle is not None:
+        console.print()
+        for name in names:
+            if name not in (oracle, reference):
+                console.print(share_of_gain(rows, reference, oracle, name), highlight=False)
     console.print(f"\n{_explained(rows, reference, len(chosen))}", highlight=False, style="dim")
     document = {
         "format": "rhc.comparison",
@@ -256,7 +278,17 @@ def _identity(task: Task) -> dict[str, Any]:
         "steps": task.steps,
         "source": source,
         "rhc": __version__,
+        **{n: v for n in ("width", "batch_size") if (v := getattr(task, n)) is not None},
+        **{n: v for n in ("schedule", "policy") if (v := _content(getattr(task, n))) is not None},
     }
+
+
+def _content(path: Path | None) -> str | None:
+    """What tells a schedule or a policy from another one."""
+    if path is None:
+        return None
+    files = sorted(p for p in path.glob("*") if p.name in CONTENTS) if path.is_dir() else [path]
+    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:16]
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
@@ -350,7 +382,7 @@ class _Worker:
         assert process.stdin is not None and process.stdout is not None
         method, lr, seed = cell
         asked = {
-            "task": asdict(task) | {"data": None if task.data is None else str(task.data)},
+            "task": {n: str(v) if isinstance(v, Path) else v for n, v in asdict(task).items()},
             "cell": [method, lr, seed],
         }
         try:
@@ -404,9 +436,9 @@ def serve() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         task = asked["task"]
-        data = None if task["data"] is None else Path(task["data"])
+        paths = {n: None if task[n] is None else Path(task[n]) for n in PATHS}
         method, lr, seed = asked["cell"]
-        outcome = _attempted(Task(task["run"], data, task["steps"]), (method, lr, seed))
+        outcome = _attempted(Task(**{**task, **paths}), (method, lr, seed))
         if isinstance(outcome, Failure):
             answers.write(encode({"why": outcome.why}) + "\n")
         else:

@@ -28,10 +28,14 @@ from rhc.compare import (
     parsed_seeds,
     run,
     running_means,
+    share_of_gain,
     summarise,
     tuned,
 )
 from rhc.errors import InputError
+from rhc.hindsight.distill import Example, form_of, lesson
+from rhc.hindsight.policy import fitted
+from rhc.schedule import Schedule
 from rhc.workload import Goal, optimizer_of
 
 PACKAGES = {"schedule-free": "schedulefree", "prodigy": "prodigyopt"}
@@ -73,27 +77,76 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
 
 
 @pytest.mark.parametrize("name", list(METHODS))
-def test_every_method_runs_and_says_what_it_cost(task: Task, name: str) -> None:
+def test_every_method_runs_and_says_what_it_cost(task: Task, name: str, tmp_path: Path) -> None:
     if name in PACKAGES:
         pytest.importorskip(PACKAGES[name])
     lr = 0.05 if METHODS[name].needs_lr else None
+    if METHODS[name].replays or METHODS[name].distilled:
+        task = replace(task, schedule=tmp_path / "s.json", policy=tmp_path / "p")
+        decays = Schedule({"lr": torch.linspace(0.1, 0.001, 40)})
+        decays.save(tmp_path / "s.json")
+        example = Example("a run", [{"loss": 1 / (1 + t)} for t in range(40)], decays)
+        form = form_of([example], None, gradient_norm=False)
+        fitted("laws", form, 10, [lesson(example, form, 10, known=True)]).save(tmp_path / "p")
     row = run(task, name, lr, 0)
     assert (row.method, row.lr, row.seed) == (name, lr, 0)
     assert math.isfinite(row.score) and row.score == row.test_loss
     settings = METHODS[name].settings
     plain = settings.get("rewrite") is False and settings["start"] == "given"
     assert row.curve[-1][0] == 30 and math.isfinite(row.curve[-1][1] or math.nan)
-    assert set(row.course) >= {"lr"} or METHODS[name].drives is not None
+    driven = METHODS[name].drives is not None or METHODS[name].distilled
+    assert set(row.course) >= {"lr"} or driven
     if METHODS[name].searches:
         assert row.cost == pytest.approx(METHODS[name].searches)
     elif METHODS[name].races:
         assert row.cost > len(METHODS[name].races)
     elif METHODS[name].smooths:
         assert row.cost == METHODS[name].smooths + 1
-    elif plain or METHODS[name].drives is not None:
+    elif plain or METHODS[name].drives is not None or METHODS[name].distilled:
         assert row.cost == 1
     else:
         assert row.cost > 1
+
+
+def gains(**scores: list[float]) -> list[Row]:
+    """Rows of methods on seeds from 100 on."""
+    return [
+        Row(name, 0.1, 100 + i, score=x, test_loss=x, test_accuracy=None, average_test_loss=None,
+            validation=x, cost=1.0)
+        for name, column in scores.items()
+        for i, x in enumerate(column)
+    ]  # fmt: skip
+
+
+def test_the_share_of_a_gain_that_is_kept() -> None:
+    rows = gains(constant=[1.0, 1.2, 1.1], smooth=[0.5, 0.7, 0.6], replay=[0.6, 0.8, 0.7])
+    assert share_of_gain(rows, "constant", "smooth", "replay") == (
+        "replay keeps 80 % [80, 80] of what smooth gains over constant (0.5000), 3 seeds"
+    )
+    rows = gains(constant=[1.0, 1.0], smooth=[1.1, 1.0], replay=[0.6, 0.8])
+    assert "gains nothing" in share_of_gain(rows, "constant", "smooth", "replay")
+    rows = gains(constant=[1.0, math.inf], smooth=[0.5, 0.5], replay=[0.6, 0.8])
+    assert "no seed has finite" in share_of_gain(rows, "constant", "smooth", "replay")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--methods replay", "method replay follows a schedule; give --schedule"),
+        ("--methods distilled", "method distilled needs a policy; give --policy"),
+        ("--methods cosine --schedule x", "--schedule is for the method replay"),
+        ("--methods cosine --policy x", "--policy is for the method distilled"),
+        ("--methods replay --schedule nowhere", "cannot read schedule nowhere"),
+        ("--methods cosine --width 0", "cannot have width 0"),
+        ("--methods smooth constant --oracle constant", "oracle and versus are both constant"),
+        ("--methods cosine --oracle wise", "unknown method 'wise'"),
+    ],
+)
+def test_files_and_sizes_that_a_comparison_refuses(
+    capsys: pytest.CaptureFixture[str], arguments: str, message: str
+) -> None:
+    assert main(["compare", "sine", *arguments.split(), "--steps", "5"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_race_pays_for_its_start_once(task: Task) -> None:
