@@ -117,8 +117,7 @@ def observed(signals: Signals, loss: float, reward: float | None, smoothing: Smo
     waited = signals.waited + 1
     if reward is None or not is_usable(reward):
         return replace(signals, waited=waited)
-    gap = waited if signals.rewards else 1
-    weight = smoothing.reward if gap == 1 else 1 - (1 - smoothing.reward) ** gap
+    weight = smoothing.reward if waited == 1 else 1 - (1 - smoothing.reward) ** waited
     mean = signals.reward.updated(float(reward), weight)
     return replace(
         signals,
@@ -127,7 +126,7 @@ def observed(signals: Signals, loss: float, reward: float | None, smoothing: Smo
         rewards=signals.rewards + 1,
         fresh_rewards=signals.fresh_rewards + 1,
         waited=0,
-        gap=gap if signals.rewards else 0,
+        gap=waited if signals.rewards else 0,
     )
 
 
@@ -183,18 +182,20 @@ def trends(signals: Signals, smoothing: Smoothing) -> tuple[Trends, Signals]:
     return Trends(loss, reward, plateau(signals)), signals
 
 
-def surprises(signals: Signals, losses: Sequence[float]) -> bool:
-    """Whether these losses, which are not yet part of the signals, are not of their kind: their
-    mean lies 3 standard deviations of single losses above ℓ̄.
+def surprise(signals: Signals, losses: Sequence[float]) -> int | None:
+    """Where these losses, which are not yet part of the signals, begin to be of another kind: the
+    first that lies 3 standard deviations of single losses above ℓ̄, if their mean does too.
 
-    The mean of n losses of an unchanged run has 1/√n of that deviation. False with fewer than
+    The mean of n losses of an unchanged run has 1/√n of that deviation. None with fewer than
     `FEWEST` observations, and where the losses have no variance.
     """
     usable = [loss for loss in losses if is_usable(loss)]
     if signals.steps < FEWEST or not usable or signals.variance.value <= 0:
-        return False
-    above = sum(usable) / len(usable) - signals.loss.value
-    return above > 3 * math.sqrt(signals.variance.value)
+        return None
+    bar = signals.loss.value + 3 * math.sqrt(signals.variance.value)
+    if sum(usable) / len(usable) <= bar:
+        return None
+    return next(i for i, loss in enumerate(losses) if is_usable(loss) and loss > bar)
 
 
 def begun_anew(signals: Signals) -> Signals:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import runpy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +14,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 import rhc
-from rhc.causal.laws import IGNITION, Bounds, Controls, Gains, lowered, updated
-from rhc.signals import Signals, Smoothing, Trends, observed, plateau, trends
+from rhc.causal import HeldOut, ZScored
+from rhc.causal.laws import (
+    IGNITION,
+    Bounds,
+    Controls,
+    Gains,
+    dipped,
+    lowered,
+    paced,
+    updated,
+)
+from rhc.signals import Signals, Smoothing, Trends, observed, plateau, surprise, trends
 
 SMOOTHING = Smoothing()
 anything = st.floats(allow_nan=True, allow_infinity=True)
@@ -62,6 +74,51 @@ class TestSignals:
         signals = observed(observed(Signals(), 3.0, None, SMOOTHING), 2.0, None, SMOOTHING)
         found, _ = trends(signals, SMOOTHING)
         assert found.loss == -1.0 and 0.9 < found.reward < 1  # as far as it exceeds the noise
+
+    def test_a_fall_counts_as_far_as_it_stands_out_from_the_noise(self) -> None:
+        rewards = []
+        for noise in (0.0, 0.3, 1.5):
+            found = 0.0
+            for seed in range(20):
+                generator, signals = torch.Generator().manual_seed(seed), Signals()
+                swings = noise * torch.randn(100, generator=generator)
+                for i, swing in enumerate(swings.tolist()):
+                    signals = observed(signals, 3 - 0.01 * i + swing, None, SMOOTHING)
+                found += trends(signals, SMOOTHING)[0].reward / 20
+            rewards.append(found)
+        assert rewards[0] > 0.9 > rewards[1] > rewards[2] + 0.2
+
+    def test_a_rare_reward_keeps_its_trend_until_the_next_is_due(self) -> None:
+        signals, found = Signals(), []
+        for step in range(1, 61):
+            reward = float(step) if step % 20 == 0 and step <= 40 else None
+            signals = observed(signals, 3.0, reward, SMOOTHING)
+            if step % 5 == 0:
+                now, signals = trends(signals, SMOOTHING)
+                found.append(now.reward)
+        assert found[7:11] == [1.0] * 4  # the second came at 40: a rise, for the next 20 steps
+        assert found[11] == 0.0  # and nothing from 60 on, where the third was due
+        assert signals.reward.value == pytest.approx(30.0, abs=3.0)  # it weighs 20 steps, not one
+
+    def test_rounding_is_no_trend(self) -> None:
+        signals = Signals()
+        for _ in range(50):
+            signals = observed(signals, 0.1 + 0.2, None, SMOOTHING)
+        signals = observed(signals, 0.3, None, SMOOTHING)
+        assert trends(signals, SMOOTHING)[0].loss == 0.0
+
+    def test_surprises_are_rises_of_another_kind(self) -> None:
+        falsely = 0
+        for seed in range(20):
+            losses, signals = noisy(600, 0.0, seed), Signals()
+            for start in range(0, 600, 20):
+                falsely += surprise(signals, losses[start : start + 20]) is not None
+                for loss in losses[start : start + 20]:
+                    signals = observed(signals, loss, None, SMOOTHING)
+            assert surprise(signals, [3.0, math.nan, 9.0, 9.0]) == 2
+            assert surprise(signals, [2.0] * 20) is None and surprise(signals, [math.nan]) is None
+        assert falsely == 0
+        assert surprise(Signals(), [9.0]) is None
 
     def test_a_reward_that_did_not_come_is_no_trend(self) -> None:
         signals = observed(Signals(), 3.0, 1.0, SMOOTHING)
@@ -114,6 +171,22 @@ class TestLaws:
         assert stuck.noise == pytest.approx(0.02 * math.exp(0.05))
         assert better.noise == pytest.approx(0.02 * math.exp(-0.04))
         assert (stuck.lr, stuck.momentum) == (0.01, pytest.approx(0.9))
+
+    def test_short_runs_are_updated_more_often_and_further_but_as_far_in_all(self) -> None:
+        usual = Gains()
+        assert paced(usual, 20, None) == paced(usual, 20, 10_000) == (usual, 20, 1.0)
+        for steps in (500, 1000, 3000):
+            gains, every, faster = paced(usual, 20, steps)
+            in_all = gains.lr_reward * steps / every
+            assert in_all == pytest.approx(usual.lr_reward * 10_000 / 20, rel=0.01)
+            assert 1 <= every < 20 and faster > 1
+            assert gains.lr_loss / gains.lr_reward == usual.lr_loss / usual.lr_reward
+        assert paced(usual, 20, 1)[1] >= 1
+
+    def test_momentum_dips_by_a_distance_on_the_logit_scale(self) -> None:
+        assert dipped(Controls(0.01, 0.9), Bounds()).momentum == pytest.approx(0.7, abs=1e-3)
+        assert dipped(Controls(0.01, 0.62), Bounds()).momentum == 0.6
+        assert dipped(Controls(0.01, None), Bounds()) == Controls(0.01, None)
 
     def test_noise_leaves_zero_on_a_plateau_only_and_comes_back_to_exactly_zero(self) -> None:
         off = Controls(0.01, 0.9, 0.0)
@@ -174,6 +247,23 @@ class TestScheduler:
         assert sign * math.log(scheduler.controls.lr / 0.01) > 0.1
         assert scheduler.controls.momentum is not None
         assert sign * (scheduler.controls.momentum - 0.9) > 0
+
+    @pytest.mark.parametrize("on", [True, False])
+    def test_a_jump_of_the_loss_begins_the_trends_anew(self, on: bool) -> None:
+        losses = [*noisy(210, -0.005), *(x + 5 for x in noisy(200, -0.01, seed=1))]
+        scheduler = rhc.AdaptiveRL(optimizer(), surprise=on)
+        course = []
+        for loss in losses:
+            scheduler.step(loss)
+            course.append(scheduler.controls)
+        assert scheduler.surprises == on
+        before, after, end = course[200], course[220], course[-1]
+        assert before.momentum and after.momentum and end.momentum
+        if on:
+            assert after.lr < before.lr < end.lr  # it dips and rebounds
+            assert after.momentum < 0.75 < before.momentum and end.momentum > after.momentum
+        else:
+            assert after.momentum > before.momentum - 0.05
 
     def test_a_thousand_times_the_loss_changes_nothing(self) -> None:
         losses, rewards = noisy(400, -0.001), noisy(400, 0.001, seed=1)
@@ -325,9 +415,28 @@ class TestScheduler:
             scheduler.step(torch.tensor(1.0))
         assert reads == 3
 
+    @pytest.mark.gpu
+    def test_no_step_waits_for_a_gpu(self) -> None:
+        p = nn.Parameter(torch.ones(5, device="cuda"))
+        sgd = torch.optim.SGD([p], lr=0.01, momentum=0.9)
+        scheduler = rhc.AdaptiveRL(sgd, every=50, noise=0.02)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(49):
+                loss = p.square().sum()
+                sgd.zero_grad()
+                loss.backward()
+                sgd.step()
+                scheduler.step(loss)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        scheduler.step(p.square().sum())
+        assert scheduler.updates == 1
+
     @pytest.mark.parametrize(
         "settings, says",
         [
+            ({"steps": 0}, "steps"),
             ({"every": 0}, "every"), ({"cap": (1.1, 1.2)}, "cap"), ({"noise": -1.0}, "noise"),
             ({"noise_on": "x"}, "noise_on"), ({"source": "x"}, "source"),
         ],
@@ -339,3 +448,53 @@ class TestScheduler:
     def test_a_loss_per_example_is_refused(self) -> None:
         with pytest.raises(rhc.InputError, match="pass its mean"):
             rhc.AdaptiveRL(optimizer()).step(torch.ones(3))
+
+
+class TestRewards:
+    def test_held_out_is_the_mean_over_examples_and_leaves_the_model_as_it_was(self) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 1), nn.Dropout(0.5))
+        batches = [torch.randn(8, 3), torch.randn(4, 3)]
+
+        def loss_fn(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, object]]:
+            return model(x).square().mean(), {"largest": x.max(), "mode": float(model.training)}
+
+        reward = HeldOut(loss_fn, batches, every=10, trained_on=6)
+        state = torch.get_rng_state()
+        assert reward(model, 9) is None and reward.forward_passes == 0
+        model.eval()
+        losses = [model(x).square().mean().item() for x in batches]
+        model.train()
+        assert reward(model, 10) == pytest.approx(-(8 * losses[0] + 4 * losses[1]) / 12)
+        assert model.training and reward.forward_passes == 2
+        assert torch.equal(torch.get_rng_state(), state)
+        assert HeldOut(loss_fn, batches, metric="mode", every=1)(model, 1) == 0.0
+        with pytest.raises(rhc.InputError, match="not what loss_fn returns, which has largest"):
+            HeldOut(loss_fn, batches, metric="accuracy", every=1)(model, 1)
+
+    def test_z_scores_are_of_the_last_values(self) -> None:
+        reward = ZScored("return", over=3)
+        found = [reward(None, i, {"return": x}) for i, x in enumerate([9.0, 1.0, 2.0, 3.0, 3.0])]
+        assert found[0] == 0.0
+        assert found[3] == pytest.approx((3 - 2) / (2 / 3) ** 0.5)
+        assert found[4] == pytest.approx((3 - 8 / 3) / (2 / 9) ** 0.5)
+        flat = ZScored("return")
+        assert [flat(None, 0, {"return": 5.0}) for _ in range(3)] == [0.0] * 3
+
+
+class TestFrameworks:
+    """The examples run where the package is installed; both steer to the end and learn."""
+
+    @pytest.mark.parametrize(
+        "name, package",
+        [("lightning_scheduler", "lightning"), ("hugging_face_scheduler", "transformers")],
+    )
+    def test_examples(self, name: str, package: str) -> None:
+        pytest.importorskip(package)
+        if package == "transformers":
+            pytest.importorskip("accelerate")
+        path = Path(__file__).resolve().parents[1] / "examples" / f"{name}.py"
+        scheduler = runpy.run_path(str(path))["main"]()
+        assert scheduler.steps == 200 and scheduler.updates == 200 // scheduler.every
+        assert scheduler.signals.steps + len(scheduler._pending) == 200  # each loss was seen, once
+        assert scheduler.get_last_lr()[0] != 1e-3

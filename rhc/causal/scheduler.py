@@ -23,7 +23,7 @@ from rhc.signals import (
     begun_anew,
     is_usable,
     observed,
-    surprises,
+    surprise,
     trends,
 )
 
@@ -221,17 +221,23 @@ class AdaptiveRL:
     def _update(self) -> None:
         lost = 0
         pending = self._read_pending()
-        if self.surprise and surprises(self.signals, [x for x, _ in pending if x is not None]):
+        seen = [math.nan if loss is None else loss for loss, _ in pending]
+        anew = surprise(self.signals, seen) if self.surprise else None
+        if anew is not None:
             self.surprises += 1
             self.signals = begun_anew(self.signals)
             self.controls = dipped(self.controls, self.bounds)
-        for loss, reward in pending:
+        for i, (loss, reward) in enumerate(pending):
             lost += sum(x is not None and not is_usable(x) for x in (loss, reward))
-            seen = math.nan if loss is None else loss
             wanted = None if self.source == "loss" else reward
-            self.signals = observed(self.signals, seen, wanted, self.smoothing)
+            told = seen[i] if anew is None or i >= anew else math.nan
+            self.signals = observed(self.signals, told, wanted, self.smoothing)
         self._pending = []
         self.trends, self.signals = trends(self.signals, self.smoothing)
+        if anew is not None:
+            # What begins anew has not seen the rise that it begins with.
+            own = -1.0 if self.signals.reward_mark is None else self.trends.reward
+            self.trends = replace(self.trends, loss=1.0, reward=own)
         gains = self.gains
         if self.source == "reward":
             gains = Gains(**{**asdict(gains), "lr_loss": 0.0, "momentum_loss": 0.0})
