@@ -1160,7 +1160,7 @@ class Runner:
             self.objective,
             self.controls,
             segment=self.segment if relief.memory_budget is None else "auto",
-            product=product or cast(Product, relief.product) or self.product,
+            product=product or cast(Product | None, relief.product) or self.product,
             memory_budget=relief.memory_budget or self.memory_budget,
             spill=self.spill,
             damping=Damping(self.discount, self.costate_clip),
