@@ -34,6 +34,7 @@ from rhc.files import (
     parsed_json,
     read_regular,
     sync_directory,
+    sync_file,
     write_durably,
 )
 from rhc.tape import encode
@@ -142,8 +143,11 @@ class CheckpointStore:
         def written(name: str, content: Callable[[], bytes]) -> tuple[str, int, str]:
             data = content()
             digest = hashlib.sha256(data).hexdigest()
-            write_durably(directory / name, data)
-            _read_back(directory / name, data)
+            write_durably(directory / name, data, wait=large)
+            if large:
+                _read_back(directory / name, data)
+            else:
+                kept[name] = data
             return name, len(data), digest
 
         jobs: list[tuple[str, Callable[[], bytes]]] = [
@@ -152,8 +156,12 @@ class CheckpointStore:
         ]
         jobs.append((VALUES, lambda: (encode(checkpoint.values) + "\n").encode()))
         size = sum(t.nbytes for group in checkpoint.tensors.values() for t in group.values())
-        if size < PARALLEL:
+        large, kept = size >= PARALLEL, dict[str, bytes]()
+        if not large:
             files = [written(*job) for job in jobs]
+            for name, content in kept.items():
+                sync_file(directory / name)
+                _read_back(directory / name, content)
         else:
             with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
                 files = list(pool.map(lambda job: written(*job), jobs))

@@ -32,14 +32,18 @@ NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 # Writing -----------------------------------------------------------------------------------------
 
 
-def write_durably(path: Path, data: bytes | memoryview) -> None:
-    """Writes a file and returns when its content is on disk; a link in its place is replaced."""
+def write_durably(path: Path, data: bytes | memoryview, *, wait: bool = True) -> None:
+    """Writes a file and returns when its content is on disk; a link in its place is replaced.
+
+    wait: False leaves the waiting to a later `sync_file`: the first of several does it for all.
+    """
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | CLOSED_ON_EXEC, 0o644)
     try:
         write_all(descriptor, data)
-        os.fsync(descriptor)
+        if wait:
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -60,13 +64,18 @@ def replace_durably(path: Path, data: bytes) -> None:
     sync_directory(path.parent)
 
 
-def sync_directory(path: Path) -> None:
-    """Makes the names in a directory durable."""
+def sync_file(path: Path) -> None:
+    """Returns when the content of a file, or the names in a directory, are on disk."""
     descriptor = os.open(path, os.O_RDONLY | CLOSED_ON_EXEC)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names in a directory durable."""
+    sync_file(path)
 
 
 def make_directory(path: Path) -> None:

@@ -122,6 +122,18 @@ def test_the_newest_stay(keep: int, tmp_path: Path) -> None:
     ]
 
 
+def test_what_is_damaged_does_not_count(tmp_path: Path) -> None:
+    """Of the two that are to stay both can be used; the damaged one goes."""
+    store = CheckpointStore(tmp_path, keep=2)
+    for step in (0, 5):
+        store.save(checkpoint(step))
+    (store.path(5) / "model.safetensors").write_bytes(b"")
+    found = store.latest()
+    assert found is not None and found.step == 0
+    store.save(checkpoint(7))
+    assert store.steps() == [0, 7]
+
+
 def test_keeping_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="keep_checkpoints must be ≥ 1, got 0"):
         CheckpointStore(tmp_path, 0)
@@ -177,17 +189,19 @@ def test_the_manifest_is_written_last_and_the_rename_comes_after(
     """Every file is durable before the manifest, the manifest before the name."""
     done: list[str] = []
 
-    def noted(path: Path, data: bytes) -> None:
-        write_durably(path, data)
+    def noted(path: Path, data: bytes, *, wait: bool = True) -> None:
+        write_durably(path, data, wait=wait)
         done.append(path.name)
 
     rename = os.rename
     monkeypatch.setattr("rhc.checkpoint.write_durably", noted)
     monkeypatch.setattr("rhc.checkpoint.sync_directory", lambda path: done.append(path.name))
+    monkeypatch.setattr("rhc.checkpoint.sync_file", lambda path: done.append(f"sync {path.name}"))
     monkeypatch.setattr("os.rename", lambda a, b: (done.append("rename"), rename(a, b))[1])
     CheckpointStore(tmp_path / "root").save(checkpoint(5))
     assert sorted(done[:3]) == ["average.safetensors", "model.safetensors", "values.json"]
-    assert done[3:] == ["manifest.json", ".writing-window-00000005", "rename", "root"]
+    assert done[3:6] == [f"sync {name}" for name in done[:3]]
+    assert done[6:] == ["manifest.json", ".writing-window-00000005", "rename", "root"]
 
 
 def test_a_replaced_file_is_old_or_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,7 +379,7 @@ def test_the_newest_good_one_stays_until_the_next_is_proven(
     store.save(checkpoint(5))
     written = write_durably
 
-    def rotten(path: Path, data: bytes) -> None:
+    def rotten(path: Path, data: bytes, *, wait: bool = True) -> None:
         written(path, data[:-1] + b"!" if path.name == "model.safetensors" else data)
 
     with monkeypatch.context() as patched:
