@@ -99,20 +99,22 @@ class Study:
         lr = self.workload.lr
         for seed in REPORTING:
             self.oracle(seed)
-        best = self.tuned(self.task, "", self.workload.lrs)
         for seed in REPORTING:
             self.cell("", self.task, REFERENCE, lr, seed)
-            self.cell("", self.task, "cosine", best, seed)
-            self.cell("", self.task, f"search-cosine-{self.searches}", lr, seed)
             other = REPORTING[(REPORTING.index(seed) + 1) % len(REPORTING)]
             source = self.runs / f"{self.name}-{seed}"
             self.cell("", replace(self.task, schedule=source), "replay", None, other)
-        for kind in ("gru", "laws"):
-            self.policy(kind)
         for seed in REPORTING:
-            for kind in ("gru", "laws"):
-                task = replace(self.task, policy=self.policy(kind))
-                self.cell("", task, "distilled", lr, seed, label=f"distilled-{kind}")
+            task = replace(self.task, policy=self.policy("gru"))
+            self.cell("", task, "distilled", lr, seed, label="distilled-gru")
+        best = self.tuned(self.task, "", self.workload.lrs)
+        for seed in REPORTING:
+            self.cell("", self.task, "cosine", best, seed)
+        for seed in REPORTING:
+            self.cell("", self.task, f"search-cosine-{self.searches}", lr, seed)
+        for seed in REPORTING:
+            task = replace(self.task, policy=self.policy("laws"))
+            self.cell("", task, "distilled", lr, seed, label="distilled-laws")
         for title, changes in self.workload.others:
             task = replace(self.task, **changes)
             lr = self.workload.lr if "run" not in changes else 0.01
@@ -153,7 +155,7 @@ class Study:
         folder = self.folder / "policies" / f"{self.name}-{kind}"
         if not (folder / "policy.json").exists():
             lessons = [str(self.oracle(seed)) for seed in LESSONS]
-            arguments = ["distill", *lessons, "-o", str(folder), "--kind", kind, "--rounds", "2"]
+            arguments = ["distill", *lessons, "-o", str(folder), "--kind", kind, "--rounds", "1"]
             if rhc([*arguments, "--per-round", "4"]):
                 raise SystemExit(f"{folder}: distilling failed")
         return folder

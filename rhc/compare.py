@@ -35,7 +35,7 @@ from rhc.causal import AdaptiveRL, Bounds
 from rhc.errors import InputError
 from rhc.evaluate import evaluate
 from rhc.events import Committed, Event
-from rhc.hindsight import DistilledScheduler, Pass, Policy, Smoother, held_out, smooth
+from rhc.hindsight import DistilledScheduler, Pass, Policy, Smoother, held_out, reward_of, smooth
 from rhc.objective import Objective
 from rhc.plant import Plant
 from rhc.randomness import preserved, seed_everything
@@ -530,11 +530,11 @@ def _smoothed(task: Task, method: Method, lr: float | None, seed: int) -> dict[s
 
     def train(number: int, schedule: Schedule | None) -> Pass:
         found, result = _fitted(*_prepared(task, method, lr, seed, schedule=schedule))
-        judged = held_out(result.record, result.tape)
+        judged = held_out(result.record, result.tape, goal)
         return Pass(result.schedule, result.tape, judged, found)
 
     try:
-        runs, best = smooth(train, Smoother(), method.smooths)
+        runs, best = smooth(train, Smoother(), method.smooths, reward_of(goal))
     except DivergedError:
         return _diverged(goal, 1.0, None, 0.0)
     spent = {

@@ -17,7 +17,7 @@ from rhc.config import RECORD_VERSION, TrainConfig
 from rhc.errors import InputError
 from rhc.events import Event, RunStarted
 from rhc.files import replace_durably
-from rhc.hindsight import USUAL_GAINS, Pass, Smoother, Tape, held_out, smooth
+from rhc.hindsight import USUAL_GAINS, Pass, Smoother, Tape, held_out, reward_of, smooth
 from rhc.hindsight_config import PlainSettings, SmoothConfig
 from rhc.progress import Progress, display
 from rhc.replay import PlainRun, Sizes, plain_run
@@ -27,6 +27,7 @@ from rhc.schedule import Schedule, Template, shaped, template_factors
 from rhc.summary import RUNS, print_result
 from rhc.tape import finite
 from rhc.train import device_of
+from rhc.workload import Goal
 
 COPIED = ("schedule.json", "tape.jsonl", "windows.jsonl")
 """Files of the best run that the whole has too."""
@@ -36,6 +37,7 @@ def smooth_run(config: SmoothConfig, console: Console) -> int:
     """Trains passes + 1 times, and returns the exit status."""
     smoother = smoother_of(config)
     run = plain_run_of(config)
+    goal = run.workload().goal
     record = _record(config, run)
     directory = config.directory or _default_directory(run, record)
     open_directory(directory, record)
@@ -49,9 +51,12 @@ def smooth_run(config: SmoothConfig, console: Console) -> int:
     else:
         try:
             runs, best = smooth(
-                lambda number, schedule: _train(run, config, directory, number, schedule, console),
+                lambda number, schedule: _train(
+                    run, config, goal, directory, number, schedule, console
+                ),
                 smoother,
                 config.passes,
+                reward_of(goal),
             )
         except KeyboardInterrupt:
             print(
@@ -117,6 +122,7 @@ def templated(run: PlainRun, template: str) -> Schedule | None:
 def _train(
     run: PlainRun,
     config: SmoothConfig,
+    goal: Goal | None,
     directory: Path,
     number: int,
     schedule: Schedule | None,
@@ -140,8 +146,10 @@ def _train(
 
         result = run.runner(schedule, path, record, [told]).fit(run.config.steps)
     if number == 0 and config.source == "reward":
-        smoother_of(config).trends(Tape.of(result.tape))  # refused before a second run
-    judged = held_out(result.record, result.tape)
+        smoother_of(config).trends(
+            Tape.of(result.tape, reward_of(goal))
+        )  # refused before a second run
+    judged = held_out(result.record, result.tape, goal)
     return Pass(result.schedule, result.tape, judged, (path, result.record))
 
 

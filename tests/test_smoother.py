@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 import rhc.runner
 from rhc import AdaptiveRL, Gains, InputError, Schedule
 from rhc.cli import main
-from rhc.hindsight import Pass, Smoother, Tape, held_out, smooth
+from rhc.hindsight import Pass, Smoother, Tape, held_out, reward_of, smooth
 from rhc.hindsight.smoother import AGAINST, changed
+from rhc.workload import Goal
 
 STEPS = 200
 FALLING = [math.exp(-t / 60) + 0.1 for t in range(STEPS)]
@@ -207,6 +208,14 @@ def test_what_a_run_is_judged_by() -> None:
     assert held_out({"val_loss": None}, rows) == -2.0
     assert held_out({"val_loss": None}, [{"loss": 1.0}, {"loss": 3.0}]) == 2.0
     assert held_out({"val_loss": None}, [{"loss": 1.0}, {"loss": None}]) == math.inf
+    # A goal comes before a loss, which in reinforcement learning says nothing.
+    played = [{"loss": 1.0, "return": x} for x in (1.0, 5.0, 7.0)]
+    assert held_out({"val_loss": 0.2}, played, Goal("return", over=2, higher=True)) == -6.0
+    assert held_out({"val_loss": 0.2}, played, Goal("loss", over=2, last=False)) == 1.0
+    assert reward_of(Goal("return", over=2, higher=True)) == "return"
+    assert reward_of(Goal("tracking", over=2)) == reward_of(None) == "reward"
+    assert Tape.of(played, "return").rewards == [1.0, 5.0, 7.0]
+    assert not changed(Tape([1.0, 9.0, 1.0, 9.0] * 20, [1.0] * 80))
 
 
 # The command --------------------------------------------------------------------------------------

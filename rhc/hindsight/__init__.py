@@ -3,7 +3,7 @@ and causal schedulers distilled from many."""
 
 from rhc.hindsight.distill import DistilledScheduler
 from rhc.hindsight.policy import Policy
-from rhc.hindsight.smoother import USUAL_GAINS, Pass, Smoother, Tape, held_out, smooth
+from rhc.hindsight.smoother import USUAL_GAINS, Pass, Smoother, Tape, held_out, reward_of, smooth
 
 __all__ = [
     "USUAL_GAINS",
@@ -13,5 +13,6 @@ __all__ = [
     "Smoother",
     "Tape",
     "held_out",
+    "reward_of",
     "smooth",
 ]

@@ -22,6 +22,7 @@ from rhc.causal.laws import Bounds, Cap, Controls, Gains, lowered, updated
 from rhc.errors import InputError
 from rhc.schedule import CONTROLS, Schedule
 from rhc.signals import Smoothing, Trends, is_usable
+from rhc.workload import Goal
 
 USUAL_GAINS = Gains(
     lr_reward=0.24,
@@ -56,8 +57,8 @@ class Tape:
     gradient_norms: Sequence[float] | None = None
 
     @classmethod
-    def of(cls, rows: Sequence[Mapping[str, Any]]) -> Tape:
-        """From the lines of a tape.jsonl."""
+    def of(cls, rows: Sequence[Mapping[str, Any]], reward: str = "reward") -> Tape:
+        """From the lines of a tape.jsonl. reward: the metric that is one."""
         if not rows:
             raise InputError("the tape is empty; train the probe first")
 
@@ -67,7 +68,7 @@ class Tape:
             return [math.nan if row.get(name) is None else float(row[name]) for row in rows]
 
         losses = column("loss")
-        return cls(losses or [math.nan] * len(rows), column("reward"), column("gradient_norm"))
+        return cls(losses or [math.nan] * len(rows), column(reward), column("gradient_norm"))
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,10 @@ class Pass:
 
 
 def smooth(
-    train: Callable[[int, Schedule | None], Pass], smoother: Smoother, passes: int
+    train: Callable[[int, Schedule | None], Pass],
+    smoother: Smoother,
+    passes: int,
+    reward: str = "reward",
 ) -> tuple[list[Pass], int]:
     """(all runs, the probe first; the number of the one with the lowest held-out loss).
 
@@ -200,15 +204,16 @@ def smooth(
     controls where it is None; called passes + 1 times, so that one pass costs two plain runs and
     every further one another. The best run is where the next pass starts from; after a run that was
     no better, half as far in the other direction. The first goes `AGAINST` where the data changed.
+    reward: the metric that is one.
     """
     if passes < 1:
         raise InputError(f"passes must be ≥ 1, got {passes}")
     runs = [train(0, None)]
-    best, scale = 0, AGAINST if changed(Tape.of(runs[0].rows)) else 1.0
+    best, scale = 0, AGAINST if changed(Tape.of(runs[0].rows, reward)) else 1.0
     for number in range(1, passes + 1):
         gains = {name: scale * gain for name, gain in asdict(smoother.gains).items()}
         law = replace(smoother, gains=Gains(**gains))
-        schedule = law.schedule(Tape.of(runs[best].rows), runs[best].schedule)
+        schedule = law.schedule(Tape.of(runs[best].rows, reward), runs[best].schedule)
         runs.append(train(number, schedule))
         if runs[number].held_out < runs[best].held_out:
             best = number
@@ -218,11 +223,13 @@ def smooth(
 
 
 def changed(tape: Tape) -> bool:
-    """Whether the data changed under the run, as far as its losses tell.
+    """Whether the data changed under the run, as far as its losses tell; with a reward they do not.
 
     For data that stay, lr should be high where there is progress and low where there is none.
     Where the data change, it is the other way round: the loss rises when much is to be learned.
     """
+    if tape.rewards is not None:  # the loss of a policy's gradient goes nowhere in particular
+        return False
     mean = [m for m in _centred(tape.losses, 0.05) if math.isfinite(m)]
     lowest, highest_rise = math.inf, 0.0
     for m in mean:
@@ -231,9 +238,21 @@ def changed(tape: Tape) -> bool:
     return bool(mean) and highest_rise > ROSE_AGAIN * (mean[0] - lowest)
 
 
-def held_out(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float:
-    """What a run is judged by: its validation loss; without validation data its mean reward, with
-    the sign turned, or its mean training loss, which an endless stream makes a held-out one."""
+def reward_of(goal: Goal | None) -> str:
+    """The metric that is a run's reward: that of its goal where higher is better, else "reward"."""
+    return goal.metric if goal is not None and goal.higher else "reward"
+
+
+def held_out(
+    record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], goal: Goal | None = None
+) -> float:
+    """What a run is judged by, lower is better: its goal; its validation loss; without these its
+    mean reward, with the sign turned; else its mean training loss, which an endless stream makes a
+    held-out one."""
+    if goal is not None:
+        values = [math.nan if r.get(goal.metric) is None else float(r[goal.metric]) for r in rows]
+        values = values[-goal.over :] if goal.last else values
+        return _or_infinite((-1 if goal.higher else 1) * sum(values) / len(values))
     if record["val_loss"] is not None:
         return _or_infinite(record["val_loss"])
     tape = Tape.of(rows)
