@@ -155,7 +155,7 @@ class Study:
         folder = self.folder / "policies" / f"{self.name}-{kind}"
         if not (folder / "policy.json").exists():
             lessons = [str(self.oracle(seed)) for seed in LESSONS]
-            arguments = ["distill", *lessons, "-o", str(folder), "--kind", kind, "--rounds", "1"]
+            arguments = ["distill", *lessons, "-o", str(folder), "--kind", kind, "--rounds", "0"]
             if rhc([*arguments, "--per-round", "4"]):
                 raise SystemExit(f"{folder}: distilling failed")
         return folder
