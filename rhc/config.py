@@ -443,7 +443,7 @@ def _typed(name: str, hint: Any, value: Any, source: str) -> Any:
     if value is None and optional:
         return None
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is float and number:
+    if kind is float and number and abs(value) < 1e300:
         return float(value)
     if kind is int and number and isinstance(value, int):
         return value

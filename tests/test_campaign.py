@@ -101,6 +101,12 @@ def test_how_deep_a_document_may_be(depth: int) -> None:
                 parsed_json(text)
 
 
+def test_a_number_that_no_float_holds() -> None:
+    """Found by 12,000 inputs: an OverflowError."""
+    with pytest.raises(InputError, match="momentum must be"):
+        campaign().TrainConfig.from_record({"momentum": 10**400}, "run.toml")
+
+
 @pytest.mark.parametrize(
     "text",
     ["a = " + "[" * 10**5, "a = " + "{b=" * 5000, ".".join("a" * 10**5) + " = 1", "#" * 2**21],
