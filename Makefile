@@ -19,7 +19,7 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev,runners]'
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev,report,runners]'
 	touch $@
 
 train: install

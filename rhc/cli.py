@@ -62,6 +62,23 @@ class InspectConfig:
 
 
 @dataclass(frozen=True)
+class ReportConfig:
+    """What `rhc report` does."""
+
+    directories: Annotated[tyro.conf.Positional[tuple[Path, ...]], arg(metavar="DIR …")]
+    """Directories of runs; several are laid over each other."""
+    output: Annotated[
+        Path | None,
+        arg(
+            metavar="FILE",
+            aliases=("-o",),
+            help_behavior_hint="(default: DIR/report.html, or here)",
+        ),
+    ] = None
+    """Where the page is written."""
+
+
+@dataclass(frozen=True)
 class CompareConfig:
     """What `rhc compare` does. Each field's sentence is the help of its flag."""
 
@@ -343,6 +360,13 @@ def _inspect(config: InspectConfig) -> int:
     return 0
 
 
+def _report(config: ReportConfig) -> int:
+    from rhc.report import write_report
+
+    print(write_report(config.directories, config.output))
+    return 0
+
+
 def _replay(config: ReplayConfig) -> int:
     config = config.checked()
     from rich.console import Console
@@ -511,5 +535,13 @@ COMMANDS = {
         "What a run did:      rhc inspect runs/digits-1a2b3c4d",
         "Show a run: its settings, schedule, windows and losses.\n\n"
         "example:\n  rhc inspect runs/digits-1a2b3c4d",
+    ),
+    "report": Command(
+        ReportConfig,
+        _report,
+        "One page of charts:  rhc report runs/digits-1a2b3c4d",
+        "Write one HTML page about a run, or about several: losses, what hindsight changed,\n"
+        "windows, cost, settings. It needs no network.\n\n"
+        "examples:\n  rhc report runs/digits-1a2b3c4d\n  rhc report runs/digits-* -o digits.html",
     ),
 }

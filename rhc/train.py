@@ -17,6 +17,7 @@ from typing import Any, Literal, cast
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from rhc.config import RECORD_VERSION, TrainConfig, parsed_bytes
 from rhc.errors import InputError
@@ -97,7 +98,23 @@ def train(config: TrainConfig, console: Console, *, recorded_data: Path | None =
         console.print(f"{directory} {already}", highlight=False, soft_wrap=True)
     console.print()
     print_result(console, progress.result, directory, inspect=True)
+    _report(console, directory)
     return 0
+
+
+def _report(console: Console, directory: Path) -> None:
+    """Writes report.html into the run's directory; whatever hinders it is one line, no error."""
+    from rhc.report import missing_packages, write_report
+
+    missing = missing_packages()
+    if missing:
+        text = f"no page: {' and '.join(missing)} are not installed; pip install 'rhc[report]'"
+    else:
+        try:
+            text = str(write_report([directory]))
+        except Exception as error:  # the run has ended well, and its files are all there
+            text = f"no page: {error}"
+    console.print(f"[dim]report    [/dim]{escape(text)}", highlight=False, soft_wrap=True)
 
 
 def config_of(directory: Path) -> TrainConfig:
