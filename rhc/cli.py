@@ -65,7 +65,10 @@ class InspectConfig:
 class ReportConfig:
     """What `rhc report` does."""
 
-    directories: Annotated[tyro.conf.Positional[tuple[Path, ...]], arg(metavar="DIR …")]
+    directories: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        arg(metavar="DIR …", help_behavior_hint="(one or more)"),
+    ]
     """Directories of runs; several are laid over each other."""
     output: Annotated[
         Path | None,
@@ -214,7 +217,14 @@ def _overview() -> int:
         flags: Any = command.flags
         one = Annotated[flags, tyro.conf.subcommand(name, description=command.summary)]
         commands = one if commands is None else commands | one
-    tyro.cli(commands, prog="rhc", description=OVERVIEW, args=["--help"])
+    # A buffer of the screen's encoding, by which tyro chooses the lines of its boxes.
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding or "utf-8")
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        tyro.cli(commands, prog="rhc", description=OVERVIEW, args=["--help"])
+    shown.seek(0)
+    # tyro's own first line names every command, which is wider than a screen.
+    lines = [line for line in shown.read().splitlines()[1:] if "(required)" not in line]
+    print("\n".join(["usage: rhc COMMAND …", *lines]))
     return 0
 
 
@@ -496,7 +506,7 @@ COMMANDS = {
     "replay": Command(
         ReplayConfig,
         _replay,
-        "Use a schedule:      rhc replay runs/digits-1a2b3c4d --seed 1",
+        "Use a schedule:      rhc replay runs/digits-1a2b3c4d",
         REPLAY,
     ),
     "smooth": Command(
@@ -508,19 +518,19 @@ COMMANDS = {
     "hypergradient": Command(
         HypergradientConfig,
         _hypergradient,
-        "The whole run:       rhc hypergradient runs/digits-1a2b3c4d",
+        "The whole run:       rhc hypergradient runs/digits",
         HYPERGRADIENT,
     ),
     "distill": Command(
         DistillConfig,
         _distill,
-        "A causal scheduler:  rhc distill runs/digits-smooth-* -o policy",
+        "A causal scheduler:  rhc distill runs/* -o policy",
         DISTILL,
     ),
     "compare": Command(
         CompareConfig,
         _compare,
-        "Methods x seeds:     rhc compare digits --methods rhc cosine",
+        "Methods x seeds:     rhc compare digits --seeds 5",
         COMPARE,
     ),
     "runs": Command(
@@ -540,8 +550,7 @@ COMMANDS = {
         ReportConfig,
         _report,
         "One page of charts:  rhc report runs/digits-1a2b3c4d",
-        "Write one HTML page about a run, or about several: losses, what hindsight changed,\n"
-        "windows, cost, settings. It needs no network.\n\n"
+        "Write one HTML page about a run, or about several; it needs no network.\n\n"
         "examples:\n  rhc report runs/digits-1a2b3c4d\n  rhc report runs/digits-* -o digits.html",
     ),
 }

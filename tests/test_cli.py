@@ -684,7 +684,9 @@ def test_each_command_has_help(call: Call, name: str) -> None:
     assert max(map(len, shown.out.splitlines())) <= 80
     text = re.sub(r"[\s│]+", " ", shown.out)
     for field in fields(COMMANDS[name].flags):
-        positional = {"run": "[RUN]", "directory": " DIR "}.get(field.name, "nothing")
+        positional = {"run": "[RUN]", "directory": " DIR ", "directories": " DIR "}.get(
+            field.name, "nothing"
+        )
         assert "--" + field.name.replace("_", "-") in text or positional in text
 
 
