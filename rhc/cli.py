@@ -82,6 +82,22 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
+class WatchConfig:
+    """What `rhc watch` does."""
+
+    directory: Annotated[tyro.conf.Positional[Path], arg(metavar="DIR")]
+    """The directory of a run that another process trains."""
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """What `rhc init` does."""
+
+    run: Annotated[tyro.conf.Positional[Path], arg(metavar="[RUN]")] = Path("my_run.py")
+    """The file to write, which must not exist."""
+
+
+@dataclass(frozen=True)
 class CompareConfig:
     """What `rhc compare` does. Each field's sentence is the help of its flag."""
 
@@ -223,7 +239,12 @@ def _overview() -> int:
         tyro.cli(commands, prog="rhc", description=OVERVIEW, args=["--help"])
     shown.seek(0)
     # tyro's own first line names every command, which is wider than a screen.
-    lines = [line for line in shown.read().splitlines()[1:] if "(required)" not in line]
+    # It also spaces with lines of blanks.
+    lines = [
+        line
+        for line in shown.read().splitlines()[1:]
+        if "(required)" not in line and not line.isspace()
+    ]
     print("\n".join(["usage: rhc COMMAND …", *lines]))
     return 0
 
@@ -374,6 +395,20 @@ def _report(config: ReportConfig) -> int:
     from rhc.report import write_report
 
     print(write_report(config.directories, config.output))
+    return 0
+
+
+def _watch(config: WatchConfig) -> int:
+    from rhc.watch import watch
+
+    watch(config.directory, lambda line: print(line, flush=True))
+    return 0
+
+
+def _init(config: InitConfig) -> int:
+    from rhc.watch import write_template
+
+    print(write_template(config.run))
     return 0
 
 
@@ -552,5 +587,19 @@ COMMANDS = {
         "One page of charts:  rhc report runs/digits-1a2b3c4d",
         "Write one HTML page about a run, or about several; it needs no network.\n\n"
         "examples:\n  rhc report runs/digits-1a2b3c4d\n  rhc report runs/digits-* -o digits.html",
+    ),
+    "watch": Command(
+        WatchConfig,
+        _watch,
+        "Follow a run:        rhc watch runs/digits-1a2b3c4d",
+        "Follow a run from another terminal until it ends; nothing is written.\n\n"
+        "example:\n  rhc watch runs/digits-1a2b3c4d",
+    ),
+    "init": Command(
+        InitConfig,
+        _init,
+        "A run of your own:   rhc init my_run.py",
+        "Write a runner of your own that works as it stands, to be changed.\n\n"
+        "example:\n  rhc init my_run.py && rhc train my_run.py:my_run",
     ),
 }

@@ -22,7 +22,8 @@ LAYERS = (
     {"causal", "plant", "state"},
     {"evaluate", "faults", "hindsight", "hypergradient", "planning", "rewrite", "start"},
     {"compare", "comparison", "report", "runner"},
-    {"__main__", "cli", "distill", "horizon", "progress", "replay", "smooth", "summary", "train"},
+    {"__main__", "cli", "distill", "horizon", "progress", "replay", "smooth", "summary", "train",
+     "watch"},
 )  # fmt: skip
 """L0 to L5 of the design: a module or package of rhc may import its own layer and those before."""
 

@@ -1,0 +1,55 @@
+"""`rhc watch` follows a run that grows; `rhc init` writes a runner that trains as it stands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rhc.cli import main
+from rhc.watch import watch
+
+
+def test_a_run_is_followed_to_its_end(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"steps": 4}')
+    row = '{"step": %d, "loss": %d, "lr": 0.5}\n'
+    tape = tmp_path / "tape.jsonl"
+    rounds = iter(range(3))
+
+    def wait() -> None:
+        match next(rounds):
+            case 0:
+                tape.write_text(row % (0, 3) + row % (1, 1) + '{"step": 2')
+            case 1:
+                tape.write_text(row % (0, 3) + row % (1, 1) + row % (2, 7))
+            case 2:
+                tape.write_text(row % (0, 9))  # resumed at an earlier checkpoint
+                (tmp_path / "result.json").write_text(json.dumps({"test_loss": 0.25}))
+
+    lines: list[str] = []
+    watch(tmp_path, lines.append, wait)
+    assert lines[1:] == [
+        "step 2/4  loss 2  lr 0.5",
+        "step 3/4  loss 7  lr 0.5",
+        "step 1/4  loss 9  lr 0.5",
+        "finished: test loss 0.25",
+    ]
+
+
+def test_the_template_trains_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "my_run.py"]) == 0
+    command = capsys.readouterr().out.split()
+    assert command == ["rhc", "train", "my_run.py:my_run"]
+    flags = ["--steps", "4", "--no-rewrite", "--directory", "run"]
+    assert main([*command[1:], *flags]) == 0
+    assert (tmp_path / "run" / "result.json").exists()
+    before = (tmp_path / "my_run.py").read_text()
+    assert main(["init", "my_run.py"]) == 2
+    assert "not overwritten" in capsys.readouterr().err
+    assert (tmp_path / "my_run.py").read_text() == before
+    assert main(["init", "no-name.py"]) == 2
+    assert main(["watch", "nowhere"]) == 2
