@@ -298,6 +298,10 @@ METHODS: Mapping[str, Method] = {
         "judging windows at the last iterate",
         objective=replace(usual_objective("zero", 50), average=None),
     ),
+    "memory": _without(
+        "judging windows at an average that goes on over their borders",
+        objective=replace(usual_objective("zero", 50), memory=True),
+    ),
     "greedy": _without(
         "judging windows by their training losses alone",
         objective=Objective(loss_weight=1.0, terminal_weight=0.0),

@@ -652,21 +652,22 @@ class Runner:
 
     def _look_at(self, attempt: _Attempt, commit: int, terminal: Terminal | None) -> None:
         """`_run_and_look` where memory suffices."""
-        mean = Average(self.objective.average)
+        mean, past = Average(self.objective.average), self._past()
         recorder = self._run(attempt, commit, mean, record=True)
         assert recorder is not None
         if attempt.failure is not None:
             recorder.close()
             return
+        share = self._remember(mean, past)
         # Where no proposal is accepted, the next window goes on from the roll's random state.
         with preserved():
-            h = self._look_back(recorder, mean, terminal, self.costate_clip)
+            h = self._look_back(recorder, mean, terminal, self.costate_clip, share)
             attempt.first_look = h.result
             unclipped = self.costate_clip is None
             if h.result.name == "exploding" and unclipped and recorder.again:
-                h = self._look_back(recorder, mean, terminal, EXPLODING_CLIP)
+                h = self._look_back(recorder, mean, terminal, EXPLODING_CLIP, share)
             if self.law.rule == "batch-error" and recorder.again:
-                attempt.samples = self._by_batch(recorder, mean, terminal)
+                attempt.samples = self._by_batch(recorder, mean, terminal, share)
         recorder.close()
         attempt.hypergradient = h
         attempt.value = h.value + self.law.penalty(attempt.schedule, self.controls)
@@ -680,22 +681,46 @@ class Runner:
         mean: Average,
         terminal: Terminal | None,
         costate_clip: float | None,
+        past: float = 0.0,
     ) -> Hypergradient:
-        """The hypergradient of a recorded roll whose end is the live state, on the ledger."""
+        """The hypergradient of a recorded roll whose end is the live state, on the ledger.
+
+        past: the share of steps before the window in `mean`, which no control of it moves.
+        """
         damping = Damping(self.discount, costate_clip)
+        weight = self.objective.terminal_weight
+        self.lookback.objective = replace(self.objective, terminal_weight=weight * (1 - past))
         h = self.lookback.look_back(recorder, mean, terminal, damping)
+        if past and terminal is not None:
+            h = replace(h, value=h.value + weight * past * h.terminal)
         self.loop.cost.hessian_products += h.hessian_products
         # The terminal loss is counted by its size.
         self.loop.cost.gradient_equivalents += h.gradient_equivalents - (terminal is not None)
         return h
 
+    def _past(self) -> Average | None:
+        """The average of the steps committed so far, where the objective remembers it."""
+        return self.loop.average.copy() if self.objective.memory else None
+
+    def _remember(self, mean: Average, past: Average | None) -> float:
+        """Lets a window's average go on from that of the steps before; its share in the result."""
+        if past is None or past.values is None or mean.values is None:
+            return 0.0
+        share = self.objective.remembered(mean.count, AVERAGE_EVERY * past.count)
+        with torch.no_grad():
+            torch._foreach_lerp_(mean.values, past.values, share)
+        return share
+
     def _by_batch(
-        self, recorder: WindowRecorder, mean: Average, terminal: Terminal | None
+        self, recorder: WindowRecorder, mean: Average, terminal: Terminal | None, past: float
     ) -> dict[str, Tensor]:
         """control -> dJ/du by each batch of the objective alone, at H = 0: (n, K) or (n, K, G)."""
         if not isinstance(terminal, _HeldOutLoss) or len(terminal.batches) < 2:
             return {}
         lookback = self._new_lookback("none")
+        lookback.objective = replace(
+            self.objective, terminal_weight=self.objective.terminal_weight * (1 - past)
+        )
         damping = Damping(self.discount, self.costate_clip)
         found = []
         for part in terminal.parts():
@@ -843,9 +868,10 @@ class Runner:
         """The attempt's window by plain steps from its beginning, and its objective."""
         start, stop = attempt.schedule.start, attempt.schedule.stop
         self._back_to(before, attempt, "replay")
-        mean = Average(self.objective.average)
+        mean, past = Average(self.objective.average), self._past()
         self._run(attempt, commit, mean)
         if attempt.failure is None:
+            self._remember(mean, past)
             assert attempt.trajectory is not None
             attempt.value = self._value(attempt, attempt.trajectory, terminal, mean)
             self.loop.cost.gradient_equivalents += share / 3

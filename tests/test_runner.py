@@ -658,6 +658,38 @@ def test_a_reward_without_a_name_can_be_described(tmp_path: Path) -> None:
     )
 
 
+def test_an_average_with_memory_goes_on_over_the_borders_of_windows() -> None:
+    """J of the second window is the loss at the average of all steps; its slope is measured."""
+    seen: list[tuple[Schedule, Tensor, float]] = []
+
+    class Looking(Rewrite):
+        def propose(self, schedule: Schedule, gradient: Any, value: float, *rest: Any) -> Proposal:
+            seen.append((schedule, gradient["lr"], value))
+            factor = torch.where(torch.arange(len(schedule)) == 2, 1 + 2.0**-14, 1.0).double()
+            new = schedule.replaced(Schedule({"lr": schedule["lr"] * factor}, schedule.start))
+            return Proposal(new, {}, 0.0)
+
+    run = problem_run("mlp", "sgd")
+    law = Looking(accept=False, retries=0)
+    options: dict[str, Any] = {"controls": ("lr",), "product": "exact"}
+    result = fit(run, 16, rewrite=law, objective=Objective(memory=True), **options)
+    (_, _, _), (schedule, gradient, value) = seen
+    second = next(w for w in result.windows if w["start"] == 8)
+    change = second["objective_after"] - second["objective_before"]
+    assert second["objective_before"] == pytest.approx(value)
+    assert change == pytest.approx(
+        float(gradient[2]) * float(schedule["lr"][2]) * 2.0**-14, rel=1e-4
+    )
+    # The first eight steps count as AVERAGE_EVERY for each iterate that the run's average has.
+    objective = Objective(memory=True)
+    assert objective.remembered(8, 10) == pytest.approx(
+        0.99**8 * (1 - 0.99**10) / (1 - 0.99**18), rel=1e-12
+    )
+    assert Objective().remembered(8, 10) == 0
+    with pytest.raises(InputError, match="memory=True needs an average"):
+        Objective(memory=True, average=None)
+
+
 @pytest.mark.parametrize("per_group", [(), ("lr",)])
 def test_batches_of_the_objective_give_a_variance(per_group: tuple[str, ...]) -> None:
     """Their mean is the hypergradient, and they take one more pass over the objective's data."""
