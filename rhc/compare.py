@@ -37,12 +37,14 @@ from rhc.evaluate import evaluate
 from rhc.events import Committed, Event
 from rhc.hindsight import DistilledScheduler, Pass, Policy, Smoother, held_out, reward_of, smooth
 from rhc.objective import Objective
+from rhc.planning import VALUES, Always, EpochPlanner, FreshSeeds, Gains
+from rhc.planning.planner import STEERED
 from rhc.plant import Plant
 from rhc.randomness import preserved, seed_everything
 from rhc.rewrite import USUAL, Twin, usual_objective
 from rhc.runner import DivergedError, Runner, RunResult
 from rhc.schedule import CONTROLS, Schedule
-from rhc.workload import Goal, Workload, load_runner, optimizer_of, usual_weight_decay
+from rhc.workload import Goal, Plannable, Workload, load_runner, optimizer_of, usual_weight_decay
 
 RACED = ("cosine", "linear", "wsd")
 """Templates that race each other."""
@@ -67,6 +69,7 @@ class Method:
     the task's schedule. distilled: whether the task's policy steers it. span: factors within which
     `searches` draws one lr of all groups around the one that is given, in place of any lrs.
     drives: what makes the optimizer of a plain loop and is told the loss and reward of every step.
+    plans: what plans the epochs of a Runner.
     """
 
     summary: str
@@ -81,6 +84,7 @@ class Method:
     distilled: bool = False
     span: tuple[float, float] | None = None
     drives: Drives | None = None
+    plans: Plans | None = None
 
 
 @dataclass
@@ -99,6 +103,40 @@ class Driver:
 
 Drives = Callable[[Workload, str, Any, float, int], Driver]
 """(workload, name of the optimizer, parameters, first lr, steps) -> Driver."""
+
+
+Plans = Callable[[Workload], tuple[Workload, EpochPlanner]]
+"""(the workload) -> the workload with the knobs that are planned, and the planner."""
+
+
+def _planned(*names: str, fixed: bool = False, **settings: Any) -> Plans:
+    """An EpochPlanner that steers those of the names that there are in the run, and nothing else.
+
+    fixed: the knobs are there, and stay as they begin. Without a name for a guard ("drift",
+    "failsafe") there is none.
+    """
+
+    def plans(workload: Workload) -> tuple[Workload, EpochPlanner]:
+        nothing = Gains(**dict.fromkeys(vars(Gains()), 0.0))
+        offered = workload.plannable or Plannable((), lambda workload, names: (workload, []))
+        workload, knobs = offered.build(workload, [n for n in names if n in offered.names])
+        gains = nothing if fixed else None
+        steer = tuple(n for n in STEERED if n in names)
+        if not steer and not knobs:
+            steer, gains = STEERED, nothing
+        planner = EpochPlanner(
+            steer=steer,
+            knobs=knobs,
+            gains=gains,
+            drift="drift" in names,
+            failsafe="failsafe" in names,
+            reward=None if offered.returns is None else FreshSeeds(offered.returns),
+            epoch_steps=offered.epoch_steps,
+            **settings,
+        )
+        return workload, planner
+
+    return plans
 
 
 def _adaptive(*, rewarded: bool = True, paced: bool = True, **settings: Any) -> Drives:
@@ -180,6 +218,11 @@ _CONSTANT = {"rewrite": False, "start": "given", "template": "constant"}
 _COSINE = _CONSTANT | {"template": "cosine"}
 FIXED_NOISE = Bounds(noise=(0.02, 0.02))
 
+PLANNED = ("lr", "failsafe")
+"""What `planner` plans; docs/planning.md says why no more."""
+
+EVERYTHING = (*VALUES, "drift", "failsafe")
+
 METHODS: Mapping[str, Method] = {
     "constant": _plainly("constant"),
     "cosine": _plainly("cosine"),
@@ -243,6 +286,45 @@ METHODS: Mapping[str, Method] = {
             ("fixed-noise", "with noise fixed at 0.02", {"noise": 0.02, "bounds": FIXED_NOISE}),
             ("parameter-noise", "with noise on the parameters", {"noise_on": "parameters"}),
         )
+    },
+    "planner": Method(
+        "epochs planned from the tape of the one before, from the lr that is given",
+        _CONSTANT,
+        needs_lr=True,
+        plans=_planned(*PLANNED),
+    ),
+    "planner-cosine": Method(
+        "the same on top of a cosine", _COSINE, needs_lr=True, plans=_planned(*PLANNED)
+    ),
+    "planner-all": Method(
+        "epochs planned with everything that can be",
+        _CONSTANT,
+        needs_lr=True,
+        plans=_planned(*EVERYTHING),
+    ),
+    "planner-preset": Method(
+        "the failsafe's preset from the second epoch on",
+        _CONSTANT,
+        needs_lr=True,
+        plans=_planned(law=Always()),
+    ),
+    **{
+        f"planner-{name}-fixed": Method(
+            f"{name} at the strength that planning begins with, nothing planned",
+            _CONSTANT,
+            needs_lr=True,
+            plans=_planned(name, fixed=True),
+        )
+        for name in ("sampling", "augmentation")
+    },
+    **{
+        f"planner-{name.replace('_', '-')}": Method(
+            f"epochs planned in nothing but {name.replace('_', ' ')}",
+            _CONSTANT,
+            needs_lr=True,
+            plans=_planned(name),
+        )
+        for name in EVERYTHING
     },
     "adamw": Method("AdamW at its own lr, constant", _CONSTANT, optimizer="adamw"),
     "adamw-cosine": Method(
@@ -749,6 +831,8 @@ def _prepared(
     **more: Any,
 ) -> tuple[Runner, Workload, int]:
     workload = task.workload(seed)
+    if method.plans is not None:
+        workload, more["planner"] = method.plans(workload)
     name = method.optimizer or workload.optimizer
     first = _first_lr(workload, name, lr)
     groups: list[dict[str, Any]] = workload.parameter_groups or [

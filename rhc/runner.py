@@ -1048,7 +1048,7 @@ class Runner:
             marks["interventions"].append(asdict(what))
         if self.loop.step % self._epoch_steps == 0:
             held_out = None
-            if self.val_loader is not None:
+            if self.val_loader is not None and planner.needs_validation:
                 held_out = evaluate(self.plant, self.val_loader)
                 self.loop.cost.gradient_equivalents += self._size_of(self.val_loader) / 3
             plan = planner.end_epoch(None if held_out is None else held_out.loss)

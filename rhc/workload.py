@@ -20,7 +20,7 @@ import functools
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -50,6 +50,20 @@ class Goal:
     """Higher is better."""
     target: float | None = None
     """What a good run's running mean reaches."""
+
+
+@dataclass(frozen=True)
+class Plannable:
+    """What an epoch planner can drive in a run beside its optimizer."""
+
+    names: tuple[str, ...]
+    """Of the values that there are knobs for, see `rhc.planning.VALUES`."""
+    build: Callable[[Workload, Sequence[str]], tuple[Workload, list[Any]]]
+    """(the workload, some of the names) -> the same run with these knobs, and the knobs."""
+    epoch_steps: int | None = None
+    """Steps of an epoch, where a pass over train_loader has no end."""
+    returns: str | None = None
+    """The metric that is a return played on fresh seeds, in reinforcement learning."""
 
 
 @dataclass
@@ -89,6 +103,8 @@ class Workload:
     """(model, steps taken, metrics of the step) -> what a causal scheduler is told beside the loss,
     after every step; None where there is nothing new. Its attribute `forward_passes`, where it has
     one, counts those of a training batch that it spent."""
+    plannable: Plannable | None = None
+    """What `rhc.EpochPlanner` can drive here beside lr, momentum and noise."""
 
 
 def optimizer_of(

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from rhc.errors import InputError
 from rhc.workload import Workload
 from runners.data import split, tensor_loader
+from runners.planned import PLANNABLE
 
 TRAIN, VALIDATION, TEST = 1100, 300, 397
 BATCH = 64
@@ -41,6 +42,7 @@ def digits(
         optimizer="sgd",
         lr={"sgd": 0.01, "adam": 1e-3, "adamw": 1e-3},
         threads=1,
+        plannable=PLANNABLE,
     )
 
 

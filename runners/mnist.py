@@ -12,6 +12,7 @@ from rhc.causal import HeldOut
 from rhc.errors import InputError
 from rhc.workload import Workload
 from runners.data import read_idx, split, tensor_loader
+from runners.planned import PLANNABLE
 
 PIXEL_MEAN, PIXEL_STD = 0.1307, 0.3081  # of the 60,000 training images, scaled to [0, 1]
 BATCH, EVALUATION_BATCH = 64, 500
@@ -56,6 +57,7 @@ def mnist(
         lr={"sgd": 0.01, "adam": 1e-3, "adamw": 1e-3},
         threads=1,
         reward=HeldOut(cross_entropy, val_loader, metric="accuracy", trained_on=BATCH),
+        plannable=PLANNABLE,
     )
 
 

@@ -14,6 +14,7 @@ from rhc.planning.guards import (
     Validation,
     usual_law,
 )
+from rhc.planning.integrations import hf_callback, lightning_callback
 from rhc.planning.knobs import (
     Augmentation,
     Beta1,
@@ -73,7 +74,9 @@ __all__ = [
     "after_drift",
     "closed",
     "epochs_of",
+    "hf_callback",
     "joined",
+    "lightning_callback",
     "next_value",
     "parted",
     "plan_next_epoch",

@@ -130,14 +130,22 @@ class EpochPlanner:
         self.steps = self.noise_steps = self.played = 0
         self._begun: Plan | None = None
         self._pending: list[tuple[Any, Any, Any]] = []
-        self.optimizer = optimizer
+        self.optimizer: Optimizer | None = None
         if optimizer is not None:
-            groups = optimizer.param_groups
-            momentum = next((m for m in map(_momentum, groups) if m is not None), None)
-            self.begin(max(float(g["lr"]) for g in groups), momentum)
-            self._handle = optimizer.register_step_pre_hook(self._add_noise)
+            self.attach(optimizer)
 
     # In a loop -----------------------------------------------------------------------------------
+
+    def attach(self, optimizer: Optimizer, schedulers: Sequence[Any] = ()) -> None:
+        """Takes up an optimizer that was made after the planner, and its schedulers."""
+        self.close()
+        self.optimizer = optimizer
+        self.schedulers = [*self.schedulers, *(s for s in schedulers if s not in self.schedulers)]
+        groups = optimizer.param_groups
+        # A scheduler that warms up begins low: the level is where it comes from.
+        lr = max(float(g.get("initial_lr", g["lr"])) for g in groups)
+        self.begin(lr, next((m for m in map(_momentum, groups) if m is not None), None))
+        self._handle = optimizer.register_step_pre_hook(self._add_noise)
 
     def begin(self, lr: float, momentum: float | None, noise: float = 0.0) -> Plan:
         """The plan of the first epoch: what the run has by itself."""
@@ -275,6 +283,7 @@ class EpochPlanner:
         """Takes the noise off the optimizer; all else stays as it is."""
         if self.optimizer is not None:
             self._handle.remove()
+            self.optimizer = None
 
     # State ---------------------------------------------------------------------------------------
 
