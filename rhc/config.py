@@ -21,12 +21,11 @@ from tyro.conf import arg
 
 from rhc.errors import InputError
 from rhc.files import MOST_TOML_BYTES, parsed_toml, read_regular
-from rhc.workload import Workload, usual_weight_decay
+from rhc.workload import OPTIMIZERS, Workload, usual_lr, usual_weight_decay
 
 RECORD_VERSION = 1
 """Of the command line's part of config.json."""
 
-OPTIMIZERS = ("sgd", "adam", "adamw")
 STARTS = ("zero", "probe", "given")
 TEMPLATES = ("constant", "cosine", "linear", "wsd", "1cycle")
 """Starts and templates are those of rhc.start and rhc.schedule, which import torch."""
@@ -78,11 +77,11 @@ class TrainConfig:
     """Optimizer steps in all."""
 
     optimizer: Annotated[str | None, _unset("the run's own", "NAME")] = None
-    """sgd, adam or adamw, of torch.optim."""
+    """sgd, adam, adamw, nadam, radam, adamax, rmsprop or adagrad, of torch.optim."""
     lr: Annotated[float | None, _unset("the run's own", "A")] = None
     """Learning rate to start from."""
     momentum: Annotated[float, arg(metavar="MU")] = 0.9
-    """Momentum of sgd, β1 of adam and adamw, to start from."""
+    """Momentum of sgd and rmsprop, β1 of the Adams, to start from; adagrad has none."""
     weight_decay: Annotated[float | None, _unset("0; 0.01 for adamw", "W")] = None
     """Weight decay to start from."""
     nesterov: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -291,7 +290,11 @@ class TrainConfig:
         """These settings with the workload's defaults filled in; threads: where it has none."""
         optimizer = self.optimizer or workload.optimizer
         _one_of("optimizer", optimizer, OPTIMIZERS, "only these have dynamics")
-        lr = self.lr if self.lr is not None else workload.lr.get(optimizer)
+        if optimizer == "adagrad" and self.momentum != TrainConfig.momentum:
+            raise InputError(
+                f"adagrad has no momentum, got {self.momentum:g}; leave --momentum out"
+            )
+        lr = self.lr if self.lr is not None else usual_lr(workload, optimizer)
         if lr is None:
             raise InputError(f"lr: run {self.run!r} has no default for {optimizer}; give --lr")
         decay = self.weight_decay

@@ -80,7 +80,7 @@ class ReplayConfig:
     """lr of every step: linear × (batch size / what it was), sqrt × the root of that, width / how
     many times as wide the model is; none leaves it."""
     optimizer: Annotated[str | None, _unset("what it was made with", "NAME")] = None
-    """sgd, adam or adamw, of torch.optim."""
+    """sgd, adam, adamw, nadam, radam, adamax, rmsprop or adagrad, of torch.optim."""
 
     data: Annotated[Path | None, _unset("as it was made with", "DIR")] = None
     """Folder of the run's data, for runs that need one."""
@@ -130,11 +130,11 @@ class PlainSettings:
     steps: Annotated[int | None, _unset("the run's own", "T")] = None
     """Optimizer steps of every run."""
     optimizer: Annotated[str | None, _unset("the run's own", "NAME")] = None
-    """sgd, adam or adamw, of torch.optim."""
+    """sgd, adam, adamw, nadam, radam, adamax, rmsprop or adagrad, of torch.optim."""
     lr: Annotated[float | None, _unset("the run's own", "A")] = None
     """Learning rate of the first run."""
     momentum: Annotated[float, arg(metavar="MU")] = 0.9
-    """Momentum of sgd, β1 of adam and adamw, of the first run."""
+    """Momentum of sgd and rmsprop, β1 of the Adams, of the first run."""
     weight_decay: Annotated[float | None, _unset("0; 0.01 for adamw", "W")] = None
     """Weight decay."""
     clip_norm: Annotated[float | None, _unset("no clipping", "C")] = None

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 ENTRY_POINT_GROUP = "rhc.runners"
 
+OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "radam", "adamax", "rmsprop", "adagrad")
+"""What `optimizer_of` knows. Muon has dynamics too, but takes matrices alone: not a whole model."""
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -116,22 +119,47 @@ def optimizer_of(
     weight_decay: float | None = None,
     nesterov: bool = False,
 ) -> Optimizer:
-    """torch.optim's sgd, adam or adamw. momentum: β1 of the Adams. weight_decay: None for the usual
-    one, 0.01 for adamw and 0 for the others."""
+    """The optimizer of torch.optim that has this name, one of OPTIMIZERS.
+
+    momentum: β1 where it has betas; adagrad has neither. weight_decay: None for the usual one, 0.01
+    for adamw and 0 for the others.
+    """
     import torch
 
     if weight_decay is None:
         weight_decay = usual_weight_decay(name)
+    if name == "rmsprop":
+        return torch.optim.RMSprop(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    if name == "adagrad":
+        return torch.optim.Adagrad(parameters, lr=lr, weight_decay=weight_decay)
     if name == "sgd":
         return torch.optim.SGD(
             parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov
         )
-    kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
-    return kind(parameters, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay)
+    kinds: dict[str, Any] = {
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+        "nadam": torch.optim.NAdam,
+        "radam": torch.optim.RAdam,
+        "adamax": torch.optim.Adamax,
+    }
+    made: Optimizer = kinds[name](
+        parameters, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay
+    )
+    return made
 
 
 def usual_weight_decay(optimizer: str) -> float:
     return 0.01 if optimizer == "adamw" else 0.0
+
+
+def usual_lr(workload: Workload, optimizer: str) -> float | None:
+    """The workload's default for this optimizer; adam's where it has none of its own.
+
+    None where it has neither, and for sgd, whose steps have another unit.
+    """
+    own = workload.lr.get(optimizer)
+    return workload.lr.get("adam") if own is None and optimizer != "sgd" else own
 
 
 @dataclass(frozen=True)

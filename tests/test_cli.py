@@ -87,7 +87,7 @@ def vector(*, seed=0, data=None): return changed(loss_fn=lambda m, b: (m(b[0]) -
 def nograph(*, seed=0, data=None): return changed(loss_fn=lambda m, b: m(b[0]).mean().detach())
 def number(*, seed=0, data=None): return changed(loss_fn=lambda m, b: m(b[0]).mean().item())
 def nan(*, seed=0, data=None): return changed(loss_fn=lambda m, b: m(b[0]).mean() * float("nan"))
-def rmsprop(*, seed=0, data=None): return changed(optimizer="rmsprop")
+def lion(*, seed=0, data=None): return changed(optimizer="lion")
 def no_lr(*, seed=0, data=None): return changed(lr={"adam": 1e-3})
 def something(*, seed=0, data=None): return 3
 def raises(*, seed=0, data=None): raise RuntimeError("a fault of its own")
@@ -537,7 +537,7 @@ BAD_INPUT: dict[str, list[str]] = {
     "train --controls": ["controls is empty", "--no-rewrite"],
     "train digts": ["'digts'", "did you mean 'digits'", "mnist", "sine", "path/to/file.py"],
     "train --optimizer adamm": ["'adamm'", "did you mean 'adam'", "sgd, adam, adamw"],
-    "train --optimizer rmsprop": ["'rmsprop'", "sgd, adam, adamw", "dynamics"],
+    "train --optimizer lion": ["'lion'", "sgd, adam, adamw", "dynamics"],
     "train --product exat": ["'exat'", "did you mean 'exact'", "central-difference"],
     "train --engine higher": ["engine must be 'adjoint'", "'higher'", "rhc.hypergradient"],
     "train --start porbe": ["start must be one of zero, probe, given", "'porbe'"],
@@ -548,6 +548,7 @@ BAD_INPUT: dict[str, list[str]] = {
     "train --no-rewrite --controls lr": ["controls", "got lr", "leave --controls"],
     "train --no-rewrite --cooldown 0.1": ["cooldown", "got 0.1", "leave --cooldown"],
     "train --controls momentum --cooldown 0.1": ["cooldown", "add lr to --controls"],
+    "train --optimizer adagrad --momentum 0.5": ["adagrad", "got 0.5", "leave --momentum out"],
     "train --nesterov --optimizer adam": ["nesterov", "adam", "leave --nesterov out"],
     "train --momentum 0 --controls momentum": ["momentum", "from 0", "leave momentum out"],
     # runners of one's own
@@ -555,7 +556,7 @@ BAD_INPUT: dict[str, list[str]] = {
     "train nowhere.py:own": ["no file nowhere.py", "correct the path"],
     "train own.py:nothing": ["no function 'nothing'"],
     "train own.py:something": ["returned int", "Workload"],
-    "train own.py:rmsprop": ["'rmsprop'", "sgd, adam, adamw"],
+    "train own.py:lion": ["'lion'", "sgd, adam, adamw"],
     "train own.py:no_lr": ["no default for sgd", "give --lr"],
     "train own.py:empty": ["train_loader yields no batches", "batch_size"],
     "train own.py:empty_val": ["val_loader yields no batches"],

@@ -32,6 +32,8 @@ import rhc
 from rhc import InputError
 from rhc.dynamics import DYNAMICS, dynamics_of, from_torchopt, transformations
 from rhc.dynamics.transformations import newton_schulz
+from rhc.workload import OPTIMIZERS as NAMED
+from rhc.workload import optimizer_of
 
 STEPS = 4
 SEGMENTS = (1, 4)
@@ -674,3 +676,30 @@ def test_an_optimizer_without_dynamics_is_still_refused() -> None:
     setting = Setting(problem, optimizer, problem.batches(2), {"lr": torch.full((2,), 0.1)})
     with pytest.raises(InputError, match="Adadelta has no differentiable dynamics; use one of SGD"):
         look_back(setting)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_every_optimizer_of_the_command_line_can_be_looked_back_at(name: str) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1)
+    ).double()
+    batches = [torch.randn(5, 3, dtype=torch.float64) for _ in range(4)]
+    start = {n: t.clone() for n, t in model.state_dict().items()}
+
+    def at(lr: float) -> tuple[float, float]:
+        model.load_state_dict(start)
+        found = rhc.hypergradient(
+            model,
+            optimizer_of(name, model.parameters(), lr),
+            lambda m, x: (m(x) - x.sum(1, keepdim=True)).square().mean(),
+            batches,
+            controls={"lr": lr},
+            product="exact",
+        )
+        assert found.result.usable, found.result.message
+        return found.value, float(found.grad["lr"].sum())
+
+    h = 1e-6
+    slope = (at(0.01 + h)[0] - at(0.01 - h)[0]) / (2 * h)
+    assert at(0.01)[1] == pytest.approx(slope, rel=1e-5)
