@@ -56,7 +56,7 @@ def table(name: str) -> str:
         keys = [key for key in now if key[0] == method and (method not in SWEPT or key == sweep)]
         for key in sorted(keys, key=lambda k: k[1] or 0.0):
             lines.append(line(key, now[key], now, best, ("rhc", None), ""))
-        if not keys and (method, None) in earlier:
+        if not keys and method != "rhc" and (method, None) in earlier:
             base = ("exact-hessian", None)
             lines.append(line((method, None), earlier[method, None], now, best, base, " †"))
     return "\n".join(lines)

@@ -489,7 +489,7 @@ Train a PyTorch model, and have its schedule written with hindsight:
 
 TRAIN = """\
 Train RUN and write its schedule with hindsight:
-  roll K steps, look back with exact gradients of a window objective by
+  roll K steps, look back with the gradient of a window objective by
   every control of every step, rewrite, restore, replay, commit, slide
 
 examples:
@@ -507,7 +507,7 @@ Train RUN by several methods on several seeds; what each ends with and costs:
   zero-probe  zero-probe-cosine      the start alone, and a template
   probe-cosine                       the same from an lr
   constant cosine linear 1cycle wsd  plain templates from the lrs that are given
-  step  on-plateau  adamw-cosine     other schedulers from them; adamw: at its own
+  step  on-plateau  adamw-cosine     other schedulers; adamw: at its own lr
   schedule-free  prodigy             optimizers without a schedule (packages)
   adaptive  adaptive-…               AdaptiveRL; parts of it, see --ablations
   template-race  random-search       the best of several runs, by validation
@@ -517,6 +517,8 @@ Train RUN by several methods on several seeds; what each ends with and costs:
   search-cosine-2  search-cosine-4   random lrs for a cosine, best by validation
   no-rewrite  no-anew  no-hessian  no-average  no-accept  greedy
   every-window  all-controls         rhc with a part changed
+  exact-hessian  memory  step-…      rhc with a part put in
+  planner  planner-…                 epochs planned from the tape; its knobs
 
 examples:
   rhc compare digits --methods rhc cosine --lrs 0.03 0.1 0.3 --seeds 10

@@ -302,8 +302,8 @@ class DistillConfig:
 
 
 DISTILL = """\
-Fit a causal scheduler to runs that were written with hindsight: one that sees
-the past alone, costs one plain run, and works in any loop:
+Fit a causal scheduler to runs that were written with hindsight:
+  it sees the past alone, costs one plain run, and works in any loop
   scheduler = rhc.DistilledScheduler.load("POLICY", optimizer, steps=T)
 
 examples:
