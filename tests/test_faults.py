@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 from faulty_disk import FaultyDisk
-from runs import Run, classify, files, make_run, state_of, unequal
 from safetensors.torch import load_file
 from torch import nn
 
@@ -26,6 +26,7 @@ from rhc.errors import StorageError
 from rhc.events import CheckpointSaved, Notice, StepTaken
 from rhc.faults import Deviation, Relief, out_of_memory
 from rhc.hypergradient import Lookback
+from runs import Run, classify, files, make_run, state_of, unequal
 
 STEPS = 11
 LAW = Rewrite(step={"lr": 1.5, "momentum": 0.5, "noise": 4.0}, damping=1e-9)
@@ -176,6 +177,14 @@ def test_a_file_that_is_removed_while_it_trains(
 
 
 # Signals -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """A suite that a shell began in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
