@@ -438,10 +438,10 @@ GOOD = Schedule.constant(2, lr=0.1).to_json()
         ),
         ({**GOOD, "controls": {"lr": {}}}, "is not a schedule written by rhc .*values"),
         ({**GOOD, "controls": {"lr": {"values": [1, None]}}}, "is not a schedule written by rhc"),
-        ({**GOOD, "start": math.inf}, "is not a schedule written by rhc .*infinity"),
+        ({**GOOD, "start": math.inf}, "is not valid JSON .*Infinity"),
         (
             {**GOOD, "controls": {"lr": {"values": [math.nan]}}},
-            "must be finite, got lr=nan at step 0",
+            "is not valid JSON .*NaN",
         ),
         ({**GOOD, "controls": {"lr": {"values": []}}}, "at least one step"),
         ({**GOOD, "controls": {}}, "at least one control"),
