@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from faulty_disk import FaultyDisk
+from runs import Run, classify, files, make_run, state_of, unequal
 from safetensors.torch import load_file
 from torch import nn
 
@@ -26,7 +27,6 @@ from rhc.errors import StorageError
 from rhc.events import CheckpointSaved, Notice, StepTaken
 from rhc.faults import Deviation, Relief, out_of_memory
 from rhc.hypergradient import Lookback
-from runs import Run, classify, files, make_run, state_of, unequal
 
 STEPS = 11
 LAW = Rewrite(step={"lr": 1.5, "momentum": 0.5, "noise": 4.0}, damping=1e-9)
