@@ -230,11 +230,16 @@ def test_asked_for_again_a_finished_run_says_so(call: Call, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_flags_reach_the_optimizer(call: Call, tmp_path: Path, optimizer: str) -> None:
-    flags = f"--optimizer {optimizer} --lr 0.005 --momentum 0.8 --weight-decay 0.02"
+    flags = f"--optimizer {optimizer} --lr 0.005 --weight-decay 0.02"
+    initial = {"lr": 0.005, "weight_decay": 0.02, "noise": 0.0}
+    if optimizer == "adagrad":
+        refused = call(f"train own.py:own {flags} --momentum 0.8")
+        assert refused.status == 2 and "adagrad has no momentum, got 0.8" in refused.err
+    else:
+        flags, initial = f"{flags} --momentum 0.8", initial | {"momentum": 0.8}
     line = f"train own.py:own {flags} --steps 3 --window 3 --clip-norm 2 --directory run"
     assert call(line).status == 0
     config = json.loads((tmp_path / "run/config.json").read_text())
-    initial = {"lr": 0.005, "momentum": 0.8, "weight_decay": 0.02, "noise": 0.0}
     assert (config["optimizer"], config["initial"]) == (optimizer, initial)
     assert config["clip_norm"] == 2
 
