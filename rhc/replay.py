@@ -10,11 +10,10 @@ import hashlib
 import inspect
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,12 +22,11 @@ from rhc.config import TrainConfig
 from rhc.errors import InputError
 from rhc.events import Listener
 from rhc.hindsight_config import ReplayConfig
-from rhc.progress import Progress, display
 from rhc.randomness import seed_everything
 from rhc.runner import DivergedError, Runner
 from rhc.schedule import CONTROLS, Schedule
-from rhc.summary import RUNS, print_result, read_record
-from rhc.train import built_optimizer, config_of, device_of, interrupted, recorded
+from rhc.summary import RUNS, read_record
+from rhc.train import built_optimizer, config_of, device_of, recorded, shown
 from rhc.workload import Workload, load_runner
 
 _OF_THE_SOURCE = (
@@ -266,24 +264,13 @@ def follow(
 
     spent: plain runs that went into the schedule and belong on this run's ledger.
     """
-    assert run.config.steps is not None
-    progress = Progress(run.config.short_name)
-    try:
-        with display(progress, console) as listener:
-            runner = run.runner(schedule, directory, record, [listener], spent=spent)
-            runner.fit(run.config.steps, cast(Literal["auto", "never"], run.config.resume))
-    except KeyboardInterrupt:
-        return interrupted(progress, directory)
-    except DivergedError as error:
-        print(f"rhc: error: {_mended(error)}", file=sys.stderr)
-        return 1
-    assert progress.result is not None
-    if not progress.started:
-        already = "holds this run, finished; to train anew give another --seed or --directory"
-        console.print(f"{directory} {already}", highlight=False, soft_wrap=True)
-    console.print()
-    print_result(console, progress.result, directory, inspect=True)
-    return 0
+    return shown(
+        run.config,
+        directory,
+        console,
+        lambda listener: run.runner(schedule, directory, record, [listener], spent=spent),
+        _mended,
+    )
 
 
 def _mended(error: DivergedError) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -544,24 +544,11 @@ class Runner:
 
         steered: also looks back.
         """
-        planned, correction = self.loop.schedule, self.loop.correction
         number, failed = 0, None
-        ladders = [(planned, correction, True), (planned, correction, False)]
-        begun_with = self._planned(self.loop.steps, self.loop.first_lr)
-        first = planned.replaced(begun_with.window(start, planned.stop))
-        others = [name for name in planned.values if name != "lr"]
-        if not all(torch.equal(planned[name], first[name]) for name in others):
-            # No lr helps: it may be what rewriting made of the others.
-            ladders.insert(1, (first, {}, True))
-        for schedule, corrected, guarded in ladders:
+        for schedule, corrected, guarded in self._ladders(start):
             # A loss that no lr lowers is not the lr's: if it is finite, it is let through.
             if not guarded and (failed is None or not math.isfinite(failed[1])):
                 break
-            if schedule is first:
-                self._notice(
-                    f"no lr keeps the steps from {start} on finite: all controls go back to what "
-                    "the run began with"
-                )
             self.loop.schedule, self.loop.correction, failed = schedule, corrected, None
             for _ in range(self.law.rewinds + 1):
                 self._verb("roll", start, stop, number)
@@ -588,6 +575,22 @@ class Runner:
             f"{attempt.failure}, also at lr x{self.law.lower_lr**self.law.rewinds:.0e}; "
             "look at the data and the loss of these steps"
         )
+
+    def _ladders(self, start: int) -> Iterator[tuple[Schedule, dict[str, Shift], bool]]:
+        """(schedule, correction, whether it is guarded) to roll from, each when the last failed."""
+        planned, correction = self.loop.schedule, self.loop.correction
+        yield planned, correction, True
+        begun_with = self._planned(self.loop.steps, self.loop.first_lr)
+        first = planned.replaced(begun_with.window(start, planned.stop))
+        others = [name for name in planned.values if name != "lr"]
+        if not all(torch.equal(planned[name], first[name]) for name in others):
+            # No lr helps: it may be what rewriting made of the others.
+            self._notice(
+                f"no lr keeps the steps from {start} on finite: all controls go back to what "
+                "the run began with"
+            )
+            yield first, {}, True
+        yield planned, correction, False
 
     def _roll(
         self,

@@ -10,7 +10,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -82,15 +82,38 @@ def train(config: TrainConfig, console: Console, *, recorded_data: Path | None =
         for line in _runner(config, workload, law, objective, directory).plan():
             console.out(line, highlight=False)
         return 0
+    status = shown(
+        config,
+        directory,
+        console,
+        lambda listener: _runner(config, workload, law, objective, directory, listener),
+    )
+    if status == 0:
+        _report(console, directory)
+    return status
+
+
+def shown(
+    config: TrainConfig,
+    directory: Path,
+    console: Console,
+    build: Callable[[Listener], Runner],
+    told: Callable[[DivergedError], str] = str,
+) -> int:
+    """Runs to the end what `build` makes, shown while it goes, and returns the exit status.
+
+    told: what is said of a run that diverged.
+    """
+    assert config.steps is not None
     progress = Progress(config.short_name)
     try:
         with display(progress, console) as listener:
-            runner = _runner(config, workload, law, objective, directory, listener)
+            runner = build(listener)
             runner.fit(config.steps, cast(Literal["auto", "never"], config.resume))
     except KeyboardInterrupt:
-        return interrupted(progress, directory)
+        return _interrupted(progress, directory)
     except DivergedError as error:
-        print(f"rhc: error: {error}", file=sys.stderr)
+        print(f"rhc: error: {told(error)}", file=sys.stderr)
         return 1
     assert progress.result is not None
     if not progress.started:
@@ -98,7 +121,6 @@ def train(config: TrainConfig, console: Console, *, recorded_data: Path | None =
         console.print(f"{directory} {already}", highlight=False, soft_wrap=True)
     console.print()
     print_result(console, progress.result, directory, inspect=True)
-    _report(console, directory)
     return 0
 
 
@@ -284,7 +306,7 @@ def _default_directory(
     return RUNS / f"{config.short_name}-{digest[:8]}"
 
 
-def interrupted(progress: Progress, directory: Path) -> int:
+def _interrupted(progress: Progress, directory: Path) -> int:
     """Says how to go on after Ctrl-C or SIGTERM, and returns the exit status of the former."""
     saved = f"{progress.saved} of {progress.steps} steps are saved"
     print(
