@@ -39,7 +39,7 @@ DEVICES = ("auto", "cpu", "cuda")
 RESUMES = ("auto", "never")
 
 
-_REWRITING = {
+REWRITING: dict[str, Any] = {
     "controls": None,
     "per_group": None,
     "cooldown": None,
@@ -267,7 +267,7 @@ class TrainConfig:
     def _check_used(self) -> None:
         """A setting that would be ignored is an error, not a silence."""
         if not self.rewrite:
-            for name, unset in _REWRITING.items():
+            for name, unset in REWRITING.items():
                 if getattr(self, name) != unset:
                     raise InputError(
                         f"{name} is about rewriting, which --no-rewrite turns off, and got "

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from rhc.config import REWRITING
 from rhc.errors import InputError
 from rhc.evaluate import evaluate
 from rhc.hindsight.distill import (
@@ -150,28 +151,13 @@ class _Source:
             plain = replace(
                 config,
                 rewrite=False,
-                controls=None,
-                per_group=None,
                 template=None,
                 warmup=None,
-                **_REWRITING_OFF,
+                **REWRITING,
             )
             run = plain_run(plain, Sizes(record.get("batch_size"), record.get("width")))
         example = Example(str(path), rows, schedule, start_lr)
         return cls(example, run, _loss_of(result["val_loss"], rows))
-
-
-_REWRITING_OFF: dict[str, Any] = {
-    "cooldown": None,
-    "until": None,
-    "average": None,
-    "objective_batches": None,
-    "product": "auto",
-    "segment": "auto",
-    "memory_budget": None,
-    "discount": 1.0,
-    "costate_clip": None,
-}
 
 
 def _loss_of(validation: float | None, rows: Sequence[Any]) -> float:

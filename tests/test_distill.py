@@ -388,6 +388,15 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, st
     return run
 
 
+def test_a_run_that_was_rewritten_is_learned_from(call: Callable[..., Any], tmp_path: Path) -> None:
+    """Its settings of rewriting, a budget among them, mean nothing to the policy's plain runs."""
+    train = ["train", "sine", "--steps", 40, "--window", 10, "--directory", tmp_path / "run"]
+    assert call(*train)[0] == 0
+    options = ["--kind", "laws", "--rounds", 0, "--every", 10]
+    status, _, err = call("distill", tmp_path / "run", "-o", tmp_path / "p", *options)
+    assert (status, err) == (0, "")
+
+
 def test_runs_become_a_scheduler(
     runs: list[Path], call: Callable[..., Any], tmp_path: Path
 ) -> None:
