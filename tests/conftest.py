@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+
+from rhc.cli import main
 
 # A deadline is an asserted timing, and a busy machine fails it.
 settings.register_profile("rhc", deadline=None)
@@ -32,3 +35,15 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data in {folder}: set RHC_DATA to a folder with mnist/ in it")
     return folder
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command line: (exit status, stdout, stderr)."""
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        status = main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run

@@ -378,16 +378,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return found
 
 
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        status = main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
-
-
 def test_a_run_that_was_rewritten_is_learned_from(call: Callable[..., Any], tmp_path: Path) -> None:
     """Its settings of rewriting, a budget among them, mean nothing to the policy's plain runs."""
     train = ["train", "sine", "--steps", 40, "--window", 10, "--directory", tmp_path / "run"]

@@ -20,18 +20,6 @@ from rhc.replay import Sizes, rescaling
 from tests.runs import make_run, plain_loop, state_of
 
 
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs a command line: (exit status, stdout, stderr)."""
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        status = main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def cosine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 60 steps that nothing was rewritten in."""

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 import rhc.runner
 from rhc import AdaptiveRL, Gains, InputError, Schedule
-from rhc.cli import main
 from rhc.hindsight import Pass, Smoother, Tape, held_out, reward_of, smooth
 from rhc.hindsight.smoother import AGAINST, changed
 from rhc.workload import Goal
@@ -219,16 +218,6 @@ def test_what_a_run_is_judged_by() -> None:
 
 
 # The command --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        status = main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
 
 
 def test_one_pass_costs_two_plain_runs_and_leaves_a_run(
