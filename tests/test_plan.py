@@ -108,6 +108,7 @@ class Counter:
     def __init__(self) -> None:
         self.at = self.taken = 0
         self.optimizer = SimpleNamespace(zero_grad=lambda: None)
+        self.model = nn.Module()
 
     def snapshot(self) -> int:
         return self.at

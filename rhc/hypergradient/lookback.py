@@ -204,9 +204,15 @@ class Lookback:
         folder = None if isinstance(self.spill, bool) else Path(self.spill)
         recorder = WindowRecorder(self.plant, self.objective, plan, folder)
         try:
-            self.plant.roll(
-                batches, schedule, record=recorder, average=average, on_step=on_step, limit=limit
-            )
+            with recorder.kernels():
+                self.plant.roll(
+                    batches,
+                    schedule,
+                    record=recorder,
+                    average=average,
+                    on_step=on_step,
+                    limit=limit,
+                )
         except BaseException:
             recorder.close()
             raise

@@ -6,7 +6,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -83,6 +83,7 @@ class WindowRecorder(Recorder):
         self.graphs: dict[int, KeptGraph] = {}
         self.recomputed = 0
         self._make_graph: GraphMaker | None = None
+        self._inside = False
         self._bounds = chunk_bounds(plan.steps, plan.chunk) if plan.chunk else [0]
         self._marks = set(_marks(len(self._bounds) - 1, plan.snapshots)) if plan.chunk else set()
         # The first step whose gradient is in memory after the roll.
@@ -98,6 +99,22 @@ class WindowRecorder(Recorder):
         )
 
     # Forwards ------------------------------------------------------------------------------------
+
+    @contextmanager
+    def kernels(self) -> Iterator[None]:
+        """To roll inside: kernels for graphs, where every step keeps its own.
+
+        To enter and leave them at every step takes a tenth of a small model's.
+        """
+        if self.plan.graphs < self.plan.steps:
+            yield
+            return
+        with double_backward(self.plant.model, valued=True):
+            self._inside = True
+            try:
+                yield
+            finally:
+                self._inside = False
 
     def before(self, i: int, batch: Any) -> Backward | None:
         super().before(i, batch)
@@ -127,7 +144,7 @@ class WindowRecorder(Recorder):
         plant, blocks = self.plant, self.trajectory.blocks
         if self._make_graph is None or self._make_graph.blocks is not blocks:
             self._make_graph = GraphMaker(Evaluation(plant, blocks, self.objective))
-        graph, values, buffers, steady = self._make_graph(batch)
+        graph, values, buffers, steady = self._make_graph(batch, inside=self._inside)
         if steady:
             self.graphs[i] = graph
         indices = (i for block in blocks for i in block.indices)
@@ -299,7 +316,7 @@ class GraphMaker:
                     self._buffers.append((module._buffers, name, full, buffer))
 
     def __call__(
-        self, batch: Any
+        self, batch: Any, *, inside: bool = False
     ) -> tuple[KeptGraph, list[Tensor | None], list[tuple[Tensor, Tensor]], bool]:
         """(graph, gradients, (buffer, value after the step) for every buffer, whether it stays).
 
@@ -307,13 +324,15 @@ class GraphMaker:
 
         A model that uses activation checkpointing runs again in the backward pass, with whatever
         parameters it then finds, so that its graph does not outlive the step.
+
+        inside: whether the kernels that can be differentiated twice are in place already.
         """
         read = self.survey(batch).read
         leaves = [
             (p.detach().clone() if name in read else p.detach()).requires_grad_()
             for name, p in zip(self._names, self._parameters, strict=True)
         ]
-        graph, found, after, steady = self._graph(batch, leaves)
+        graph, found, after, steady = self._graph(batch, leaves, inside)
         return graph, [None if g is None else g.detach() for g in found], after, steady
 
     def survey(self, batch: Any, enough: float = math.inf) -> Survey:
@@ -358,7 +377,7 @@ class GraphMaker:
         return Survey(size, read, steady)
 
     def _graph(
-        self, batch: Any, flat: list[Tensor]
+        self, batch: Any, flat: list[Tensor], inside: bool = False
     ) -> tuple[KeptGraph, Sequence[Tensor | None], list[tuple[Tensor, Tensor]], bool]:
         """(graph, gradients with their graph, buffers, whether it stays) at these leaves."""
         evaluation = self.evaluation
@@ -370,7 +389,11 @@ class GraphMaker:
             if full in names
         }
         visible = visible_statistics(model, update=True) if names else nullcontext()
-        kernels_of_two = double_backward(model, valued=True, recurrent=self._recurrent)
+        kernels_of_two: AbstractContextManager[None] = (
+            nullcontext()
+            if inside
+            else double_backward(model, valued=True, recurrent=self._recurrent)
+        )
         with kernels_of_two, visible, _checkpointing() as used:
             try:
                 for owner, name, n in self._owners:
