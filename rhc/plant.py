@@ -9,6 +9,7 @@ adjoint needs to look back. It decides nothing.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _unflatten_dense_tensors
 
 from rhc.batches import DrawnAsNeeded, MicroBatches
 from rhc.dynamics import Dynamics, dynamics_of
@@ -66,14 +68,17 @@ class Block:
         """The parameters' shapes seen in a vector of their concatenated elements."""
         if len(self.sizes) == 1:
             return [flat.view(self.shapes[0])]
-        return [
-            part.view(shape)
-            for part, shape in zip(flat.split(self.sizes), self.shapes, strict=True)
-        ]
+        return list(_unflatten_dense_tensors(flat, _templates(self.shapes)))
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         """The concatenated elements of one tensor per parameter of the optimizer: always a copy."""
         return torch.cat([tensors[i].detach().reshape(-1) for i in self.indices])
+
+
+@functools.cache
+def _templates(shapes: tuple[torch.Size, ...]) -> list[Tensor]:
+    """Tensors of these shapes without any memory."""
+    return [torch.empty(shape, device="meta") for shape in shapes]
 
 
 @dataclass
