@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rhc.distributed import Shard
 from rhc.errors import InputError
 from rhc.randomness import RandomState, preserved, seed_everything
 
@@ -207,6 +208,7 @@ class StepBatches:
         with preserved(), loader_preserved(self.loader) if self.isolated else nullcontext():
             position.start.rng.restore()
             _set_states(self.loader, position.start.generators)
+            _begin_epoch(self.loader, position.epoch)
             self._iterator = iter(self.loader)
             for drawn in range(position.index):
                 try:
@@ -245,6 +247,7 @@ class StepBatches:
         for fresh in (False, True):
             if fresh or self._iterator is None:
                 self._start = _EpochStart(RandomState.capture(), _states(self.loader))
+                _begin_epoch(self.loader, self._epoch + 1)
                 self._iterator = iter(self.loader)
                 self._epoch += 1
                 self._index = 0
@@ -258,12 +261,21 @@ class StepBatches:
         )
 
 
+def _begin_epoch(loader: Any, epoch: int) -> None:
+    """Tells a `RankLoader` which epoch comes."""
+    begin = getattr(loader, "begin_epoch", None)
+    if begin is not None:
+        begin(epoch)
+
+
 def to_device(batch: Any, device: torch.device | None) -> Any:
     """Every tensor in nested lists, tuples and dicts moved to `device`; None moves nothing."""
     if device is None:
         return batch
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
+    if isinstance(batch, Shard):
+        return replace(batch, rows=to_device(batch.rows, device))
     if isinstance(batch, Mapping):
         return type(batch)({k: to_device(v, device) for k, v in batch.items()})  # type: ignore[call-arg]
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -276,10 +288,12 @@ def to_device(batch: Any, device: torch.device | None) -> Any:
 def batch_size(batch: Any) -> int:
     """The length of the first dimension of the first tensor in a batch; 1 where there is none.
 
-    Of `MicroBatches`, the sum over all of them.
+    Of `MicroBatches`, the sum over all of them; of a `Shard`, the size of the whole batch.
     """
     if isinstance(batch, MicroBatches):
         return sum(batch_size(micro) for micro in batch)
+    if isinstance(batch, Shard):
+        return batch.size
     if isinstance(batch, Tensor):
         return int(batch.shape[0]) if batch.dim() else 1
     if isinstance(batch, Mapping):

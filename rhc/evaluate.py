@@ -45,6 +45,9 @@ def evaluate(
             total += n * float(loss)
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + n * float(value.double().mean())
+    if plant.ranks is not None:
+        whole, total, *rest = plant.ranks.sums([count, total, *sums.values()])
+        count, sums = int(whole), dict(zip(sums, rest, strict=True))
     if not count:
         return Losses(math.nan, {})
     return Losses(total / count, {name: value / count for name, value in sums.items()})
@@ -87,6 +90,10 @@ def _estimate_statistics(plant: Plant, loader: Iterable[Any], device: torch.devi
             m.train()
         for batch in islice(iter(loader), TRAIN_BATCHES):
             plant.loss(to_device(batch, None if device.type == "cpu" else device))
+    if plant.ranks is not None:
+        plant.ranks.mean_(
+            [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
+        )
     for m, momentum in zip(layers, momenta, strict=True):
         m.momentum = momentum
 

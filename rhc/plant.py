@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
+from torch.nn.modules.batchnorm import _NormBase
 
 from rhc.batches import DrawnAsNeeded, MicroBatches
+from rhc.distributed import Ranks, SyncBatchNorm, weighing
 from rhc.dynamics import Dynamics, dynamics_of
 from rhc.errors import InputError
 from rhc.noise import add_gradient_noise
@@ -124,6 +126,8 @@ class Plant:
     seed: of the gradient noise. clip_norm: global gradient norm to clip at; clip_value: largest
     absolute value of a gradient's element; None for no clipping, and one of the two at most.
     A batch that is `MicroBatches` is one step on the mean of their losses.
+    ranks: the processes that train together. Here, and nowhere else, gradients, losses and metrics
+    become those of all of them; `averaged` does it for what others derive.
     """
 
     def __init__(
@@ -135,6 +139,7 @@ class Plant:
         seed: int = 0,
         clip_norm: float | None = None,
         clip_value: float | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         for name, level in (("clip_norm", clip_norm), ("clip_value", clip_value)):
             if level is not None and not level > 0:
@@ -146,7 +151,8 @@ class Plant:
             )
         self.model = model
         self.optimizer = optimizer
-        self.loss_fn = loss_fn
+        self.loss_fn = loss_fn if ranks is None else weighing(loss_fn, ranks)
+        self.ranks = ranks
         self.seed = seed
         self.clip_norm = clip_norm
         self.clip_value = clip_value
@@ -165,6 +171,8 @@ class Plant:
         buffers = model.named_buffers()
         self._infinite = {n for n, b in buffers if not bool(b.isfinite().all())}
         self.singletons = False
+        # Without one that is synchronised, a layer's statistics are of this rank's rows.
+        self._statistics = [] if ranks is None else _own_statistics(model)
         self._on_cpu = all(p.device.type == "cpu" for p in self.parameters)
 
     # One step ------------------------------------------------------------------------------------
@@ -194,7 +202,12 @@ class Plant:
         """
         self.controls.write(controls)
         self.optimizer.zero_grad()
-        loss, metrics = self.backward(batch) if backward is None else backward()
+        if backward is None:
+            loss, metrics = self.backward(batch)
+        else:
+            loss, metrics = self._with_means(*backward())
+        if self._statistics and self.ranks is not None:
+            self.ranks.mean_(self._statistics)
         if keep is not None:
             keep()
         norm = self._transform_gradients(controls.get("noise", 0.0), step)
@@ -202,7 +215,34 @@ class Plant:
         return StepRecord(loss.detach(), {k: v.detach() for k, v in metrics.items()}, norm)
 
     def backward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Adds the gradient of a step's batch to every `.grad`; (loss, metrics)."""
+        """Adds the gradient of a step's batch to every `.grad`; (loss, metrics), of all ranks."""
+        if self.ranks is None:
+            return self._backward(batch)
+        times = len(batch) if isinstance(batch, (MicroBatches, DrawnAsNeeded)) else 1
+        with self.ranks.gradients(self.parameters, times) as gradients:
+            loss, metrics = self._backward(batch)
+        return gradients.end(loss, metrics)
+
+    def _with_means(
+        self, loss: Tensor, metrics: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `backward` returns, where gradients were filled in by others."""
+        if self.ranks is None:
+            return loss, metrics
+        with self.ranks.gradients(self.parameters) as gradients:
+            return gradients.end(loss, metrics)
+
+    def averaged(
+        self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Means over ranks of what each derived from its own rows, shaped as `like`."""
+        return list(tensors) if self.ranks is None else self.ranks.averaged(tensors, like)
+
+    def value(self, loss: Tensor) -> float:
+        """A loss that each rank took on its own rows, as a number: of all ranks."""
+        return float(loss if self.ranks is None else self.ranks.value(loss))
+
+    def _backward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         if isinstance(batch, (MicroBatches, DrawnAsNeeded)):
             return self._accumulate(batch)
         loss, metrics = self.loss(batch)
@@ -299,6 +339,11 @@ class Plant:
             return True
         # The maximum takes five times as long, and is needed only where squares overflow.
         return any(_finite_norms(floating, order) for order in (2.0, math.inf))
+
+    def norms(self) -> list[float]:
+        """The Euclidean norm of every parameter, in the model's order: a word for comparing."""
+        found = torch._foreach_norm([p.detach() for p in self.model.parameters()])
+        return [float(x) for x in torch.stack([n.double() for n in found]).tolist()]
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
@@ -609,6 +654,18 @@ class StepRecord:
     loss: Tensor
     metrics: dict[str, Tensor]
     gradient_norm: float | Tensor
+
+
+def _own_statistics(model: nn.Module) -> list[Tensor]:
+    """Running statistics of layers that see the rows of one rank."""
+    return [
+        buffer
+        for module in model.modules()
+        if isinstance(module, _NormBase)
+        and not isinstance(module, (SyncBatchNorm, nn.SyncBatchNorm))
+        for buffer in (module.running_mean, module.running_var)
+        if buffer is not None
+    ]
 
 
 def _total_norm(grads: list[Tensor]) -> float:

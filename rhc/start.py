@@ -265,7 +265,7 @@ class StartSearch:
             return {"loss": None, "course": _course(losses)}, len(losses)
         terminal, share = self.held_out(n)
         with torch.no_grad():
-            found = float(terminal(self.plant.model))
+            found = self.plant.value(terminal(self.plant.model))
         return {"loss": found, "course": _course(losses)}, n + share / 3
 
     def _tried(

@@ -18,7 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rhc.batches import MicroBatches
+from rhc.batches import MicroBatches, batch_size
+from rhc.distributed import Ranks, Shard, Unshared, ranks_of, synchronised, unwrapped
+from rhc.distributed.ranks import Group
 from rhc.errors import InputError
 from rhc.hypergradient.lookback import (
     SAME_GRADIENT,
@@ -78,6 +80,7 @@ def hypergradient(
     spill: bool | str | Path = True,
     discount: float = 1.0,
     costate_clip: float | None = None,
+    process_group: Group = "auto",
 ) -> Hypergradient:
     """dJ/du_t for J = stage_weight · Σ_t ℓ_t + terminal(θ̄), over the optimizer steps of `batches`.
 
@@ -101,6 +104,11 @@ def hypergradient(
     what is rolled again. discount: γ ≤ 1 multiplies the costate at every step backwards.
     costate_clip: largest norm of the costate, as a multiple of its norm at the window's end.
 
+    process_group: the ranks that call this together, each with rows of its own of every batch, and
+    a terminal on data of its own (or on the same), of which the mean over ranks counts; the result
+    is that of one process with all rows, and the same on every rank. "auto": the default process
+    group, if it has several ranks; None: this process alone.
+
     Model, optimizer and random state are left as they were found. Raises InputError for arguments
     that cannot be used, and where an operator lacks the derivative that `product` insists on. A
     hypergradient that cannot be trusted is reported in `result`, not raised. Buffers other than the
@@ -109,21 +117,45 @@ def hypergradient(
     that does. The singular vectors of spectral_norm are such constants, though they depend on the
     weights: expect an error of 1e-4 to 1e-3. `why` names buffers that training changes.
     """
+    ranks = ranks_of(process_group)
+    model = unwrapped(model)
+    if ranks is not None:
+        if engine == "higher":
+            raise InputError("engine 'higher' is for one process; use engine 'adjoint'")
+        batches = _weighed(batches, ranks)
     batches = _steps(batches, accumulate)
-    plant = Plant(model, optimizer, loss_fn, seed=seed, clip_norm=clip_norm, clip_value=clip_value)
+    plant = Plant(
+        model,
+        optimizer,
+        loss_fn,
+        seed=seed,
+        clip_norm=clip_norm,
+        clip_value=clip_value,
+        ranks=ranks,
+    )
     schedule = _schedule(plant, controls, len(batches), seed)
     objective = Objective(
         loss_weight=stage_weight, terminal_weight=0.0 if terminal is None else 1.0, average=average
     )
     segment = resolve(len(batches), segment, product, engine, plant)
     check_steerable(plant, schedule, tuple(controls))
+    if ranks is not None:
+        ranks.check_same(
+            {
+                "steps": len(batches),
+                "controls": {n: values.tolist() for n, values in schedule.values.items()},
+                "settings": [str(x) for x in (segment, product, seed, clip_norm, clip_value)],
+                "terminal": terminal is not None,
+                "parameters": plant.norms(),
+            }
+        )
     before = plant.snapshot()
     grads = [p.grad for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
     try:
         for p in model.parameters():
             p.grad = None  # backward would add to those that the optimizer does not hold
-        with torch.enable_grad():
+        with torch.enable_grad(), synchronised(model, ranks):
             if engine == "higher":
                 from rhc.hypergradient.crosscheck import higher_hypergradient
 
@@ -152,6 +184,23 @@ def hypergradient(
             p.grad = g
         for module, training in modes:
             module.training = training
+
+
+def _weighed(batches: Sequence[Any], ranks: Ranks) -> list[Any]:
+    """Every rank's batches, each with its share of the rows that all ranks have of that batch."""
+    own = [batch_size(batch) for batch in batches]
+    of_all = ranks.gather_json(own)
+    for rank, sizes in enumerate(of_all):
+        if len(sizes) != len(own):
+            raise Unshared(
+                f"rank {rank} has {len(sizes)} batches, others {len(own)}; give every rank its "
+                "rows of each batch"
+            )
+    totals = [sum(sizes) for sizes in zip(*of_all, strict=True)]
+    return [
+        Shard(batch, ranks.size * n / total, total)
+        for batch, n, total in zip(batches, own, totals, strict=True)
+    ]
 
 
 def _steps(batches: Sequence[Any], accumulate: int) -> list[Any]:

@@ -29,6 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from rhc.batches import MicroBatches
+from rhc.distributed import Shard, SyncBatchNorm
 from rhc.hypergradient.kernels import LEAST_VALUED, LEAST_VALUELESS, light_second_order
 from rhc.objective import Objective
 from rhc.plant import Block, Plant, checked_loss
@@ -243,6 +244,8 @@ def tensors_of(value: Any) -> list[Tensor]:
     """The tensors in what a module takes or gives: nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return [value]
+    if isinstance(value, Shard):
+        return tensors_of(value.rows)
     if isinstance(value, Mapping):
         return [t for v in value.values() for t in tensors_of(v)]
     if isinstance(value, (list, tuple)):
@@ -412,6 +415,7 @@ def visible_statistics(model: nn.Module, *, update: bool) -> Iterator[None]:
     patched = [m for m in model.modules() if _has_statistics(m)]
     for module in patched:
         of_kind = _batch_norm if isinstance(module, _BatchNorm) else _instance_norm
+        of_kind = _sync_batch_norm if isinstance(module, SyncBatchNorm) else of_kind
         module.forward = lambda x, module=module, forward=of_kind: forward(module, x, update)
     try:
         yield
@@ -424,8 +428,9 @@ def _has_statistics(module: nn.Module) -> bool:
     """Whether a module is one of torch's with running statistics, and does no more than those."""
     return (
         isinstance(module, (_BatchNorm, _InstanceNorm))
-        # SyncBatchNorm, and classes of others that add an activation.
-        and type(module).forward in (_BatchNorm.forward, _InstanceNorm.forward)
+        # torch's SyncBatchNorm, and classes of others that add an activation.
+        and type(module).forward
+        in (_BatchNorm.forward, _InstanceNorm.forward, SyncBatchNorm.forward)
         and "forward" not in vars(module)
         and module.running_mean is not None
     )
@@ -444,6 +449,10 @@ def _batch_norm(module: Any, x: Tensor, update: bool) -> Tensor:
         var, mean = torch.var_mean(x, dims, correction=1)
         _move_statistics(module, mean, var, momentum)
     return F.batch_norm(x, None, None, module.weight, module.bias, True, 0.0, module.eps)
+
+
+def _sync_batch_norm(module: SyncBatchNorm, x: Tensor, update: bool) -> Tensor:
+    return module.passed(x, update=update, visible=True)
 
 
 def _instance_norm(module: Any, x: Tensor, update: bool) -> Tensor:

@@ -150,6 +150,10 @@ class Lookback:
             raise InputError(f"discount must be in (0, 1], got {damping.discount:g}")
         if damping.clip is not None and not damping.clip > 0:
             raise InputError(f"costate_clip must be > 0, got {damping.clip:g}; use None for none")
+        if plant.ranks is not None and segment not in ("auto", 1):
+            raise InputError(
+                f"segment must be 1 where ranks train together, got {segment}; leave segment 'auto'"
+            )
         if damping != Damping() and segment not in ("auto", 1):
             raise InputError(
                 f"discount and costate_clip need segment 1, got {segment}; leave segment 'auto'"
@@ -382,9 +386,12 @@ class Lookback:
 
     def _measured(self, batch: Any, product: Product) -> Sizes:
         if product not in self._sizes:
-            self._sizes[product] = measure_sizes(
+            sizes = measure_sizes(
                 self.plant, batch, self.objective, product, full=self.memory_budget is not None
             )
+            if self.plant.ranks is not None:  # one plan for all
+                sizes = Sizes(**self.plant.ranks.share(asdict(sizes)))
+            self._sizes[product] = sizes
         return self._sizes[product]
 
 
@@ -415,7 +422,8 @@ def measure_sizes(
         if product == "exact" and (full or graph <= FREE_GRAPHS):
             for p in plant.model.parameters():
                 p.grad = None
-            enough = math.inf if full else FREE_GRAPHS
+            # Ranks that go through a layer of all ranks must not leave it in the middle.
+            enough = math.inf if full or plant.ranks is not None else FREE_GRAPHS
             try:
                 graph = _graph_bytes(plant, batch, objective, enough)
             except (RuntimeError, NotImplementedError) as error:

@@ -177,6 +177,10 @@ def _exact(
         if outputs:
             pulled = pulled_through(outputs, wanted, output_seeds)
             total = [_sum(a, b) for a, b in zip(total, pulled, strict=True)]
+    if evaluation.plant.ranks is not None:
+        like = [*wanted, *(scratch.leaves if compare else ())]
+        total = evaluation.plant.averaged([*total, *(found if compare else ())], like)
+        total, found = total[: len(wanted)], total[len(wanted) :]
     discrepancy = 0.0
     if compare:
         discrepancy = relative_difference(
@@ -216,6 +220,7 @@ def _kept(
     total: list[Tensor | None] = [None] * len(wanted)
     if outputs:
         total = pulled_through(outputs, wanted, output_seeds)
+    total = evaluation.plant.averaged(total, wanted)
     return _result(evaluation, point, blocks, total, statistics, joint, 0.0, into)
 
 
@@ -309,6 +314,7 @@ def _forward_over_reverse(
             found = evaluation.substitution.at(named, gradient)
             moved = [None if g is None else forward_ad.unpack_dual(g).tangent for g in found]
             total = [_sum(a, b) for a, b in zip(total, moved, strict=True)]
+    total = evaluation.plant.averaged(total, scratch.leaves)
     return _per_block(blocks, total, only=point.gradients)
 
 
@@ -432,6 +438,7 @@ def _first_order(
     evaluated = evaluation.of_model(scratch.model, point.batch, statistics=bool(statistics))
     _add_first_order(outputs, seeds, evaluated, statistics_costates)
     total = gradients_by_backward(outputs, wanted, seeds, scratch.model)
+    total = evaluation.plant.averaged(total, wanted)
     return _result(evaluation, point, scratch.blocks, total, statistics, True, 0.0)
 
 

@@ -191,7 +191,11 @@ def _terminal_costate(
     def pull(value: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         weighted = objective.terminal_weight * value
         wanted = [*flats, *leaves.values()]
-        return value.detach(), gradients_by_backward([weighted], wanted, [None], plant.model)
+        found = gradients_by_backward([weighted], wanted, [None], plant.model)
+        if plant.ranks is not None:
+            found = plant.averaged(found, wanted)
+            return plant.ranks.value(value), found
+        return value.detach(), found
 
     with visible_statistics(plant.model, update=False):
         value, pulled = evaluation.terminal(terminal, flats, {**live, **leaves}, pull)

@@ -1,0 +1,37 @@
+"""Many processes that train one model: what is averaged over them, and what each has of its own.
+
+Data parallel: every rank holds the whole model and the whole optimizer, and sees its own rows of
+every batch. Gradients, products with the Hessian, losses and metrics are averaged as they arise;
+everything that follows from them is then the same on all ranks, to the bit, and needs no word
+between them. `ranks` is the group and its means, `shards` says whose rows are whose, `batch_norm`
+takes statistics over the rows of all ranks. rank_directory.py is the run's directory that the first
+rank writes.
+"""
+
+from rhc.distributed.batch_norm import SyncBatchNorm, synchronised
+from rhc.distributed.ranks import (
+    Ranks,
+    RanksDiffer,
+    Unshared,
+    joined,
+    launched,
+    ranks_of,
+    unwrapped,
+)
+from rhc.distributed.shards import RankLoader, Shard, shard, weighing
+
+__all__ = [
+    "RankLoader",
+    "Ranks",
+    "RanksDiffer",
+    "Shard",
+    "SyncBatchNorm",
+    "Unshared",
+    "joined",
+    "launched",
+    "ranks_of",
+    "shard",
+    "synchronised",
+    "unwrapped",
+    "weighing",
+]

@@ -1,0 +1,424 @@
+"""The ranks of a run: a process group of torch.distributed, and the means over it.
+
+J = mean_r J_r, where J_r is what rank r sees of the objective. So the gradient is the mean of the
+ranks' gradients, and a product with the Hessian the mean of the ranks' products with the same
+vector: one all-reduce of the gradient's size for each, in buckets, whatever the window's length.
+What goes between processes beside that are a few numbers a step, and plain JSON: no objects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rhc.errors import InputError
+
+Group = dist.ProcessGroup | None | Literal["auto"]
+"""A process group; None for this process alone; "auto" for the default group of several, if any."""
+
+BUCKET_BYTES = 25 * 2**20
+"""As DistributedDataParallel's: small enough to begin early, large enough for the latency."""
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for the others; one that has died is noticed at once."""
+
+Found = TypeVar("Found")
+
+
+class RanksDiffer(RuntimeError):
+    """Ranks that must be equal are not: one sentence that names rank, window and what differs."""
+
+
+class Unshared(InputError):
+    """An InputError that every rank raises alike, so that one of them tells it."""
+
+
+@dataclass
+class Traffic:
+    """What has gone between ranks. elements: of all-reduced tensors; calls: collectives; seconds:
+    that this rank waited for others, where the host waits (not on an accelerator)."""
+
+    elements: int = 0
+    calls: int = 0
+    seconds: float = 0.0
+
+
+class Ranks:
+    """This process's place among those that train together, and the means over all of them."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self.traffic = Traffic()
+        self.counted = True
+        """Whether the rows being evaluated are this rank's own, and not a stand-in for none."""
+        nccl_only = "gloo" not in str(dist.get_backend(group)).lower()
+        self.device = torch.device("cuda" if nccl_only and torch.cuda.is_available() else "cpu")
+
+    def __deepcopy__(self, memo: Any) -> Ranks:
+        return self
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes."""
+        return self.rank == 0
+
+    # Means ---------------------------------------------------------------------------------------
+
+    def means(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The mean over ranks of each tensor, in new memory; all ranks give the same shapes."""
+        result: list[Tensor | None] = [None] * len(tensors)
+        pending = []
+        for indices in _buckets(tensors):
+            flat = torch.cat([tensors[i].detach().reshape(-1) for i in indices])
+            pending.append((indices, flat, self._begun(flat)))
+        for indices, flat, work in pending:
+            self._finished(work, flat)
+            parts = flat.split([tensors[i].numel() for i in indices])
+            for i, part in zip(indices, parts, strict=True):
+                result[i] = part.view(tensors[i].shape)
+        return [t for t in result if t is not None]
+
+    def averaged(
+        self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Means where a rank may have None for zero, of tensors that are shaped as `like`."""
+        return list(
+            self.means(
+                [
+                    torch.zeros_like(b) if a is None else a
+                    for a, b in zip(tensors, like, strict=True)
+                ]
+            )
+        )
+
+    def mean_(self, tensors: Sequence[Tensor]) -> None:
+        """Every tensor becomes its mean over ranks, in place."""
+        if tensors:
+            with torch.no_grad():
+                torch._foreach_copy_(list(tensors), self.means(tensors))
+
+    def value(self, number: Tensor) -> Tensor:
+        """The mean over ranks of a scalar, detached."""
+        flat = number.detach().double().reshape(1).clone()
+        self._finished(self._begun(flat), flat)
+        return flat.to(number.dtype).reshape(())
+
+    def sums(self, numbers: Sequence[float]) -> list[float]:
+        """The sum over ranks of each number."""
+        flat = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        self._count(flat)
+        dist.all_reduce(flat, group=self.group)
+        return [float(x) for x in flat.tolist()]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, in new memory."""
+        flat = tensor.detach().contiguous().clone()
+        self._count(flat)
+        began = time.monotonic()
+        dist.all_reduce(flat, group=self.group)
+        self.traffic.seconds += time.monotonic() - began
+        return flat
+
+    def _begun(self, flat: Tensor) -> Any:
+        self._count(flat)
+        return dist.all_reduce(flat, group=self.group, async_op=True)
+
+    def _finished(self, work: Any, flat: Tensor) -> None:
+        began = time.monotonic()
+        work.wait()
+        self.traffic.seconds += time.monotonic() - began
+        flat.div_(self.size)
+
+    def _count(self, flat: Tensor) -> None:
+        self.traffic.elements += flat.numel()
+        self.traffic.calls += 1
+
+    # Gradients -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def gradients(self, parameters: Sequence[Tensor], times: int = 1) -> Iterator[Gradients]:
+        """What averages every `.grad` that arises inside, each bucket as soon as it is full.
+
+        times: how often each gradient is added to. `Gradients.end` must be called after it.
+        """
+        gradients = Gradients(self, parameters, times)
+        handles = [
+            p.register_post_accumulate_grad_hook(gradients.note)
+            for p in parameters
+            if p.requires_grad and p.is_leaf
+        ]
+        try:
+            yield gradients
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # Words ---------------------------------------------------------------------------------------
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """The bytes of every rank, by rank."""
+        length = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
+        lengths = [torch.zeros_like(length) for _ in range(self.size)]
+        dist.all_gather(lengths, length, group=self.group)
+        most = max(1, *(int(n) for n in lengths))
+        own = torch.zeros(most, dtype=torch.uint8)
+        if data:
+            own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        own = own.to(self.device)
+        found = [torch.zeros_like(own) for _ in range(self.size)]
+        dist.all_gather(found, own, group=self.group)
+        return [t[: int(n)].cpu().numpy().tobytes() for t, n in zip(found, lengths, strict=True)]
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """The value of every rank, by rank; something that JSON can say."""
+        text = json.dumps(value, sort_keys=True, default=str).encode()
+        return [json.loads(found) for found in self.gather(text)]
+
+    def share(self, value: Any) -> Any:
+        """The first rank's value, on every rank; something that JSON can say."""
+        text = json.dumps(value).encode() if self.first else b""
+        return json.loads(self.gather(text)[0])
+
+    def by_first(self, function: Callable[[], Any]) -> Any:
+        """What `function` returns on the first rank, on every rank; or its InputError on each."""
+        outcome: dict[str, Any] = {}
+        error: InputError | None = None
+        if self.first:
+            try:
+                outcome["value"] = function()
+            except InputError as raised:
+                error = raised
+                outcome["error"] = str(raised)
+        outcome = self.share(outcome)
+        if error is not None:
+            raise error
+        if "error" in outcome:
+            raise Unshared(outcome["error"])
+        return outcome["value"]
+
+    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
+        """Every tensor becomes the first rank's, in place."""
+        source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
+        with torch.no_grad():
+            for indices in _buckets(tensors):
+                flat = torch.cat([tensors[i].detach().reshape(-1) for i in indices])
+                dist.broadcast(flat, source, group=self.group)
+                parts = flat.split([tensors[i].numel() for i in indices])
+                for i, part in zip(indices, parts, strict=True):
+                    tensors[i].detach().copy_(part.view(tensors[i].shape))
+
+    def check_same(self, described: Mapping[str, Any]) -> None:
+        """An InputError that shows the difference, where ranks were started differently."""
+        found = self.gather_json(dict(described))
+        for rank, other in enumerate(found):
+            differences = _differences(found[0], other)
+            if differences:
+                raise Unshared(
+                    f"rank {rank} was started otherwise than rank 0 ({'; '.join(differences)}); "
+                    "start all ranks by the same command, with the same versions"
+                )
+
+    def agree(self, parts: Mapping[str, bytes], where: str, stopping: bool) -> bool:
+        """Whether any rank is being stopped; RanksDiffer where a part is not the same on all."""
+        digests = [
+            int.from_bytes(hashlib.sha256(part).digest()[:8], "big", signed=True)
+            for part in parts.values()
+        ]
+        own = torch.tensor([*digests, int(stopping)], dtype=torch.int64, device=self.device)
+        rows = [torch.zeros_like(own) for _ in range(self.size)]
+        dist.all_gather(rows, own, group=self.group)
+        found = torch.stack(rows).cpu()
+        for rank in range(1, self.size):
+            apart = (found[rank, :-1] != found[0, :-1]).tolist()
+            names = [name for name, differs in zip(parts, apart, strict=True) if differs]
+            if names:
+                raise RanksDiffer(
+                    f"rank {rank} differs from rank 0 in {', '.join(names)} after {where}; look "
+                    "for randomness or state in loss_fn that is neither the model's nor torch's, "
+                    "and resume from the last checkpoint"
+                )
+        return bool(found[:, -1].any())
+
+
+@dataclass
+class Gradients:
+    """The means of `.grad`s, which begin while the backward pass still goes on.
+
+    Buckets are filled in reverse order of the parameters, as gradients arise, and sent in that
+    order on every rank. A parameter that took part on no rank keeps its None; one that did on some
+    rank gets the mean, with 0 for the others.
+    """
+
+    ranks: Ranks
+    parameters: Sequence[Tensor]
+    times: int
+    _buckets: list[list[int]] = field(default_factory=list)
+    _missing: list[int] = field(default_factory=list)
+    _begun: list[tuple[Tensor, Any]] = field(default_factory=list)
+    _place: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wanted = [i for i, p in enumerate(self.parameters) if p.requires_grad]
+        order = wanted[::-1]
+        found = _buckets([self.parameters[i] for i in order])
+        self._buckets = [[order[k] for k in bucket] for bucket in found]
+        self._missing = [self.times * len(bucket) for bucket in self._buckets]
+        for b, bucket in enumerate(self._buckets):
+            for i in bucket:
+                self._place[id(self.parameters[i])] = b
+
+    def note(self, parameter: Tensor) -> None:
+        """A gradient has been added to; called by autograd."""
+        self._missing[self._place[id(parameter)]] -= 1
+        while len(self._begun) < len(self._buckets) and self._missing[len(self._begun)] == 0:
+            self._send()
+
+    def _send(self) -> None:
+        bucket = [self.parameters[i] for i in self._buckets[len(self._begun)]]
+        with torch.no_grad():
+            flat = torch.cat(
+                [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in bucket]
+            )
+        self._begun.append((flat, self.ranks._begun(flat)))
+
+    def end(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Writes the means into every `.grad`; (mean loss, mean metrics where they are numbers)."""
+        names = [name for name, value in metrics.items() if value.numel() == 1]
+        takes_part = [float(p.grad is not None) for p in self.parameters]
+        device = loss.device
+        few = torch.cat(
+            [
+                torch.stack([x.detach().to(device, torch.float64).reshape(()) for x in numbers])
+                for numbers in [[loss, *(metrics[name] for name in names)]]
+            ]
+            + [torch.tensor(takes_part, dtype=torch.float64, device=device)]
+        )
+        work = self.ranks._begun(few)
+        while len(self._begun) < len(self._buckets):
+            self._send()
+        self.ranks._finished(work, few)
+        # Asking an accelerator would make the host wait, and there is nothing to ask if all do.
+        parts = [bool(x) for x in takes_part]
+        if not all(parts):
+            parts = [x > 0 for x in few[1 + len(names) :].tolist()]
+        for indices, (flat, sent) in zip(self._buckets, self._begun, strict=True):
+            self.ranks._finished(sent, flat)
+            sizes = [self.parameters[i].numel() for i in indices]
+            for i, part in zip(indices, flat.split(sizes), strict=True):
+                p = self.parameters[i]
+                if p.grad is not None:
+                    p.grad.copy_(part.view(p.shape))
+                elif parts[i]:
+                    p.grad = part.view(p.shape).clone()
+        means = dict(metrics)
+        for k, name in enumerate(names):
+            value = metrics[name]
+            dtype = value.dtype if value.is_floating_point() else torch.float64
+            means[name] = few[1 + k].to(dtype).reshape(value.shape)
+        return few[0].to(loss.dtype), means
+
+
+# Joining ------------------------------------------------------------------------------------------
+
+
+def launched() -> bool:
+    """Whether torchrun, or what sets the same variables, started this process among others."""
+    named = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    return named and int(os.environ["WORLD_SIZE"]) > 1
+
+
+@contextmanager
+def joined(device: str = "auto") -> Iterator[Ranks | None]:
+    """The ranks that torchrun started, with a process group for as long; None for one process.
+
+    device: cuda and auto take the GPU of this process's local rank where there are any.
+    """
+    if not launched():
+        yield None
+        return
+    if dist.is_initialized():
+        yield Ranks()
+        return
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    try:
+        yield Ranks()
+    finally:
+        dist.destroy_process_group()
+
+
+def ranks_of(group: Group) -> Ranks | None:
+    """The ranks of a process group; None for this process alone."""
+    if group is None:
+        return None
+    if not dist.is_available() or not dist.is_initialized():
+        if group == "auto":
+            return None
+        raise InputError(
+            "process_group was given, but torch.distributed is not initialized; call "
+            "torch.distributed.init_process_group first, or leave process_group out"
+        )
+    if isinstance(group, str):
+        return Ranks() if dist.get_world_size() > 1 else None
+    return Ranks(group)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module underneath DistributedDataParallel, which takes no second derivatives; or itself.
+
+    Its reducer stays silent where the module is called without it.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.module
+    return model
+
+
+# Helpers ------------------------------------------------------------------------------------------
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of tensors that travel together: same type and device, up to BUCKET_BYTES."""
+    buckets: list[list[int]] = []
+    open_: dict[Any, tuple[list[int], int]] = {}
+    for i, t in enumerate(tensors):
+        kind = (t.dtype, t.device)
+        size = t.numel() * t.element_size()
+        if kind in open_ and open_[kind][1] + size <= BUCKET_BYTES:
+            bucket, filled = open_[kind]
+            bucket.append(i)
+            open_[kind] = bucket, filled + size
+        else:
+            buckets.append([i])
+            open_[kind] = buckets[-1], size
+    return buckets
+
+
+def _differences(first: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in sorted(first.keys() | other.keys()):
+        a, b = first.get(key), other.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key} is {_short(b)}, on rank 0 {_short(a)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "…"

@@ -1,0 +1,138 @@
+"""Whose rows are whose: a rank's part of a batch that every rank has drawn.
+
+The loader is drawn on every rank in the same order, from the same random state, and each rank keeps
+rows [N r / R, N (r + 1) / R) of a batch of N. So N ranks see together what one process sees alone,
+also with loaders that nobody wrote for it. A loader with a DistributedSampler gives every rank
+other batches already, and is left alone: then the ranks together see R of its batches a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data.distributed import DistributedSampler
+
+from rhc.distributed.ranks import Ranks
+from rhc.errors import InputError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A rank's rows of a batch of `size`. weight: of their mean loss in the mean over ranks, which
+    is ranks × their share. A rank without any has other rows at weight 0."""
+
+    rows: Any
+    weight: float
+    size: int
+
+
+def shard(batch: Any, size: int, rank: int, ranks: int) -> Shard:
+    """Rank `rank`'s rows of a batch of `size` examples.
+
+    Sliced is every tensor, array and list of plain values whose first dimension is `size`; what
+    has another one goes to all ranks.
+    """
+    first, stop = size * rank // ranks, size * (rank + 1) // ranks
+    if first == stop:
+        return Shard(batch, 0.0, size)
+    return Shard(_rows(batch, size, first, stop), ranks * (stop - first) / size, size)
+
+
+def _rows(value: Any, size: int, first: int, stop: int) -> Any:
+    if isinstance(value, Tensor) or hasattr(value, "__array__"):
+        shape = value.shape
+        return value[first:stop] if len(shape) and shape[0] == size else value
+    if isinstance(value, Mapping):
+        parts = {k: _rows(v, size, first, stop) for k, v in value.items()}
+        return type(value)(parts)  # type: ignore[call-arg]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_rows(v, size, first, stop) for v in value))
+    if isinstance(value, (list, tuple)):
+        plain = all(v is None or isinstance(v, (str, bytes, int, float, bool)) for v in value)
+        if plain and len(value) == size:
+            return value[first:stop]
+        return type(value)(_rows(v, size, first, stop) for v in value)
+    return value
+
+
+def weighing(
+    loss_fn: Callable[[nn.Module, Any], Any], ranks: Ranks
+) -> Callable[[nn.Module, Any], Any]:
+    """loss_fn for shards: the loss and every metric that is a number, times the shard's weight."""
+
+    def weighed(model: nn.Module, batch: Any) -> Any:
+        if not isinstance(batch, Shard):
+            return loss_fn(model, batch)
+        ranks.counted = batch.weight > 0
+        try:
+            found = loss_fn(model, batch.rows)
+        finally:
+            ranks.counted = True
+        weight = batch.weight
+        if weight == 1 or isinstance(found, Tensor):
+            return found * weight if weight != 1 else found
+        if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor)):
+            return found  # which the plant refuses by name
+        return found[0] * weight, {k: _times(v, weight) for k, v in dict(found[1]).items()}
+
+    return weighed
+
+
+def _times(value: Any, weight: float) -> Any:
+    if isinstance(value, Tensor):
+        return value * weight if value.numel() == 1 else value
+    return value * weight if isinstance(value, (int, float)) else value
+
+
+class RankLoader:
+    """A loader as one rank sees it. size_of: the number of examples in a batch."""
+
+    def __init__(
+        self, loader: Iterable[Any], ranks: Ranks, size_of: Callable[[Any], int], name: str
+    ) -> None:
+        self.loader = loader
+        self.ranks = ranks
+        self.size_of = size_of
+        self.sampler_of_ranks = _distributed_sampler(loader)
+        sampler = self.sampler_of_ranks
+        if sampler is not None and (
+            (sampler.num_replicas, sampler.rank) != (ranks.size, ranks.rank)
+        ):
+            raise InputError(
+                f"{name}'s DistributedSampler is of rank {sampler.rank} of {sampler.num_replicas}, "
+                f"this process is rank {ranks.rank} of {ranks.size}; build it with num_replicas="
+                f"{ranks.size}, rank={ranks.rank}"
+            )
+
+    def __iter__(self) -> Iterator[Any]:
+        ranks = self.ranks
+        for batch in self.loader:
+            if self.sampler_of_ranks is not None:
+                yield batch
+            else:
+                yield shard(batch, self.size_of(batch), ranks.rank, ranks.size)
+
+    def __len__(self) -> int:
+        return len(self.loader)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("sampler", "batch_sampler", "generator", "dataset"):
+            return getattr(self.loader, name)
+        raise AttributeError(name)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Tells a DistributedSampler which epoch comes, so that its order is another one."""
+        if self.sampler_of_ranks is not None:
+            self.sampler_of_ranks.set_epoch(epoch)
+
+
+def _distributed_sampler(loader: Any) -> DistributedSampler[Any] | None:
+    holders = (loader, getattr(loader, "batch_sampler", None))
+    for holder in holders:
+        sampler = getattr(holder, "sampler", None)
+        if isinstance(sampler, DistributedSampler):
+            return sampler
+    return None
