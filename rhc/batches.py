@@ -109,7 +109,7 @@ class StepBatches:
         loader: Iterable[Any],
         *,
         isolated: bool,
-        seed: int = 0,
+        seed: int | None = 0,
         device: torch.device | None = None,
         name: str = "train_loader",
         accumulate: int = 1,
@@ -126,7 +126,8 @@ class StepBatches:
         self._index = 0
         self._start: _EpochStart | None = None
         with preserved():
-            seed_everything(seed)
+            if seed is not None:
+                seed_everything(seed)
             self._rng, self._generators = RandomState.capture(), _states(loader)
 
     def take(self, start: int, stop: int) -> list[Any]:

@@ -37,6 +37,7 @@ def evaluate(
     device = plant.parameters[0].device
     count, total, sums = 0, 0.0, dict[str, float]()
     with plant.evaluating(), loader_preserved(loader):
+        _draw_alike(plant)
         for batch in islice(iter(loader), most):
             moved = to_device(batch, None if device.type == "cpu" else device)
             loss, metrics = plant.loss(moved)
@@ -51,6 +52,12 @@ def evaluate(
     if not count:
         return Losses(math.nan, {})
     return Losses(total / count, {name: value / count for name, value in sums.items()})
+
+
+def _draw_alike(plant: Plant) -> None:
+    """Ranks have random states of their own, and must draw the same batches to share their rows."""
+    if plant.ranks is not None:
+        plant.ranks.share_random_state()
 
 
 @contextmanager
@@ -84,6 +91,7 @@ def _estimate_statistics(plant: Plant, loader: Iterable[Any], device: torch.devi
         return
     momenta = [m.momentum for m in layers]
     with plant.evaluating(), loader_preserved(loader):
+        _draw_alike(plant)
         for m in layers:
             m.reset_running_stats()
             m.momentum = None  # a plain mean over all batches

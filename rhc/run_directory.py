@@ -34,6 +34,7 @@ SAFE = {
     "memory_budget": "what looking back keeps changes, and its bits may differ",
     "threads": "its bits may differ",
     "data": "its data must be the same",
+    "ranks": "it goes on to rounding, not to the bit",
 }
 """Entries that may differ too, where the difference is said, and what it means."""
 

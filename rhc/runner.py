@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from rhc import stopping
 from rhc.batches import MicroBatches, Position, StepBatches, batch_size, loader_preserved
 from rhc.checkpoint import Checkpoint
+from rhc.distributed import ranks_of, synchronised, unwrapped
+from rhc.distributed.ranks import Group
 from rhc.errors import InputError, StorageError
 from rhc.evaluate import TRAIN_BATCHES, Losses, at_average, batch_statistics, evaluate
 from rhc.events import (
@@ -60,6 +62,7 @@ from rhc.objective import Average, HeldOutBatches, Objective
 from rhc.planning import EpochPlanner, Plan, joined, parted
 from rhc.plant import PATIENCE, LossFn, Plant, Snapshot, StepRecord, Trajectory
 from rhc.randomness import preserved
+from rhc.rank_directory import directory_of
 from rhc.rewrite import (
     History,
     Proposal,
@@ -74,7 +77,7 @@ from rhc.rewrite import (
     usual_law,
     usual_objective,
 )
-from rhc.run_directory import RunDirectory, hardware, versions
+from rhc.run_directory import hardware, versions
 from rhc.schedule import (
     CONTROLS,
     TEMPLATES,
@@ -87,6 +90,7 @@ from rhc.schedule import (
 from rhc.start import ADAPTIVE_GREED, GREED, PROBE_BATCHES, STARTS, WARMUP, Start, StartSearch
 from rhc.state import snapshot_from_tensors, snapshot_to_tensors
 from rhc.tape import finite
+from rhc.together import agreed, begin, check_ranks, draw_apart, loaders_of
 
 DEFAULT_CONTROLS = ("lr",)
 """Rewriting momentum and noise too made runs worse on all three tasks tried (docs/log.md)."""
@@ -204,6 +208,10 @@ class Runner:
     directory: of the run; None keeps everything in memory. seed: of the gradient noise.
     planner: plans every epoch from the one before, on top of the template; see `rhc.EpochPlanner`,
     which is built without the optimizer here. Windows end where epochs do.
+    process_group: the ranks that train this model together; "auto" takes the default process group
+    where it has several, None this process alone. Every rank builds the same Runner; each takes its
+    rows of every batch, so that all together do what one process does with these loaders, or, with
+    a DistributedSampler, its own batches (docs/scaling.md).
     Raises InputError for settings that cannot be used, before anything is touched.
     """
 
@@ -243,6 +251,7 @@ class Runner:
         planner: EpochPlanner | None = None,
         listeners: Sequence[Listener] = (),
         config: Mapping[str, Any] | None = None,
+        process_group: Group = "auto",
     ) -> None:
         if window < 1:
             raise InputError(f"window must be ≥ 1, got {window}; try --window 50")
@@ -258,12 +267,24 @@ class Runner:
             raise InputError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
         if accumulate < 1:
             raise InputError(f"accumulate must be ≥ 1, got {accumulate}; use 1 not to accumulate")
+        self.ranks = ranks_of(process_group)
+        self._wrapped = unwrapped(model) is not model
         self.plant = Plant(
-            model, optimizer, loss_fn, seed=seed, clip_norm=clip_norm, clip_value=clip_value
+            unwrapped(model),
+            optimizer,
+            loss_fn,
+            seed=seed,
+            clip_norm=clip_norm,
+            clip_value=clip_value,
+            ranks=self.ranks,
         )
         self.accumulate = accumulate
         self.deterministic = deterministic
         self.train_loader, self.val_loader, self.test_loader = train_loader, val_loader, test_loader
+        if self.ranks is not None:
+            check_ranks(planner, objective)
+            loaders = loaders_of(self.ranks, train_loader, val_loader, test_loader)
+            self.train_loader, self.val_loader, self.test_loader = loaders
         self.window, self.stride = window, stride
         self.rewriting = rewrite is not False
         self.start: Start = start or ("probe" if self.rewriting else "given")
@@ -312,7 +333,7 @@ class Runner:
         self.directory = (
             None
             if directory is None
-            else RunDirectory(Path(directory), keep_checkpoints, self._notice)
+            else directory_of(Path(directory), keep_checkpoints, self._notice, self.ranks)
         )
         if self.directory is not None:
             size = sum(p.nbytes for p in self.plant.model.parameters())
@@ -344,7 +365,7 @@ class Runner:
         if self.deterministic:
             make_deterministic()
         try:
-            with stopping.at_steps():
+            with stopping.at_steps(), synchronised(self.plant.model, self.ranks):
                 self._train(steps, resume)
         except DivergedError:
             if self.directory is not None:
@@ -382,8 +403,11 @@ class Runner:
             self._find_start()
         while loop.step < steps:
             self._window()
+            stop = self.ranks is not None and agreed(self.ranks, self)
             self._save()
             stopping.check()
+            if stop:
+                raise KeyboardInterrupt
         if self.directory is not None and self.directory.saved != steps:
             self._save()  # the disk did not take it before
         self._end()
@@ -606,7 +630,9 @@ class Runner:
         schedule = self.loop.schedule.window(start, stop)
         if not self.rewriting:
             # The plain loop draws each batch just before its step, from the same random state.
-            lazily = stopping.until_asked(self.loop.train.lazily(start, stop))
+            lazily = self.loop.train.lazily(start, stop)
+            if self.ranks is None:  # several end at the same step
+                lazily = stopping.until_asked(lazily)
             attempt = _Attempt(number, schedule, lazily, guarded=False)
             self._run(attempt, commit, None)
             return attempt
@@ -626,7 +652,7 @@ class Runner:
         try:
             self._look_at(attempt, commit, terminal)
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
+            if not out_of_memory(error) or self.ranks is not None:
                 raise
             attempt.starved = True
         if attempt.starved:  # out of the handler, whose traceback holds what there was
@@ -923,7 +949,7 @@ class Runner:
             if step < commit and (steps - step) % AVERAGE_EVERY == 1:
                 self.loop.average.update(parameters)
             if self.rewriting:
-                stopping.check()
+                self._check_stop()
             if step + 1 == commit < schedule.stop:
                 attempt.inside = _Moment(self.plant.snapshot(), self.loop.average.copy())
             if self.listeners:
@@ -1178,7 +1204,9 @@ class Runner:
             live = [p.clone() for p in parameters]
             torch._foreach_copy_(parameters, mean.values)
             with visible_statistics(self.plant.model, update=False):
-                value += self.objective.terminal_weight * float(terminal(self.plant.model))
+                value += self.objective.terminal_weight * self.plant.value(
+                    terminal(self.plant.model)
+                )
             torch._foreach_copy_(parameters, live)
         return value + self.law.penalty(attempt.schedule, self.controls)
 
@@ -1201,12 +1229,14 @@ class Runner:
     def _begin(self, steps: int, resume: Literal["auto", "never"]) -> _Loop:
         """A fresh state of the loop, or the one that the directory's newest checkpoint holds."""
         device = self._moved_to
+        if self.ranks is not None:
+            begin(self.ranks, self, steps)
         # With rewriting off nothing may be drawn that the plain loop does not draw.
         seed = int(torch.randint(2**31, ())) if self.rewriting else 0
         train = StepBatches(
             self.train_loader,
-            isolated=self.rewriting,
-            seed=seed,
+            isolated=self.rewriting or self.ranks is not None,
+            seed=seed if self.rewriting else None,
             device=device,
             accumulate=self.accumulate,
         )
@@ -1227,9 +1257,11 @@ class Runner:
                 name="val_loader",
             )
             self._streams.append(self.loop.validation)
+        if self.ranks is not None:
+            draw_apart(self.ranks)
         if self.directory is not None:
             self._try_first_batch()
-            checkpoint = self.directory.open(self._description(), resume)
+            checkpoint = self.directory.open(self._description(steps), resume)
             if checkpoint is None:
                 self.loop.cost.gradients(self.owed)
                 self.loop.start_gradients = self.owed
@@ -1604,10 +1636,10 @@ class Runner:
             self.directory.windows.append([record])  # on the disk with the next save
         self._emit(WindowAttempted(record))
 
-    def _description(self) -> dict[str, Any]:
+    def _description(self, steps: int) -> dict[str, Any]:
         """config.json: everything that the run's numbers depend on."""
         described = {
-            "steps": self.loop.steps,
+            "steps": steps,
             "window": self.window,
             "stride": self.stride,
             "controls": list(self.controls),
@@ -1635,6 +1667,7 @@ class Runner:
         """
         settings: dict[str, tuple[Any, Any]] = {
             "accumulate": (self.accumulate, 1),
+            "ranks": (self.ranks and self.ranks.size, None),
             "deterministic": (self.deterministic, False),
             "clip_value": (self.plant.clip_value, None),
             "per_group": (list(self.per_group), []),
@@ -1657,8 +1690,13 @@ class Runner:
 
     def _verb(self, verb: Verb, start: int, stop: int, attempt: int) -> None:
         if verb not in ("commit", "slide"):  # a window that is done is saved first
-            stopping.check()
+            self._check_stop()
         self._emit(VerbStarted(verb, self.loop.cost.windows, start, stop, attempt))
+
+    def _check_stop(self) -> None:
+        """Raises what a signal meant. Ranks stop together, when a window is done."""
+        if self.ranks is None:
+            stopping.check()
 
     def _notice(self, message: str) -> None:
         self._emit(Notice(message))

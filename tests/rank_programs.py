@@ -12,9 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from problems import OPTIMIZERS, Problem, cnn, mlp, steered, transformer
+from runs import classify as classify_with_accuracy
+from runs import make_run
 from torch import Tensor, nn
 
 import rhc
+from rhc.distributed import leave
 
 STEPS = 5
 
@@ -111,8 +114,57 @@ def many_hypergradients(cases: str) -> list[dict[str, Any]]:
     return [hypergradients(*case) for case in json.loads(cases)]
 
 
+def trained(
+    optimizer: str,
+    directory: str = "",
+    *,
+    rewrite: bool = True,
+    steps: int = 50,
+    alone: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """A run of five windows in float64, on all rows or this rank's: what it ends with."""
+    run = make_run(optimizer, dropout=0.0)
+    model = run.model.double()
+    if not alone:
+        model[1] = nn.SyncBatchNorm.convert_sync_batchnorm(model[1])  # type: ignore[index]
+    optimizer_ = OPTIMIZERS[optimizer](model.parameters())
+    result = rhc.Runner(
+        model,
+        optimizer_,
+        doubled,
+        run.train,
+        run.val,
+        window=10,
+        controls=("lr", "noise") if rewrite else None,
+        start="given",
+        rewrite=rhc.Rewrite(step={"lr": 1.0, "noise": 3.0}, accept=False) if rewrite else False,
+        directory=directory or None,
+        **settings,
+    ).fit(steps)
+    return {
+        "parameters": [p.detach().flatten().tolist() for p in model.parameters()],
+        "buffers": [b.flatten().tolist() for b in model.buffers()],
+        "schedule": {k: v.tolist() for k, v in result.schedule.values.items()},
+        "windows": [w["outcome"] for w in result.windows],
+        "losses": {k: v for k, v in result.record.items() if k.endswith("_loss")},
+        "tape": result.tape,
+    }
+
+
+def doubled(model: nn.Module, batch: Any) -> Any:
+    return classify_with_accuracy(model, (batch[0].double(), batch[1]))
+
+
+def many_runs(cases: str) -> list[dict[str, Any]]:
+    """Of every case in a JSON list."""
+    return [trained(**case) for case in json.loads(cases)]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])))
     dist.destroy_process_group()
+    print("ended", file=sys.stderr)
+    leave(0)

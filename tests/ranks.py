@@ -38,7 +38,7 @@ def spawn(ranks: int, program: str, *arguments: str, timeout: float = 120) -> li
     """The last line that each rank of `python program arguments` prints, read as JSON."""
     outcomes = outputs(ranks, program, *arguments, timeout=timeout)
     for status, output, errors in outcomes:
-        assert status == 0, output + errors
+        assert status == 0, errors[-3000:] or output[-3000:]
     return [json.loads(output.strip().splitlines()[-1]) for _, output, _ in outcomes]
 
 

@@ -17,11 +17,11 @@ LAYERS = (
     },
     {
         "batches", "checkpoint", "config", "dynamics", "events", "hindsight_config", "objective",
-        "run_directory", "tape",
+        "rank_directory", "run_directory", "tape",
     },
     {"causal", "plant", "state"},
     {"evaluate", "faults", "hindsight", "hypergradient", "planning", "rewrite", "start"},
-    {"compare", "comparison", "report", "runner"},
+    {"compare", "comparison", "report", "runner", "together"},
     {"__main__", "cli", "distill", "horizon", "progress", "replay", "smooth", "summary", "train",
      "watch"},
 )  # fmt: skip

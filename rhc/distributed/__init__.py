@@ -15,6 +15,7 @@ from rhc.distributed.ranks import (
     Unshared,
     joined,
     launched,
+    leave,
     ranks_of,
     unwrapped,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "Unshared",
     "joined",
     "launched",
+    "leave",
     "ranks_of",
     "shard",
     "synchronised",

@@ -1,0 +1,181 @@
+"""A run's directory where ranks train together: the first rank writes it, all ranks read it.
+
+A checkpoint holds the state that is the same on all ranks once, and beside it, in
+ranks.safetensors, what each rank has of its own: its random state and its place in the data. With
+as many ranks as before a run continues to the bit, with others to rounding, from the first rank's
+place and new random states. The directory must be where all ranks can read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from rhc.checkpoint import Checkpoint
+from rhc.distributed import Ranks, Unshared
+from rhc.errors import InputError
+from rhc.noise import mixed_seed
+from rhc.randomness import RandomState, preserved, seed_everything
+from rhc.run_directory import RunDirectory
+from rhc.schedule import Schedule
+from rhc.tape import JsonLines
+
+OWN = ("rng", "train_batches", "validation_batches")
+"""Groups of a checkpoint's tensors that each rank has of its own."""
+
+GROUP = "ranks"
+
+
+def directory_of(
+    path: Path, keep_checkpoints: int, notice: Callable[[str], None], ranks: Ranks | None
+) -> RunDirectory:
+    """The run's directory as this process has it."""
+    if ranks is None:
+        return RunDirectory(path, keep_checkpoints, notice)
+    kind = _Written if ranks.first else _Followed
+    return kind(path, keep_checkpoints, notice, ranks)
+
+
+class _OfRanks(RunDirectory):
+    """What all ranks do together: each method is called on all of them, at the same time."""
+
+    def __init__(
+        self, path: Path, keep_checkpoints: int, notice: Callable[[str], None], ranks: Ranks
+    ) -> None:
+        super().__init__(path, keep_checkpoints, notice)
+        self.ranks = ranks
+
+    def _checkpoint_of(self, step: int | None) -> Checkpoint | None:
+        """The checkpoint as this rank goes on from it; an InputError where one cannot read it."""
+        if step is None:
+            return None
+        found, trouble = None, ""
+        try:
+            found = self.checkpoints.load(step)
+        except InputError as error:
+            trouble = str(error)
+        for rank, text in enumerate(self.ranks.gather_json(trouble)):
+            if text:
+                raise Unshared(
+                    f"rank {rank} cannot read what rank 0 can ({text}); give a --directory that "
+                    "all ranks share"
+                )
+        assert found is not None
+        return replace(found, tensors=self._own(found))
+
+    def _own(self, checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
+        """A checkpoint's tensors with this rank's own in the place of the first rank's."""
+        tensors = dict(checkpoint.tensors)
+        kept = tensors.pop(GROUP, {})
+        ranks = self.ranks
+        before = int(kept["size"]) if "size" in kept else 1
+        if before == ranks.size:
+            prefix = f"{ranks.rank}."
+            for name in OWN:
+                own = {
+                    k.removeprefix(f"{prefix}{name}."): t
+                    for k, t in kept.items()
+                    if k.startswith(f"{prefix}{name}.")
+                }
+                if own:
+                    tensors[name] = own
+        else:
+            self.notice(
+                f"the run was saved by {before} ranks and goes on with {ranks.size}: equal to "
+                "rounding where nothing is drawn inside the model"
+            )
+            if not ranks.first:
+                with preserved():
+                    seed_everything(mixed_seed(checkpoint.step, ranks.rank) % 2**31)
+                    tensors["rng"] = RandomState.capture().to_tensors()
+        return tensors
+
+    def _gathered(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
+        """ranks.safetensors: what every rank has of its own."""
+        own = {
+            f"{name}.{key}": t.detach().cpu().contiguous()
+            for name in OWN
+            for key, t in checkpoint.tensors.get(name, {}).items()
+        }
+        found = {"size": torch.tensor(self.ranks.size)}
+        for rank, data in enumerate(self.ranks.gather(save_tensors(own))):
+            if self.ranks.first:
+                found |= {f"{rank}.{key}": t for key, t in load_tensors(data).items()}
+        return found
+
+
+class _Written(_OfRanks):
+    """The first rank's."""
+
+    def open(
+        self, config: Mapping[str, Any], resume: Literal["auto", "never"]
+    ) -> Checkpoint | None:
+        def opened() -> int | None:
+            checkpoint = super(_OfRanks, self).open(config, resume)
+            return None if checkpoint is None else checkpoint.step
+
+        return self._checkpoint_of(self.ranks.by_first(opened))
+
+    def save(self, checkpoint: Checkpoint, schedule: Schedule) -> Path | None:
+        tensors = {**checkpoint.tensors, GROUP: self._gathered(checkpoint)}
+        whole = replace(checkpoint, tensors=tensors)
+        path: list[Path | None] = [None]
+
+        def saved() -> int | None:
+            path[0] = super(_OfRanks, self).save(whole, schedule)
+            return None if path[0] is None else self.saved
+
+        self.ranks.by_first(saved)
+        return path[0]
+
+    def finish(self, schedule: Schedule, result: Mapping[str, Any]) -> None:
+        self.ranks.by_first(lambda: super(_OfRanks, self).finish(schedule, result))
+
+
+class _Followed(_OfRanks):
+    """That of every other rank: it reads, and hears from the first what became of writing."""
+
+    def open(
+        self, config: Mapping[str, Any], resume: Literal["auto", "never"]
+    ) -> Checkpoint | None:
+        step = self.ranks.by_first(lambda: None)
+        self.tape = _Unwritten(self.path / "tape.jsonl")
+        self.windows = _Unwritten(self.path / "windows.jsonl")
+        self.starts = _Unwritten(self.path / "start.jsonl")
+        checkpoint = self._checkpoint_of(step)
+        self.saved = step
+        return checkpoint
+
+    def save(self, checkpoint: Checkpoint, schedule: Schedule) -> Path | None:
+        self._gathered(checkpoint)
+        step = self.ranks.by_first(lambda: None)
+        if step is None:
+            return None
+        self.saved = step
+        return self.checkpoints.path(step)
+
+    def record_start(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def finish(self, schedule: Schedule, result: Mapping[str, Any]) -> None:
+        self.ranks.by_first(lambda: None)
+
+
+class _Unwritten(JsonLines):
+    """Lines that another process writes."""
+
+    def append(self, rows: Any) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass

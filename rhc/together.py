@@ -1,0 +1,123 @@
+"""What a Runner does beside its loop where ranks train together: begin alike, and stay alike.
+
+The loop itself is the same on all ranks, because everything that it decides from is a mean over
+them. Here is what makes that so at the beginning, and what looks after every window whether it
+still is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rhc import stopping
+from rhc.batches import batch_size
+from rhc.distributed import RankLoader, Ranks, SyncBatchNorm
+from rhc.errors import InputError
+from rhc.noise import mixed_seed
+from rhc.objective import Objective
+from rhc.planning import EpochPlanner
+from rhc.randomness import seed_everything
+
+if TYPE_CHECKING:
+    from rhc.runner import Runner
+
+_OF_ONE_RANK = ("hardware", "device")
+"""Entries of config.json in which ranks may differ."""
+
+_OF_ONE_LEDGER = ("peak_memory_bytes",)
+
+
+def check_ranks(planner: EpochPlanner | None, objective: Objective | None) -> None:
+    """An InputError for settings that ranks together cannot do."""
+    if planner is not None and planner.samples:
+        raise InputError(
+            "a LossSampler sees the examples of one process only; leave it out of the planner, or "
+            "train with one process"
+        )
+    if objective is not None and objective.reward_weight and objective.reward is not None:
+        raise InputError(
+            "objective.reward is a function of one process's loss and metrics, which is not the "
+            "mean over ranks; return metrics['reward'] from loss_fn instead"
+        )
+
+
+def loaders_of(ranks: Ranks, *loaders: Iterable[Any] | None) -> list[Any]:
+    """The train, validation and test loaders as this rank sees them."""
+    names = ("train_loader", "val_loader", "test_loader")
+    return [
+        None if loader is None else RankLoader(loader, ranks, batch_size, name)
+        for loader, name in zip(loaders, names, strict=True)
+    ]
+
+
+def begin(ranks: Ranks, runner: Runner, steps: int) -> None:
+    """Makes sure that all ranks begin alike: settings, versions, parameters, random state."""
+    plant = runner.plant
+    described = {k: v for k, v in runner._description(steps).items() if k not in _OF_ONE_RANK}
+    shapes = {n: [list(p.shape), str(p.dtype)] for n, p in plant.model.named_parameters()}
+    ranks.check_same(
+        {
+            **described,
+            "directory": runner.directory is not None,
+            "model": shapes,
+            "slots": [sorted(plant.optimizer.state.get(p, {})) for p in plant.parameters],
+        }
+    )
+    ranks.broadcast_([*plant.model.parameters(), *plant.model.buffers()])
+    ranks.share_random_state()
+    if runner._wrapped:
+        runner._notice(
+            "the module inside DistributedDataParallel is trained, and its gradients are averaged "
+            "here: so products with the Hessian can be averaged too"
+        )
+    own = _own_statistics(plant.model)
+    if own:
+        runner._notice(
+            f"{own} normalises by the rows of each rank alone: N ranks are not one process with "
+            "all rows; torch.nn.SyncBatchNorm.convert_sync_batchnorm makes them one"
+        )
+
+
+def draw_apart(ranks: Ranks) -> None:
+    """From here on every rank draws what is random inside the model by itself (dropout)."""
+    seed = int(torch.initial_seed() % 2**31)
+    if not ranks.first:
+        seed_everything(mixed_seed(seed, ranks.rank) % 2**31)
+
+
+def agreed(ranks: Ranks, runner: Runner) -> bool:
+    """Whether some rank is being stopped; RanksDiffer where the window ended differently."""
+    loop, plant = runner.loop, runner.plant
+    schedule = {name: values.tolist() for name, values in loop.schedule.values.items()}
+    cost = {k: v for k, v in asdict(loop.cost).items() if k not in _OF_ONE_LEDGER}
+    decided = [loop.step, loop.correction, loop.history, loop.in_vain, loop.passed_over]
+    decided += [loop.alert, loop.regime, loop.delta, loop.upwards, cost, asdict(loop.relief)]
+    committed = [row for row in loop.tape[-runner.window :] if row["step"] >= 0]
+    parts = {
+        "schedule": schedule,
+        "decisions": decided,
+        "losses": [[row["step"], row["loss"], row["gradient_norm"]] for row in committed],
+        "parameters": plant.norms(),
+    }
+    window = loop.cost.windows - 1
+    return ranks.agree(
+        {name: json.dumps(part, default=str).encode() for name, part in parts.items()},
+        f"window {window} (up to step {loop.step})",
+        stopping.asked(),
+    )
+
+
+def _own_statistics(model: nn.Module) -> str | None:
+    """The first layer with statistics of one rank's rows."""
+    for name, module in model.named_modules():
+        together = isinstance(module, (SyncBatchNorm, nn.SyncBatchNorm))
+        if isinstance(module, _BatchNorm) and not together:
+            return f"{name or 'the model'} ({type(module).__name__})"
+    return None
