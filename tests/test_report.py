@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from rhc.cli import main
+from rhc.report.charts import charts_of
 from rhc.report.records import read_run, thinned
 
 pytest.importorskip("plotly", reason="the extra `report` is not installed")
@@ -164,6 +165,12 @@ def _opened(browser: Any, page: Path, width: int) -> set[str]:
         {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600},
     )
     browser.get(page.as_uri())
+    browser.set_script_timeout(60)
+    browser.execute_async_script(
+        "const done = arguments[0], all = document.querySelectorAll('.chart').length;"
+        "(function wait() { document.querySelectorAll('.chart .main-svg:first-child').length < all"
+        " ? setTimeout(wait, 20) : done(); })()"
+    )
     drawn = "[...document.querySelectorAll('.chart')].filter(c => c.querySelector('.main-svg'))"
     return set(browser.execute_script(f"return {drawn}.map(c => c.dataset.key)"))
 
@@ -173,11 +180,41 @@ def test_every_chart_is_drawn_offline(browser: Any, tmp_path: Path, width: int) 
     main(["report", str(written(tmp_path / "run", name=ATTACK))])
     assert _opened(browser, tmp_path / "run" / "report.html", width) == CHARTS
     assert browser.get_log("browser") == []
-    assert "owned" not in browser.title[:6]
+    # Had any of it been markup, the title would be another, and an image would be there.
+    assert browser.title == f"{ATTACK} – rhc report" or ATTACK not in browser.title
+    assert browser.title != "owned"
+    assert browser.execute_script("return document.images.length") == 0
+    assert ATTACK in browser.execute_script("return document.body.textContent")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert not browser.execute_script(
         "return [...document.querySelectorAll('.chart')].filter(c => !c.ariaLabel).length"
     )
+
+
+@pytest.mark.parametrize("width", [320, 1440])
+def test_everyone_can_read_it(browser: Any, tmp_path: Path, width: int) -> None:
+    """axe-core: contrast, alternative text, keyboard, landmarks."""
+    axe = pytest.importorskip("axe_core_python.selenium", reason="axe-core-python is missing")
+    runs = [written(tmp_path / f"run-{seed}", seed=seed) for seed in range(2)]
+    for given in (runs[:1], runs):
+        page = tmp_path / "page.html"
+        main(["report", *map(str, given), "-o", str(page)])
+        assert _opened(browser, page, width)
+        found = axe.Axe().run(browser)
+        assert len(found["passes"]) > 20
+        assert [(v["id"], v["nodes"][0]["html"]) for v in found["violations"]] == []
+
+
+def test_few_attempts_stand_for_many(tmp_path: Path) -> None:
+    """Of thousands of windows those are drawn that moved J furthest; the counts are of all."""
+    directory = written(tmp_path / "run", 50_000)
+    rows = [json.loads(line) for line in (directory / "windows.jsonl").read_text().splitlines()]
+    rows[1501]["objective_after"] = -5.0
+    _lines(directory / "windows.jsonl", rows)
+    (chart,) = (c for c in charts_of([read_run(directory)]) if c.key == "objectives")
+    drawn = [t for t in chart.figure["data"] if t["mode"] == "markers" and t["name"] == "accepted"]
+    assert len(drawn[0]["x"]) <= 250 and -5.0 in drawn[0]["y"]
+    assert "1000 accepted" in chart.alternative
 
 
 def test_a_long_run_makes_a_page_of_the_same_size(tmp_path: Path) -> None:

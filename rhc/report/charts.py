@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rhc.report.records import CONTROLS, RunRecord, entry, means, number, thinned
+from rhc.report.records import CONTROLS, RunRecord, entry, means, number, stretches, thinned
 
 INK = ("#0b5fa5", "#b45309", "#117733", "#9b2d77", "#5b5b00", "#374151", "#a61c1c", "#0f6674")
 """At least 4.5 to 1 on white, each."""
@@ -21,6 +21,8 @@ OUTCOMES = {
 }
 MOST_RUNS = 12
 """Runs whose own curves are drawn; more are in the means and the table."""
+MOST_ATTEMPTS = 250
+"""Of each outcome, in the chart of the windows: more are a wall, and take a second to draw."""
 SWEEP = 25
 """Runs of the usual sweep, five learning rates by five momenta, that one run replaces."""
 
@@ -243,8 +245,18 @@ def _rolled(run: RunRecord, name: str) -> list[dict[str, Any]]:
     ]
 
 
+def _telling(
+    rows: Sequence[tuple[float | None, float | None, float | None, dict[str, Any]]],
+) -> list[tuple[float | None, float | None, float | None, dict[str, Any]]]:
+    """At most MOST_ATTEMPTS attempts: of every stretch the one that moved J furthest."""
+    return [
+        max(rows[start:stop], key=lambda row: abs((row[1] or 0.0) - (row[2] or 0.0)))
+        for start, stop in stretches(len(rows), MOST_ATTEMPTS)
+    ]
+
+
 def _objectives(runs: Sequence[RunRecord]) -> list[Chart]:
-    traces, counts = [], []
+    traces, counts, left_out = [], [], False
     for i, run in enumerate(runs[:MOST_RUNS]):
         rows = [
             (number(row["start"]), number(row.get("objective_before")),
@@ -252,7 +264,9 @@ def _objectives(runs: Sequence[RunRecord]) -> list[Chart]:
             for row in run.windows
         ]  # fmt: skip
         for outcome, (ink, symbol) in OUTCOMES.items():
-            of_it = [row for row in rows if row[3]["outcome"] == outcome][-1500:]
+            all_of_it = [row for row in rows if row[3]["outcome"] == outcome]
+            of_it = _telling(all_of_it)
+            left_out |= len(of_it) < len(all_of_it)
             x, y, arrows_x, arrows_y, hover = [], [], [], [], []
             for start, before, after, row in of_it:
                 end = before if after is None else after
@@ -267,7 +281,7 @@ def _objectives(runs: Sequence[RunRecord]) -> list[Chart]:
                 arrows_y += [before, end, None]
             if not of_it:
                 continue
-            counts.append(f"{run.name}: {len(of_it)} {outcome}")
+            counts.append(f"{run.name}: {len(all_of_it)} {outcome}")
             if not x:
                 continue
             ink = ink if len(runs) == 1 else _ink(i)
@@ -280,7 +294,12 @@ def _objectives(runs: Sequence[RunRecord]) -> list[Chart]:
         "objectives",
         "Windows: J before and after",
         "One line per attempt at a window, from the objective as rolled to the objective as "
-        "replayed with the rewritten schedule, which the mark shows.",
+        "replayed with the rewritten schedule, which the mark shows."
+        + (
+            f" Of each outcome {MOST_ATTEMPTS} are drawn, those that moved J furthest."
+            if left_out
+            else ""
+        ),
         counts,
         traces,
         y="objective J",

@@ -150,7 +150,7 @@ def thinned(
     if count <= most:
         return list(steps), list(values)
     kept = {0, count - 1}
-    for start, stop in _stretches(count, max(1, most // 2)):
+    for start, stop in stretches(count, max(1, most // 2)):
         stretch = range(start, stop)
         kept |= {min(stretch, key=values.__getitem__), max(stretch, key=values.__getitem__)}
     order = sorted(kept)
@@ -162,13 +162,14 @@ def means(
 ) -> tuple[list[float], list[float]]:
     """Means over at most `most` stretches, at the middle of each."""
     found_steps, found = [], []
-    for start, stop in _stretches(len(values), most):
+    for start, stop in stretches(len(values), most):
         found_steps.append(sum(steps[start:stop]) / (stop - start))
         found.append(sum(values[start:stop]) / (stop - start))
     return found_steps, found
 
 
-def _stretches(count: int, most: int) -> Iterator[tuple[int, int]]:
+def stretches(count: int, most: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of at most `most` stretches of about the same length."""
     pieces = min(count, most)
     for i in range(pieces):
         yield count * i // pieces, count * (i + 1) // pieces
