@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -189,11 +190,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _status(arguments)
     # Whoever caught a signal on the way took it for Ctrl-C.
     number = stopping.received()
-    return stopping.STATUS[number] if status == 130 and number is not None else status
+    status = stopping.STATUS[number] if status == 130 and number is not None else status
+    if argv is None and _is_rank(arguments):
+        from rhc.distributed import leave
+
+        leave(status)
+    return status
+
+
+def _is_rank(arguments: Sequence[str]) -> bool:
+    """Whether torchrun started this command on several ranks, to train together."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
+    return several and bool(arguments) and arguments[0] in ("train", "resume", "replay")
 
 
 def _status(arguments: list[str]) -> int:
     try:
+        if _is_rank(arguments):
+            from rhc.together import as_rank
+
+            return as_rank(lambda: _dispatch(arguments))
         return _dispatch(arguments)
     except InputError as error:
         print(f"rhc: error: {error}", file=sys.stderr)

@@ -171,9 +171,14 @@ class Plant:
         buffers = model.named_buffers()
         self._infinite = {n for n, b in buffers if not bool(b.isfinite().all())}
         self.singletons = False
-        # Without one that is synchronised, a layer's statistics are of this rank's rows.
-        self._statistics = [] if ranks is None else _own_statistics(model)
+        self._statistics: list[Tensor] = []
+        self.find_statistics()
         self._on_cpu = all(p.device.type == "cpu" for p in self.parameters)
+
+    def find_statistics(self) -> None:
+        """Looks for layers whose statistics are of this rank's rows: their means are taken."""
+        if self.ranks is not None:
+            self._statistics = _own_statistics(self.model)
 
     # One step ------------------------------------------------------------------------------------
 

@@ -8,17 +8,21 @@ still is.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rhc import stopping
 from rhc.batches import batch_size
-from rhc.distributed import RankLoader, Ranks, SyncBatchNorm
+from rhc.distributed import RankLoader, Ranks, RanksDiffer, SyncBatchNorm, Unshared, joined
 from rhc.errors import InputError
 from rhc.noise import mixed_seed
 from rhc.objective import Objective
@@ -32,6 +36,57 @@ _OF_ONE_RANK = ("hardware", "device")
 """Entries of config.json in which ranks may differ."""
 
 _OF_ONE_LEDGER = ("peak_memory_bytes",)
+
+
+def as_rank(command: Callable[[], int]) -> int:
+    """The exit status of a command that torchrun runs on every rank; the first one shows it.
+
+    1 where the others are gone or differ: torchrun starts all again if it may, and the run goes on
+    from its last checkpoint.
+    """
+    with joined() as ranks:
+        assert ranks is not None
+        try:
+            with open(os.devnull, "w") as nowhere, _silent(None if ranks.first else nowhere):
+                return command()
+        except Unshared:
+            if ranks.first:
+                raise
+            return 2
+        except InputError as error:
+            if ranks.first:
+                raise
+            print(f"rhc: error: rank {ranks.rank}: {error}", file=sys.stderr)
+            return 2
+        except RanksDiffer as error:
+            if ranks.first:
+                print(f"rhc: error: {error}", file=sys.stderr)
+            return 1
+        except RuntimeError as error:
+            if not _disconnected(error):
+                raise
+            print(
+                f"rhc: error: rank {ranks.rank} has lost another rank; look at what that one said "
+                f"last ({str(error).splitlines()[0]})",
+                file=sys.stderr,
+            )
+            return 1
+
+
+@contextmanager
+def _silent(nowhere: TextIO | None) -> Iterator[None]:
+    if nowhere is None:
+        yield
+        return
+    with redirect_stdout(nowhere):
+        yield
+
+
+def _disconnected(error: RuntimeError) -> bool:
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(
+        sign in text for sign in ("Connection closed by peer", "Connection reset", "gloo/transport")
+    )
 
 
 def check_ranks(planner: EpochPlanner | None, objective: Objective | None) -> None:
@@ -77,6 +132,7 @@ def begin(ranks: Ranks, runner: Runner, steps: int) -> None:
             "the module inside DistributedDataParallel is trained, and its gradients are averaged "
             "here: so products with the Hessian can be averaged too"
         )
+    plant.find_statistics()
     own = _own_statistics(plant.model)
     if own:
         runner._notice(

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from rhc.config import RECORD_VERSION, TrainConfig, parsed_bytes
+from rhc.distributed import ranks_of, synchronised
 from rhc.errors import InputError
 from rhc.events import Listener
 from rhc.hypergradient import Engine, Product
@@ -88,7 +89,8 @@ def train(config: TrainConfig, console: Console, *, recorded_data: Path | None =
         console,
         lambda listener: _runner(config, workload, law, objective, directory, listener),
     )
-    if status == 0:
+    ranks = ranks_of("auto")
+    if status == 0 and (ranks is None or ranks.first):
         _report(console, directory)
     return status
 
@@ -109,7 +111,9 @@ def shown(
     try:
         with display(progress, console) as listener:
             runner = build(listener)
-            runner.fit(config.steps, cast(Literal["auto", "never"], config.resume))
+            # N ranks do what one process does, statistics of batches included.
+            with synchronised(runner.plant.model, runner.ranks, every=True):
+                runner.fit(config.steps, cast(Literal["auto", "never"], config.resume))
     except KeyboardInterrupt:
         return _interrupted(progress, directory)
     except DivergedError as error:

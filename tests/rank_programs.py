@@ -6,7 +6,9 @@ Each function returns what JSON can say, which is printed.
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,9 +17,14 @@ from problems import OPTIMIZERS, Problem, cnn, mlp, steered, transformer
 from runs import classify as classify_with_accuracy
 from runs import make_run
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 import rhc
+import rhc.runner
 from rhc.distributed import leave
+from rhc.errors import InputError
+from rhc.events import Committed, Notice
 
 STEPS = 5
 
@@ -121,21 +128,29 @@ def trained(
     rewrite: bool = True,
     steps: int = 50,
     alone: bool = False,
+    dropout: float = 0.0,
+    loader: str = "shuffled",
+    loss_fn: Any = None,
+    synchronise: bool = True,
+    wrap: bool = False,
+    seen: Callable[[nn.Module], None] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """A run of five windows in float64, on all rows or this rank's: what it ends with."""
-    run = make_run(optimizer, dropout=0.0)
+    run = make_run(optimizer, loader, dropout=dropout)
     model = run.model.double()
-    if not alone:
+    if seen is not None:
+        seen(model[0])  # type: ignore[index]
+    if not alone and synchronise:
         model[1] = nn.SyncBatchNorm.convert_sync_batchnorm(model[1])  # type: ignore[index]
     optimizer_ = OPTIMIZERS[optimizer](model.parameters())
     result = rhc.Runner(
-        model,
+        nn.parallel.DistributedDataParallel(model) if wrap else model,
         optimizer_,
-        doubled,
+        loss_fn or doubled,
         run.train,
         run.val,
-        window=10,
+        window=settings.pop("window", 10),
         controls=("lr", "noise") if rewrite else None,
         start="given",
         rewrite=rhc.Rewrite(step={"lr": 1.0, "noise": 3.0}, accept=False) if rewrite else False,
@@ -159,6 +174,118 @@ def doubled(model: nn.Module, batch: Any) -> Any:
 def many_runs(cases: str) -> list[dict[str, Any]]:
     """Of every case in a JSON list."""
     return [trained(**case) for case in json.loads(cases)]
+
+
+def counted() -> dict[str, list[int]]:
+    """product -> elements that go between ranks in a window of 4 and of 12 steps; "size": of θ."""
+    found: dict[str, list[int]] = {}
+    elements = 0
+    for name in ("all_reduce", "all_gather", "broadcast"):
+        whole = getattr(dist, name)
+
+        def counting(first: Any, *rest: Any, whole: Any = whole, **options: Any) -> Any:
+            nonlocal elements
+            tensors = first if isinstance(first, list) else [first]
+            elements += sum(t.numel() for t in tensors)
+            return whole(first, *rest, **options)
+
+        setattr(dist, name, counting)
+    problem = transformer()
+    optimizer = OPTIMIZERS["adamw"](problem.model.parameters())
+    found["size"] = [sum(p.numel() for p in problem.model.parameters())]
+    found["tensors"] = [len(list(problem.model.parameters()))]
+    for product in ("exact", "forward-difference"):
+        found[product] = []
+        for steps in (4, 12):
+            batches = problem.batches(steps)
+            elements = 0
+            rhc.hypergradient(
+                problem.model,
+                optimizer,
+                problem.loss_fn,
+                batches,
+                controls={"lr": 0.01},
+                terminal=problem.terminal,
+                product=product,
+            )
+            found[product].append(elements)
+    return found
+
+
+def faults(directory: str) -> dict[str, Any]:
+    """What becomes of runs in which one rank is not as the others: error or windows, by name."""
+    rank = dist.get_rank()
+    found: dict[str, Any] = {}
+
+    def error(name: str, **settings: Any) -> None:
+        try:
+            trained("sgd", **settings)
+            found[name] = "nothing"
+        except (InputError, RuntimeError) as raised:
+            found[name] = f"{type(raised).__name__}: {raised}"
+
+    error("configuration", window=10 + rank, product="none", steps=20)
+    versions = rhc.runner.versions
+    rhc.runner.versions = lambda: versions() | {"torch": f"2.1{rank}"}
+    error("versions", product="none", steps=20)
+    rhc.runner.versions = versions
+
+    moved: list[Any] = []
+
+    def move(event: Any) -> None:
+        if isinstance(event, Committed) and event.stop == 20 and rank == 1:
+            with torch.no_grad():
+                moved[0].weight[0, 0] += 1e-9
+
+    error("parameters", listeners=[move], seen=moved.append, product="none")
+    error("threshold", listeners=[], seen=moved.append, product="none", clip_norm=1.0 + rank)
+
+    calls = [0]
+
+    def poisoned(model: nn.Module, batch: Any) -> Any:
+        loss, metrics = doubled(model, batch)
+        calls[0] += model.training
+        return (loss * math.nan if rank == 1 and calls[0] == 6 else loss), metrics
+
+    run = trained("sgd", loss_fn=poisoned, directory=directory, product="exact")
+    found["nan"] = {"windows": run["windows"], "losses": run["losses"]}
+    heard: list[str] = []
+    settings: dict[str, Any] = {"synchronise": False, "steps": 20, "loader": "drop_last"}
+    wrapped = trained("sgd", wrap=True, listeners=[_notices(heard)], **settings)
+    found["ddp"] = {"same": wrapped == trained("sgd", **settings), "notices": heard}
+    heard = []
+    found["sampler"] = sampled()
+    trained("sgd", listeners=[_notices(heard)], synchronise=False, steps=10, loader="drop_last")
+    found["statistics"] = heard
+    return found
+
+
+def _notices(heard: list[str]) -> Callable[[Any], None]:
+    return lambda event: heard.append(event.message) if isinstance(event, Notice) else None
+
+
+def sampled(*, alone: bool = False) -> list[float]:
+    """Losses of a run whose loader shards itself, or of one process with the same rows a step."""
+    run = make_run("sgd", dropout=0.0, norm=False)
+    data = run.train.dataset  # type: ignore[attr-defined]
+    if alone:
+        order = [*range(len(data)), 0]  # DistributedSampler repeats, to share evenly
+        batches = [order[i : i + 8] for i in range(0, len(order), 8)]
+        loader = DataLoader(data, batch_sampler=batches)
+    else:
+        sampler = DistributedSampler(data, shuffle=False)
+        loader = DataLoader(data, 4, sampler=sampler)
+    result = rhc.Runner(
+        run.model,
+        run.optimizer,
+        run.loss_fn,
+        loader,
+        run.val,
+        window=5,
+        start="given",
+        product="exact",
+    ).fit(20)
+    return [row["loss"] for row in result.tape]
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rank_programs import hypergradients, trained
+from rank_programs import hypergradients, sampled, trained
 from ranks import spawn
 
 CASES = [
@@ -56,6 +58,43 @@ def test_runs_end_as_one_process_does() -> None:
             if name.startswith("average") and not case.get("rewrite", True):
                 continue  # statistics of batches in another order: one process draws them too
             assert loss is None or abs(found["losses"][name] - loss) <= 1e-6 * loss, (case, name)
+
+
+def test_what_goes_between_ranks_does_not_grow_with_the_window() -> None:
+    """A gradient's volume for every gradient and every product, and a few numbers."""
+    (found, other) = spawn(2, "rank_programs.py", "counted")
+    assert found == other
+    (size,), (tensors,) = found["size"], found["tensors"]
+    for product in ("exact", "forward-difference"):
+        short, long = found[product]
+        a_step = (long - short) / 8
+        assert 2 * size <= a_step <= 2 * (size + tensors + 1) + 10, product
+        # Of a window: the terminal gradient, two gradients that are compared, and words.
+        assert short - 4 * a_step <= 3 * size + 3000, product
+
+
+def test_one_rank_is_not_as_the_others(tmp_path: Path) -> None:
+    of_two = spawn(2, "rank_programs.py", "faults", str(tmp_path / "run"))
+    for found in of_two:
+        assert re.fullmatch(
+            r"Unshared: rank 1 was started otherwise than rank 0 \(stride is 11, on rank 0 10; "
+            r"window is 11, on rank 0 10\); start all ranks .*",
+            found["configuration"],
+        )
+        assert 'versions.torch is "2.11", on rank 0 "2.10"' in found["versions"]
+        assert "clip_norm is 2.0, on rank 0 1.0" in found["threshold"]
+        assert found["parameters"].startswith(
+            "RanksDiffer: rank 1 differs from rank 0 in parameters"
+        )
+        assert "window 1 (up to step 20)" in found["parameters"]
+        assert found["nan"]["windows"].count("rewound") == 1
+        assert found["nan"] == of_two[0]["nan"]
+        assert found["ddp"]["same"]
+        assert any("DistributedDataParallel" in text for text in found["ddp"]["notices"])
+        assert any("by the rows of each rank alone" in text for text in found["statistics"])
+        assert found["sampler"] == pytest.approx(sampled(alone=True), rel=1e-5)  # float32
+    records = [json.loads(x) for x in (tmp_path / "run/windows.jsonl").read_text().splitlines()]
+    assert [r["outcome"] for r in records] == of_two[0]["nan"]["windows"]
 
 
 def relative(found: list[float], expected: list[float]) -> float:

@@ -143,7 +143,8 @@ def hypergradient(
         ranks.check_same(
             {
                 "steps": len(batches),
-                "controls": {n: values.tolist() for n, values in schedule.values.items()},
+                "controls": sorted(schedule.values),
+                "schedule": schedule.digest(),
                 "settings": [str(x) for x in (segment, product, seed, clip_norm, clip_value)],
                 "terminal": terminal is not None,
                 "parameters": plant.norms(),
