@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -44,6 +45,9 @@ def as_rank(command: Callable[[], int]) -> int:
     1 where the others are gone or differ: torchrun starts all again if it may, and the run goes on
     from its last checkpoint.
     """
+    # A rank that waits for others cannot answer, and torchrun would wait for it in its turn. What a
+    # run has saved is whole at any moment.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with joined() as ranks:
         assert ranks is not None
         try:
@@ -67,7 +71,7 @@ def as_rank(command: Callable[[], int]) -> int:
                 raise
             print(
                 f"rhc: error: rank {ranks.rank} has lost another rank; look at what that one said "
-                f"last ({str(error).splitlines()[0]})",
+                "last, and start again to go on from the last checkpoint",
                 file=sys.stderr,
             )
             return 1

@@ -365,7 +365,13 @@ def joined(device: str = "auto") -> Iterator[Ranks | None]:
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+        # One launcher's store outlives its ranks, and what those wrote there that were killed:
+        # in torch 2.13 the first restart dials their addresses. Several launchers begin a new one.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         yield Ranks()
     finally:
