@@ -6,13 +6,14 @@ VENV := .venv
 # Lies inside the environment, so that deleting the environment deletes it too.
 STAMP := $(VENV)/.installed
 
-.PHONY: help install train test lint clean
+.PHONY: help install train test lint docs clean
 
 help:
 	@echo "make install   create $(VENV) and install rhc with its development tools"
 	@echo "make train     a first run: digits, windows of 50 steps, no download"
 	@echo "make test      the quick tests"
 	@echo "make lint      ruff and mypy"
+	@echo "make docs      the documentation as a site, in site/"
 	@echo "make clean     remove caches and build products; keeps $(VENV) and runs/"
 
 install: $(STAMP)
@@ -33,6 +34,10 @@ lint: install
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy rhc runners
 
+docs: install
+	test -x $(VENV)/bin/mkdocs || $(VENV)/bin/python -m pip install -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -153,6 +153,10 @@ class RunResult:
     directory: Path | None
 
     @property
+    def train_loss(self) -> float | None:
+        return self.record["train_loss"]
+
+    @property
     def val_loss(self) -> float | None:
         return self.record["val_loss"]
 
@@ -163,6 +167,11 @@ class RunResult:
     @property
     def test_accuracy(self) -> float | None:
         return self.record["test_accuracy"]
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """The ledger: plain_run_equivalents, gradient_evaluations, hessian_products and others."""
+        return self.record["cost"]
 
 
 class DivergedError(RuntimeError):

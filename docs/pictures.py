@@ -1,0 +1,141 @@
+"""The pictures of the documentation: the terminal and the report of a run of digits.
+
+    pip install -c constraints.txt -e '.[dev,report,runners]'     and Chromium with its driver
+    python docs/pictures.py            # writes docs/pictures/
+    python docs/pictures.py --check    # exit status 1 where they were made by another version
+
+The run, and so what is to be seen, is that of `rhc train --window 50`, the README's first command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+import rhc
+import rhc.train
+from rhc.cli import main as command
+from rhc.events import Event, StartFound, StepTaken
+from rhc.progress import Progress, found, frame, heading
+
+PICTURES = Path(__file__).parent / "pictures"
+CHARTS = {"losses": "losses", "control-lr": "schedule", "objectives": "windows", "heat": "heat"}
+WIDTH = 79
+SHOWN_AT = 60
+"""The step of the second window at which the terminal is shown."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="say whether they are current")
+    arguments = parser.parse_args()
+    if arguments.check:
+        return check()
+    PICTURES.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        here = Path.cwd()
+        os.chdir(folder)
+        try:
+            terminal(PICTURES / "train.svg")
+            (directory,) = Path("runs").iterdir()
+            report(directory.absolute() / "report.html")
+        finally:
+            os.chdir(here)
+    made = {"version": rhc.__version__, "pictures": sorted(p.name for p in PICTURES.iterdir())}
+    made["pictures"] = [name for name in made["pictures"] if name != "made.json"]
+    (PICTURES / "made.json").write_text(json.dumps(made, indent=2) + "\n")
+    return 0
+
+
+def check() -> int:
+    """0 where every picture is there and was made by this version."""
+    try:
+        made = json.loads((PICTURES / "made.json").read_text())
+    except FileNotFoundError:
+        made = {"version": "none", "pictures": []}
+    missing = [name for name in made["pictures"] if not (PICTURES / name).exists()]
+    if made["version"] == rhc.__version__ and not missing:
+        return 0
+    print(
+        f"the pictures are of version {made['version']}, and {missing or 'none'} missing; "
+        "python docs/pictures.py makes them anew",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def terminal(path: Path) -> None:
+    """`rhc train --window 50`, and its display in the middle of the second window."""
+    console = Console(record=True, width=WIDTH, file=sys.stderr, force_terminal=True)
+    console.print(Text("$ rhc train --window 50", style="bold"))
+
+    @contextmanager
+    def watched(progress: Progress, _: Console) -> Iterator[Any]:
+        shown = False
+
+        def listener(event: Event) -> None:
+            nonlocal shown
+            progress.observe(event)
+            if isinstance(event, StartFound):
+                for line in heading(progress)[:1]:
+                    console.print(Text(line, style="dim"))
+                console.print(Text(f"start: {found(event)}"))
+            elif isinstance(event, StepTaken) and event.step == SHOWN_AT and not shown:
+                shown = True
+                console.print(frame(progress, WIDTH))
+
+        yield listener
+
+    original, rhc.train.display = rhc.train.display, watched  # type: ignore[assignment]
+    try:
+        if command(["train", "--window", "50"]):
+            raise SystemExit("the run failed")
+    finally:
+        rhc.train.display = original
+    console.save_svg(str(path), title="rhc train")
+
+
+def report(page: Path) -> None:
+    """The report's first screen, and some of its charts."""
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"):
+        options.add_argument(argument)
+    driver = shutil.which("chromedriver")
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    try:
+        browser.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": 1200, "height": 1000, "deviceScaleFactor": 1, "mobile": False},
+        )
+        browser.get(page.as_uri())
+        browser.set_script_timeout(60)
+        browser.execute_async_script(
+            "const done = arguments[0], all = document.querySelectorAll('.chart').length;"
+            "(function wait() { document.querySelectorAll('.chart .main-svg:first-child').length"
+            " < all ? setTimeout(wait, 50) : setTimeout(done, 500); })()"
+        )
+        browser.save_screenshot(str(PICTURES / "report.png"))
+        for key, name in CHARTS.items():
+            (chart,) = browser.find_elements("css selector", f"#chart-{key}")
+            chart.screenshot(str(PICTURES / f"{name}.png"))
+    finally:
+        browser.quit()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
