@@ -11,10 +11,12 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -167,11 +169,35 @@ def agreed(ranks: Ranks, runner: Runner) -> bool:
         "parameters": plant.norms(),
     }
     window = loop.cost.windows - 1
-    return ranks.agree(
+    now = time.monotonic()
+    since, waited_before, known = _CLOCK.get(ranks, (loop.began, 0.0, frozenset[int]()))
+    stop, waited = ranks.agree(
         {name: json.dumps(part, default=str).encode() for name, part in parts.items()},
         f"window {window} (up to step {loop.step})",
         stopping.asked(),
+        ranks.traffic.seconds - waited_before,
     )
+    slow = straggler(waited, now - since)
+    if slow is not None and slow not in known:
+        runner._notice(
+            f"rank {slow} keeps the others waiting, {max(waited):.2g} of {now - since:.2g} s in "
+            f"window {window}: look at its machine, its data and who else computes there"
+        )
+        known |= {slow}
+    _CLOCK[ranks] = time.monotonic(), ranks.traffic.seconds, known
+    return stop
+
+
+_CLOCK: WeakKeyDictionary[Ranks, tuple[float, float, frozenset[int]]] = WeakKeyDictionary()
+"""When the last window ended, what had been waited until then, and whom a notice has named."""
+
+
+def straggler(waited: Sequence[float], seconds: float) -> int | None:
+    """The rank that hardly waits while each of the others waits half of the time."""
+    least, *others = sorted(waited)
+    if least < 0.1 * seconds and others[0] > 0.5 * seconds:
+        return list(waited).index(least)
+    return None
 
 
 def _own_statistics(model: nn.Module) -> str | None:

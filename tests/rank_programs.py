@@ -5,17 +5,19 @@ Each function returns what JSON can say, which is printed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from problems import OPTIMIZERS, Problem, cnn, mlp, steered, transformer
+from runs import Stop, make_run, stop_at_step
 from runs import classify as classify_with_accuracy
-from runs import make_run
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
@@ -212,6 +214,16 @@ def counted() -> dict[str, list[int]]:
     return found
 
 
+def halted(directory: str) -> None:
+    """A run that ends in its third window, with two of them saved."""
+    with contextlib.suppress(Stop):
+        trained("sgd", directory, listeners=[stop_at_step(25)])
+
+
+def goes_on(directory: str) -> dict[str, Any]:
+    return trained("sgd", directory)
+
+
 def faults(directory: str) -> dict[str, Any]:
     """What becomes of runs in which one rank is not as the others: error or windows, by name."""
     rank = dist.get_rank()
@@ -255,6 +267,14 @@ def faults(directory: str) -> dict[str, Any]:
     found["ddp"] = {"same": wrapped == trained("sgd", **settings), "notices": heard}
     heard = []
     found["sampler"] = sampled()
+    heard = []
+
+    def late(model: nn.Module, batch: Any) -> Any:
+        time.sleep(0.04 * rank)
+        return doubled(model, batch)
+
+    slow = trained("sgd", loss_fn=late, steps=10, listeners=[_notices(heard)], product="none")
+    found["straggler"] = {"same": slow == trained("sgd", steps=10, product="none"), "heard": heard}
     trained("sgd", listeners=[_notices(heard)], synchronise=False, steps=10, loader="drop_last")
     found["statistics"] = heard
     return found

@@ -11,6 +11,11 @@ import pytest
 import torch
 from rank_programs import hypergradients, sampled, trained
 from ranks import spawn
+from runs import classify
+from torch import nn
+
+import rhc
+from rhc.errors import InputError
 
 CASES = [
     ("normed", "sgd", "exact", "even"),
@@ -48,16 +53,48 @@ def test_runs_end_as_one_process_does() -> None:
         alone = trained(**case, alone=True)
         assert of_two[0][k] == of_two[1][k], case
         found = of_two[0][k]
-        assert found["windows"] == alone["windows"]
         if case.get("rewrite", True):
             assert "accepted" in found["windows"], case
-        for kind in ("parameters", "buffers"):
-            for a, b in zip(found[kind], alone[kind], strict=True):
-                assert relative(a, b) <= 1e-6, (case, kind)
+        assert_same_run(found, alone)
         for name, loss in alone["losses"].items():
             if name.startswith("average") and not case.get("rewrite", True):
                 continue  # statistics of batches in another order: one process draws them too
             assert loss is None or abs(found["losses"][name] - loss) <= 1e-6 * loss, (case, name)
+
+
+def assert_same_run(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found["windows"] == expected["windows"]
+    for kind in ("parameters", "buffers"):
+        for a, b in zip(found[kind], expected[kind], strict=True):
+            assert relative(a, b) <= 1e-6, kind
+
+
+def test_a_run_of_two_ranks_goes_on_with_one(tmp_path: Path) -> None:
+    """Nothing is drawn in the model, so that it is the run of one process all along."""
+    spawn(2, "rank_programs.py", "halted", str(tmp_path / "run"))
+    found = trained("sgd", str(tmp_path / "run"), alone=True)
+    assert_same_run(found, trained("sgd", alone=True))
+
+
+@pytest.mark.slow
+def test_a_run_of_two_ranks_goes_on_with_four(tmp_path: Path) -> None:
+    spawn(2, "rank_programs.py", "halted", str(tmp_path / "run"))
+    found = spawn(4, "rank_programs.py", "goes_on", str(tmp_path / "run"))
+    assert found[0] == found[3]
+    assert_same_run(found[0], trained("sgd", alone=True))
+
+
+@pytest.mark.slow
+def test_four_ranks_are_one_process_too() -> None:
+    """A batch of three rows leaves a rank without any."""
+    found = spawn(4, "rank_programs.py", "many_hypergradients", json.dumps(CASES[:4]))
+    for k, case in enumerate(CASES[:4]):
+        assert found[0][k] == found[1][k] == found[2][k] == found[3][k]
+        close(found[0][k], hypergradients(*case, alone=True), case)
+    found = spawn(4, "rank_programs.py", "many_runs", json.dumps(RUNS))
+    for k, run in enumerate(RUNS):
+        assert found[0][k] == found[3][k]
+        assert_same_run(found[0][k], trained(**run, alone=True))
 
 
 def test_what_goes_between_ranks_does_not_grow_with_the_window() -> None:
@@ -91,10 +128,19 @@ def test_one_rank_is_not_as_the_others(tmp_path: Path) -> None:
         assert found["nan"] == of_two[0]["nan"]
         assert found["ddp"]["same"]
         assert any("DistributedDataParallel" in text for text in found["ddp"]["notices"])
+        assert found["straggler"]["same"]
+        assert any("rank 1 keeps the others" in text for text in found["straggler"]["heard"])
         assert any("by the rows of each rank alone" in text for text in found["statistics"])
         assert found["sampler"] == pytest.approx(sampled(alone=True), rel=1e-5)  # float32
     records = [json.loads(x) for x in (tmp_path / "run/windows.jsonl").read_text().splitlines()]
     assert [r["outcome"] for r in records] == of_two[0]["nan"]["windows"]
+
+
+def test_shared_out_parameters_are_refused() -> None:
+    sharded = nn.Linear(2, 2)
+    sharded.weight.device_mesh = "a mesh"  # as a DTensor has
+    with pytest.raises(InputError, match=r"weight is shared out over ranks .* leave fully_shard"):
+        rhc.Runner(sharded, torch.optim.SGD(sharded.parameters(), lr=0.1), classify, [], None)
 
 
 def relative(found: list[float], expected: list[float]) -> float:

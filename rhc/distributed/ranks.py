@@ -243,18 +243,24 @@ class Ranks:
                     "start all ranks by the same command, with the same versions"
                 )
 
-    def agree(self, parts: Mapping[str, bytes], where: str, stopping: bool) -> bool:
-        """Whether any rank is being stopped; RanksDiffer where a part is not the same on all."""
+    def agree(
+        self, parts: Mapping[str, bytes], where: str, stopping: bool, waited: float
+    ) -> tuple[bool, list[float]]:
+        """(whether any rank is being stopped, the seconds that each rank waited for others).
+
+        RanksDiffer where a part is not the same on all.
+        """
         digests = [
             int.from_bytes(hashlib.sha256(part).digest()[:8], "big", signed=True)
             for part in parts.values()
         ]
-        own = torch.tensor([*digests, int(stopping)], dtype=torch.int64, device=self.device)
+        words = [*digests, int(stopping), int(1e6 * waited)]
+        own = torch.tensor(words, dtype=torch.int64, device=self.device)
         rows = [torch.zeros_like(own) for _ in range(self.size)]
         dist.all_gather(rows, own, group=self.group)
         found = torch.stack(rows).cpu()
         for rank in range(1, self.size):
-            apart = (found[rank, :-1] != found[0, :-1]).tolist()
+            apart = (found[rank, :-2] != found[0, :-2]).tolist()
             names = [name for name, differs in zip(parts, apart, strict=True) if differs]
             if names:
                 raise RanksDiffer(
@@ -262,7 +268,7 @@ class Ranks:
                     "for randomness or state in loss_fn that is neither the model's nor torch's, "
                     "and resume from the last checkpoint"
                 )
-        return bool(found[:, -1].any())
+        return bool(found[:, -2].any()), [1e-6 * w for w in found[:, -1].tolist()]
 
 
 @dataclass
@@ -341,6 +347,9 @@ class Gradients:
         return few[0].to(loss.dtype), means
 
 
+_FLATTENING = ("FullyShardedDataParallel",)
+
+
 # Joining ------------------------------------------------------------------------------------------
 
 
@@ -410,8 +419,17 @@ def ranks_of(group: Group) -> Ranks | None:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module underneath DistributedDataParallel, which takes no second derivatives; or itself.
 
-    Its reducer stays silent where the module is called without it.
+    Its reducer stays silent where the module is called without it. An InputError for models whose
+    parameters are shared out.
     """
+    sharded = [n or "model" for n, m in model.named_modules() if type(m).__name__ in _FLATTENING]
+    sharded += [n for n, p in model.named_parameters() if hasattr(p, "device_mesh")]
+    if sharded:
+        raise InputError(
+            f"{sharded[0]} is shared out over ranks (FSDP, a DTensor), and rhc looks back at whole "
+            "parameters only; leave fully_shard out and let every rank hold the model, with "
+            "memory_budget for what looking back keeps"
+        )
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return model.module
     return model
