@@ -52,6 +52,12 @@ def written(directory: Path, steps: int = 100, *, seed: int = 0, name: str = "di
     result = {"steps": steps, "val_loss": 0.3, "test_loss": 0.3 + seed, "cost": cost}
     (directory / "result.json").write_text(json.dumps(result))
     (directory / "schedule.json").write_text("{}")
+    whole = {
+        "start": 0,
+        "costate_norms": [1.0] * steps,
+        "raw_grad": {"lr": [-0.1, 0.0] * (steps // 2)},
+    }
+    (directory / "hypergradient.json").write_text(json.dumps(whole))
     return directory
 
 
@@ -60,7 +66,7 @@ def _lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 CHARTS = {"losses", "metric-0", "control-lr", "objectives", "starts", "courses", "changes", "heat",
-          "costates", "events", "cost"}  # fmt: skip
+          "costates", "whole", "events", "cost"}  # fmt: skip
 
 
 def test_peaks_outlive_thinning() -> None:

@@ -45,7 +45,7 @@ def charts_of(runs: Sequence[RunRecord]) -> list[Chart]:
         makers += [_over_seeds]
     makers += [_metrics, _controls, _objectives]
     if len(runs) == 1:
-        makers += [_starts, _changes, _heat, _costates, _events]
+        makers += [_starts, _changes, _heat, _costates, _whole, _events]
     makers += [_cost]
     return [chart for make in makers for chart in make(runs)]
 
@@ -444,6 +444,37 @@ def _costates(runs: Sequence[RunRecord]) -> list[Chart]:
         [_marks(x, y, "‖λ‖", _ink(0), "circle")],
         y="‖λ‖",
         log=min(norms) > 0,
+    )
+
+
+def _whole(runs: Sequence[RunRecord]) -> list[Chart]:
+    """What `rhc hypergradient` found: the run as one window."""
+    found = runs[0].whole
+    start = number(found.get("start")) or 0.0
+    traces, texts = [], []
+    values: dict[str, Any] = {"‖λ‖": found.get("costate_norms")}
+    grad = found.get("raw_grad")
+    for name, row in grad.items() if isinstance(grad, dict) else ():
+        values[f"|dJ/d{name}|, in its coordinate"] = row
+    for at, (name, row) in enumerate(values.items()):
+        points = [
+            (start + i, abs(v))
+            for i, value in enumerate(row if isinstance(row, list) else [])
+            if (v := number(value)) is not None and v != 0
+        ]
+        if points:
+            x, y = thinned([p[0] for p in points], [p[1] for p in points])
+            traces.append(_line(x, y, name, _ink(at), width=2 if at == 0 else 1))
+            texts.append(f"{name} between {min(y):.3g} and {max(y):.3g}")
+    return _chart(
+        "whole",
+        "The whole run looked back at",
+        "dJ/ds and dJ/du of every step, from rhc hypergradient, J the loss at the end of the run: "
+        "where the schedule still had something to gain.",
+        texts,
+        traces,
+        y="norm, absolute value",
+        log=True,
     )
 
 

@@ -26,6 +26,8 @@ class RunRecord:
     tape: list[dict[str, Any]] = field(default_factory=list)
     windows: list[dict[str, Any]] = field(default_factory=list)
     starts: list[dict[str, Any]] = field(default_factory=list)
+    whole: dict[str, Any] = field(default_factory=dict)
+    """hypergradient.json: the run looked back at as one window."""
     faults: list[str] = field(default_factory=list)
 
     @property
@@ -107,6 +109,7 @@ def read_run(directory: Path) -> RunRecord:
         if isinstance(row.get("outcome"), str) and number(row.get("start")) is not None
     ]
     run.starts = _rows(run, "start.jsonl")
+    run.whole = _document(run, "hypergradient.json")
     if not (run.config or run.result or run.tape or run.windows or run.starts):
         why = f" ({'; '.join(run.faults)})" if run.faults else ": it has no config.json and no tape"
         raise InputError(
