@@ -1,7 +1,7 @@
 """The campaign: kills, flips, truncations, full disks and fuzzed files, and what became of them.
 
     python benchmarks/faults.py kills --count 200
-    python benchmarks/faults.py flips truncations full
+    python benchmarks/faults.py flips truncations full tiny
     python benchmarks/faults.py fuzz --count 100000
     python benchmarks/faults.py cost size
 
@@ -20,6 +20,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -40,7 +41,8 @@ from runs import files, make_run, seed_everything, state_of, unequal
 from rhc import InputError, Rewrite, Runner
 from rhc.checkpoint import Checkpoint, CheckpointStore, _sealed, _tensors
 from rhc.config import TrainConfig
-from rhc.events import StepTaken, VerbStarted
+from rhc.errors import StorageError
+from rhc.events import CheckpointSaved, StepTaken, VerbStarted
 from rhc.files import parsed_json, parsed_toml
 from rhc.hypergradient import Lookback
 from rhc.plant import Plant
@@ -203,9 +205,12 @@ SEALED = ("checkpoints/*/*", "tape.jsonl", "windows.jsonl", "start.jsonl", ".*.c
 """Files that carry a digest or checksums."""
 
 
-def _small(directory: Path, steps: int = STEPS, seed: int = 0) -> tuple[Any, Any]:
+def _small(
+    directory: Path, steps: int = STEPS, seed: int = 0, listener: Any = None
+) -> tuple[Any, Any]:
     run = make_run("adamw", seed=seed)
-    law = Runner(*run, window=4, rewrite=LAW, directory=directory)
+    listeners = [] if listener is None else [listener]
+    law = Runner(*run, window=4, rewrite=LAW, directory=directory, listeners=listeners)
     return run, law.fit(steps)
 
 
@@ -282,42 +287,118 @@ def _damages(what: str, damages: Callable[[bytes], Iterator[bytes]]) -> bool:
 
 
 def full(count: int, seed: int) -> bool:
-    """ENOSPC at every single operation on the disk of a run, once and four times in a row."""
+    """ENOSPC at every single operation on the disk of a run: once, for a while, and for ever."""
     folder = Path(tempfile.mkdtemp(prefix="rhc-full-"))
     run, _result = _small(folder / "whole")
     expected = state_of(run), files(folder / "whole")
     with FaultyDisk() as disk:
         _small(folder / "counted")
-    names, table = disk.names, Counter[str]()
+    names, good = disk.names, True
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    for length in (1, 4):
+    print(f"a run has {len(names)} operations: {dict(Counter(names).most_common())}")
+    print("| ENOSPC from each operation on | what became of the run | cases |\n|---|---|---|")
+    for label, length in {
+        "once": 1,
+        "for 4 operations": 4,
+        "for 40 operations": 40,
+        "for ever": len(names) ** 2,
+    }.items():
+        table = Counter[str]()
         for number in range(len(names)):
-            directory = folder / f"{length}-{number}"
             fault = lambda n, _, a=number, k=length: error if a <= n < a + k else None  # noqa: E731
-            with FaultyDisk(fault):
-                try:
-                    run, _ = _small(directory)
-                except InputError:
-                    table["refused before the first step, in one sentence"] += 1
-                    shutil.rmtree(directory, ignore_errors=True)
-                    continue
-                except RuntimeError as told:
-                    kind = "told at the end, and resumed to an equal end"
-                    assert "could not be written" in str(told)
-                    run, _ = _small(directory, seed=99)
-                else:
-                    kind = "survived to an equal end"
-            store = CheckpointStore(directory / "checkpoints")
-            good = store.latest() is not None
-            same = not unequal(expected, (state_of(run), files(directory)))
-            table[kind if good and same else f"FAILED at {number} ({names[number]})"] += 1
-            shutil.rmtree(directory)
-    print(f"ENOSPC at each of {len(names)} operations ({', '.join(sorted(set(names)))})")
-    print("| what became of the run | cases |\n|---|---|")
-    for kind, number in table.most_common():
-        print(f"| {kind} | {number} |")
+            kind = _survived(folder / "run", FaultyDisk(fault), expected)
+            table[kind if kind in OUTCOMES else f"{kind} at {number} ({names[number]})"] += 1
+            shutil.rmtree(folder / "run", ignore_errors=True)
+        good &= table.keys() <= set(OUTCOMES)
+        for kind, cases in table.most_common():
+            print(f"| {label} | {kind} | {cases} |", flush=True)
     shutil.rmtree(folder)
-    return not any(kind.startswith("FAILED") for kind in table)
+    return good
+
+
+OUTCOMES = (
+    "ended like a run that was left alone",
+    "told at the end, in one sentence; resumed to an equal end",
+    "refused before the first step, in one sentence; begun again to an equal end",
+)
+
+
+def _survived(
+    directory: Path,
+    disk: contextlib.AbstractContextManager[Any],
+    expected: Any,
+    mend: Callable[[], Any] = lambda: None,
+) -> str:
+    """One of OUTCOMES, or what was wrong with a run on `disk`; mend: called when it has ended."""
+    saved: list[int] = []
+
+    def listener(event: Any) -> None:
+        if isinstance(event, CheckpointSaved):
+            saved.append(event.step)
+
+    run: Any = None
+    with disk:
+        try:
+            run, _ = _small(directory, listener=listener)
+            kind = OUTCOMES[0]
+        except (StorageError, InputError) as told:
+            kind = OUTCOMES[1] if isinstance(told, StorageError) else OUTCOMES[2]
+            if "\n" in str(told) or (isinstance(told, InputError) and saved):
+                return f"FAILED: {told}"
+    found = CheckpointStore(directory / "checkpoints").latest()
+    if saved and (found is None or found.step < saved[-1]):
+        return f"FAILED: of the checkpoint of step {saved[-1]}, {found and found.step} was left"
+    mend()
+    if kind != OUTCOMES[0]:
+        try:
+            run, _ = _small(directory, seed=99 if kind == OUTCOMES[1] else 0)
+        except InputError as error:
+            return f"FAILED: not resumed: {error}"
+    unlike = unequal(expected, (state_of(run), files(directory)))
+    return f"FAILED: {unlike[:2]} differ" if unlike else kind
+
+
+def tiny(count: int, seed: int) -> bool:
+    """Runs on a tmpfs of every size, in pages and in names, from too small to large enough."""
+    if "RHC_OWN_MOUNTS" not in os.environ:
+        command = ["unshare", "-rm", sys.executable, __file__, "tiny", "--seed", str(seed)]
+        try:
+            environment = {**os.environ, "RHC_OWN_MOUNTS": "1"}
+            if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0:
+                return subprocess.run(command, env=environment).returncode == 0
+        except FileNotFoundError:
+            pass
+        print("not done: nothing can be mounted here without root (unshare -rm)")
+        return True
+    folder = Path(tempfile.mkdtemp(prefix="rhc-tiny-"))
+    run, _result = _small(folder / "whole")
+    expected = state_of(run), files(folder / "whole")
+    place = folder / "disk"
+    place.mkdir()
+    good = True
+    print("| tmpfs | what became of the run | sizes |\n|---|---|---|")
+    for unit, limits in {
+        "pages of 4 KiB": [f"size={4 * n}k" for n in range(1, 120)],
+        "names": [f"size=64m,nr_inodes={n}" for n in range(2, 90)],
+    }.items():
+        table: dict[str, list[str]] = {}
+        for limit in limits:
+            subprocess.run(["mount", "-t", "tmpfs", "-o", limit, "none", place], check=True)
+            kind = _survived(
+                place / "run",
+                contextlib.nullcontext(),
+                expected,
+                lambda: subprocess.run(
+                    ["mount", "-o", "remount,size=64m,nr_inodes=1000", place], check=True
+                ),
+            )
+            table.setdefault(kind, []).append(limit.rpartition("=")[2])
+            subprocess.run(["umount", "-l", place], check=True)
+        good &= table.keys() <= set(OUTCOMES)
+        for kind, found in table.items():
+            print(f"| {unit} | {kind} | {len(found)}: {found[0]} to {found[-1]} |", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    return good
 
 
 # Fuzzing -----------------------------------------------------------------------------------------
@@ -610,6 +691,7 @@ CAMPAIGNS: dict[str, tuple[Callable[[int, int], bool], int]] = {
     "flips": (flips, 200),
     "truncations": (truncations, 1),
     "full": (full, 1),
+    "tiny": (tiny, 1),
     "fuzz": (fuzz, 100_000),
     "atheris": (atheris, 100_000),
     "cost": (cost, 8),

@@ -54,6 +54,7 @@ class RunDirectory:
         self.saved: int | None = None
         self.trouble: OSError | None = None
         self._first: Checkpoint | None = None
+        self._late: tuple[Checkpoint, Schedule] | None = None
         self._lock: int | None = None
         self._config = b""
 
@@ -177,6 +178,7 @@ class RunDirectory:
         """
         if self._first is None and self.saved is None:
             self._first = checkpoint  # before any line of the tape there is a checkpoint
+        self._late = checkpoint, schedule
         for attempt in (0, 1):
             try:
                 self._present()
@@ -189,6 +191,7 @@ class RunDirectory:
                     continue
                 self._troubled(error)
                 return None
+            self._late = None
             if self.trouble is not None:
                 self.trouble = None
                 self.notice(f"{self.path} can be written again, and nothing of the run is missing")
@@ -274,6 +277,10 @@ class RunDirectory:
         steps = result["steps"]
         for seconds in (0.0, 0.2, 1.0):
             time.sleep(seconds)
+            # No line of the tape comes to the disk before a checkpoint has. Ranks have gathered
+            # theirs already: this is the first rank alone.
+            if self._late is not None and RunDirectory.save(self, *self._late) is None:
+                continue
             try:
                 self._present()
                 self.tape.flush()

@@ -117,6 +117,57 @@ def test_a_disk_that_never_comes_back(name: str, expected: dict[str, Any], tmp_p
     assert unequal(expected, outcome(again, tmp_path / "run", result.record)) == []
 
 
+@pytest.mark.parametrize("since", ["the first checkpoint", "the first window"])
+def test_a_disk_that_comes_back_at_the_end(
+    since: str, expected: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint that is owed is written with the result, and first: nothing is missing."""
+    failing = [False]
+
+    def listener(event: Any) -> None:
+        if since == "the first window" and isinstance(event, CheckpointSaved) and event.step == 4:
+            failing[0] = True
+
+    def sleep(seconds: float) -> None:
+        if seconds:  # the result is tried for the second time
+            failing[0] = False
+
+    monkeypatch.setattr("rhc.run_directory.time.sleep", sleep)
+    run = make_run("adamw")
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    made = [0]
+
+    def fault(number: int, what: str) -> OSError | None:
+        made[0] += what == "mkdir"  # of the run's directory, then of checkpoints/
+        if since == "the first checkpoint" and what == "mkdir" and made[0] == 2:
+            failing[0] = True
+        return error if failing[0] else None
+
+    with FaultyDisk(fault) as disk:
+        result = runner(run, tmp_path / "run", listener).fit(STEPS)
+    assert disk.failed
+    assert unequal(expected, outcome(run, tmp_path / "run", result.record)) == []
+    again = make_run("adamw", seed=99)
+    assert runner(again, tmp_path / "run").fit(STEPS).record["steps"] == STEPS
+    assert unequal(expected["state"]["model"], state_of(again)["model"]) == []
+
+
+def test_a_tape_is_not_written_before_a_checkpoint(
+    expected: dict[str, Any], tmp_path: Path
+) -> None:
+    """A disk that takes everything but checkpoints: told at the end, and begun again."""
+    run = make_run("adamw")
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with (
+        FaultyDisk(lambda n, what: error if what == "rename" else None),
+        pytest.raises(StorageError, match="no checkpoint is there"),
+    ):
+        runner(run, tmp_path / "run").fit(STEPS)
+    again = make_run("adamw")
+    result = runner(again, tmp_path / "run").fit(STEPS)
+    assert unequal(expected, outcome(again, tmp_path / "run", result.record)) == []
+
+
 def full_at(number: int, operations: int) -> Any:
     """A disk that has no room for `operations` operations from `number` on."""
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
