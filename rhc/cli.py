@@ -155,6 +155,9 @@ class CompareConfig:
     """Examples per batch, for runs that can have other ones."""
     jobs: Annotated[int, arg(metavar="N")] = 1
     """Processes that run at once."""
+    launcher: Annotated[str, arg(metavar="NAME")] = "processes"
+    """What runs them: processes of this machine, or submitit (Slurm) or ray, if installed; options
+    after a colon, such as submitit:slurm_partition=gpu,timeout_min=60 or ray:num_gpus=1."""
     directory: Annotated[
         Path | None,
         arg(metavar="DIR", aliases=("-o",), help_behavior_hint="(default: runs/compare-RUN)"),
@@ -491,6 +494,7 @@ def _compare(config: CompareConfig) -> int:
         width=config.width,
         batch_size=config.batch_size,
         jobs=config.jobs,
+        launcher=config.launcher,
         directory=config.directory or Path("runs") / f"compare-{short}",
         output=config.output,
     )

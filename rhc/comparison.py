@@ -44,6 +44,7 @@ from rhc.compare import (
     tuned,
 )
 from rhc.errors import InputError
+from rhc.launchers import PROCESSES, launched, parsed_launcher
 from rhc.schedule import CONTROLS
 from rhc.tape import encode, finite
 
@@ -83,6 +84,7 @@ def print_comparison(
     output: Path | None = None,
     directory: Path | None = None,
     jobs: int = 1,
+    launcher: str = PROCESSES,
     ablations: bool = False,
     tune: str | None = None,
     target: float | None = None,
@@ -112,6 +114,8 @@ def print_comparison(
         raise InputError(f"steps must be ≥ 1, got {steps}; try --steps 1000")
     if jobs < 1:
         raise InputError(f"jobs must be ≥ 1, got {jobs}; try --jobs 2")
+    if parsed_launcher(launcher)[0] != PROCESSES and directory is None:
+        raise InputError(f"launcher {launcher} needs a folder for its files; give a directory")
     if target is not None and not math.isfinite(target):
         raise InputError(f"target must be a finite number, got {target}")
     if output is not None and not output.parent.is_dir():
@@ -129,7 +133,7 @@ def print_comparison(
             f"oracle and versus are both {oracle}, so that there is no gain; give another --versus"
         )
     goal = task.workload(chosen[0]).goal  # what is wrong with the run itself is said here, once
-    bench = Bench(console, task, directory, jobs)
+    bench = Bench(console, task, directory, jobs, launcher)
 
     grid: Sequence[float | None] = list(lrs)
     if tuning:
@@ -204,8 +208,16 @@ class Bench:
     directory: where rows are kept; None keeps them in memory alone.
     """
 
-    def __init__(self, console: Console, task: Task, directory: Path | None, jobs: int) -> None:
+    def __init__(
+        self,
+        console: Console,
+        task: Task,
+        directory: Path | None,
+        jobs: int,
+        launcher: str = PROCESSES,
+    ) -> None:
         self.console, self.task, self.jobs = console, task, jobs
+        self.launcher = launcher
         self.folder = directory
         self.failures: list[Failure] = []
         self._kept: dict[Cell, Row] = {}
@@ -233,6 +245,9 @@ class Bench:
             )
         jobs = min(self.jobs, len(missing))
         found = _in_processes(self.task, missing, jobs) if jobs > 1 else _here(self.task, missing)
+        if self.launcher != PROCESSES and missing:
+            assert self.folder is not None
+            found = _launched(self.launcher, self.task, missing, jobs, self.folder)
         for outcome in found:
             if isinstance(outcome, Failure):
                 self._fail(outcome)
@@ -381,12 +396,8 @@ class _Worker:
         process = self.process
         assert process.stdin is not None and process.stdout is not None
         method, lr, seed = cell
-        asked = {
-            "task": {n: str(v) if isinstance(v, Path) else v for n, v in asdict(task).items()},
-            "cell": [method, lr, seed],
-        }
         try:
-            process.stdin.write(encode(asked) + "\n")
+            process.stdin.write(_asked(task, cell) + "\n")
             process.stdin.flush()
             answer = process.stdout.readline()
         except OSError:
@@ -396,8 +407,7 @@ class _Worker:
             return Failure(
                 method, lr, seed, f"its process ended with status {status}; run it with --jobs 1"
             )
-        record = json.loads(answer)
-        return Failure(*cell, record["why"]) if "why" in record else _row(record["row"])
+        return _understood(cell, answer)
 
     def close(self) -> None:
         if self.process is not None:
@@ -434,16 +444,43 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a run prints must not come between the answers
     for line in sys.stdin:
-        asked = json.loads(line)
-        task = asked["task"]
-        paths = {n: None if task[n] is None else Path(task[n]) for n in PATHS}
-        method, lr, seed = asked["cell"]
-        outcome = _attempted(Task(**{**task, **paths}), (method, lr, seed))
-        if isinstance(outcome, Failure):
-            answers.write(encode({"why": outcome.why}) + "\n")
-        else:
-            answers.write(encode({"row": asdict(outcome)}) + "\n")
+        answers.write(answered(line) + "\n")
         answers.flush()
 
 
-__all__ = ["Bench", "Failure", "Line", "print_comparison", "serve"]
+def answered(line: str) -> str:
+    """Runs the cell of a line, and says its row, or why there is none: JSON to JSON."""
+    asked = json.loads(line)
+    task = asked["task"]
+    paths = {n: None if task[n] is None else Path(task[n]) for n in PATHS}
+    method, lr, seed = asked["cell"]
+    outcome = _attempted(Task(**{**task, **paths}), (method, lr, seed))
+    if isinstance(outcome, Failure):
+        return encode({"why": outcome.why})
+    return encode({"row": asdict(outcome)})
+
+
+def _asked(task: Task, cell: Cell) -> str:
+    plain = {n: str(v) if isinstance(v, Path) else v for n, v in asdict(task).items()}
+    return encode({"task": plain, "cell": list(cell)})
+
+
+def _understood(cell: Cell, answer: str) -> Row | Failure:
+    record = json.loads(answer)
+    return Failure(*cell, record["why"]) if "why" in record else _row(record["row"])
+
+
+def _launched(
+    launcher: str, task: Task, wanted: Sequence[Cell], jobs: int, folder: Path
+) -> Iterator[Row | Failure]:
+    """Outcomes of an engine's processes, in the order in which they come."""
+    lines = [_asked(task, cell) for cell in wanted]
+    for index, answer in launched(launcher, answered, lines, jobs, folder):
+        if isinstance(answer, Exception):
+            first = (str(answer).strip().splitlines() or ["without a message"])[0]
+            yield Failure(*wanted[index], f"{launcher}: {type(answer).__name__}: {first}")
+        else:
+            yield _understood(wanted[index], answer)
+
+
+__all__ = ["Bench", "Failure", "Line", "answered", "print_comparison", "serve"]
