@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import errno
+import gzip
+import hashlib
 import json
 import os
 import random
@@ -32,7 +35,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tests"), str(Path(__file__).parent)]
+_ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(_ROOT / "tests"), str(_ROOT / "benchmarks"), str(_ROOT)]
 
 import killed_run
 from faulty_disk import FaultyDisk
@@ -407,27 +411,30 @@ SLOW = 1.0
 """Seconds after which a parser hangs."""
 
 
-def fuzz(count: int, seed: int) -> bool:
+def fuzz(count: int, seed: int, only: str = "") -> bool:
     """`count` mutated inputs for every parser: an answer or its own error, and nothing else."""
     folder = Path(tempfile.mkdtemp(prefix="rhc-fuzz-"))
     _small(folder / "run")
     good = True
     print("| parser | inputs | read | refused | worst ms | failures |\n|---|---|---|---|---|---|")
     for name, (parse, seeds) in parsers(folder).items():
+        if only not in name:
+            continue
         draw = random.Random(f"{seed} {name}")
         read = refused = 0
         worst, failures = 0.0, []
+        clock = time.process_time  # of a machine that is shared
         for _ in range(count):
             data = mutated(draw.choice(seeds), draw)
-            began = time.perf_counter()
+            began = clock()
             try:
                 parse(data)
                 read += 1
             except (InputError, ValueError):
                 refused += 1
             except Exception as error:
-                failures.append((type(error).__name__, str(error)[:80], data[:80]))
-            took = time.perf_counter() - began
+                failures.append((type(error).__name__, str(error)[:200], data[:200]))
+            took = clock() - began
             worst = max(worst, took)
             if took > SLOW:
                 failures.append(("slow", f"{took:.1f} s", data[:80]))
@@ -443,6 +450,14 @@ def fuzz(count: int, seed: int) -> bool:
 def parsers(folder: Path) -> dict[str, tuple[Callable[[bytes], Any], list[bytes]]]:
     """Every reader of what may come from somebody else, and inputs to begin with."""
     run = folder / "run"
+    from rhc import comparison, start
+    from rhc.hindsight.features import Form
+    from rhc.hindsight.policy import Policy, _blank
+    from rhc.progress import one_number
+    from rhc.report.records import read_run
+    from rhc.summary import _course, _rows, read_result
+    from runners.data import read_idx
+
     store = CheckpointStore(run / "checkpoints")
     step = store.steps()[-1]
     checkpoint = store.path(step)
@@ -482,12 +497,93 @@ def parsers(folder: Path) -> dict[str, tuple[Callable[[bytes], Any], list[bytes]
     def settings(data: bytes) -> None:
         TrainConfig.from_record(parsed_toml(data), "run.toml").checked()
 
+    def strictly(read: Callable[[], Any]) -> None:
+        """What is read by an InputError alone, at the edge: a ValueError there is a traceback."""
+        try:
+            read()
+        except InputError:
+            raise
+        except ValueError as error:
+            raise AssertionError(f"{type(error).__name__}: {error}") from None
+
+    def beside(name: str, read: Callable[[Path], Any]) -> Callable[[bytes], None]:
+        """A reader of a file that lies among others: they are there, and `name` is the input."""
+        place = folder / f"{read.__name__}-{name}"
+        shutil.copytree(run, place, ignore=shutil.ignore_patterns("checkpoints"))
+
+        def parse(data: bytes) -> None:
+            (place / name).write_bytes(data)
+            strictly(lambda: read(place))
+
+        return parse
+
+    def shown(place: Path) -> None:
+        found = read_run(place)
+        assert found.kept is not None and found.events is not None and found.metrics is not None
+        [found.series(name) for name in ("loss", "lr")]
+
+    def rows(place: Path) -> None:
+        _course([float(v) for v in numbers(_rows(place / "tape.jsonl"))] or [0.0])
+
+    def numbers(found: list[dict[str, Any]]) -> list[Any]:
+        each = (one_number(row.get("lr")) for row in found)
+        return [v for v in each if isinstance(v, (int, float))]
+
+    def starts(data: bytes) -> None:
+        known = [parsed_json(text) for text in data.splitlines()]
+        for record in known:
+            if isinstance(record, dict) and start._readable(record):
+                start._key(record)
+                float(record["gradients"])
+                torch.tensor(record["lr"] if record["kind"] == "zero" else record["loss"] or 0.0)
+
+    def of_compare(data: bytes) -> None:
+        path = folder / "rows.jsonl"
+        path.write_bytes(data)
+        for found in comparison._read(path):
+            comparison._row(found.get("row"))
+
+    policy = folder / "policy"
+    form = Form(("lr",), False, False)
+    wide = torch.ones(len(form.names))
+    network = _blank("laws", form)
+    Policy("laws", form, 5, network, -wide, wide, {"runs": ["a"]}).save(policy)
+    told = (policy / "policy.json").read_bytes()
+    weights = (policy / "weights.safetensors").read_bytes()
+
+    def policies(name: str) -> Callable[[bytes], None]:
+        place = folder / f"policy-{name}"
+        shutil.copytree(policy, place)
+        document = json.loads(told)
+
+        def parse(data: bytes) -> None:
+            (place / name).write_bytes(data)
+            if name != "policy.json":  # forged: with the digest that it should have
+                digest = hashlib.sha256(data).hexdigest()
+                forged = {**document, "bytes": len(data), "sha256": digest}
+                (place / "policy.json").write_text(json.dumps(forged))
+            strictly(lambda: Policy.load(place))
+
+        return parse
+
+    def idx(data: bytes) -> None:
+        (folder / "images-idx").write_bytes(data)
+        strictly(lambda: read_idx(folder / "images-idx"))
+
+    images = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (2, 3, 4)) + bytes(24)
+    attempts = b"".join((run / "windows.jsonl").read_bytes().splitlines(True)[:2])
+    tried = b"".join((run / "start.jsonl").read_bytes().splitlines(True)[:3])
+    ended = (run / "result.json").read_bytes()
+    row = {"method": "rhc", "lr": 0.1, "seed": 100, "score": 1.0, "cost": 1.0, "curve": [[1, 0.5]],
+           "validation": None, "test_loss": 1.0, "test_accuracy": None, "higher": False,
+           "average_test_loss": None, "course": {"lr": [0.1]}}  # fmt: skip
+    cell = json.dumps({"task": "a1b2", "row": row}).encode() + b"\n"
     given = (run / "schedule.json").read_bytes()
     record = json.dumps(TrainConfig().to_record()).encode()
     saved = json.dumps(whole.values).encode()
     tape = b"".join((run / "tape.jsonl").read_bytes().splitlines(True)[:3])
     return {
-        "JSON within limits": (parsed_json, [given[:400], record, b'{"a": [[[1]]], "b": "[{"}']),
+        "JSON within limits": (parsed_json, [given, record, b'{"a": [[[1]]], "b": "[{"}']),
         "schedule.json": (lambda d: Schedule.from_json(parsed_json(d)), [given]),
         "config.json": (config, [record]),
         "a TOML file of settings": (settings, [toml]),
@@ -495,6 +591,15 @@ def parsers(folder: Path) -> dict[str, tuple[Callable[[bytes], Any], list[bytes]
         "safetensors": (lambda d: _tensors(Path("model.safetensors"), d), [model]),
         "values.json": (values, [saved, json.dumps({"optimizer": rest}).encode()]),
         "tape.jsonl": (line, [tape]),
+        "tape.jsonl, for a screen": (beside("tape.jsonl", rows), [tape]),
+        "tape.jsonl, for a page": (beside("tape.jsonl", shown), [tape]),
+        "windows.jsonl, for a page": (beside("windows.jsonl", shown), [attempts]),
+        "start.jsonl": (starts, [tried]),
+        "result.json": (beside("result.json", read_result), [ended]),
+        "rows.jsonl of rhc compare": (of_compare, [cell]),
+        "policy.json": (policies("policy.json"), [told]),
+        "weights of a policy": (policies("weights.safetensors"), [weights]),
+        "an IDX file": (idx, [images, gzip.compress(images)]),
     }
 
 
@@ -529,7 +634,12 @@ TOKENS = (
 
 
 def mutated(data: bytes, draw: random.Random) -> bytes:
-    """One to six edits: bits, bytes, cuts, repetitions, swaps, and words that parsers trip over."""
+    """One to six edits: bits, bytes, cuts, repetitions, swaps, and words that parsers trip over.
+
+    Every third time, where it is JSON: a document that is still one, with a value of another kind.
+    """
+    if data[:1] == b"{" and draw.random() < 1 / 3:
+        return warped(data, draw)
     out = bytearray(data)
     for _ in range(draw.choice((1, 1, 2, 3, 6))):
         at = draw.randrange(len(out) + 1)
@@ -549,6 +659,37 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
         else:
             out[at:at] = draw.randbytes(draw.choice((1, 4, 16)))
     return bytes(out)
+
+
+VALUES = (None, True, -1, 0, 2**64, 1e308, "", "x", "9" * 50, [], {}, [None], [["1"]], {"a": {}})
+
+
+def warped(data: bytes, draw: random.Random) -> bytes:
+    """JSON, or a line of JSON lines, with one to three entries replaced, removed or doubled."""
+    lines = data.split(b"\n")
+    at = draw.randrange(len(lines)) if len(lines) > 1 and lines[0][-1:] == b"}" else None
+    document = json.loads(data if at is None else lines[at] or b"{}")
+    for _ in range(draw.choice((1, 1, 2, 3))):
+        place, key = None, None
+        inner: Any = document
+        while isinstance(inner, (dict, list)) and inner:
+            keys = list(inner) if isinstance(inner, dict) else range(min(3, len(inner)))
+            place, key = inner, draw.choice(keys)
+            inner = inner[key]
+            if draw.random() < 0.3:
+                break
+        if place is None:
+            break
+        kind = draw.randrange(4)
+        if kind == 0:
+            del place[key]
+        elif kind == 1 and isinstance(place, dict):
+            place[f"{key}x"] = place.pop(key)
+        else:
+            place[key] = copy.deepcopy(draw.choice(VALUES))
+    if at is None:
+        return json.dumps(document).encode()
+    return b"\n".join([*lines[:at], json.dumps(document).encode(), *lines[at + 1 :]])
 
 
 def atheris(count: int, seed: int) -> bool:
@@ -643,8 +784,6 @@ def cost(count: int, seed: int) -> bool:
 
 def size(count: int, seed: int) -> bool:
     """Time and bytes of a checkpoint of 100 M parameters with Adam, beside a plain one."""
-    import hashlib
-
     from safetensors.torch import load, save
 
     folder = Path(tempfile.mkdtemp(prefix="rhc-size-"))

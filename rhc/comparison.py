@@ -17,7 +17,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -44,6 +44,7 @@ from rhc.compare import (
     tuned,
 )
 from rhc.errors import InputError
+from rhc.files import parsed_json
 from rhc.launchers import PROCESSES, launched, parsed_launcher
 from rhc.schedule import CONTROLS
 from rhc.tape import encode, finite
@@ -229,8 +230,8 @@ class Bench:
             directory.mkdir(parents=True, exist_ok=True)
             self._file = directory / ROWS
             for record in _read(self._file):
-                if record.get("task") == self._identity:
-                    row = _row(record["row"])
+                row = _row(record.get("row")) if record.get("task") == self._identity else None
+                if row is not None:
                     self._kept[row.method, row.lr, row.seed] = row
 
     def rows(self, wanted: Sequence[Cell]) -> list[Row]:
@@ -317,15 +318,32 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
         os.truncate(path, whole)
     for line in data[:whole].splitlines():
         try:
-            record = json.loads(line)
+            record = parsed_json(line)
         except ValueError:
             continue
         if isinstance(record, dict):
             yield record
 
 
-def _row(record: Mapping[str, Any]) -> Row:
-    """A row as it was before JSON, which has no infinities."""
+_NUMBER = (int, float)
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "method": (str,),
+    "seed": (int,),
+    "cost": _NUMBER,
+    "curve": (list,),
+    "course": (dict,),
+    "higher": (bool,),
+    **dict.fromkeys(("lr", "score", "validation"), (*_NUMBER, type(None))),
+    **dict.fromkeys(("test_loss", "test_accuracy", "average_test_loss"), (*_NUMBER, type(None))),
+}
+
+
+def _row(record: Any) -> Row | None:
+    """A row as it was before JSON, which has no infinities; None for what is no row."""
+    if not isinstance(record, dict) or not all(
+        name in record and isinstance(record[name], kinds) for name, kinds in _FIELDS.items()
+    ):
+        return None
     row = {f.name: record[f.name] for f in fields(Row) if f.name in record}
     worst = -math.inf if row.get("higher") else math.inf
     for name, value in (("score", worst), ("validation", math.inf)):
@@ -467,7 +485,8 @@ def _asked(task: Task, cell: Cell) -> str:
 
 def _understood(cell: Cell, answer: str) -> Row | Failure:
     record = json.loads(answer)
-    return Failure(*cell, record["why"]) if "why" in record else _row(record["row"])
+    row = None if "why" in record else _row(record["row"])
+    return Failure(*cell, record.get("why", "it gave no row")) if row is None else row
 
 
 def _launched(

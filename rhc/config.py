@@ -380,7 +380,8 @@ def parsed_bytes(text: str) -> int:
     """A size in bytes: `1000000`, `500MB` (10⁶ each), `1.5 GiB` (2³⁰); InputError otherwise."""
     match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)", text.strip().lower())
     unit = None if match is None else _UNITS.get(match[2])
-    size = 0 if match is None or unit is None else int(float(match[1]) * unit)
+    number = 0.0 if match is None or unit is None else float(match[1]) * unit
+    size = int(number) if number < 2**63 else 0
     if size < 1:
         raise InputError(
             f"memory_budget must be a number of bytes, such as 500MB or 2GiB, got {text!r}; try "

@@ -31,7 +31,7 @@ from rhc.hindsight_config import DistillConfig
 from rhc.plant import Plant
 from rhc.replay import PlainRun, Sizes, plain_run
 from rhc.schedule import Schedule
-from rhc.summary import read_record
+from rhc.summary import read_record, read_result
 from rhc.tape import JsonLines
 from rhc.train import built_optimizer, config_of
 
@@ -140,7 +140,7 @@ class _Source:
         result_path = path / "result.json"
         if not result_path.exists():
             raise InputError(f"run {path} has not ended; resume it first: rhc resume {path}")
-        result = read_record(path, "result.json")
+        result = read_result(path)
         rows = JsonLines(path / "tape.jsonl").read()
         schedule = Schedule.load(path / "schedule.json")
         run, start_lr = None, None
@@ -157,7 +157,7 @@ class _Source:
             )
             run = plain_run(plain, Sizes(record.get("batch_size"), record.get("width")))
         example = Example(str(path), rows, schedule, start_lr)
-        return cls(example, run, _loss_of(result["val_loss"], rows))
+        return cls(example, run, _loss_of(result.get("val_loss"), rows))
 
 
 def _loss_of(validation: float | None, rows: Sequence[Any]) -> float:

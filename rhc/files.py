@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import stat
@@ -115,6 +116,9 @@ def read_regular(path: Path, most: int, *, exactly: int | None = None) -> bytes:
     return data
 
 
+_LONG_NUMBER = re.compile(rb"[0-9]{300}|[eE]\+?0*[1-9][0-9]{2}")
+"""In every number of 10³⁰⁰ and more."""
+
 _BRACKETS = re.compile(rb'[\[\]{}"\\]')
 """Nothing else decides how deep JSON is nested."""
 
@@ -122,7 +126,8 @@ _BRACKETS = re.compile(rb'[\[\]{}"\\]')
 def parsed_json(data: bytes | str) -> Any:
     """A JSON document of bounded size and depth; whatever else is a ValueError.
 
-    NaN and infinities, which JSON lacks, are refused like any other word.
+    NaN and infinities, which JSON lacks, are refused like any other word, and numbers that no float
+    holds (1e400) like infinities.
     """
     raw = data.encode() if isinstance(data, str) else bytes(data)
     if len(raw) > MOST_JSON_BYTES:
@@ -130,14 +135,25 @@ def parsed_json(data: bytes | str) -> Any:
     depth = _depth(raw)
     if depth > MOST_DEPTH:
         raise ValueError(f"it is nested more than {MOST_DEPTH} deep")
+    # Only where one may be: the parser of numbers in C is not slowed down.
+    hooks: dict[str, Any] = {}
+    if _LONG_NUMBER.search(raw):
+        hooks = {"parse_float": _finite, "parse_int": lambda text: int(_finite(text) and text)}
     try:
-        return json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+        return json.loads(raw.decode("utf-8"), parse_constant=_no_constant, **hooks)
     except RecursionError:  # pragma: no cover: the depth has been looked at
         raise ValueError("it is nested too deep") from None
 
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"a number is beyond 1e308: {text[:20]}…")
+    return value
 
 
 def _depth(raw: bytes) -> int:

@@ -433,7 +433,7 @@ def one_number(value: Any) -> Any:
     """A control's value, or the geometric mean of those of its parameter groups that are not 0."""
     if not isinstance(value, list | tuple):
         return value
-    positive = [v for v in value if v]
+    positive = [v for v in value if isinstance(v, int | float) and v > 0]
     return math.exp(sum(map(math.log, positive)) / len(positive)) if positive else 0.0
 
 

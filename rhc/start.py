@@ -9,7 +9,7 @@ it takes the ratio from the hypergradient too. Numbers: docs/log.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -183,7 +183,7 @@ class StartSearch:
         judged = replace(objective, loss_weight=0.0) if objective.terminal_weight else objective
         self.plant, self.objective, self.planned = plant, judged, planned
         self.stream, self.held_out = stream, held_out
-        self.known = {_key(record): record for record in known}
+        self.known = {_key(record): record for record in known if _readable(record)}
         self.tell = tell
         self.warmup, self.greed = warmup, greed
         self.gradients = 0.0
@@ -308,6 +308,22 @@ DIVERGED = 2.0
 def _key(record: dict[str, Any]) -> tuple[Any, ...]:
     lr = record["from"]
     return record["kind"], record["steps"], tuple(lr) if isinstance(lr, (list, tuple)) else lr
+
+
+def _readable(record: Mapping[str, Any]) -> bool:
+    """Whether a line of start.jsonl is one that `_tried` wrote; another is tried again."""
+    found = record.get("lr" if record.get("kind") == "zero" else "loss", "nothing")
+    sizes = {"zero": (list, type(None)), "probe": (int, float, type(None))}
+    numbers = [record.get("gradients")]
+    for value in (record.get("from"), 0.0 if found is None else found):
+        numbers += value if isinstance(value, list) else [value]
+    return (
+        isinstance(record.get("kind"), str)
+        and isinstance(found, sizes.get(record["kind"], ()))
+        and found != []
+        and isinstance(record.get("steps"), int)
+        and all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers)
+    )
 
 
 def _course(losses: Sequence[float]) -> list[float]:

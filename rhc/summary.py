@@ -18,6 +18,7 @@ from rich.text import Text
 from rhc.errors import InputError
 from rhc.files import MOST_JSON_BYTES, parsed_json, read_regular
 from rhc.progress import duration, one_number, sparkline
+from rhc.tape import MOST_BYTES
 from rhc.workload import available_runners
 
 RUNS = Path("runs")
@@ -52,6 +53,30 @@ def read_record(directory: Path, name: str = "config.json") -> dict[str, Any]:
     return record
 
 
+def read_result(directory: Path) -> dict[str, Any]:
+    """result.json of a run that has ended; an InputError where it is not what a run writes."""
+    record = read_record(directory, "result.json")
+    losses = [f"{prefix}{n}_loss" for prefix in ("", "average_") for n in ("train", "val", "test")]
+    counts = ("plain_run_equivalents", "windows", "rejected_windows", "rewound_windows")
+    cost, averaged = record.get("cost"), record.get("average_metrics") or {}
+    test = averaged.get("test") or {} if isinstance(averaged, dict) else None
+    objects = {"cost": cost, "average_metrics": averaged, "average_metrics.test": test}
+    fault = next((f"{n} is no object" for n, v in objects.items() if not isinstance(v, dict)), None)
+    if isinstance(cost, dict) and isinstance(test, dict):
+        values = {name: record.get(name) for name in (*losses, "test_accuracy", "wall_seconds")}
+        values["average_metrics.test.accuracy"] = test.get("accuracy")
+        found = {name: v for name, v in values.items() if v is not None}
+        found |= {f"cost.{name}": cost.get(name) for name in counts}
+        wrong = (n for n, v in found.items() if type(v) not in (int, float))
+        fault = fault or next((f"{name} is no number" for name in wrong), None)
+    if fault is not None:
+        raise InputError(
+            f"{directory / 'result.json'} is damaged: {fault}; restore it, or remove it and resume "
+            "the run"
+        )
+    return record
+
+
 def print_result(
     console: Console, record: Mapping[str, Any], directory: Path, *, inspect: bool
 ) -> None:
@@ -61,7 +86,7 @@ def print_result(
     _line(
         console,
         "cost",
-        f"{cost['plain_run_equivalents']:.2f} plain runs, {duration(record['wall_seconds'])}; "
+        f"{cost['plain_run_equivalents']:.2f} plain runs, {duration(record.get('wall_seconds'))}; "
         f"{cost['windows']} windows, {cost['rejected_windows']} rejected, "
         f"{cost['rewound_windows']} rewound",
     )
@@ -83,21 +108,22 @@ def print_run(console: Console, directory: Path) -> None:
     _line(console, "run", _described(config))
     windows = _rows(directory / "windows.jsonl")
     if windows:
-        outcomes = Counter(row["outcome"] for row in windows)
+        outcomes = Counter(str(row.get("outcome")) for row in windows)
         found = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
         _line(console, "attempts", f"{len(windows)}: {found}")
     tape = _rows(directory / "tape.jsonl")
     if tape:
         for name in ("loss", "lr", "momentum", "noise", "weight_decay"):
-            values = [one_number(row[name]) for row in tape if row.get(name) is not None]
-            if values and any(values):
+            numbers = (one_number(row.get(name)) for row in tape)
+            values = [float(v) for v in numbers if isinstance(v, (int, float))]
+            if any(values):
                 _line(console, name, _course(values))
     checkpoints = sorted((directory / "checkpoints").glob("window-*"))
     if checkpoints:
-        names = ", ".join(str(int(p.name.removeprefix("window-"))) for p in checkpoints)
+        names = ", ".join(p.name.removeprefix("window-").lstrip("0") or "0" for p in checkpoints)
         _line(console, "saved", f"checkpoints of step {names}")
     if finished:
-        print_result(console, read_record(directory, "result.json"), directory, inspect=False)
+        print_result(console, read_result(directory), directory, inspect=False)
     else:
         _line(console, "go on", f"rhc resume {shlex.quote(str(directory))}")
 
@@ -124,9 +150,9 @@ def _losses(record: Mapping[str, Any]) -> Table:
     table.add_column("", style="dim", min_width=8)
     for name in ("train loss", "val loss", "test loss", "test accuracy"):
         table.add_column(name, justify="right", no_wrap=True)
-    averaged = record.get("average_metrics", {}).get("test", {}).get("accuracy")
+    averaged = ((record.get("average_metrics") or {}).get("test") or {}).get("accuracy")
     for label, prefix, accuracy in (
-        ("final", "", record["test_accuracy"]),
+        ("final", "", record.get("test_accuracy")),
         ("averaged", "average_", averaged),
     ):
         losses = [record.get(f"{prefix}{name}_loss") for name in ("train", "val", "test")]
@@ -137,7 +163,8 @@ def _losses(record: Mapping[str, Any]) -> Table:
 
 def _described(config: Mapping[str, Any]) -> str:
     what = config.get("run", "a Runner of a script")
-    controls = ", ".join(config.get("controls", [])) or "nothing"
+    steered = config.get("controls")
+    controls = ", ".join(map(str, steered)) if steered and isinstance(steered, list) else "nothing"
     return (
         f"{what}, {config.get('optimizer')}, {config.get('steps')} steps, window "
         f"{config.get('window')}, rewriting {controls}, seed {config.get('seed')}"
@@ -149,7 +176,7 @@ def _state(directory: Path) -> str:
         steps = read_record(directory).get("steps")
         if not (directory / "result.json").exists():
             return f"at step {_committed(directory)} of {steps}"
-        loss = read_record(directory, "result.json").get("test_loss")
+        loss = read_result(directory).get("test_loss")
         return "finished" + ("" if loss is None else f", test loss {loss:.4f}")
     except InputError as error:
         return str(error)
@@ -166,7 +193,12 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        data = read_regular(path.resolve(), MOST_BYTES)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be read ({reason}); restore it") from None
+    for line in data.splitlines():
         try:
             row = parsed_json(line)
             if not isinstance(row, dict):

@@ -94,7 +94,9 @@ def watch(
             mean = _text(sum(losses) / len(losses) if losses else None)
             lr = row.get("lr")
             shown = _text(None if lr is None else one_number(lr))
-            write(f"step {row.get('step', 0) + 1}/{config.get('steps')}  loss {mean}  lr {shown}")
+            step = row.get("step")
+            done = step + 1 if isinstance(step, int) else "?"
+            write(f"step {done}/{config.get('steps')}  loss {mean}  lr {shown}")
         if ended:
             result = read_record(directory, "result.json")
             write(f"finished: test loss {_text(result.get('test_loss'))}")

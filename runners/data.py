@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import zlib
 from pathlib import Path
@@ -48,6 +49,9 @@ def tensor_loader(tensors: tuple[Tensor, ...], batch_size: int, *, shuffle: bool
     return DataLoader(dataset, sampler=batches, batch_size=None)
 
 
+MOST_BYTES = 2**32
+"""That a compressed file is unpacked to: MNIST has 47 million."""
+
 IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
@@ -88,7 +92,14 @@ def _read_bytes(path: Path) -> bytes:
     """The content of a file, decompressed where it is gzip, whatever its name says."""
     try:
         content = path.read_bytes()
-        return gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
+        if not content.startswith(b"\x1f\x8b"):
+            return content
+        # A few kilobytes of gzip can stand for gigabytes of nothing.
+        with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise InputError(f"{path} holds more than {MOST_BYTES} bytes; fetch it again")
+        return content
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path} is damaged gzip ({error}); fetch it again") from None
     except OSError as error:

@@ -21,7 +21,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from rhc.errors import InputError
-from rhc.files import replace_durably
+from rhc.files import MOST_JSON_BYTES, parsed_json, read_regular, replace_durably
 from rhc.hindsight.features import STEERED, Form
 
 VERSION = 1
@@ -157,9 +157,9 @@ class Policy:
             )
         path = folder / "weights.safetensors"
         try:
-            if path.stat().st_size > _LARGEST_FILE:
-                raise _damaged(path, f"{path.stat().st_size} bytes are too many")
-            data = path.read_bytes()
+            data = read_regular(path.resolve(), _LARGEST_FILE)
+        except ValueError as error:
+            raise _damaged(path, str(error)) from None
         except OSError as error:
             raise InputError(
                 f"policy {folder}: weights.safetensors cannot be read ({error.strerror}); distil "
@@ -191,7 +191,7 @@ class Policy:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parsed_json(read_regular(path.resolve(), MOST_JSON_BYTES))
     except OSError as error:
         raise InputError(
             f"cannot read {path} ({error.strerror}); give the folder that rhc distill -o wrote"
