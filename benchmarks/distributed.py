@@ -101,6 +101,7 @@ def measured(arguments: argparse.Namespace, ranks: Ranks | None) -> dict[str, An
 
     waited: dict[str, float] = {}
     seconds: dict[str, float] = {}
+    computed: dict[str, float] = {}  # on machines that others use too
     peaks: dict[str, int] = {}
 
     def run(name: str, function: Callable[[], Any]) -> Any:
@@ -110,11 +111,12 @@ def measured(arguments: argparse.Namespace, ranks: Ranks | None) -> dict[str, An
         found: list[Any] = []
 
         def timed() -> None:
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             found.append(function())
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[name] = (time.perf_counter() - began) / steps
+            computed[name] = (time.process_time() - cpu) / steps
 
         peaks[name] = _peak(device, timed) - held
         if ranks is not None:
@@ -148,6 +150,7 @@ def measured(arguments: argparse.Namespace, ranks: Ranks | None) -> dict[str, An
     run("plain again", plain)
     elements = 0 if ranks is None else (ranks.traffic.elements - once) // steps
     base = (seconds["plain"] + seconds["plain again"]) / 2
+    base_cpu = (computed["plain"] + computed["plain again"]) / 2
     return {
         "size": arguments.size,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -160,6 +163,8 @@ def measured(arguments: argparse.Namespace, ranks: Ranks | None) -> dict[str, An
         "look_back_plain_steps": seconds["look"] / base,
         "replay_plain_steps": seconds["replay"] / base,
         "committed_plain_steps": (seconds["look"] + seconds["replay"]) / base,
+        "look_back_plain_steps_cpu": computed["look"] / base_cpu,
+        "committed_plain_steps_cpu": (computed["look"] + computed["replay"]) / base_cpu,
         "gradients_per_step": 2 + h.gradient_equivalents / steps,
         "plain_peak_bytes": peaks["plain"],
         "peak_ratio": peaks["look"] / peaks["plain"],

@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import io
 import os
+import signal
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -189,6 +190,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A terminal that is not UTF-8 gets a question mark in place of "≥", not a traceback.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if argv is None and _is_rank(arguments):
+        # A rank that waits for others cannot answer, and torchrun would wait for it in its turn.
+        # What a run has saved is whole at any moment.
+        stopping.at_once(signal.SIGTERM)
     with stopping.handled():
         status = _status(arguments)
     # Whoever caught a signal on the way took it for Ctrl-C.

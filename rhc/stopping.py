@@ -58,6 +58,7 @@ def handled() -> Iterator[None]:
         signal.SIGINT: signal.default_int_handler,
         signal.SIGTERM: signal.SIG_DFL,
     }
+    usual = {s: h for s, h in usual.items() if s not in _at_once}
     before = {s: h for s, h in usual.items() if signal.getsignal(s) is h}
     _state.owner = os.getpid()
     for number in before:
@@ -70,6 +71,15 @@ def handled() -> Iterator[None]:
         if os.getpid() == _state.owner:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+_at_once: set[int] = set()
+
+
+def at_once(number: int) -> None:
+    """From now on this signal ends the process at once, whatever it is waiting for."""
+    _at_once.add(number)
+    signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,7 +34,7 @@ from rhc.randomness import seed_everything
 if TYPE_CHECKING:
     from rhc.runner import Runner
 
-_OF_ONE_RANK = ("hardware", "device")
+_OF_ONE_RANK = ("hardware", "device", "data")
 """Entries of config.json in which ranks may differ."""
 
 _OF_ONE_LEDGER = ("peak_memory_bytes",)
@@ -47,9 +46,6 @@ def as_rank(command: Callable[[], int]) -> int:
     1 where the others are gone or differ: torchrun starts all again if it may, and the run goes on
     from its last checkpoint.
     """
-    # A rank that waits for others cannot answer, and torchrun would wait for it in its turn. What a
-    # run has saved is whole at any moment.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with joined() as ranks:
         assert ranks is not None
         try:

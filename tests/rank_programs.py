@@ -24,9 +24,10 @@ from torch.utils.data.distributed import DistributedSampler
 
 import rhc
 import rhc.runner
-from rhc.distributed import leave
+from rhc.distributed import leave, ranks_of
 from rhc.errors import InputError
 from rhc.events import Committed, Notice
+from rhc.plant import Plant
 
 STEPS = 5
 
@@ -236,6 +237,7 @@ def faults(directory: str) -> dict[str, Any]:
         except (InputError, RuntimeError) as raised:
             found[name] = f"{type(raised).__name__}: {raised}"
 
+    found["absent"] = absent(rank)
     error("configuration", window=10 + rank, product="none", steps=20)
     versions = rhc.runner.versions
     rhc.runner.versions = lambda: versions() | {"torch": f"2.1{rank}"}
@@ -267,17 +269,31 @@ def faults(directory: str) -> dict[str, Any]:
     found["ddp"] = {"same": wrapped == trained("sgd", **settings), "notices": heard}
     heard = []
     found["sampler"] = sampled()
-    heard = []
 
     def late(model: nn.Module, batch: Any) -> Any:
-        time.sleep(0.04 * rank)
+        time.sleep(0.01 * rank)
         return doubled(model, batch)
 
-    slow = trained("sgd", loss_fn=late, steps=10, listeners=[_notices(heard)], product="none")
-    found["straggler"] = {"same": slow == trained("sgd", steps=10, product="none"), "heard": heard}
+    slow = trained("sgd", loss_fn=late, steps=10, product="none")
+    found["straggler"] = slow == trained("sgd", steps=10, product="none")
+    heard = []
     trained("sgd", listeners=[_notices(heard)], synchronise=False, steps=10, loader="drop_last")
     found["statistics"] = heard
     return found
+
+
+def absent(rank: int) -> list[Any]:
+    """The gradients of three parameters: one that rank 0 does not use, one of both, one unused."""
+    model = nn.ParameterList([nn.Parameter(torch.ones(1)) for _ in range(3)])
+
+    def loss_fn(model: Any, scale: float) -> Tensor:
+        loss = scale * model[1].sum()
+        return loss + 4 * model[0].sum() if rank else loss
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plant = Plant(model, optimizer, loss_fn, ranks=ranks_of("auto"))
+    plant.backward(1.0 + 2 * rank)
+    return [None if p.grad is None else p.grad.tolist() for p in model]
 
 
 def _notices(heard: list[str]) -> Callable[[Any], None]:

@@ -16,6 +16,7 @@ from torch import nn
 
 import rhc
 from rhc.errors import InputError
+from rhc.together import straggler
 
 CASES = [
     ("normed", "sgd", "exact", "even"),
@@ -42,6 +43,7 @@ def test_hypergradients_are_those_of_one_process(of_two: list[Any]) -> None:
 RUNS: list[dict[str, Any]] = [
     {"optimizer": "sgd"},
     {"optimizer": "adamw", "product": "forward-difference"},
+    {"optimizer": "adamw", "accumulate": 2, "clip_norm": 0.5, "steps": 20},
     {"optimizer": "sgd", "rewrite": False},
 ]
 
@@ -113,6 +115,8 @@ def test_what_goes_between_ranks_does_not_grow_with_the_window() -> None:
 def test_one_rank_is_not_as_the_others(tmp_path: Path) -> None:
     of_two = spawn(2, "rank_programs.py", "faults", str(tmp_path / "run"))
     for found in of_two:
+        # The mean of 0 and 4 on one, of 1 and 3 on both, and nothing where nobody has any.
+        assert found["absent"] == [[2.0], [2.0], None]
         assert re.fullmatch(
             r"Unshared: rank 1 was started otherwise than rank 0 \(stride is 11, on rank 0 10; "
             r"window is 11, on rank 0 10\); start all ranks .*",
@@ -128,12 +132,18 @@ def test_one_rank_is_not_as_the_others(tmp_path: Path) -> None:
         assert found["nan"] == of_two[0]["nan"]
         assert found["ddp"]["same"]
         assert any("DistributedDataParallel" in text for text in found["ddp"]["notices"])
-        assert found["straggler"]["same"]
-        assert any("rank 1 keeps the others" in text for text in found["straggler"]["heard"])
+        assert found["straggler"]
         assert any("by the rows of each rank alone" in text for text in found["statistics"])
         assert found["sampler"] == pytest.approx(sampled(alone=True), rel=1e-5)  # float32
     records = [json.loads(x) for x in (tmp_path / "run/windows.jsonl").read_text().splitlines()]
     assert [r["outcome"] for r in records] == of_two[0]["nan"]["windows"]
+
+
+def test_who_is_waited_for() -> None:
+    assert straggler([8.0, 0.1, 7.0], 10.0) == 1
+    assert straggler([0.1, 0.2, 0.1], 10.0) is None  # nobody waits
+    assert straggler([6.0, 0.1, 1.0], 10.0) is None  # two are slow, or it is the network
+    assert straggler([6.0, 6.0], 10.0) is None  # the network
 
 
 def test_shared_out_parameters_are_refused() -> None:
