@@ -2,6 +2,7 @@
 
     pip install -c constraints.txt -e '.[dev,report,runners]'     and Chromium with its driver
     python docs/pictures.py            # writes docs/pictures/
+    python docs/pictures.py --mnist DIR   # also docs/figures/whole_run.png, of 2000 steps of MNIST
     python docs/pictures.py --check    # exit status 1 where they were made by another version
 
 The run, and so what is to be seen, is that of `rhc train --window 50`, the README's first command.
@@ -41,6 +42,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="say whether they are current")
+    parser.add_argument("--mnist", type=Path, help="folder with MNIST's IDX files")
     arguments = parser.parse_args()
     if arguments.check:
         return check()
@@ -52,6 +54,8 @@ def main() -> int:
             terminal(PICTURES / "train.svg")
             (directory,) = Path("runs").iterdir()
             report(directory.absolute() / "report.html")
+            if arguments.mnist:
+                whole_run(here / arguments.mnist)
         finally:
             os.chdir(here)
     made = {"version": rhc.__version__, "pictures": sorted(p.name for p in PICTURES.iterdir())}
@@ -108,8 +112,31 @@ def terminal(path: Path) -> None:
     console.save_svg(str(path), title="rhc train")
 
 
+def whole_run(data: Path) -> None:
+    """The chart of `rhc hypergradient` for a cosine of 2000 steps on MNIST."""
+    line = "train mnist --no-rewrite --template cosine --lr 0.03 --steps 2000 --directory whole"
+    if command([*line.split(), "--data", str(data)]) or command(
+        ["hypergradient", "whole", "--memory-budget", "256MB"]
+    ):
+        raise SystemExit("the whole run failed")
+    command(["report", "whole"])
+    with opened(Path("whole/report.html").absolute()) as browser:
+        (chart,) = browser.find_elements("css selector", "#chart-whole")
+        chart.screenshot(str(PICTURES.parent / "figures" / "whole_run.png"))
+
+
 def report(page: Path) -> None:
     """The report's first screen, and some of its charts."""
+    with opened(page) as browser:
+        browser.save_screenshot(str(PICTURES / "report.png"))
+        for key, name in CHARTS.items():
+            (chart,) = browser.find_elements("css selector", f"#chart-{key}")
+            chart.screenshot(str(PICTURES / f"{name}.png"))
+
+
+@contextmanager
+def opened(page: Path) -> Iterator[Any]:
+    """Headless Chromium with the page, all charts drawn."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
@@ -129,10 +156,7 @@ def report(page: Path) -> None:
             "(function wait() { document.querySelectorAll('.chart .main-svg:first-child').length"
             " < all ? setTimeout(wait, 50) : setTimeout(done, 500); })()"
         )
-        browser.save_screenshot(str(PICTURES / "report.png"))
-        for key, name in CHARTS.items():
-            (chart,) = browser.find_elements("css selector", f"#chart-{key}")
-            chart.screenshot(str(PICTURES / f"{name}.png"))
+        yield browser
     finally:
         browser.quit()
 
