@@ -283,6 +283,7 @@ METHODS: Mapping[str, Method] = {
         for name, what, settings in (
             ("loss-only", "that looks at no reward", {"source": "loss", "rewarded": False}),
             ("reward-only", "without the terms of the loss", {"source": "reward"}),
+            ("no-anneal", "whose lr is not annealed", {"anneal": False}),
             ("fixed-noise", "with noise fixed at 0.02", {"noise": 0.02, "bounds": FIXED_NOISE}),
             ("parameter-noise", "with noise on the parameters", {"noise_on": "parameters"}),
         )
@@ -415,6 +416,7 @@ ABLATIONS = (
     "adaptive-loss-only",
     "adaptive-reward-only",
     "adaptive-no-noise",
+    "adaptive-no-anneal",
     "adaptive-fixed-noise",
     "adaptive-parameter-noise",
 )

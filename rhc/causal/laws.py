@@ -99,6 +99,11 @@ def paced(gains: Gains, every: int, steps: int | None) -> tuple[Gains, int, floa
 USUAL_STEPS = 10_000
 
 
+def annealed(done: int, steps: int) -> float:
+    """The factor on lr after `done` of `steps` steps: half a cosine, from 1 to 0 at the end."""
+    return 0.5 * (1 + math.cos(math.pi * min(done / steps, 1.0)))
+
+
 def dipped(controls: Controls, bounds: Bounds) -> Controls:
     """After losses of another kind, on which the momentum of before points the wrong way."""
     momentum = controls.momentum

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rhc.causal.laws import Bounds, Cap, Controls, Gains, dipped, lowered, paced, updated
+from rhc.causal.laws import (
+    Bounds,
+    Cap,
+    Controls,
+    Gains,
+    annealed,
+    dipped,
+    lowered,
+    paced,
+    updated,
+)
 from rhc.errors import InputError
 from rhc.noise import root_mean_square, standard_noise
 from rhc.signals import (
@@ -50,8 +60,10 @@ class AdaptiveRL:
     and the bounds hold for the largest; one that begins outside them begins at the bound, and a
     warning says so.
     steps: how long the run will be, where that is known: one shorter than 10,000 steps is updated
-    more often and further at a time, see `rhc.causal.laws.paced`. It is no horizon: lr does not go
-    to 0 at its end.
+    more often and further at a time, see `rhc.causal.laws.paced`.
+    anneal: where `steps` is known, lr is what the laws make of it times half a cosine, and ends at
+    the lower bound; `controls` has it without that factor. A run whose losses have surprised may do
+    so again, and is not annealed from there on.
     surprise: where the losses since the last update lie 3 standard deviations above those before,
     the data or the task have changed: the trends begin anew there, and momentum falls (0.9 to 0.7).
     `surprises` counts it.
@@ -81,6 +93,7 @@ class AdaptiveRL:
         noise_on: NoiseOn = "gradients",
         source: str = "both",
         surprise: bool = True,
+        anneal: bool = True,
         couple_beta2: bool = False,
         seed: int = 0,
     ) -> None:
@@ -110,6 +123,7 @@ class AdaptiveRL:
         )
         self.noise_on, self.source, self.couple_beta2 = noise_on, source, couple_beta2
         self.surprise = surprise
+        self._horizon = steps if anneal else None
         self.signals, self.trends = Signals(), Trends()
         self.steps = self.updates = self.ignored = self.noise_steps = self.surprises = 0
         self._pending: list[tuple[Any, Any]] = []
@@ -157,7 +171,7 @@ class AdaptiveRL:
     def values(self) -> dict[str, float | None]:
         """Controls, trends and plateau score of the last update, for logs and pictures."""
         return {
-            "lr": self.controls.lr,
+            "lr": self._lr(),
             "momentum": self.controls.momentum,
             "noise": self.controls.noise,
             "loss_trend": self.trends.loss,
@@ -273,11 +287,11 @@ class AdaptiveRL:
 
     def _write(self) -> None:
         """The controls into the optimizer's groups. A tensor lr, of a compiled step, stays one."""
-        quotient = self._variance_quotient()
+        quotient, top = self._variance_quotient(), self._lr()
         for group, own, share, logit in zip(
             self.optimizer.param_groups, self._groups, self._shares, self._logits, strict=True
         ):
-            lr = self.controls.lr * share
+            lr = top * share
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
             else:
@@ -293,6 +307,13 @@ class AdaptiveRL:
             else:
                 beta2 = 1 - (1 - own.beta2) / quotient if self.couple_beta2 else own.beta2
                 group["betas"] = (moved, beta2)
+
+    def _lr(self) -> float:
+        """The largest lr of the groups."""
+        lr = self.controls.lr
+        if self._horizon is None or self.surprises:
+            return lr
+        return max(lr * annealed(self.steps, self._horizon), min(lr, self.bounds.lr[0]))
 
     def _variance_quotient(self) -> float:
         usual = self.signals.usual_variance.value

@@ -215,6 +215,7 @@ class DistilledScheduler(AdaptiveRL):
             cap=cap,
             noise=noise,
             noise_on=noise_on,
+            anneal=False,
             seed=seed,
         )
         self.policy, self.length = policy, steps
