@@ -33,7 +33,7 @@ from rhc.batches import batch_size
 from rhc.distributed import Ranks, joined, leave, shard
 from rhc.hypergradient import Lookback
 from rhc.objective import Average, Objective
-from rhc.plant import Plant
+from rhc.plant import Plant, Snapshot
 from rhc.schedule import Schedule
 
 SIZES: dict[str, dict[str, int]] = {
@@ -93,7 +93,7 @@ def measured(arguments: argparse.Namespace, ranks: Ranks | None) -> dict[str, An
     batches, held_out = [batch() for _ in range(steps)], batch()
     schedule = Schedule.constant(steps, lr=1e-4)
     plant.step(batches[0], {}, 0)  # warm, and the optimizer's slots are there
-    before = plant.snapshot()
+    before: Snapshot | None = None  # plain training has none
 
     def plain() -> None:
         for i, b in enumerate(batches):
@@ -105,7 +105,8 @@ def measured(arguments: argparse.Namespace, ranks: Ranks | None) -> dict[str, An
     peaks: dict[str, int] = {}
 
     def run(name: str, function: Callable[[], Any]) -> Any:
-        plant.restore(before)
+        if before is not None:
+            plant.restore(before)
         gc.collect()
         sent = 0.0 if ranks is None else ranks.traffic.seconds
         found: list[Any] = []
@@ -124,6 +125,7 @@ def measured(arguments: argparse.Namespace, ranks: Ranks | None) -> dict[str, An
         return found[0]
 
     run("plain", plain)
+    before = plant.snapshot()
     run("replay", lambda: plant.roll(batches, schedule))
     objective = Objective(average=0.99)
     budget = int(arguments.budget * peaks["plain"]) or None

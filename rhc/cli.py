@@ -523,6 +523,7 @@ examples:
   rhc train my_run.py:make --controls lr momentum   a runner of your own
   rhc train --no-rewrite                            the plain loop, to compare
   rhc train --print-config > run.toml && rhc train --config run.toml --seed 1
+  torchrun --nproc-per-node 2 -m rhc -- train       two ranks, one result
 
 The same command finds its run again and continues it; so does rhc resume DIR."""
 

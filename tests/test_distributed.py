@@ -135,6 +135,7 @@ def test_one_rank_is_not_as_the_others(tmp_path: Path) -> None:
         assert found["straggler"]
         assert any("by the rows of each rank alone" in text for text in found["statistics"])
         assert found["sampler"] == pytest.approx(sampled(alone=True), rel=1e-5)  # float32
+    assert of_two[0]["drawn"] != of_two[1]["drawn"]  # dropout is each rank's own
     records = [json.loads(x) for x in (tmp_path / "run/windows.jsonl").read_text().splitlines()]
     assert [r["outcome"] for r in records] == of_two[0]["nan"]["windows"]
 
