@@ -47,7 +47,7 @@ from rhc.checkpoint import Checkpoint, CheckpointStore, _sealed, _tensors
 from rhc.config import TrainConfig
 from rhc.errors import StorageError
 from rhc.events import CheckpointSaved, StepTaken, VerbStarted
-from rhc.files import parsed_json, parsed_toml
+from rhc.files import parsed_json, parsed_toml, read_json
 from rhc.hypergradient import Lookback
 from rhc.plant import Plant
 from rhc.schedule import Schedule
@@ -205,8 +205,8 @@ def _train(directory: Path, pipe: int, change: int | None) -> None:
 
 STEPS = 11
 LAW = Rewrite(step={"lr": 1.5, "momentum": 0.5, "noise": 4.0}, damping=1e-9)
-SEALED = ("checkpoints/*/*", "tape.jsonl", "windows.jsonl", "start.jsonl", ".*.crc32")
-"""Files that carry a digest or checksums."""
+SEALED = ("checkpoints/*/*", "*.json", "*.jsonl", ".*.crc32")
+"""Files that carry a digest or checksums: all but .lock, which is empty."""
 
 
 def _small(
@@ -230,6 +230,12 @@ def _found(directory: Path, path: Path) -> bool:
             return path.name in str(error) or path.name == "manifest.json"
         return False
     name = path.name.removeprefix(".").removesuffix(".crc32")
+    if name.endswith(".json"):
+        try:
+            read_json(directory / name, told.append)
+        except InputError as error:
+            told.append(str(error))
+        return any(name in text for text in told)
     lines = JsonLines(directory / name)
     whole = (directory / name).read_bytes().count(b"\n")
     found = lines.intact()

@@ -8,11 +8,14 @@ their names in that module, so that a fault can be put in the place of any of th
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 import re
 import stat
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -179,17 +182,73 @@ def _depth(raw: bytes) -> int:
     return deepest
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; anything else is an InputError that names the file."""
+SEAL = "sha256"
+"""The last entry of a document that says whether anything was altered since it was written."""
+
+
+def sealed(document: Mapping[str, Any]) -> bytes:
+    """A JSON document as it is written, with the SHA-256 of what is before that."""
+    plain = {key: value for key, value in document.items() if key != SEAL}
+    text = json.dumps(plain, indent=1, allow_nan=False)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    opened = f"{text[:-2]}," if plain else "{"
+    return f'{opened}\n "{SEAL}": "{digest}"\n}}\n'.encode()
+
+
+def sum_beside(path: Path) -> Path:
+    """Where the CRC-32 of a file lies that is written by `replace_summed`."""
+    return path.with_name(f".{path.name}.crc32")
+
+
+def replace_summed(path: Path, data: bytes) -> None:
+    """Replaces a file that must hold nothing but its content; its CRC-32 lies beside it."""
+    replace_durably(sum_beside(path), b"%08x\n" % zlib.crc32(data))
+    replace_durably(path, data)
+
+
+def read_document(path: Path) -> tuple[Any, bool]:
+    """(what a file of JSON holds, without its seal; whether it was altered since it was written).
+
+    One without a seal or a checksum is taken as it is: it is older than these, or by a person.
+    OSError or ValueError where there is no JSON.
+    """
+    data = read_regular(path.resolve(), MOST_JSON_BYTES)
+    document = parsed_json(data)
+    if not isinstance(document, dict):
+        return document, False
+    if (beside := sum_beside(path)).exists():
+        return document, read_regular(beside, 2**10) != b"%08x\n" % zlib.crc32(data)
+    plain = {key: value for key, value in document.items() if key != SEAL}
+    last = next(reversed(list(document.values())), None)
+    # A seal whose name is damaged is one.
+    closed = SEAL in document or (isinstance(last, str) and len(last) == 64)
+    return plain, closed and data != sealed(document)
+
+
+def altered(path: Path) -> str:
+    """What is said of a file that was altered."""
+    return (
+        f"{path} was altered since it was written (restore it or, if that is meant, delete its "
+        f"{SEAL} entry or the checksum beside it)"
+    )
+
+
+def read_json(path: Path, told: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+    """A JSON object from a file; anything else is an InputError that names the file.
+
+    told: what is done with the sentence that says of a sealed document that it was altered.
+    """
     try:
         # The run's own files may be reached through a link; a checkpoint's may not.
-        document = parsed_json(read_regular(path.resolve(), MOST_JSON_BYTES))
+        document, changed = read_document(path)
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror})") from None
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(document, dict):
         raise InputError(f"{path} must hold a JSON object, got {type(document).__name__}")
+    if changed:
+        told(altered(path))
     return document
 
 

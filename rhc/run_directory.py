@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -22,7 +23,15 @@ import torch
 from rhc import __version__
 from rhc.checkpoint import Checkpoint, CheckpointStore
 from rhc.errors import InputError, StorageError
-from rhc.files import CLOSED_ON_EXEC, NO_LINK, make_directory, read_json, replace_durably
+from rhc.files import (
+    CLOSED_ON_EXEC,
+    NO_LINK,
+    make_directory,
+    read_json,
+    replace_durably,
+    replace_summed,
+    sealed,
+)
 from rhc.schedule import Schedule
 from rhc.tape import JsonLines, finite
 
@@ -57,6 +66,7 @@ class RunDirectory:
         self._late: tuple[Checkpoint, Schedule] | None = None
         self._lock: int | None = None
         self._config = b""
+        self._settings = ""
 
     # Opening -------------------------------------------------------------------------------------
 
@@ -110,6 +120,14 @@ class RunDirectory:
         # What was tried before the first checkpoint stays: it is not tried again.
         self.starts = JsonLines(self.path / "start.jsonl")
         checkpoint = self._newest()
+        self._settings = _digest(config)
+        began = None if checkpoint is None else checkpoint.values.get("settings")
+        if began not in (None, self._settings):
+            self.close()
+            raise InputError(
+                f"{self.path / 'config.json'} is not of the settings that its checkpoints were "
+                "written with; restore it, or choose another --directory"
+            )
         lengths = {} if checkpoint is None else checkpoint.values["lengths"]
         try:
             if longer and "result.json" in present:
@@ -200,7 +218,7 @@ class RunDirectory:
 
     def _save(self, checkpoint: Checkpoint, schedule: Schedule) -> Path:
         if self._first is not None and self._first is not checkpoint:
-            values = self._first.values | {"lengths": {"tape": 0, "windows": 0}}
+            values = self._first.values | self._told({"tape": 0, "windows": 0})
             self.checkpoints.save(replace(self._first, values=values))
             self.saved = self._first.step
             self._first = None
@@ -211,11 +229,14 @@ class RunDirectory:
             self.windows.flush()
         self.save_schedule(schedule)
         lengths = {"tape": self.tape.length, "windows": self.windows.length}
-        path = self.checkpoints.save(
-            replace(checkpoint, values=checkpoint.values | {"lengths": lengths})
-        )
+        values = checkpoint.values | self._told(lengths)
+        path = self.checkpoints.save(replace(checkpoint, values=values))
         self.saved, self._first = checkpoint.step, None
         return path
+
+    def _told(self, lengths: Mapping[str, int]) -> dict[str, Any]:
+        """What a checkpoint says of the files beside it."""
+        return {"lengths": lengths, "settings": self._settings}
 
     def record_start(self, record: Mapping[str, Any]) -> None:
         """Adds a line to start.jsonl, at once: it is not tried again after a stop."""
@@ -268,9 +289,19 @@ class RunDirectory:
         self._lock = fresh
 
     def result(self) -> dict[str, Any] | None:
-        """The content of result.json where the run has ended."""
+        """The content of result.json where the run has ended; None for one that is damaged."""
         path = self.path / "result.json"
-        return read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        faults: list[str] = []
+        try:
+            found = read_json(path, faults.append)
+        except InputError as error:
+            faults.append(str(error))
+        if faults:
+            self.notice(f"{faults[0]}; it is made again")
+            return None
+        return found
 
     def finish(self, schedule: Schedule, result: Mapping[str, Any]) -> None:
         """Writes the committed schedule and, last, the result; StorageError where that fails."""
@@ -286,7 +317,7 @@ class RunDirectory:
                 self.tape.flush()
                 self.windows.flush()
                 self.save_schedule(schedule)
-                replace_durably(self.path / "result.json", _document(result))
+                replace_summed(self.path / "result.json", plain_document(result))
                 break
             except OSError as error:
                 self._troubled(error)
@@ -314,7 +345,7 @@ class RunDirectory:
         What differs is said. More steps, or another place or budget of memory, leave a run what
         it is; anything else would make it another one in the middle.
         """
-        old = read_json(self.path / "config.json")
+        old = read_json(self.path / "config.json", self.notice)
         new = json.loads(json.dumps(finite(config)))
         was, now = ({k: v for k, v in c.items() if k not in NOT_COMPARED} for c in (old, new))
         safe = {name for name in SAFE if was.get(name) != now.get(name)}
@@ -393,8 +424,19 @@ def hardware(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _document(value: Mapping[str, Any]) -> bytes:
+def plain_document(value: Mapping[str, Any]) -> bytes:
+    """result.json: nothing but its content, as `RunResult.record` has it."""
     return (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode()
+
+
+def _document(value: Mapping[str, Any]) -> bytes:
+    return sealed(finite(value))
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    """Of the settings that a run cannot be continued without."""
+    kept = {k: v for k, v in config.items() if k not in (*NOT_COMPARED, *SAFE, "steps")}
+    return hashlib.sha256(json.dumps(finite(kept), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

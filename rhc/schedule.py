@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from rhc.errors import InputError
-from rhc.files import MOST_JSON_BYTES, parsed_json, read_regular
+from rhc.files import altered, read_document
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -407,13 +408,18 @@ class Schedule:
 
     @classmethod
     def load(cls, path: str | Path) -> Schedule:
-        """Reads what `save` wrote; errors name the file."""
+        """Reads what `save` wrote; errors name the file.
+
+        A schedule.json of a run that was altered since is taken, and a warning says so.
+        """
         try:
-            document = parsed_json(read_regular(Path(path).resolve(), MOST_JSON_BYTES))
+            document, changed = read_document(Path(path))
         except OSError as error:
             raise InputError(f"cannot read schedule {path}: {error.strerror}") from None
         except ValueError as error:
             raise InputError(f"{path} is not valid JSON ({error})") from None
+        if changed:
+            warnings.warn(altered(Path(path)), stacklevel=2)
         return cls.from_json(document, str(path))
 
     def to_lr_scheduler(

@@ -16,12 +16,12 @@ from rhc.causal import Gains
 from rhc.config import RECORD_VERSION, TrainConfig
 from rhc.errors import InputError
 from rhc.events import Event, RunStarted
-from rhc.files import replace_durably
+from rhc.files import replace_durably, replace_summed, sealed
 from rhc.hindsight import USUAL_GAINS, Pass, Smoother, Tape, held_out, reward_of, smooth
 from rhc.hindsight_config import PlainSettings, SmoothConfig
 from rhc.progress import Progress, display
 from rhc.replay import PlainRun, Sizes, plain_run
-from rhc.run_directory import hardware, read_json, versions
+from rhc.run_directory import hardware, plain_document, read_json, versions
 from rhc.runner import DivergedError
 from rhc.schedule import Schedule, Template, shaped, template_factors
 from rhc.summary import RUNS, print_result
@@ -212,7 +212,7 @@ def open_directory(directory: Path, record: dict[str, Any]) -> None:
             f"directory {directory} cannot be written ({error.strerror}); choose another "
             "--directory"
         ) from None
-    old, new = read_json(path), json.loads(_document(record))
+    old, new = read_json(path), json.loads(json.dumps(finite(record)))
     differ = [
         name
         for name in sorted(old.keys() | new.keys())
@@ -253,11 +253,11 @@ def finish(directory: Path, runs: list[Pass], best: int) -> None:
             for number, run in enumerate(runs)
         ],
     }
-    replace_durably(directory / "result.json", _document(result))
+    replace_summed(directory / "result.json", plain_document(result))
 
 
 def _document(value: dict[str, Any]) -> bytes:
-    return (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode()
+    return sealed(finite(value))
 
 
 def resume_smooth(record: dict[str, Any], directory: Path, console: Console) -> int:

@@ -5,9 +5,11 @@ Reads a run's directory as a person would, file by file, and needs no torch.
 
 from __future__ import annotations
 
+import functools
 import shlex
+import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rhc.errors import InputError
-from rhc.files import MOST_JSON_BYTES, parsed_json, read_regular
+from rhc.files import altered, parsed_json, read_document, read_regular
 from rhc.progress import duration, one_number, sparkline
 from rhc.tape import MOST_BYTES
 from rhc.workload import available_runners
@@ -25,11 +27,16 @@ RUNS = Path("runs")
 """Where `rhc train` puts its runs, below the current folder."""
 
 
-def read_record(directory: Path, name: str = "config.json") -> dict[str, Any]:
-    """A JSON object of a run's directory; where there is none, an InputError says what to give."""
+def read_record(
+    directory: Path, name: str = "config.json", told: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """A JSON object of a run's directory; where there is none, an InputError says what to give.
+
+    told: what is done with the sentence about one that was altered; None to print it once.
+    """
     path = directory / name
     try:
-        record = parsed_json(read_regular(path.resolve(), MOST_JSON_BYTES))
+        record, changed = read_document(path)
     except FileNotFoundError:
         raise InputError(
             f"directory {directory} is no run: it has no {name}; give a directory that `rhc runs` "
@@ -50,12 +57,19 @@ def read_record(directory: Path, name: str = "config.json") -> dict[str, Any]:
             f"{path} is damaged: it holds {type(record).__name__}, not an object; restore it, or "
             "begin the run anew in another --directory"
         )
+    if changed:
+        (told or _warned)(altered(path))
     return record
 
 
-def read_result(directory: Path) -> dict[str, Any]:
+@functools.cache
+def _warned(sentence: str) -> None:
+    print(f"rhc: warning: {sentence}", file=sys.stderr)
+
+
+def read_result(directory: Path, told: Callable[[str], None] | None = None) -> dict[str, Any]:
     """result.json of a run that has ended; an InputError where it is not what a run writes."""
-    record = read_record(directory, "result.json")
+    record = read_record(directory, "result.json", told)
     losses = [f"{prefix}{n}_loss" for prefix in ("", "average_") for n in ("train", "val", "test")]
     counts = ("plain_run_equivalents", "windows", "rejected_windows", "rewound_windows")
     cost, averaged = record.get("cost"), record.get("average_metrics") or {}
@@ -100,7 +114,13 @@ def print_result(
 
 def print_run(console: Console, directory: Path) -> None:
     """A run's configuration, progress, schedule and result."""
-    config = read_record(directory)
+
+    def told(sentence: str) -> None:
+        _line(console, "altered", sentence)
+
+    config = read_record(directory, told=told)
+    if (directory / "schedule.json").exists():
+        read_record(directory, "schedule.json", told)
     step, steps = _committed(directory), config.get("steps")
     finished = (directory / "result.json").exists()
     state = "finished" if finished else f"stopped or running, at step {step} of {steps}"
@@ -123,7 +143,7 @@ def print_run(console: Console, directory: Path) -> None:
         names = ", ".join(p.name.removeprefix("window-").lstrip("0") or "0" for p in checkpoints)
         _line(console, "saved", f"checkpoints of step {names}")
     if finished:
-        print_result(console, read_result(directory), directory, inspect=False)
+        print_result(console, read_result(directory, told), directory, inspect=False)
     else:
         _line(console, "go on", f"rhc resume {shlex.quote(str(directory))}")
 

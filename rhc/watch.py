@@ -74,7 +74,7 @@ def watch(
 
     A run that is stopped has none, and is waited for, as it may be resumed.
     """
-    config = read_record(directory)
+    config = read_record(directory, told=write)
     wait = wait or (lambda: time.sleep(1))
     write(f"watching {directory}, {config.get('steps')} steps; Ctrl-C ends the watching alone")
     tape, windows = _Tail(directory / "tape.jsonl"), _Tail(directory / "windows.jsonl")
@@ -98,7 +98,7 @@ def watch(
             done = step + 1 if isinstance(step, int) else "?"
             write(f"step {done}/{config.get('steps')}  loss {mean}  lr {shown}")
         if ended:
-            result = read_record(directory, "result.json")
+            result = read_record(directory, "result.json", write)
             write(f"finished: test loss {_text(result.get('test_loss'))}")
             return
         wait()

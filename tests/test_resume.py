@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -37,7 +38,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from rhc import InputError, Objective, Rewrite, Runner
+from rhc import InputError, Objective, Rewrite, Runner, Schedule
 from rhc.events import CheckpointSaved, Notice, RunStarted, StepTaken
 
 STEPS = 11
@@ -633,10 +634,60 @@ def test_other_versions_are_said_and_tolerated(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     events: list[Any] = []
     runner(make_run("adamw"), tmp_path, events.append).fit(STEPS)
-    assert [e.message for e in events if isinstance(e, Notice)] == [
+    told = [e.message for e in events if isinstance(e, Notice)]
+    assert "config.json was altered since it was written" in told.pop(0)
+    assert told == [
         f"the run began with torch 1.0, this is {torch.__version__}: its bits may differ",
         f"the run began with threads 77, here it is {torch.get_num_threads()}: its bits may differ",
     ]
+
+
+def test_settings_that_were_altered(tmp_path: Path) -> None:
+    """Of the file alone, as `rhc resume` would read them: the checkpoints know better."""
+    stopped_late(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["seed"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    events: list[Any] = []
+    with pytest.raises(InputError, match=r"config.json is not of the settings that its checkpoint"):
+        runner(make_run("adamw"), tmp_path, events.append, seed=3).fit(STEPS)
+    assert any("config.json was altered" in e.message for e in events if isinstance(e, Notice))
+
+
+@pytest.mark.parametrize("damage", ["a figure", "its end", "its checksum"])
+def test_a_result_that_was_altered_is_made_again(damage: str, tmp_path: Path) -> None:
+    first = runner(make_run("adamw"), tmp_path).fit(STEPS).record
+    path = tmp_path / "result.json"
+    text = path.read_text()
+    if damage == "a figure":
+        path.write_text(text.replace('"val_loss": ', '"val_loss": 1'))
+    elif damage == "its end":
+        path.write_text(text[:-9])
+    else:
+        (tmp_path / ".result.json.crc32").write_text("00000000\n")
+    events: list[Any] = []
+    again = runner(make_run("adamw", seed=9), tmp_path, events.append).fit(STEPS).record
+    (told,) = [e.message for e in events if isinstance(e, Notice)]
+    assert "result.json" in told and told.endswith("it is made again")
+    apart = {k for k in first if first[k] != again[k]}
+    assert apart <= {"wall_seconds", "cost"} and json.loads(path.read_text()) == again
+    assert runner(make_run("adamw"), tmp_path).fit(STEPS).record == again
+
+
+def test_a_schedule_that_was_altered_is_taken_and_told(tmp_path: Path) -> None:
+    """People edit schedules; without the entry that the edit breaks, nothing is said."""
+    runner(make_run("adamw"), tmp_path).fit(STEPS)
+    path = tmp_path / "schedule.json"
+    document = json.loads(path.read_text())
+    document["controls"]["lr"]["values"][0] = 0.5
+    path.write_text(json.dumps(document))
+    with pytest.warns(UserWarning, match=r"schedule.json was altered since it was written"):
+        assert float(Schedule.load(path)["lr"][0]) == 0.5
+    del document["sha256"]
+    path.write_text(json.dumps(document))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Schedule.load(path)
 
 
 # SIGKILL -----------------------------------------------------------------------------------------

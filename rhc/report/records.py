@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rhc.errors import InputError
-from rhc.files import MOST_JSON_BYTES, parsed_json, read_regular
+from rhc.files import parsed_json, read_document, read_regular
 from rhc.tape import MOST_BYTES
 
 CONTROLS = ("lr", "momentum", "noise", "weight_decay")
@@ -181,7 +181,9 @@ def stretches(count: int, most: int) -> Iterator[tuple[int, int]]:
 def _document(run: RunRecord, name: str) -> dict[str, Any]:
     path = run.directory / name
     try:
-        value = parsed_json(read_regular(path.resolve(), MOST_JSON_BYTES))
+        value, changed = read_document(path)
+        if changed:
+            run.faults.append(f"{name} was altered since it was written")
         if isinstance(value, dict):
             return value
         run.faults.append(f"{name} holds no object")
