@@ -812,21 +812,30 @@ def size(count: int, seed: int) -> bool:
             load(data)
 
     store = CheckpointStore(folder / "checkpoints", keep=1)
-    rows: dict[str, list[float]] = {}
+    rows: dict[str, list[tuple[float, float]]] = {}
     for n in range(count):
         for name, action in {
-            "safetensors + SHA-256, save": plainly,
-            "rhc, save": lambda n=n: store.save(Checkpoint(n, groups, {})),
-            "safetensors + SHA-256, load": plainly_read,
-            "rhc, load": lambda n=n: store.load(n),
+            "save, safetensors + SHA-256 + fsync": plainly,
+            "save, rhc": lambda n=n: store.save(Checkpoint(n, groups, {})),
+            "load, safetensors + SHA-256": plainly_read,
+            "load, rhc": lambda n=n: store.load(n),
         }.items():
-            began = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             action()
-            rows.setdefault(name, []).append(time.perf_counter() - began)
+            took = time.perf_counter() - wall, time.process_time() - cpu
+            rows.setdefault(name, []).append(took)
     total = sum(p.stat().st_size for p in max((folder / "checkpoints").iterdir()).iterdir())
-    print(f"{total / 1e9:.2f} GB; seconds, median of {count} (all)")
-    for name, seconds in rows.items():
-        print(f"| {name} | {sorted(seconds)[count // 2]:.2f} | {[round(s, 2) for s in seconds]} |")
+    print(f"{total / 1e9:.2f} GB; medians of {count}, taken in turn, in {folder.parent}")
+    print("| | seconds | of CPU | all |\n|---|---|---|---|")
+    for name, found in rows.items():
+        middle = [sorted(column)[count // 2] for column in zip(*found, strict=True)]
+        every = ", ".join(f"{wall:.1f}" for wall, _ in found)
+        print(f"| {name} | {middle[0]:.2f} | {middle[1]:.2f} | {every} |")
+    for verb in ("save", "load"):
+        plain, ours = (v for name, v in rows.items() if name.startswith(verb))
+        ratios = [[o[i] / p[i] for o, p in zip(ours, plain, strict=True)] for i in range(2)]
+        wall, cpu = (sorted(r)[count // 2] for r in ratios)
+        print(f"{verb}: {wall:.2f} times the seconds, {cpu:.2f} times the CPU (medians of ratios)")
     shutil.rmtree(folder)
     return True
 

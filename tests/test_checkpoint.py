@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rhc import InputError
 from rhc.batches import Position, StepBatches
-from rhc.checkpoint import Checkpoint, CheckpointStore, _sealed
+from rhc.checkpoint import _TYPES, Checkpoint, CheckpointStore, _sealed
 from rhc.files import replace_durably, write_durably
 from rhc.randomness import RandomState, preserved
 
@@ -474,3 +474,51 @@ def test_position_round_trip_through_a_checkpoint(taken: int, tmp_path: Path) ->
     assert unequal(position.to_tensors(), found.to_tensors()) == []
     assert (found.step, found.epoch, found.index) == (position.step, position.epoch, position.index)
     assert (found.start is None) == (taken == 0)
+
+
+# Large ones ---------------------------------------------------------------------------------------
+
+
+def test_a_large_checkpoint_has_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written by pieces, without a copy: any type, names, views, nothing, one number."""
+    dtypes = [*_TYPES, torch.complex64]
+    tensors = {f'{i}."é': torch.arange(-3, 9).view(3, 4).to(t).t() for i, t in enumerate(dtypes)}
+    tensors |= {"none": torch.zeros(0, 4), "one": torch.tensor(3), "half": torch.ones(3).half()}
+    groups = {"model": tensors, "rng": {"plain": torch.ones(2**19)}, "average": {}}
+    groups["plain"] = {k: t for k, t in tensors.items() if t.dtype != torch.complex64}
+    contents = []
+    for limit in (2**40, 0):
+        monkeypatch.setattr("rhc.checkpoint.PARALLEL", limit)
+        path = CheckpointStore(tmp_path / str(limit)).save(Checkpoint(7, groups, {"a": 1}))
+        contents.append({p.name: p.read_bytes() for p in path.iterdir()})
+    assert contents[0] == contents[1]
+    found = CheckpointStore(tmp_path / "0").load(7).tensors
+    assert all(torch.equal(found["model"][k], t) for k, t in tensors.items())
+
+
+@pytest.mark.parametrize("limit", [2**40, 0])
+@pytest.mark.parametrize("damage", ["a bit", "an end", "more"])
+def test_what_reads_back_otherwise_is_not_kept(
+    limit: int, damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rhc.checkpoint.PARALLEL", limit)
+    groups = {"model": {"w": torch.randn(2**19)}}
+    store = CheckpointStore(tmp_path)
+    store.save(Checkpoint(1, groups, {}))
+    fsync = os.fsync
+
+    def damaging(descriptor: int) -> None:
+        fsync(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if path.name == "model.safetensors":
+            data = path.read_bytes()
+            changed = bytes([data[-1] ^ 1])
+            rest = {"a bit": data[:-1] + changed, "an end": data[:-1], "more": data + b"x"}
+            path.write_bytes(rest[damage])
+
+    monkeypatch.setattr("os.fsync", damaging)
+    with pytest.raises(OSError, match="reads back other"):
+        store.save(Checkpoint(2, groups, {}))
+    assert store.steps() == [1]

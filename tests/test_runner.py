@@ -370,8 +370,8 @@ def test_the_directory(tmp_path: Path) -> None:
     test_loader = DataLoader(clouds(24, seed=2), 8)
     result = fit(run, 20, directory=directory, test_loader=test_loader, seed=7)
     assert sorted(p.name for p in directory.iterdir()) == [
-        ".lock", ".tape.jsonl.crc32", ".windows.jsonl.crc32", "checkpoints", "config.json",
-        "result.json", "schedule.json", "tape.jsonl", "windows.jsonl",
+        ".lock", ".result.json.crc32", ".tape.jsonl.crc32", ".windows.jsonl.crc32", "checkpoints",
+        "config.json", "result.json", "schedule.json", "tape.jsonl", "windows.jsonl",
     ]  # fmt: skip
     newest = [f"window-{step:08d}" for step in (8, 16, 20)]
     assert sorted(p.name for p in (directory / "checkpoints").iterdir()) == newest
