@@ -52,6 +52,7 @@ from rhc.planning import (
     seen,
     shifted,
 )
+from rhc.planning.guards import Law
 from rhc.signals import ChangePoint, ChangeTest, changed
 
 anything = st.floats(allow_nan=True, allow_infinity=True)
@@ -525,6 +526,23 @@ class TestPlanner:
         assert sgd.param_groups[0]["lr"] == pytest.approx(0.03)
         assert [e.kind for e in told if isinstance(e, Intervened)] == ["failsafe"]
 
+    def test_by_default_nothing_is_planned_and_the_guards_act(self) -> None:
+        sgd = optimizer()
+        planner = EpochPlanner(sgd)
+        trained(planner, [3.0 - 0.02 * t for t in range(60)], [3.0, 2.0, 1.0])
+        assert sgd.param_groups[0]["lr"] == 0.1 and planner.history[-1].worse == 0
+
+    def test_poisoned_validation_ends_no_worse_than_the_preset_alone(self) -> None:
+        """Validation rises by construction, while the run itself does well."""
+        usual, preset = [], []
+        for seed in range(4):
+            for found, law in ((usual, None), (preset, Always(CONSERVATIVE))):
+                test_loss, acted = _poisoned(seed, law)
+                found.append(test_loss)
+                if law is None:
+                    assert acted == 2  # the second epoch that is worse
+        assert sum(usual) <= sum(preset)
+
     def test_a_run_of_the_preset_alone(self) -> None:
         sgd = optimizer()
         planner = EpochPlanner(sgd, law=Always(CONSERVATIVE))
@@ -981,7 +999,7 @@ class TestRunner:
 
     def test_a_template_is_multiplied_and_rewriting_goes_on(self) -> None:
         a = make_rewritten(None).fit(20)
-        planner = make_rewritten(EpochPlanner(drift=False, epoch_steps=5))
+        planner = make_rewritten(EpochPlanner(steer=("lr",), drift=False, epoch_steps=5))
         b = planner.fit(20)
         assert [r["lr"] for r in a.tape[:5]] == [r["lr"] for r in b.tape[:5]]
         assert planner.planner is not None and planner.planner.plan is not None
@@ -1035,3 +1053,28 @@ def test_a_state_as_tensors_and_json() -> None:
     EpochPlanner(optimizer(), knobs=[LossSampler(5), Entropy()]).load_state_dict(
         planning.joined(tensors, json.loads(json.dumps(rest)))
     )
+
+
+def _poisoned(seed: int, law: Law | None) -> tuple[float, int | None]:
+    """(test loss of a small network on two moons, the epoch at whose end the preset came)."""
+    draw = torch.Generator().manual_seed(seed)
+    angle, side = torch.pi * torch.rand(600, generator=draw), torch.arange(600) % 2
+    sign = 1.0 - 2 * side
+    points = torch.stack([sign * angle.cos() + side, sign * angle.sin() + 0.5 * side], 1)
+    points += 0.1 * torch.randn(600, 2, generator=draw)
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 2))
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    planner = EpochPlanner(sgd, steer=("lr",), law=law)
+    acted = None
+    for epoch in range(12):
+        for batch in torch.randperm(400, generator=draw).split(40):
+            sgd.zero_grad()
+            loss = nn.functional.cross_entropy(model(points[batch]), side[batch])
+            loss.backward()
+            sgd.step()
+            planner.step(loss)
+        if planner.on_epoch_end(1 + 0.2 * epoch).mode != "planned" and acted is None:
+            acted = epoch
+    with torch.no_grad():
+        return float(nn.functional.cross_entropy(model(points[400:]), side[400:])), acted

@@ -65,7 +65,8 @@ class EpochPlanner:
     optimizer: whose lr and momentum are steered, and whose gradients get the noise; None in a
     Runner, which steers by itself. lrs are multiplied, so that groups keep their ratios and a
     scheduler its shape; list it in `schedulers`, whose base lrs are multiplied too.
-    steer: which of lr, momentum and noise the plan may change; knobs: what else it drives, see
+    steer: which of lr, momentum and noise the plan may change; None: nothing is planned, and the
+    guards alone act on all three (planned lr and momentum gained nothing: docs/planning.md). knobs: what else it drives, see
     `rhc.planning.Knob`.
     law: (stats, previous plan) -> plan, see `rhc.planning.guards`; None for the usual one with
     these gains and bounds. failsafe False: the usual law without it. reward: where the reward comes
@@ -81,7 +82,7 @@ class EpochPlanner:
         self,
         optimizer: Optimizer | None = None,
         *,
-        steer: Sequence[str] = ("lr",),
+        steer: Sequence[str] | None = None,
         knobs: Sequence[Knob] = (),
         gains: laws.Gains | None = None,
         bounds: laws.Bounds | None = None,
@@ -102,7 +103,8 @@ class EpochPlanner:
             )
         if epoch_steps is not None and epoch_steps < 1:
             raise InputError(f"epoch_steps must be ≥ 1, got {epoch_steps}")
-        for name in steer:
+        planned = () if steer is None else tuple(dict.fromkeys(steer))
+        for name in planned:
             if name not in STEERED:
                 raise InputError(
                     f"steer must be some of {', '.join(STEERED)}, got {name!r}; other values of a "
@@ -111,12 +113,14 @@ class EpochPlanner:
         names = names_of(knob.name for knob in knobs)
         if len(names) != len(knobs):
             raise InputError(f"two knobs drive the same value: {', '.join(k.name for k in knobs)}")
-        clash = next((n for n in names if n in STEERED and n in steer), None)
+        clash = next((n for n in names if n in planned), None)
         if clash is not None:
             raise InputError(f"{clash} is both steered and a knob; leave it out of one of them")
-        self.steer, self.knobs = tuple(dict.fromkeys(steer)), list(knobs)
+        # What is a knob is the knob's alone.
+        self.steer = tuple(n for n in STEERED if n not in names) if steer is None else planned
+        self.knobs = list(knobs)
         own = gains if isinstance(gains, Gains) else Gains(**({} if gains is None else vars(gains)))
-        self.gains = own.only(*self.steer, *names)
+        self.gains = own.only(*planned, *names)
         self.bounds = bounds or Bounds()
         inner: Law = Smoothed(Planned(self.gains, self.bounds))
         self.law = law or (Failsafe(inner) if failsafe else inner)

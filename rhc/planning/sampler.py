@@ -66,7 +66,8 @@ class ExampleStatistics:
             # Half precision has its own range: losses are kept in units of the first ones' mean.
             mean = float(values[good].mean())
             self.unit = mean if mean > 0 else 1.0
-        scaled = np.minimum(values, _HALF * (self.unit or 1.0)) / (self.unit or 1.0)
+        with np.errstate(over="ignore"):  # a unit near the smallest number there is
+            scaled = np.minimum(values / (self.unit or 1.0), _HALF)
         self._average(self.recent, self.count, at[good], scaled[good], 0.5)
         self._average(self.older, self.count, at[good], scaled[good], 0.125)
         self.count[at[good]] = np.minimum(self.count[at[good]], 254) + 1
