@@ -66,8 +66,8 @@ class EpochPlanner:
     Runner, which steers by itself. lrs are multiplied, so that groups keep their ratios and a
     scheduler its shape; list it in `schedulers`, whose base lrs are multiplied too.
     steer: which of lr, momentum and noise the plan may change; None: nothing is planned, and the
-    guards alone act on all three (planned lr and momentum gained nothing: docs/planning.md). knobs: what else it drives, see
-    `rhc.planning.Knob`.
+    guards alone act on all three (planned lr and momentum gained nothing: docs/planning.md).
+    knobs: what else it drives, see `rhc.planning.Knob`.
     law: (stats, previous plan) -> plan, see `rhc.planning.guards`; None for the usual one with
     these gains and bounds. failsafe False: the usual law without it. reward: where the reward comes
     from, `Validation()` by default; `TrainingTape()` has to be asked for.
