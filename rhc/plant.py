@@ -21,7 +21,15 @@ from torch._utils import _unflatten_dense_tensors
 from torch.nn.modules.batchnorm import _NormBase
 
 from rhc.batches import DrawnAsNeeded, MicroBatches
-from rhc.distributed import Ranks, SyncBatchNorm, weighing
+from rhc.distributed import (
+    Ranks,
+    SyncBatchNorm,
+    is_shared_out,
+    norm_over,
+    part_of,
+    parts_of,
+    weighing,
+)
 from rhc.dynamics import Dynamics, dynamics_of
 from rhc.errors import InputError
 from rhc.noise import add_gradient_noise
@@ -157,7 +165,8 @@ class Plant:
         self.clip_norm = clip_norm
         self.clip_value = clip_value
         self.controls = OptimizerControls(optimizer)
-        self.parameters = parameters_of(optimizer)
+        self.owned = self.parameters = parameters_of(optimizer)
+        """What the optimizer holds, and what is seen of it: this rank's parts, if shared out."""
         if not self.parameters:
             raise InputError("the optimizer holds no parameters; give it model.parameters()")
         self._names = {id(p): n for n, p in model.named_parameters()}
@@ -167,6 +176,13 @@ class Plant:
                     f"parameter {index} of the optimizer, of shape {tuple(p.shape)}, is not a "
                     "parameter of the model; register it on the model"
                 )
+        self.shared_out = is_shared_out(self.owned)
+        if self.shared_out:
+            if clip_norm is not None or clip_value is not None:
+                raise InputError("gradients that are shared out are not clipped; leave clip_… out")
+            self.parameters = parts_of(model, self.owned, ranks)
+            for whole, part in zip(self.owned, self.parameters, strict=True):
+                self._names[id(part)] = self._names[id(whole)]
         # An attention mask of -inf is no sign of divergence.
         buffers = model.named_buffers()
         self._infinite = {n for n, b in buffers if not bool(b.isfinite().all())}
@@ -223,10 +239,34 @@ class Plant:
         """Adds the gradient of a step's batch to every `.grad`; (loss, metrics), of all ranks."""
         if self.ranks is None:
             return self._backward(batch)
+        if self.shared_out:
+            return self._backward_of_parts(batch)
         times = len(batch) if isinstance(batch, (MicroBatches, DrawnAsNeeded)) else 1
         with self.ranks.gradients(self.parameters, times) as gradients:
             loss, metrics = self._backward(batch)
         return gradients.end(loss, metrics)
+
+    def _backward_of_parts(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """FSDP leaves means over ranks, cut to the parts; the loss is still this rank's own."""
+        assert self.ranks is not None
+        for p in self.owned:
+            p.grad = None
+        loss, metrics = self._backward(batch)
+        self.take_parts()
+        with self.ranks.gradients([]) as gradients:
+            return gradients.end(loss, metrics)
+
+    def take_parts(self) -> None:
+        """Gives every part its gradient, where parameters are shared out."""
+        for whole, part in zip(self.owned, self.parameters, strict=True):
+            part.grad = part_of(whole.grad)
+
+    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The Euclidean norm of all of these together, as all ranks hold them."""
+        norms = [torch.linalg.vector_norm(t) for t in tensors]
+        device = self.parameters[0].device
+        own = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
+        return norm_over(self.ranks, own) if self.shared_out and self.ranks is not None else own
 
     def _with_means(
         self, loss: Tensor, metrics: dict[str, Tensor]
@@ -256,7 +296,9 @@ class Plant:
 
     def refuse_sparse(self, *, slots: bool = True) -> None:
         """An InputError where a gradient, or a slot that was made of one, is sparse."""
-        for p in self.parameters:
+        for p in self.owned:
+            if self.shared_out:
+                return
             tensors = [p.grad, *(self.optimizer.state.get(p, {}).values() if slots else ())]
             if any(isinstance(t, Tensor) and t.layout != torch.strided for t in tensors):
                 raise InputError(
@@ -293,8 +335,11 @@ class Plant:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
         else:
             norm = _total_norm(grads) if self._on_cpu else torch.nn.utils.get_total_norm(grads)
+            norm = float(self.norm(grads)) if self.shared_out else norm
         if self.clip_value is not None:
             torch.nn.utils.clip_grad_value_(self.parameters, self.clip_value)
+        if sigma != 0 and self.shared_out:
+            raise InputError("gradients that are shared out take no noise; leave noise out")
         if sigma != 0:
             add_gradient_noise(self.parameters, sigma, self.seed, step)
         return norm
@@ -307,7 +352,7 @@ class Plant:
         return Snapshot(
             {n: p.detach().clone() for n, p in self.model.named_parameters()},
             {n: b.detach().clone() for n, b in self.model.named_buffers()},
-            [_copied(self.optimizer.state.get(p, {})) for p in self.parameters],
+            [_copied(self.optimizer.state.get(p, {})) for p in self.owned],
             [_copied(_hyperparameters(g)) for g in self.optimizer.param_groups],
             RandomState.capture(),
         )
@@ -319,7 +364,7 @@ class Plant:
             parameter.copy_(snapshot.parameters[name])
         for name, buffer in self.model.named_buffers():
             buffer.copy_(snapshot.buffers[name])
-        for p, slots in zip(self.parameters, snapshot.slots, strict=True):
+        for p, slots in zip(self.owned, snapshot.slots, strict=True):
             _restore_slots(self.optimizer.state, p, slots)
         for group, values in zip(self.optimizer.param_groups, snapshot.groups, strict=True):
             for key, value in values.items():
@@ -333,7 +378,7 @@ class Plant:
         """Whether parameters, buffers and optimizer slots are finite: one host synchronisation."""
         slots = [
             v
-            for p in self.parameters
+            for p in self.owned
             for v in self.optimizer.state.get(p, {}).values()
             if isinstance(v, Tensor)
         ]
@@ -347,6 +392,8 @@ class Plant:
 
     def norms(self) -> list[float]:
         """The Euclidean norm of every parameter, in the model's order: a word for comparing."""
+        if self.shared_out:
+            return [float(self.norm([p.detach()])) for p in self.parameters]
         found = torch._foreach_norm([p.detach() for p in self.model.parameters()])
         return [float(x) for x in torch.stack([n.double() for n in found]).tolist()]
 
@@ -444,7 +491,7 @@ class Plant:
         for index, p in enumerate(self.parameters):
             if not p.requires_grad:
                 continue
-            state = self.optimizer.state.get(p, {})
+            state = self.optimizer.state.get(self.owned[index], {})
             taken = float(state["step"]) if "step" in state else float(bool(state))
             alone = index if self.singletons or not self.dynamics.elementwise else -1
             members.setdefault((groups[index], p.dtype, p.device, taken, alone), []).append(index)
@@ -459,6 +506,11 @@ class Plant:
             for key, indices in members.items()
         )
 
+    def _slots(self, i: int) -> Mapping[str, Any]:
+        """The optimizer's state of a parameter, as this rank has it."""
+        slots: Mapping[str, Any] = self.optimizer.state.get(self.owned[i], {})
+        return {k: part_of(v) for k, v in slots.items()} if self.shared_out else slots
+
     def block_states(self, blocks: Sequence[Block]) -> list[BlockState]:
         """A flattened copy of parameters and optimizer state, one per block."""
         self.refuse_sparse()
@@ -466,7 +518,7 @@ class Plant:
             BlockState(
                 block.flatten(self.parameters),
                 self.dynamics.state(
-                    [self.optimizer.state.get(self.parameters[i], {}) for i in block.indices],
+                    [self._slots(i) for i in block.indices],
                     [self.parameters[i] for i in block.indices],
                     self.optimizer.param_groups[block.group],
                 ),

@@ -90,7 +90,7 @@ from rhc.schedule import (
 from rhc.start import ADAPTIVE_GREED, GREED, PROBE_BATCHES, STARTS, WARMUP, Start, StartSearch
 from rhc.state import snapshot_from_tensors, snapshot_to_tensors
 from rhc.tape import finite
-from rhc.together import agreed, begin, check_ranks, draw_apart, loaders_of
+from rhc.together import agreed, begin, check_ranks, check_whole, draw_apart, loaders_of
 
 DEFAULT_CONTROLS = ("lr",)
 """Rewriting momentum and noise too made runs worse on all three tasks tried (docs/log.md)."""
@@ -278,6 +278,7 @@ class Runner:
             raise InputError(f"accumulate must be ≥ 1, got {accumulate}; use 1 not to accumulate")
         self.ranks = ranks_of(process_group)
         self._wrapped = unwrapped(model) is not model
+        check_whole(model)
         self.plant = Plant(
             unwrapped(model),
             optimizer,

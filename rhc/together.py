@@ -24,7 +24,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rhc import stopping
 from rhc.batches import batch_size
-from rhc.distributed import RankLoader, Ranks, RanksDiffer, SyncBatchNorm, Unshared, joined
+from rhc.distributed import (
+    RankLoader,
+    Ranks,
+    RanksDiffer,
+    SyncBatchNorm,
+    Unshared,
+    is_shared_out,
+    joined,
+)
 from rhc.errors import InputError
 from rhc.noise import mixed_seed
 from rhc.objective import Objective
@@ -89,6 +97,17 @@ def _disconnected(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(
         sign in text for sign in ("Connection closed by peer", "Connection reset", "gloo/transport")
     )
+
+
+def check_whole(model: nn.Module) -> None:
+    """An InputError for a model whose parameters are shared out."""
+    for name, parameter in model.named_parameters():
+        if is_shared_out([parameter]):
+            raise InputError(
+                f"{name} is shared out over ranks (fully_shard, a DTensor), and a run needs whole "
+                "parameters; leave fully_shard out and let every rank hold the model, or take "
+                "single hypergradients by rhc.hypergradient"
+            )
 
 
 def check_ranks(planner: EpochPlanner | None, objective: Objective | None) -> None:

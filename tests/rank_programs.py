@@ -19,6 +19,8 @@ from problems import OPTIMIZERS, Problem, cnn, mlp, steered, transformer
 from runs import Stop, make_run, stop_at_step
 from runs import classify as classify_with_accuracy
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
@@ -172,6 +174,66 @@ def trained(
 
 def doubled(model: nn.Module, batch: Any) -> Any:
     return classify_with_accuracy(model, (batch[0].double(), batch[1]))
+
+
+def shared_out(*, alone: bool = False) -> dict[str, Any]:
+    """Hypergradients of models whose parameters are shared out by fully_shard, or are whole."""
+    found: dict[str, Any] = {}
+    for name, optimizer, product in (
+        ("mlp", "adamw", "central-difference"),
+        ("transformer", "momentum", "auto"),
+    ):
+        problem = PROBLEMS[name]()
+        model = without_dropout(problem.model)
+        batches = problem.batches(STEPS)
+        if not alone:
+            for child in model.children():
+                if len(list(child.parameters())):
+                    fully_shard(child)
+            fully_shard(model)
+            r, n = dist.get_rank(), dist.get_world_size()
+            size = len(batches[0][0])
+            batches = [rows(b, size * r // n, size * (r + 1) // n) for b in batches]
+        opt = OPTIMIZERS[optimizer](model.parameters())
+        for _ in range(2):  # the second time the optimizer has its slots
+            before = [p.detach().clone() for p in model.parameters()]
+            h = rhc.hypergradient(
+                model,
+                opt,
+                problem.loss_fn,
+                batches,
+                controls={k: v for k, v in steered(opt, STEPS).items() if k != "noise"},
+                terminal=problem.terminal,
+                average=0.9,
+                product="exact" if alone else product,
+            )
+            for p, kept in zip(model.parameters(), before, strict=True):
+                assert all(map(torch.equal, *[[local(t)] for t in (p, kept)]))
+            loss = problem.loss_fn(model, batches[0])
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+        found[name] = {
+            "value": h.value,
+            "grad": {k: v.tolist() for k, v in h.grad.items()},
+            "norms": h.costate_norms.tolist(),
+            "result": h.result.name,
+            "why": h.why,
+        }
+    if not alone:
+        found["refused"] = []
+        for settings in ({"product": "exact"}, {"clip_norm": 1.0}, {"costate_clip": 9.0}):
+            try:
+                rhc.hypergradient(
+                    model, opt, problem.loss_fn, batches, controls={"lr": 0.1}, **settings
+                )
+            except InputError as error:
+                found["refused"].append(str(error))
+    return found
+
+
+def local(t: Tensor) -> Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t
 
 
 def many_runs(cases: str) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_programs import hypergradients, sampled, trained
+from rank_programs import hypergradients, sampled, shared_out, trained
 from ranks import spawn
 from runs import classify
 from torch import nn
@@ -147,10 +147,30 @@ def test_who_is_waited_for() -> None:
     assert straggler([6.0, 6.0], 10.0) is None  # the network
 
 
-def test_shared_out_parameters_are_refused() -> None:
+def test_hypergradients_of_parameters_that_are_shared_out() -> None:
+    """fully_shard on two ranks, by differences, beside exact products of one process."""
+    of_two = spawn(2, "rank_programs.py", "shared_out")
+    alone = shared_out(alone=True)
+    for name, expected in alone.items():
+        found = of_two[0][name]
+        assert found == of_two[1][name], name
+        assert found["result"] == expected["result"], found
+        tolerance = 1e-6 if name == "mlp" else 1e-3  # central; forward
+        assert found["value"] == pytest.approx(expected["value"], rel=1e-9)
+        for control, values in expected["grad"].items():
+            assert relative(found["grad"][control], values) <= tolerance, (name, control)
+        assert relative(found["norms"], expected["norms"]) <= tolerance, name
+    assert "shared out" in of_two[0]["transformer"]["why"]
+    for text, word in zip(
+        of_two[0]["refused"], ("product 'exact'", "clip_", "costate"), strict=True
+    ):
+        assert word in text
+
+
+def test_runs_of_shared_out_parameters_are_refused() -> None:
     sharded = nn.Linear(2, 2)
     sharded.weight.device_mesh = "a mesh"  # as a DTensor has
-    with pytest.raises(InputError, match=r"weight is shared out over ranks .* leave fully_shard"):
+    with pytest.raises(InputError, match=r"weight is shared out over ranks .* rhc.hypergradient"):
         rhc.Runner(sharded, torch.optim.SGD(sharded.parameters(), lr=0.1), classify, [], None)
 
 

@@ -20,6 +20,7 @@ from rhc.distributed.ranks import (
     unwrapped,
 )
 from rhc.distributed.shards import RankLoader, Shard, shard, weighing
+from rhc.distributed.sharing import is_shared_out, norm_over, part_of, parts_of
 
 __all__ = [
     "RankLoader",
@@ -28,9 +29,13 @@ __all__ = [
     "Shard",
     "SyncBatchNorm",
     "Unshared",
+    "is_shared_out",
     "joined",
     "launched",
     "leave",
+    "norm_over",
+    "part_of",
+    "parts_of",
     "ranks_of",
     "shard",
     "synchronised",

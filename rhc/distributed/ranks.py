@@ -347,9 +347,6 @@ class Gradients:
         return few[0].to(loss.dtype), means
 
 
-_FLATTENING = ("FullyShardedDataParallel",)
-
-
 # Joining ------------------------------------------------------------------------------------------
 
 
@@ -419,17 +416,14 @@ def ranks_of(group: Group) -> Ranks | None:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module underneath DistributedDataParallel, which takes no second derivatives; or itself.
 
-    Its reducer stays silent where the module is called without it. An InputError for models whose
-    parameters are shared out.
+    Its reducer stays silent where the module is called without it.
     """
-    sharded = [n or "model" for n, m in model.named_modules() if type(m).__name__ in _FLATTENING]
-    sharded += [n for n, p in model.named_parameters() if hasattr(p, "device_mesh")]
-    if sharded:
-        raise InputError(
-            f"{sharded[0]} is shared out over ranks (FSDP, a DTensor), and rhc looks back at whole "
-            "parameters only; leave fully_shard out and let every rank hold the model, with "
-            "memory_budget for what looking back keeps"
-        )
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise InputError(
+                f"{name or 'model'} is wrapped by FullyShardedDataParallel, which hides its "
+                "parameters; use torch.distributed.fsdp.fully_shard, for rhc.hypergradient"
+            )
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return model.module
     return model

@@ -139,6 +139,8 @@ def hypergradient(
     )
     segment = resolve(len(batches), segment, product, engine, plant)
     check_steerable(plant, schedule, tuple(controls))
+    if plant.shared_out and "noise" in controls:
+        raise InputError("controls has noise, which parameters that are shared out do not take")
     if ranks is not None:
         ranks.check_same(
             {

@@ -177,6 +177,7 @@ class Scratch:
         self.blocks = blocks
         self.parameters = [[plant.parameters[i] for i in block.indices] for block in blocks]
         self.leaves = [p for of_block in self.parameters for p in of_block]
+        self.in_place = plant.shared_out
         self.buffers = dict(plant.model.named_buffers())
         self._owners = {
             f"{prefix}.{name}" if prefix else name: (module, name)
@@ -186,7 +187,7 @@ class Scratch:
         }
 
     def __enter__(self) -> Scratch:
-        self._data = [p.data for p in self.leaves]
+        self._data = [p.data.clone() if self.in_place else p.data for p in self.leaves]
         self._kept = {name: b.detach().clone() for name, b in self.buffers.items()}
         self._all = [p for p in self.model.parameters() if p.requires_grad]
         self._grads = [p.grad for p in self._all]
@@ -196,7 +197,7 @@ class Scratch:
 
     def __exit__(self, *exception: object) -> None:
         for p, data in zip(self.leaves, self._data, strict=True):
-            p.data = data
+            self._set(p, data)
         for p, grad in zip(self._all, self._grads, strict=True):
             p.grad = grad
         self._put(self._kept)
@@ -210,11 +211,18 @@ class Scratch:
         """Puts θ (a vector per block) and b in; `leaves` take the place of buffers of a graph."""
         for block, flat, own in zip(self.blocks, flats, self.parameters, strict=True):
             for p, values in zip(own, block.views(flat), strict=True):
-                p.data = values
+                self._set(p, values)
         self._put(buffers)
         for name, leaf in (leaves or {}).items():
             owner, local = self._owners[name]
             owner._buffers[local] = leaf
+
+    def _set(self, p: Tensor, values: Tensor) -> None:
+        """FSDP reads a part where it has always been; all others take other memory for the time."""
+        if self.in_place:
+            p.data.copy_(values)
+        else:
+            p.data = values
 
     @torch.no_grad()
     def _put(self, values: Mapping[str, Tensor]) -> None:

@@ -154,6 +154,11 @@ class Lookback:
             raise InputError(
                 f"segment must be 1 where ranks train together, got {segment}; leave segment 'auto'"
             )
+        if plant.shared_out and (damping.clip is not None or objective.reward_weight):
+            raise InputError(
+                "costate_clip and rewards are not there for parameters that are shared out "
+                "(fully_shard); leave them out"
+            )
         if damping != Damping() and segment not in ("auto", 1):
             raise InputError(
                 f"discount and costate_clip need segment 1, got {segment}; leave segment 'auto'"
@@ -166,7 +171,7 @@ class Lookback:
         self.notice = notice
         self.automatic = product == "auto"
         self.product, self.why = self._first_choice(product)
-        self.exact_fails = False
+        self.exact_fails = plant.shared_out
         self.moving: list[str] | None = None
         self._sizes: dict[str, Sizes] = {}
 
@@ -306,8 +311,15 @@ class Lookback:
     # Which product -------------------------------------------------------------------------------
 
     def _first_choice(self, product: Product | Literal["auto"]) -> tuple[Product, str]:
+        if self.plant.shared_out and product in ("exact", "forward-over-reverse"):
+            raise InputError(
+                f"product {product!r} needs second derivatives, which parameters that are shared "
+                "out (fully_shard) have not; use 'auto', or a difference"
+            )
         if product != "auto":
             return product, "as asked"
+        if self.plant.shared_out:
+            return "forward-difference", "no exact product: parameters are shared out"
         if self.segment not in ("auto", 1):
             return "exact", "segments longer than one step need a graph"
         if any(p.dtype == torch.float64 for p in self.plant.parameters):

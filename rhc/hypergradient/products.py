@@ -10,7 +10,7 @@ held against one in the opposite direction, which steps over other kinks: one gr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -337,8 +337,8 @@ def _difference(
     moved = [i for i, v in enumerate(direction) if v is not None]
     if not moved or not active:
         return [None] * len(direction)
-    length = _norm([v for v in direction if v is not None])
-    size = _norm([point.flats[i] for i in moved])
+    length = evaluation.plant.norm([v for v in direction if v is not None])
+    size = evaluation.plant.norm([point.flats[i] for i in moved])
 
     def gradients(scale: Tensor) -> list[Tensor]:
         flats = [
@@ -538,13 +538,18 @@ def _into(vector: Tensor | None, term: Tensor | None) -> Tensor | None:
     return term if vector is None else vector if term is None else vector.add_(term)
 
 
-def relative_difference(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> float:
+def relative_difference(
+    found: Sequence[Tensor | None],
+    expected: Sequence[Tensor | None],
+    norm: Callable[[Sequence[Tensor]], Tensor] | None = None,
+) -> float:
     """|found − expected| / |expected| over all blocks; 0 where both vanish."""
+    norm = norm or _norm
     pairs = [(f, e) for f, e in zip(found, expected, strict=True) if e is not None]
     if not pairs:
         return 0.0
-    difference = _norm([e if f is None else f.detach() - e for f, e in pairs])
-    return float(difference / _norm([e for _, e in pairs]).clamp_min(1e-30))
+    difference = norm([e if f is None else f.detach() - e for f, e in pairs])
+    return float(difference / norm([e for _, e in pairs]).clamp_min(1e-30))
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:

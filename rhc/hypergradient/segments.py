@@ -30,6 +30,7 @@ import torchopt
 from torch import Tensor, nn
 
 from rhc import memory
+from rhc.distributed import norm_over
 from rhc.hypergradient.evaluation import (
     Evaluation,
     Scratch,
@@ -48,7 +49,7 @@ from rhc.hypergradient.products import (
 from rhc.hypergradient.record import Chunk, WindowRecorder
 from rhc.noise import root_mean_square, standard_noise
 from rhc.objective import Objective, average_weights
-from rhc.plant import Block, BlockState, Plant, Trajectory
+from rhc.plant import Block, BlockState, Plant, Trajectory, checked_loss
 
 Terminal = Callable[[nn.Module], Tensor]
 Scalar = float | Tensor
@@ -184,6 +185,9 @@ def _terminal_costate(
     if terminal is None or objective.terminal_weight == 0:
         return None, costate, [None] * len(blocks)
     at = plant.parameters if average is None else average
+    if plant.shared_out:
+        value, gradients = _of_parts(plant, trajectory, objective, terminal, at)
+        return value, costate, gradients
     flats = [block.flatten(at).requires_grad_() for block in blocks]
     live = {name: b.detach() for name, b in plant.model.named_buffers()}
     leaves = {n: live[n].clone().requires_grad_() for n in evaluation.statistics_names}
@@ -207,6 +211,41 @@ def _terminal_costate(
         for name, leaf in leaves.items():
             costate.statistics.setdefault(name, torch.zeros_like(leaf))
     return value, costate, list(pulled[: len(flats)])
+
+
+def _of_parts(
+    plant: Plant,
+    trajectory: Trajectory,
+    objective: Objective,
+    terminal: Terminal,
+    at: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor | None]]:
+    """(terminal loss, its weighted gradient per block), where parameters are shared out.
+
+    FSDP gathers what lies in its own memory, so that the values are put there.
+    """
+    assert plant.ranks is not None
+    blocks = trajectory.blocks
+    modes = [(m, m.training) for m in plant.model.modules()]
+    buffers = {name: b.detach().clone() for name, b in plant.model.named_buffers()}
+    with Scratch(plant, blocks) as scratch:
+        try:
+            scratch.place([block.flatten(at) for block in blocks], buffers)
+            value = checked_loss(terminal(plant.model), "terminal")[0]
+            (objective.terminal_weight * value).backward()
+            plant.take_parts()
+            gradients: list[Tensor | None] = [
+                torch.cat(
+                    [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in own]
+                )
+                for own in scratch.parameters
+            ]
+        finally:
+            for p in plant.parameters:
+                p.grad = None
+            for module, training in modes:
+                module.training = training
+    return plant.ranks.value(value), gradients
 
 
 class _Reverse:
@@ -260,10 +299,13 @@ class _Reverse:
     def _adjoint(self) -> Adjoint:
         schedule = self.trajectory.schedule
         gradient = {}
+        norms = self.norms.cpu()
+        if self.plant.shared_out and self.plant.ranks is not None:
+            self.pulled = {n: self.plant.ranks.sum(room) for n, room in self.pulled.items()}
+            norms = norm_over(self.plant.ranks, self.norms).cpu()
         for name, room in self.pulled.items():
             total = room.cpu()
             gradient[name] = total if schedule[name].dim() == 2 else total.sum(1)
-        norms = self.norms.cpu()
         return Adjoint(
             gradient,
             torch.linalg.vector_norm(norms[:-1], dim=1),
@@ -360,12 +402,16 @@ class _Reverse:
                 )
             self.products += 1
             self.equivalents += PRODUCT_COST[by]
-            share = relative_difference(pulled.parameters, other.parameters)
+            norm = self.plant.norm if self.plant.shared_out else None
+            share = relative_difference(pulled.parameters, other.parameters, norm)
             if not self.exact:
                 # Nothing better is at hand: rounding in a product that hardly counts is let pass,
                 # where all of the window's together stay below the same share of the costate.
                 carried = Costate(costate.parameters, []).parameter_norm()
                 moved = Costate(other.parameters, []).parameter_norm()
+                if self.plant.shared_out and self.plant.ranks is not None:
+                    carried = norm_over(self.plant.ranks, carried)
+                    moved = norm_over(self.plant.ranks, moved)
                 share = min(share, float(self.steps * share * moved / carried.clamp_min(1e-300)))
             self.disagreements[i] = share
             if not share <= AGREES and self.exact:

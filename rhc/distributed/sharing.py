@@ -1,0 +1,53 @@
+"""Parameters that are shared out: every rank holds a part of each, as FSDP2's fully_shard has it.
+
+A part is seen as a parameter of its own: a leaf in the same memory as the DTensor's local tensor,
+with a `.grad` that is filled from the DTensor's. FSDP gathers the whole before a layer runs, and
+leaves gradients as means over ranks, cut to the parts. It has no second derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rhc.distributed.ranks import Ranks
+from rhc.errors import InputError
+
+
+def is_shared_out(parameters: Iterable[Tensor]) -> bool:
+    """Whether these are DTensors."""
+    return any(hasattr(p, "device_mesh") for p in parameters)
+
+
+def part_of(value: Any) -> Any:
+    """The rank's own part of a DTensor; anything else as it is."""
+    return value.detach().to_local() if hasattr(value, "device_mesh") else value
+
+
+def parts_of(model: nn.Module, parameters: Sequence[Tensor], ranks: Ranks | None) -> list[Tensor]:
+    """A leaf for the rank's part of each parameter, in the parameter's own memory.
+
+    An InputError where the parts are not those of `ranks`.
+    """
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if hasattr(module, "unshard") and hasattr(module, "reshard"):
+            module.unshard()  # FSDP settles where its parts are when it is first used
+            module.reshard()
+    for p in parameters:
+        mesh: Any = getattr(p, "device_mesh", None)
+        if mesh is None or mesh.ndim != 1 or ranks is None or mesh.size() != ranks.size:
+            raise InputError(
+                f"a parameter of shape {tuple(p.shape)} is not shared out over all ranks as the "
+                "others are; apply fully_shard to the whole model, with a mesh of one dimension "
+                "over the process group"
+            )
+    return [part_of(p).requires_grad_(p.requires_grad) for p in parameters]
+
+
+def norm_over(ranks: Ranks, norm: Tensor) -> Tensor:
+    """The norm of what all ranks hold together, from that of this rank's part."""
+    return torch.sqrt(ranks.sum(norm.detach().double() ** 2)).to(norm.dtype)
