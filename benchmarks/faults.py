@@ -31,6 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -347,7 +348,7 @@ def _survived(
             saved.append(event.step)
 
     run: Any = None
-    with disk:
+    with disk, mock.patch("rhc.run_directory.time.sleep"):  # between its last attempts
         try:
             run, _ = _small(directory, listener=listener)
             kind = OUTCOMES[0]

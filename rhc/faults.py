@@ -26,10 +26,9 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed: of CUDA, of torch on a CPU, of Python."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "out of memory" in text or "bad_alloc" in text
-    )
+    text = str(error).lower()
+    told = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc")
+    return isinstance(error, (RuntimeError, OSError)) and any(words in text for words in told)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ decisions. `fit` reads top-down; one window is `_window`.
 
 from __future__ import annotations
 
+import gc
 import math
 import statistics
 import time
@@ -661,7 +662,7 @@ class Runner:
         """Live steps through the attempt's window, and its hypergradient unless they fail."""
         try:
             self._look_at(attempt, commit, terminal)
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, OSError) as error:
             if not out_of_memory(error) or self.ranks is not None:
                 raise
             attempt.starved = True
@@ -673,13 +674,15 @@ class Runner:
     def _relieved(self, attempt: _Attempt) -> str:
         """Makes looking back do with less memory, and says in words how."""
         self.plant.optimizer.zero_grad()
+        # What an exception cut off is in cycles: without this the next plain step failed as well.
+        gc.collect()
         trim()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         try:
             plan = self.lookback.plan(len(attempt.schedule), next(iter(attempt.batches)))
             predicted, product = plan.predicted_bytes, str(plan.product)
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, OSError) as error:
             if not out_of_memory(error):
                 raise
             predicted, product = None, self.lookback.product

@@ -344,6 +344,9 @@ def test_what_out_of_memory_looks_like() -> None:
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory.")) and out_of_memory(
         MemoryError()
     )
+    assert out_of_memory(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
+    assert out_of_memory(RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)"))
+    assert not out_of_memory(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     assert not out_of_memory(RuntimeError("shapes differ")) and not out_of_memory(ValueError())
 
 
@@ -391,6 +394,50 @@ def test_out_of_memory_in_the_reverse_pass(
     assert Relief(**relief["relief"]) == fitted.loop.relief != Relief()
     if fails >= 3:
         assert max(w["stop"] - w["start"] for w in result.windows[3:]) <= 4
+
+
+STARVED = """
+import resource, sys
+import torch
+from torch import nn
+from rhc import Rewrite, Runner
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(16, 512), nn.Tanh(), nn.Linear(512, 512), nn.Tanh(),
+                      nn.Linear(512, 1))
+x = torch.randn(2048, 16)
+batches = [(x, x.sum(1, keepdim=True).sin())] * 4
+loss = lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1])
+loss(model, batches[0]).backward()
+runner = Runner(
+    model, torch.optim.SGD(model.parameters(), lr=0.05), loss, batches, batches[:1], window=12,
+    start="given", product="exact", segment="auto" if sys.argv[3] == "auto" else int(sys.argv[3]),
+    rewrite=Rewrite(until=1.0, patience=None), directory=sys.argv[1],
+)
+size = next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("VmSize"))
+limit = 1024 * size + int(sys.argv[2]) * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+runner.fit(24)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+@pytest.mark.parametrize(("megabytes", "segment"), [(150, "12"), (220, "12")])
+def test_memory_that_really_ends(megabytes: int, segment: str, tmp_path: Path) -> None:
+    """Allocations fail, not a mock: plain training fits, looking back does not, and it goes on."""
+    (tmp_path / "starved.py").write_text(STARVED)
+    command = [sys.executable, "starved.py", "run", str(megabytes), segment]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = (tmp_path / "run" / "windows.jsonl").read_text().splitlines()
+    reasons = [json.loads(row)["reason"] or "" for row in rows]
+    assert any(reason.startswith("out of memory; from now on") for reason in reasons), reasons
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 24
 
 
 def test_another_error_in_the_reverse_pass_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
