@@ -432,6 +432,11 @@ def visible_statistics(model: nn.Module, *, update: bool) -> Iterator[None]:
             del module.forward
 
 
+def has_statistics(model: nn.Module) -> bool:
+    """Whether any layer has running statistics that are followed."""
+    return any(_has_statistics(m) for m in model.modules())
+
+
 def _has_statistics(module: nn.Module) -> bool:
     """Whether a module is one of torch's with running statistics, and does no more than those."""
     return (

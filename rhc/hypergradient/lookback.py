@@ -23,6 +23,7 @@ from rhc.hypergradient.evaluation import (
     Evaluation,
     Scratch,
     double_backward,
+    has_statistics,
     visible_statistics,
 )
 from rhc.hypergradient.plan import FREE_GRAPHS, Plan, Sizes, make_plan
@@ -158,6 +159,11 @@ class Lookback:
             raise InputError(
                 "costate_clip and rewards are not there for parameters that are shared out "
                 "(fully_shard); leave them out"
+            )
+        if plant.shared_out and has_statistics(plant.model):
+            raise InputError(
+                "running statistics of BatchNorm are not followed where parameters are shared out "
+                "(fully_shard); normalise otherwise, or leave fully_shard out"
             )
         if damping != Damping() and segment not in ("auto", 1):
             raise InputError(
