@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rhc.distributed import part_of
 from rhc.plant import Plant
 
 # Memory ------------------------------------------------------------------------------------------
@@ -110,7 +111,10 @@ def replay_deviation(
             observed = plant.step(batch, controls, step)
             ends.append([observed.loss.clone(), *_state(plant)])
             plant.restore(before)
-        if all(_equal(a, b) for a, b in zip(*ends, strict=True)):
+        same = all(_equal(a, b) for a, b in zip(*ends, strict=True))
+        if plant.ranks is not None:  # what follows takes further steps, on all ranks or on none
+            same = plant.ranks.sums([float(not same)])[0] == 0
+        if same:
             return None
         largest = max(_relative(a, b) for a, b in zip(*ends, strict=True))
         return Deviation(largest, _blamed(plant, batch, controls, step))
@@ -131,7 +135,7 @@ def make_deterministic() -> None:
 
 def _state(plant: Plant) -> list[Tensor]:
     tensors = [*plant.model.parameters(), *plant.model.buffers()]
-    return [t.detach().clone() for t in tensors]
+    return [part_of(t.detach()).clone() for t in tensors]
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

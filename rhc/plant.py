@@ -28,6 +28,7 @@ from rhc.distributed import (
     norm_over,
     part_of,
     parts_of,
+    settle,
     weighing,
 )
 from rhc.dynamics import Dynamics, dynamics_of
@@ -349,6 +350,7 @@ class Plant:
     @torch.no_grad()
     def snapshot(self) -> Snapshot:
         """A deep copy of the state; `optimizer.state_dict()` would alias the live tensors."""
+        self._settle()
         return Snapshot(
             {n: p.detach().clone() for n, p in self.model.named_parameters()},
             {n: b.detach().clone() for n, b in self.model.named_buffers()},
@@ -360,6 +362,7 @@ class Plant:
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
         """Puts the state back, in place; the snapshot stays usable."""
+        self._settle()
         for name, parameter in self.model.named_parameters():
             parameter.copy_(snapshot.parameters[name])
         for name, buffer in self.model.named_buffers():
@@ -374,6 +377,10 @@ class Plant:
                     group[key] = value
         snapshot.rng.restore()
 
+    def _settle(self) -> None:
+        if self.shared_out:
+            settle(self.model)
+
     def is_finite(self) -> bool:
         """Whether parameters, buffers and optimizer slots are finite: one host synchronisation."""
         slots = [
@@ -384,11 +391,13 @@ class Plant:
         ]
         buffers = [b for n, b in self.model.named_buffers() if n not in self._infinite]
         tensors = [*self.model.parameters(), *buffers, *slots]
-        floating = [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
-        if not floating:
-            return True
+        found = [part_of(t.detach()) for t in tensors] if self.shared_out else tensors
+        floating = [t.detach() for t in found if t.is_floating_point() and t.numel()]
         # The maximum takes five times as long, and is needed only where squares overflow.
-        return any(_finite_norms(floating, order) for order in (2.0, math.inf))
+        finite = not floating or any(_finite_norms(floating, order) for order in (2.0, math.inf))
+        if self.shared_out and self.ranks is not None:
+            return self.ranks.sums([float(finite)])[0] == self.ranks.size
+        return finite
 
     def norms(self) -> list[float]:
         """The Euclidean norm of every parameter, in the model's order: a word for comparing."""
@@ -408,6 +417,7 @@ class Plant:
         finally:
             for module, training in modes:
                 module.training = training
+            self._settle()
             rng.restore()
 
     # Roll ----------------------------------------------------------------------------------------

@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from rhc import stopping
 from rhc.batches import MicroBatches, Position, StepBatches, batch_size, loader_preserved
 from rhc.checkpoint import Checkpoint
-from rhc.distributed import ranks_of, synchronised, unwrapped
+from rhc.distributed import (
+    part_of,
+    ranks_of,
+    shared_as,
+    synchronised,
+    unwrapped,
+    whole_of,
+)
 from rhc.distributed.ranks import Group
 from rhc.errors import InputError, StorageError
 from rhc.evaluate import TRAIN_BATCHES, Losses, at_average, batch_statistics, evaluate
@@ -91,7 +98,7 @@ from rhc.schedule import (
 from rhc.start import ADAPTIVE_GREED, GREED, PROBE_BATCHES, STARTS, WARMUP, Start, StartSearch
 from rhc.state import snapshot_from_tensors, snapshot_to_tensors
 from rhc.tape import finite
-from rhc.together import agreed, begin, check_ranks, check_whole, draw_apart, loaders_of
+from rhc.together import agreed, begin, check_ranks, draw_apart, loaders_of
 
 DEFAULT_CONTROLS = ("lr",)
 """Rewriting momentum and noise too made runs worse on all three tasks tried (docs/log.md)."""
@@ -279,7 +286,6 @@ class Runner:
             raise InputError(f"accumulate must be ≥ 1, got {accumulate}; use 1 not to accumulate")
         self.ranks = ranks_of(process_group)
         self._wrapped = unwrapped(model) is not model
-        check_whole(model)
         self.plant = Plant(
             unwrapped(model),
             optimizer,
@@ -1446,7 +1452,8 @@ class Runner:
             return
         tensors, rest = snapshot_to_tensors(self.plant.snapshot())
         tensors["schedule"] = dict(self.loop.schedule.values)
-        tensors["average"] = {str(i): v for i, v in enumerate(self.loop.average.values or [])}
+        average = zip(self.loop.average.values or [], self.plant.owned, strict=False)
+        tensors["average"] = {str(i): whole_of(v, p) for i, (v, p) in enumerate(average)}
         tensors["train_batches"] = self.loop.train.position(self.loop.step).to_tensors()
         if self.loop.validation is not None:
             # A window that was cut short, or the last of a run that goes on, is followed by one
@@ -1508,7 +1515,11 @@ class Runner:
         # safetensors gives names back in any order, and the tape's lines keep the schedule's.
         values_by_name = {name: tensors["schedule"][name] for name in self.loop.schedule.values}
         known = Schedule(values_by_name, 0, self.seed)
-        average = [tensors["average"][str(i)] for i in range(len(tensors["average"]))]
+        owned = self.plant.owned
+        average = [
+            part_of(shared_as(tensors["average"][str(i)], owned[i]))
+            for i in range(len(tensors["average"]))
+        ]
         self.loop.average = Average(
             AVERAGE_DECAY,
             [v.to(self.device) for v in average] or None,
@@ -1666,7 +1677,7 @@ class Runner:
             "seed": self.seed,
             "optimizer": type(self.plant.optimizer).__name__.lower(),
             "initial": self._initial(),
-            "parameters": sum(p.numel() for p in self.plant.parameters),
+            "parameters": sum(p.numel() for p in self.plant.owned),
             "device": str(self.device),
             "versions": versions(),
             "hardware": hardware(self.device),

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rhc.distributed import shared_as, whole_of
 from rhc.errors import InputError
 from rhc.plant import Plant, Snapshot
 from rhc.randomness import RandomState, preserved
@@ -16,7 +17,7 @@ Tensors = dict[str, dict[str, Tensor]]
 
 def snapshot_to_tensors(snapshot: Snapshot) -> tuple[Tensors, dict[str, Any]]:
     """(tensors by group: model, optimizer, rng; the JSON-able rest of the optimizer)."""
-    model = {f"parameter.{n}": t for n, t in snapshot.parameters.items()}
+    model = {f"parameter.{n}": whole_of(t) for n, t in snapshot.parameters.items()}
     model |= {f"buffer.{n}": t for n, t in snapshot.buffers.items()}
     optimizer: dict[str, Tensor] = {}
     slots: list[dict[str, Any]] = []
@@ -29,7 +30,7 @@ def snapshot_to_tensors(snapshot: Snapshot) -> tuple[Tensors, dict[str, Any]]:
             plain = {}
             for key, value in record.items():
                 if isinstance(value, Tensor):
-                    optimizer[f"{prefix}.{index}.{key}"] = value
+                    optimizer[f"{prefix}.{index}.{key}"] = whole_of(value)
                 elif _is_plain(value):
                     plain[key] = value
             rest.append(plain)
@@ -68,7 +69,8 @@ def snapshot_from_tensors(plant: Plant, tensors: Tensors, rest: Mapping[str, Any
     for name, value in tensors["optimizer"].items():
         kind, index, key = name.split(".", 2)
         if kind == "slot":
-            shape = plant.parameters[int(index)].shape
+            owner = plant.owned[int(index)]
+            shape = owner.shape
             if known and value.numel() != 1 and value.shape != shape:
                 raise InputError(
                     f"the optimizer's {key} of parameter {index} is {tuple(value.shape)} in the "
@@ -76,15 +78,16 @@ def snapshot_from_tensors(plant: Plant, tensors: Tensors, rest: Mapping[str, Any
                     "run began with"
                 )
             # torch keeps the step count on the CPU unless asked otherwise.
-            device = value.device if key == "step" else plant.parameters[int(index)].device
-            slots[int(index)][key] = value.to(device)
+            device = value.device if key == "step" else owner.device
+            moved = value.to(device)
+            slots[int(index)][key] = moved if key == "step" else shared_as(moved, owner)
         else:
             groups[int(index)][key] = value
     rng = RandomState.from_tensors(tensors["rng"])
     with preserved():
         rng.restore()  # what torch, numpy or python refuse, they refuse here
     return Snapshot(
-        {n: found[f"parameter.{n}"] for n, _ in plant.model.named_parameters()},
+        {n: shared_as(found[f"parameter.{n}"], p) for n, p in plant.model.named_parameters()},
         {n: found[f"buffer.{n}"] for n, _ in plant.model.named_buffers()},
         slots,
         groups,

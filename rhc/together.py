@@ -99,17 +99,6 @@ def _disconnected(error: RuntimeError) -> bool:
     )
 
 
-def check_whole(model: nn.Module) -> None:
-    """An InputError for a model whose parameters are shared out."""
-    for name, parameter in model.named_parameters():
-        if is_shared_out([parameter]):
-            raise InputError(
-                f"{name} is shared out over ranks (fully_shard, a DTensor), and a run needs whole "
-                "parameters; leave fully_shard out and let every rank hold the model, or take "
-                "single hypergradients by rhc.hypergradient"
-            )
-
-
 def check_ranks(planner: EpochPlanner | None, objective: Objective | None) -> None:
     """An InputError for settings that ranks together cannot do."""
     if planner is not None and planner.samples:
@@ -146,7 +135,9 @@ def begin(ranks: Ranks, runner: Runner, steps: int) -> None:
             "slots": [sorted(plant.optimizer.state.get(p, {})) for p in plant.parameters],
         }
     )
-    ranks.broadcast_([*plant.model.parameters(), *plant.model.buffers()])
+    ranks.broadcast_(
+        [t for t in (*plant.model.parameters(), *plant.model.buffers()) if not is_shared_out([t])]
+    )
     ranks.share_random_state()
     if runner._wrapped:
         runner._notice(

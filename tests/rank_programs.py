@@ -26,12 +26,15 @@ from torch.utils.data.distributed import DistributedSampler
 
 import rhc
 import rhc.runner
-from rhc.distributed import leave, ranks_of
+from rhc.distributed import leave, ranks_of, whole_of
 from rhc.errors import InputError
 from rhc.events import Committed, Notice
 from rhc.plant import Plant
 
 STEPS = 5
+STEP = {"lr": 1.0, "noise": 3.0, "momentum": 0.1}
+
+SHARED: dict[str, Any] = {"optimizer": "adamw", "norm": False, "product": "forward-difference"}
 
 
 def normed(dtype: torch.dtype = torch.float64, seed: int = 0) -> Problem:
@@ -138,15 +141,20 @@ def trained(
     loss_fn: Any = None,
     synchronise: bool = True,
     wrap: bool = False,
+    share_out: bool = False,
+    norm: bool = True,
     seen: Callable[[nn.Module], None] | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """A run of five windows in float64, on all rows or this rank's: what it ends with."""
-    run = make_run(optimizer, loader, dropout=dropout)
+    run = make_run(optimizer, loader, dropout=dropout, norm=norm)
     model = run.model.double()
+    if share_out:
+        fully_shard(model[0])  # type: ignore[index]
+        fully_shard(model)
     if seen is not None:
         seen(model[0])  # type: ignore[index]
-    if not alone and synchronise:
+    if not alone and synchronise and norm:
         model[1] = nn.SyncBatchNorm.convert_sync_batchnorm(model[1])  # type: ignore[index]
     optimizer_ = OPTIMIZERS[optimizer](model.parameters())
     result = rhc.Runner(
@@ -156,14 +164,14 @@ def trained(
         run.train,
         run.val,
         window=settings.pop("window", 10),
-        controls=("lr", "noise") if rewrite else None,
+        controls=(("lr", "noise") if norm else ("lr", "momentum")) if rewrite else None,
         start="given",
-        rewrite=rhc.Rewrite(step={"lr": 1.0, "noise": 3.0}, accept=False) if rewrite else False,
+        rewrite=rhc.Rewrite(step=STEP, accept=False) if rewrite else False,
         directory=directory or None,
         **settings,
     ).fit(steps)
     return {
-        "parameters": [p.detach().flatten().tolist() for p in model.parameters()],
+        "parameters": [whole_of(p.detach()).flatten().tolist() for p in model.parameters()],
         "buffers": [b.flatten().tolist() for b in model.buffers()],
         "schedule": {k: v.tolist() for k, v in result.schedule.values.items()},
         "windows": [w["outcome"] for w in result.windows],
@@ -222,7 +230,7 @@ def shared_out(*, alone: bool = False) -> dict[str, Any]:
         }
     if not alone:
         found["refused"] = []
-        for settings in ({"product": "exact"}, {"clip_norm": 1.0}, {"costate_clip": 9.0}):
+        for settings in ({"product": "exact"}, {"clip_norm": 1.0}):
             try:
                 rhc.hypergradient(
                     model, opt, problem.loss_fn, batches, controls={"lr": 0.1}, **settings
@@ -230,6 +238,16 @@ def shared_out(*, alone: bool = False) -> dict[str, Any]:
             except InputError as error:
                 found["refused"].append(str(error))
     return found
+
+
+def shared_runs(directory: str) -> list[dict[str, Any]]:
+    """A run of a model that is shared out; and one that is stopped, and goes on."""
+    with contextlib.suppress(Stop):
+        trained(directory=directory, share_out=True, listeners=[stop_at_step(25)], **SHARED)
+    return [
+        trained(share_out=True, **SHARED),
+        trained(directory=directory, share_out=True, **SHARED),
+    ]
 
 
 def local(t: Tensor) -> Tensor:

@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from rank_programs import hypergradients, sampled, shared_out, trained
+from rank_programs import SHARED, hypergradients, sampled, shared_out, trained
 from ranks import spawn
-from runs import classify
-from torch import nn
+from runs import network
+from safetensors.torch import load_file
 
-import rhc
-from rhc.errors import InputError
 from rhc.together import straggler
 
 CASES = [
@@ -161,17 +159,24 @@ def test_hypergradients_of_parameters_that_are_shared_out() -> None:
             assert relative(found["grad"][control], values) <= tolerance, (name, control)
         assert relative(found["norms"], expected["norms"]) <= tolerance, name
     assert "shared out" in of_two[0]["transformer"]["why"]
-    for text, word in zip(
-        of_two[0]["refused"], ("product 'exact'", "clip_", "costate"), strict=True
-    ):
+    for text, word in zip(of_two[0]["refused"], ("product 'exact'", "clip_"), strict=True):
         assert word in text
 
 
-def test_runs_of_shared_out_parameters_are_refused() -> None:
-    sharded = nn.Linear(2, 2)
-    sharded.weight.device_mesh = "a mesh"  # as a DTensor has
-    with pytest.raises(InputError, match=r"weight is shared out over ranks .* rhc.hypergradient"):
-        rhc.Runner(sharded, torch.optim.SGD(sharded.parameters(), lr=0.1), classify, [], None)
+def test_runs_of_parameters_that_are_shared_out(tmp_path: Path) -> None:
+    """They end as one process does; stopped, they go on to the bit, and as one process too."""
+    straight, resumed = spawn(2, "rank_programs.py", "shared_runs", str(tmp_path / "run"))[0]
+    assert straight == resumed
+    alone = trained(alone=True, **SHARED)
+    assert "accepted" in alone["windows"]
+    assert_same_run(straight, alone)
+    # Its checkpoints hold whole tensors, which anyone can read.
+    (last,) = (tmp_path / "run/checkpoints").glob("window-00000050")
+    for name, tensor in load_file(last / "model.safetensors").items():
+        index = [n for n, _ in network(norm=False).named_parameters()].index(
+            name.removeprefix("parameter.")
+        )
+        assert tensor.flatten().tolist() == straight["parameters"][index]
 
 
 def relative(found: list[float], expected: list[float]) -> float:

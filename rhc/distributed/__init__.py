@@ -20,7 +20,15 @@ from rhc.distributed.ranks import (
     unwrapped,
 )
 from rhc.distributed.shards import RankLoader, Shard, shard, weighing
-from rhc.distributed.sharing import is_shared_out, norm_over, part_of, parts_of
+from rhc.distributed.sharing import (
+    is_shared_out,
+    norm_over,
+    part_of,
+    parts_of,
+    settle,
+    shared_as,
+    whole_of,
+)
 
 __all__ = [
     "RankLoader",
@@ -37,8 +45,11 @@ __all__ = [
     "part_of",
     "parts_of",
     "ranks_of",
+    "settle",
     "shard",
+    "shared_as",
     "synchronised",
     "unwrapped",
     "weighing",
+    "whole_of",
 ]

@@ -422,7 +422,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if type(module).__name__ == "FullyShardedDataParallel":
             raise InputError(
                 f"{name or 'model'} is wrapped by FullyShardedDataParallel, which hides its "
-                "parameters; use torch.distributed.fsdp.fully_shard, for rhc.hypergradient"
+                "parameters; use torch.distributed.fsdp.fully_shard instead"
             )
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return model.module

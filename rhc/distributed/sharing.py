@@ -48,6 +48,49 @@ def parts_of(model: nn.Module, parameters: Sequence[Tensor], ranks: Ranks | None
     return [part_of(p).requires_grad_(p.requires_grad) for p in parameters]
 
 
+def settle(model: nn.Module) -> None:
+    """Gives up what FSDP has gathered, so that it gathers anew what lies in the parts now.
+
+    The outermost module keeps it from a forward pass to the backward pass, which an evaluation
+    never has.
+    """
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if hasattr(module, "unshard") and hasattr(module, "reshard"):
+            module.reshard()
+
+
 def norm_over(ranks: Ranks, norm: Tensor) -> Tensor:
     """The norm of what all ranks hold together, from that of this rank's part."""
     return torch.sqrt(ranks.sum(norm.detach().double() ** 2)).to(norm.dtype)
+
+
+def whole_of(value: Any, like: Any = None) -> Any:
+    """A DTensor's whole tensor, or that of the part of a tensor that is shared out as `like` is.
+
+    Anything else as it is. All ranks must ask, for all of them get it.
+    """
+    if like is not None and hasattr(like, "device_mesh") and isinstance(value, Tensor):
+        from torch.distributed.tensor import DTensor
+
+        value = DTensor.from_local(
+            value,
+            like.device_mesh,
+            like.placements,
+            run_check=False,
+            shape=like.shape,
+            stride=like.stride(),
+        )
+    return value.full_tensor() if hasattr(value, "device_mesh") else value
+
+
+def shared_as(whole: Any, like: Any) -> Any:
+    """This rank's share of a whole tensor, as a DTensor like `like`; as it is for other shapes."""
+    if not (isinstance(whole, Tensor) and hasattr(like, "device_mesh")):
+        return whole
+    if whole.shape != like.shape:
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    moved = whole.to(like.device)
+    return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)

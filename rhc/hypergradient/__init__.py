@@ -139,8 +139,6 @@ def hypergradient(
     )
     segment = resolve(len(batches), segment, product, engine, plant)
     check_steerable(plant, schedule, tuple(controls))
-    if plant.shared_out and "noise" in controls:
-        raise InputError("controls has noise, which parameters that are shared out do not take")
     if ranks is not None:
         ranks.check_same(
             {
@@ -262,6 +260,11 @@ def check_steerable(plant: Plant, schedule: Schedule, controls: Sequence[str]) -
                 f"{', '.join(plant.controls.available)}"
             )
         plant.dynamics.check_steerable(name)
+        if name == "noise" and plant.shared_out:
+            raise InputError(
+                "controls has noise, which gradients that are shared out (fully_shard) do not "
+                "take; leave it out"
+            )
         if name == "momentum" and bool((schedule[name] == 0).any()):
             raise InputError(
                 "momentum cannot be steered from 0, where the optimizer keeps no momentum buffer; "

@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from rhc.batches import MicroBatches
-from rhc.distributed import Shard, SyncBatchNorm
+from rhc.distributed import Shard, SyncBatchNorm, settle
 from rhc.hypergradient.kernels import LEAST_VALUED, LEAST_VALUELESS, light_second_order
 from rhc.objective import Objective
 from rhc.plant import Block, Plant, checked_loss
@@ -189,6 +189,8 @@ class Scratch:
     def __enter__(self) -> Scratch:
         self._data = [p.data.clone() if self.in_place else p.data for p in self.leaves]
         self._kept = {name: b.detach().clone() for name, b in self.buffers.items()}
+        if self.in_place:
+            settle(self.model)
         self._all = [p for p in self.model.parameters() if p.requires_grad]
         self._grads = [p.grad for p in self._all]
         for p in self._all:
@@ -196,6 +198,8 @@ class Scratch:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self.in_place:
+            settle(self.model)
         for p, data in zip(self.leaves, self._data, strict=True):
             self._set(p, data)
         for p, grad in zip(self._all, self._grads, strict=True):
@@ -209,6 +213,8 @@ class Scratch:
         leaves: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Puts θ (a vector per block) and b in; `leaves` take the place of buffers of a graph."""
+        if self.in_place:
+            settle(self.model)
         for block, flat, own in zip(self.blocks, flats, self.parameters, strict=True):
             for p, values in zip(own, block.views(flat), strict=True):
                 self._set(p, values)

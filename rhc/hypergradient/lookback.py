@@ -155,10 +155,10 @@ class Lookback:
             raise InputError(
                 f"segment must be 1 where ranks train together, got {segment}; leave segment 'auto'"
             )
-        if plant.shared_out and (damping.clip is not None or objective.reward_weight):
+        if plant.shared_out and objective.reward_weight:
             raise InputError(
-                "costate_clip and rewards are not there for parameters that are shared out "
-                "(fully_shard); leave them out"
+                "rewards are not there for parameters that are shared out (fully_shard); judge "
+                "windows by losses"
             )
         if plant.shared_out and has_statistics(plant.model):
             raise InputError(

@@ -324,7 +324,7 @@ class _Reverse:
         """The costate recursion."""
         costate = self._with_share(costate, self.steps)
         self._note(self.steps, costate)
-        self.end_norm = costate.parameter_norm()
+        self.end_norm = self._parameter_norm(costate)
         for chunk in recorder.backwards():
             if recorder.plan.spilled and self.device.type == "cpu":
                 memory.trim()  # a tight budget: holes in the heap would count
@@ -438,12 +438,16 @@ class _Reverse:
             else:
                 self.norms[i, part] = _euclidean(norms)
 
+    def _parameter_norm(self, costate: Costate) -> Tensor:
+        own, ranks = costate.parameter_norm(), self.plant.ranks
+        return norm_over(ranks, own) if self.plant.shared_out and ranks is not None else own
+
     def _damped(self, costate: Costate) -> Costate:
         discount, clip = self.damping.discount, self.damping.clip
         scale: Tensor | float = discount
         if clip is not None:
             limit = clip * self.end_norm.to(self.device)
-            norm = costate.parameter_norm().to(self.device).clamp_min(1e-300)
+            norm = self._parameter_norm(costate).to(self.device).clamp_min(1e-300)
             scale = discount * (limit / norm).clamp(max=1.0)
         elif discount == 1:
             return costate
