@@ -362,7 +362,8 @@ def _survived(
     mend()
     if kind != OUTCOMES[0]:
         try:
-            run, _ = _small(directory, seed=99 if kind == OUTCOMES[1] else 0)
+            # From a checkpoint it goes on whatever the seed is; without one it begins again.
+            run, _ = _small(directory, seed=99 if kind == OUTCOMES[1] and found else 0)
         except InputError as error:
             return f"FAILED: not resumed: {error}"
     unlike = unequal(expected, (state_of(run), files(directory)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import io
 import os
 import signal
@@ -218,7 +219,9 @@ def _status(arguments: list[str]) -> int:
             from rhc.together import as_rank
 
             return as_rank(lambda: _dispatch(arguments))
-        return _dispatch(arguments)
+        status = _dispatch(arguments)
+        sys.stdout.flush()
+        return status
     except InputError as error:
         print(f"rhc: error: {error}", file=sys.stderr)
         return 2
@@ -230,6 +233,19 @@ def _status(arguments: list[str]) -> int:
         return 130
     except SystemExit as stop:  # tyro's way to end after --help
         return int(stop.code or 0)
+    except OSError as error:
+        # Of the screen, or of the file or the pipe in its place: any other file has a name.
+        if error.filename is not None or error.errno not in UNWRITABLE:
+            raise
+        with contextlib.suppress(OSError):  # what is left to be written goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:
+            return 141  # as of SIGPIPE: `rhc inspect DIR | head` is no error
+        print(f"rhc: error: the output cannot be written ({error.strerror})", file=sys.stderr)
+        return 3
+
+
+UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EDQUOT)
 
 
 def _dispatch(arguments: list[str]) -> int:

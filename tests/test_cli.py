@@ -925,3 +925,19 @@ def test_a_hypergradient_by_hand(tmp_path: Path) -> None:
     assert error and float(error.group(1)) < 1e-6
     first, rewritten, replayed = re.findall(r"^J\b.*?(\d\.\d{6})", done.stdout, re.MULTILINE)
     assert float(rewritten) < float(first) and rewritten == replayed
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full here")
+def test_a_screen_that_takes_nothing(tmp_path: Path) -> None:
+    """A full disk or a closed pipe behind stdout: one sentence, or none; no traceback."""
+    command = [sys.executable, "-m", "rhc", "runs"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert done.returncode == 3
+    assert done.stderr == "rhc: error: the output cannot be written (No space left on device)\n"
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    os.close(writing)
+    # 1 where rich wrote: it has an end of its own for that.
+    assert done.returncode in (1, 141) and done.stderr == ""

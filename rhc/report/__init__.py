@@ -39,6 +39,9 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> Pat
     if output.is_dir():
         raise InputError(f"output {output} is a directory; give -o the name of a file")
     try:
+        if output.exists() and not output.is_file():  # a pipe or a device keeps being one
+            output.write_bytes(page.encode("utf-8", "replace"))
+            return output
         # Whole or not at all; it can be made again, so nothing waits for the disk.
         fresh = output.with_name(f".{output.name}.{os.getpid()}")
         fresh.write_bytes(page.encode("utf-8", "replace"))
