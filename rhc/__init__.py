@@ -80,7 +80,11 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("dynamics", "planning"):  # modules of names of their own: rhc.dynamics.lion
+    if name in (
+        "dynamics",
+        "loggers",
+        "planning",
+    ):  # modules of names of their own: rhc.dynamics.lion
         return importlib.import_module(f"rhc.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module 'rhc' has no attribute {name!r}")

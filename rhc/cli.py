@@ -296,7 +296,7 @@ def _defaults(arguments: Sequence[str]) -> TrainConfig:
         flag, given, value = token.partition("=")
         if flag == "--config":
             path = value if given else next(iter(arguments[place + 1 :]), None)
-    return TrainConfig.from_toml(Path(path)) if path and path[:2] != "--" else TrainConfig()
+    return TrainConfig.from_file(Path(path)) if path and path[:2] != "--" else TrainConfig()
 
 
 def _parsed(name: str, command: Command, arguments: list[str], default: Any) -> Any:

@@ -20,7 +20,7 @@ import tyro.conf
 from tyro.conf import arg
 
 from rhc.errors import InputError
-from rhc.files import MOST_TOML_BYTES, parsed_toml, read_regular
+from rhc.files import MOST_TOML_BYTES, parsed_json, parsed_toml, read_regular
 from rhc.workload import OPTIMIZERS, Workload, usual_lr, usual_weight_decay
 
 RECORD_VERSION = 1
@@ -152,8 +152,11 @@ class TrainConfig:
     """auto continues the run that the directory holds, never refuses it."""
     keep_checkpoints: Annotated[int, arg(metavar="N")] = 3
     """Newest checkpoints that are kept."""
-    config: Annotated[Path | None, _unset("none", "FILE.toml")] = None
-    """File of settings, named like these flags; flags override it."""
+    tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write event files to DIR/tensorboard; needs the package tensorboard."""
+    config: Annotated[Path | None, _unset("none", "FILE")] = None
+    """TOML file of settings, named like these flags, or the config.json of a run; flags override
+    it."""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the resolved settings as such a file, and exit."""
     plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -346,6 +349,56 @@ class TrainConfig:
                 )
             given[name] = _typed(name, hints[name], value, source)
         return cls(**given)
+
+    @classmethod
+    def from_run(cls, record: Mapping[str, Any], path: Path) -> TrainConfig:
+        """The settings of a run of `rhc train`, from its config.json, which is at `path`.
+
+        In no directory of their own: whoever trains by them says where.
+        """
+        if "run" not in record:
+            raise InputError(
+                f"{path} was written by rhc.Runner in a script, not by rhc train; run that script "
+                "again to continue"
+            )
+        if record.get("version") != RECORD_VERSION:
+            raise InputError(
+                f"{path} has version {record.get('version')!r}, this rhc reads version "
+                f"{RECORD_VERSION}; continue with the rhc that began the run"
+            )
+        values = {name: record[name] for name in cls().to_record() if name in record}
+        values["rewrite"] = record.get("rewrite") is not False
+        values["controls"] = record.get("controls") or None
+        values["device"] = str(record.get("device", "auto")).partition(":")[0]
+        found = cls.from_record(values, str(path))
+        return replace(found, directory=None, resume="auto", config=None)
+
+    @classmethod
+    def from_file(cls, path: Path) -> TrainConfig:
+        """Settings from a TOML file, or from the config.json of a run; errors name the file."""
+        if path.suffix != ".json":
+            return cls.from_toml(path)
+        try:
+            record = parsed_json(read_regular(path.resolve(), MOST_TOML_BYTES))
+        except OSError as error:
+            raise InputError(
+                f"config {path} cannot be read ({error.strerror}); give --config the config.json "
+                "of a run"
+            ) from None
+        except ValueError as error:
+            raise InputError(f"config {path} is not valid JSON ({error}); mend the file") from None
+        if not isinstance(record, dict):
+            raise InputError(f"config {path} holds no settings; give the config.json of a run")
+        command = "smooth" if "pass" in record else record.get("command")
+        if command is not None:
+            raise InputError(
+                f"{path} is of a run of rhc {command}, which rhc train cannot repeat; use "
+                f"rhc {command}"
+            )
+        # Without a format it is somebody's own file, with names as in TOML.
+        if "format" not in record:
+            return cls.from_record(record, str(path))
+        return cls.from_run(record, path)
 
     @classmethod
     def from_toml(cls, path: Path) -> TrainConfig:

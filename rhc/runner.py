@@ -64,6 +64,7 @@ from rhc.hypergradient import (
 )
 from rhc.hypergradient.evaluation import visible_statistics
 from rhc.hypergradient.record import WindowRecorder
+from rhc.loggers import Logger, listeners_of
 from rhc.memory import peak_memory, trim
 from rhc.noise import mixed_seed
 from rhc.objective import Average, HeldOutBatches, Objective
@@ -225,6 +226,8 @@ class Runner:
     directory: of the run; None keeps everything in memory. seed: of the gradient noise.
     planner: plans every epoch from the one before, on top of the template; see `rhc.EpochPlanner`,
     which is built without the optimizer here. Windows end where epochs do.
+    listeners: told of every event of `rhc.events`. logger: one or several of `rhc.loggers`, told of
+    what is committed.
     process_group: the ranks that train this model together; "auto" takes the default process group
     where it has several, None this process alone. Every rank builds the same Runner; each takes its
     rows of every batch, so that all together do what one process does with these loaders, or, with
@@ -267,6 +270,7 @@ class Runner:
         seed: int = 0,
         planner: EpochPlanner | None = None,
         listeners: Sequence[Listener] = (),
+        logger: Logger | Sequence[Logger] | None = None,
         config: Mapping[str, Any] | None = None,
         process_group: Group = "auto",
     ) -> None:
@@ -346,6 +350,8 @@ class Runner:
         self.per_group = _grouped(self.plant, self.controls, per_group)
         self.seed = seed
         self.listeners = list(listeners)
+        if self.ranks is None or self.ranks.first:
+            self.listeners += listeners_of(logger, config)
         self.config = dict(config) if config is not None else None
         self.directory = (
             None

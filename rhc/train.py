@@ -24,6 +24,7 @@ from rhc.distributed import ranks_of, synchronised
 from rhc.errors import InputError
 from rhc.events import Listener
 from rhc.hypergradient import Engine, Product
+from rhc.loggers import TensorBoard
 from rhc.objective import Objective
 from rhc.progress import Progress, display
 from rhc.randomness import seed_everything
@@ -35,7 +36,7 @@ from rhc.summary import RUNS, print_result, read_record
 from rhc.workload import Workload, load_runner, optimizer_of
 
 NOT_HASHED = (
-    *("directory", "resume", "device", "keep_checkpoints"),
+    *("directory", "resume", "device", "keep_checkpoints", "tensorboard"),
     *("config", "print_config", "plan"),
 )
 """Settings that two runs in one directory may differ in."""
@@ -79,6 +80,8 @@ def train(config: TrainConfig, console: Console, *, recorded_data: Path | None =
     torch.set_num_threads(config.threads)
     workload.model.to(device)
     directory = config.directory or _default_directory(config, law, objective)
+    if config.config is not None and config.directory is None:
+        directory = _apart(directory, config.config)
     if config.plan:
         for line in _runner(config, workload, law, objective, directory).plan():
             console.out(line, highlight=False)
@@ -147,24 +150,7 @@ def config_of(directory: Path) -> TrainConfig:
     """The settings of the run in `directory`, from its config.json, to continue it."""
     record = read_record(directory)
     path = directory / "config.json"
-    if "run" not in record:
-        raise InputError(
-            f"{path} was written by rhc.Runner in a script, not by rhc train; run that script "
-            "again to continue"
-        )
-    if record.get("version") != RECORD_VERSION:
-        raise InputError(
-            f"{path} has version {record.get('version')!r}, this rhc reads version "
-            f"{RECORD_VERSION}; continue with the rhc that began the run"
-        )
-    names = TrainConfig().to_record().keys()
-    values = {name: record[name] for name in names if name in record}
-    values["rewrite"] = record.get("rewrite") is not False
-    values["controls"] = record.get("controls") or None
-    values["device"] = str(record.get("device", "auto")).partition(":")[0]
-    return replace(
-        TrainConfig.from_record(values, str(path)), directory=directory, resume="auto", config=None
-    )
+    return replace(TrainConfig.from_run(record, path), directory=directory)
 
 
 # Checks -------------------------------------------------------------------------------------------
@@ -267,8 +253,15 @@ def _runner(
         keep_checkpoints=config.keep_checkpoints,
         seed=config.seed,
         listeners=listeners,
+        logger=_tensorboard(config, directory),
         config=recorded(config),
     )
+
+
+def _tensorboard(config: TrainConfig, directory: Path) -> TensorBoard | None:
+    """The run's event files, where they are asked for or were begun."""
+    folder = directory / "tensorboard"
+    return TensorBoard(folder) if config.tensorboard or folder.is_dir() else None
 
 
 def built_optimizer(config: TrainConfig, workload: Workload) -> torch.optim.Optimizer:
@@ -289,7 +282,8 @@ def built_optimizer(config: TrainConfig, workload: Workload) -> torch.optim.Opti
 def recorded(config: TrainConfig) -> dict[str, Any]:
     """The command line's part of config.json."""
     record = {k: v for k, v in config.to_record().items() if k not in _DESCRIBED}
-    del record["print_config"], record["plan"], record["keep_checkpoints"]
+    for name in ("print_config", "plan", "keep_checkpoints", "tensorboard"):
+        del record[name]
     usual = TrainConfig().to_record()
     for name in _RECORDED_IF_GIVEN:
         if record[name] == usual[name]:
@@ -308,6 +302,20 @@ def _default_directory(
     }
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     return RUNS / f"{config.short_name}-{digest[:8]}"
+
+
+def _apart(directory: Path, source: Path) -> Path:
+    """The directory, or the next one, NAME-2 …, where it is that of the run that is repeated.
+
+    A repetition that was interrupted is continued by the same command.
+    """
+    number, found = 1, directory
+    while found.resolve() == source.resolve().parent or (
+        number > 1 and (found / "result.json").exists()
+    ):
+        number += 1
+        found = directory.with_name(f"{directory.name}-{number}")
+    return found
 
 
 def _interrupted(progress: Progress, directory: Path) -> int:

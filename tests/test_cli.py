@@ -659,6 +659,57 @@ def test_a_file_that_is_wrong(call: Call, tmp_path: Path, text: str, parts: list
     refuses(call("train --config run.toml"), parts)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train sine --steps 60 --window 20 --controls lr momentum --optimizer adam",
+        "train sine --steps 60 --no-rewrite --lr 0.01 --seed 3",
+        "train own.py:own --steps 12 --window 4 --lr 0.02 --start given",
+    ],
+)
+def test_a_run_is_trained_again_by_its_own_configuration(
+    call: Call, tmp_path: Path, line: str
+) -> None:
+    assert call(f"{line} --directory first").status == 0
+    assert call("train --config first/config.json --directory second").status == 0
+    for name in ("tape.jsonl", "windows.jsonl", "schedule.json"):
+        one, other = (tmp_path / folder / name for folder in ("first", "second"))
+        assert one.exists() == other.exists()
+        assert not one.exists() or one.read_bytes() == other.read_bytes()
+    assert call("train --config first/config.json --directory third --seed 9").status == 0
+    record = json.loads((tmp_path / "third" / "config.json").read_text())
+    assert record["seed"] == 9 and record["steps"] == len(
+        (tmp_path / "third" / "tape.jsonl").read_text().splitlines()
+    )
+
+
+def test_a_repetition_stands_beside_the_run(call: Call, tmp_path: Path) -> None:
+    assert call("train sine --steps 30 --no-rewrite --lr 0.01 --template constant").status == 0
+    (first,) = (tmp_path / "runs").iterdir()
+    for number in (2, 3):
+        assert call(f"train --config {first}/config.json").status == 0
+        again = first.with_name(f"{first.name}-{number}")
+        assert (again / "tape.jsonl").read_bytes() == (first / "tape.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ('{"windwo": 3}', ["unknown setting 'windwo'", "did you mean 'window'"]),
+        ("[3]", ["holds no settings", "config.json"]),
+        ("{", ["is not valid JSON"]),
+        ('{"format": "rhc.config"}', ["written by rhc.Runner in a script"]),
+        ('{"format": "rhc.config", "run": "sine", "version": 99}', ["version 99", "reads version"]),
+        ('{"format": "rhc.config", "run": "sine", "command": "replay"}', ["use rhc replay"]),
+    ],
+)
+def test_a_configuration_of_nonsense(
+    call: Call, tmp_path: Path, text: str, parts: list[str]
+) -> None:
+    (tmp_path / "run.json").write_text(text)
+    refuses(call("train --config run.json"), parts)
+
+
 def test_print_config_is_a_file_that_config_reads(call: Call, tmp_path: Path) -> None:
     line = "train own.py:own --window 5 --seed 3 --controls lr,momentum --average 0"
     printed = call(f"{line} --print-config")

@@ -1,0 +1,209 @@
+"""Loggers hear of what was committed, once and in order, also of runs that are resumed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from runs import Stop, make_run, stop_at_step
+
+from rhc import Runner
+from rhc.cli import main
+from rhc.errors import InputError
+from rhc.loggers import WandB, listeners_of
+from rhc.rewrite import Rewrite
+
+
+def trained(**settings: Any) -> Runner:
+    """A Runner that looks back at every window."""
+    law = Rewrite(until=1.0)
+    return Runner(*make_run(), **{"start": "given", "rewrite": law, "window": 5, **settings})
+
+
+class Book:
+    """A logger that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[int, int]] = []
+        self.steps: list[tuple[int, dict[str, float]]] = []
+        self.attempts: list[tuple[int, dict[str, float]]] = []
+        self.texts: list[tuple[int, str, str]] = []
+        self.results: list[dict[str, float]] = []
+
+    def begin(self, step: int, attempts: int, settings: Mapping[str, Any]) -> None:
+        self.begun.append((step, attempts))
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        self.steps.append((step, dict(values)))
+
+    def attempt(self, number: int, values: Mapping[str, float]) -> None:
+        self.attempts.append((number, dict(values)))
+
+    def text(self, step: int, kind: str, message: str) -> None:
+        self.texts.append((step, kind, message))
+
+    def end(self, result: Mapping[str, float]) -> None:
+        self.results.append(dict(result))
+
+
+def test_committed_steps_once_and_in_order() -> None:
+    book = Book()
+    result = trained(logger=book, window=5).fit(30)
+    assert [step for step, _ in book.steps] == list(range(30))
+    assert [v["loss"] for _, v in book.steps] == [row["loss"] for row in result.tape]
+    assert [number for number, _ in book.attempts] == list(range(len(result.windows)))
+    assert {"objective_before", "accepted"} <= book.attempts[0][1].keys()
+    assert book.results[0]["cost/plain_run_equivalents"] == result.cost["plain_run_equivalents"]
+
+
+def test_a_run_that_is_resumed_goes_on_where_its_checkpoint_is(tmp_path: Path) -> None:
+    first, second = Book(), Book()
+    with pytest.raises(Stop):
+        trained(directory=tmp_path, window=5, logger=first, listeners=[stop_at_step(17)]).fit(30)
+    result = trained(directory=tmp_path, window=5, logger=second).fit(30)
+    (step, attempts) = second.begun[0]
+    assert 0 < step <= 17 and 0 < attempts <= len(first.attempts)
+    merged = dict(first.steps[:step]) | dict(second.steps)
+    assert [merged[i]["loss"] for i in range(30)] == [row["loss"] for row in result.tape]
+    assert [n for n, _ in second.attempts] == list(range(attempts, len(result.windows)))
+
+
+def test_one_that_fails_is_left_alone() -> None:
+    class Broken(Book):
+        def step(self, step: int, values: Mapping[str, float]) -> None:
+            raise ConnectionError("the server is gone")
+
+    broken, book = Broken(), Book()
+    with pytest.warns(UserWarning, match=r"logger Broken failed .* the server is gone"):
+        trained(logger=[broken, book], window=5).fit(20)
+    assert len(book.steps) == 20 and not broken.results
+
+
+def test_what_is_no_logger_is_refused() -> None:
+    with pytest.raises(InputError, match="has no begin, step, attempt, text, end"):
+        listeners_of(3, None)  # type: ignore[arg-type]
+
+
+# Services, by fakes of their API ------------------------------------------------------------------
+
+
+class FakeWandB(ModuleType):
+    """What wandb.init, run.log and run.finish keep; a run of a known id is taken up again."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.runs: dict[str, Any] = {}
+
+    def init(self, **settings: Any) -> Any:
+        name = settings.get("id", "one")
+        run = self.runs.setdefault(
+            name, SimpleNamespace(rows=[], summary={}, axes={}, finished=0, settings=settings)
+        )
+
+        def log(values: dict[str, Any]) -> None:
+            run.rows.append(values)
+            run.summary.update(values)
+
+        def define_metric(name: str, step_metric: str | None = None) -> None:
+            run.axes[name] = step_metric
+
+        def finish() -> None:
+            run.finished += 1
+
+        run.log, run.define_metric, run.finish = log, define_metric, finish
+        return run
+
+
+class FakeMLflow(ModuleType):
+    """What mlflow keeps of one run."""
+
+    def __init__(self) -> None:
+        super().__init__("mlflow")
+        self.metrics: list[tuple[str, float, int | None]] = []
+        self.params: dict[str, str] = {}
+        self.tags: dict[str, Any] = {}
+        self.ended = 0
+
+    def start_run(self, **settings: Any) -> Any:
+        return SimpleNamespace(info=SimpleNamespace(run_id="one"), data=SimpleNamespace())
+
+    def log_metrics(self, values: dict[str, float], step: int | None = None) -> None:
+        self.metrics += [(name, value, step) for name, value in values.items()]
+
+    def log_params(self, values: dict[str, str]) -> None:
+        assert not self.params and all(len(v) <= 500 for v in values.values())
+        self.params = values
+
+    def set_tag(self, name: str, value: Any) -> None:
+        self.tags[name] = value
+
+    def end_run(self) -> None:
+        self.ended += 1
+
+    def MlflowClient(self) -> Any:
+        def history(run: str, metric: str) -> list[Any]:
+            return [SimpleNamespace(step=s) for name, _, s in self.metrics if name == metric]
+
+        return SimpleNamespace(get_metric_history=history)
+
+
+@pytest.mark.parametrize("service", ["wandb", "mlflow"])
+def test_services_never_go_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, service: str
+) -> None:
+    """Interrupted past its checkpoint and resumed: every step and attempt is there once."""
+    import rhc
+
+    fake: Any = FakeWandB() if service == "wandb" else FakeMLflow()
+    monkeypatch.setitem(sys.modules, service, fake)
+    kind = rhc.loggers.WandB if service == "wandb" else rhc.loggers.MLflow
+    with pytest.raises(Stop):
+        trained(directory=tmp_path, window=5, logger=kind(), listeners=[stop_at_step(17)]).fit(30)
+    result = trained(directory=tmp_path, window=5, logger=kind()).fit(30)
+    if service == "wandb":
+        run = fake.runs["one"]
+        steps = [row["step"] for row in run.rows if "loss" in row]
+        attempts = [row["windows/number"] for row in run.rows if "windows/number" in row]
+        assert run.axes["*"] == "step" and run.axes["windows/*"] == "windows/number"
+        assert run.summary["result/val_loss"] == result.val_loss and run.finished == 1
+    else:
+        steps = [s for name, _, s in fake.metrics if name == "loss"]
+        attempts = [s for name, _, s in fake.metrics if name == "windows/accepted"]
+        assert ("result/val_loss", result.val_loss, None) in fake.metrics and fake.ended == 1
+        assert fake.params["window"] == "5"
+    assert steps == list(range(30))
+    assert attempts == list(range(len(result.windows)))
+
+
+def test_a_service_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(InputError, match="pip install wandb"):
+        WandB()
+
+
+# TensorBoard --------------------------------------------------------------------------------------
+
+
+def test_tensorboard_at_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(tmp_path)
+    line = "train sine --steps 60 --window 20 --tensorboard --directory run"
+    assert main(line.split()) == 0
+
+    def read(part: str, tag: str) -> list[tuple[int, float]]:
+        events = EventAccumulator(str(tmp_path / "run" / "tensorboard" / part))
+        events.Reload()
+        return [(e.step, e.value) for e in events.Scalars(tag)]
+
+    assert [step for step, _ in read("steps", "loss")] == list(range(60))
+    numbers = [step for step, _ in read("windows", "windows/accepted")]
+    assert numbers == list(range(len(numbers))) and numbers
+    # More steps: the files are gone on with, as they are there.
+    assert main(["resume", "run", "--steps", "80"]) == 0
+    assert [step for step, _ in read("steps", "loss")] == list(range(80))
