@@ -405,6 +405,19 @@ def sampled(*, alone: bool = False) -> list[float]:
     return [row["loss"] for row in result.tape]
 
 
+def everything(cases: str, runs: str, folder: str) -> dict[str, Any]:
+    """All that two ranks are asked for by the quick tests: starting processes takes longest."""
+    found = {
+        "hypergradients": many_hypergradients(cases),
+        "runs": many_runs(runs),
+        "faults": faults(f"{folder}/faults"),
+        "shared_out": shared_out(),
+        "shared_runs": shared_runs(f"{folder}/shared"),
+    }
+    halted(f"{folder}/halted")
+    return found | {"counted": counted()}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

@@ -26,16 +26,23 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def of_two() -> list[Any]:
-    """Every case, on two ranks."""
-    return spawn(2, "rank_programs.py", "many_hypergradients", json.dumps(CASES))
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
 
 
-def test_hypergradients_are_those_of_one_process(of_two: list[Any]) -> None:
+@pytest.fixture(scope="module")
+def of_two(folder: Path) -> list[dict[str, Any]]:
+    """What two ranks find, each."""
+    arguments = (json.dumps(CASES), json.dumps(RUNS), str(folder))
+    return spawn(2, "rank_programs.py", "everything", *arguments, timeout=400)
+
+
+def test_hypergradients_are_those_of_one_process(of_two: list[dict[str, Any]]) -> None:
+    first, second = (found["hypergradients"] for found in of_two)
     for k, case in enumerate(CASES):
         alone = hypergradients(*case, alone=True)
-        assert of_two[0][k] == of_two[1][k], case  # to the bit
-        close(of_two[0][k], alone, case)
+        assert first[k] == second[k], case  # to the bit
+        close(first[k], alone, case)
 
 
 RUNS: list[dict[str, Any]] = [
@@ -46,13 +53,13 @@ RUNS: list[dict[str, Any]] = [
 ]
 
 
-def test_runs_end_as_one_process_does() -> None:
+def test_runs_end_as_one_process_does(of_two: list[dict[str, Any]]) -> None:
     """The training data's last batch has three rows, which two ranks cannot share evenly."""
-    of_two = spawn(2, "rank_programs.py", "many_runs", json.dumps(RUNS))
+    first, second = (found["runs"] for found in of_two)
     for k, case in enumerate(RUNS):
         alone = trained(**case, alone=True)
-        assert of_two[0][k] == of_two[1][k], case
-        found = of_two[0][k]
+        assert first[k] == second[k], case
+        found = first[k]
         if case.get("rewrite", True):
             assert "accepted" in found["windows"], case
         assert_same_run(found, alone)
@@ -69,10 +76,9 @@ def assert_same_run(found: dict[str, Any], expected: dict[str, Any]) -> None:
             assert relative(a, b) <= 1e-6, kind
 
 
-def test_a_run_of_two_ranks_goes_on_with_one(tmp_path: Path) -> None:
+def test_a_run_of_two_ranks_goes_on_with_one(of_two: list[dict[str, Any]], folder: Path) -> None:
     """Nothing is drawn in the model, so that it is the run of one process all along."""
-    spawn(2, "rank_programs.py", "halted", str(tmp_path / "run"))
-    found = trained("sgd", str(tmp_path / "run"), alone=True)
+    found = trained("sgd", str(folder / "halted"), alone=True)
     assert_same_run(found, trained("sgd", alone=True))
 
 
@@ -97,9 +103,11 @@ def test_four_ranks_are_one_process_too() -> None:
         assert_same_run(found[0][k], trained(**run, alone=True))
 
 
-def test_what_goes_between_ranks_does_not_grow_with_the_window() -> None:
+def test_what_goes_between_ranks_does_not_grow_with_the_window(
+    of_two: list[dict[str, Any]],
+) -> None:
     """A gradient's volume for every gradient and every product, and a few numbers."""
-    (found, other) = spawn(2, "rank_programs.py", "counted")
+    found, other = (found["counted"] for found in of_two)
     assert found == other
     (size,), (tensors,) = found["size"], found["tensors"]
     for product in ("exact", "forward-difference"):
@@ -110,9 +118,9 @@ def test_what_goes_between_ranks_does_not_grow_with_the_window() -> None:
         assert short - 4 * a_step <= 3 * size + 3000, product
 
 
-def test_one_rank_is_not_as_the_others(tmp_path: Path) -> None:
-    of_two = spawn(2, "rank_programs.py", "faults", str(tmp_path / "run"))
-    for found in of_two:
+def test_one_rank_is_not_as_the_others(of_two: list[dict[str, Any]], folder: Path) -> None:
+    faults = [found["faults"] for found in of_two]
+    for found in faults:
         # The mean of 0 and 4 on one, of 1 and 3 on both, and nothing where nobody has any.
         assert found["absent"] == [[2.0], [2.0], None]
         assert re.fullmatch(
@@ -127,15 +135,15 @@ def test_one_rank_is_not_as_the_others(tmp_path: Path) -> None:
         )
         assert "window 1 (up to step 20)" in found["parameters"]
         assert found["nan"]["windows"].count("rewound") == 1
-        assert found["nan"] == of_two[0]["nan"]
+        assert found["nan"] == faults[0]["nan"]
         assert found["ddp"]["same"]
         assert any("DistributedDataParallel" in text for text in found["ddp"]["notices"])
         assert found["straggler"]
         assert any("by the rows of each rank alone" in text for text in found["statistics"])
         assert found["sampler"] == pytest.approx(sampled(alone=True), rel=1e-5)  # float32
-    assert of_two[0]["drawn"] != of_two[1]["drawn"]  # dropout is each rank's own
-    records = [json.loads(x) for x in (tmp_path / "run/windows.jsonl").read_text().splitlines()]
-    assert [r["outcome"] for r in records] == of_two[0]["nan"]["windows"]
+    assert faults[0]["drawn"] != faults[1]["drawn"]  # dropout is each rank's own
+    records = [json.loads(x) for x in (folder / "faults/windows.jsonl").read_text().splitlines()]
+    assert [r["outcome"] for r in records] == faults[0]["nan"]["windows"]
 
 
 def test_who_is_waited_for() -> None:
@@ -145,33 +153,33 @@ def test_who_is_waited_for() -> None:
     assert straggler([6.0, 6.0], 10.0) is None  # the network
 
 
-def test_hypergradients_of_parameters_that_are_shared_out() -> None:
+def test_hypergradients_of_parameters_that_are_shared_out(of_two: list[dict[str, Any]]) -> None:
     """fully_shard on two ranks, by differences, beside exact products of one process."""
-    of_two = spawn(2, "rank_programs.py", "shared_out")
+    first, second = (found["shared_out"] for found in of_two)
     alone = shared_out(alone=True)
     for name, expected in alone.items():
-        found = of_two[0][name]
-        assert found == of_two[1][name], name
+        found = first[name]
+        assert found == second[name], name
         assert found["result"] == expected["result"], found
         tolerance = 1e-6 if name == "mlp" else 1e-3  # central; forward
         assert found["value"] == pytest.approx(expected["value"], rel=1e-9)
         for control, values in expected["grad"].items():
             assert relative(found["grad"][control], values) <= tolerance, (name, control)
         assert relative(found["norms"], expected["norms"]) <= tolerance, name
-    assert "shared out" in of_two[0]["transformer"]["why"]
-    for text, word in zip(of_two[0]["refused"], ("product 'exact'", "clip_"), strict=True):
+    assert "shared out" in first["transformer"]["why"]
+    for text, word in zip(first["refused"], ("product 'exact'", "clip_"), strict=True):
         assert word in text
 
 
-def test_runs_of_parameters_that_are_shared_out(tmp_path: Path) -> None:
+def test_runs_of_parameters_that_are_shared_out(of_two: list[dict[str, Any]], folder: Path) -> None:
     """They end as one process does; stopped, they go on to the bit, and as one process too."""
-    straight, resumed = spawn(2, "rank_programs.py", "shared_runs", str(tmp_path / "run"))[0]
+    straight, resumed = of_two[0]["shared_runs"]
     assert straight == resumed
     alone = trained(alone=True, **SHARED)
     assert "accepted" in alone["windows"]
     assert_same_run(straight, alone)
     # Its checkpoints hold whole tensors, which anyone can read.
-    (last,) = (tmp_path / "run/checkpoints").glob("window-00000050")
+    (last,) = (folder / "shared/checkpoints").glob("window-00000050")
     for name, tensor in load_file(last / "model.safetensors").items():
         index = [n for n, _ in network(norm=False).named_parameters()].index(
             name.removeprefix("parameter.")
