@@ -496,6 +496,29 @@ def test_numbers_that_are_not_finite_are_never_committed(
         )
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_number_that_is_not_finite_once(kind: str, value: float, tmp_path: Path) -> None:
+    """A glitch: the window is rewound and recorded, and the run comes to its end."""
+    run, count = make_run("sgd", "list", norm=False, dropout=0.0), [0]
+
+    def loss_fn(model: nn.Module, batch: Any) -> Any:
+        loss, metrics = classify(model, batch)
+        count[0] += torch.is_grad_enabled()
+        if count[0] == 3 and kind == "loss":
+            loss = loss * value
+        elif count[0] == 3:
+            loss = loss + 0 * torch.sqrt(0 * next(model.parameters())).sum()
+        return loss, metrics
+
+    result = runner(run._replace(loss_fn=loss_fn), tmp_path, product="none").fit(STEPS)
+    assert [row["step"] for row in result.tape] == list(range(STEPS))
+    assert all(row["loss"] is not None and row["gradient_norm"] is not None for row in result.tape)
+    rewound = [w["reason"] for w in result.windows if w["outcome"] == "rewound"]
+    assert any("not finite" in reason or "the loss is" in reason for reason in rewound), rewound
+    assert all(bool(p.isfinite().all()) for p in run.model.parameters())
+
+
 # Loaders and operators ---------------------------------------------------------------------------
 
 
