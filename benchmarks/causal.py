@@ -1,11 +1,14 @@
 """AdaptiveRL: what a step of it costs, and a page of pictures from the rows of `rhc compare`.
 
     python benchmarks/causal.py overhead --model mlp --steps 100 --rounds 15
+    python benchmarks/causal.py reconvergence --methods adaptive constant --lrs 0.03 -o rows.jsonl
     python benchmarks/causal.py picture runs/compare-sine/comparison.json -o sine.svg
 
 Overhead: blocks of steps with and without the scheduler take turns on one model in one process, one
 thread; the ratio is that of neighbouring blocks' CPU times, so that a machine's moods cancel out.
-Pictures need matplotlib, the extra `figures`.
+Re-convergence: the mean tracking error in the 100 steps after each jump of drifting_sine, and the
+paired difference to the last method, with bootstrap 95 % intervals over seeds. Pictures need
+matplotlib, the extra `figures`.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,8 @@ import torch
 from models import CASES
 
 import rhc
+from rhc.compare import Task, interval, parsed_seeds, run
+from runners.drifting_sine import Waves
 
 PLATEAU = 0.5
 """The score above which a stretch counts as a plateau."""
@@ -35,6 +41,11 @@ def main() -> None:
     timed.add_argument("--steps", type=int, default=100, help="of a block")
     timed.add_argument("--rounds", type=int, default=15)
     timed.add_argument("--noise", type=float, default=0.0)
+    jumps = commands.add_parser("reconvergence")
+    jumps.add_argument("--methods", nargs="+", default=["adaptive", "constant"])
+    jumps.add_argument("--lrs", nargs="+", type=float, default=[0.03])
+    jumps.add_argument("--seeds", type=parsed_seeds, default=parsed_seeds("100-109"))
+    jumps.add_argument("-o", "--output", type=Path, default=Path("reconvergence.jsonl"))
     drawn = commands.add_parser("picture")
     drawn.add_argument("comparison", type=Path)
     drawn.add_argument("-o", "--output", type=Path, default=Path("comparison.svg"))
@@ -42,9 +53,62 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.command == "overhead":
         print(overhead(arguments.model, arguments.steps, arguments.rounds, arguments.noise))
+    elif arguments.command == "reconvergence":
+        print(reconvergence(arguments.methods, arguments.lrs, arguments.seeds, arguments.output))
     else:
         document = json.loads(arguments.comparison.read_text(encoding="utf-8"))
         picture(document["rows"], document["run"]).savefig(arguments.output)
+
+
+@dataclass(frozen=True)
+class Tracked(Task):
+    """drifting_sine, whose tracking error of every step is kept in `errors`."""
+
+    errors: list[float] = field(default_factory=list)
+
+    def workload(self, seed: int) -> Any:
+        made = super().workload(seed)
+
+        def loss_fn(model: torch.nn.Module, batch: Any) -> Any:
+            loss, metrics = made.loss_fn(model, batch)
+            self.errors.append(float(metrics["tracking"]))
+            return loss, metrics
+
+        return replace(made, loss_fn=loss_fn)
+
+
+def reconvergence(
+    methods: Sequence[str], lrs: Sequence[float], seeds: Sequence[int], output: Path
+) -> str:
+    """A markdown table; rows go to `output` as they come, and are not computed again."""
+    rows = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+    found = {(row["method"], row["lr"], row["seed"]): row["error"] for row in rows}
+    for method in methods:
+        for lr in lrs:
+            for seed in seeds:
+                if (method, lr, seed) in found:
+                    continue
+                task = Tracked("drifting_sine")
+                run(task, method, lr, seed)
+                after = [e for j in Waves(seed).jumps for e in task.errors[j : j + 100]]
+                row = {"method": method, "lr": lr, "seed": seed, "error": statistics.mean(after)}
+                found[method, lr, seed] = row["error"]
+                with output.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+    last = methods[-1]
+    best = min(lrs, key=lambda lr: statistics.mean(found[last, lr, seed] for seed in seeds))
+    lines = ["| method | first lr | error after a jump | apart |", "|---|---|---|---|"]
+    for method in methods:
+        for lr in lrs:
+            errors = [found[method, lr, seed] for seed in seeds]
+            best = min(
+                lrs, key=lambda lr: statistics.mean(found[methods[-1], lr, s] for s in seeds)
+            )
+            apart = [e - found[last, best, s] for e, s in zip(errors, seeds, strict=True)]
+            cells = [f"{statistics.mean(v):.3f} [{a:.3f}, {b:.3f}]" for v in (errors, apart)
+                     for a, b in (interval(v),)]  # fmt: skip
+            lines.append(f"| {method} | {lr:g} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines)
 
 
 def overhead(model_name: str, steps: int, rounds: int, noise: float) -> str:
