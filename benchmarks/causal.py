@@ -70,9 +70,10 @@ class Tracked(Task):
         made = super().workload(seed)
 
         def loss_fn(model: torch.nn.Module, batch: Any) -> Any:
-            loss, metrics = made.loss_fn(model, batch)
-            self.errors.append(float(metrics["tracking"]))
-            return loss, metrics
+            found = made.loss_fn(model, batch)
+            if isinstance(found, tuple):  # a step's batch has its curve, held-out data have none
+                self.errors.append(float(found[1]["tracking"]))
+            return found
 
         return replace(made, loss_fn=loss_fn)
 
