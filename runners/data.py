@@ -83,7 +83,10 @@ def read_idx(path: Path) -> Tensor:
             f"{path} holds {len(content) - header} bytes of data where its header, "
             f"{shape} of {dtype.name}, promises {expected}; fetch it again"
         )
-    array = np.frombuffer(content, dtype, offset=header).reshape(shape)
+    try:
+        array = np.frombuffer(content, dtype, offset=header).reshape(shape)
+    except ValueError as error:  # sizes whose product is 0 and too large nevertheless
+        raise InputError(f"{path} is damaged ({error}); fetch it again") from None
     # torch wants native byte order and memory that it may write to: a copy gives both.
     return torch.from_numpy(array.astype(dtype.newbyteorder("=")))
 

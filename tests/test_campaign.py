@@ -107,6 +107,16 @@ def test_a_number_that_no_float_holds() -> None:
         campaign().TrainConfig.from_record({"momentum": 10**400}, "run.toml")
 
 
+def test_sizes_of_an_idx_file_whose_product_is_0(tmp_path: Path) -> None:
+    """Found by 100,000 inputs: a ValueError of numpy."""
+    from runners.data import read_idx
+
+    sizes = b"".join(n.to_bytes(4, "big") for n in (50331648, 33554432, 50331648, 67108864, 0))
+    (tmp_path / "images").write_bytes(b"\0\0\x08\x05" + sizes)
+    with pytest.raises(InputError, match="images is damaged"):
+        read_idx(tmp_path / "images")
+
+
 @pytest.mark.parametrize(
     "text",
     ["a = " + "[" * 10**5, "a = " + "{b=" * 5000, ".".join("a" * 10**5) + " = 1", "#" * 2**21],
