@@ -559,7 +559,9 @@ def test_a_worker_that_dies(tmp_path: Path) -> None:
 
     (tmp_path / "marker").write_text("")
     failed = trained("run")
-    assert failed.returncode == 1 and "RuntimeError: DataLoader worker" in failed.stderr
+    # torch names the worker, or finds the pipe to it closed, whichever it sees first.
+    assert failed.returncode == 1
+    assert "RuntimeError: DataLoader worker" in failed.stderr or "ConnectionReset" in failed.stderr
     (tmp_path / "marker").unlink()
     for directory in ("run", "whole"):
         done = trained(directory)
