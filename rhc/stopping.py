@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -150,7 +151,15 @@ def _received(number: int, frame: FrameType | None) -> None:
         _state.timer.start()
         return
     _state.asked = None
+    _hurry_loaders()
     raise _meaning(number)
+
+
+def _hurry_loaders() -> None:
+    """A loader whose worker does not answer is left after half a second; torch waits for five."""
+    loading: Any = sys.modules.get("torch.utils.data._utils")
+    if loading is not None and hasattr(loading, "MP_STATUS_CHECK_INTERVAL"):
+        loading.MP_STATUS_CHECK_INTERVAL = 0.5
 
 
 def _insist(number: int) -> None:
