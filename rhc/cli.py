@@ -254,6 +254,8 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if not arguments or arguments[0] in ("-h", "--help"):
         return _overview()
+    if arguments[0] == "--completion":
+        return _completion(arguments[1:])
     name, *rest = arguments
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -266,13 +268,32 @@ def _dispatch(arguments: list[str]) -> int:
     return command.act(_parsed(name, command, rest, default))
 
 
-def _overview() -> int:
-    """`rhc --help`."""
+def _commands() -> Any:
+    """All commands as one type, for tyro."""
     commands: Any = None
     for name, command in COMMANDS.items():
         flags: Any = command.flags
         one = Annotated[flags, tyro.conf.subcommand(name, description=command.summary)]
         commands = one if commands is None else commands | one
+    return commands
+
+
+def _completion(arguments: Sequence[str]) -> int:
+    """`rhc --completion bash`: a script for the shell to source."""
+    shells = ("bash", "zsh", "tcsh")
+    if len(arguments) != 1 or arguments[0] not in shells:
+        raise InputError(
+            f"--completion takes one of {', '.join(shells)}, got {' '.join(arguments) or 'none'}; "
+            'try: eval "$(rhc --completion bash)"'
+        )
+    with contextlib.suppress(SystemExit):
+        tyro.cli(_commands(), prog="rhc", args=["--tyro-print-completion", arguments[0]])
+    return 0
+
+
+def _overview() -> int:
+    """`rhc --help`."""
+    commands = _commands()
     # A buffer of the screen's encoding, by which tyro chooses the lines of its boxes.
     shown = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding or "utf-8")
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -992,3 +993,43 @@ def test_a_screen_that_takes_nothing(tmp_path: Path) -> None:
     os.close(writing)
     # 1 where rich wrote: it has an end of its own for that.
     assert done.returncode in (1, 141) and done.stderr == ""
+
+
+def test_completion_in_bash(tmp_path: Path) -> None:
+    """Sourced by bash, it completes commands and flags."""
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("bash is not installed")
+    script = subprocess.run(
+        [sys.executable, "-m", "rhc", "--completion", "bash"], capture_output=True, text=True
+    )
+    assert script.returncode == 0
+    (tmp_path / "complete.sh").write_text(script.stdout)
+    function = re.search(r"complete (?:-o \S+ )*-F (\S+) rhc", script.stdout)
+    assert function is not None
+
+    def completions(*words: str) -> list[str]:
+        line = " ".join(words)
+        quoted = " ".join(f"'{word}'" for word in words)
+        asked = f"""
+            source complete.sh; COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}
+            COMP_LINE='{line}'; COMP_POINT={len(line)}
+            {function[1]} rhc '{words[-1]}' '{words[-2]}'; printf '%s\\n' "${{COMPREPLY[@]}}"
+        """
+        found = subprocess.run([bash, "-c", asked], cwd=tmp_path, capture_output=True, text=True)
+        return [word.strip() for word in found.stdout.split("\n") if word.strip()]
+
+    assert {"replay", "report", "resume"} <= set(completions("rhc", "re"))
+    assert "--window" in completions("rhc", "train", "--win")
+
+
+def test_completion_of_an_unknown_shell(call: Call) -> None:
+    refuses(call("--completion fish"), ["bash, zsh, tcsh", "fish"])
+
+
+def test_help_is_there_at_once() -> None:
+    """Half a second on an idle machine; torch alone takes two and more."""
+    listed = [sys.executable, "-X", "importtime", "-m", "rhc", "--help"]
+    found = subprocess.run(listed, capture_output=True, text=True)
+    imported = {line.rpartition("|")[2].strip() for line in found.stderr.splitlines()}
+    assert "rhc.cli" in imported and not {"torch", "numpy"} & imported
