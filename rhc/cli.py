@@ -24,18 +24,23 @@ import tyro
 from tyro.conf import arg
 
 from rhc import __version__, stopping
-from rhc.config import TrainConfig, field_kind
+from rhc.config import TRAIN_FLAGS, TrainConfig, field_kind
 from rhc.errors import InputError, StorageError
 from rhc.hindsight_config import (
     DISTILL,
+    DISTILL_FLAGS,
     HYPERGRADIENT,
+    HYPERGRADIENT_FLAGS,
     REPLAY,
+    REPLAY_FLAGS,
     SMOOTH,
+    SMOOTH_FLAGS,
     DistillConfig,
     HypergradientConfig,
     ReplayConfig,
     SmoothConfig,
 )
+from rhc.usage import Groups, page
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,9 @@ class ResumeConfig:
     data: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: as before)")] = (
         None
     )
-    """Where the same data are now, if they were moved."""
+    """Where the same data are now. If they were moved."""
     steps: Annotated[int | None, arg(metavar="T", help_behavior_hint="(default: as before)")] = None
-    """More steps in all than before: the plan is made anew for those to come."""
+    """More steps in all than before. The plan is made anew for those to come."""
     device: Annotated[
         str | None, arg(metavar="NAME", help_behavior_hint="(default: as before)")
     ] = None
@@ -72,7 +77,7 @@ class ReportConfig:
         tyro.conf.Positional[tuple[Path, ...]],
         arg(metavar="DIR …", help_behavior_hint="(one or more)"),
     ]
-    """Directories of runs; several are laid over each other."""
+    """Directories of runs. Several are laid over each other."""
     output: Annotated[
         Path | None,
         arg(
@@ -105,29 +110,29 @@ class CompareConfig:
     """What `rhc compare` does. Each field's sentence is the help of its flag."""
 
     run: Annotated[tyro.conf.Positional[str], arg(metavar="[RUN]")] = "digits"
-    """What is trained: a name that `rhc runs` lists, or path/to/file.py:function."""
+    """A name of `rhc runs`, or file.py:function."""
     methods: Annotated[
         tuple[str, ...],
         arg(metavar="NAME …", help_behavior_hint="(default: rhc zero-probe-cosine cosine)"),
     ] = ()
-    """Methods, as listed above."""
+    """Methods. Those that there are stand above."""
     ablations: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """AdaptiveRL and AdaptiveRL with one part changed, beside or in place of other methods."""
+    """AdaptiveRL with one part changed, each. Beside or in place of other methods."""
     lrs: Annotated[
         tuple[float, ...], arg(metavar="A …", help_behavior_hint="(default: the run's own)")
     ] = ()
-    """Learning rates, for the methods that need one."""
+    """Learning rates. For the methods that need one."""
     tune: Annotated[
         str | None, arg(metavar="N|FIRST-LAST", help_behavior_hint="(default: all are reported)")
     ] = None
-    """Seeds on which each method's lr is chosen, among --lrs or six from 0.001 to 0.3; only that
+    """Seeds on which lrs are chosen. Each method's, among --lrs or six from 0.001 to 0.3; only that
     one is reported, and what the choice took is said."""
     seeds: Annotated[str, arg(metavar="N|FIRST-LAST")] = "5"
     """How many seeds, from 100 on, or which. Choose on 0-9, report on 100 and more."""
     versus: Annotated[
         str | None, arg(metavar="NAME", help_behavior_hint="(default: the last method)")
     ] = None
-    """The method that the others are compared with, at its best lr."""
+    """The method others are compared with. At its best lr."""
     steps: Annotated[
         int | None, arg(metavar="T", help_behavior_hint="(default: the run's own)")
     ] = None
@@ -135,38 +140,39 @@ class CompareConfig:
     data: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: none)")] = None
     """Folder of the run's data, for runs that need one."""
     target: Annotated[
-        float | None, arg(metavar="X", help_behavior_hint="(default: the run's own, or see below)")
+        float | None, arg(metavar="X", help_behavior_hint="(default: the run's own)")
     ] = None
-    """What a run must reach for its steps to be counted; by default what the reference ends with,
+    """What a run must reach for its steps to be counted. By default what the reference ends with,
     give or take 5 %."""
     schedule: Annotated[
         Path | None, arg(metavar="DIR|FILE", help_behavior_hint="(default: none)")
     ] = None
-    """The schedule that the method replay follows: of a run, stretched to the length of these."""
+    """The schedule that the method replay follows. Of a run, stretched to the length of these."""
     policy: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: none)")] = (
         None
     )
-    """The policy that the method distilled is steered by, of rhc distill."""
+    """The policy that steers the method distilled. Of rhc distill."""
     oracle: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: none)")] = None
-    """The method whose gain over --versus is what the others are said to keep a share of."""
+    """The method whose gain is 1. Of its gain over --versus the others are said to keep a share."""
     width: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 1)")] = None
-    """Hidden layers N times as wide, for runs that can have other ones."""
+    """Hidden layers N times as wide. For runs that can have other ones."""
     batch_size: Annotated[
         int | None, arg(metavar="B", help_behavior_hint="(default: the run's own)")
     ] = None
-    """Examples per batch, for runs that can have other ones."""
+    """Examples per batch. For runs that can have other ones."""
     jobs: Annotated[int, arg(metavar="N")] = 1
     """Processes that run at once."""
     launcher: Annotated[str, arg(metavar="NAME")] = "processes"
-    """What runs them: processes of this machine, or submitit (Slurm) or ray, if installed; options
-    after a colon, such as submitit:slurm_partition=gpu,timeout_min=60 or ray:num_gpus=1."""
+    """What runs them: processes, submitit or ray. Processes of this machine, or Slurm or ray, if
+    installed; options after a colon, such as submitit:slurm_partition=gpu,timeout_min=60 or
+    ray:num_gpus=1."""
     directory: Annotated[
         Path | None,
         arg(metavar="DIR", aliases=("-o",), help_behavior_hint="(default: runs/compare-RUN)"),
     ] = None
-    """Where rows are kept as they come, and not computed again."""
+    """Where rows are kept. As they come, and not computed again."""
     output: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
-    """A further file for all rows and lines, as JSON."""
+    """A further file for all rows, as JSON. And for all lines of the table."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +187,10 @@ class Command:
     flags: type[Any]
     act: Callable[[Any], int]
     summary: str
-    description: str
+    about: str
+    groups: Groups
+    more: str = ""
+    """What `--help-all` says beside that."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -264,6 +273,9 @@ def _dispatch(arguments: list[str]) -> int:
             f"unknown command {name!r}: {hint}there are: {', '.join(COMMANDS)}; see rhc --help"
         )
     command = COMMANDS[name]
+    if {"-h", "--help", "--help-all"} & set(rest):
+        print(_help(name, whole="--help-all" in rest))
+        return 0
     default = _defaults(rest) if command.flags is TrainConfig else tyro.MISSING_NONPROP
     return command.act(_parsed(name, command, rest, default))
 
@@ -293,21 +305,15 @@ def _completion(arguments: Sequence[str]) -> int:
 
 def _overview() -> int:
     """`rhc --help`."""
-    commands = _commands()
-    # A buffer of the screen's encoding, by which tyro chooses the lines of its boxes.
-    shown = io.TextIOWrapper(io.BytesIO(), encoding=sys.stdout.encoding or "utf-8")
-    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-        tyro.cli(commands, prog="rhc", description=OVERVIEW, args=["--help"])
-    shown.seek(0)
-    # tyro's own first line names every command, which is wider than a screen.
-    # It also spaces with lines of blanks.
-    lines = [
-        line
-        for line in shown.read().splitlines()[1:]
-        if "(required)" not in line and not line.isspace()
-    ]
-    print("\n".join(["usage: rhc COMMAND …", *lines]))
+    lines = [f"  {name:<14} {command.summary}" for name, command in COMMANDS.items()]
+    print("\n".join([OVERVIEW, *lines]))
     return 0
+
+
+def _help(name: str, *, whole: bool) -> str:
+    """The help of a command; whole: every flag, in full."""
+    command = COMMANDS[name]
+    return page(name, command.flags, command.groups, command.about, command.more, whole=whole)
 
 
 def _defaults(arguments: Sequence[str]) -> TrainConfig:
@@ -328,7 +334,6 @@ def _parsed(name: str, command: Command, arguments: list[str], default: Any) -> 
             return tyro.cli(
                 command.flags,
                 prog=f"rhc {name}",
-                description=command.description,
                 args=arguments,
                 default=default,
                 config=(tyro.conf.DisallowNone,),
@@ -542,30 +547,54 @@ def _compare(config: CompareConfig) -> int:
     )
 
 
-# tyro joins the lines of a paragraph that are not indented, so that each is one line here.
 OVERVIEW = """\
+usage: rhc COMMAND …
+
 Train a PyTorch model, and have its schedule written with hindsight:
   rhc train --window 50    a first run: digits, no download, a few seconds
-  rhc train --help         all settings, with examples
-  rhc --version            the version"""
+  rhc train --help         its settings; --help-all for all of them
+  rhc --version            the version
+
+commands, each with --help:"""
 
 TRAIN = """\
-Train RUN and write its schedule with hindsight:
-  roll K steps, look back with the gradient of a window objective by
-  every control of every step, rewrite, restore, replay, commit, slide
+Train RUN and write its schedule with hindsight: roll K steps, look back with
+gradients by every control of every step, rewrite, restore, replay, slide on.
+The same command continues a run that was stopped; so does rhc resume DIR.
 
 examples:
-  rhc train --window 50                             digits, 50 steps at once
-  rhc train mnist --data mnist/ --optimizer adam    MNIST, a folder of IDX files
-  rhc train my_run.py:make --controls lr momentum   a runner of your own
-  rhc train --no-rewrite                            the plain loop, to compare
-  rhc train --print-config > run.toml && rhc train --config run.toml --seed 1
-  torchrun --nproc-per-node 2 -m rhc -- train       two ranks, one result
+  rhc train --window 50                           # digits, 50 steps at once
+  rhc train mnist --data mnist/ --optimizer adam  # a folder of IDX files
+  rhc train my_run.py:make --seed 1               # your own, see rhc init
+  rhc train --no-rewrite --start zero             # 2 plain runs, no lr"""
 
-The same command finds its run again and continues it; so does rhc resume DIR."""
+TRAIN_MORE = """\
+more examples:
+  rhc train my_run.py:make --controls lr momentum
+  rhc train --no-rewrite                          # the plain loop, to compare
+  rhc train --print-config > run.toml && rhc train --config run.toml --seed 1
+  rhc train --memory-budget 500MB --plan          # what a window will cost
+  torchrun --nproc-per-node 2 -m rhc -- train     # two ranks, one result"""
 
 COMPARE = """\
-Train RUN by several methods on several seeds; what each ends with and costs:
+Train RUN by several methods on several seeds; what each ends with and costs.
+
+examples:
+  rhc compare digits --methods rhc cosine --lrs 0.03 0.1 0.3 --seeds 10
+  rhc compare sine --methods adaptive constant cosine --tune 0-2 --jobs 2
+  rhc compare my_run.py:make --methods rhc twin --seeds 100-104
+
+methods: rhc, rhc-probe; templates from --lrs: constant cosine linear 1cycle
+wsd; adaptive (AdaptiveRL); smooth; planner; search-cosine-4; and others"""
+
+COMPARE_MORE = """\
+more examples:
+  rhc compare sine --ablations --lrs 0.01
+  rhc compare mnist --data mnist/ --methods smooth replay distilled \\
+      search-cosine-2 constant --schedule runs/mnist-smooth-1a2b3c4d \\
+      --policy policy --oracle smooth   # what is kept of hindsight's gain
+
+all methods:
   rhc  rhc-probe                     the default, without an lr or from one
   zero-probe  zero-probe-cosine      the start alone, and a template
   probe-cosine                       the same from an lr
@@ -581,20 +610,23 @@ Train RUN by several methods on several seeds; what each ends with and costs:
   no-rewrite  no-anew  no-hessian  no-average  no-accept  greedy
   every-window  all-controls         rhc with a part changed
   exact-hessian  memory  step-…      rhc with a part put in
-  planner  planner-…                 epochs planned from the tape; its knobs
+  planner  planner-…                 epochs planned from the tape; its knobs"""
 
-examples:
-  rhc compare digits --methods rhc cosine --lrs 0.03 0.1 0.3 --seeds 10
-  rhc compare sine --methods adaptive constant cosine --tune 0-2 --jobs 2
-  rhc compare sine --ablations --lrs 0.01
-  rhc compare mnist --data mnist/ --methods smooth replay distilled \\
-      search-cosine-2 constant --schedule runs/mnist-smooth-1a2b3c4d \\
-      --policy policy --oracle smooth   what is kept of hindsight's gain
-  rhc compare my_run.py:make --methods rhc twin --seeds 100-104"""
+COMPARE_FLAGS = {
+    "what is trained": ("run data steps", "batch_size width"),
+    "by what": ("methods lrs tune", "ablations schedule policy"),
+    "how it is told": ("seeds versus output", "target oracle"),
+    "where": ("directory jobs", "launcher"),
+}
 
 COMMANDS = {
     "train": Command(
-        TrainConfig, _train, "Train and rewrite:   rhc train mnist --data mnist/", TRAIN
+        TrainConfig,
+        _train,
+        "Train and rewrite:   rhc train mnist --data mnist/",
+        TRAIN,
+        TRAIN_FLAGS,
+        TRAIN_MORE,
     ),
     "resume": Command(
         ResumeConfig,
@@ -602,42 +634,50 @@ COMMANDS = {
         "Go on after a stop:  rhc resume runs/digits-1a2b3c4d",
         "Continue a run that was stopped, at its newest checkpoint, bit for bit.\n\n"
         "example:\n  rhc resume runs/digits-1a2b3c4d",
+        {"arguments": ("directory", ""), "what is changed": ("steps data device", "")},
     ),
     "replay": Command(
         ReplayConfig,
         _replay,
         "Use a schedule:      rhc replay runs/digits-1a2b3c4d",
         REPLAY,
+        REPLAY_FLAGS,
     ),
     "smooth": Command(
         SmoothConfig,
         _smooth,
         "Two plain runs:      rhc smooth drifting_sine",
         SMOOTH,
+        SMOOTH_FLAGS,
     ),
     "hypergradient": Command(
         HypergradientConfig,
         _hypergradient,
         "The whole run:       rhc hypergradient runs/digits",
         HYPERGRADIENT,
+        HYPERGRADIENT_FLAGS,
     ),
     "distill": Command(
         DistillConfig,
         _distill,
         "A causal scheduler:  rhc distill runs/* -o policy",
         DISTILL,
+        DISTILL_FLAGS,
     ),
     "compare": Command(
         CompareConfig,
         _compare,
         "Methods x seeds:     rhc compare digits --seeds 5",
         COMPARE,
+        COMPARE_FLAGS,
+        COMPARE_MORE,
     ),
     "runs": Command(
         RunsConfig,
         _runs,
         "What can be trained, and what has been:  rhc runs",
-        "List what can be trained, and the runs that lie in runs/.",
+        "List what can be trained, and the runs that lie in runs/.\n\nexample:\n  rhc runs",
+        {},
     ),
     "inspect": Command(
         InspectConfig,
@@ -645,6 +685,7 @@ COMMANDS = {
         "What a run did:      rhc inspect runs/digits-1a2b3c4d",
         "Show a run: its settings, schedule, windows and losses.\n\n"
         "example:\n  rhc inspect runs/digits-1a2b3c4d",
+        {"arguments": ("directory", "")},
     ),
     "report": Command(
         ReportConfig,
@@ -652,6 +693,7 @@ COMMANDS = {
         "One page of charts:  rhc report runs/digits-1a2b3c4d",
         "Write one HTML page about a run, or about several; it needs no network.\n\n"
         "examples:\n  rhc report runs/digits-1a2b3c4d\n  rhc report runs/digits-* -o digits.html",
+        {"arguments": ("directories output", "")},
     ),
     "watch": Command(
         WatchConfig,
@@ -659,6 +701,7 @@ COMMANDS = {
         "Follow a run:        rhc watch runs/digits-1a2b3c4d",
         "Follow a run from another terminal until it ends; nothing is written.\n\n"
         "example:\n  rhc watch runs/digits-1a2b3c4d",
+        {"arguments": ("directory", "")},
     ),
     "init": Command(
         InitConfig,
@@ -666,5 +709,6 @@ COMMANDS = {
         "A run of your own:   rhc init my_run.py",
         "Write a runner of your own that works as it stands, to be changed.\n\n"
         "example:\n  rhc init my_run.py && rhc train my_run.py:my_run",
+        {"arguments": ("run", "")},
     ),
 }

@@ -39,6 +39,22 @@ DEVICES = ("auto", "cpu", "cuda")
 RESUMES = ("auto", "never")
 
 
+TRAIN_FLAGS = {
+    "what is trained": ("run data steps seed device", "threads deterministic"),
+    "the optimizer": (
+        "optimizer lr momentum weight_decay clip_norm",
+        "clip_value nesterov accumulate",
+    ),
+    "its schedule": ("start template rewrite", "warmup cooldown"),
+    "hindsight": (
+        "window controls budget product",
+        "stride until per_group average objective_batches segment memory_budget discount "
+        "costate_clip engine",
+    ),
+    "files": ("directory config print_config", "resume keep_checkpoints tensorboard plan"),
+}
+"""Headings of the help: the flags that are given often, and those that `--help-all` adds."""
+
 REWRITING: dict[str, Any] = {
     "controls": None,
     "per_group": None,
@@ -67,63 +83,68 @@ class TrainConfig:
     """What `rhc train` does. Each field's sentence is the help of its flag."""
 
     run: Annotated[tyro.conf.Positional[str], arg(metavar="[RUN]")] = "digits"
-    """What is trained: a name that `rhc runs` lists, or path/to/file.py:function."""
+    """A name of `rhc runs`, or file.py:function."""
 
     window: Annotated[int, arg(metavar="K")] = 50
-    """Window in steps: rolled forward, differentiated and rewritten at once."""
+    """Steps that are looked back at and rewritten at once. They are rolled, differentiated,
+    rewritten and replayed together."""
     stride: Annotated[int | None, _unset("the window", "M")] = None
-    """Steps that are committed before sliding on; at most the window."""
+    """Steps committed before sliding on. At most the window; fewer is
+    model-predictive control, at window / stride times the cost."""
     steps: Annotated[int | None, _unset("the run's own", "T")] = None
     """Optimizer steps in all."""
 
     optimizer: Annotated[str | None, _unset("the run's own", "NAME")] = None
-    """sgd, adam, adamw, nadam, radam, adamax, rmsprop or adagrad, of torch.optim."""
-    lr: Annotated[float | None, _unset("the run's own", "A")] = None
-    """Learning rate to start from."""
+    """sgd, adam or adamw. Also nadam, radam, adamax, rmsprop, adagrad of torch.optim."""
+    lr: Annotated[float | None, _unset("it is found", "A")] = None
+    """Learning rate to start from. A first guess, or what is kept with --start given, where it is
+    the run's own by default."""
     momentum: Annotated[float, arg(metavar="MU")] = 0.9
-    """Momentum of sgd and rmsprop, β1 of the Adams, to start from; adagrad has none."""
+    """Momentum of sgd, β1 of the Adams. To start from; also of rmsprop; adagrad has none."""
     weight_decay: Annotated[float | None, _unset("0; 0.01 for adamw", "W")] = None
-    """Weight decay to start from."""
+    """Weight decay. To start from, where it is among --controls."""
     nesterov: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Nesterov's momentum, for sgd."""
     clip_norm: Annotated[float | None, _unset("no clipping", "C")] = None
-    """Norm that the gradient of all parameters together is clipped to."""
+    """Norm that gradients are clipped to. Of all parameters together."""
     clip_value: Annotated[float | None, _unset("no clipping", "C")] = None
     """Absolute value that every element of the gradient is clipped to."""
     accumulate: Annotated[int, arg(metavar="N")] = 1
-    """Batches per optimizer step, which goes by the gradient of the mean of their losses."""
+    """Batches per optimizer step. It goes by the gradient of the mean of their losses."""
 
     controls: Annotated[tuple[str, ...] | None, _unset("lr", "NAME …")] = None
-    """What is rewritten: some of lr, momentum, noise, weight_decay."""
+    """Some of lr, momentum, noise, weight_decay. Those are rewritten."""
     per_group: Annotated[tuple[str, ...] | None, _unset("none", "NAME …")] = None
-    """Those of them with a value per parameter group too; the others keep the groups' ratios."""
+    """Those of --controls with a value per parameter group. The others keep the groups' ratios."""
     rewrite: Annotated[bool, arg(help_behavior_hint="(default: rewrite)")] = True
-    """--no-rewrite trains as the plain loop does, bit for bit."""
+    """--no-rewrite Train as the plain loop does. Bit for bit."""
     start: Annotated[
         str | None,
-        _unset("zero; probe with --lr; given with --no-rewrite", "zero|probe|given"),
+        _unset("by --lr", "NAME"),
     ] = None
-    """Where lr starts: zero needs no --lr, and finds one for every parameter group by a
-    hypergradient and short rolls; probe takes --lr for a first guess; given keeps it."""
-    template: Annotated[str | None, _unset("see the README", "NAME")] = None
-    """Shape of lr over the run, to be rewritten or followed: constant, cosine, linear,
-    wsd, 1cycle."""
+    """zero, probe or given: how lr is found. zero needs no --lr, and finds one for every parameter
+    group by a hypergradient and short rolls; probe takes --lr for a first guess; given keeps it.
+    zero by default, probe with --lr, given with --no-rewrite."""
+    template: Annotated[str | None, _unset("by --start", "NAME")] = None
+    """constant, cosine, linear, wsd or 1cycle. The shape of lr, to be rewritten or followed. By
+    default cosine, linear for the Adams; with --start given wsd, and constant with --no-rewrite."""
     warmup: Annotated[float | None, _unset("0.1 for a start of adam, adamw; else 0", "F")] = None
     """Fraction of the run over which lr rises linearly to the template."""
-    cooldown: Annotated[float | None, _unset("see --print-config", "F")] = None
+    cooldown: Annotated[float | None, _unset("0.2", "F")] = None
     """Fraction of the run, at its end, over which lr falls linearly to 0; 0 for none."""
-    until: Annotated[float | None, _unset("see --print-config", "F")] = None
-    """Fraction of the run after which the schedule is followed as it then stands."""
-    budget: Annotated[float | None, _unset("see --print-config", "X")] = None
-    """Plain runs that the run may cost in all; windows beyond it are followed as planned."""
-    average: Annotated[float | None, _unset("see --print-config", "D")] = None
+    until: Annotated[float | None, _unset("0.1; 1 for a given start", "F")] = None
+    """Fraction of the run in which windows are looked back at. After it the schedule is followed
+    as it then stands."""
+    budget: Annotated[float | None, _unset("5; none for a given start", "X")] = None
+    """Plain runs that it may cost. Windows beyond it are followed as planned."""
+    average: Annotated[float | None, _unset("0.99", "D")] = None
     """A window is judged at the average of its iterates with this decay; 0 for the last one."""
-    objective_batches: Annotated[int | None, _unset("see --print-config", "N")] = None
+    objective_batches: Annotated[int | None, _unset("4", "N")] = None
     """Validation batches that a window is judged on."""
     product: Annotated[str, arg(metavar="NAME")] = "auto"
-    """Hessian products: exact, forward-over-reverse, or approximately forward-difference (half the
-    cost) or central-difference; none leaves the Hessian out. auto is none where the start is
-    looked for, else what is exact or agrees with it."""
+    """Hessian products: exact, none and others. exact, forward-over-reverse, or approximately
+    forward-difference (half the cost) or central-difference; none leaves the Hessian out. auto is
+    none where the start is looked for, else what is exact or agrees with it."""
     segment: Annotated[str, arg(metavar="N")] = "auto"
     """Steps per rebuilt graph: 1 (least memory) to the window (fastest)."""
     memory_budget: Annotated[str | None, _unset("none", "SIZE")] = None
@@ -138,27 +159,26 @@ class TrainConfig:
     deterministic: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Only operators that give the same bits again; an error where there is none."""
     seed: Annotated[int, arg(metavar="S")] = 0
-    """Seed of weights, batches, dropout and gradient noise."""
+    """Seed of weights, batches, dropout and noise."""
     data: Annotated[Path | None, _unset("none", "DIR")] = None
     """Folder of the run's data, for runs that need one."""
     device: Annotated[str, arg(metavar="NAME")] = "auto"
-    """cpu, cuda, or auto for cuda where there is one."""
+    """cpu, cuda, or auto: cuda where there is one."""
     threads: Annotated[int | None, _unset("the run's own", "N")] = None
     """CPU threads of torch; small tensors are slower on several."""
 
     directory: Annotated[Path | None, _unset("runs/RUN-HASH", "DIR")] = None
-    """The run's directory; by default one per configuration."""
+    """Where the run is kept. By default one directory per configuration."""
     resume: Annotated[str, arg(metavar="auto|never")] = "auto"
-    """auto continues the run that the directory holds, never refuses it."""
+    """auto continues the run that is there, never refuses it."""
     keep_checkpoints: Annotated[int, arg(metavar="N")] = 3
     """Newest checkpoints that are kept."""
     tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Write event files to DIR/tensorboard; needs the package tensorboard."""
+    """Write event files. To DIR/tensorboard; needs the package tensorboard."""
     config: Annotated[Path | None, _unset("none", "FILE")] = None
-    """TOML file of settings, named like these flags, or the config.json of a run; flags override
-    it."""
+    """A TOML file of such settings, or a run's config.json. Flags override it."""
     print_config: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print the resolved settings as such a file, and exit."""
+    """Print the settings as such a file, and exit."""
     plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print what a window will cost in time and memory, and exit."""
 

@@ -62,36 +62,36 @@ class ReplayConfig:
     """The directory of a run, or its schedule.json."""
     run: Annotated[
         tyro.conf.Positional[str | None],
-        arg(metavar="[RUN]", help_behavior_hint="(default: what the schedule was made on)"),
+        arg(metavar="[RUN]", help_behavior_hint="(default: as before)"),
     ] = None
-    """What is trained: a name that `rhc runs` lists, or path/to/file.py:function."""
+    """A name of `rhc runs`, or file.py:function."""
 
     seed: Annotated[int, arg(metavar="S")] = 0
-    """Seed of weights, batches, dropout and gradient noise."""
+    """Seed of weights, batches, dropout and noise."""
     steps: Annotated[int | None, _unset("the schedule's", "T")] = None
-    """Optimizer steps in all; fewer than the schedule has are its first ones."""
+    """Optimizer steps in all. Fewer than the schedule has are its first ones."""
     stretch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """The whole schedule over --steps, longer or shorter, in place of its first steps."""
+    """The whole schedule over --steps. Longer or shorter, in place of its first steps."""
     batch_size: Annotated[int | None, _unset("the run's own", "B")] = None
-    """Examples per batch, for runs that can have other ones."""
+    """Examples per batch. For runs that can have other ones."""
     width: Annotated[int | None, _unset("1", "N")] = None
-    """Hidden layers N times as wide, for runs that can have other ones."""
-    rescale: Annotated[str, arg(metavar="none|linear|sqrt|width")] = "none"
-    """lr of every step: linear × (batch size / what it was), sqrt × the root of that, width / how
-    many times as wide the model is; none leaves it."""
-    optimizer: Annotated[str | None, _unset("what it was made with", "NAME")] = None
-    """sgd, adam, adamw, nadam, radam, adamax, rmsprop or adagrad, of torch.optim."""
+    """Hidden layers N times as wide. For runs that can have other ones."""
+    rescale: Annotated[str, arg(metavar="NAME")] = "none"
+    """none, linear, sqrt or width: what lr is scaled by. linear: × (batch size / what it was),
+    sqrt: × the root of that, width: / how many times as wide the model is; none leaves it."""
+    optimizer: Annotated[str | None, _unset("as before", "NAME")] = None
+    """sgd, adam or adamw. Also nadam, radam, adamax, rmsprop, adagrad of torch.optim."""
 
-    data: Annotated[Path | None, _unset("as it was made with", "DIR")] = None
-    """Folder of the run's data, for runs that need one."""
+    data: Annotated[Path | None, _unset("as before", "DIR")] = None
+    """Folder of the run's data. For runs that need one."""
     device: Annotated[str, arg(metavar="NAME")] = "auto"
-    """cpu, cuda, or auto for cuda where there is one."""
+    """cpu, cuda, or auto: cuda where there is one."""
     threads: Annotated[int | None, _unset("the run's own", "N")] = None
     """CPU threads of torch; small tensors are slower on several."""
     directory: Annotated[Path | None, _unset("runs/RUN-replay-HASH", "DIR")] = None
-    """The run's directory; by default one per schedule and settings."""
+    """Where the run is kept. By default one directory per schedule and settings."""
     resume: Annotated[str, arg(metavar="auto|never")] = "auto"
-    """auto continues the run that the directory holds, never refuses it."""
+    """auto continues the run that is there, never refuses it."""
     keep_checkpoints: Annotated[int, arg(metavar="N")] = 3
     """Newest checkpoints that are kept."""
 
@@ -125,26 +125,26 @@ class PlainSettings:
     """What the commands that train by plain runs have in common."""
 
     run: Annotated[tyro.conf.Positional[str], arg(metavar="[RUN]")] = "digits"
-    """What is trained: a name that `rhc runs` lists, or path/to/file.py:function."""
+    """A name of `rhc runs`, or file.py:function."""
 
     steps: Annotated[int | None, _unset("the run's own", "T")] = None
     """Optimizer steps of every run."""
     optimizer: Annotated[str | None, _unset("the run's own", "NAME")] = None
-    """sgd, adam, adamw, nadam, radam, adamax, rmsprop or adagrad, of torch.optim."""
+    """sgd, adam or adamw. Also nadam, radam, adamax, rmsprop, adagrad of torch.optim."""
     lr: Annotated[float | None, _unset("the run's own", "A")] = None
     """Learning rate of the first run."""
     momentum: Annotated[float, arg(metavar="MU")] = 0.9
-    """Momentum of sgd and rmsprop, β1 of the Adams, of the first run."""
+    """Momentum of sgd, β1 of the Adams. Of the first run; also of rmsprop."""
     weight_decay: Annotated[float | None, _unset("0; 0.01 for adamw", "W")] = None
     """Weight decay."""
     clip_norm: Annotated[float | None, _unset("no clipping", "C")] = None
-    """Norm that the gradient of all parameters together is clipped to."""
+    """Norm that gradients are clipped to. Of all parameters together."""
     seed: Annotated[int, arg(metavar="S")] = 0
-    """Seed of weights, batches, dropout and gradient noise; the same for all runs."""
+    """Seed of weights, batches, dropout and noise. The same for all runs."""
     data: Annotated[Path | None, _unset("none", "DIR")] = None
     """Folder of the run's data, for runs that need one."""
     device: Annotated[str, arg(metavar="NAME")] = "auto"
-    """cpu, cuda, or auto for cuda where there is one."""
+    """cpu, cuda, or auto: cuda where there is one."""
     threads: Annotated[int | None, _unset("the run's own", "N")] = None
     """CPU threads of torch; small tensors are slower on several."""
 
@@ -163,19 +163,19 @@ class SmoothConfig(PlainSettings):
     """What `rhc smooth` does."""
 
     passes: Annotated[int, arg(metavar="N")] = 1
-    """Schedules that are written and tried; N passes take N + 1 plain runs."""
+    """Schedules that are written and tried. N passes take N + 1 plain runs."""
     template: Annotated[str, arg(metavar="NAME")] = "constant"
-    """Shape of lr in the first run: constant, cosine, linear, wsd, 1cycle."""
+    """constant, cosine, linear, wsd or 1cycle. Of lr in the first run."""
     source: Annotated[str, arg(metavar="both|loss|reward")] = "both"
-    """Trends that count: both, the loss alone, or the reward alone, a metric called reward."""
+    """Trends that count. Both, the loss alone, or the reward alone, a metric called reward."""
     every: Annotated[int, arg(metavar="N")] = 20
     """Steps from one move of the controls to the next."""
     gain: Annotated[float, arg(metavar="G")] = 1.0
     """Factor on how far the laws go at each."""
     baseline: Annotated[bool, arg(help_behavior_hint="(default: baseline)")] = True
-    """--no-baseline takes trends as they are, not from their mean over the run."""
+    """--no-baseline takes trends as they are. Not from their mean over the run."""
     directory: Annotated[Path | None, _unset("runs/RUN-smooth-HASH", "DIR")] = None
-    """Its directory; every run has one of its own in it."""
+    """Where all is kept. Every run has a directory of its own in it."""
 
     def checked(self) -> SmoothConfig:
         """These settings if they make sense by themselves; an InputError otherwise."""
@@ -196,36 +196,36 @@ class HypergradientConfig:
     """The directory of a run."""
 
     controls: Annotated[tuple[str, ...] | None, _unset("all that are not 0", "NAME …")] = None
-    """What J is differentiated by: some of lr, momentum, noise, weight_decay."""
+    """What J is differentiated by. Some of lr, momentum, noise, weight_decay."""
     steps: Annotated[int | None, _unset("all of them", "T")] = None
-    """Only the first T steps of the run, with J at their end."""
+    """Only the first T steps of the run. With J at their end."""
     product: Annotated[str, arg(metavar="NAME")] = "exact"
     """Hessian products, as of rhc train."""
     average: Annotated[float, arg(metavar="D")] = 0.0
-    """J is taken at the average of the iterates with this decay; 0 for the last one."""
+    """J is taken at the average of the iterates. This is its decay; 0 for the last one."""
     stage_weight: Annotated[float | None, _unset("0; 1/T without validation data", "W")] = None
     """Weight of the sum of the training losses in J."""
     objective_batches: Annotated[int, arg(metavar="N")] = 16
     """Validation batches in J, at most."""
     memory_budget: Annotated[str | None, _unset("none", "SIZE")] = None
-    """Memory that looking back may take beyond plain training: bytes, 500MB, 2GiB."""
+    """Memory that looking back may take. Beyond plain training: bytes, 500MB, 2GiB."""
     discount: Annotated[float, arg(metavar="G")] = 1.0
     """Factor on the costate at every step backwards; below 1 the far future counts less."""
     costate_clip: Annotated[float | None, _unset("none", "C")] = None
     """Largest norm of the costate, as a multiple of its norm at the end."""
 
     passes: Annotated[int, arg(metavar="N")] = 0
-    """Rewrites of the whole schedule, each kept where J falls on the same data; a run by what comes
-    out is trained in the end."""
+    """Rewrites of the whole schedule. Each is kept where J falls on the same data; a run by what
+    comes out is trained in the end."""
     knots: Annotated[int, arg(metavar="M")] = 8
-    """Knots that --passes move, with log-linear values between them; 0 for one per step."""
+    """Knots that --passes move. With log-linear values between them; 0 for one per step."""
     step: Annotated[float, arg(metavar="X")] = 0.3
-    """Largest move of a knot per rewrite, in nats (momentum: logits)."""
+    """Largest move of a knot per rewrite. In nats (momentum: logits)."""
     output: Annotated[Path | None, _unset("runs/RUN-horizon-HASH", "DIR")] = None
-    """Directory of the run that --passes ends with."""
+    """Where their last run is kept."""
 
     data: Annotated[Path | None, _unset("as before", "DIR")] = None
-    """Where the same data are now, if they were moved."""
+    """Where the same data are now. If they were moved."""
     device: Annotated[str | None, _unset("as before", "NAME")] = None
     """Where to compute: cpu, cuda or auto."""
 
@@ -263,28 +263,29 @@ class DistillConfig:
     """What `rhc distill` does."""
 
     directories: Annotated[tyro.conf.Positional[tuple[Path, ...]], arg(metavar="DIR …")]
-    """Directories of runs that were written with hindsight: of rhc smooth, hypergradient, train."""
+    """Directories of runs. Written with hindsight: by rhc smooth, hypergradient or train."""
     output: Annotated[Path, arg(metavar="POLICY", aliases=("-o",))]
-    """Folder for the policy; rhc.DistilledScheduler.load takes it."""
+    """Folder for the policy. rhc.DistilledScheduler.load takes it."""
 
     kind: Annotated[str, arg(metavar="gru|laws")] = "gru"
-    """gru: a small recurrent network; laws: those of AdaptiveRL with fitted gains, to be read."""
+    """A recurrent network, or laws. Those of AdaptiveRL with fitted gains, to be read."""
     controls: Annotated[tuple[str, ...] | None, _unset("what moves in the runs", "NAME …")] = None
-    """What the policy steers: some of lr, momentum, noise."""
+    """What the policy steers. Some of lr, momentum, noise."""
     every: Annotated[int, arg(metavar="N")] = 20
     """Steps from one move of the controls to the next."""
     gradient_norms: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Look at the trend of the gradient's norm too, taken once per move."""
+    """Look at the gradient's norm too. At its trend, taken once per move."""
     held_out: Annotated[float, arg(metavar="F")] = 0.2
-    """Share of the runs that nothing is learned from; policies are judged by steering them."""
+    """Share of the runs to judge policies by. Nothing is learned from them: policies steer them."""
     rounds: Annotated[int, arg(metavar="N")] = 2
-    """Rounds in which the policy steers the training runs and is corrected where it goes."""
+    """Rounds of correction. In each the policy steers the training runs and is corrected where it
+    goes."""
     per_round: Annotated[int, arg(metavar="N")] = 8
-    """Training runs that are steered in a round, at most, one plain run each."""
+    """Training runs steered per round, at most. One plain run each."""
     seed: Annotated[int, arg(metavar="S")] = 0
     """Seed of the fit and of the split."""
     data: Annotated[Path | None, _unset("as before", "DIR")] = None
-    """Where the runs' data are now, if they were moved."""
+    """Where the runs' data are now. If they were moved."""
 
     def checked(self) -> DistillConfig:
         """These settings if they make sense by themselves; an InputError otherwise."""
@@ -302,8 +303,8 @@ class DistillConfig:
 
 
 DISTILL = """\
-Fit a causal scheduler to runs that were written with hindsight:
-  it sees the past alone, costs one plain run, and works in any loop
+Fit a causal scheduler to runs that were written with hindsight: it sees the
+past alone, costs one plain run, and works in any loop:
   scheduler = rhc.DistilledScheduler.load("POLICY", optimizer, steps=T)
 
 examples:
@@ -311,34 +312,60 @@ examples:
   rhc distill runs/mnist-smooth-* -o laws --kind laws --rounds 0
   rhc compare mnist --data mnist/ --methods distilled constant --policy policy"""
 
+DISTILL_FLAGS = {
+    "arguments": ("directories output", ""),
+    "the policy": ("kind controls", "every gradient_norms"),
+    "its fit": ("rounds seed data", "per_round held_out"),
+}
+
 HYPERGRADIENT = """\
-Exact dJ/du of every step and control of a run that was recorded, however long:
-  J is the validation loss at its end; written to DIR/hypergradient.json
+Exact dJ/du of every step and control of a recorded run, however long it is; J
+is the validation loss at its end. Written to DIR/hypergradient.json.
 
 examples:
   rhc hypergradient runs/mnist-1a2b3c4d
   rhc hypergradient runs/mnist-1a2b3c4d --memory-budget 256MB
-  rhc hypergradient runs/mnist-1a2b3c4d --passes 4     rewrite it all, and train"""
+  rhc hypergradient runs/mnist-1a2b3c4d --passes 4   # rewrite it all, and train"""
+
+HYPERGRADIENT_FLAGS = {
+    "what is looked back at": ("directory controls steps data device", ""),
+    "how": ("product memory_budget", "average stage_weight objective_batches discount "
+            "costate_clip"),
+    "rewriting it": ("passes knots output", "step"),
+}  # fmt: skip
 
 SMOOTH = """\
-Train RUN, look at its tape from both ends, write a schedule, train again by it:
-  the laws of AdaptiveRL, driven by what came after a step as well as before;
-  the best run by held-out loss is kept; no gradients of gradients
+Train RUN, look at its tape from both ends, write a schedule, train by it: the
+laws of AdaptiveRL, driven by what came after a step as well as before. The
+best run by held-out loss is kept; no gradients of gradients.
 
 examples:
-  rhc smooth digits                                  two plain runs
-  rhc smooth drifting_sine --passes 3                four
-  rhc smooth mnist --data mnist/ --template cosine   corrects a cosine
-  rhc replay runs/digits-smooth-1a2b3c4d --seed 1    what came out, used again"""
+  rhc smooth digits                                  # two plain runs
+  rhc smooth drifting_sine --passes 3                # four
+  rhc smooth mnist --data mnist/ --template cosine   # corrects a cosine
+  rhc replay runs/digits-smooth-1a2b3c4d --seed 1    # what came out, again"""
+
+SMOOTH_FLAGS = {
+    "what is trained": ("run data steps seed device", "threads"),
+    "the first run": ("optimizer lr template", "momentum weight_decay clip_norm"),
+    "smoothing": ("passes", "source every gain baseline"),
+    "files": ("directory", ""),
+}
 
 REPLAY = """\
-Train RUN by a schedule that another run wrote, for one plain run, on any seed:
-  it is followed step by step; nothing is rewritten, nothing looked for
+Train RUN by a schedule that another run wrote, for one plain run, on any seed.
+It is followed step by step; nothing is rewritten, nothing looked for.
 
 examples:
-  rhc replay runs/digits-1a2b3c4d --seed 1           the same run, another seed
-  rhc replay schedule.json mnist --data mnist/       any run, any schedule
-  rhc replay schedule.json --steps 2000 --stretch    the same shape, longer
+  rhc replay runs/digits-1a2b3c4d --seed 1           # the run on another seed
+  rhc replay schedule.json mnist --data mnist/       # any run, any schedule
+  rhc replay schedule.json --steps 2000 --stretch    # the same shape, longer
   rhc replay schedule.json --batch-size 256 --rescale sqrt
-  rhc replay schedule.json --width 4 --rescale width lr / 4, as muP has it
-                                                     for hidden weights, Adam"""
+  rhc replay schedule.json --width 4 --rescale width # lr / 4, as muP has it"""
+
+REPLAY_FLAGS = {
+    "what is trained": ("schedule run data seed device", "threads optimizer"),
+    "another length or size": ("steps stretch batch_size width rescale", ""),
+    "files": ("directory", "resume keep_checkpoints"),
+}
+"""Headings of the help, as in `rhc.config.TRAIN_FLAGS`."""

@@ -450,7 +450,7 @@ def test_the_ablations_differ_from_what_they_ablate() -> None:
 
 
 def test_help_names_every_method(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", "--help"]) == 0
+    assert main(["compare", "--help-all"]) == 0
     shown = capsys.readouterr().out
     families = ("adaptive-", "planner-", "step-")
     wanted = {name for name in METHODS if not name.startswith(families)} - {"oracle-cosine"}

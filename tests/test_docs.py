@@ -162,6 +162,12 @@ def test_the_notebook_ends_with_the_report() -> None:
     assert "srcdoc" in shown["data"]["text/html"] and "Plotly" in shown["data"]["text/html"]
 
 
+def test_every_flag_is_in_the_documentation() -> None:
+    script = ROOT / "docs" / "commands.py"
+    found = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+
+
 def test_the_pictures_are_current() -> None:
     script = ROOT / "docs" / "pictures.py"
     found = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)

@@ -23,7 +23,7 @@ LAYERS = (
     {"evaluate", "faults", "hindsight", "hypergradient", "planning", "rewrite", "start"},
     {"compare", "comparison", "launchers", "report", "runner", "together"},
     {"__main__", "cli", "distill", "horizon", "progress", "replay", "smooth", "summary", "train",
-     "watch"},
+     "usage", "watch"},
 )  # fmt: skip
 """L0 to L5 of the design: a module or package of rhc may import its own layer and those before."""
 
