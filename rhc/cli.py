@@ -396,18 +396,19 @@ def _unboxed(text: str) -> str:
 
 def _train(config: TrainConfig) -> int:
     config = config.checked()
-    from rich.console import Console
+    from rhc.progress import Screen
 
-    from rhc.train import train
-
-    return train(config, Console())
+    screen = Screen()
+    with screen.waiting("loading torch"):
+        from rhc.train import train
+    return train(config, screen)
 
 
 def _resume(config: ResumeConfig) -> int:
     from rhc.summary import read_record
 
     record = read_record(config.directory)  # what is no run is said before torch is imported
-    from rich.console import Console
+    from rhc.progress import Screen
 
     if config.steps is not None and "command" in record:
         raise InputError(
@@ -417,7 +418,7 @@ def _resume(config: ResumeConfig) -> int:
     if record.get("command") == "replay":
         from rhc.replay import resume_replay
 
-        return resume_replay(config.directory, config.data, config.device, Console())
+        return resume_replay(config.directory, config.data, config.device, Screen())
     if "pass" in record:
         raise InputError(
             f"directory {config.directory} is one run of {config.directory.parent}; resume that"
@@ -425,7 +426,7 @@ def _resume(config: ResumeConfig) -> int:
     if record.get("command") == "smooth":
         from rhc.smooth import resume_smooth
 
-        return resume_smooth(record, config.directory, Console())
+        return resume_smooth(record, config.directory, Screen())
     from rhc.train import config_of, train
 
     recorded = config_of(config.directory)
@@ -436,24 +437,22 @@ def _resume(config: ResumeConfig) -> int:
         device=config.device or recorded.device,
         steps=recorded.steps if config.steps is None else config.steps,
     )
-    return train(settings.checked(), Console(), recorded_data=moved)
+    return train(settings.checked(), Screen(), recorded_data=moved)
 
 
 def _runs(config: RunsConfig) -> int:
-    from rich.console import Console
-
+    from rhc.progress import Screen
     from rhc.summary import print_runs
 
-    print_runs(Console())
+    print_runs(Screen())
     return 0
 
 
 def _inspect(config: InspectConfig) -> int:
-    from rich.console import Console
-
+    from rhc.progress import Screen
     from rhc.summary import print_run
 
-    print_run(Console(), config.directory)
+    print_run(Screen(), config.directory)
     return 0
 
 
@@ -480,20 +479,18 @@ def _init(config: InitConfig) -> int:
 
 def _replay(config: ReplayConfig) -> int:
     config = config.checked()
-    from rich.console import Console
-
+    from rhc.progress import Screen
     from rhc.replay import replay
 
-    return replay(config, Console())
+    return replay(config, Screen())
 
 
 def _smooth(config: SmoothConfig) -> int:
     config = config.checked()
-    from rich.console import Console
-
+    from rhc.progress import Screen
     from rhc.smooth import smooth_run
 
-    return smooth_run(config, Console())
+    return smooth_run(config, Screen())
 
 
 def _hypergradient(config: HypergradientConfig) -> int:
@@ -501,30 +498,27 @@ def _hypergradient(config: HypergradientConfig) -> int:
     from rhc.summary import read_record
 
     read_record(config.directory)  # what is no run is said before torch is imported
-    from rich.console import Console
-
     from rhc.horizon import hypergradient_of
+    from rhc.progress import Screen
 
-    return hypergradient_of(config, Console())
+    return hypergradient_of(config, Screen())
 
 
 def _distill(config: DistillConfig) -> int:
     config = config.checked()
-    from rich.console import Console
-
     from rhc.distill import distill
+    from rhc.progress import Screen
 
-    return distill(config, Console())
+    return distill(config, Screen())
 
 
 def _compare(config: CompareConfig) -> int:
-    from rich.console import Console
-
     from rhc.comparison import print_comparison
+    from rhc.progress import Screen
 
     short = config.run.rpartition(":")[2]
     return print_comparison(
-        Console(),
+        Screen(),
         config.run,
         methods=config.methods,
         ablations=config.ablations,

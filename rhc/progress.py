@@ -6,12 +6,14 @@ that a step only stores a reference; the screen takes at most 2 % of the time.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import re
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -44,6 +46,8 @@ DRAWING = 0.01
 REFRESHES = 8.0
 """Per second, at most."""
 ATTEMPTS_SHOWN = 4
+PANEL = (56, 9)
+"""Columns and rows of a screen below which the display is a few lines without a frame."""
 _OUTCOME_STYLE = {"accepted": "green", "rejected": "yellow", "rewound": "red"}
 
 
@@ -78,8 +82,8 @@ class Progress:
     row: Mapping[str, Any] = field(default_factory=dict)
     """The tape's newest line."""
     started: bool = False
-    tried: Mapping[str, Any] | None = None
-    """The newest roll in search of a start; None once it is found."""
+    tried: deque[Mapping[str, Any]] = field(default_factory=lambda: deque(maxlen=ATTEMPTS_SHOWN))
+    """The newest rolls in search of a start; none once it is found."""
     begun: StartFound | None = None
     result: Mapping[str, Any] | None = None
 
@@ -89,9 +93,10 @@ class Progress:
             case StepTaken():
                 self.step = event
             case StartTried(record):
-                self.tried = record
+                self.tried.append(record)
             case StartFound():
-                self.begun, self.tried, self.began = event, None, self.clock()
+                self.tried.clear()
+                self.begun, self.began = event, self.clock()
             case VerbStarted():
                 self.verb = event
                 if event.verb in ("roll", "replay"):
@@ -160,12 +165,35 @@ class Progress:
             self.outcomes[outcome] += outcome != "rewound"
 
 
+class Screen(Console):
+    """A console that ends the command where nobody reads it any more, as in `rhc train | head`.
+
+    rich's own would end it with status 1, which says that a run diverged.
+    """
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, "nobody reads the output")
+
+    @property
+    def animated(self) -> bool:
+        """Whether what was shown can be shown anew in its place."""
+        return self.is_terminal and not self.is_dumb_terminal
+
+    def waiting(self, what: str) -> AbstractContextManager[Any]:
+        """A line that says what is waited for, gone afterwards; nothing but on a terminal."""
+        return self.status(Text(what, style="dim")) if self.animated else nullcontext()
+
+
 class PlainLines(AbstractContextManager["PlainLines"]):
     """A listener that writes one line per committed window: for logs and pipes."""
 
     def __init__(self, progress: Progress, console: Console) -> None:
         self.progress = progress
-        self.write = lambda text: console.out(text, highlight=False)
+        # Columns are for logs; on a small screen a line that fits is worth more.
+        small = console.is_terminal and console.width < 100
+        self.write: Callable[[str], None] = lambda text: console.out(
+            re.sub(" {2,}", " ", text) if small else text, highlight=False
+        )
 
     def __call__(self, event: Event) -> None:
         self.progress.observe(event)
@@ -212,9 +240,9 @@ class LiveDisplay(AbstractContextManager["LiveDisplay"]):
     def __init__(self, progress: Progress, console: Console) -> None:
         self.progress = progress
         self.console = console
-        # No refreshing thread: it would compete with the training for the interpreter.
-        self.live = Live(console=console, auto_refresh=False, get_renderable=self._frame)
+        self.live = self._fresh()
         self.drawn = -math.inf
+        self.width = console.width
         self.pause = 1 / REFRESHES
 
     def __call__(self, event: Event) -> None:
@@ -227,8 +255,7 @@ class LiveDisplay(AbstractContextManager["LiveDisplay"]):
                 if progress.clock() - self.drawn > (self.pause / 2 if end else self.pause):
                     self._draw()
             case RunStarted():
-                for line in heading(progress):
-                    self.console.print(Text(line, style="dim"))
+                self._head()
                 self.live.start()
             case StartTried():
                 self._draw()
@@ -242,9 +269,25 @@ class LiveDisplay(AbstractContextManager["LiveDisplay"]):
     def _draw(self) -> None:
         if self.live.is_started:
             began = self.progress.clock()
+            if self.console.width != self.width:
+                # The terminal has broken the lines of the frame anew: nobody knows where it began.
+                self.width = self.console.width
+                self.live.stop()
+                self.console.clear()
+                self._head()
+                self.live = self._fresh()
+                self.live.start()
             self.live.refresh()
             self.drawn = self.progress.clock()
             self.pause = max(1 / REFRESHES, (self.drawn - began) / DRAWING)
+
+    def _fresh(self) -> Live:
+        # No refreshing thread: it would compete with the training for the interpreter.
+        return Live(console=self.console, auto_refresh=False, get_renderable=self._frame)
+
+    def _head(self) -> None:
+        for line in heading(self.progress):
+            self.console.print(Text(line, style="dim"))
 
     def __enter__(self) -> Self:
         return self
@@ -259,7 +302,7 @@ class LiveDisplay(AbstractContextManager["LiveDisplay"]):
             self.live.stop()
 
     def _frame(self) -> RenderableType:
-        return frame(self.progress, self.console.width)
+        return frame(self.progress, self.console.width, self.console.height)
 
 
 def display(progress: Progress, console: Console) -> PlainLines | LiveDisplay:
@@ -281,17 +324,22 @@ def heading(progress: Progress) -> list[str]:
 # The frame ----------------------------------------------------------------------------------------
 
 
-def frame(progress: Progress, width: int) -> RenderableType:
-    """The display as it stands, for a screen of `width` columns."""
+def frame(progress: Progress, width: int, height: int = 24) -> RenderableType:
+    """The display as it stands, for a screen of `width` columns and `height` rows."""
+    if width < PANEL[0] or height < PANEL[1]:
+        return _small(progress, height)
     parts: list[RenderableType] = [_bars(progress)]
-    if progress.tried is not None:
-        parts.append(Text(f"looking for a start: {tried(progress.tried)}"))
-    elif progress.result is None:
-        parts.append(_verbs(progress))
-    parts += [_controls(progress), _loss(progress)]
-    if progress.attempts:
-        parts.append(_attempts(progress))
-    parts.append(_counters(progress))
+    if progress.tried:
+        parts.append(_search(progress))
+    else:
+        if progress.result is None:
+            parts.append(_verbs(progress))
+        parts += [_controls(progress), _loss(progress)]
+        # Border, bars, verbs, controls, loss and counters are eight lines, the prompt one.
+        shown = list(progress.attempts)[-max(height - 9, 0) :] if height > 9 else []
+        if shown:
+            parts.append(_attempts(shown))
+        parts.append(_counters(progress))
     return Panel(
         Group(*parts),
         title=Text(progress.name, style="bold"),
@@ -300,6 +348,29 @@ def frame(progress: Progress, width: int) -> RenderableType:
         # The terminal's ^C must fit beside the last line, or it scrolls the frame by one.
         width=min(width - 3, 92),
     )
+
+
+def _small(progress: Progress, height: int) -> RenderableType:
+    """The display for a small screen: the lines that matter most, as many as there is room for."""
+    lines = [Text(f"{progress.name} {progress.committed}/{progress.steps}", style="bold")]
+    if progress.tried:
+        lines += [Text("looking for a start"), Text(tried(progress.tried[-1]))]
+    else:
+        verb, left = progress.verb, progress.seconds_left
+        if progress.result is not None:
+            lines[0].append("  done", style="not bold")
+        elif left is not None:
+            lines[0].append(f"  {duration(left)} left", style="not bold")
+        lines.append(_loss(progress))
+        if verb is not None and progress.result is None:
+            lines.append(Text(f"{verb.verb} {verb.start}–{verb.stop}"))
+        lines.append(_controls(progress))
+        if progress.attempts:
+            lines.append(_attempts(list(progress.attempts)[-1:]))
+        lines.append(_counters(progress))
+    for line in lines:
+        line.no_wrap, line.overflow = True, "ellipsis"
+    return Group(*lines[: max(1, height - 1)])
 
 
 def _bars(progress: Progress) -> RenderableType:
@@ -336,6 +407,12 @@ def _bar(completed: float, total: float) -> RenderableType:
     return ProgressBar(total=max(total, 1), completed=completed, finished_style="green")
 
 
+def _search(progress: Progress) -> RenderableType:
+    """The newest rolls in search of a start."""
+    lines = ["looking for a start", *(f"  {tried(record)}" for record in progress.tried)]
+    return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
+
+
 def _verbs(progress: Progress) -> RenderableType:
     text = Text(no_wrap=True, overflow="ellipsis")
     now = None if progress.verb is None else progress.verb.verb
@@ -346,7 +423,7 @@ def _verbs(progress: Progress) -> RenderableType:
     return text
 
 
-def _controls(progress: Progress) -> RenderableType:
+def _controls(progress: Progress) -> Text:
     text = Text(no_wrap=True, overflow="ellipsis")
     for name in ("lr", "momentum", "noise", "weight_decay"):
         value = one_number(progress.values.get(name))
@@ -356,7 +433,7 @@ def _controls(progress: Progress) -> RenderableType:
     return text
 
 
-def _loss(progress: Progress) -> RenderableType:
+def _loss(progress: Progress) -> Text:
     text = Text("train loss ", style="dim", no_wrap=True, overflow="ellipsis")
     if not progress.losses:
         if progress.step is not None and progress.step.loss is not None:
@@ -371,15 +448,14 @@ def _loss(progress: Progress) -> RenderableType:
     return text
 
 
-def _attempts(progress: Progress) -> RenderableType:
-    """The newest attempts at a window, one a line; text, since a table costs 2 ms to lay out."""
+def _attempts(records: Sequence[Mapping[str, Any]]) -> Text:
+    """Attempts at windows, one a line; text, since a table costs 2 ms to lay out."""
     text = Text(no_wrap=True, overflow="ellipsis")
-    places = [f"{record['start']}–{record['stop']}" for record in progress.attempts]
+    places = [f"{record['start']}–{record['stop']}" for record in records]
     changes = [
-        "" if record["outcome"] == "rewound" else f"J {change(record, '→')}"
-        for record in progress.attempts
+        "" if record["outcome"] == "rewound" else f"J {change(record, '→')}" for record in records
     ]
-    for record, place, moved in zip(progress.attempts, places, changes, strict=True):
+    for record, place, moved in zip(records, places, changes, strict=True):
         outcome = record["outcome"]
         text.append("\n" if text else "")
         text.append(f"{place:<{max(map(len, places))}}  ", style="dim")
@@ -388,7 +464,7 @@ def _attempts(progress: Progress) -> RenderableType:
     return text
 
 
-def _counters(progress: Progress) -> RenderableType:
+def _counters(progress: Progress) -> Text:
     text = Text(no_wrap=True, overflow="ellipsis")
     if progress.rewriting:
         for outcome, count in progress.outcomes.items():

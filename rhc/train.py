@@ -117,8 +117,12 @@ def shown(
             # N ranks do what one process does, statistics of batches included.
             with synchronised(runner.plant.model, runner.ranks, every=True):
                 runner.fit(config.steps, cast(Literal["auto", "never"], config.resume))
-    except KeyboardInterrupt:
-        return _interrupted(progress, directory)
+    except (KeyboardInterrupt, BrokenPipeError) as stop:
+        # What a run did until then is saved, whether it was stopped or lost its reader.
+        status = _interrupted(progress, directory)
+        if isinstance(stop, BrokenPipeError):
+            raise
+        return status
     except DivergedError as error:
         print(f"rhc: error: {told(error)}", file=sys.stderr)
         return 1

@@ -914,15 +914,46 @@ def test_plain_lines_tell_what_happened() -> None:
     ]
 
 
-@pytest.mark.parametrize("width", [30, 60, 80, 200])
+@pytest.mark.parametrize("width", [20, 30, 60, 80, 200])
 @pytest.mark.parametrize("until", [1, 2, 20, 60, 90, None])
 def test_the_frame_fits_any_terminal(width: int, until: int | None) -> None:
     clock, file = Clock(), io.StringIO()
     progress = Progress("demo", clock)
     feed(PlainLines(progress, Console(file=io.StringIO())), clock, until)
-    Console(file=file, width=width).print(frame(progress, width))
-    lines = file.getvalue().splitlines()
-    assert len(lines) <= 16 and max(map(len, lines)) <= min(width, 92)
+    for height in (24, 12, 9, 6, 3):
+        file = io.StringIO()
+        Console(file=file, width=width).print(frame(progress, width, height))
+        lines = file.getvalue().splitlines()
+        # One row is the prompt's; rich would cut what is more with dots.
+        assert len(lines) < height and max(map(len, lines)) <= min(width, 92)
+
+
+def test_a_screen_that_shrinks_is_drawn_anew() -> None:
+    """Its terminal broke the lines of the frame, so that nothing above can be trusted."""
+    clock, file = Clock(), io.StringIO()
+    console = Console(file=file, force_terminal=True, width=80, height=24)
+    display = LiveDisplay(Progress("demo", clock), console)
+    with display:
+        display(RunStarted(0, 200, 50, 50, ("lr",), True, None))
+        display(VerbStarted("roll", 0, 0, 50, 0))
+        for step, width in ((0, 80), (1, 80), (2, 40), (3, 40)):
+            console.width, clock.now = width, clock.now + 1
+            before = len(file.getvalue())
+            display(StepTaken(step, 0.1, {"lr": 0.1}))
+            cleared = "\x1b[2J" in file.getvalue()[before:]
+            assert cleared == (step == 2)
+            assert not cleared or "window 50" in file.getvalue()[before:]
+
+
+def test_a_reader_that_goes_away_ends_the_run_as_a_signal_would(tmp_path: Path) -> None:
+    """`rhc train | head -1`: status 141 and one line, and the run can be resumed."""
+    command = f"{shlex.quote(sys.executable)} -m rhc train digits --steps 3000 --directory run"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{command} | head -1"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.count("\n")) == (141, 1)
+    assert re.fullmatch(r"rhc: stopped; \d+ of 3000 steps .* rhc resume run\n", done.stderr)
 
 
 def test_the_display_shows_the_loop() -> None:
