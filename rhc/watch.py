@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,8 +12,11 @@ from typing import Any
 
 from rhc.errors import InputError
 from rhc.files import parsed_json
-from rhc.progress import one_number
+from rhc.progress import one_number, tried
 from rhc.summary import read_record
+
+MOST_EARLIER = 8
+"""Attempts that had been made when the watching began, of which a line is shown."""
 
 TEMPLATE = '''\
 """A run of your own: `rhc train {file}:{name}` trains it."""
@@ -72,15 +78,26 @@ def watch(
 ) -> None:
     """Writes a line per attempt and per commit until the run has a result; never to its files.
 
-    A run that is stopped has none, and is waited for, as it may be resumed.
+    A run that is stopped has none, and is waited for, as it may be resumed; that nobody trains it
+    is said once.
     """
     config = read_record(directory, told=write)
     wait = wait or (lambda: time.sleep(1))
     write(f"watching {directory}, {config.get('steps')} steps; Ctrl-C ends the watching alone")
-    tape, windows = _Tail(directory / "tape.jsonl"), _Tail(directory / "windows.jsonl")
+    names = ("start.jsonl", "windows.jsonl", "tape.jsonl")
+    starts, windows, tape = (_Tail(directory / name) for name in names)
+    quiet, first = False, True
     while True:
         ended = (directory / "result.json").exists()
-        for row in windows.rows():
+        for row in starts.rows():
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # of another version
+                write(f"start  {tried(row)}")
+        attempts = list(windows.rows())
+        if first and len(attempts) > MOST_EARLIER:
+            write(f"{len(attempts) - MOST_EARLIER} attempts at windows before these")
+            attempts = attempts[-MOST_EARLIER:]
+        first = False
+        for row in attempts:
             before, after = row.get("objective_before"), row.get("objective_after")
             reason = f": {row['reason']}" if row.get("reason") else ""
             write(
@@ -101,7 +118,29 @@ def watch(
             result = read_record(directory, "result.json", write)
             write(f"finished: test loss {_text(result.get('test_loss'))}")
             return
+        if trained(directory) is not False or rows or attempts:
+            quiet = False
+        elif not quiet:
+            quiet = True
+            write(
+                "nothing on this machine trains it: it was stopped, killed, or diverged; waiting; "
+                f"to go on: rhc resume {shlex.quote(str(directory))}"
+            )
         wait()
+
+
+def trained(directory: Path) -> bool | None:
+    """Whether a process of this machine holds the run's lock; None where that cannot be seen.
+
+    The lock itself is left alone: taking it, for a moment only, could refuse the run that begins.
+    """
+    try:
+        file = (directory / ".lock").stat()
+        locks = Path("/proc/locks").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    place = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}"
+    return any(place in line.split() for line in locks.splitlines())
 
 
 class _Tail:
@@ -119,6 +158,10 @@ class _Tail:
                 data = file.read()
         except FileNotFoundError:
             return
+        except OSError as error:
+            raise InputError(
+                f"{self.path} cannot be read ({error.strerror}); give a directory that you may read"
+            ) from None
         whole = data[: data.rfind(b"\n") + 1]
         self.at += len(whole)
         for line in whole.splitlines():

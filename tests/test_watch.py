@@ -37,6 +37,44 @@ def test_a_run_is_followed_to_its_end(tmp_path: Path) -> None:
     ]
 
 
+def test_it_is_said_once_that_nothing_trains_a_run(tmp_path: Path) -> None:
+    """A run that was killed leaves no result; one that lives holds a lock, which is left alone."""
+    fcntl = pytest.importorskip("fcntl", reason="locks are of POSIX")
+    if not Path("/proc/locks").exists():
+        pytest.skip("what holds a lock is not to be seen here")
+    (tmp_path / "config.json").write_text('{"steps": 4}')
+    attempt = '{"start": 0, "stop": 2, "outcome": "rejected"}\n'
+    (tmp_path / "windows.jsonl").write_text(attempt * 11)
+    rounds, lines = iter(range(7)), list[str]()
+    with open(tmp_path / ".lock", "w") as lock:
+
+        def wait() -> None:
+            match next(rounds):
+                case 0:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    record = {"kind": "probe", "steps": 3, "from": 0.1, "loss": 1.0}
+                    (tmp_path / "start.jsonl").write_text(json.dumps(record) + "\n")
+                case 2:
+                    assert len(lines) == 11, "one who trains is quiet"
+                    fcntl.flock(lock, fcntl.LOCK_UN)
+                case 6:
+                    (tmp_path / "result.json").write_text("{}")
+
+        watch(tmp_path, lines.append, wait)
+    assert lines[1] == "3 attempts at windows before these" and len(lines) == 13
+    assert lines[10] == "start  3 steps at lr 0.1: loss 1"
+    assert lines[11].endswith(f"to go on: rhc resume {tmp_path}")
+
+
+def test_what_may_not_be_read_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"steps": 4}')
+    (tmp_path / "windows.jsonl").mkdir()  # as with no permission, which root always has
+    assert main(["watch", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"rhc: error: {tmp_path}/windows.jsonl cannot be")
+
+
 def test_the_template_trains_as_it_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
