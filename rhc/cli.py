@@ -41,6 +41,7 @@ from rhc.hindsight_config import (
     SmoothConfig,
 )
 from rhc.usage import Groups, page
+from rhc.workload import with_function
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,10 @@ def _dispatch(arguments: list[str]) -> int:
         print(_help(name, whole="--help-all" in rest))
         return 0
     default = _defaults(rest) if command.flags is TrainConfig else tyro.MISSING_NONPROP
-    return command.act(_parsed(name, command, rest, default))
+    config = _parsed(name, command, rest, default)
+    if isinstance(run := getattr(config, "run", None), str):
+        config = replace(config, run=with_function(run))
+    return command.act(config)
 
 
 def _commands() -> Any:

@@ -83,7 +83,7 @@ class TrainConfig:
     """What `rhc train` does. Each field's sentence is the help of its flag."""
 
     run: Annotated[tyro.conf.Positional[str], arg(metavar="[RUN]")] = "digits"
-    """A name of `rhc runs`, or file.py:function."""
+    """A name of `rhc runs`, or file.py:function. file.py alone is file.py:file."""
 
     window: Annotated[int, arg(metavar="K")] = 50
     """Steps that are looked back at and rewritten at once. They are rolled, differentiated,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -18,6 +19,8 @@ from rhc.plant import Plant
 
 TRAIN_BATCHES = 200
 """The training loss is taken over at most this many batches of train_loader."""
+UNSIZED_BATCHES = 1000
+"""Of a loader without a length, which may have no end."""
 
 
 class Losses(NamedTuple):
@@ -31,9 +34,15 @@ class Losses(NamedTuple):
 def evaluate(
     plant: Plant, loader: Iterable[Any] | None, *, most: int | None = None
 ) -> Losses | None:
-    """Mean loss and metrics in eval mode over (the first `most` batches of) a loader."""
+    """Mean loss and metrics in eval mode over (the first `most` batches of) a loader.
+
+    most: by default all of them, of a loader without a length the first `UNSIZED_BATCHES`.
+    """
     if loader is None:
         return None
+    unsized = most is None and not _has_length(loader)
+    most = UNSIZED_BATCHES if unsized else most
+    drawn = 0
     device = plant.parameters[0].device
     count, total, sums = 0, 0.0, dict[str, float]()
     with plant.evaluating(), loader_preserved(loader):
@@ -41,17 +50,31 @@ def evaluate(
         for batch in islice(iter(loader), most):
             moved = to_device(batch, None if device.type == "cpu" else device)
             loss, metrics = plant.loss(moved)
+            drawn += 1
             n = batch_size(moved)
             count += n
             total += n * float(loss)
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + n * float(value.double().mean())
+    if unsized and drawn == most:
+        warnings.warn(
+            f"a loader without a length has not ended after {most} batches: its figures are of "
+            "these; give one that ends, or has a length, for all of it",
+            stacklevel=2,
+        )
     if plant.ranks is not None:
         whole, total, *rest = plant.ranks.sums([count, total, *sums.values()])
         count, sums = int(whole), dict(zip(sums, rest, strict=True))
     if not count:
         return Losses(math.nan, {})
     return Losses(total / count, {name: value / count for name, value in sums.items()})
+
+
+def _has_length(loader: Any) -> bool:
+    try:
+        return len(loader) >= 0
+    except (TypeError, NotImplementedError):  # of a DataLoader over an IterableDataset
+        return False
 
 
 def _draw_alike(plant: Plant) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._utils import _unflatten_dense_tensors
 from torch.nn.modules.batchnorm import _NormBase
 
+from rhc.advice import check_parts, explained, has_mend
 from rhc.batches import DrawnAsNeeded, MicroBatches
 from rhc.distributed import (
     Ranks,
@@ -158,6 +159,7 @@ class Plant:
                 f"clip_norm and clip_value cannot go together, got {clip_norm:g} and "
                 f"{clip_value:g}; give one of them"
             )
+        check_parts(model, optimizer, loss_fn)
         self.model = model
         self.optimizer = optimizer
         self.loss_fn = loss_fn if ranks is None else weighing(loss_fn, ranks)
@@ -201,7 +203,13 @@ class Plant:
 
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, metrics) of the live model on a batch; a loss that cannot be used is an error."""
-        return checked_loss(self.loss_fn(self.model, batch))
+        try:
+            result = self.loss_fn(self.model, batch)
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            if not isinstance(error, InputError) and has_mend(error):
+                raise InputError(explained(error, "", self.model, batch)) from error
+            raise  # for whoever debugs it; memory is for the Runner
+        return checked_loss(result)
 
     def step(self, batch: Any, controls: Mapping[str, float], step: int) -> StepRecord:
         """One optimizer step in place: exactly the plain loop's, with the controls of the step.
@@ -292,7 +300,8 @@ class Plant:
         if isinstance(batch, (MicroBatches, DrawnAsNeeded)):
             return self._accumulate(batch)
         loss, metrics = self.loss(batch)
-        loss.backward()
+        with _one_graph():
+            loss.backward()
         return loss, metrics
 
     def refuse_sparse(self, *, slots: bool = True) -> None:
@@ -316,7 +325,8 @@ class Plant:
         metrics: dict[str, list[Tensor]] = {}
         for batch in batches:
             loss, observed = self.loss(batch)
-            (loss / count).backward()
+            with _one_graph():
+                (loss / count).backward()
             losses.append(loss.detach())
             for name, value in observed.items():
                 metrics.setdefault(name, []).append(value.detach())
@@ -741,11 +751,32 @@ def _total_norm(grads: list[Tensor]) -> float:
     torch.nn.utils.get_total_norm takes three times as long for a small model: 100 µs beside a step
     of 1.1 ms.
     """
-    return math.hypot(*[norm.item() for norm in torch._foreach_norm(grads)])
+    return math.hypot(*[norm.item() for norm in torch._foreach_norm(_dense(grads))])
+
+
+def _dense(tensors: list[Tensor]) -> list[Tensor]:
+    """The same tensors, of those that are sparse the values."""
+    if not any(t.is_sparse for t in tensors):
+        return tensors
+    return [t.coalesce().values() if t.is_sparse else t for t in tensors]
+
+
+@contextlib.contextmanager
+def _one_graph() -> Iterator[None]:
+    """The loss's graph is gone through once; an InputError where it has been already."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "graph a second time" not in str(error):
+            raise
+        raise InputError(
+            "the graph of loss_fn's result was gone through before: leave backward() to the "
+            "Runner, and .detach() what the model or loss_fn keeps from one batch to the next"
+        ) from error
 
 
 def _finite_norms(tensors: list[Tensor], order: float) -> bool:
-    norms = torch._foreach_norm(tensors, order)
+    norms = torch._foreach_norm(_dense(tensors), order)
     device = norms[0].device
     return bool(torch.stack([n.to(device, torch.float64) for n in norms]).isfinite().all())
 
@@ -754,9 +785,19 @@ def checked_loss(result: Any, source: str = "loss_fn") -> tuple[Tensor, dict[str
     """(loss, metrics) from what `source` returned; an InputError for anything else."""
     loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
     if not isinstance(loss, Tensor):
+        mend = "return the loss itself, not .item()"
+        if result is None:
+            mend = "it has no return"
+        elif isinstance(getattr(loss, "loss", None), Tensor):
+            mend = "return its .loss"
         raise InputError(
             f"{source} must return a scalar tensor or (scalar tensor, dict), got "
-            f"{type(loss).__name__}; return the loss itself, not .item()"
+            f"{type(loss).__name__}; {mend}"
+        )
+    if not isinstance(metrics, Mapping):
+        raise InputError(
+            f"{source} must return a scalar tensor or (scalar tensor, dict of metrics), got a "
+            f"{type(metrics).__name__} for the dict; return (loss, {{'accuracy': …}})"
         )
     if loss.dim() != 0:
         if loss.numel() != 1:
@@ -770,7 +811,17 @@ def checked_loss(result: Any, source: str = "loss_fn") -> tuple[Tensor, dict[str
             f"{source} returned a loss without a graph (requires_grad is False); compute it from "
             "the model's output without .detach(), .item() or torch.no_grad()"
         )
-    return loss, {k: torch.as_tensor(v) for k, v in dict(metrics).items()}
+    return loss, {k: _metric(source, k, v) for k, v in metrics.items()}
+
+
+def _metric(source: str, name: Any, value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            f"metric {name!r} of {source} must be a number or a tensor, got "
+            f"{type(value).__name__}; leave it out"
+        ) from None
 
 
 def _diverged(losses: Sequence[float], limit: Callable[[float], float]) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rhc import stopping
+from rhc.advice import check_loader, check_parts, explained
 from rhc.batches import MicroBatches, Position, StepBatches, batch_size, loader_preserved
 from rhc.checkpoint import Checkpoint
 from rhc.distributed import (
@@ -69,7 +70,15 @@ from rhc.memory import peak_memory, trim
 from rhc.noise import mixed_seed
 from rhc.objective import Average, HeldOutBatches, Objective
 from rhc.planning import EpochPlanner, Plan, joined, parted
-from rhc.plant import PATIENCE, LossFn, Plant, Snapshot, StepRecord, Trajectory
+from rhc.plant import (
+    PATIENCE,
+    LossFn,
+    Plant,
+    Snapshot,
+    StepRecord,
+    Trajectory,
+    checked_loss,
+)
 from rhc.randomness import preserved
 from rhc.rank_directory import directory_of
 from rhc.rewrite import (
@@ -274,7 +283,7 @@ class Runner:
         config: Mapping[str, Any] | None = None,
         process_group: Group = "auto",
     ) -> None:
-        if window < 1:
+        if not isinstance(window, int) or window < 1:
             raise InputError(f"window must be ≥ 1, got {window}; try --window 50")
         stride = window if stride is None else stride
         if not 1 <= stride <= window:
@@ -288,6 +297,7 @@ class Runner:
             raise InputError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
         if accumulate < 1:
             raise InputError(f"accumulate must be ≥ 1, got {accumulate}; use 1 not to accumulate")
+        check_parts(model, optimizer, loss_fn)
         self.ranks = ranks_of(process_group)
         self._wrapped = unwrapped(model) is not model
         self.plant = Plant(
@@ -301,6 +311,14 @@ class Runner:
         )
         self.accumulate = accumulate
         self.deterministic = deterministic
+        if train_loader is None:
+            raise InputError("train_loader is missing; give one that yields batches")
+        for name, loader in (
+            ("train_loader", train_loader),
+            ("val_loader", val_loader),
+            ("test_loader", test_loader),
+        ):
+            check_loader(name, loader)
         self.train_loader, self.val_loader, self.test_loader = train_loader, val_loader, test_loader
         if self.ranks is not None:
             check_ranks(planner, objective)
@@ -376,8 +394,8 @@ class Runner:
         resume: "auto" continues the run that `directory` holds, "never" refuses a directory that
         holds one. Raises DivergedError where no lr keeps the next window finite.
         """
-        if steps < 1:
-            raise InputError(f"steps must be ≥ 1, got {steps}")
+        if not isinstance(steps, int) or steps < 1:
+            raise InputError(f"steps must be a whole number ≥ 1, got {steps!r}; try steps=1000")
         if self.followed is not None and len(self.followed) < steps:
             raise InputError(
                 f"the schedule has {len(self.followed)} steps, fewer than the run's {steps}; "
@@ -1314,11 +1332,19 @@ class Runner:
             device = self.loop.train.device
             return StepBatches(loader, isolated=True, device=device, name=name).take(0, 1)[0]
 
-        batch = first(self.train_loader, "train_loader")
+        batches = {"train_loader": first(self.train_loader, "train_loader")}
         if self.loop.validation is not None:
-            first(self.val_loader or (), "val_loader")
-        with self.plant.evaluating():
-            self.plant.loss(batch)
+            assert self.val_loader is not None
+            batches["val_loader"] = first(self.val_loader, "val_loader")
+        for name, batch in batches.items():
+            try:
+                with self.plant.evaluating() as model:
+                    checked_loss(self.plant.loss_fn(model, batch))
+            except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+                if isinstance(error, InputError) or out_of_memory(error):
+                    raise
+                where = f"at the first batch of {name}"
+                raise InputError(explained(error, where, self.plant.model, batch)) from error
 
     def _planned(self, steps: int, lr: Tensor) -> Schedule:
         """The optimizer's own controls at every step; lr, () or (G,), in the template's shape."""
@@ -1351,7 +1377,11 @@ class Runner:
         judged: list[Any] = []
         if self.val_loader is not None and isinstance(self.objective.batches, int):
             validation = StepBatches(
-                self.val_loader, isolated=True, seed=self.seed, device=self._moved_to
+                self.val_loader,
+                isolated=True,
+                seed=self.seed,
+                device=self._moved_to,
+                name="val_loader",
             )
             if self.loop.validation is not None:
                 validation.seek(self.loop.validation.position(0))

@@ -213,16 +213,16 @@ def runner_summary(target: str) -> str:
 def load_runner(name: str) -> Callable[..., Workload]:
     """The runner of that name; calling it checks that what it returns is a Workload.
 
-    name: one of `available_runners()`, or `path/to/file.py:function`.
+    name: one of `available_runners()`, `path/to/file.py:function`, or `path/to/file.py` for the
+    function that is called like the file.
     Raises InputError for an unknown name, a missing file or function, and a function that cannot be
     called with `seed` and `data`. An exception of the runner's own module passes through unchanged:
     its traceback is what its author needs.
     """
+    name = with_function(name)
     path, separator, function_name = name.rpartition(":")
     if separator and path.endswith(".py"):
         function = _function_in_file(Path(path), function_name, name)
-    elif name.endswith(".py"):
-        raise InputError(f"runner {name!r} names a file but no function: give {name}:function")
     else:
         function = _installed_function(name)
 
@@ -247,6 +247,11 @@ def load_runner(name: str) -> Callable[..., Workload]:
     return checked
 
 
+def with_function(name: str) -> str:
+    """`my_run.py` as `my_run.py:my_run`; other names as they are."""
+    return f"{name}:{Path(name).stem}" if name.endswith(".py") else name
+
+
 def _installed_function(name: str) -> Callable[..., Any]:
     runners = available_runners()
     if name in runners:
@@ -267,11 +272,18 @@ def _function_in_file(path: Path, function_name: str, name: str) -> Callable[...
         raise InputError(
             f"runner {name!r}: there is no file {path} in {Path.cwd()}: correct the path"
         )
-    function = getattr(_import_file(path.resolve()), function_name, None)
+    module = _import_file(path.resolve())
+    function = getattr(module, function_name, None)
     if not inspect.isroutine(function):
+        own = [
+            each
+            for each, value in vars(module).items()
+            if inspect.isfunction(value) and value.__module__ == module.__name__
+        ]
         raise InputError(
             f"runner {name!r}: {path} defines no function {function_name!r}: "
             f"give {path}:function with the name of one that it defines"
+            f"{', such as ' + ', '.join(own[:4]) if own else ''}"
         )
     return function
 

@@ -563,7 +563,7 @@ BAD_INPUT: dict[str, list[str]] = {
     "train --nesterov --optimizer adam": ["nesterov", "adam", "leave --nesterov out"],
     "train --momentum 0 --controls momentum": ["momentum", "from 0", "leave momentum out"],
     # runners of one's own
-    "train own.py": ["'own.py'", "own.py:function"],
+    "train unnamed.py": ["no file unnamed.py", "correct the path"],
     "train nowhere.py:own": ["no file nowhere.py", "correct the path"],
     "train own.py:nothing": ["no function 'nothing'"],
     "train own.py:something": ["returned int", "Workload"],

@@ -16,8 +16,8 @@ LAYERS = (
         "schedule", "signals", "stopping", "workload",
     },
     {
-        "batches", "checkpoint", "config", "dynamics", "events", "hindsight_config", "loggers",
-        "objective", "rank_directory", "run_directory", "tape",
+        "advice", "batches", "checkpoint", "config", "dynamics", "events", "hindsight_config",
+        "loggers", "objective", "rank_directory", "run_directory", "tape",
     },
     {"causal", "plant", "state"},
     {"evaluate", "faults", "hindsight", "hypergradient", "planning", "rewrite", "start"},

@@ -513,7 +513,7 @@ def test_load_runner_from_a_file(runner_file: Path) -> None:
     [
         (":absent", r"mine.py defines no function 'absent': give .*mine.py:function with"),
         (":CONSTANT", r"mine.py defines no function 'CONSTANT': give"),
-        ("", r"names a file but no function: give .*mine.py:function"),
+        ("", r"mine.py defines no function 'mine': give .* such as "),
         (":takes_nothing", r"cannot be called with seed and data .*: define it with"),
     ],
 )
