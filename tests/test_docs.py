@@ -152,7 +152,7 @@ def test_the_first_run_is_called_as_the_readme_says(
 def test_the_notebook_ends_with_the_report() -> None:
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
     pytest.importorskip("ipykernel", reason="ipykernel is not installed")
-    pytest.importorskip("plotly", reason="the extra `report` is not installed")
+    pytest.importorskip("jinja2", reason="the extra `report` is not installed")
     import nbformat
 
     notebook = nbformat.read(ROOT / "examples" / "notebook.ipynb", as_version=4)

@@ -16,7 +16,6 @@ from rhc.cli import main
 from rhc.report.charts import charts_of
 from rhc.report.records import read_run, thinned
 
-pytest.importorskip("plotly", reason="the extra `report` is not installed")
 pytest.importorskip("jinja2", reason="the extra `report` is not installed")
 
 ATTACK = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>"
@@ -229,4 +228,4 @@ def test_a_long_run_makes_a_page_of_the_same_size(tmp_path: Path) -> None:
     assert time.process_time() - began < 60  # a hang, not a timing
     main(["report", str(written(tmp_path / "short", 100)), "-o", str(tmp_path / "short.html")])
     long, short = ((tmp_path / f"{n}.html").stat().st_size for n in ("long", "short"))
-    assert long - short < 1_000_000
+    assert long < 2_000_000 and long - short < 500_000

@@ -19,7 +19,12 @@ from rhc.report.records import RunRecord, read_run
 
 __all__ = ["missing_packages", "page_of", "write_report"]
 
-PACKAGES = {"jinja2": "jinja2", "plotly": "plotly"}
+PACKAGES = {"jinja2": "jinja2"}
+
+LIBRARY = Path(__file__).parent / "plotly-cartesian.min.js"
+"""plotly.js with the charts of a plane alone, 1.3 MB. The Python package plotly has the whole of it
+only, which made every page 4.9 MB. It is the file of npm's plotly.js-cartesian-dist-min, under the
+MIT licence beside it; a newer one takes its place as it is."""
 
 
 def missing_packages() -> list[str]:
@@ -87,14 +92,11 @@ def page_of(directories: Sequence[Path]) -> str:
 
 
 def _library() -> str:
-    """plotly.js as the package ships it; the package itself, slow to import, is not imported."""
-    found = importlib.util.find_spec("plotly")
-    assert found is not None and found.submodule_search_locations
-    path = Path(found.submodule_search_locations[0]) / "package_data" / "plotly.min.js"
+    """plotly.js, so that a script element can hold it."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = LIBRARY.read_text(encoding="utf-8")
     except OSError:
-        raise InputError(f"{path} is missing; pip install --force-reinstall plotly") from None
+        raise InputError(f"{LIBRARY} is missing; install rhc again") from None
     return text.replace("</script", "<\\/script")
 
 
