@@ -51,7 +51,10 @@ TRAIN_FLAGS = {
         "stride until per_group average objective_batches segment memory_budget discount "
         "costate_clip engine",
     ),
-    "files": ("directory config print_config", "resume keep_checkpoints tensorboard plan"),
+    "files": (
+        "directory config print_config",
+        "resume validate_every keep_checkpoints tensorboard plan",
+    ),
 }
 """Headings of the help: the flags that are given often, and those that `--help-all` adds."""
 
@@ -171,6 +174,9 @@ class TrainConfig:
     """Where the run is kept. By default one directory per configuration."""
     resume: Annotated[str, arg(metavar="auto|never")] = "auto"
     """auto continues the run that is there, never refuses it."""
+    validate_every: Annotated[int | None, _unset("at the end alone", "N")] = None
+    """Steps between losses on validation data in the tape. Taken after the window in which the step
+    falls, as val_loss; a batch costs a third of a gradient."""
     keep_checkpoints: Annotated[int, arg(metavar="N")] = 3
     """Newest checkpoints that are kept."""
     tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -204,6 +210,7 @@ class TrainConfig:
             ("objective_batches", 1, 4),
             ("keep_checkpoints", 1, 3),
             ("accumulate", 1, 1),
+            ("validate_every", 1, 100),
         ):
             value = getattr(self, name)
             if value is not None and value < least:

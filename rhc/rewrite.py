@@ -16,7 +16,8 @@ from torch import Tensor
 
 from rhc.errors import InputError
 from rhc.objective import Objective
-from rhc.schedule import CONTROLS, Schedule, total_variation
+from rhc.schedule import CONTROLS, Schedule, Template, total_variation
+from rhc.start import WARMUP
 
 LEAVES_ZERO = 0.5
 """A control at exactly 0 stays there unless the law wants this share of its largest move."""
@@ -335,6 +336,18 @@ at while that is worth it, at the beginning and after a surprise: docs/outcome.m
 def usual_law(start: str) -> Rewrite:
     """The law where none is given: `USUAL`, or far steps to the end where lr was given."""
     return Rewrite() if start == "given" else USUAL
+
+
+def usual_template(start: str, adaptive: bool, rewriting: bool) -> Template:
+    """The shape of lr where none is given. adaptive: whether the optimizer is an Adam."""
+    if start != "given":
+        return "linear" if adaptive else "cosine"
+    return "wsd" if rewriting else "constant"
+
+
+def usual_warmup(start: str, adaptive: bool) -> float:
+    """The fraction of the run over which lr rises, where none is given."""
+    return WARMUP if adaptive and start != "given" else 0.0
 
 
 def usual_objective(start: str, window: int) -> Objective:

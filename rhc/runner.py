@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -32,7 +33,14 @@ from rhc.distributed import (
 )
 from rhc.distributed.ranks import Group
 from rhc.errors import InputError, StorageError
-from rhc.evaluate import TRAIN_BATCHES, Losses, at_average, batch_statistics, evaluate
+from rhc.evaluate import (
+    TRAIN_BATCHES,
+    UNSIZED_BATCHES,
+    Losses,
+    at_average,
+    batch_statistics,
+    evaluate,
+)
 from rhc.events import (
     CheckpointSaved,
     Committed,
@@ -94,6 +102,8 @@ from rhc.rewrite import (
     surprised,
     usual_law,
     usual_objective,
+    usual_template,
+    usual_warmup,
 )
 from rhc.run_directory import hardware, versions
 from rhc.schedule import (
@@ -105,7 +115,7 @@ from rhc.schedule import (
     shaped,
     template_factors,
 )
-from rhc.start import ADAPTIVE_GREED, GREED, PROBE_BATCHES, STARTS, WARMUP, Start, StartSearch
+from rhc.start import ADAPTIVE_GREED, GREED, PROBE_BATCHES, STARTS, Start, StartSearch
 from rhc.state import snapshot_from_tensors, snapshot_to_tensors
 from rhc.tape import finite
 from rhc.together import agreed, begin, check_ranks, draw_apart, loaders_of
@@ -231,6 +241,8 @@ class Runner:
     multiple of the norm at the window's end. Both favour the near future where costates grow.
     accumulate n: every step takes n batches of train_loader and the gradient of the mean of their
     losses. clip_norm, clip_value: clipping by the norm of all gradients, or of every element.
+    validate_every n: after the window in which every n-th step falls, the loss and the metrics of
+    val_loader go into the tape, as val_loss and val_…; a batch costs a third of a gradient.
     deterministic: only operators that give the same bits again; torch raises where it has none.
     directory: of the run; None keeps everything in memory. seed: of the gradient noise.
     planner: plans every epoch from the one before, on top of the template; see `rhc.EpochPlanner`,
@@ -276,6 +288,7 @@ class Runner:
         directory: str | Path | None = None,
         keep_checkpoints: int = 3,
         deterministic: bool = False,
+        validate_every: int | None = None,
         seed: int = 0,
         planner: EpochPlanner | None = None,
         listeners: Sequence[Listener] = (),
@@ -309,8 +322,19 @@ class Runner:
             clip_value=clip_value,
             ranks=self.ranks,
         )
+        if validate_every is not None and (validate_every < 1 or val_loader is None):
+            raise InputError(
+                f"validate_every must be ≥ 1 and needs a val_loader, got {validate_every}; leave "
+                "it out, or give both"
+            )
+        if validate_every and getattr(val_loader, "persistent_workers", False):
+            raise InputError(
+                "validate_every iterates val_loader while windows draw from it, which one with "
+                "persistent_workers=True cannot; leave persistent_workers out"
+            )
         self.accumulate = accumulate
         self.deterministic = deterministic
+        self.validate_every = validate_every
         if train_loader is None:
             raise InputError("train_loader is missing; give one that yields batches")
         for name, loader in (
@@ -331,12 +355,10 @@ class Runner:
         if warmup is not None and not 0 <= warmup < 1:
             raise InputError(f"warmup must be in [0, 1), got {warmup:g}; use 0 for none")
         self._adaptive = "betas" in optimizer.param_groups[0]
-        found: Template = "linear" if self._adaptive else "cosine"
-        self.template: Template = template or (
-            found if self.start != "given" else "wsd" if self.rewriting else "constant"
+        self.template: Template = template or usual_template(
+            self.start, self._adaptive, self.rewriting
         )
-        usual = WARMUP if self._adaptive and self.start != "given" else 0.0
-        self.warmup = usual if warmup is None else warmup
+        self.warmup = usual_warmup(self.start, self._adaptive) if warmup is None else warmup
         self.owed = 0.0
         """Gradient evaluations that went into a schedule that is followed: the ledger's first."""
         self.followed = self._checked_schedule(schedule, template)
@@ -1051,6 +1073,12 @@ class Runner:
         self.loop.step = commit
         if self.planner is not None:
             self._plan_on(attempt, rows)
+        if self.validate_every and commit // self.validate_every > start // self.validate_every:
+            held_out = evaluate(self.plant, self.val_loader)
+            assert held_out is not None and self.val_loader is not None
+            found = {"loss": held_out.loss, **held_out.metrics}
+            rows[-1] |= {f"val_{name}": finite(value) for name, value in found.items()}
+            self.loop.cost.gradient_equivalents += self._size_of(self.val_loader) / 3
         self.loop.train.release(commit)
         self.loop.tape += rows
         if self.directory is not None:
@@ -1169,7 +1197,8 @@ class Runner:
                 self._validation_batches = float(len(loader))  # type: ignore[arg-type]
             except TypeError:
                 with loader_preserved(loader), preserved():
-                    self._validation_batches = float(sum(1 for _ in loader))
+                    drawn = islice(loader, UNSIZED_BATCHES)
+                    self._validation_batches = float(sum(1 for _ in drawn))
         return self._validation_batches
 
     def _affords(self, gradients: int) -> bool:
@@ -1734,6 +1763,7 @@ class Runner:
             "memory_budget": (self.memory_budget, None),
             "discount": (self.discount, 1.0),
             "costate_clip": (self.costate_clip, None),
+            "validate_every": (self.validate_every, None),
             "start": (self.start, "given"),
             "warmup": (self.warmup, 0.0),
             "planner": (None if self.planner is None else self.planner.describe(), None),

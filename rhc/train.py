@@ -28,7 +28,7 @@ from rhc.loggers import TensorBoard
 from rhc.objective import Objective
 from rhc.progress import Progress, display
 from rhc.randomness import seed_everything
-from rhc.rewrite import Rewrite, usual_law, usual_objective
+from rhc.rewrite import Rewrite, usual_law, usual_objective, usual_template, usual_warmup
 from rhc.runner import DivergedError, Runner
 from rhc.schedule import CONTROLS, Template, control
 from rhc.start import Start
@@ -53,6 +53,7 @@ _RECORDED_IF_GIVEN = (
     "costate_clip",
     "template",
     "warmup",
+    "validate_every",
 )
 """Settings that runs which were begun before they existed do not have in their config.json."""
 
@@ -254,6 +255,7 @@ def _runner(
         clip_value=config.clip_value,
         directory=directory,
         deterministic=config.deterministic,
+        validate_every=config.validate_every,
         keep_checkpoints=config.keep_checkpoints,
         seed=config.seed,
         listeners=listeners,
@@ -298,9 +300,26 @@ def recorded(config: TrainConfig) -> dict[str, Any]:
 def _default_directory(
     config: TrainConfig, law: Rewrite | Literal[False], objective: Objective
 ) -> Path:
-    """runs/<run>-<hash of everything that the run's numbers depend on>."""
+    """runs/<run>-<hash of everything that the run's numbers depend on>.
+
+    The same for a run and its repetition by config.json, where what was left open stands resolved;
+    and a setting at its default is left out, so that a new one changes no run's directory.
+    """
+    adaptive = "adam" in str(config.optimizer)
+    start = str(config.start)
+    controls = config.controls or (("lr",) if config.rewrite else None)
+    warmup = usual_warmup(start, adaptive) if config.warmup is None else config.warmup
+    budget = config.memory_budget and str(parsed_bytes(config.memory_budget))
+    resolved = replace(
+        config,
+        template=config.template or usual_template(start, adaptive, config.rewrite),
+        warmup=warmup,
+        controls=controls,
+        memory_budget=budget,
+    ).to_record()
+    usual = TrainConfig().to_record()
     record: Mapping[str, Any] = {
-        **{k: v for k, v in config.to_record().items() if k not in NOT_HASHED},
+        **{k: v for k, v in resolved.items() if k not in NOT_HASHED and v != usual[k]},
         "law": law and asdict(law),
         "objective": vars(objective),
     }

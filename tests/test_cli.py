@@ -698,6 +698,39 @@ def test_a_repetition_stands_beside_the_run(call: Call, tmp_path: Path) -> None:
         assert (again / "tape.jsonl").read_bytes() == (first / "tape.jsonl").read_bytes()
 
 
+def test_a_repetition_has_the_name_of_its_run(call: Call, tmp_path: Path) -> None:
+    """By config.json, where the template, the warm-up and the controls stand as they were found."""
+    line = "train own.py:own --window 5 --optimizer adamw --memory-budget 1GB"
+    assert call(line).status == 0
+    (first,) = (tmp_path / "runs").iterdir()
+    assert call(f"train --config {first}/config.json").status == 0
+    assert {path.name for path in first.parent.iterdir()} == {first.name, f"{first.name}-2"}
+    assert call(f"{line} --template linear --warmup 0.1 --controls lr").out.startswith(
+        f"runs/{first.name} holds this run, finished"
+    )
+
+
+def test_validation_while_it_trains_changes_nothing_else(call: Call, tmp_path: Path) -> None:
+    for rewriting in ("--no-rewrite --lr 0.1", "--lr 0.1 --until 1"):
+        line = f"train own.py:own --window 5 --resume never {rewriting}"
+        folder = tmp_path / rewriting.split()[0]
+        assert call(f"{line} --directory {folder}/without").status == 0
+        assert call(f"{line} --directory {folder}/with --validate-every 8").status == 0
+        tapes = []
+        for name in ("without", "with"):
+            lines = (folder / name / "tape.jsonl").read_text().splitlines()
+            tapes.append([json.loads(line) for line in lines])
+        found = [row["step"] for row in tapes[1] if "val_loss" in row]
+        assert found == [9, 19], "after the windows in which steps 8 and 16 fall"
+        result = json.loads((folder / "with/result.json").read_text())
+        assert tapes[1][19]["val_loss"] == result["val_loss"]
+        for row in tapes[1]:
+            for name in [name for name in row if name.startswith("val_")]:
+                del row[name]
+        assert tapes[0] == tapes[1]
+    refuses(call("train own.py:own --validate-every 0"), ["validate_every", "0"])
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from rhc.cli import main
-from rhc.report.charts import charts_of
+from rhc.report.charts import INK, NIGHT, charts_of
 from rhc.report.records import read_run, thinned
 
 pytest.importorskip("jinja2", reason="the extra `report` is not installed")
@@ -196,9 +196,11 @@ def test_every_chart_is_drawn_offline(browser: Any, tmp_path: Path, width: int) 
     )
 
 
-@pytest.mark.parametrize("width", [320, 1440])
-def test_everyone_can_read_it(browser: Any, tmp_path: Path, width: int) -> None:
-    """axe-core: contrast, alternative text, keyboard, landmarks."""
+@pytest.mark.parametrize(("width", "scheme"), [(320, "light"), (1440, "dark")])
+def test_everyone_can_read_it(browser: Any, tmp_path: Path, width: int, scheme: str) -> None:
+    """axe-core: contrast, alternative text, keyboard, landmarks; on a dark screen too."""
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
     axe = pytest.importorskip("axe_core_python.selenium", reason="axe-core-python is missing")
     runs = [written(tmp_path / f"run-{seed}", seed=seed) for seed in range(2)]
     for given in (runs[:1], runs):
@@ -208,6 +210,39 @@ def test_everyone_can_read_it(browser: Any, tmp_path: Path, width: int) -> None:
         found = axe.Axe().run(browser)
         assert len(found["passes"]) > 20
         assert [(v["id"], v["nodes"][0]["html"]) for v in found["violations"]] == []
+        colour = "return getComputedStyle(document.querySelector('{}')).{}"
+        page = browser.execute_script(colour.format("html", "backgroundColor"))
+        chart = browser.execute_script(colour.format(".main-svg", "backgroundColor"))
+        assert page == chart == {"dark": "rgb(17, 24, 39)"}.get(scheme, "rgb(255, 255, 255)")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_inks_stand_out_from_light_and_dark_pages() -> None:
+    """4.5 to 1, by the formula of WCAG: axe does not look into charts."""
+
+    def luminance(ink: str) -> float:
+        parts = [int(ink[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(one: str, other: str) -> float:
+        low, high = sorted(map(luminance, (one, other)))
+        return (high + 0.05) / (low + 0.05)
+
+    assert all(contrast(ink, "#ffffff") >= 4.5 for ink in INK)
+    assert all(contrast(NIGHT[ink], NIGHT["#ffffff"]) >= 4.5 for ink in INK)
+
+
+def test_validation_while_it_trains_is_a_curve(tmp_path: Path) -> None:
+    directory = written(tmp_path / "run")
+    rows = [json.loads(line) for line in (directory / "tape.jsonl").read_text().splitlines()]
+    for step in (49, 99):
+        rows[step] |= {"val_loss": 1.0 / step, "val_accuracy": 0.5}
+    _lines(directory / "tape.jsonl", rows)
+    charts = {chart.title: chart for chart in charts_of([read_run(directory)])}
+    (curve,) = (t for t in charts["Losses"].figure["data"] if t["name"] == "validation")
+    assert curve["x"] == [49.0, 99.0]
+    assert "Metric: val_accuracy" in charts and "Metric: val_loss" not in charts
 
 
 def test_few_attempts_stand_for_many(tmp_path: Path) -> None:

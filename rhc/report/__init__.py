@@ -72,7 +72,7 @@ def page_of(directories: Sequence[Path]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    from rhc.report.charts import charts_of
+    from rhc.report.charts import NIGHT, charts_of
     from rhc.report.tables import facts_of
 
     charts = charts_of(runs)
@@ -87,6 +87,7 @@ def page_of(directories: Sequence[Path]) -> str:
         charts=charts,
         figures=Markup(_inline({chart.key: chart.figure for chart in charts})),
         library=Markup(_library()),
+        night=Markup(_inline(NIGHT)),
         **facts_of(runs),
     )
 

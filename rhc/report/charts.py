@@ -14,6 +14,13 @@ from rhc.report.records import CONTROLS, RunRecord, entry, means, number, stretc
 
 INK = ("#0b5fa5", "#b45309", "#117733", "#9b2d77", "#5b5b00", "#374151", "#a61c1c", "#0f6674")
 """At least 4.5 to 1 on white, each."""
+NIGHT = {
+    **dict(zip(INK, ("#7cc0f5", "#f0a35c", "#5fd38d", "#e58bc5", "#d0cf62", "#cbd5e1", "#f28b82",
+                     "#5cc8d8"), strict=True)),
+    "#9db4c8": "#52708c", "#e5e7eb": "#374151", "#6b7280": "#9ca3af", "#1f2937": "#e5e7eb",
+    "#ffffff": "#111827",
+}  # fmt: skip
+"""What stands for each colour of a chart on a dark page: the inks at least 4.5 to 1 on it."""
 OUTCOMES = {
     "accepted": ("#117733", "circle"),
     "rejected": ("#b45309", "x"),
@@ -85,6 +92,11 @@ def _losses(runs: Sequence[RunRecord]) -> list[Chart]:
             x, y = means(steps, losses, 200)
             traces.append(_line(x, y, f"{prefix}train" if several else "train, mean", ink))
             texts.append(f"{prefix}training loss from {y[0]:.4g} to {y[-1]:.4g}")
+        x, y = thinned(*run.validation)
+        if y:
+            mine = _line(x, y, f"{prefix}validation", ink if several else _ink(2))
+            traces.append({**mine, "line": {**mine["line"], "dash": "dash"}})
+            texts.append(f"{prefix}validation loss from {y[0]:.4g} to {y[-1]:.4g}")
         judged = [
             (number(row["start"]), number(row.get("objective_after")))
             for row in run.kept
@@ -158,7 +170,8 @@ def _metrics(runs: Sequence[RunRecord]) -> list[Chart]:
             if y:
                 traces.append(_line(x, y, run.name if len(runs) > 1 else name, _ink(i)))
                 texts.append(f"{run.name}: {name} from {y[0]:.4g} to {y[-1]:.4g}")
-        caption = "On the training batches, as means over stretches of the run."
+        data = "validation data" if name.startswith("val_") else "the training batches"
+        caption = f"On {data}, as means over stretches of the run."
         charts += _chart(f"metric-{at}", f"Metric: {name}", caption, texts, traces, y=name)
     return charts
 

@@ -13,7 +13,7 @@ from rhc.files import parsed_json, read_document, read_regular
 from rhc.tape import MOST_BYTES
 
 CONTROLS = ("lr", "momentum", "noise", "weight_decay")
-_NO_METRIC = {"step", "loss", "gradient_norm", "planning", *CONTROLS}
+_NO_METRIC = {"step", "loss", "val_loss", "gradient_norm", "planning", *CONTROLS}
 
 
 @dataclass
@@ -65,8 +65,13 @@ class RunRecord:
     @property
     def metrics(self) -> list[str]:
         """Names on the tape that are neither loss nor control."""
-        names = dict.fromkeys(name for row in self.tape[:200] for name in row)
+        names = dict.fromkeys(name for row in self.tape[:2000] for name in row)
         return [n for n in names if n not in _NO_METRIC and self.series(n)[0]]
+
+    @property
+    def validation(self) -> tuple[list[float], list[float]]:
+        """(steps, losses) on validation data, where they were taken while it trained."""
+        return self.series("val_loss")
 
     @property
     def kept(self) -> list[dict[str, Any]]:

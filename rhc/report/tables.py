@@ -12,6 +12,11 @@ from rhc.config import TrainConfig
 from rhc.report.charts import groups_of, interval
 from rhc.report.records import RunRecord, entry, number
 
+_DECIDED = {
+    "steps", "stride", "optimizer", "lr", "weight_decay", "controls", "start", "template", "warmup",
+    "cooldown", "until", "budget", "average", "objective_batches", "threads", "device",
+}  # fmt: skip
+"""Settings that the run fills in where they are left open: their values say not who chose them."""
 _NOT_SETTINGS = ("format", "version", "versions", "hardware", "directory", "resume", "config")
 
 
@@ -73,9 +78,11 @@ def _settings(run: RunRecord) -> list[tuple[str, str, str]]:
         if name in _NOT_SETTINGS:
             continue
         default = usual.get(name)
-        differs = name in usual and value != default
-        given = "decided by the run" if default is None else json.dumps(default, ensure_ascii=False)
-        rows.append((name, json.dumps(value, ensure_ascii=False), given if differs else ""))
+        # What the run resolved by itself, as the law of its rewriting, was not set by anybody.
+        decided = isinstance(value, dict) or name in _DECIDED
+        differs = name in usual and value != default and not decided
+        given = json.dumps(default, ensure_ascii=False) if differs else ""
+        rows.append((name, json.dumps(value, ensure_ascii=False), given))
     return sorted(rows, key=lambda row: not row[2])
 
 
