@@ -463,7 +463,7 @@ def parsers(folder: Path) -> dict[str, tuple[Callable[[bytes], Any], list[bytes]
     from rhc.hindsight.policy import Policy, _blank
     from rhc.progress import one_number
     from rhc.report.records import read_run
-    from rhc.summary import _course, _rows, read_result
+    from rhc.summary import _course, read_result, rows_of
     from runners.data import read_idx
 
     store = CheckpointStore(run / "checkpoints")
@@ -531,7 +531,7 @@ def parsers(folder: Path) -> dict[str, tuple[Callable[[bytes], Any], list[bytes]
         [found.series(name) for name in ("loss", "lr")]
 
     def rows(place: Path) -> None:
-        _course([float(v) for v in numbers(_rows(place / "tape.jsonl"))] or [0.0])
+        _course([float(v) for v in numbers(rows_of(place / "tape.jsonl"))] or [0.0])
 
     def numbers(found: list[dict[str, Any]]) -> list[Any]:
         each = (one_number(row.get("lr")) for row in found)

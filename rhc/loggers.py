@@ -11,6 +11,7 @@ where a service cannot do that (the steps are the same to the bit).
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -115,6 +116,22 @@ class Logging:
                 self.logger.end(dict(_numbers(event.result)))
 
 
+def tell_run(
+    logger: Logger,
+    settings: Mapping[str, Any],
+    tape: Sequence[Mapping[str, Any]],
+    windows: Sequence[Mapping[str, Any]],
+    result: Mapping[str, Any],
+) -> None:
+    """Tells a logger a run that has ended: the rows of its tape and windows, and its result."""
+    logger.begin(0, 0, settings)
+    for number, record in enumerate(windows):
+        logger.attempt(number, _attempted(record))
+    for row in tape:
+        logger.step(int(row["step"]), dict(_numbers(row)))
+    logger.end(dict(_numbers(result)))
+
+
 def listeners_of(
     loggers: Logger | Sequence[Logger] | None, settings: Mapping[str, Any] | None
 ) -> list[Logging]:
@@ -215,7 +232,10 @@ class WandB:
     """A Weights & Biases run; settings: as of wandb.init (project, mode="offline", id, resume …).
 
     Steps are the axis `step`, attempts at windows the axis `windows/number`. wandb cannot go back:
-    of a run that is resumed, steps that it has are passed over.
+    of a run that is resumed, steps that it has are passed over. What it has is not to be seen
+    offline; so every row has the number that it had before, and wandb drops what comes again.
+    A run that is active is logged into, and left active; that of a run which is resumed from its
+    directory is taken up again.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -223,10 +243,19 @@ class WandB:
         self.settings = settings
         self.run: Any = None
         self._steps = self._attempts = -1
+        self._row = 0
+        self._own = True
 
     def begin(self, step: int, attempts: int, settings: Mapping[str, Any]) -> None:
         if self.run is None:
-            self.run = self._module.init(**{"config": dict(settings), **self.settings})
+            known = _known(settings, "wandb") if step else None
+            again = {"id": known, "resume": "allow"} if known else {}
+            active = getattr(self._module, "run", None)
+            self._own = active is None or active.id == known
+            self.run = active or self._module.init(
+                **{"config": dict(settings), **again, **self.settings}
+            )
+            _know(settings, "wandb", self.run.id)
             self.run.define_metric("step")
             self.run.define_metric("*", step_metric="step")
             self.run.define_metric("windows/number")
@@ -234,43 +263,58 @@ class WandB:
         summary = getattr(self.run, "summary", None) or {}
         self._steps = int(summary.get("step", step - 1))
         self._attempts = int(summary.get("windows/number", attempts - 1))
+        self._row = step + attempts
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         if step > self._steps:
-            self.run.log({**values, "step": step})
+            self._log({**values, "step": step})
             self._steps = step
+        self._row += 1
 
     def attempt(self, number: int, values: Mapping[str, float]) -> None:
         if number > self._attempts:
             named = {f"windows/{name}": value for name, value in values.items()}
-            self.run.log({**named, "windows/number": number})
+            self._log({**named, "windows/number": number})
             self._attempts = number
+        self._row += 1
 
     def text(self, step: int, kind: str, message: str) -> None:
-        self.run.log({f"events/{kind}": message, "step": step})
+        self._log({f"events/{kind}": message})  # with the row that comes next
+
+    def _log(self, values: Mapping[str, Any]) -> None:
+        # A run that was active before has rows of its own.
+        self.run.log(values, step=max(self._row, int(self.run.step)))
 
     def end(self, result: Mapping[str, float]) -> None:
         for name, value in result.items():
             self.run.summary[f"result/{name}"] = value
-        self.run.finish()
+        if self._own:
+            self.run.finish()
 
 
 class MLflow:
     """An MLflow run; settings: as of mlflow.start_run (run_name, run_id, experiment_id …).
 
-    Attempts at windows are metrics `windows/…`, by their number as step. Of a run that is resumed
-    by its run_id, steps that it has are passed over.
+    Attempts at windows are metrics `windows/…`, by their number as step. A run that is active is
+    logged into, and left active; that of a run which is resumed from its directory is taken up
+    again, and steps that it has are passed over.
     """
 
     def __init__(self, **settings: Any) -> None:
         self._module = _imported("mlflow", "mlflow", "MLflow")
         self.settings = settings
         self._begun = False
+        self._own = True
         self._steps = self._attempts = -1
 
     def begin(self, step: int, attempts: int, settings: Mapping[str, Any]) -> None:
         if not self._begun:
-            run = self._module.start_run(**self.settings)
+            known = _known(settings, "mlflow") if step else None
+            again = {"run_id": known} if known else {}
+            active = self._module.active_run()
+            self._own = active is None or active.info.run_id == known
+            run = active or self._module.start_run(**{**again, **self.settings})
+            _know(settings, "mlflow", run.info.run_id)
             self._begun = True
             self._steps = self._last(run.info.run_id, "loss", step - 1)
             self._attempts = self._last(run.info.run_id, "windows/window", attempts - 1)
@@ -299,4 +343,23 @@ class MLflow:
 
     def end(self, result: Mapping[str, float]) -> None:
         self._module.log_metrics({f"result/{k}": v for k, v in result.items()})
-        self._module.end_run()
+        if self._own:
+            self._module.end_run()
+
+
+def _known(settings: Mapping[str, Any], service: str) -> str | None:
+    """The id that the service gave the run of this directory."""
+    if not settings.get("directory"):
+        return None
+    try:
+        name = (Path(settings["directory"]) / f"{service}.id").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    return name or None
+
+
+def _know(settings: Mapping[str, Any], service: str, name: Any) -> None:
+    """Keeps the id for a run that is resumed; without it that begins a run of the service anew."""
+    if settings.get("directory") and isinstance(name, str):
+        with contextlib.suppress(OSError):
+            (Path(settings["directory"]) / f"{service}.id").write_text(name, encoding="utf-8")

@@ -126,12 +126,12 @@ def print_run(console: Console, directory: Path) -> None:
     state = "finished" if finished else f"stopped or running, at step {step} of {steps}"
     console.print(Text(f"{directory}: {state}", style="bold"))
     _line(console, "run", _described(config))
-    windows = _rows(directory / "windows.jsonl")
+    windows = rows_of(directory / "windows.jsonl")
     if windows:
         outcomes = Counter(str(row.get("outcome")) for row in windows)
         found = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
         _line(console, "attempts", f"{len(windows)}: {found}")
-    tape = _rows(directory / "tape.jsonl")
+    tape = rows_of(directory / "tape.jsonl")
     if tape:
         for name in ("loss", "lr", "momentum", "noise", "weight_decay"):
             numbers = (one_number(row.get(name)) for row in tape)
@@ -208,7 +208,7 @@ def _committed(directory: Path) -> int:
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def rows_of(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a tape; one that is being written is left out."""
     if not path.exists():
         return []

@@ -24,7 +24,7 @@ from rhc.distributed import ranks_of, synchronised
 from rhc.errors import InputError
 from rhc.events import Listener
 from rhc.hypergradient import Engine, Product
-from rhc.loggers import TensorBoard
+from rhc.loggers import TensorBoard, tell_run
 from rhc.objective import Objective
 from rhc.progress import Progress, display
 from rhc.randomness import seed_everything
@@ -32,7 +32,7 @@ from rhc.rewrite import Rewrite, usual_law, usual_objective, usual_template, usu
 from rhc.runner import DivergedError, Runner
 from rhc.schedule import CONTROLS, Template, control
 from rhc.start import Start
-from rhc.summary import RUNS, print_result, read_record
+from rhc.summary import RUNS, print_result, read_record, read_result, rows_of
 from rhc.workload import Workload, load_runner, optimizer_of
 
 NOT_HASHED = (
@@ -95,6 +95,8 @@ def train(config: TrainConfig, console: Console, *, recorded_data: Path | None =
     )
     ranks = ranks_of("auto")
     if status == 0 and (ranks is None or ranks.first):
+        if config.tensorboard and not (directory / "tensorboard").is_dir():
+            _log_again(directory)
         _report(console, directory)
     return status
 
@@ -134,6 +136,19 @@ def shown(
     console.print()
     print_result(console, progress.result, directory, inspect=True)
     return 0
+
+
+def _log_again(directory: Path) -> None:
+    """Event files of a run that had ended before they were asked for, from its own files."""
+    logger = TensorBoard(directory / "tensorboard")
+    attempts = rows_of(directory / "windows.jsonl")
+    tell_run(
+        logger,
+        read_record(directory),
+        rows_of(directory / "tape.jsonl"),
+        attempts,
+        read_result(directory),
+    )
 
 
 def _report(console: Console, directory: Path) -> None:

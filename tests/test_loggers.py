@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from runs import Stop, make_run, stop_at_step
 
+import rhc
 from rhc import Runner
 from rhc.cli import main
 from rhc.errors import InputError
@@ -97,22 +98,33 @@ class FakeWandB(ModuleType):
     def __init__(self) -> None:
         super().__init__("wandb")
         self.runs: dict[str, Any] = {}
+        self.run: Any = None
+        self.offline = False
 
     def init(self, **settings: Any) -> Any:
-        name = settings.get("id", "one")
+        name = settings.get("id", f"run-{len(self.runs)}")
         run = self.runs.setdefault(
-            name, SimpleNamespace(rows=[], summary={}, axes={}, finished=0, settings=settings)
+            name,
+            SimpleNamespace(
+                rows=[], summary={}, axes={}, finished=0, settings=settings, id=name, step=0
+            ),
         )
+        self.run = run
+        if self.offline:  # what the run has lies in another file, which wandb does not read
+            run.summary, run.step = {}, 0
 
-        def log(values: dict[str, Any]) -> None:
-            run.rows.append(values)
-            run.summary.update(values)
+        def log(values: dict[str, Any], step: int) -> None:
+            if step >= run.step:
+                run.rows.append({**values, "_step": step})
+                run.summary.update(values)
+                run.step = step
 
         def define_metric(name: str, step_metric: str | None = None) -> None:
             run.axes[name] = step_metric
 
         def finish() -> None:
             run.finished += 1
+            self.run = None
 
         run.log, run.define_metric, run.finish = log, define_metric, finish
         return run
@@ -127,9 +139,16 @@ class FakeMLflow(ModuleType):
         self.params: dict[str, str] = {}
         self.tags: dict[str, Any] = {}
         self.ended = 0
+        self.active: Any = None
+
+    def active_run(self) -> Any:
+        return self.active
 
     def start_run(self, **settings: Any) -> Any:
-        return SimpleNamespace(info=SimpleNamespace(run_id="one"), data=SimpleNamespace())
+        assert self.active is None, "mlflow has one active run"
+        name = settings.get("run_id", "one")
+        self.active = SimpleNamespace(info=SimpleNamespace(run_id=name), data=SimpleNamespace())
+        return self.active
 
     def log_metrics(self, values: dict[str, float], step: int | None = None) -> None:
         self.metrics += [(name, value, step) for name, value in values.items()]
@@ -143,6 +162,7 @@ class FakeMLflow(ModuleType):
 
     def end_run(self) -> None:
         self.ended += 1
+        self.active = None
 
     def MlflowClient(self) -> Any:
         def history(run: str, metric: str) -> list[Any]:
@@ -151,21 +171,28 @@ class FakeMLflow(ModuleType):
         return SimpleNamespace(get_metric_history=history)
 
 
-@pytest.mark.parametrize("service", ["wandb", "mlflow"])
+@pytest.mark.parametrize("service", ["wandb", "wandb offline", "mlflow"])
+@pytest.mark.parametrize("process", ["same", "another"])
 def test_services_never_go_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, service: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, service: str, process: str
 ) -> None:
-    """Interrupted past its checkpoint and resumed: every step and attempt is there once."""
-    import rhc
+    """Interrupted past its checkpoint and resumed: every step and attempt is there once.
 
-    fake: Any = FakeWandB() if service == "wandb" else FakeMLflow()
-    monkeypatch.setitem(sys.modules, service, fake)
-    kind = rhc.loggers.WandB if service == "wandb" else rhc.loggers.MLflow
+    As wandb 0.31 and mlflow 3.17 were seen to do it: docs/log.md.
+    """
+    fake: Any = FakeMLflow() if service == "mlflow" else FakeWandB()
+    monkeypatch.setitem(sys.modules, service.split()[0], fake)
+    kind = rhc.loggers.MLflow if service == "mlflow" else rhc.loggers.WandB
     with pytest.raises(Stop):
         trained(directory=tmp_path, window=5, logger=kind(), listeners=[stop_at_step(17)]).fit(30)
+    if process == "another":  # nothing is active there
+        fake.run = fake.active = None
+        fake.offline = service == "wandb offline"
     result = trained(directory=tmp_path, window=5, logger=kind()).fit(30)
-    if service == "wandb":
-        run = fake.runs["one"]
+    if service != "mlflow":
+        (run,) = fake.runs.values()
+        numbers = [row["_step"] for row in run.rows]
+        assert numbers == sorted(numbers), "wandb drops a row with a number that it has passed"
         steps = [row["step"] for row in run.rows if "loss" in row]
         attempts = [row["windows/number"] for row in run.rows if "windows/number" in row]
         assert run.axes["*"] == "step" and run.axes["windows/*"] == "windows/number"
@@ -177,6 +204,26 @@ def test_services_never_go_back(
         assert fake.params["window"] == "5"
     assert steps == list(range(30))
     assert attempts == list(range(len(result.windows)))
+
+
+@pytest.mark.parametrize("service", ["wandb", "mlflow"])
+def test_a_run_of_a_service_that_is_active_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, service: str
+) -> None:
+    """And left active: whoever began it ends it."""
+    fake: Any = FakeMLflow() if service == "mlflow" else FakeWandB()
+    monkeypatch.setitem(sys.modules, service, fake)
+    mine = fake.start_run(run_id="mine") if service == "mlflow" else fake.init(id="mine")
+    if service == "wandb":
+        mine.log({"mine": 1}, step=7)
+    kind = rhc.loggers.MLflow if service == "mlflow" else rhc.loggers.WandB
+    trained(directory=tmp_path, window=5, logger=kind()).fit(10)
+    assert (tmp_path / f"{service}.id").read_text() == "mine"
+    if service == "wandb":
+        assert fake.run is mine and not mine.finished and len(fake.runs) == 1
+        assert [row["step"] for row in mine.rows if "loss" in row] == list(range(10))
+    else:
+        assert fake.active is mine and not fake.ended
 
 
 def test_a_service_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +251,14 @@ def test_tensorboard_at_the_command_line(tmp_path: Path, monkeypatch: pytest.Mon
     assert [step for step, _ in read("steps", "loss")] == list(range(60))
     numbers = [step for step, _ in read("windows", "windows/accepted")]
     assert numbers == list(range(len(numbers))) and numbers
+    # Asked for when the run had ended: the same, from its files.
+    assert main([*line.replace("--tensorboard", "").split()[:-1], "later"]) == 0
+    assert not (tmp_path / "later" / "tensorboard").exists()
+    assert main([*line.split()[:-1], "later"]) == 0
+    (tmp_path / "run").rename(tmp_path / "first")
+    (tmp_path / "later").rename(tmp_path / "run")
+    assert [step for step, _ in read("steps", "loss")] == list(range(60))
+    assert [step for step, _ in read("windows", "windows/accepted")] == numbers
     # More steps: the files are gone on with, as they are there.
     assert main(["resume", "run", "--steps", "80"]) == 0
     assert [step for step, _ in read("steps", "loss")] == list(range(80))
