@@ -2,6 +2,7 @@
 
     pip install -c constraints.txt -e '.[dev,report,runners]'     and Chromium with its driver
     python docs/pictures.py            # writes docs/pictures/
+    python docs/pictures.py --text DIR    # also the gallery's char_lm, of the .txt file in DIR
     python docs/pictures.py --mnist DIR   # also docs/figures/whole_run.png, of 2000 steps of MNIST
     python docs/pictures.py --check    # exit status 1 where they were made by another version
 
@@ -33,6 +34,13 @@ from rhc.progress import Progress, found, frame, heading
 PICTURES = Path(__file__).parent / "pictures"
 CHARTS = {"losses": "losses", "control-lr": "schedule", "objectives": "windows", "heat": "heat"}
 WIDTH = 79
+GALLERY = {
+    "digits": ("losses", "control-lr"),
+    "cartpole": ("metric-0", "control-lr"),
+    "char_lm": ("losses", "control-lr"),
+    "drifting_sine": ("metric-0", "control-lr"),
+}
+"""The runs of the gallery, `rhc train NAME --validate-every 50`, and the charts that are shown."""
 SHOWN_AT = 60
 """The step of the second window at which the terminal is shown."""
 
@@ -42,6 +50,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="say whether they are current")
+    parser.add_argument("--text", type=Path, help="folder with a text, for char_lm")
     parser.add_argument("--mnist", type=Path, help="folder with MNIST's IDX files")
     arguments = parser.parse_args()
     if arguments.check:
@@ -54,6 +63,7 @@ def main() -> int:
             terminal(PICTURES / "train.svg")
             (directory,) = Path("runs").iterdir()
             report(directory.absolute() / "report.html")
+            gallery(arguments.text and here / arguments.text)
             if arguments.mnist:
                 whole_run(here / arguments.mnist)
         finally:
@@ -110,6 +120,28 @@ def terminal(path: Path) -> None:
     finally:
         rhc.train.display = original
     console.save_svg(str(path), title="rhc train")
+
+
+def gallery(text: Path | None) -> None:
+    """Two charts side by side of each run of the gallery; of char_lm where there is a text."""
+    for name, keys in GALLERY.items():
+        line = ["train", name, "--directory", f"gallery/{name}"]
+        if name == "char_lm":
+            if text is None:
+                continue
+            line += ["--data", str(text)]
+        # Tasks that track or collect have no validation data.
+        line += ["--validate-every", "50"] if name in ("digits", "char_lm") else []
+        if command(line):
+            raise SystemExit(f"the run {name} failed")
+        with opened(Path(f"gallery/{name}/report.html").absolute()) as browser:
+            shown = ", ".join(f"#chart-{key}" for key in keys)
+            browser.execute_script(
+                "for (const each of document.querySelectorAll('figure'))"
+                f" if (!each.querySelector('{shown}')) each.remove();"
+            )
+            (charts,) = browser.find_elements("css selector", ".charts")
+            charts.screenshot(str(PICTURES / f"gallery_{name}.png"))
 
 
 def whole_run(data: Path) -> None:
