@@ -468,9 +468,14 @@ def _report(config: ReportConfig) -> int:
 
 
 def _watch(config: WatchConfig) -> int:
-    from rhc.watch import watch
+    from rhc.progress import Screen
+    from rhc.watch import watch, watch_live
 
-    watch(config.directory, lambda line: print(line, flush=True))
+    screen = Screen()
+    if screen.animated:
+        watch_live(config.directory, screen)
+    else:
+        watch(config.directory, lambda line: print(line, flush=True))
     return 0
 
 

@@ -253,20 +253,21 @@ class LiveDisplay(AbstractContextManager["LiveDisplay"]):
                 # Looking back may take long: the end of a roll is drawn, so that it can be seen.
                 end = progress.verb is not None and event.step + 1 == progress.verb.stop
                 if progress.clock() - self.drawn > (self.pause / 2 if end else self.pause):
-                    self._draw()
+                    self.draw()
             case RunStarted():
                 self._head()
                 self.live.start()
             case StartTried():
-                self._draw()
+                self.draw()
             case StartFound():
                 self.console.print(Text(f"start: {found(event)}"))
             case Notice(message):
                 self.console.print(Text(f"notice: {message}"))
             case RunEnded():
-                self._draw()
+                self.draw()
 
-    def _draw(self) -> None:
+    def draw(self) -> None:
+        """Shows the frame as it stands."""
         if self.live.is_started:
             began = self.progress.clock()
             if self.console.width != self.width:
@@ -332,7 +333,7 @@ def frame(progress: Progress, width: int, height: int = 24) -> RenderableType:
     if progress.tried:
         parts.append(_search(progress))
     else:
-        if progress.result is None:
+        if progress.result is None and progress.verb is not None:
             parts.append(_verbs(progress))
         parts += [_controls(progress), _loss(progress)]
         # Border, bars, verbs, controls, loss and counters are eight lines, the prompt one.
@@ -470,7 +471,7 @@ def _counters(progress: Progress) -> Text:
         for outcome, count in progress.outcomes.items():
             text.append(f"{outcome} ", style="dim")
             text.append(f"{count}  ", style=_OUTCOME_STYLE[outcome] if count else "dim")
-    if progress.cost is not None:
+    if progress.cost is not None and math.isfinite(progress.cost):
         text.append("  cost ", style="dim")
         text.append(f"{progress.cost:.2f}x plain")
     return text

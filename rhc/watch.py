@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shlex
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rhc.errors import InputError
-from rhc.files import parsed_json
-from rhc.progress import one_number, tried
-from rhc.summary import read_record
+from rich.text import Text
 
+from rhc.errors import InputError
+from rhc.events import Committed, RunEnded, RunStarted, StartTried, WindowAttempted
+from rhc.files import parsed_json
+from rhc.progress import LiveDisplay, Progress, Screen, one_number, tried
+from rhc.summary import print_result, read_record, read_result
+
+LEAVE = "Ctrl-C ends the watching alone"
 MOST_EARLIER = 8
 """Attempts that had been made when the watching began, of which a line is shown."""
 
@@ -73,6 +79,18 @@ def write_template(path: Path) -> str:
     return f"rhc train {path}:{name}"
 
 
+@dataclass(frozen=True)
+class _News:
+    """What a run has written since it was last looked at."""
+
+    starts: list[dict[str, Any]]
+    attempts: list[dict[str, Any]]
+    rows: list[dict[str, Any]]
+    ended: bool
+    idle: bool
+    """Nothing is new, and no process of this machine trains it."""
+
+
 def watch(
     directory: Path, write: Callable[[str], None], wait: Callable[[], None] | None = None
 ) -> None:
@@ -82,17 +100,13 @@ def watch(
     is said once.
     """
     config = read_record(directory, told=write)
-    wait = wait or (lambda: time.sleep(1))
-    write(f"watching {directory}, {config.get('steps')} steps; Ctrl-C ends the watching alone")
-    names = ("start.jsonl", "windows.jsonl", "tape.jsonl")
-    starts, windows, tape = (_Tail(directory / name) for name in names)
+    write(f"watching {directory}, {config.get('steps')} steps; {LEAVE}")
     quiet, first = False, True
-    while True:
-        ended = (directory / "result.json").exists()
-        for row in starts.rows():
+    for news in _news(directory, wait or _second):
+        for row in news.starts:
             with contextlib.suppress(KeyError, TypeError, ValueError):  # of another version
                 write(f"start  {tried(row)}")
-        attempts = list(windows.rows())
+        attempts = news.attempts
         if first and len(attempts) > MOST_EARLIER:
             write(f"{len(attempts) - MOST_EARLIER} attempts at windows before these")
             attempts = attempts[-MOST_EARLIER:]
@@ -104,29 +118,112 @@ def watch(
                 f"window {row.get('start')}-{row.get('stop')}  {row.get('outcome')}  J "
                 f"{_text(before)} -> {_text(after)}{reason}"
             )
-        rows = list(tape.rows())
-        if rows:
-            row = rows[-1]
-            losses = [r["loss"] for r in rows if isinstance(r.get("loss"), (int, float))]
+        if news.rows:
+            row = news.rows[-1]
+            losses = [r["loss"] for r in news.rows if isinstance(r.get("loss"), (int, float))]
             mean = _text(sum(losses) / len(losses) if losses else None)
             lr = row.get("lr")
             shown = _text(None if lr is None else one_number(lr))
             step = row.get("step")
             done = step + 1 if isinstance(step, int) else "?"
             write(f"step {done}/{config.get('steps')}  loss {mean}  lr {shown}")
-        if ended:
+        if news.ended:
             result = read_record(directory, "result.json", write)
             write(f"finished: test loss {_text(result.get('test_loss'))}")
+        if news.idle and not quiet:
+            write(_idle(directory))
+        quiet = news.idle
+
+
+def watch_live(directory: Path, screen: Screen, wait: Callable[[], None] | None = None) -> None:
+    """Shows the display of `rhc train` of a run that trains elsewhere, until it has a result.
+
+    Its events are made from its files: a window's verbs and its steps are not among them.
+    """
+    config = read_record(directory)
+    steps, window = _whole(config.get("steps")), _whole(config.get("window"))
+    controls = config.get("controls")
+    steered = tuple(map(str, controls)) if isinstance(controls, list) else ()
+    progress = Progress(str(config.get("run") or directory.name).rpartition(":")[2])
+    screen.print(Text(f"watching {directory}; {LEAVE}", style="dim"))
+    quiet, first = False, True
+    with LiveDisplay(progress, screen) as display:
+        begun = RunStarted(0, steps, window, _whole(config.get("stride")), steered, True, None)
+        display(replace(begun, rewriting=bool(config.get("rewrite"))))
+        for news in _news(directory, wait or _second):
+            for row in news.starts:
+                with contextlib.suppress(KeyError, TypeError, ValueError):
+                    tried(row)
+                    progress.observe(StartTried(row))
+            _observe(progress, news, max(1, _whole(config.get("stride"))))
+            if first:  # the pace is that since it has been watched
+                progress.start, progress.began, first = progress.committed, progress.clock(), False
+            if news.idle and not quiet:
+                screen.print(Text(_idle(directory)))
+            quiet = news.idle
+            if news.ended:
+                result = read_result(directory)
+                progress.cost = result["cost"]["plain_run_equivalents"]
+                display(RunEnded(result))
+            display.draw()
+    screen.print()
+    print_result(screen, read_result(directory), directory, inspect=True)
+
+
+def _observe(progress: Progress, news: _News, stride: int) -> None:
+    """Tells the display of attempts and of committed steps, in the order in which they came."""
+    rows = [
+        row
+        for row in news.rows
+        if isinstance(row.get("step"), int) and isinstance(row.get("loss"), (int, float))
+    ]
+    attempts = [
+        row
+        for row in news.attempts
+        if row.get("outcome") in progress.outcomes
+        and all(isinstance(row.get(name), int) for name in ("start", "stop", "attempt"))
+    ]
+    if rows:
+        progress.tried.clear()
+    for row in [*attempts, None]:
+        before = [r for r in rows if row is None or r["step"] < row["start"]]
+        rows = rows[len(before) :]
+        for at in range(0, len(before), stride):
+            part = before[at : at + stride]
+            start, stop = part[0]["step"], part[-1]["step"] + 1
+            progress.observe(Committed(start, stop, part, math.nan))
+        if row is not None:
+            names = ("objective_before", "objective_after", "reason")
+            progress.observe(WindowAttempted({**dict.fromkeys(names), **row}))
+
+
+def _news(directory: Path, wait: Callable[[], None]) -> Iterator[_News]:
+    """What the run has written, as it comes; the last is that which holds its end."""
+    names = ("start.jsonl", "windows.jsonl", "tape.jsonl")
+    starts, windows, tape = (_Tail(directory / name) for name in names)
+    while True:
+        ended = (directory / "result.json").exists()
+        started, attempts, rows = list(starts.rows()), list(windows.rows()), list(tape.rows())
+        still = not (ended or attempts or rows) and trained(directory) is False
+        yield _News(started, attempts, rows, ended, still)
+        if ended:
             return
-        if trained(directory) is not False or rows or attempts:
-            quiet = False
-        elif not quiet:
-            quiet = True
-            write(
-                "nothing on this machine trains it: it was stopped, killed, or diverged; waiting; "
-                f"to go on: rhc resume {shlex.quote(str(directory))}"
-            )
         wait()
+
+
+def _second() -> None:
+    time.sleep(1)
+
+
+def _idle(directory: Path) -> str:
+    return (
+        "nothing on this machine trains it: it was stopped, killed, or diverged; waiting; "
+        f"to go on: rhc resume {shlex.quote(str(directory))}"
+    )
+
+
+def _whole(value: Any) -> int:
+    return value if isinstance(value, int) and value > 0 else 0
 
 
 def trained(directory: Path) -> bool | None:

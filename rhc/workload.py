@@ -275,6 +275,7 @@ def _function_in_file(path: Path, function_name: str, name: str) -> Callable[...
     module = _import_file(path.resolve())
     function = getattr(module, function_name, None)
     if not inspect.isroutine(function):
+        hint = f"; a script that trains by itself is run by: python {path}"
         own = [
             each
             for each, value in vars(module).items()
@@ -284,6 +285,7 @@ def _function_in_file(path: Path, function_name: str, name: str) -> Callable[...
             f"runner {name!r}: {path} defines no function {function_name!r}: "
             f"give {path}:function with the name of one that it defines"
             f"{', such as ' + ', '.join(own[:4]) if own else ''}"
+            f"{hint if hasattr(module, 'rhc') else ''}"
         )
     return function
 

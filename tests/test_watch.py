@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rhc.cli import main
-from rhc.watch import watch
+from rhc.progress import Screen
+from rhc.watch import watch, watch_live
 
 
 def test_a_run_is_followed_to_its_end(tmp_path: Path) -> None:
@@ -35,6 +39,54 @@ def test_a_run_is_followed_to_its_end(tmp_path: Path) -> None:
         "step 1/4  loss 9  lr 0.5",
         "finished: test loss 0.25",
     ]
+
+
+def test_a_terminal_shows_the_display_of_the_run(tmp_path: Path) -> None:
+    """The counts are those of the run's own display; rows that are damaged are passed over."""
+    config = {"run": "demo", "steps": 150, "window": 50, "stride": 50, "controls": ["lr"],
+              "rewrite": {"x": 1}}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    rows = [{"step": s, "loss": 1 / (1 + s), "lr": 0.5} for s in range(150)]
+    attempts = [
+        {"start": a, "stop": a + 50, "attempt": n, "outcome": outcome, "reason": None,
+         "objective_before": 1.0, "objective_after": 0.9}
+        for a, n, outcome in (
+            (0, 0, "rewound"), (0, 1, "accepted"), (0, 2, "rejected"), (50, 1, "rejected"),
+        )
+    ]  # fmt: skip
+
+    def lines(*values: Any) -> str:
+        return "".join(json.dumps(value) + "\n" for value in values)
+
+    shown, file = list[str](), io.StringIO()
+    screen = Screen(file=file, force_terminal=True, width=80, height=24)
+    rounds = iter(range(3))
+
+    def wait() -> None:
+        shown.append(file.getvalue())
+        match next(rounds):
+            case 0:
+                (tmp_path / "start.jsonl").write_text('{"kind": "probe", "steps": 3}\n[]\n')
+                record = {"kind": "probe", "steps": 3, "from": 0.1, "loss": 1.0}
+                (tmp_path / "start.jsonl").write_text(lines({"kind": 1}, record))
+            case 1:
+                (tmp_path / "windows.jsonl").write_text(lines({"outcome": "x"}, *attempts))
+                (tmp_path / "tape.jsonl").write_text(lines({"loss": "x"}, *rows[:100]))
+            case 2:
+                (tmp_path / "tape.jsonl").write_text(lines({"loss": "x"}, *rows))
+                result = {"steps": 150, "cost": {"plain_run_equivalents": 2.5, "windows": 3,
+                          "rejected_windows": 1, "rewound_windows": 1}}  # fmt: skip
+                (tmp_path / "result.json").write_text(json.dumps(result))
+
+    watch_live(tmp_path, screen, wait)
+    plain = [re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text) for text in (*shown, file.getvalue())]
+    assert "0/150" in plain[0] and "3 steps at lr 0.1: loss 1" in plain[1]
+    third = plain[2][len(plain[1]) :]
+    assert "100/150" in third and "accepted 1  rejected 1  rewound 1" in third
+    assert "cost" not in third and "J 1 → 0.9" in third and "looking for a start" not in third
+    assert (
+        "150/150" in plain[3] and "cost 2.50x plain" in plain[3] and "2.50 plain runs" in plain[3]
+    )
 
 
 def test_it_is_said_once_that_nothing_trains_a_run(tmp_path: Path) -> None:

@@ -376,7 +376,8 @@ def _changes(runs: Sequence[RunRecord]) -> list[Chart]:
     agree = sum(dl * dr < 0 for dl, dr, _ in pairs)
     trace = _marks([p[0] for p in pairs], [p[1] for p in pairs], "stretch", _ink(0), "circle")
     trace["marker"] |= {"color": [p[2] for p in pairs], "colorscale": "Viridis", "showscale": True,
-                        "colorbar": {"title": {"text": "step"}, "thickness": 10}}  # fmt: skip
+                        "colorbar": {"title": {"text": "step"}, "thickness": 10},
+                        "line": {"color": "#6b7280", "width": 1}}  # fmt: skip
     return _chart(
         "changes",
         f"Δr against Δℓ: {name} against loss",
