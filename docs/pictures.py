@@ -4,7 +4,7 @@
     python docs/pictures.py            # writes docs/pictures/
     python docs/pictures.py --text DIR    # also the gallery's char_lm, of the .txt file in DIR
     python docs/pictures.py --mnist DIR   # also docs/figures/whole_run.png, of 2000 steps of MNIST
-    python docs/pictures.py --check    # exit status 1 where they were made by another version
+    python docs/pictures.py --check    # exit status 1 where they would look otherwise today
 
 The run, and so what is to be seen, is that of `rhc train --window 50`, the README's first command.
 """
@@ -12,8 +12,10 @@ The run, and so what is to be seen, is that of `rhc train --window 50`, the READ
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -26,10 +28,13 @@ from rich.console import Console
 from rich.text import Text
 
 import rhc
+import rhc.report
 import rhc.train
 from rhc.cli import main as command
 from rhc.events import Event, StartFound, StepTaken
 from rhc.progress import Progress, found, frame, heading
+from rhc.report.charts import INK, charts_of
+from rhc.report.records import read_run
 
 PICTURES = Path(__file__).parent / "pictures"
 CHARTS = {"losses": "losses", "control-lr": "schedule", "objectives": "windows", "heat": "heat"}
@@ -62,33 +67,53 @@ def main() -> int:
         try:
             terminal(PICTURES / "train.svg")
             (directory,) = Path("runs").iterdir()
+            look = looks(PICTURES / "train.svg", directory)
             report(directory.absolute() / "report.html")
             gallery(arguments.text and here / arguments.text)
             if arguments.mnist:
                 whole_run(here / arguments.mnist)
         finally:
             os.chdir(here)
-    made = {"version": rhc.__version__, "pictures": sorted(p.name for p in PICTURES.iterdir())}
-    made["pictures"] = [name for name in made["pictures"] if name != "made.json"]
+    names = sorted(p.name for p in PICTURES.iterdir() if p.name != "made.json")
+    made = {"version": rhc.__version__, "looks": look, "pictures": names}
     (PICTURES / "made.json").write_text(json.dumps(made, indent=2) + "\n")
     return 0
 
 
 def check() -> int:
-    """0 where every picture is there and was made by this version."""
+    """0 where every picture is there, and the run that they show would be shown the same today."""
     try:
         made = json.loads((PICTURES / "made.json").read_text())
     except FileNotFoundError:
-        made = {"version": "none", "pictures": []}
-    missing = [name for name in made["pictures"] if not (PICTURES / name).exists()]
-    if made["version"] == rhc.__version__ and not missing:
+        made = {"version": "none", "looks": {}, "pictures": []}
+    wrong = [f"{name} is missing" for name in made["pictures"] if not (PICTURES / name).exists()]
+    if made["version"] != rhc.__version__:
+        wrong.append(f"they are of version {made['version']}")
+    here = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            terminal(Path("train.svg"))
+            (directory,) = Path("runs").iterdir()
+            today = looks(Path("train.svg"), directory)
+        finally:
+            os.chdir(here)
+    wrong += [f"the {name} has changed" for name in today if today[name] != made["looks"].get(name)]
+    if not wrong:
         return 0
-    print(
-        f"the pictures are of version {made['version']}, and {missing or 'none'} missing; "
-        "python docs/pictures.py makes them anew",
-        file=sys.stderr,
-    )
+    told = f"the pictures are not current: {'; '.join(wrong)}"
+    print(f"{told}; python docs/pictures.py makes them anew", file=sys.stderr)
     return 1
+
+
+def looks(svg: Path, run: Path) -> dict[str, str]:
+    """What the terminal and the report look like, whatever the numbers are on this machine."""
+    text = re.sub(r"<style.*?</style>", "", svg.read_text(), flags=re.DOTALL)
+    words = re.sub(r"[\d.,:+e▁▂▃▄▅▆▇█━╸╺−-]+|&#160;", " ", re.sub(r"<[^>]*>", " ", text))
+    charts = [(chart.key, chart.title, chart.caption) for chart in charts_of([read_run(run)])]
+    template = Path(rhc.report.__file__).with_name("page.html").read_text()
+    shown = {"terminal": " ".join(words.split()), "report": f"{charts}{INK}{template}"}
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in shown.items()}
 
 
 def terminal(path: Path) -> None:
