@@ -33,7 +33,7 @@ import rhc.train
 from rhc.cli import main as command
 from rhc.events import Event, StartFound, StepTaken
 from rhc.progress import Progress, found, frame, heading
-from rhc.report.charts import INK, charts_of
+from rhc.report.charts import INK, OUTCOMES, charts_of
 from rhc.report.records import read_run
 
 PICTURES = Path(__file__).parent / "pictures"
@@ -109,10 +109,12 @@ def check() -> int:
 def looks(svg: Path, run: Path) -> dict[str, str]:
     """What the terminal and the report look like, whatever the numbers are on this machine."""
     text = re.sub(r"<style.*?</style>", "", svg.read_text(), flags=re.DOTALL)
-    words = re.sub(r"[\d.,:+e▁▂▃▄▅▆▇█━╸╺−-]+|&#160;", " ", re.sub(r"<[^>]*>", " ", text))
+    text = re.sub(r"<[^>]*>|&#\d+;", " ", text)
+    # Outcomes and durations may be others there.
+    words = [w for w in re.findall(r"[a-z]{3,}", text) if w not in (*OUTCOMES, "left")]
     charts = [(chart.key, chart.title, chart.caption) for chart in charts_of([read_run(run)])]
     template = Path(rhc.report.__file__).with_name("page.html").read_text()
-    shown = {"terminal": " ".join(words.split()), "report": f"{charts}{INK}{template}"}
+    shown = {"terminal": " ".join(dict.fromkeys(words)), "report": f"{charts}{INK}{template}"}
     return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in shown.items()}
 
 
