@@ -44,6 +44,12 @@ MENDS = (
     ),
     (r"cannot be multiplied|size mismatch|must match|size of tensor|Expected input batch_size",
      "the shapes do not fit each other"),
+    (r"Target -?\d+ is out of bounds", "the model has fewer outputs than there are classes"),
+    (r"index out of range in self", "an Embedding has fewer rows than there are indices"),
+    (
+        r"must be the same as input size",
+        "prediction and target differ in shape: y.unsqueeze(1), or model(x).squeeze(1)",
+    ),
     (r"positional argument|unexpected keyword", "loss_fn is called as loss_fn(model, batch)"),
     (r"indices must be|not subscriptable|KeyError|out of range",
      "it takes from the batch what is not there"),

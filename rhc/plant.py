@@ -790,6 +790,8 @@ def checked_loss(result: Any, source: str = "loss_fn") -> tuple[Tensor, dict[str
             mend = "it has no return"
         elif isinstance(getattr(loss, "loss", None), Tensor):
             mend = "return its .loss"
+        elif isinstance(result, (tuple, list, dict)):
+            mend = "return loss, or (loss, {'accuracy': …})"
         raise InputError(
             f"{source} must return a scalar tensor or (scalar tensor, dict), got "
             f"{type(loss).__name__}; {mend}"

@@ -385,7 +385,8 @@ class Runner:
                     "single hypergradients, see rhc.hypergradient"
                 )
             resolve(window, segment, product, engine, self.plant)
-            self.controls = _steered(self.plant, controls)
+            named = (controls,) if isinstance(controls, str) else controls
+            self.controls = _steered(self.plant, named)
             self.lookback = self._new_lookback()
         self.per_group = _grouped(self.plant, self.controls, per_group)
         self.seed = seed
@@ -407,6 +408,7 @@ class Runner:
         self._validation_batches: float | None = None
         self._epoch_steps = 0 if planner is None else self._plannable(planner)
         self._spent = False
+        self._fitted = False
 
     # fit -----------------------------------------------------------------------------------------
 
@@ -422,6 +424,12 @@ class Runner:
             raise InputError(
                 f"the schedule has {len(self.followed)} steps, fewer than the run's {steps}; "
                 f"stretch it to {steps} steps, or train for at most {len(self.followed)}"
+            )
+        if self._fitted and self.directory is None and self.start != "given":
+            raise InputError(
+                f"this Runner has been fitted, and start={self.start!r} is for a model that has "
+                "not; to train on give it a directory, which fit continues, or build another with "
+                "start='given'"
             )
         if resume not in ("auto", "never"):
             raise InputError(f"resume must be 'auto' or 'never', got {resume!r}")
@@ -444,6 +452,7 @@ class Runner:
             for stream in self._streams:
                 stream.close()
         result = self._result()
+        self._fitted = True
         self._emit(RunEnded(result.record))
         return result
 

@@ -229,6 +229,14 @@ REFUSED: dict[str, tuple[Callable[[], Parts], str]] = {
                  "loss": lambda m, b: m(**b)},
         "got Output; return its .loss",
     ),
+    "a-list": (lambda: {"loss": lambda m, b: [cross_entropy(m, b), {}]}, r"or \(loss, \{"),
+    "too-few-outputs": (
+        lambda: {"model": nn.Linear(8, 1)}, r"fewer outputs than there are classes"
+    ),
+    "a-missing-key": (
+        lambda: {"train": named(x="x", y="y"), "loss": lambda m, b: m(b["label"]).sum()},
+        "KeyError: 'label', .* a dict of x: float32 .* what is not there",
+    ),
     "no-dict": (lambda: {"loss": lambda m, b: (cross_entropy(m, b), m(b[0]))}, "dict of metrics"),
     "a-criterion": (lambda: {"loss": nn.CrossEntropyLoss()}, r"criterion\(model\(batch\[0\]\)"),
     "a-functional": (lambda: {"loss": F.cross_entropy}, r"F.cross_entropy\(model"),
@@ -290,6 +298,20 @@ def test_it_is_refused_in_one_sentence(name: str, where: str, tmp_path: Path) ->
 def test_steps_are_a_whole_number(steps: Any) -> None:
     with pytest.raises(InputError, match="steps must be a whole number"):
         fitted({}, steps)
+
+
+def test_a_second_fit_in_memory(tmp_path: Path) -> None:
+    """Of a Runner that looked for a start it ended with the sentence of a run that diverged."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    parts = (model, optimizer, cross_entropy, loader(), loader())
+    runner = rhc.Runner(*parts, window=4, controls="lr")
+    runner.fit(8)
+    with pytest.raises(InputError, match=r"has been fitted, .* directory, which fit continues"):
+        runner.fit(12)
+    kept = rhc.Runner(*parts, window=4, directory=tmp_path / "run")
+    kept.fit(8)
+    assert len(kept.fit(12).schedule) == 12
 
 
 def test_the_plain_loop_takes_what_looking_back_cannot() -> None:
