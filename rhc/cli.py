@@ -262,6 +262,8 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments[:1] == ["--version"]:
         print(f"rhc {__version__}")
         return 0
+    if arguments[:1] == ["help"]:  # as of git and pip
+        arguments = [*arguments[1:2], "--help"]
     if not arguments or arguments[0] in ("-h", "--help"):
         return _overview()
     if arguments[0] == "--completion":

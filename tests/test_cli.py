@@ -770,7 +770,7 @@ def test_the_overview_fits_a_screen(call: Call) -> None:
     assert len(lines) <= 24 and max(map(len, lines)) <= 80
     for name in COMMANDS:
         assert f"rhc {name}" in shown.out
-    assert call("").out == shown.out
+    assert call("").out == call("help").out == shown.out
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -779,6 +779,7 @@ def test_the_help_of_each_command_fits_a_screen(call: Call, name: str) -> None:
     assert (shown.status, shown.err) == (0, "")
     lines = shown.out.splitlines()
     assert len(lines) <= 40 and max(map(len, lines)) <= 80
+    assert call(f"help {name}").out == shown.out
     assert call(f"{name} -h").out == call(f"{name} x --help --seed").out == shown.out
     whole = call(f"{name} --help-all")
     assert whole.status == 0 and max(map(len, whole.out.splitlines())) <= 80
