@@ -472,7 +472,7 @@ def _counters(progress: Progress) -> Text:
             text.append(f"{outcome} ", style="dim")
             text.append(f"{count}  ", style=_OUTCOME_STYLE[outcome] if count else "dim")
     if progress.cost is not None and math.isfinite(progress.cost):
-        text.append("  cost ", style="dim")
+        text.append("  cost " if text else "cost ", style="dim")
         text.append(f"{progress.cost:.2f}x plain")
     return text
 

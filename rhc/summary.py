@@ -96,7 +96,11 @@ def print_result(
 ) -> None:
     """Losses, cost, where the files are and how to use the schedule."""
     cost = record["cost"]
-    console.print(_losses(record))
+    if console.width < 56:  # the table would lose its labels
+        for name, final, averaged in _values(record):
+            _line(console, name, f"{final}, averaged {averaged}")
+    else:
+        console.print(_losses(record))
     _line(
         console,
         "cost",
@@ -170,15 +174,25 @@ def _losses(record: Mapping[str, Any]) -> Table:
     table.add_column("", style="dim", min_width=8)
     for name in ("train loss", "val loss", "test loss", "test accuracy"):
         table.add_column(name, justify="right", no_wrap=True)
-    averaged = ((record.get("average_metrics") or {}).get("test") or {}).get("accuracy")
-    for label, prefix, accuracy in (
-        ("final", "", record.get("test_accuracy")),
-        ("averaged", "average_", averaged),
-    ):
-        losses = [record.get(f"{prefix}{name}_loss") for name in ("train", "val", "test")]
-        cells = ["–" if loss is None else f"{loss:.4f}" for loss in losses]
-        table.add_row(label, *cells, "–" if accuracy is None else f"{accuracy:.4f}")
+    _, finals, averages = zip(*_values(record), strict=True)
+    table.add_row("final", *finals)
+    table.add_row("averaged", *averages)
     return table
+
+
+def _values(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(name, of the final, of the averaged weights) of the losses and the accuracy, as text."""
+    averaged = ((record.get("average_metrics") or {}).get("test") or {}).get("accuracy")
+    found = [
+        (name, record.get(f"{name}_loss"), record.get(f"average_{name}_loss"))
+        for name in ("train", "val", "test")
+    ]
+    found.append(("accuracy", record.get("test_accuracy"), averaged))
+    return [(name, _four(final), _four(average)) for name, final, average in found]
+
+
+def _four(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
 
 
 def _described(config: Mapping[str, Any]) -> str:

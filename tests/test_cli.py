@@ -52,6 +52,7 @@ from rhc.progress import (
 from rhc.rewrite import usual_law, usual_objective
 from rhc.schedule import TEMPLATES as KNOWN_TEMPLATES
 from rhc.start import STARTS as KNOWN_STARTS
+from rhc.summary import print_result
 from rhc.usage import flags_of
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -182,6 +183,19 @@ def test_digits_from_end_to_end(call: Call, tmp_path: Path) -> None:
     for part in (f"{result['test_loss']:.4f}", "plain runs", f"{directory.name}/schedule.json"):
         assert part in done.out
     assert "to_lr_scheduler" in done.out and "rhc inspect" in done.out
+
+
+def test_a_small_screen_keeps_the_labels_of_the_result() -> None:
+    record = {"train_loss": 0.25, "average_train_loss": 0.5, "test_accuracy": 1.0,
+              "average_metrics": {"test": {"accuracy": 0.75}},
+              "cost": {"plain_run_equivalents": 1.0, "windows": 1, "rejected_windows": 0,
+                       "rewound_windows": 0}}  # fmt: skip
+    for width in (30, 40, 80):
+        file = io.StringIO()
+        print_result(Console(file=file, width=width), record, Path("run"), inspect=False)
+        text = " ".join(file.getvalue().split())
+        for part in ("0.2500", "averaged", "0.5000", "accuracy", "1.0000", "0.7500", "train"):
+            assert part in text, (width, part)
 
 
 def test_plain_lines_where_there_is_no_terminal(call: Call) -> None:
