@@ -16,9 +16,9 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,14 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 VALUES = "values.json"
 _PREFIX = "window-"
-_NAME = re.compile(r"[A-Za-z0-9_]{1,64}\.safetensors|values\.json")
+SHARDS = "shards"
+"""The folder of a checkpoint that has files of every rank, by torch.distributed.checkpoint."""
+
+_SHARD = re.compile(rf"{SHARDS}/shard-[0-9]{{5}}-model-[0-9]{{5}}-of-[0-9]{{5}}\.safetensors")
+_NAME = re.compile(rf"[A-Za-z0-9_]{{1,64}}\.safetensors|values\.json|{_SHARD.pattern}")
 
 MOST_FILES = 64
+MOST_SHARDS = 4096
 MOST_MANIFEST_BYTES = 2**20
 MOST_HEADER_BYTES = 32 * 2**20
 """Of the JSON part of a safetensors file: 100 bytes a tensor."""
@@ -61,11 +66,16 @@ PARALLEL = 32 * 2**20
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """step: committed steps. tensors: group -> name -> tensor. values: the JSON part."""
+    """step: committed steps. tensors: group -> name -> tensor. values: the JSON part.
+
+    shards: (bytes, SHA-256) of the files of what is shared out, by name, which the ranks write into
+    the folder that `CheckpointStore.prepare` gives them, and read by themselves.
+    """
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
     values: dict[str, Any]
+    shards: dict[str, tuple[int, str]] = field(default_factory=dict)
 
 
 class CheckpointStore:
@@ -99,17 +109,29 @@ class CheckpointStore:
 
     # Saving --------------------------------------------------------------------------------------
 
+    def prepare(self, step: int) -> Path:
+        """An empty folder for the shards of the checkpoint of `step`, which is to be saved next."""
+        temporary = self._temporary(step)
+        make_directory(self.root)
+        removed(temporary)
+        make_directory(temporary / SHARDS)
+        return temporary / SHARDS
+
+    def _temporary(self, step: int) -> Path:
+        return self.root / f".writing-{self.path(step).name}"
+
     def save(self, checkpoint: Checkpoint) -> Path:
         """Writes a checkpoint, returns its directory, and removes those older than the newest n.
 
         An OSError leaves the checkpoints that there were as they were.
         """
         final = self.path(checkpoint.step)
-        temporary = self.root / f".writing-{final.name}"
+        temporary = self._temporary(checkpoint.step)
         make_directory(self.root)
         try:
-            removed(temporary)
-            os.mkdir(temporary)
+            if not checkpoint.shards:
+                removed(temporary)
+                os.mkdir(temporary)
             self._write(temporary, checkpoint)
             gone = self.root / f".removing-{checkpoint.step:08d}"
             removed(gone)
@@ -168,7 +190,8 @@ class CheckpointStore:
             "version": FORMAT_VERSION,
             "step": checkpoint.step,
             "torch": torch.__version__,
-            "files": {name: {"bytes": n, "sha256": digest} for name, n, digest in files},
+            "files": {name: {"bytes": n, "sha256": digest} for name, n, digest in files}
+            | {n: {"bytes": size, "sha256": d} for n, (size, d) in checkpoint.shards.items()},
         }
         data = _sealed(manifest)
         write_durably(directory / MANIFEST, data)
@@ -209,13 +232,19 @@ class CheckpointStore:
         self._damaged.add(step)
         self.notice(f"{why}; passing over this checkpoint")
 
-    def load(self, step: int) -> Checkpoint:
-        """Reads one checkpoint; whatever does not match its manifest is an InputError."""
+    def load(self, step: int, share: tuple[int, int] = (0, 1)) -> Checkpoint:
+        """Reads one checkpoint; whatever does not match its manifest is an InputError.
+
+        Shards are not read, but compared with the manifest: every n-th from the r-th on, where
+        share is (r, n), since n ranks look at them together.
+        """
         directory = self.path(step)
         tensors: dict[str, dict[str, Tensor]] = {}
         values: Any = None
-        for name, data in self._contents(step):
+        for name, data in self._contents(step, share):
             path = directory / name
+            if _SHARD.fullmatch(name):
+                continue
             if name == VALUES:
                 try:
                     values = parsed_json(data)
@@ -225,9 +254,11 @@ class CheckpointStore:
                 tensors[path.stem] = _tensors(path, data)
         if not isinstance(values, dict):
             raise InputError(f"{directory / VALUES} is missing or no JSON object")
-        return Checkpoint(step, tensors, values)
+        files = self._manifest(step)
+        shards = {name: sums for name, sums in files.items() if _SHARD.fullmatch(name)}
+        return Checkpoint(step, tensors, values, shards)
 
-    def _contents(self, step: int) -> Iterator[tuple[str, bytes]]:
+    def _contents(self, step: int, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[str, bytes]]:
         """(name, content) of every file, checked against the manifest."""
         directory = self.path(step)
         files = self._manifest(step)
@@ -236,7 +267,12 @@ class CheckpointStore:
                 f"{directory / MANIFEST} lists more than {self.most_bytes} bytes, far more than "
                 "this model needs"
             )
+        shards = sorted(name for name in files if _SHARD.fullmatch(name))
+        self._check_folder(directory / SHARDS, shards)
+        others = set(shards) - set(shards[share[0] :: share[1]])
         for name, (size, digest) in files.items():
+            if name in others:
+                continue
             path = directory / name
             most = MOST_JSON_BYTES if name == VALUES else MOST_TENSOR_BYTES
             try:
@@ -250,6 +286,20 @@ class CheckpointStore:
             if hashlib.sha256(data).hexdigest() != digest:
                 raise InputError(f"{path} does not match its manifest: it was truncated or altered")
             yield name, data
+
+    def _check_folder(self, folder: Path, names: Sequence[str]) -> None:
+        """An InputError unless a folder, not a link, has these shards and nothing else."""
+        if not names:
+            return
+        try:
+            real = stat.S_ISDIR(os.lstat(folder).st_mode)
+            there = sorted(f"{SHARDS}/{path.name}" for path in folder.iterdir()) if real else []
+        except OSError as error:
+            raise InputError(f"{folder} cannot be read ({error.strerror})") from None
+        if there != list(names):
+            raise InputError(
+                f"{folder} does not match its manifest: it has {len(there)} files for {len(names)}"
+            )
 
     def _manifest(self, step: int) -> dict[str, tuple[int, str]]:
         """name -> (bytes, SHA-256) of every file of a checkpoint."""
@@ -270,7 +320,8 @@ class CheckpointStore:
                 raise ValueError("it does not match its own digest")
             if int(manifest["step"]) != step:
                 raise ValueError(f"step {manifest['step']}")
-            if len(files) > MOST_FILES:
+            shards = sum(bool(_SHARD.fullmatch(name)) for name in files)
+            if shards > MOST_SHARDS or len(files) - shards > MOST_FILES:
                 raise ValueError(f"{len(files)} files")
             if any(size < 0 for size, _ in files.values()):
                 raise ValueError("a negative size")

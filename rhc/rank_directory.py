@@ -1,13 +1,16 @@
 """A run's directory where ranks train together: the first rank writes it, all ranks read it.
 
 A checkpoint holds the state that is the same on all ranks once, and beside it, in
-ranks.safetensors, what each rank has of its own: its random state and its place in the data. With
-as many ranks as before a run continues to the bit, with others to rounding, from the first rank's
-place and new random states. The directory must be where all ranks can read it.
+ranks.safetensors, what each rank has of its own: its random state and its place in the data. What
+is shared out (parameters, optimizer slots, the average) each rank writes by itself into shards/,
+before the first writes the manifest. With as many ranks as before a run continues to the bit, with
+others to rounding, from the first rank's place and new random states. The directory must be where
+all ranks can read it.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +21,9 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from rhc.checkpoint import Checkpoint
-from rhc.distributed import Ranks, Unshared
-from rhc.errors import InputError
+from rhc.checkpoint import SHARDS, Checkpoint
+from rhc.distributed import Ranks, Unshared, is_shared_out, write_parts
+from rhc.errors import InputError, StorageError
 from rhc.noise import mixed_seed
 from rhc.randomness import RandomState, preserved, seed_everything
 from rhc.run_directory import RunDirectory
@@ -51,6 +54,7 @@ class _OfRanks(RunDirectory):
     ) -> None:
         super().__init__(path, keep_checkpoints, notice)
         self.ranks = ranks
+        self._unsaved: tuple[Checkpoint, Schedule] | None = None
 
     def _checkpoint_of(self, step: int | None) -> Checkpoint | None:
         """The checkpoint as this rank goes on from it; an InputError where one cannot read it."""
@@ -58,7 +62,7 @@ class _OfRanks(RunDirectory):
             return None
         found, trouble = None, ""
         try:
-            found = self.checkpoints.load(step)
+            found = self.checkpoints.load(step, (self.ranks.rank, self.ranks.size))
         except InputError as error:
             trouble = str(error)
         for rank, text in enumerate(self.ranks.gather_json(trouble)):
@@ -69,6 +73,98 @@ class _OfRanks(RunDirectory):
                 )
         assert found is not None
         return replace(found, tensors=self._own(found))
+
+    def _save_parts(
+        self, whole: Checkpoint, parts: Mapping[str, Tensor], schedule: Schedule
+    ) -> Path | None:
+        """Brings a checkpoint to the disk, of which each rank writes its parts; its directory.
+
+        None where the disk does not take it; a StorageError for a run's first one.
+        """
+        trouble: Any = None
+        for attempt in (0, 1):
+            folder, trouble = self._of_first(lambda: str(self.checkpoints.prepare(whole.step)))
+            if trouble is None:
+                sums, trouble = write_parts(self.ranks, Path(folder), parts)
+            if trouble is None:
+                shards = {f"{SHARDS}/{name}": s for name, s in sums.items()}
+                checkpoint = replace(whole, shards=shards)
+
+                def saved(checkpoint: Checkpoint = checkpoint) -> None:
+                    if RunDirectory.save(self, checkpoint, schedule) is None:
+                        assert self.trouble is not None
+                        raise self.trouble
+
+                _, trouble = self._of_first(saved)
+            if trouble is None:
+                self.saved, self._unsaved = whole.step, None
+                return self.checkpoints.path(whole.step)
+            full = trouble[0] in (errno.ENOSPC, errno.EDQUOT)
+            if attempt or not full or not self._of_first(self.checkpoints.make_room)[0]:
+                break
+            self.notice(f"{self.path} is full: older checkpoints are removed to make room")
+
+        def gave_up() -> None:
+            # Whatever comes next is written by all ranks again, not by the first alone.
+            self._first = self._late = None
+            self._troubled(OSError(*trouble))
+            if self.saved is None:
+                raise StorageError(
+                    f"the run's first checkpoint could not be written to {self.path} "
+                    f"({trouble[1]}); mend the disk, or choose another --directory"
+                )
+
+        self.ranks.by_first(gave_up)
+        return None
+
+    def _of_first(self, function: Callable[[], Any]) -> tuple[Any, Any]:
+        """(what the first rank finds, its OSError's number and words), on every rank."""
+
+        def tried() -> list[Any]:
+            try:
+                return [function(), None]
+            except OSError as error:
+                return [None, [error.errno or errno.EIO, error.strerror or str(error)]]
+
+        found, trouble = self.ranks.by_first(tried)
+        return found, trouble
+
+    def save(self, checkpoint: Checkpoint, schedule: Schedule) -> Path | None:
+        tensors = {
+            group: {name: t for name, t in own.items() if not is_shared_out([t])}
+            for group, own in checkpoint.tensors.items()
+        }
+        parts = {
+            f"{group}.{name}": t
+            for group, own in checkpoint.tensors.items()
+            for name, t in own.items()
+            if is_shared_out([t])
+        }
+        tensors[GROUP] = self._gathered(checkpoint)
+        whole = replace(checkpoint, tensors=tensors)
+        if parts:
+            self._unsaved = checkpoint, schedule
+            return self._save_parts(whole, parts, schedule)
+        return self._save_whole(whole, schedule)
+
+    def _save_whole(self, checkpoint: Checkpoint, schedule: Schedule) -> Path | None:
+        """Brings a checkpoint to the disk that the first rank writes alone; its directory."""
+        path: list[Path | None] = [None]
+
+        def saved() -> int | None:
+            path[0] = RunDirectory.save(self, checkpoint, schedule)
+            return None if path[0] is None else self.saved
+
+        step = self.ranks.by_first(saved)
+        if step is None or self.ranks.first:
+            return path[0]
+        self.saved = step
+        return self.checkpoints.path(step)
+
+    def finish(self, schedule: Schedule, result: Mapping[str, Any]) -> None:
+        if self._unsaved is not None:
+            self.save(*self._unsaved)
+        self.ranks.by_first(lambda: RunDirectory.finish(self, schedule, result))
 
     def _own(self, checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
         """A checkpoint's tensors with this rank's own in the place of the first rank's."""
@@ -123,21 +219,6 @@ class _Written(_OfRanks):
 
         return self._checkpoint_of(self.ranks.by_first(opened))
 
-    def save(self, checkpoint: Checkpoint, schedule: Schedule) -> Path | None:
-        tensors = {**checkpoint.tensors, GROUP: self._gathered(checkpoint)}
-        whole = replace(checkpoint, tensors=tensors)
-        path: list[Path | None] = [None]
-
-        def saved() -> int | None:
-            path[0] = super(_OfRanks, self).save(whole, schedule)
-            return None if path[0] is None else self.saved
-
-        self.ranks.by_first(saved)
-        return path[0]
-
-    def finish(self, schedule: Schedule, result: Mapping[str, Any]) -> None:
-        self.ranks.by_first(lambda: super(_OfRanks, self).finish(schedule, result))
-
 
 class _Followed(_OfRanks):
     """That of every other rank: it reads, and hears from the first what became of writing."""
@@ -153,22 +234,11 @@ class _Followed(_OfRanks):
         self.saved = step
         return checkpoint
 
-    def save(self, checkpoint: Checkpoint, schedule: Schedule) -> Path | None:
-        self._gathered(checkpoint)
-        step = self.ranks.by_first(lambda: None)
-        if step is None:
-            return None
-        self.saved = step
-        return self.checkpoints.path(step)
-
     def record_start(self, record: Mapping[str, Any]) -> None:
         pass
 
     def flush(self) -> None:
         pass
-
-    def finish(self, schedule: Schedule, result: Mapping[str, Any]) -> None:
-        self.ranks.by_first(lambda: None)
 
 
 class _Unwritten(JsonLines):

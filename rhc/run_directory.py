@@ -204,7 +204,7 @@ class RunDirectory:
             except OSError as error:
                 # Older checkpoints make room for a newer one; the newest that is good stays.
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-                if attempt == 0 and full and self.checkpoints.make_room():
+                if attempt == 0 and full and not checkpoint.shards and self.checkpoints.make_room():
                     self.notice(f"{self.path} is full: older checkpoints are removed to make room")
                     continue
                 self._troubled(error)

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from rhc import stopping
 from rhc.advice import check_loader, check_parts, explained
 from rhc.batches import MicroBatches, Position, StepBatches, batch_size, loader_preserved
-from rhc.checkpoint import Checkpoint
+from rhc.checkpoint import SHARDS, Checkpoint
 from rhc.distributed import (
     part_of,
+    placed_as,
     ranks_of,
     shared_as,
     synchronised,
     unwrapped,
-    whole_of,
 )
 from rhc.distributed.ranks import Group
 from rhc.errors import InputError, StorageError
@@ -116,7 +116,7 @@ from rhc.schedule import (
     template_factors,
 )
 from rhc.start import ADAPTIVE_GREED, GREED, PROBE_BATCHES, STARTS, Start, StartSearch
-from rhc.state import snapshot_from_tensors, snapshot_to_tensors
+from rhc.state import snapshot_from_tensors, snapshot_to_tensors, with_parts
 from rhc.tape import finite
 from rhc.together import agreed, begin, check_ranks, draw_apart, loaders_of
 
@@ -1527,7 +1527,7 @@ class Runner:
         tensors, rest = snapshot_to_tensors(self.plant.snapshot())
         tensors["schedule"] = dict(self.loop.schedule.values)
         average = zip(self.loop.average.values or [], self.plant.owned, strict=False)
-        tensors["average"] = {str(i): whole_of(v, p) for i, (v, p) in enumerate(average)}
+        tensors["average"] = {str(i): placed_as(v, p) for i, (v, p) in enumerate(average)}
         tensors["train_batches"] = self.loop.train.position(self.loop.step).to_tensors()
         if self.loop.validation is not None:
             # A window that was cut short, or the last of a run that goes on, is followed by one
@@ -1567,6 +1567,9 @@ class Runner:
     def _load(self, checkpoint: Checkpoint) -> None:
         assert self.directory is not None
         tensors, values = checkpoint.tensors, checkpoint.values
+        if checkpoint.shards:
+            folder = self.directory.checkpoints.path(checkpoint.step) / SHARDS
+            tensors = with_parts(self.plant, tensors, folder)
         snapshot = snapshot_from_tensors(self.plant, tensors, values["optimizer"])
         if self.planner is not None:  # before the loader is asked for this epoch's order again
             state = joined(tensors.get("controller", {}), values["controller"])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from rhc.distributed import shared_as, whole_of
+from rhc.distributed import read_parts, shared_as
 from rhc.errors import InputError
 from rhc.plant import Plant, Snapshot
 from rhc.randomness import RandomState, preserved
@@ -17,7 +18,7 @@ Tensors = dict[str, dict[str, Tensor]]
 
 def snapshot_to_tensors(snapshot: Snapshot) -> tuple[Tensors, dict[str, Any]]:
     """(tensors by group: model, optimizer, rng; the JSON-able rest of the optimizer)."""
-    model = {f"parameter.{n}": whole_of(t) for n, t in snapshot.parameters.items()}
+    model = {f"parameter.{n}": t for n, t in snapshot.parameters.items()}
     model |= {f"buffer.{n}": t for n, t in snapshot.buffers.items()}
     optimizer: dict[str, Tensor] = {}
     slots: list[dict[str, Any]] = []
@@ -30,12 +31,34 @@ def snapshot_to_tensors(snapshot: Snapshot) -> tuple[Tensors, dict[str, Any]]:
             plain = {}
             for key, value in record.items():
                 if isinstance(value, Tensor):
-                    optimizer[f"{prefix}.{index}.{key}"] = whole_of(value)
+                    optimizer[f"{prefix}.{index}.{key}"] = value
                 elif _is_plain(value):
                     plain[key] = value
             rest.append(plain)
     tensors = {"model": model, "optimizer": optimizer, "rng": snapshot.rng.to_tensors()}
     return tensors, {"slots": slots, "groups": groups}
+
+
+def with_parts(plant: Plant, tensors: Tensors, folder: Path) -> Tensors:
+    """A checkpoint's tensors, and those of which ranks have written their parts into `folder`.
+
+    This process gets its parts as its model is shared out, or the whole where it is not.
+    """
+    parameters = dict(plant.model.named_parameters())
+
+    def like(name: str) -> Tensor | None:
+        group, _, rest = name.partition(".")
+        if group == "model":
+            return parameters.get(rest.removeprefix("parameter."))
+        index = rest.removeprefix("slot.").partition(".")[0]
+        known = index.isdecimal() and int(index) < len(plant.owned)
+        return plant.owned[int(index)] if known else None
+
+    found = {group: dict(own) for group, own in tensors.items()}
+    for name, tensor in read_parts(folder, like).items():
+        group, _, rest = name.partition(".")
+        found.setdefault(group, {})[rest] = tensor
+    return found
 
 
 def snapshot_from_tensors(plant: Plant, tensors: Tensors, rest: Mapping[str, Any]) -> Snapshot:

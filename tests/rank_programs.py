@@ -6,11 +6,14 @@ Each function returns what JSON can say, which is printed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
+import os
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from problems import OPTIMIZERS, Problem, cnn, mlp, steered, transformer
 from runs import Stop, make_run, stop_at_step
 from runs import classify as classify_with_accuracy
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -250,6 +254,55 @@ def shared_runs(directory: str) -> list[dict[str, Any]]:
     ]
 
 
+def shared_until(directory: str, step: str) -> dict[str, Any] | None:
+    """A run of a model that is shared out, up to its end or the window before a step."""
+    with contextlib.suppress(Stop):
+        stop = [stop_at_step(int(step))]
+        return trained(directory=directory, share_out=True, listeners=stop, **SHARED)
+    return None
+
+
+def refused_once(directory: str) -> dict[str, Any]:
+    """A run of a model that is shared out, where a disk takes one checkpoint of rank 1 in part."""
+    heard: list[str] = []
+    with _disk(lambda: dist.get_rank() == 1, _full):
+        run = trained(directory=directory, share_out=True, listeners=[_notices(heard)], **SHARED)
+    return {"run": run, "notices": heard}
+
+
+def killed(directory: str) -> None:
+    """A run of a model that is shared out, in which rank 1 dies while it writes a checkpoint."""
+    with _disk(lambda: dist.get_rank() == 1, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+        trained(directory=directory, share_out=True, **SHARED)
+
+
+def _full() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@contextlib.contextmanager
+def _disk(here: Callable[[], bool], fault: Callable[[], None]) -> Iterator[None]:
+    """What this rank writes of its third checkpoint ends in a fault, in the middle of the file."""
+    opened = FileSystem.create_stream
+    count = [0]
+
+    @contextlib.contextmanager
+    def opening(self: Any, path: Any, mode: str) -> Iterator[Any]:
+        with opened(self, path, mode) as stream:
+            count[0] += mode == "wb"
+            if mode == "wb" and here() and count[0] == 3:
+                stream.write(b"half of it")
+                stream.flush()
+                fault()
+            yield stream
+
+    FileSystem.create_stream = opening
+    try:
+        yield
+    finally:
+        FileSystem.create_stream = opened
+
+
 def local(t: Tensor) -> Tensor:
     return t.to_local() if isinstance(t, DTensor) else t
 
@@ -413,7 +466,9 @@ def everything(cases: str, runs: str, folder: str) -> dict[str, Any]:
         "faults": faults(f"{folder}/faults"),
         "shared_out": shared_out(),
         "shared_runs": shared_runs(f"{folder}/shared"),
+        "refused_once": refused_once(f"{folder}/refused"),
     }
+    shared_until(f"{folder}/shared_halted", "25")
     halted(f"{folder}/halted")
     return found | {"counted": counted()}
 

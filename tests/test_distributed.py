@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rank_programs import SHARED, hypergradients, sampled, shared_out, trained
-from ranks import spawn
+from ranks import outputs, spawn
 from runs import network
 from safetensors.torch import load_file
 
+from rhc.checkpoint import CheckpointStore
+from rhc.errors import InputError
 from rhc.together import straggler
 
 CASES = [
@@ -69,11 +72,13 @@ def test_runs_end_as_one_process_does(of_two: list[dict[str, Any]]) -> None:
             assert loss is None or abs(found["losses"][name] - loss) <= 1e-6 * loss, (case, name)
 
 
-def assert_same_run(found: dict[str, Any], expected: dict[str, Any]) -> None:
+def assert_same_run(
+    found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-6
+) -> None:
     assert found["windows"] == expected["windows"]
     for kind in ("parameters", "buffers"):
         for a, b in zip(found[kind], expected[kind], strict=True):
-            assert relative(a, b) <= 1e-6, kind
+            assert relative(a, b) <= tolerance, kind
 
 
 def test_a_run_of_two_ranks_goes_on_with_one(of_two: list[dict[str, Any]], folder: Path) -> None:
@@ -178,13 +183,95 @@ def test_runs_of_parameters_that_are_shared_out(of_two: list[dict[str, Any]], fo
     alone = trained(alone=True, **SHARED)
     assert "accepted" in alone["windows"]
     assert_same_run(straight, alone)
-    # Its checkpoints hold whole tensors, which anyone can read.
-    (last,) = (folder / "shared/checkpoints").glob("window-00000050")
-    for name, tensor in load_file(last / "model.safetensors").items():
-        index = [n for n, _ in network(norm=False).named_parameters()].index(
-            name.removeprefix("parameter.")
-        )
-        assert tensor.flatten().tolist() == straight["parameters"][index]
+
+
+def test_every_rank_writes_its_own_parts(of_two: list[dict[str, Any]], folder: Path) -> None:
+    """Of parameters, optimizer slots and the average; what is written by one alone is small."""
+    last = folder / "shared/checkpoints/window-00000050"
+    files = sorted((last / "shards").iterdir())
+    assert [file.name[:11] for file in files] == ["shard-00001", "shard-00002"]
+    own = [load_file(file) for file in files]
+    straight = of_two[0]["shared_runs"][0]
+    names = [n for n, _ in network(norm=False).named_parameters()]
+    for i, name in enumerate(names):
+        parts = [tensors[f"model.parameter.{name}"] for tensors in own]
+        assert torch.cat(parts).flatten().tolist() == straight["parameters"][i]
+        assert len(parts[0]) > len(parts[1]) or len(parts[0]) == len(parts[1])
+        for other in (f"optimizer.slot.{i}.exp_avg", f"optimizer.slot.{i}.exp_avg_sq"):
+            assert [t[other].shape for t in own] == [part.shape for part in parts]
+        assert [t[f"average.{i}"].shape for t in own] == [part.shape for part in parts]
+    assert not (last / "average.safetensors").exists() or not load_file(
+        last / "average.safetensors"
+    )
+    assert all(t.numel() == 1 for t in load_file(last / "optimizer.safetensors").values())
+    manifest = json.loads((last / "manifest.json").read_text())
+    assert {f"shards/{file.name}" for file in files} <= manifest["files"].keys()
+
+
+def test_parts_are_put_together_by_another_number_of_ranks(
+    of_two: list[dict[str, Any]], folder: Path
+) -> None:
+    found = trained(alone=True, directory=str(folder / "shared_halted"), **SHARED)
+    assert_same_run(found, trained(alone=True, **SHARED), 1e-7)
+
+
+@pytest.mark.slow
+def test_parts_go_from_two_ranks_to_four_and_back(tmp_path: Path) -> None:
+    directory = str(tmp_path / "run")
+    spawn(2, "rank_programs.py", "shared_until", directory, "25")
+    spawn(4, "rank_programs.py", "shared_until", directory, "35")
+    found = spawn(2, "rank_programs.py", "shared_until", directory, "1000")
+    assert found[0] == found[1]
+    assert_same_run(found[0], trained(alone=True, **SHARED), 1e-7)
+
+
+def test_a_disk_that_takes_no_part_of_one_rank_stops_no_training(
+    of_two: list[dict[str, Any]], folder: Path
+) -> None:
+    first, second = (found["refused_once"] for found in of_two)
+    assert first["run"] == second["run"] == of_two[0]["shared_runs"][0]
+    assert any("older checkpoints are removed to make room" in x for x in first["notices"]), first
+    steps = [p.name for p in sorted((folder / "refused/checkpoints").iterdir())]
+    assert steps[-1] == "window-00000050" and not [name for name in steps if name[0] == "."]
+
+
+def test_a_rank_that_dies_while_it_writes_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    found = outputs(2, "rank_programs.py", "killed", str(directory))
+    assert found[1][0] == -9 and found[0][0] != 0
+    names = sorted(p.name for p in (directory / "checkpoints").iterdir())
+    assert names == [".writing-window-00000020", "window-00000000", "window-00000010"]
+    assert_same_run(
+        trained(alone=True, directory=str(directory), **SHARED),
+        trained(alone=True, **SHARED),
+        1e-7,
+    )
+
+
+def test_shards_that_were_altered_are_passed_over(
+    of_two: list[dict[str, Any]], folder: Path, tmp_path: Path
+) -> None:
+    """One byte, one file too many, one too few, a link: the checkpoint before is taken."""
+    store = CheckpointStore(tmp_path)
+    for damage in ("byte", "more", "fewer", "link"):
+        copy = tmp_path / "window-00000050"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder / "shared/checkpoints/window-00000050", copy)
+        assert store.load(50).shards
+        first = copy / "shards/shard-00001-model-00001-of-00001.safetensors"
+        if damage == "byte":
+            data = bytearray(first.read_bytes())
+            data[-1] ^= 1
+            first.write_bytes(data)
+        elif damage == "more":
+            shutil.copy(first, copy / "shards/shard-00003-model-00001-of-00001.safetensors")
+        elif damage == "fewer":
+            first.unlink()
+        else:
+            (copy / "shards").rename(tmp_path / "elsewhere")
+            (copy / "shards").symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(InputError, match=r"shards.* does not match its manifest"):
+            store.load(50)
 
 
 def relative(found: list[float], expected: list[float]) -> float:

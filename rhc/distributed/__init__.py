@@ -4,11 +4,13 @@ Data parallel: every rank holds the whole model and the whole optimizer, and see
 every batch. Gradients, products with the Hessian, losses and metrics are averaged as they arise;
 everything that follows from them is then the same on all ranks, to the bit, and needs no word
 between them. `ranks` is the group and its means, `shards` says whose rows are whose, `batch_norm`
-takes statistics over the rows of all ranks. rank_directory.py is the run's directory that the first
-rank writes.
+takes statistics over the rows of all ranks. `sharing` is for parameters of which each rank holds a
+part, and `parts` for their files. rank_directory.py is the run's directory that the first rank
+writes.
 """
 
 from rhc.distributed.batch_norm import SyncBatchNorm, synchronised
+from rhc.distributed.parts import read_parts, write_parts
 from rhc.distributed.ranks import (
     Ranks,
     RanksDiffer,
@@ -25,6 +27,7 @@ from rhc.distributed.sharing import (
     norm_over,
     part_of,
     parts_of,
+    placed_as,
     settle,
     shared_as,
     whole_of,
@@ -44,7 +47,9 @@ __all__ = [
     "norm_over",
     "part_of",
     "parts_of",
+    "placed_as",
     "ranks_of",
+    "read_parts",
     "settle",
     "shard",
     "shared_as",
@@ -52,4 +57,5 @@ __all__ = [
     "unwrapped",
     "weighing",
     "whole_of",
+    "write_parts",
 ]

@@ -65,28 +65,32 @@ def norm_over(ranks: Ranks, norm: Tensor) -> Tensor:
     return torch.sqrt(ranks.sum(norm.detach().double() ** 2)).to(norm.dtype)
 
 
-def whole_of(value: Any, like: Any = None) -> Any:
-    """A DTensor's whole tensor, or that of the part of a tensor that is shared out as `like` is.
+def placed_as(part: Any, like: Any) -> Any:
+    """This rank's part of a tensor, as a DTensor like `like`; as it is where that is none."""
+    if not (hasattr(like, "device_mesh") and isinstance(part, Tensor)):
+        return part
+    from torch.distributed.tensor import DTensor
 
-    Anything else as it is. All ranks must ask, for all of them get it.
-    """
-    if like is not None and hasattr(like, "device_mesh") and isinstance(value, Tensor):
-        from torch.distributed.tensor import DTensor
+    return DTensor.from_local(
+        part,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
 
-        value = DTensor.from_local(
-            value,
-            like.device_mesh,
-            like.placements,
-            run_check=False,
-            shape=like.shape,
-            stride=like.stride(),
-        )
+
+def whole_of(value: Any) -> Any:
+    """A DTensor's whole tensor, anything else as it is. All ranks must ask, for all get it."""
     return value.full_tensor() if hasattr(value, "device_mesh") else value
 
 
 def shared_as(whole: Any, like: Any) -> Any:
     """This rank's share of a whole tensor, as a DTensor like `like`; as it is for other shapes."""
     if not (isinstance(whole, Tensor) and hasattr(like, "device_mesh")):
+        return whole
+    if hasattr(whole, "device_mesh"):
         return whole
     if whole.shape != like.shape:
         return whole
