@@ -76,7 +76,8 @@ class KeptGraph:
 class StepPoint:
     """Where a product is taken: θ_t per block, b_t, the batch, the random state, the roll's g_t.
 
-    rng: None where the step draws nothing.
+    rng: None where the step draws nothing. owned: θ_t is not needed after this product, which may
+    change it.
     """
 
     flats: Sequence[Tensor]
@@ -85,6 +86,7 @@ class StepPoint:
     rng: RandomState | None
     gradients: Sequence[Tensor | None]
     graph: KeptGraph | None = None
+    owned: bool = False
 
 
 @dataclass(frozen=True)
@@ -342,7 +344,9 @@ def _difference(
 
     def gradients(scale: Tensor) -> list[Tensor]:
         flats = [
-            f if v is None else torch.addcmul(f, v, scale.to(f.device, f.dtype))
+            f
+            if v is None
+            else torch.addcmul(f, v, scale.to(f.device, f.dtype), out=f if in_place else None)
             for f, v in zip(point.flats, direction, strict=True)
         ]
         scratch.place(flats, point.buffers)
@@ -372,6 +376,7 @@ def _difference(
     plant = evaluation.plant
     own = torch.finfo(point.flats[active[0]].dtype).eps
     known = plant in _PRECISION
+    in_place = point.owned and known and product == "forward-difference"
     epsilon = distance(max(own, _PRECISION.get(plant, 0.0)))
     with nullcontext() if known else _noting_precision(plant):
         plus = gradients(epsilon)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,10 +16,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.utils.checkpoint
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
+from rhc.files import write_all
 from rhc.hypergradient import kernels
 from rhc.hypergradient.evaluation import (
     Evaluation,
@@ -60,14 +61,16 @@ class Chunk:
     """Steps [start, stop) of the window, ready to be looked back at.
 
     states: index of a step -> states before it; at least those of `start`. gradients: of every
-    step, from `start` on. graphs: index of a step -> the graph that the roll kept.
+    step, from `start` on. graphs: index of a step -> the graph that the roll kept. owned: nobody
+    else has these tensors, so that they may be let go, and changed, as soon as they were used.
     """
 
     start: int
     stop: int
-    states: Mapping[int, list[BlockState]]
+    states: dict[int, list[BlockState]]
     gradients: Sequence[Sequence[Tensor | None]]
     graphs: dict[int, KeptGraph] = field(default_factory=dict)
+    owned: bool = False
 
 
 class WindowRecorder(Recorder):
@@ -176,9 +179,7 @@ class WindowRecorder(Recorder):
             )
         if self.spill is not None:
             for i in reversed(range(min(end, self.first))):
-                states, gradients = self.spill.read(i, trajectory.blocks)
-                yield Chunk(i, i + 1, {i: states}, [gradients])
-                del states, gradients
+                yield self._read(i)
         elif self.first:
             trajectory.states.clear()
             trajectory.gradients.clear()
@@ -188,6 +189,11 @@ class WindowRecorder(Recorder):
                 yield from self._again(0, len(self._bounds) - 1, self.plan.snapshots - 1, True)
             finally:
                 self.plant.restore(live)
+
+    def _read(self, i: int) -> Chunk:
+        assert self.spill is not None
+        states, gradients = self.spill.read(i, self.trajectory.blocks)
+        return Chunk(i, i + 1, {i: states}, [gradients], owned=True)
 
     @property
     def again(self) -> bool:
@@ -456,13 +462,17 @@ def _checkpointing() -> Iterator[list[bool]]:
 
 
 class _Spill:
-    """States and gradients on disk, one safetensors file per step."""
+    """States and gradients on disk, one file per step: the tensors' bytes, one after the other.
+
+    They are read into memory of their own, tensor by tensor. Tensors that are views of a mapped
+    file keep all of it resident for as long as one of them is there.
+    """
 
     def __init__(self, directory: Path | None) -> None:
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
         self.path = Path(tempfile.mkdtemp(prefix="rhc-window-", dir=directory))
-        self.rest: dict[int, tuple[tuple[Block, ...], list[Any]]] = {}
+        self.rest: dict[int, tuple[tuple[Block, ...], list[_Written]]] = {}
 
     def write(
         self,
@@ -471,45 +481,34 @@ class _Spill:
         states: Sequence[BlockState],
         gradients: Sequence[Tensor | None],
     ) -> None:
-        tensors: dict[str, Tensor] = {}
-        rest = []
-        for b, (state, g) in enumerate(zip(states, gradients, strict=True)):
-            tensors[f"{b}.parameters"] = state.parameters
-            if g is not None:
-                tensors[f"{b}.gradient"] = g
-            plain = {}
-            for name, value in state.optimizer._asdict().items():
-                if isinstance(value, Tensor):
-                    tensors[f"{b}.slot.{name}"] = value
-                else:
-                    plain[name] = value
-            rest.append((type(state.optimizer), plain, state.parameters.device))
-        self.rest[i] = (blocks, rest)
-        # Slots may share memory (Adam's two zeros at the first step), which safetensors refuses.
-        seen = set[int]()
-        for name, t in tensors.items():
-            if t.data_ptr() in seen:
-                tensors[name] = t.clone()
-            seen.add(t.data_ptr())
-        save_file(tensors, self._file(i))
+        written = []
+        with self._file(i).open("wb", buffering=0) as file:
+            for state, g in zip(states, gradients, strict=True):
+                slots = state.optimizer._asdict()
+                tensors = {n: v for n, v in slots.items() if isinstance(v, Tensor)}
+                plain = {n: v for n, v in slots.items() if n not in tensors}
+                stored = [state.parameters, *([] if g is None else [g]), *tensors.values()]
+                for t in stored:
+                    write_all(file.fileno(), memoryview(_bytes_of(t.detach().cpu().contiguous())))
+                kinds = [(t.shape, t.dtype, t.device) for t in stored]
+                written.append(
+                    _Written(type(state.optimizer), plain, list(tensors), g is not None, kinds)
+                )
+        self.rest[i] = (blocks, written)
 
     def read(
         self, i: int, blocks: tuple[Block, ...]
     ) -> tuple[list[BlockState], list[Tensor | None]]:
         """States and gradients of step i for `blocks`."""
         written, rest = self.rest[i]
-        tensors = load_file(self._file(i))
         states, gradients = [], list[Tensor | None]()
-        for b, (kind, plain, device) in enumerate(rest):
-            own = {
-                n.removeprefix(f"{b}."): t.to(device)
-                for n, t in tensors.items()
-                if n.startswith(f"{b}.")
-            }
-            theta, g = own.pop("parameters"), own.pop("gradient", None)
-            slots = {n.removeprefix("slot."): t for n, t in own.items()}
-            states.append(BlockState(theta, kind(**plain, **slots)))
-            gradients.append(g)
+        with self._file(i).open("rb", buffering=0) as file:
+            for kind, plain, names, graded, kinds in rest:
+                own = [_read(file, *k) for k in kinds]
+                theta = own.pop(0)
+                gradients.append(own.pop(0) if graded else None)
+                slots = dict(zip(names, own, strict=True))
+                states.append(BlockState(theta, kind(**plain, **slots)))
         if written != blocks:
             states = split_states(written, states)
             gradients = split_gradients(written, gradients)
@@ -519,4 +518,30 @@ class _Spill:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _file(self, i: int) -> Path:
-        return self.path / f"step-{i:08d}.safetensors"
+        return self.path / f"step-{i:08d}"
+
+
+class _Written(NamedTuple):
+    """What a file has of a block: the optimizer's state but for its tensors, the names of those,
+    whether there is a gradient, and (shape, type, device) of parameters, gradient and slots."""
+
+    kind: Callable[..., Any]
+    plain: dict[str, Any]
+    names: list[str]
+    graded: bool
+    kinds: list[tuple[torch.Size, torch.dtype, torch.device]]
+
+
+def _bytes_of(t: Tensor) -> Any:
+    return t.reshape(-1).view(torch.uint8).numpy()
+
+
+def _read(file: Any, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    t = torch.empty(shape, dtype=dtype)
+    room = memoryview(_bytes_of(t))
+    while len(room):
+        count = file.readinto(room)
+        if not count:
+            raise OSError(errno.EIO, "a spilled state is cut off", str(file.name))
+        room = room[count:]
+    return t.to(device)

@@ -163,7 +163,9 @@ def adjoint(
     )
     reverse = _Reverse(plant, trajectory, objective, evaluation, controls, mean, damping, exact)
     if recorder.plan.segment == 1:
-        return reverse.recursion(costate, recorder, product, verify), value
+        held = [costate]
+        del costate  # whoever names a costate while a step is gone through keeps it from its end
+        return reverse.recursion(held, recorder, product, verify), value
     with (
         double_backward(plant.model, light=False),
         visible_statistics(plant.model, update=bool(costate.statistics)),
@@ -319,23 +321,28 @@ class _Reverse:
     # segment = 1 ---------------------------------------------------------------------------------
 
     def recursion(
-        self, costate: Costate, recorder: WindowRecorder, product: Product, verify: Sequence[int]
+        self,
+        held: list[Costate],
+        recorder: WindowRecorder,
+        product: Product,
+        verify: Sequence[int],
     ) -> Adjoint:
-        """The costate recursion."""
-        costate = self._with_share(costate, self.steps)
-        self._note(self.steps, costate)
-        self.end_norm = self._parameter_norm(costate)
+        """The costate recursion; held: the costate at the end, which each chunk replaces."""
+        held.append(self._with_share(held.pop(), self.steps))
+        self._note(self.steps, held[0])
+        self.end_norm = self._parameter_norm(held[0])
         for chunk in recorder.backwards():
             if recorder.plan.spilled and self.device.type == "cpu":
                 memory.trim()  # a tight budget: holes in the heap would count
-            costate = self._chunk(chunk, costate, product, frozenset(verify))
+            self._chunk(chunk, held, product, frozenset(verify))
+            del chunk
         self.equivalents += recorder.recomputed
         return self._adjoint()
 
     def _chunk(
-        self, chunk: Chunk, costate: Costate, product: Product, verify: frozenset[int]
-    ) -> Costate:
-        model = self.plant.model
+        self, chunk: Chunk, held: list[Costate], product: Product, verify: frozenset[int]
+    ) -> None:
+        model, costate = self.plant.model, held.pop()
         # Difference products need no double backward, and keep the model's own kernels.
         kernels = double_backward(model) if product == "exact" else nullcontext()
         if product == "forward-over-reverse":
@@ -343,6 +350,8 @@ class _Reverse:
         statistics = visible_statistics(model, update=bool(costate.statistics))
         with kernels, statistics, Scratch(self.plant, self.blocks) as scratch:
             rebuilt = _Rebuilt(chunk.states, self._state_after(chunk))
+            if chunk.owned:
+                chunk.states.clear()
             for i in reversed(range(chunk.start, chunk.stop)):
                 states = rebuilt.take(i)
                 gradients = chunk.gradients[i - chunk.start]
@@ -357,12 +366,13 @@ class _Reverse:
                     self.trajectory.rng[i],
                     gradients,
                     graph,
+                    owned=chunk.owned and i not in verify,
                 )
                 del states, graph  # the product needs the parameters only
                 costate = self._pull_through_gradient(
                     i, scratch, point, costate, gradient_costates, product, i in verify
                 )
-        return costate
+        held.append(costate)
 
     def _pull_through_gradient(
         self,
