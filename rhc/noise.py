@@ -7,7 +7,7 @@ diffrax's, where Brownian motion is a function that can be asked twice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,19 +29,20 @@ def mixed_seed(seed: int, step: int) -> int:
 
 def standard_noise(like: Sequence[Tensor], seed: int, step: int) -> list[Tensor]:
     """Independent standard normal tensors ξ_t, one of each shape, dtype and device in `like`."""
+    return list(drawn_noise(like, seed, step))
+
+
+def drawn_noise(like: Iterable[Tensor], seed: int, step: int) -> Iterator[Tensor]:
+    """`standard_noise`, one tensor after the other."""
     generators: dict[torch.device, torch.Generator] = {}
-    draws = []
     for tensor in like:
         device = tensor.device
         if device not in generators:
             generators[device] = torch.Generator(device=device)
             generators[device].manual_seed(mixed_seed(seed, step))
-        draws.append(
-            torch.randn(
-                tensor.shape, dtype=tensor.dtype, device=device, generator=generators[device]
-            )
+        yield torch.randn(
+            tensor.shape, dtype=tensor.dtype, device=device, generator=generators[device]
         )
-    return draws
 
 
 def root_mean_square(tensor: Tensor) -> Tensor:

@@ -25,8 +25,10 @@ from rhc.batches import DrawnAsNeeded, MicroBatches
 from rhc.distributed import (
     Ranks,
     SyncBatchNorm,
+    cut_as,
     is_shared_out,
     norm_over,
+    norms_of_wholes,
     part_of,
     parts_of,
     settle,
@@ -34,7 +36,7 @@ from rhc.distributed import (
 )
 from rhc.dynamics import Dynamics, dynamics_of
 from rhc.errors import InputError
-from rhc.noise import add_gradient_noise
+from rhc.noise import add_gradient_noise, drawn_noise, root_mean_square, standard_noise
 from rhc.objective import Average
 from rhc.randomness import RandomState, RandomWatch
 from rhc.schedule import OptimizerControls, Schedule, parameters_of
@@ -181,8 +183,6 @@ class Plant:
                 )
         self.shared_out = is_shared_out(self.owned)
         if self.shared_out:
-            if clip_norm is not None or clip_value is not None:
-                raise InputError("gradients that are shared out are not clipped; leave clip_… out")
             self.parameters = parts_of(model, self.owned, ranks)
             for whole, part in zip(self.owned, self.parameters, strict=True):
                 self._names[id(part)] = self._names[id(whole)]
@@ -342,7 +342,7 @@ class Plant:
             )
         norm: float | Tensor
         if self.clip_norm is not None:
-            norm = torch.nn.utils.get_total_norm(grads)
+            norm = self.norm(grads) if self.shared_out else torch.nn.utils.get_total_norm(grads)
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
         else:
             norm = _total_norm(grads) if self._on_cpu else torch.nn.utils.get_total_norm(grads)
@@ -350,10 +350,32 @@ class Plant:
         if self.clip_value is not None:
             torch.nn.utils.clip_grad_value_(self.parameters, self.clip_value)
         if sigma != 0 and self.shared_out:
-            raise InputError("gradients that are shared out take no noise; leave noise out")
-        if sigma != 0:
+            with torch.no_grad():
+                rms = self.root_mean_squares([p.grad for p in self.parameters])
+                for p, xi, scale in zip(self.parameters, self.noise(step), rms, strict=True):
+                    if p.grad is not None:
+                        p.grad.addcmul_(xi, scale.to(p.grad.dtype), value=sigma)
+        elif sigma != 0:
             add_gradient_noise(self.parameters, sigma, self.seed, step)
         return norm
+
+    def noise(self, step: int) -> list[Tensor]:
+        """ξ_t for every parameter: of what is shared out this rank's part of one process's."""
+        if not self.shared_out:
+            return standard_noise(self.parameters, self.seed, step)
+        draws = drawn_noise(self.owned, self.seed, step)
+        return [cut_as(xi, p) for xi, p in zip(draws, self.owned, strict=True)]
+
+    def root_mean_squares(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """RMS of every parameter's gradient, as all ranks hold it; 0 where it has none."""
+        known = [
+            p.new_zeros(1) if g is None else g
+            for p, g in zip(self.parameters, gradients, strict=True)
+        ]
+        if not self.shared_out or self.ranks is None:
+            return [root_mean_square(g) for g in known]
+        norms = norms_of_wholes(self.ranks, known)
+        return [n / max(p.numel(), 1) ** 0.5 for n, p in zip(norms, self.owned, strict=True)]
 
     # Snapshot and restore ------------------------------------------------------------------------
 

@@ -38,7 +38,12 @@ from rhc.plant import Plant
 STEPS = 5
 STEP = {"lr": 1.0, "noise": 3.0, "momentum": 0.1}
 
-SHARED: dict[str, Any] = {"optimizer": "adamw", "norm": False, "product": "forward-difference"}
+SHARED: dict[str, Any] = {
+    "optimizer": "adamw",
+    "norm": False,
+    "product": "forward-difference",
+    "clip_norm": 0.5,
+}
 
 
 def normed(dtype: torch.dtype = torch.float64, seed: int = 0) -> Problem:
@@ -168,7 +173,7 @@ def trained(
         run.train,
         run.val,
         window=settings.pop("window", 10),
-        controls=(("lr", "noise") if norm else ("lr", "momentum")) if rewrite else None,
+        controls=("lr", "noise", *(() if norm else ("momentum",))) if rewrite else None,
         start="given",
         rewrite=rhc.Rewrite(step=STEP, accept=False) if rewrite else False,
         directory=directory or None,
@@ -194,8 +199,12 @@ def shared_out(*, alone: bool = False) -> dict[str, Any]:
     for name, optimizer, product in (
         ("mlp", "adamw", "central-difference"),
         ("transformer", "momentum", "auto"),
+        ("clipped", "adamw", "central-difference"),
+        ("limited", "momentum", "central-difference"),
     ):
-        problem = PROBLEMS[name]()
+        problem = PROBLEMS.get(name, mlp)()
+        clips = {"clipped": {"clip_norm": 0.3}, "limited": {"clip_value": 0.02}}.get(name, {})
+        noisy = name in ("clipped", "limited")
         model = without_dropout(problem.model)
         batches = problem.batches(STEPS)
         if not alone:
@@ -214,7 +223,8 @@ def shared_out(*, alone: bool = False) -> dict[str, Any]:
                 opt,
                 problem.loss_fn,
                 batches,
-                controls={k: v for k, v in steered(opt, STEPS).items() if k != "noise"},
+                controls={k: v for k, v in steered(opt, STEPS).items() if noisy or k != "noise"},
+                **clips,
                 terminal=problem.terminal,
                 average=0.9,
                 product="exact" if alone else product,
@@ -234,7 +244,7 @@ def shared_out(*, alone: bool = False) -> dict[str, Any]:
         }
     if not alone:
         found["refused"] = []
-        for settings in ({"product": "exact"}, {"clip_norm": 1.0}):
+        for settings in ({"product": "exact"},):
             try:
                 rhc.hypergradient(
                     model, opt, problem.loss_fn, batches, controls={"lr": 0.1}, **settings

@@ -166,13 +166,13 @@ def test_hypergradients_of_parameters_that_are_shared_out(of_two: list[dict[str,
         found = first[name]
         assert found == second[name], name
         assert found["result"] == expected["result"], found
-        tolerance = 1e-6 if name == "mlp" else 1e-3  # central; forward
+        tolerance = 1e-3 if name == "transformer" else 1e-6  # central; forward
         assert found["value"] == pytest.approx(expected["value"], rel=1e-9)
         for control, values in expected["grad"].items():
             assert relative(found["grad"][control], values) <= tolerance, (name, control)
         assert relative(found["norms"], expected["norms"]) <= tolerance, name
     assert "shared out" in first["transformer"]["why"]
-    for text, word in zip(first["refused"], ("product 'exact'", "clip_"), strict=True):
+    for text, word in zip(first["refused"], ("product 'exact'",), strict=True):
         assert word in text
 
 

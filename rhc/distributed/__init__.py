@@ -23,8 +23,10 @@ from rhc.distributed.ranks import (
 )
 from rhc.distributed.shards import RankLoader, Shard, shard, weighing
 from rhc.distributed.sharing import (
+    cut_as,
     is_shared_out,
     norm_over,
+    norms_of_wholes,
     part_of,
     parts_of,
     placed_as,
@@ -40,11 +42,13 @@ __all__ = [
     "Shard",
     "SyncBatchNorm",
     "Unshared",
+    "cut_as",
     "is_shared_out",
     "joined",
     "launched",
     "leave",
     "norm_over",
+    "norms_of_wholes",
     "part_of",
     "parts_of",
     "placed_as",

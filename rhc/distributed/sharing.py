@@ -81,6 +81,40 @@ def placed_as(part: Any, like: Any) -> Any:
     )
 
 
+class _SumOver(torch.autograd.Function):
+    """A sum over ranks, of which every rank uses its own copy: so the derivatives sum too."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, tensor: Tensor) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.sum(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.ranks.sum(slopes[0])
+
+
+def norms_of_wholes(ranks: Ranks, parts: Sequence[Tensor]) -> Tensor:
+    """The norm of the whole of which each is this rank's part, a float64 vector.
+
+    It can be differentiated, on all ranks together; at zero the derivative is zero.
+    """
+    squares = torch.stack([part.double().square().sum() for part in parts])
+    found: Tensor = _SumOver.apply(ranks, squares)
+    return found.clamp_min(1e-300).sqrt()
+
+
+def cut_as(whole: Tensor, like: Any) -> Tensor:
+    """This rank's part of a whole tensor that is shared out as `like` is, in new memory."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes, offsets = compute_local_shape_and_global_offset(
+        like.shape, like.device_mesh, like.placements
+    )
+    places = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
+    return whole[places].clone()
+
+
 def whole_of(value: Any) -> Any:
     """A DTensor's whole tensor, anything else as it is. All ranks must ask, for all get it."""
     return value.full_tensor() if hasattr(value, "device_mesh") else value

@@ -260,11 +260,6 @@ def check_steerable(plant: Plant, schedule: Schedule, controls: Sequence[str]) -
                 f"{', '.join(plant.controls.available)}"
             )
         plant.dynamics.check_steerable(name)
-        if name == "noise" and plant.shared_out:
-            raise InputError(
-                "controls has noise, which gradients that are shared out (fully_shard) do not "
-                "take; leave it out"
-            )
         if name == "momentum" and bool((schedule[name] == 0).any()):
             raise InputError(
                 "momentum cannot be steered from 0, where the optimizer keeps no momentum buffer; "

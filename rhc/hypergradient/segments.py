@@ -30,7 +30,7 @@ import torchopt
 from torch import Tensor, nn
 
 from rhc import memory
-from rhc.distributed import norm_over
+from rhc.distributed import norm_over, norms_of_wholes
 from rhc.hypergradient.evaluation import (
     Evaluation,
     Scratch,
@@ -47,7 +47,6 @@ from rhc.hypergradient.products import (
     relative_difference,
 )
 from rhc.hypergradient.record import Chunk, WindowRecorder
-from rhc.noise import root_mean_square, standard_noise
 from rhc.objective import Objective, average_weights
 from rhc.plant import Block, BlockState, Plant, Trajectory, checked_loss
 
@@ -814,20 +813,26 @@ class _Reverse:
         if clip is not None:
             result = [None if g is None else g.clamp(-clip, clip) for g in result]
         if self.plant.clip_norm is not None:
-            norms = [torch.linalg.vector_norm(g) for g in gradients if g is not None]
+            present = [g for g in gradients if g is not None]
+            norms = [torch.linalg.vector_norm(g) for g in present]
+            if self.plant.shared_out and self.plant.ranks is not None:
+                norms = list(norms_of_wholes(self.plant.ranks, present))
             total = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
             scale = (self.plant.clip_norm / (total + 1e-6)).clamp(max=1.0)
             result = [None if g is None else g * scale.to(g.device, g.dtype) for g in result]
         if not isinstance(sigma, Tensor) and sigma == 0:
             return result
-        noise = standard_noise(self.plant.parameters, self.plant.seed, self.trajectory.start + i)
+        noise = self.plant.noise(self.trajectory.start + i)
+        parts: list[Tensor | None] = [None] * len(noise)
+        for block, g in zip(self.blocks, result, strict=True):
+            if g is not None:
+                for v, p in zip(block.views(g), block.indices, strict=True):
+                    parts[p] = v
+        rms = self.plant.root_mean_squares(parts)
         for b, (block, g) in enumerate(zip(self.blocks, result, strict=True)):
             if g is not None:
                 scale = torch.cat(
-                    [
-                        root_mean_square(v) * noise[p].reshape(-1)
-                        for v, p in zip(block.views(g), block.indices, strict=True)
-                    ]
+                    [rms[p].to(g.dtype) * noise[p].reshape(-1) for p in block.indices]
                 )
                 result[b] = g + _cast(sigma, g) * scale
         return result
