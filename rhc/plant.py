@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,6 +108,7 @@ class Trajectory:
     """What a roll leaves behind, for K steps from absolute step `start`.
 
     For a recorded roll, states: roll index -> one BlockState per block, at the indices asked for;
+    slots: roll index -> the optimizer's state alone, per block, where no more was asked for;
     gradients: per step, one flat vector per block (None where the block took no part); batches,
     buffers and rng: as each step found them, rng None where the step draws nothing. losses,
     metrics, gradient_norms: as observed.
@@ -119,6 +120,7 @@ class Trajectory:
     blocks: tuple[Block, ...]
     batches: list[Any] = field(default_factory=list)
     states: dict[int, list[BlockState]] = field(default_factory=dict)
+    slots: dict[int, list[Any]] = field(default_factory=dict)
     gradients: list[list[Tensor | None]] = field(default_factory=list)
     buffers: list[dict[str, Tensor]] = field(default_factory=list)
     rng: list[RandomState | None] = field(default_factory=list)
@@ -555,15 +557,35 @@ class Plant:
 
     def block_states(self, blocks: Sequence[Block]) -> list[BlockState]:
         """A flattened copy of parameters and optimizer state, one per block."""
+        slots = self.block_slots(blocks)
+        return [
+            BlockState(block.flatten(self.parameters), own)
+            for block, own in zip(blocks, slots, strict=True)
+        ]
+
+    def slots_alone(self, scheduled: Container[str], controls: Collection[str]) -> bool:
+        """Whether the optimizer's state moves on, and is differentiated, without a look at θ.
+
+        scheduled: the controls that are set at every step; controls: those differentiated by.
+        """
+        decays = "weight_decay" in scheduled or "weight_decay" in controls
+        return (
+            self.dynamics.blind
+            and not decays
+            and not any(
+                group.get("weight_decay") or group.get("amsgrad")
+                for group in self.optimizer.param_groups
+            )
+        )
+
+    def block_slots(self, blocks: Sequence[Block]) -> list[Any]:
+        """A flattened copy of the optimizer's state, one per block."""
         self.refuse_sparse()
         return [
-            BlockState(
-                block.flatten(self.parameters),
-                self.dynamics.state(
-                    [self._slots(i) for i in block.indices],
-                    [self.parameters[i] for i in block.indices],
-                    self.optimizer.param_groups[block.group],
-                ),
+            self.dynamics.state(
+                [self._slots(i) for i in block.indices],
+                [self.parameters[i] for i in block.indices],
+                self.optimizer.param_groups[block.group],
             )
             for block in blocks
         ]
@@ -572,7 +594,8 @@ class Plant:
 class Recorder:
     """Keeps what looking back at a roll needs, on its trajectory; a subclass may keep it elsewhere.
 
-    states(i): whether the whole state is kept before the i-th of `steps` steps, and at the end.
+    states(i): whether the state is kept before the i-th of `steps` steps, and at the end;
+    whole(i): whether that is all of it, or the optimizer's alone.
     blocks: which parameters make a vector; as the plant has it now where None.
     """
 
@@ -584,9 +607,10 @@ class Recorder:
         steps: int,
         states: Callable[[int], bool],
         blocks: tuple[Block, ...] | None = None,
+        whole: Callable[[int], bool] = lambda i: True,
     ) -> None:
         self.plant = plant
-        self.states = states
+        self.states, self.whole = states, whole
         self.blocks = blocks
         self.store = _Store(steps)
         self._watch: RandomWatch | None = None
@@ -599,8 +623,10 @@ class Recorder:
     def before(self, i: int, batch: Any) -> Backward | None:
         """Called before every step; may return what is to take the place of loss and backward."""
         trajectory = self.trajectory
-        if self.states(i):
+        if self.states(i) and self.whole(i):
             trajectory.states[i] = self.plant.block_states(trajectory.blocks)
+        elif self.states(i):
+            trajectory.slots[i] = self.plant.block_slots(trajectory.blocks)
         trajectory.batches.append(batch)
         self._note_randomness()
         found: dict[int, tuple[str, Tensor]] = {}
@@ -705,6 +731,7 @@ def _split_blocks(trajectory: Trajectory) -> None:
     blocks = trajectory.blocks
     for i, states in trajectory.states.items():
         trajectory.states[i] = split_states(blocks, states)
+    trajectory.slots.clear()  # they can be made of the states again
     trajectory.gradients = [split_gradients(blocks, g) for g in trajectory.gradients]
     trajectory.blocks = tuple(
         Block(b.group, (index,), (name,), (shape,), (size,))

@@ -510,7 +510,10 @@ class Runner:
         finally:
             stream.close()
         lookback = self._new_lookback()
-        return [*lookback.plan(self.window, batch).lines(), f"product: {lookback.why}"]
+        return [
+            *lookback.plan(self.window, batch, self.controls).lines(),
+            f"product: {lookback.why}",
+        ]
 
     def _window(self) -> None:
         """One window: six verbs, and the state, tape and schedule move on by up to M steps."""
@@ -741,7 +744,8 @@ class Runner:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         try:
-            plan = self.lookback.plan(len(attempt.schedule), next(iter(attempt.batches)))
+            schedule = attempt.schedule
+            plan = self.lookback.plan(len(schedule), next(iter(attempt.batches)), schedule)
             predicted, product = plan.predicted_bytes, str(plan.product)
         except (RuntimeError, MemoryError, OSError) as error:
             if not out_of_memory(error):

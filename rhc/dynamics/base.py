@@ -26,7 +26,9 @@ TransformationOf = Callable[
 StateOf = Callable[[Sequence[Mapping[str, Any]], Sequence[Tensor], Group], Any]
 """(per-parameter optimizer states, the parameters, param group) -> the transformation's state."""
 
-Advance = Callable[[Group, Mapping[str, float], Tensor, Tensor, Any], tuple[Tensor, Any]]
+Advance = Callable[
+    [Group, Mapping[str, float], Tensor, Tensor | None, Any], tuple[Tensor | None, Any]
+]
 """(param group, controls, gradient, parameters, state) -> (parameters, state) one step later."""
 
 
@@ -58,7 +60,7 @@ class PullBack(Protocol):
         group: Group,
         controls: Mapping[str, float],
         gradient: Tensor,
-        parameters: Tensor,
+        parameters: Tensor | None,
         state: Any,
         costate_parameters: Tensor | None,
         costate_state: Sequence[Tensor | None],
@@ -80,7 +82,8 @@ class Dynamics:
     takes as tensors, of lr, momentum and weight_decay; None for all.
 
     pull_back, advance: the same Φ in closed form, backwards and forwards, for speed; None where
-    autograd and the transformation do it.
+    autograd and the transformation do it. blind: whether both also take None for the parameters
+    where there is no weight decay, nor a derivative by it: they never look at θ then.
     """
 
     name: str
@@ -90,6 +93,7 @@ class Dynamics:
     controls: tuple[str, ...] | None = None
     pull_back: PullBack | None = None
     advance: Advance | None = None
+    blind: bool = False
 
     def check_steerable(self, control: str) -> None:
         """Raises InputError where the transformation does not take `control` as a tensor."""

@@ -3,7 +3,8 @@
 They equal autograd through the transformation, and the transformation itself, to rounding, in a
 third of the passes over memory: this is what the costate recursion spends its time on beside the
 Hessian products. Written for few passes, so a line may look roundabout; the derivation stands in
-each docstring. λ' is the costate of after the step, λ of before; ⟨a, b⟩ is a dot product.
+each docstring. λ' is the costate of after the step, λ of before; ⟨a, b⟩ is a dot product. θ is
+read by weight decay alone: without it, and without a derivative by it, None will do.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def sgd_pull_back(
     group: Group,
     controls: Mapping[str, float],
     gradient: Tensor,
-    parameters: Tensor,
+    parameters: Tensor | None,
     state: SGDState,
     costate_parameters: Tensor | None,
     costate_state: Sequence[Tensor | None],
@@ -50,10 +51,10 @@ def sgd_pull_back(
     if momentum == 0:  # no buffer takes part; one that is there from before stays
         kept: list[Tensor | None] = [] if buffer is None else [of_buffer]
         if of_parameters is None:
-            return Pulled(None, kept, None, _derivatives(found, wanted, parameters))
+            return Pulled(None, kept, None, _derivatives(found, wanted, gradient))
         along_theta: Scalar = 0.0
         if "weight_decay" in wanted or ("lr" in wanted and weight_decay != 0):
-            along_theta = _dot(of_parameters, parameters)
+            along_theta = _dot(of_parameters, _known(parameters))
             found["weight_decay"] = -lr * along_theta
         if "lr" in wanted:
             found["lr"] = -sign * _dot(of_parameters, gradient) - weight_decay * along_theta
@@ -61,11 +62,11 @@ def sgd_pull_back(
         if weight_decay != 0:
             left = of_parameters * (1 - lr * weight_decay)
         of_gradient = of_parameters * (-sign * lr)
-        return Pulled(left, kept, of_gradient, _derivatives(found, wanted, parameters))
+        return Pulled(left, kept, of_gradient, _derivatives(found, wanted, gradient))
 
     if of_parameters is None and of_buffer is None:
         none: list[Tensor | None] = [] if buffer is None else [None]
-        return Pulled(None, none, None, _derivatives(found, wanted, parameters))
+        return Pulled(None, none, None, _derivatives(found, wanted, gradient))
 
     c = 1.0 if buffer is None else 1.0 - group["dampening"]
     mu = momentum if nesterov else 1.0
@@ -80,7 +81,7 @@ def sgd_pull_back(
     if of_parameters is not None and ("lr" in wanted or (nesterov and "momentum" in wanted)):
         along_d = sign * _dot(of_parameters, gradient)
         if weight_decay != 0:
-            along_d = along_d + weight_decay * _dot(of_parameters, parameters)
+            along_d = along_d + weight_decay * _dot(of_parameters, _known(parameters))
         along_new = c * along_d  # ⟨λ_θ', b'⟩
         if buffer is not None:
             along_new = along_new + momentum * _dot(of_parameters, buffer)
@@ -95,33 +96,35 @@ def sgd_pull_back(
     else:
         of_d = total if c == 1 else total * c
     if "weight_decay" in wanted:
-        found["weight_decay"] = _dot(of_d, parameters)
+        found["weight_decay"] = _dot(of_d, _known(parameters))
     of_theta = _with_coupled_decay(of_parameters, of_d, weight_decay)
     of_state: list[Tensor | None] = []
     if buffer is not None:
         of_state = [total * momentum if of_d is total else total.mul_(momentum)]
     of_gradient = of_d if sign > 0 else of_d.neg_()
-    return Pulled(of_theta, of_state, of_gradient, _derivatives(found, wanted, parameters))
+    return Pulled(of_theta, of_state, of_gradient, _derivatives(found, wanted, gradient))
 
 
 def sgd_advance(
     group: Group,
     controls: Mapping[str, float],
     gradient: Tensor,
-    parameters: Tensor,
+    parameters: Tensor | None,
     state: SGDState,
-) -> tuple[Tensor, SGDState]:
+) -> tuple[Tensor | None, SGDState]:
     """torch.optim.SGD's step on plain numbers."""
     lr, momentum, weight_decay = _controls(group, controls)
     d = _signed(group, gradient, parameters, weight_decay)
     if momentum == 0:
-        return torch.add(parameters, d, alpha=-lr), state
+        return None if parameters is None else torch.add(parameters, d, alpha=-lr), state
     if state.momentum_buffer is None:
         buffer = d.clone() if d is gradient else d
     elif group["dampening"] == 0:
         buffer = torch.add(d, state.momentum_buffer, alpha=momentum)
     else:
         buffer = torch.mul(state.momentum_buffer, momentum).add_(d, alpha=1 - group["dampening"])
+    if parameters is None:
+        return None, SGDState(buffer)
     direction = torch.add(d, buffer, alpha=momentum) if group["nesterov"] else buffer
     return torch.add(parameters, direction, alpha=-lr), SGDState(buffer)
 
@@ -130,7 +133,7 @@ def adam_pull_back(
     group: Group,
     controls: Mapping[str, float],
     gradient: Tensor,
-    parameters: Tensor,
+    parameters: Tensor | None,
     state: AdamState,
     costate_parameters: Tensor | None,
     costate_state: Sequence[Tensor | None],
@@ -162,7 +165,7 @@ def adamw_pull_back(
     group: Group,
     controls: Mapping[str, float],
     gradient: Tensor,
-    parameters: Tensor,
+    parameters: Tensor | None,
     state: AdamState,
     costate_parameters: Tensor | None,
     costate_state: Sequence[Tensor | None],
@@ -186,7 +189,7 @@ def _adam_pull_back(
     group: Group,
     controls: Mapping[str, float],
     gradient: Tensor,
-    parameters: Tensor,
+    parameters: Tensor | None,
     state: AdamState,
     costate_parameters: Tensor | None,
     costate_state: Sequence[Tensor | None],
@@ -203,7 +206,7 @@ def _adam_pull_back(
     of_parameters = costate_parameters
     of_m, of_v = costate_state if costate_state else (None, None)
     if of_parameters is None and of_m is None and of_v is None:
-        return Pulled(None, [None, None], None, _derivatives({}, wanted, parameters))
+        return Pulled(None, [None, None], None, _derivatives({}, wanted, gradient))
 
     d = _signed(group, gradient, parameters, 0.0 if decoupled else weight_decay)
     along_update: Scalar = 0.0  # Σ y
@@ -230,7 +233,7 @@ def _adam_pull_back(
             total_v = torch.addcdiv(of_v, y, w, value=scale / 2, out=y)
         total_m = p.mul_(-scale) if of_m is None else torch.add(of_m, p, alpha=-scale, out=p)
         if decoupled and ("weight_decay" in wanted or ("lr" in wanted and weight_decay != 0)):
-            along_theta = _dot(of_parameters, parameters)
+            along_theta = _dot(of_parameters, _known(parameters))
 
     found: dict[str, Scalar] = {}
     if "lr" in wanted:
@@ -242,7 +245,7 @@ def _adam_pull_back(
     of_d = torch.mul(total_m, 1 - beta1, out=room)
     of_d.addcmul_(d, total_v, value=2 * (1 - beta2))
     if "weight_decay" in wanted:
-        found["weight_decay"] = -lr * along_theta if decoupled else _dot(of_d, parameters)
+        found["weight_decay"] = -lr * along_theta if decoupled else _dot(of_d, _known(parameters))
     if not decoupled:
         of_theta = _with_coupled_decay(of_parameters, of_d, weight_decay)
     elif weight_decay != 0 and of_parameters is not None:
@@ -258,9 +261,9 @@ def adam_advance(
     group: Group,
     controls: Mapping[str, float],
     gradient: Tensor,
-    parameters: Tensor,
+    parameters: Tensor | None,
     state: AdamState,
-) -> tuple[Tensor, AdamState]:
+) -> tuple[Tensor | None, AdamState]:
     """torch.optim.Adam's step on plain numbers, AMSGrad's too."""
     decoupled = group.get("decoupled_weight_decay", False)
     return _adam_advance(group, controls, gradient, parameters, state, decoupled=decoupled)
@@ -270,9 +273,9 @@ def adamw_advance(
     group: Group,
     controls: Mapping[str, float],
     gradient: Tensor,
-    parameters: Tensor,
+    parameters: Tensor | None,
     state: AdamState,
-) -> tuple[Tensor, AdamState]:
+) -> tuple[Tensor | None, AdamState]:
     """torch.optim.AdamW's step on plain numbers."""
     return _adam_advance(group, controls, gradient, parameters, state, decoupled=True)
 
@@ -281,11 +284,11 @@ def _adam_advance(
     group: Group,
     controls: Mapping[str, float],
     gradient: Tensor,
-    parameters: Tensor,
+    parameters: Tensor | None,
     state: AdamState,
     *,
     decoupled: bool,
-) -> tuple[Tensor, AdamState]:
+) -> tuple[Tensor | None, AdamState]:
     lr, beta1, weight_decay = _controls(group, controls)
     beta2 = float(group["betas"][1])
     step = state.step + 1
@@ -294,6 +297,8 @@ def _adam_advance(
     m = torch.lerp(state.exp_avg, d, 1 - beta1)
     v = torch.mul(state.exp_avg_sq, beta2).addcmul_(d, d, value=1 - beta2)
     largest = torch.maximum(state.max_exp_avg_sq, v) if group["amsgrad"] else None
+    if parameters is None:
+        return None, AdamState(step, m, v, largest)
     # No ROOT_EPSILON: that is for slopes.
     w = (v if largest is None else largest).sqrt().add_(float(group["eps"]) * c2)
     scale = -lr * c2 / c1
@@ -310,12 +315,18 @@ def _controls(group: Group, controls: Mapping[str, float]) -> tuple[float, float
     return lr, momentum, weight_decay
 
 
-def _signed(group: Group, gradient: Tensor, parameters: Tensor, weight_decay: float) -> Tensor:
+def _signed(
+    group: Group, gradient: Tensor, parameters: Tensor | None, weight_decay: float
+) -> Tensor:
     """±g + λ_w θ; g itself where that is all."""
-    if group["maximize"]:
-        d = gradient.neg()
-        return d if weight_decay == 0 else d.add_(parameters, alpha=weight_decay)
-    return gradient if weight_decay == 0 else torch.add(gradient, parameters, alpha=weight_decay)
+    d = gradient.neg() if group["maximize"] else gradient
+    return d if weight_decay == 0 else torch.add(d, _known(parameters), alpha=weight_decay)
+
+
+def _known(parameters: Tensor | None) -> Tensor:
+    """θ, where weight decay reads it."""
+    assert parameters is not None
+    return parameters
 
 
 def _with_coupled_decay(

@@ -205,6 +205,7 @@ TORCH_DYNAMICS: dict[type[torch.optim.Optimizer], Dynamics] = {
         _sgd_state,
         pull_back=closed_forms.sgd_pull_back,
         advance=closed_forms.sgd_advance,
+        blind=True,
     ),
     torch.optim.Adam: Dynamics(
         "Adam",
@@ -212,6 +213,7 @@ TORCH_DYNAMICS: dict[type[torch.optim.Optimizer], Dynamics] = {
         _adam_state,
         pull_back=closed_forms.adam_pull_back,
         advance=closed_forms.adam_advance,
+        blind=True,
     ),
     torch.optim.AdamW: Dynamics(
         "AdamW",
@@ -219,6 +221,7 @@ TORCH_DYNAMICS: dict[type[torch.optim.Optimizer], Dynamics] = {
         _adam_state,
         pull_back=closed_forms.adamw_pull_back,
         advance=closed_forms.adamw_advance,
+        blind=True,
     ),
     torch.optim.RMSprop: Dynamics("RMSprop", _rmsprop, _rmsprop_state),
     torch.optim.NAdam: Dynamics("NAdam", _nadam, _nadam_state),

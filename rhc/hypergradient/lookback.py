@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -139,6 +139,8 @@ class Lookback:
         damping: Damping | None = None,
         notice: Callable[[str], None] = lambda message: None,
     ) -> None:
+        if plant.parameters[0].device.type == "cpu":
+            memory.hold()
         damping = damping or Damping()
         if memory_budget is not None and not memory_budget > 0:
             raise InputError(f"memory_budget must be > 0 bytes, got {memory_budget}")
@@ -183,12 +185,17 @@ class Lookback:
 
     # Plan and roll -------------------------------------------------------------------------------
 
-    def plan(self, steps: int, batch: Any) -> Plan:
-        """What a window of `steps` will keep; measures one step the first time, and undoes it."""
+    def plan(self, steps: int, batch: Any, scheduled: Container[str] = ()) -> Plan:
+        """What a window of `steps` will keep; measures one step the first time, and undoes it.
+
+        scheduled: the controls that are set at every step.
+        """
         product = self._product(steps)
         if self.segment not in ("auto", 1):
             return Plan(steps, product, min(int(self.segment), steps), kept=steps)
         sizes = self._measured(batch, product)
+        if not self.plant.slots_alone(scheduled, self.controls):
+            sizes = replace(sizes, slots=0)
         spill = self.spill is not False
         budget = self.memory_budget
         if self.plant.parameters[0].device.type != "cpu":
@@ -215,9 +222,10 @@ class Lookback:
         limit: Callable[[float], float] = lambda first: math.inf,
     ) -> WindowRecorder:
         """Rolls the live plant through the window; the recorder has the trajectory."""
-        plan = self.plan(len(batches), batches[0])
+        plan = self.plan(len(batches), batches[0], schedule)
         folder = None if isinstance(self.spill, bool) else Path(self.spill)
-        recorder = WindowRecorder(self.plant, self.objective, plan, folder)
+        blind = self.plant.slots_alone(schedule, self.controls)
+        recorder = WindowRecorder(self.plant, self.objective, plan, folder, blind=blind)
         try:
             with recorder.kernels():
                 self.plant.roll(
@@ -451,7 +459,7 @@ def measure_sizes(
         peak = 0
         if full:
             peak = _product_peak(plant, batch, objective, product, graph)
-        return Sizes(parameters, _snapshot_bytes(plant), graph, peak)
+        return Sizes(parameters, _snapshot_bytes(plant), graph, peak, _slot_bytes(plant))
     finally:
         plant.restore(state)
         for p, g in zip(plant.model.parameters(), grads, strict=True):
@@ -495,8 +503,9 @@ def _product_peak(
         for p in plant.model.parameters():
             p.grad = None
         evaluation = Evaluation(plant, blocks, objective)
+        theta = [block.flatten(plant.parameters) for block in blocks]
         point = StepPoint(
-            [block.flatten(plant.parameters) for block in blocks],
+            lambda: theta,
             {n: b.detach().clone() for n, b in plant.model.named_buffers()},
             batch,
             None,
@@ -531,6 +540,14 @@ def _snapshot_bytes(plant: Plant) -> int:
     if not any(snapshot.slots):  # no step was taken yet, and slots are to come
         total *= 2
     return total
+
+
+def _slot_bytes(plant: Plant) -> int:
+    """Of the optimizer's state as it is, or as it will be after the first step."""
+    slots = plant.block_slots(plant.blocks())
+    return sum(t.nbytes for own in slots for t in own if isinstance(t, Tensor)) or sum(
+        p.nbytes for p in plant.parameters if p.requires_grad
+    )
 
 
 def _undefined(trajectory: Trajectory, controls: Sequence[str]) -> Adjoint:

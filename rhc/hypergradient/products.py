@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -76,17 +77,21 @@ class KeptGraph:
 class StepPoint:
     """Where a product is taken: θ_t per block, b_t, the batch, the random state, the roll's g_t.
 
-    rng: None where the step draws nothing. owned: θ_t is not needed after this product, which may
-    change it.
+    theta: gives θ_t, which a graph that was kept does without. rng: None where the step draws
+    nothing. owned: θ_t is not needed after this product, which may change it.
     """
 
-    flats: Sequence[Tensor]
+    theta: Callable[[], Sequence[Tensor]]
     buffers: Mapping[str, Tensor]
     batch: Any
     rng: RandomState | None
     gradients: Sequence[Tensor | None]
     graph: KeptGraph | None = None
     owned: bool = False
+
+    @cached_property
+    def flats(self) -> Sequence[Tensor]:
+        return self.theta()
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ class Chunk:
     states: index of a step -> states before it; at least those of `start`. gradients: of every
     step, from `start` on. graphs: index of a step -> the graph that the roll kept. owned: nobody
     else has these tensors, so that they may be let go, and changed, as soon as they were used.
+    alone: index of a step -> the optimizer's states alone.
     """
 
     start: int
@@ -71,13 +72,29 @@ class Chunk:
     gradients: Sequence[Sequence[Tensor | None]]
     graphs: dict[int, KeptGraph] = field(default_factory=dict)
     owned: bool = False
+    alone: dict[int, list[Any]] = field(default_factory=dict)
+
+    @property
+    def slots(self) -> dict[int, list[Any]]:
+        """Index of a step -> the optimizer's states before it."""
+        whole = {i: [s.optimizer for s in states] for i, states in self.states.items()}
+        return {**whole, **self.alone}
 
 
 class WindowRecorder(Recorder):
-    """Remembers a window as `plan` has it, and gives it back, last steps first."""
+    """Remembers a window as `plan` has it, and gives it back, last steps first.
+
+    blind: whether steps whose graph is kept need the optimizer's state alone.
+    """
 
     def __init__(
-        self, plant: Plant, objective: Objective, plan: Plan, directory: Path | None = None
+        self,
+        plant: Plant,
+        objective: Objective,
+        plan: Plan,
+        directory: Path | None = None,
+        *,
+        blind: bool = False,
     ) -> None:
         self.plan = plan
         self.objective = objective
@@ -99,6 +116,7 @@ class WindowRecorder(Recorder):
             every
             if plan.segment > 1
             else (lambda i: i < plan.steps and i >= first and (i - first) % apart == 0),
+            whole=lambda i: not blind or i == first or i < plan.steps - plan.graphs,
         )
 
     # Forwards ------------------------------------------------------------------------------------
@@ -176,6 +194,7 @@ class WindowRecorder(Recorder):
                 trajectory.states,
                 trajectory.gradients[self.first :],
                 self.graphs,
+                alone=trajectory.slots,
             )
         if self.spill is not None:
             for i in reversed(range(min(end, self.first))):

@@ -23,7 +23,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
 import torchopt
@@ -50,6 +51,7 @@ from rhc.hypergradient.record import Chunk, WindowRecorder
 from rhc.objective import Objective, average_weights
 from rhc.plant import Block, BlockState, Plant, Trajectory, checked_loss
 
+States = TypeVar("States", bound=Sequence[Any])
 Terminal = Callable[[nn.Module], Tensor]
 Scalar = float | Tensor
 
@@ -333,14 +335,20 @@ class _Reverse:
         for chunk in recorder.backwards():
             if recorder.plan.spilled and self.device.type == "cpu":
                 memory.trim()  # a tight budget: holes in the heap would count
-            self._chunk(chunk, held, product, frozenset(verify))
+            self._chunk(chunk, held, product, frozenset(verify), recorder.plan.states_every)
             del chunk
         self.equivalents += recorder.recomputed
         return self._adjoint()
 
     def _chunk(
-        self, chunk: Chunk, held: list[Costate], product: Product, verify: frozenset[int]
+        self,
+        chunk: Chunk,
+        held: list[Costate],
+        product: Product,
+        verify: frozenset[int],
+        apart: int,
     ) -> None:
+        """apart: how many steps the kept states lie apart; 0 for one state."""
         model, costate = self.plant.model, held.pop()
         # Difference products need no double backward, and keep the model's own kernels.
         kernels = double_backward(model) if product == "exact" else nullcontext()
@@ -348,18 +356,32 @@ class _Reverse:
             kernels = double_backward(model, light=False)
         statistics = visible_statistics(model, update=bool(costate.statistics))
         with kernels, statistics, Scratch(self.plant, self.blocks) as scratch:
-            rebuilt = _Rebuilt(chunk.states, self._state_after(chunk))
+            blind = bool(chunk.graphs) and self.plant.slots_alone(
+                self.trajectory.schedule, self.controls
+            )
+            slots_alone = _Rebuilt(chunk.slots, self._slots_after(chunk), apart) if blind else None
+            rebuilt = _Rebuilt(chunk.states, self._state_after(chunk), apart)
             if chunk.owned:
                 chunk.states.clear()
             for i in reversed(range(chunk.start, chunk.stop)):
-                states = rebuilt.take(i)
                 gradients = chunk.gradients[i - chunk.start]
-                costate, gradient_costates = self._pull_through_optimizer(
-                    i, states, gradients, costate
-                )
                 graph = chunk.graphs.pop(i, None)
+                thetas: Sequence[Tensor | None]
+                if slots_alone is not None and graph is not None and product == "exact":
+                    slots = slots_alone.take(i)
+                    thetas = [None] * len(slots)
+                    theta = partial(self._rebuilt_theta, chunk, i)
+                else:
+                    states = rebuilt.take(i)
+                    slots = [s.optimizer for s in states]
+                    given = [s.parameters for s in states]
+                    thetas, theta = given, partial(list, given)
+                    del states, given
+                costate, gradient_costates = self._pull_through_optimizer(
+                    i, thetas, slots, gradients, costate
+                )
                 point = StepPoint(
-                    [s.parameters for s in states],
+                    theta,
                     self.trajectory.buffers[i],
                     self.trajectory.batches[i],
                     self.trajectory.rng[i],
@@ -367,7 +389,7 @@ class _Reverse:
                     graph,
                     owned=chunk.owned and i not in verify,
                 )
-                del states, graph  # the product needs the parameters only
+                del slots, thetas, theta, graph  # the product needs the parameters at most
                 costate = self._pull_through_gradient(
                     i, scratch, point, costate, gradient_costates, product, i in verify
                 )
@@ -477,11 +499,15 @@ class _Reverse:
     def _pull_through_optimizer(
         self,
         i: int,
-        states: Sequence[BlockState],
+        thetas: Sequence[Tensor | None],
+        slots: Sequence[Any],
         gradients: Sequence[Tensor | None],
         costate: Costate,
     ) -> tuple[Costate, list[Tensor | None]]:
-        """(λ_θ and λ_h of step i but for the loss's part, λ_g), and adds to dJ/du_i."""
+        """(λ_θ and λ_h of step i but for the loss's part, λ_g), and adds to dJ/du_i.
+
+        thetas: per block, None where Φ does not look at θ.
+        """
         values = self._values(i)
         sigma = values.get("noise", 0.0)
         steered = "noise" in self.controls
@@ -495,16 +521,18 @@ class _Reverse:
         parameters: list[Tensor | None] = []
         optimizer: list[list[Tensor | None]] = []
         of_gradients: list[Tensor | None] = []
-        for b, (state, g) in enumerate(zip(states, transformed, strict=True)):
+        for b, g in enumerate(transformed):
             of_theta, of_slots = costate.parameters[b], costate.optimizer[b]
             if g is None:
                 parameters.append(of_theta)
                 optimizer.append(of_slots)
                 of_gradients.append(None)
                 continue
-            theta, slots, of_g = self._pull_block(i, b, state, g.detach(), of_theta, of_slots)
-            parameters.append(theta)
-            optimizer.append(slots)
+            before, left, of_g = self._pull_block(
+                i, b, thetas[b], slots[b], g.detach(), of_theta, of_slots
+            )
+            parameters.append(before)
+            optimizer.append(left)
             of_gradients.append(of_g)
         if changed:
             pairs = [
@@ -531,7 +559,8 @@ class _Reverse:
         self,
         i: int,
         b: int,
-        state: BlockState,
+        theta: Tensor | None,
+        slots: Any,
         g: Tensor,
         of_theta: Tensor | None,
         of_slots: list[Tensor | None],
@@ -549,20 +578,20 @@ class _Reverse:
                 group,
                 values,
                 g,
-                state.parameters,
-                state.optimizer,
+                theta,
+                slots,
                 of_theta,
                 of_slots,
                 wanted=self.controls,
             )
         if closed is not None:
-            theta, slots, of_g, of_controls = closed
             for name in self.controls:
-                if name in of_controls:
-                    self._add(i, name, block.group, of_controls[name])
-            return theta, slots, of_g
+                if name in closed.controls:
+                    self._add(i, name, block.group, closed.controls[name])
+            return closed.parameters, closed.state, closed.gradient
+        assert theta is not None
         with torch.enable_grad():
-            leaf = _leaf_state(state)
+            leaf = _leaf_state(BlockState(theta, slots))
             gradient = g.detach().requires_grad_()
             steered = {
                 name: torch.tensor(values[name], dtype=torch.float64, requires_grad=True)
@@ -577,12 +606,12 @@ class _Reverse:
         pulled: list[Tensor | None] = list(
             torch.autograd.grad(outputs, inputs, seeds, allow_unused=True)
         )
-        (theta,), (slots,) = _unflatten(pulled, [leaf])
+        (before,), (left,) = _unflatten(pulled, [leaf])
         of_g = pulled.pop(0)
         for name, p in zip(steered, pulled, strict=True):
             if p is not None:
                 self._add(i, name, block.group, p)
-        return theta, slots, of_g
+        return before, left, of_g
 
     def _add(self, i: int, name: str, group: int, pulled: Tensor) -> None:
         """Adds dJ/d(the group's value) to the derivative by the schedule's value."""
@@ -609,13 +638,39 @@ class _Reverse:
                     result.append(state)
                 elif dynamics.advance is not None:
                     group = self.plant.optimizer.param_groups[block.group]
-                    moved = dynamics.advance(group, own, g, state.parameters, state.optimizer)
-                    result.append(BlockState(*moved))
+                    theta, slots = dynamics.advance(
+                        group, own, g, state.parameters, state.optimizer
+                    )
+                    assert theta is not None
+                    result.append(BlockState(theta, slots))
                 else:
                     result.append(self._step(block, state, g, own))
             return result
 
         return after
+
+    def _slots_after(self, chunk: Chunk) -> Callable[[int, list[Any]], list[Any]]:
+        """As `_state_after`, of the optimizer's state alone."""
+        advance = self.dynamics.advance
+        assert advance is not None
+
+        @torch.no_grad()
+        def after(i: int, slots: list[Any]) -> list[Any]:
+            gradients = chunk.gradients[i - chunk.start]
+            transformed = self._transform(i, gradients, self._values(i).get("noise", 0.0))
+            result = []
+            for block, own, g in zip(self.blocks, slots, transformed, strict=True):
+                group = self.plant.optimizer.param_groups[block.group]
+                values = self._group_values(i, block.group)
+                result.append(own if g is None else advance(group, values, g, None, own)[1])
+            return result
+
+        return after
+
+    def _rebuilt_theta(self, chunk: Chunk, i: int) -> list[Tensor]:
+        """θ_i, for once: of a graph that was lost."""
+        states = _Rebuilt(chunk.states, self._state_after(chunk)).take(i)
+        return [s.parameters for s in states]
 
     # segment > 1 ---------------------------------------------------------------------------------
 
@@ -838,27 +893,29 @@ class _Reverse:
         return result
 
 
-class _Rebuilt:
+class _Rebuilt(Generic[States]):
     """The states of a window in reverse order, rebuilt from the kept ones by `after`.
 
     A state costs the memory of parameters and optimizer slots, `after` a few elementwise passes.
-    Where all states up to the one asked for are small, all are kept on the way there; otherwise
+    Where all states up to the one asked for are small, or no more than `apart`, all are kept on the
+    way there; otherwise
     only those at 2/3 of the way, at 2/3 of the rest, and so on, which bounds them by log3 K + 1 at
     about log3 K passes a step (recursive checkpointing, Griewank 1992).
     """
 
     def __init__(
         self,
-        kept: Mapping[int, list[BlockState]],
-        after: Callable[[int, list[BlockState]], list[BlockState]],
+        kept: Mapping[int, States],
+        after: Callable[[int, States], States],
+        apart: int = 0,
     ) -> None:
         self.states = dict(kept)
         self.after = after
         first = next(iter(kept.values()))
         self.size = sum(t.numel() * t.element_size() for s in first for t in _tensors(s))
-        self.affordable = max(1, SMALL_STATES // max(1, self.size))
+        self.affordable = max(1, apart, SMALL_STATES // max(1, self.size))
 
-    def take(self, i: int) -> list[BlockState]:
+    def take(self, i: int) -> States:
         """The states of step i; those of later steps must have been taken."""
         start = max(k for k in self.states if k <= i)
         states = self.states[start]
@@ -894,10 +951,11 @@ def _alias(state: BlockState) -> BlockState:
     return BlockState(state.parameters.view_as(state.parameters), type(state.optimizer)(*slots))
 
 
-def _tensors(state: BlockState) -> list[Tensor]:
-    """θ first, then the optimizer's floating-point slots, in their order."""
-    slots = [v for v in state.optimizer if isinstance(v, Tensor) and v.is_floating_point()]
-    return [state.parameters, *slots]
+def _tensors(state: Any) -> list[Tensor]:
+    """θ first, then the optimizer's floating-point slots, in their order; or those slots alone."""
+    if isinstance(state, BlockState):
+        return [state.parameters, *_tensors(state.optimizer)]
+    return [v for v in state if isinstance(v, Tensor) and v.is_floating_point()]
 
 
 def _paired(
