@@ -405,7 +405,7 @@ def test_every_plan_gives_the_same_hypergradient(
     expected = look_back(chosen, steps, segment=steps)  # the unrolled graph remembers nothing else
     before = all_of(chosen)
     for plan in plans(steps):
-        monkeypatch.setattr(Lookback, "plan", lambda self, steps, batch, plan=plan: plan)
+        monkeypatch.setattr(Lookback, "plan", lambda *given, plan=plan: plan)
         found = look_back(chosen, steps, spill=tmp_path)
         assert found.plan == plan
         assert_same(found, expected, plan)
@@ -501,7 +501,7 @@ def test_blocks_that_split_under_way(
     expected = look_back(chosen, 7, segment=7)
     before = all_of(chosen)
     for plan in plans(7):
-        monkeypatch.setattr(Lookback, "plan", lambda self, steps, batch, plan=plan: plan)
+        monkeypatch.setattr(Lookback, "plan", lambda *given, plan=plan: plan)
         found = look_back(chosen, 7, spill=tmp_path)
         assert_same(found, expected, plan)
         assert_identical(before, everything(chosen.problem.model, chosen.optimizer))
@@ -520,7 +520,7 @@ KINDS = {
 def test_nothing_is_left_on_disk(
     kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(Lookback, "plan", lambda self, steps, batch: KINDS[kind])
+    monkeypatch.setattr(Lookback, "plan", lambda *given: KINDS[kind])
     look_back(SETTINGS["clipped AdamW"](), 8, spill=tmp_path / "made")
     assert [f for f in tmp_path.rglob("*") if f.name != "made"] == []
 
@@ -530,7 +530,7 @@ def test_an_exception_leaves_no_file_and_puts_everything_back(
     kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Wherever the loss is evaluated: in the roll, in a product, when steps are rolled again."""
-    monkeypatch.setattr(Lookback, "plan", lambda self, steps, batch: KINDS[kind])
+    monkeypatch.setattr(Lookback, "plan", lambda *given: KINDS[kind])
     chosen = SETTINGS["clipped AdamW"]()
     before = all_of(chosen)
     last = 8 + 8 - KINDS[kind].graphs + KINDS[kind].recomputed
@@ -555,7 +555,7 @@ def test_an_exception_leaves_no_file_and_puts_everything_back(
 def test_a_window_that_diverges_is_an_outcome_under_every_plan(
     step: int, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(Lookback, "plan", lambda self, steps, batch: KINDS[kind])
+    monkeypatch.setattr(Lookback, "plan", lambda *given: KINDS[kind])
     chosen = SETTINGS["clipped AdamW"]()
     worst = fixed_batches(chosen.problem, 8)[step]
 
