@@ -63,6 +63,16 @@ HELD = 2**30
 """Bytes of freed memory at the end of the C heap that `hold` lets stay there."""
 
 
+TUNED = (
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TOP_PAD_",
+    "GLIBC_TUNABLES",
+    "LD_PRELOAD",
+)
+"""Where users tune glibc's heap, or replace it."""
+
+
 @functools.cache
 def hold() -> bool:
     """Makes glibc keep freed memory for the next step instead of handing it back; once a process.
@@ -72,8 +82,7 @@ def hold() -> bool:
     parameters lost 0.1 plain steps a step. `trim` still hands back what is free. Left alone are
     other allocators, and a glibc that its user has tuned by the environment. Whether it was done.
     """
-    tuned = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
-    if any(name in os.environ for name in (*tuned, "GLIBC_TUNABLES", "LD_PRELOAD")):
+    if any(name in os.environ for name in TUNED):
         return False
     if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
         return False

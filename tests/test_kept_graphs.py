@@ -11,9 +11,11 @@ from torch.autograd import Function
 
 import rhc
 from rhc.hypergradient.evaluation import Evaluation
+from rhc.hypergradient.lookback import Lookback
 from rhc.hypergradient.record import GraphMaker
-from rhc.objective import Objective
+from rhc.objective import Average, Objective
 from rhc.plant import Plant
+from rhc.schedule import Schedule
 
 STEPS = 4
 
@@ -100,3 +102,28 @@ def test_only_what_a_graph_reads_is_copied() -> None:
 def test_all_is_copied_where_a_function_of_the_user_may_keep_it() -> None:
     _, make_graph, _ = made(through_a_function)
     assert make_graph.survey(batches(False)[0]).read == {"0.weight", "0.bias", "2.weight", "2.bias"}
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_of_a_state_only_the_optimizers_is_kept_where_nothing_reads_more(
+    kind: Any, decay: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a graph, θ is read by weight decay alone; the hypergradient is the same to the bit."""
+    kept = []
+
+    def back() -> Tensor:
+        model = network()
+        options = {"momentum": 0.8} if kind is torch.optim.SGD else {}
+        optimizer = kind(model.parameters(), lr=0.1, weight_decay=decay, **options)
+        plant = Plant(model, optimizer, plain)
+        lookback = Lookback(plant, Objective(loss_weight=1.0), ("lr", "momentum"), product="exact")
+        schedule = Schedule({"lr": [0.1] * 9, "momentum": [0.8] * 9})
+        recorder = lookback.roll(batches(False)[:1] * 9, schedule)
+        kept.append(len(recorder.trajectory.slots))
+        return torch.cat(list(lookback.look_back(recorder, Average(None), None).grad.values()))
+
+    found = back()
+    monkeypatch.setattr(Plant, "slots_alone", lambda self, scheduled, controls: False)
+    assert torch.equal(back(), found)
+    assert kept[1] == 0 and (kept[0] > 0) == (decay == 0)

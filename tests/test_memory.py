@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from rhc import memory
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="peaks can be reset on Linux only"
@@ -128,3 +131,39 @@ def test_what_is_predicted_is_what_is_held() -> None:
     """No less than half of it: a prediction far too high would make every plan too dear."""
     found = measured(steps=25, rows=ROWS, product="exact", memory_budget=300 * 10**6)
     assert 0.5 * found["predicted"] <= found["bytes"] <= 1.1 * found["predicted"]
+
+
+HELD = """
+import ctypes, json, resource
+from rhc import memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        block = libc.malloc(24 * 2**20)
+        ctypes.memset(block, 1, 24 * 2**20)
+        libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(json.dumps([faults(), memory.hold(), faults()]))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's heap")
+@pytest.mark.parametrize("tuned", [False, True])
+def test_freed_memory_stays_for_the_next_step(tuned: bool) -> None:
+    """Unless the user has said otherwise: the same room is not faulted in again and again."""
+    environment = {k: v for k, v in os.environ.items() if k not in memory.TUNED}
+    if tuned:
+        environment["MALLOC_TRIM_THRESHOLD_"] = str(2**20)
+    done = subprocess.run(
+        [sys.executable, "-c", HELD], capture_output=True, text=True, env=environment, check=True
+    )
+    before, held, after = json.loads(done.stdout)
+    page = os.sysconf("SC_PAGESIZE")
+    assert held != tuned
+    assert before > 20 * 2**20 / page
+    assert tuned or after < 2 * 24 * 2**20 / page

@@ -141,10 +141,13 @@ def pull_back(
         curvature = [None] * len(gradient_costates)
     else:
         curvature = _difference(product, evaluation, scratch, point, gradient_costates, opposite)
+    if into is not None:
+        curvature = [_into(a, b) for a, b in zip(into, curvature, strict=True)]
+    objective = evaluation.objective
+    if not statistics_costates and not objective.reward_weight:
+        return Pulled(_with_gradient(curvature, point.gradients, objective.loss_weight))
     first = _first_order(evaluation, scratch, point, statistics_costates)
     found = [_into(a, b) for a, b in zip(curvature, first.parameters, strict=True)]
-    if into is not None:
-        found = [_into(a, b) for a, b in zip(into, found, strict=True)]
     return Pulled(found, first.statistics)
 
 
@@ -276,10 +279,7 @@ def _result(
         parameters = _added(blocks, into, total[:count])
     weight = evaluation.objective.loss_weight
     if weight and not joint:  # the stage cost is c_ℓ ℓ_t, whose gradient is known
-        parameters = [
-            p if g is None else weight * g if p is None else p.add_(g, alpha=weight)
-            for p, g in zip(parameters, point.gradients, strict=True)
-        ]
+        parameters = _with_gradient(parameters, point.gradients, weight)
     pulled = {n: p for n, p in zip(statistics, total[count:], strict=True) if p is not None}
     return Pulled(parameters, pulled, discrepancy)
 
@@ -434,11 +434,7 @@ def _first_order(
     point: StepPoint,
     statistics_costates: Mapping[str, Tensor],
 ) -> Pulled:
-    """The part without the Hessian; free where the stage cost is c_ℓ ℓ_t, since g_t is known."""
-    objective = evaluation.objective
-    if not statistics_costates and not objective.reward_weight:
-        weight = objective.loss_weight
-        return Pulled([weight * g if weight and g is not None else None for g in point.gradients])
+    """The part without the Hessian, where statistics or a reward take part."""
     statistics = _statistics_leaves(point, statistics_costates)
     scratch.place(point.flats, point.buffers, statistics)
     wanted = [*scratch.leaves, *statistics.values()]
@@ -541,6 +537,18 @@ def _added(
             torch._foreach_add_([v for v, _ in pairs], [t for _, t in pairs])
         result.append(vector)
     return result
+
+
+def _with_gradient(
+    vectors: Sequence[Tensor | None], gradients: Sequence[Tensor | None], weight: float
+) -> list[Tensor | None]:
+    """`vectors` with the gradient of the stage cost c_ℓ ℓ_t added in place: g_t is known."""
+    if weight == 0:
+        return list(vectors)
+    return [
+        v if g is None else weight * g if v is None else v.add_(g, alpha=weight)
+        for v, g in zip(vectors, gradients, strict=True)
+    ]
 
 
 def _into(vector: Tensor | None, term: Tensor | None) -> Tensor | None:
