@@ -15,11 +15,13 @@ same weights, batches and fresh optimizer state, with respect to the controls of
 
 One process per measurement, and the modes take turns (--rounds). A process warms up on two steps,
 and then alternates (--alternations) plain training of K steps with the mode on K steps: its figure
-is the median of the mode's times over the median of the plain ones. The table has the median of the
-processes, and their range.
+is the median of the mode's times over the median of the plain ones, window after window as a run
+has them. The table has the median of the processes, and their range.
 
 Memory is the peak of the mode minus the peak of plain training, in the same process: resident
-memory on a CPU, whose high-water mark is set back before each part, allocated memory on CUDA.
+memory on a CPU, whose high-water mark is set back before each part, allocated memory on CUDA. It
+is of repetitions of its own, before which all free memory goes back to the system. What those take
+in time is told too (fresh): every page is then touched for the first time.
 """
 
 from __future__ import annotations
@@ -209,6 +211,9 @@ def summarize(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         row |= {
             "plain_steps": statistics.median(ratios),
             "plain_steps_range": [min(ratios), max(ratios)],
+            "plain_steps_fresh": statistics.median(
+                statistics.median(p["fresh_seconds"]) / plain_seconds(p) for p in measured[mode]
+            ),
             "bytes_above_plain": memory_above_plain(processes),
             "plain_seconds": statistics.median(plain_seconds(p) for p in measured[mode]),
         }
@@ -242,14 +247,14 @@ def table(steps: int, rows: Sequence[dict[str, Any]], arguments: argparse.Namesp
         f"{arguments.model}, {arguments.optimizer}, K = {steps}; a plain step takes {step}; errors "
         f"are relative to {reference}",
         "",
-        "| mode | differentiated | plain steps per step | MB above plain "
+        "| mode | differentiated | plain steps per step | fresh | MB above plain "
         "| gradients per step, as counted | error of dJ/dlr |",
-        "|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         mode = row["mode"]
         if row["status"] != "measured":
-            lines.append(f"| {mode} | {row['status']}: {row['reason']} | | | | |")
+            lines.append(f"| {mode} | {row['status']}: {row['reason']} | | | | | |")
             continue
         if row["resolved"] not in ("", mode):
             mode += f" → {row['resolved']}"
@@ -262,7 +267,8 @@ def table(steps: int, rows: Sequence[dict[str, Any]], arguments: argparse.Namesp
             error += f"; {row['note']}"
         lines.append(
             f"| {mode} | {row['differentiated']} | {row['plain_steps']:.2f} ({low:.2f}–{high:.2f}) "
-            f"| {row['bytes_above_plain'] / 1e6:.0f} | {counted} | {error} |"
+            f"| {row['plain_steps_fresh']:.2f} | {row['bytes_above_plain'] / 1e6:.0f} | {counted} "
+            f"| {error} |"
         )
     return "\n".join(lines)
 
@@ -331,16 +337,21 @@ def measure(mode: str, arguments: argparse.Namespace) -> dict[str, Any]:
     # Plain training's peak, before the mode has made the heap grow.
     peak_of_plain = timed(lambda: train(task, task.batches), task.device)[2]
     look_back(task.batches[:2])
-    plain = [timed(lambda: train(task, task.batches), task.device)[1]]
-    seconds, peaks = [], []
-    for _ in range(arguments.alternations):
+    fresh, peaks = [], []
+    for _ in range(2):
         found, duration, peak = timed(lambda: look_back(task.batches), task.device)
-        seconds.append(duration)
+        fresh.append(duration)
         peaks.append(peak)
-        plain.append(timed(lambda: train(task, task.batches), task.device)[1])
+    look_back(task.batches)  # the heap as it is in the middle of a run
+    plain = [timed(lambda: train(task, task.batches), task.device, fresh=False)[1]]
+    seconds = []
+    for _ in range(arguments.alternations):
+        seconds.append(timed(lambda: look_back(task.batches), task.device, fresh=False)[1])
+        plain.append(timed(lambda: train(task, task.batches), task.device, fresh=False)[1])
     return {
         "status": "measured",
         "seconds": seconds,
+        "fresh_seconds": fresh,
         "plain_seconds": plain,
         "bytes_above_plain": max(peaks) - peak_of_plain,
         "peak_bytes": peaks,
@@ -349,9 +360,17 @@ def measure(mode: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def timed(function: Callable[[], Found], device: str) -> tuple[Found, float, int]:
-    """(result, seconds, peak bytes while it ran)."""
-    reset_peak(device)
+def timed(
+    function: Callable[[], Found], device: str, *, fresh: bool = True
+) -> tuple[Found, float, int]:
+    """(result, seconds, peak bytes while it ran). fresh: all free memory goes back before."""
+    if fresh:
+        reset_peak(device)
+    gc.collect()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
     start = time.perf_counter()
     result = function()
     if device == "cuda":

@@ -24,16 +24,18 @@ from rhc.hypergradient.products import KEPT_COST, PRODUCT_COST, Product
 
 FREE_GRAPHS = 16 * 2**20
 """Bytes of graphs that the roll keeps where no budget is given: small models are bound by Python's
-overhead, not by memory."""
+overhead, not by memory. Parameters of no more than these count as a small model."""
 
 
 FREE_STATES = 16 * 2**20
 """Bytes of states that are kept without a budget, to rebuild the others from, whatever they are."""
 
 MOST_STATES = 256 * 2**20
-"""And up to these as much as the gradients take: with few states each is rebuilt log3 K times. On
-the GPT of benchmarks/models.py with K = 50 that takes 0.04 plain steps a step, and saves 50 MB of
-217."""
+"""And up to these as much as the gradients take: with few states each is rebuilt log3 K times."""
+
+MOST_GRAPHS = 256 * 2**20
+"""Bytes of graphs that a small model keeps, if all of its graphs are no more, nor more than its
+gradients, which are kept anyway."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,11 @@ def make_plan(
     exact = product == "exact"
     costates = 2 * sizes.state + sizes.parameters
     if budget is None:
-        graphs = min(steps, FREE_GRAPHS // max(1, sizes.graph)) if exact else 0
-        return _kept(steps, product, sizes, None, graphs)
+        graphs = min(steps, FREE_GRAPHS // max(1, sizes.graph))
+        small = sizes.graph <= sizes.parameters <= FREE_GRAPHS
+        if small and steps * sizes.graph <= MOST_GRAPHS:
+            graphs = steps
+        return _kept(steps, product, sizes, None, graphs if exact else 0)
     whole = _kept(steps, product, sizes, budget, 0)
     if whole.fits:
         if not exact:
