@@ -53,8 +53,8 @@ def process(seconds: float, lr: list[float], *, megabytes: float = 10.0) -> dict
     """What a measuring process reports."""
     return {
         "status": "measured", "seconds": [seconds], "fresh_seconds": [2 * seconds],
-        "plain_seconds": [1.0], "bytes_above_plain": 1e6 * megabytes, "lr": lr, "differentiated": "lr", "evaluations": 4.0,
-        "resolved": "", "note": "",
+        "plain_seconds": [1.0], "bytes_above_plain": 1e6 * megabytes, "lr": lr,
+        "differentiated": "lr", "evaluations": 4.0, "resolved": "", "note": "",
     }  # fmt: skip
 
 
