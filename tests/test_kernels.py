@@ -17,7 +17,13 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 import rhc
-from rhc.hypergradient.kernels import _REPLACED, light_second_order, valueless_gradients
+from rhc.hypergradient.evaluation import visible_statistics
+from rhc.hypergradient.kernels import (
+    _REPLACED,
+    light_second_order,
+    moved_statistics,
+    valueless_gradients,
+)
 
 
 class Case(NamedTuple):
@@ -522,6 +528,35 @@ def test_nothing_that_was_given_is_written_to(name: str) -> None:
 
 def functions() -> dict[str, Any]:
     return {name: getattr(F, name) for name in _REPLACED}
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 3, 4), (2, 3, 4, 2), (2, 3, 2, 2, 3)])
+def test_running_statistics_have_first_and_second_derivatives(shape: tuple[int, ...]) -> None:
+    """Of the values that are handed in, which torch's layer has found."""
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    mean = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    var = torch.rand(3, dtype=torch.float64, requires_grad=True)
+
+    def function(x: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        moved = mean.detach().clone(), var.detach().clone()
+        F.batch_norm(x.detach(), *moved, None, None, True, 0.3)
+        return moved_statistics(x, mean, var, moved, 0.3)
+
+    assert gradcheck(function, (x, mean, var))
+    assert gradgradcheck(function, (x, mean, var))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_visible_statistics_are_torchs_to_the_bit(momentum: float | None) -> None:
+    torch.manual_seed(0)
+    seen, plain = nn.BatchNorm2d(3, momentum=momentum), nn.BatchNorm2d(3, momentum=momentum)
+    for _ in range(3):
+        x = torch.randn(4, 3, 5, 5)
+        with visible_statistics(seen, update=True):
+            y = seen(x)
+        assert torch.equal(y, plain(x))
+        for ours, theirs in zip(seen.buffers(), plain.buffers(), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 def test_functions_are_put_back_also_after_exceptions_and_when_nested() -> None:

@@ -36,6 +36,7 @@ from torch.optim import Optimizer
 import rhc
 from rhc import InputError, Runner
 from rhc.hypergradient import Hypergradient, Lookback, Plan
+from rhc.hypergradient.lookback import _product_peak
 from rhc.hypergradient.plan import (
     Sizes,
     chunk_bounds,
@@ -625,6 +626,24 @@ def test_a_run_within_a_budget_can_be_interrupted(
         assert unequal(expected[:2], found[:2]) == [], number
     spill = tmp_path / "spill"
     assert not spill.exists() or [f for f in spill.rglob("*") if f.is_file()] == []
+
+
+def test_a_model_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Called again with the same model and loss, a hypergradient finds its sizes known."""
+    measured = 0
+
+    def counted(*args: Any) -> int:
+        nonlocal measured
+        measured += 1
+        return _product_peak(*args)
+
+    monkeypatch.setattr("rhc.hypergradient.lookback._product_peak", counted)
+    chosen = setting("mlp", momentum)
+    batches = fixed_batches(chosen.problem, 3)
+    fewer = [tuple(t[:2] for t in batch) for batch in batches]
+    for own, expected in ((batches, 1), (batches, 1), (fewer, 2), (batches, 2)):
+        look_back(chosen, 3, batches=own, memory_budget=10**6)
+        assert measured == expected
 
 
 @pytest.mark.usefixtures("no_waiting_for_the_disk")

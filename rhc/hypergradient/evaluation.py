@@ -30,7 +30,13 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from rhc.batches import MicroBatches
 from rhc.distributed import Shard, SyncBatchNorm, settle
-from rhc.hypergradient.kernels import LEAST_VALUED, LEAST_VALUELESS, light_second_order
+from rhc.hypergradient.kernels import (
+    LEAST_VALUED,
+    LEAST_VALUELESS,
+    functions_allowed,
+    light_second_order,
+    moved_statistics,
+)
 from rhc.objective import Objective
 from rhc.plant import Block, Plant, checked_loss
 
@@ -464,6 +470,14 @@ def _batch_norm(module: Any, x: Tensor, update: bool) -> Tensor:
         momentum = module.momentum
         if momentum is None:
             momentum = 1.0 / float(module.num_batches_tracked)
+        if functions_allowed():
+            mean, var = module.running_mean, module.running_var
+            moved = mean.detach().clone(), var.detach().clone()
+            y = F.batch_norm(x, *moved, module.weight, module.bias, True, momentum, module.eps)
+            module.running_mean, module.running_var = moved_statistics(
+                x, mean, var, moved, momentum
+            )
+            return y
         dims = [d for d in range(x.dim()) if d != 1]
         var, mean = torch.var_mean(x, dims, correction=1)
         _move_statistics(module, mean, var, momentum)

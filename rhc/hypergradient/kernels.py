@@ -80,15 +80,22 @@ def _plain(*tensors: Tensor | None) -> bool:
     assert first is not None
     return (
         torch.is_grad_enabled()
-        and not torch._C._are_functorch_transforms_active()
+        and functions_allowed()
         and not torch.is_autocast_enabled(first.device.type)
         and all(
             t is None or (type(t) in (Tensor, torch.nn.Parameter) and t.dtype == first.dtype)
             for t in tensors
         )
         and first.is_floating_point()
-        and not torch.compiler.is_compiling()
-        and forward_ad._current_level < 0
+    )
+
+
+def functions_allowed() -> bool:
+    """Whether custom Functions without rules for these can take part: forward AD, vmap, compile."""
+    return not (
+        forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.compiler.is_compiling()
     )
 
 
@@ -488,6 +495,56 @@ def _project(
 def _mean_product(a: Tensor, b: Tensor) -> Tensor:
     """⟨a b⟩ over the last dimension, kept: (…, n), (…, n) -> (…, 1)."""
     return torch.linalg.vecdot(a, b).unsqueeze(-1) / a.shape[-1]
+
+
+# Running statistics ------------------------------------------------------------------------------
+
+
+def moved_statistics(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    moved: tuple[Tensor, Tensor],
+    momentum: float,
+) -> tuple[Tensor, Tensor]:
+    """BatchNorm's running (mean, var) after a pass over x, of known value `moved`, with a graph.
+
+    torch's own layer has found the values on its way: to find them again would take two passes over
+    x, a seventh of a small CNN's step. x: (N, C, …). mean, var: (C,), from before the pass.
+    """
+    return _MovedStatistics.apply(x, mean, var, *moved, momentum)
+
+
+class _MovedStatistics(Function):
+    """(1 − m) mean + m ⟨x⟩, and (1 − m) var + m times the unbiased variance of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        moved_mean: Tensor,
+        moved_var: Tensor,
+        momentum: float,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x)
+        ctx.momentum = momentum
+        return moved_mean.clone(), moved_var.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g_mean: Tensor, g_var: Tensor) -> Grads:
+        (x,) = ctx.saved_tensors
+        m = ctx.momentum
+        count = x.numel() // x.shape[1]
+        gx = None
+        if ctx.needs_input_grad[0]:
+            shape = [1, -1] + [1] * (x.dim() - 2)
+            values = x.to(g_mean.dtype)
+            centred = values - values.mean([0, *range(2, x.dim())], keepdim=True)
+            of_var = (g_var * (2 * m / max(1, count - 1))).view(shape)
+            gx = (centred * of_var + (g_mean * (m / count)).view(shape)).to(x.dtype)
+        return gx, g_mean * (1 - m), g_var * (1 - m), None, None, None
 
 
 # Attention ---------------------------------------------------------------------------------------

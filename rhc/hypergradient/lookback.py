@@ -12,9 +12,10 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from rhc import memory
@@ -24,6 +25,7 @@ from rhc.hypergradient.evaluation import (
     Scratch,
     double_backward,
     has_statistics,
+    tensors_of,
     visible_statistics,
 )
 from rhc.hypergradient.plan import FREE_GRAPHS, Plan, Sizes, make_plan
@@ -59,9 +61,10 @@ HEAP = 0.9
 allocated, in holes between tensors."""
 
 FRESH_GRAPHS = 2**30
-"""Bytes of graphs that are kept on a CPU at most, whatever the budget. The system's fresh pages
-take more time than is saved: a GPT with K = 50 took 3.9 plain steps a step with 16 graphs of 80 MB,
-5.0 with 22, 5.4 with all 50."""
+"""Bytes of graphs that are kept at most, whatever the budget, on a CPU whose heap is not held. The
+system's fresh pages take more time than is saved: a GPT with K = 50 took 3.9 plain steps a step
+with 16 graphs of 80 MB, 5.0 with 22, 5.4 with all 50; from the second window on 3.3, where they
+are held."""
 
 SHORT = 16
 """Windows of fewer steps are looked back at exactly, where it is ours to choose."""
@@ -139,8 +142,8 @@ class Lookback:
         damping: Damping | None = None,
         notice: Callable[[str], None] = lambda message: None,
     ) -> None:
-        if plant.parameters[0].device.type == "cpu":
-            memory.hold()
+        # What a budget allows is held from one window to the next.
+        self.held = plant.parameters[0].device.type == "cpu" and memory.hold(memory_budget or 0)
         damping = damping or Damping()
         if memory_budget is not None and not memory_budget > 0:
             raise InputError(f"memory_budget must be > 0 bytes, got {memory_budget}")
@@ -202,9 +205,8 @@ class Lookback:
             plan = make_plan(steps, product, sizes, budget, spill=spill)
         else:
             allocated = None if budget is None else int(HEAP * budget)
-            plan = make_plan(
-                steps, product, sizes, allocated, spill=spill, graph_bytes=FRESH_GRAPHS
-            )
+            most = None if self.held else FRESH_GRAPHS
+            plan = make_plan(steps, product, sizes, allocated, spill=spill, graph_bytes=most)
             assert plan.predicted_bytes is not None
             resident = int(plan.predicted_bytes / HEAP)
             plan = replace(plan, budget=budget, predicted_bytes=resident)
@@ -441,10 +443,42 @@ def measure_sizes(
     Without `full`, graphs that could not be kept anyway are not measured.
     """
     parameters = sum(p.numel() * p.element_size() for p in plant.parameters if p.requires_grad)
+    known = _known_sizes(plant)
+    key = (product, full, _signature(plant, batch), bool(objective.reward_weight))
+    if key not in known:
+        known[key] = _measured_product(plant, batch, objective, product, full=full)
+    graph, peak = known[key]
+    return Sizes(parameters, _snapshot_bytes(plant), graph, peak, _slot_bytes(plant))
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, WeakKeyDictionary[Any, dict[Any, tuple[int, int]]]]
+_KNOWN = WeakKeyDictionary()
+"""Model -> loss_fn -> what was measured -> (bytes of a graph, of a product). `rhc.hypergradient`,
+called again and again, would spend a tenth of its time on measuring, and hand back its heap."""
+
+
+def _known_sizes(plant: Plant) -> dict[Any, tuple[int, int]]:
+    try:
+        return _KNOWN.setdefault(plant.model, WeakKeyDictionary()).setdefault(plant.loss_fn, {})
+    except TypeError:  # cannot be hashed, or be referred to weakly
+        return {}
+
+
+def _signature(plant: Plant, batch: Any) -> tuple[Any, ...]:
+    """All that a product's size depends on, beside model and loss."""
+    live = (*plant.parameters, *tensors_of(batch))
+    kinds = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in live)
+    return kinds, tuple(m.training for m in plant.model.modules())
+
+
+def _measured_product(
+    plant: Plant, batch: Any, objective: Objective, product: Product, *, full: bool
+) -> tuple[int, int]:
+    """(bytes of a step's graph, of what a product takes), by one step at the live state."""
     state = plant.snapshot()
     grads = [p.grad for p in plant.model.parameters()]
     try:
-        graph = parameters
+        graph = sum(p.numel() * p.element_size() for p in plant.parameters if p.requires_grad)
         if product == "exact" and (full or graph <= FREE_GRAPHS):
             for p in plant.model.parameters():
                 p.grad = None
@@ -459,7 +493,7 @@ def measure_sizes(
         peak = 0
         if full:
             peak = _product_peak(plant, batch, objective, product, graph)
-        return Sizes(parameters, _snapshot_bytes(plant), graph, peak, _slot_bytes(plant))
+        return graph, peak
     finally:
         plant.restore(state)
         for p, g in zip(plant.model.parameters(), grads, strict=True):
