@@ -59,6 +59,41 @@ def trim() -> None:
         function(0)
 
 
+class Ceiling:
+    """Keeps what the process resides in below a height, by handing back the heap's holes.
+
+    `begin` where nothing is held but what stays, `check` between pieces of work. Trimming at every
+    step would cost a plain step each, since all its pages are faulted in again. above: bytes
+    beyond what resides at `begin`. Where nobody can say what resides, nothing is done.
+    """
+
+    def __init__(self, above: int) -> None:
+        self.above = above
+        self.limit: int | None = None
+
+    def begin(self) -> None:
+        """What resides now is the ground, if it is not above the height."""
+        if self.limit is None or resident() > self.limit:
+            trim()
+            self.limit = resident() + self.above
+
+    def check(self) -> None:
+        """Trims the heap if it is above."""
+        if self.limit is not None and resident() > self.limit:
+            trim()
+            # What is there without holes does not become less by trimming at every step.
+            self.limit = max(self.limit, resident() + self.above // 16)
+
+
+def resident() -> int:
+    """Bytes of this process in memory; 0 where nobody can say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGESIZE")
+
+
 HELD = 2**30
 """Bytes of freed memory at the end of the C heap that `hold` lets stay there, at the least."""
 

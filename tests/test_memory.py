@@ -64,6 +64,7 @@ print(json.dumps({
     "graphs": found.plan.graphs,
     "spilled": found.plan.spilled,
     "chunk": found.plan.chunk,
+    "pieces": found.plan.pieces,
     "fits": found.plan.fits,
     "predicted": found.plan.predicted_bytes,
 }))
@@ -127,10 +128,47 @@ def test_a_roomy_budget_is_kept_to(budget: int, spill: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("spill", [True, False])
+def test_a_tight_budget_is_kept_to(spill: bool) -> None:
+    """One whole product takes more than this: the rows are taken in parts."""
+    found = measured(steps=25, rows=ROWS, product="exact", memory_budget=40 * 10**6, spill=spill)
+    assert found["fits"] and found["pieces"] > 1
+    assert found["bytes"] <= 1.1 * 40 * 10**6
+
+
+@pytest.mark.slow
 def test_what_is_predicted_is_what_is_held() -> None:
     """No less than half of it: a prediction far too high would make every plan too dear."""
     found = measured(steps=25, rows=ROWS, product="exact", memory_budget=300 * 10**6)
     assert 0.5 * found["predicted"] <= found["bytes"] <= 1.1 * found["predicted"]
+
+
+def test_a_ceiling_trims_as_rarely_as_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at every step, also where holes are not what is too much."""
+    there, trims = 100, 0
+
+    def trim() -> None:
+        nonlocal there, trims
+        there, trims = min(there, least), trims + 1
+
+    monkeypatch.setattr(memory, "trim", trim)
+    monkeypatch.setattr(memory, "resident", lambda: there)
+    least = 80
+    ceiling = memory.Ceiling(160)
+    ceiling.begin()  # the ground is 80, the height 240
+    there = 240
+    ceiling.check()
+    assert trims == 1
+    there = 241
+    ceiling.check()
+    assert trims == 2
+    there, least = 300, 260
+    for _ in range(5):
+        ceiling.check()
+    assert (trims, there) == (3, 260)
+    there, least = 400, 90
+    ceiling.begin()  # a new window, the heap full of holes
+    assert (trims, ceiling.limit) == (4, 250)
 
 
 HELD = """

@@ -36,7 +36,7 @@ from torch.optim import Optimizer
 import rhc
 from rhc import InputError, Runner
 from rhc.hypergradient import Hypergradient, Lookback, Plan
-from rhc.hypergradient.lookback import _product_peak
+from rhc.hypergradient.lookback import Measured, _with_product, measure_sizes
 from rhc.hypergradient.plan import (
     Sizes,
     chunk_bounds,
@@ -46,8 +46,9 @@ from rhc.hypergradient.plan import (
     split,
 )
 from rhc.hypergradient.record import WindowRecorder
-from rhc.objective import Objective
-from rhc.plant import Trajectory
+from rhc.objective import Average, Objective
+from rhc.plant import Plant, Trajectory
+from rhc.schedule import Schedule
 
 SAME = 1e-12
 """Plans differ in the order of float64 roundings (1e-16 each), over up to 30 steps."""
@@ -377,6 +378,8 @@ def plans(steps: int) -> Iterator[Plan]:
     """Plans of every kind, with boundaries at either end and in the middle."""
     for graphs in {0, 1, steps // 2, steps}:
         yield Plan(steps, "exact", kept=steps, graphs=graphs)
+    for pieces in (2, 3):
+        yield Plan(steps, "exact", kept=steps, pieces=pieces)
     for spilled in {1, steps // 2, steps}:
         yield Plan(steps, "exact", kept=steps - spilled, spilled=spilled)
     for chunk in {1, 2, 3, steps // 2, steps - 1, steps} & set(range(1, steps + 1)):
@@ -407,6 +410,7 @@ def test_every_plan_gives_the_same_hypergradient(
     before = all_of(chosen)
     for plan in plans(steps):
         monkeypatch.setattr(Lookback, "plan", lambda *given, plan=plan: plan)
+        monkeypatch.setattr(Lookback, "_divide_no_more", lambda *given: None)
         found = look_back(chosen, steps, spill=tmp_path)
         assert found.plan == plan
         assert_same(found, expected, plan)
@@ -441,6 +445,126 @@ def test_every_budget_gives_the_same_hypergradient(
         assert found.gradient_equivalents == found.plan.gradient_equivalents + terminal
         assert_identical(before, everything(chosen.problem.model, chosen.optimizer))
     assert [f for folder in ("own", "system") for f in (tmp_path / folder).iterdir()] == []
+
+
+def test_a_tight_budget_takes_batches_in_parts() -> None:
+    """As few as will do; where nothing helps, the plan says so."""
+    sizes = Sizes(1000, 3000, 50_000, 90_000, pieces=((2, 50_000), (4, 30_000), (8, 31_000)))
+    budgets = (10**6, 110_000, 65_000, 9000)
+    found = {b: make_plan(50, "exact", sizes, b, spill=True) for b in budgets}
+    assert [plan.pieces for plan in found.values()] == [1, 1, 2, 4]
+    assert [plan.fits for plan in found.values()] == [True, True, True, False]
+    assert "in 2 parts" in "\n".join(found[65_000].lines())
+    # Rather smaller matrix products than all steps rolled again and again.
+    without_disk = make_plan(50, "exact", sizes, 65_000, spill=False)
+    assert without_disk.fits and without_disk.pieces == 4
+
+
+def squares(model: nn.Module, batch: Any) -> Tensor:
+    return ((model(batch[0]) - batch[1]) ** 2).mean()
+
+
+def squares_in_bfloat16(model: nn.Module, batch: Any) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return squares(model, batch)
+
+
+def of_the_marked(model: nn.Module, batch: Any) -> Tensor:
+    """A mean over the rows that are not padding, whose targets are 0."""
+    errors = ((model(batch[0]) - batch[1]) ** 2).mean(1)
+    marked = batch[1].ne(0).any(1)
+    return (errors * marked).sum() / marked.sum()
+
+
+def dense(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 16), *layers, nn.Tanh(), nn.Linear(16, 3))
+
+
+def rows(count: int = 8, marked: int = 8) -> tuple[Tensor, Tensor]:
+    targets = torch.randn(count, 3)
+    targets[marked:] = 0
+    return torch.randn(count, 6), targets
+
+
+IDS = [
+    "mean",
+    "float64",
+    "marked",
+    "sum",
+    "BatchNorm",
+    "dropout",
+    "noise",
+    "contrast",
+    "whole",
+    "autocast",
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "loss_fn", "mean"),
+    [
+        (dense, squares, True),
+        (lambda: dense().double(), lambda m, b: squares(m, [t.double() for t in b]), True),
+        (dense, of_the_marked, True),
+        (dense, lambda m, b: ((m(b[0]) - b[1]) ** 2).sum(), False),
+        (lambda: dense(nn.BatchNorm1d(16)), squares, False),
+        (lambda: dense(nn.Dropout(0.3)), squares, False),
+        (dense, lambda m, b: squares(m, (b[0] + torch.randn_like(b[0]), b[1])), False),
+        (dense, lambda m, b: (m(b[0]) @ m(b[0]).t()).logsumexp(1).mean(), False),
+        (dense, lambda m, b: squares(m, (b[0].reshape(8, 6), b[1])), False),
+        (dense, squares_in_bfloat16, False),
+    ],
+    ids=[
+        "mean",
+        "float64",
+        "marked",
+        "sum",
+        "BatchNorm",
+        "dropout",
+        "noise",
+        "contrast",
+        "whole",
+        "autocast",
+    ],
+)
+def test_only_means_over_rows_are_taken_in_parts(make: Any, loss_fn: Any, mean: bool) -> None:
+    torch.manual_seed(0)
+    model = make()
+    plant = Plant(model, momentum(model.parameters()), loss_fn)
+    sizes = measure_sizes(plant, rows(), Objective(), "exact", full=True)
+    assert [pieces for pieces, _ in sizes.pieces] == ([2, 4, 8] if mean else [])
+
+
+def test_a_loss_that_is_no_mean_later_on_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first batches have no padding; then they have."""
+    torch.manual_seed(0)
+    model = dense().double()
+    batches = [tuple(t.double() for t in rows(8, n)) for n in (8, 8, 3, 8)]
+    plant = Plant(model, momentum(model.parameters()), of_the_marked)
+    steady = {n: torch.full((4,), v, dtype=torch.float64) for n, v in START.items()}
+    notices: list[str] = []
+    found = []
+    for tight in (False, True):
+        before = plant.snapshot()
+        lookback = Lookback(
+            plant, Objective(loss_weight=1.0, terminal_weight=0.0), list(START),
+            product="exact", memory_budget=10**9, notice=notices.append,
+        )  # fmt: skip
+        sizes = lookback._measured(batches[0], "exact")
+        assert sizes.pieces
+        if tight:
+            plan = Plan(4, "exact", kept=4, pieces=2)
+            monkeypatch.setattr(lookback, "plan", lambda *given, plan=plan: plan)
+        recorder = lookback.roll(batches, Schedule(steady, seed=0))
+        found.append(lookback.look_back(recorder, Average(None), None))
+        plant.restore(before)
+    assert len(notices) == 1 and "step 2 is not the mean of its rows' losses" in notices[0]
+    assert lookback._measured(batches[0], "exact").pieces == ()
+    for control, expected in found[0].grad.items():
+        assert relative_error(found[1].grad[control], expected) < SAME
+
+
+START = {"lr": 0.05, "momentum": 0.9}
 
 
 def test_a_quarter_of_the_states_is_enough_without_a_disk() -> None:
@@ -632,12 +756,12 @@ def test_a_model_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Called again with the same model and loss, a hypergradient finds its sizes known."""
     measured = 0
 
-    def counted(*args: Any) -> int:
+    def counted(*args: Any) -> Measured:
         nonlocal measured
         measured += 1
-        return _product_peak(*args)
+        return _with_product(*args)
 
-    monkeypatch.setattr("rhc.hypergradient.lookback._product_peak", counted)
+    monkeypatch.setattr("rhc.hypergradient.lookback._with_product", counted)
     chosen = setting("mlp", momentum)
     batches = fixed_batches(chosen.problem, 3)
     fewer = [tuple(t[:2] for t in batch) for batch in batches]

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,17 +19,25 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from rhc import memory
+from rhc.batches import batch_size
 from rhc.errors import InputError
 from rhc.hypergradient.evaluation import (
     Evaluation,
     Scratch,
     double_backward,
     has_statistics,
+    parts,
     tensors_of,
     visible_statistics,
 )
 from rhc.hypergradient.plan import FREE_GRAPHS, Plan, Sizes, make_plan
-from rhc.hypergradient.products import Product, StepPoint, pull_back
+from rhc.hypergradient.products import (
+    Product,
+    StepPoint,
+    noting_precision,
+    precision,
+    pull_back,
+)
 from rhc.hypergradient.record import GraphMaker, TooMuch, WindowRecorder
 from rhc.hypergradient.segments import (
     AGREES,
@@ -42,6 +50,7 @@ from rhc.hypergradient.segments import (
 from rhc.hypergradient.support import missing, missing_derivative, unsupported
 from rhc.objective import Average, Objective
 from rhc.plant import Plant, StepRecord, Trajectory
+from rhc.randomness import RandomState
 from rhc.schedule import Schedule
 
 SAME_GRADIENT = 0.01
@@ -185,6 +194,7 @@ class Lookback:
         self.exact_fails = plant.shared_out
         self.moving: list[str] | None = None
         self._sizes: dict[str, Sizes] = {}
+        self.ceiling: memory.Ceiling | None = None
 
     # Plan and roll -------------------------------------------------------------------------------
 
@@ -228,6 +238,7 @@ class Lookback:
         folder = None if isinstance(self.spill, bool) else Path(self.spill)
         blind = self.plant.slots_alone(schedule, self.controls)
         recorder = WindowRecorder(self.plant, self.objective, plan, folder, blind=blind)
+        recorder.ceiling = self._ceiling(plan)
         try:
             with recorder.kernels():
                 self.plant.roll(
@@ -242,6 +253,16 @@ class Lookback:
             recorder.close()
             raise
         return recorder
+
+    def _ceiling(self, plan: Plan) -> memory.Ceiling | None:
+        """Of a CPU's heap, where a budget was given; it begins now."""
+        if plan.budget is None or self.plant.parameters[0].device.type != "cpu":
+            return None
+        if self.ceiling is None:
+            plain = self._sizes[plan.product].plain
+            self.ceiling = memory.Ceiling(plain + int(HEAP * plan.budget))
+        self.ceiling.begin()
+        return self.ceiling
 
     # Look back -----------------------------------------------------------------------------------
 
@@ -285,6 +306,8 @@ class Lookback:
                 self._give_up(disagreement)
             except (RuntimeError, NotImplementedError) as error:
                 self._fall_back(error, trajectory)
+        if found.undivided is not None:
+            self._divide_no_more(product, trajectory.start + found.undivided)
         if self.moving is None:
             self.moving = self._moving_buffers(trajectory)
         value = stage_sum(self.objective, trajectory)
@@ -397,6 +420,13 @@ class Lookback:
         )
         self.notice(f"product exact: {self.why}")
 
+    def _divide_no_more(self, product: Product, step: int) -> None:
+        self._sizes[product] = replace(self._sizes[product], pieces=())
+        self.notice(
+            f"the loss of step {step} is not the mean of its rows' losses: products take whole "
+            "batches from now on, which may be more than the memory budget"
+        )
+
     def _fall_back(self, error: BaseException, trajectory: Trajectory) -> None:
         """An operator lacks the derivative: differences where that is ours to choose."""
         batch = trajectory.batches[-1]
@@ -447,17 +477,34 @@ def measure_sizes(
     key = (product, full, _signature(plant, batch), bool(objective.reward_weight))
     if key not in known:
         known[key] = _measured_product(plant, batch, objective, product, full=full)
-    graph, peak = known[key]
-    return Sizes(parameters, _snapshot_bytes(plant), graph, peak, _slot_bytes(plant))
+    found = known[key]
+    return Sizes(
+        parameters,
+        _snapshot_bytes(plant),
+        found.graph,
+        found.product,
+        _slot_bytes(plant),
+        found.pieces,
+        found.plain,
+    )
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, WeakKeyDictionary[Any, dict[Any, tuple[int, int]]]]
+class Measured(NamedTuple):
+    """Bytes of a graph, of a product, (how many, of a product in so many parts), of a gradient."""
+
+    graph: int
+    product: int = 0
+    pieces: tuple[tuple[int, int], ...] = ()
+    plain: int = 0
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, WeakKeyDictionary[Any, dict[Any, Measured]]]
 _KNOWN = WeakKeyDictionary()
-"""Model -> loss_fn -> what was measured -> (bytes of a graph, of a product). `rhc.hypergradient`,
-called again and again, would spend a tenth of its time on measuring, and hand back its heap."""
+"""Model -> loss_fn -> what the figures depend on -> what was measured. `rhc.hypergradient`, called
+again and again, would spend a tenth of its time on measuring, and hand back its heap."""
 
 
-def _known_sizes(plant: Plant) -> dict[Any, tuple[int, int]]:
+def _known_sizes(plant: Plant) -> dict[Any, Measured]:
     try:
         return _KNOWN.setdefault(plant.model, WeakKeyDictionary()).setdefault(plant.loss_fn, {})
     except TypeError:  # cannot be hashed, or be referred to weakly
@@ -473,8 +520,8 @@ def _signature(plant: Plant, batch: Any) -> tuple[Any, ...]:
 
 def _measured_product(
     plant: Plant, batch: Any, objective: Objective, product: Product, *, full: bool
-) -> tuple[int, int]:
-    """(bytes of a step's graph, of what a product takes), by one step at the live state."""
+) -> Measured:
+    """By a step or two at the live state, which is put back."""
     state = plant.snapshot()
     grads = [p.grad for p in plant.model.parameters()]
     try:
@@ -490,10 +537,7 @@ def _measured_product(
                 if missing_derivative(error) is None:
                     raise
                 graph = NEVER
-        peak = 0
-        if full:
-            peak = _product_peak(plant, batch, objective, product, graph)
-        return graph, peak
+        return _with_product(plant, batch, objective, product, graph) if full else Measured(graph)
     finally:
         plant.restore(state)
         for p, g in zip(plant.model.parameters(), grads, strict=True):
@@ -513,13 +557,14 @@ def _graph_bytes(plant: Plant, batch: Any, objective: Objective, enough: float) 
     return found.size if found.steady else NEVER
 
 
-def _product_peak(
-    plant: Plant, batch: Any, objective: Objective, product: Product, size: int
-) -> int:
-    """The most that one Hessian product takes beyond one plain gradient, in bytes.
+PIECES = (2, 4, 8)
+"""Parts of a batch's rows that are tried."""
 
-    size: bytes of a graph.
-    """
+
+def _with_product(
+    plant: Plant, batch: Any, objective: Objective, product: Product, size: int
+) -> Measured:
+    """The most that a Hessian product takes beyond one plain gradient. size: bytes of a graph."""
     device = plant.parameters[0].device
     blocks = plant.blocks()
     for p in plant.model.parameters():
@@ -527,12 +572,16 @@ def _product_peak(
     with torch.enable_grad():
         plant.backward(batch)  # warm
         plant.refuse_sparse()
-        memory.trim()  # holes in the heap would hide what is taken
-        memory.reset_peak(device)
         for p in plant.model.parameters():
             p.grad = None
-        plant.backward(batch)
+        memory.trim()  # holes in the heap would hide what is taken
+        memory.reset_peak(device)
+        ground = memory.current_peak(device)
+        watch = RandomState.capture()
+        with noting_precision(plant):
+            loss, _ = plant.backward(batch)
         plain = memory.current_peak(device)
+        draws = not watch.same(RandomState.capture())
         gradients = [block.flatten([_gradient(p) for p in plant.parameters]) for block in blocks]
         for p in plant.model.parameters():
             p.grad = None
@@ -544,22 +593,66 @@ def _product_peak(
             batch,
             None,
             gradients,
+            loss=loss.detach(),
         )
-        try:
-            with (
-                double_backward(plant.model),
-                visible_statistics(plant.model, update=False),
-                Scratch(plant, blocks) as scratch,
-            ):
+        found = dict[int, int]()
+        with (
+            double_backward(plant.model),
+            visible_statistics(plant.model, update=False),
+            Scratch(plant, blocks) as scratch,
+        ):
+
+            def taken(pieces: int) -> float:
+                """By a product; also measures what it takes. How far its gradient is off."""
+                memory.trim()
+                memory.reset_peak(device)
+                pulled = pull_back(
+                    product, evaluation, scratch, point, gradients, {},
+                    compare=pieces > 1, pieces=pieces,
+                )  # fmt: skip
+                found[pieces] = max(0, memory.current_peak(device) - plain)
+                return pulled.discrepancy
+
+            try:
                 # Beside a small model the code of the kernels, read the first time, would count.
                 for _ in range(2 if size <= FREE_GRAPHS else 1):
-                    memory.trim()
-                    memory.reset_peak(device)
-                    pull_back(product, evaluation, scratch, point, gradients, {})
-        except (RuntimeError, NotImplementedError) as error:
-            if missing_derivative(error) is None:
-                raise
-        return max(0, memory.current_peak(device) - plain)
+                    taken(1)
+            except (RuntimeError, NotImplementedError) as error:
+                if missing_derivative(error) is None:
+                    raise
+                found[1] = max(0, memory.current_peak(device) - plain)
+            else:
+                if product == "exact" and not draws and _may_be_cut(plant, objective):
+                    rounding = SAME_PARTS * torch.finfo(gradients[0].dtype).eps
+                    _try_pieces(taken, batch, rounding, found)
+        return Measured(size, found.pop(1), tuple(found.items()), max(0, plain - ground))
+
+
+def _may_be_cut(plant: Plant, objective: Objective) -> bool:
+    """Whether the loss could be a mean over rows, as far as can be seen from here."""
+    full = precision(plant) <= torch.finfo(torch.float32).eps
+    return full and plant.ranks is None and not objective.reward_weight
+
+
+def _try_pieces(
+    taken: Callable[[int], float], batch: Any, rounding: float, found: dict[int, int]
+) -> None:
+    for pieces in PIECES:
+        if min(batch_size(part) for part in parts(batch)) < pieces:
+            return
+        try:
+            if not taken(pieces) <= rounding:
+                del found[pieces]
+                return
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # a loss that cannot do with fewer rows raises what it likes
+            return
+
+
+SAME_PARTS = 1000
+"""Largest relative difference between a batch's gradient and its parts' mean, in machine epsilons.
+"""
 
 
 def _gradient(p: Tensor) -> Tensor:

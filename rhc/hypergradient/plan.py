@@ -10,6 +10,10 @@ the gradient. From the dearest in memory to the dearest in time:
 - or nothing but `snapshots` states is kept, and the steps are rolled again in chunks of `chunk`, in
   the order of Revolve (Griewank, Walther 2000), which evaluates the fewest gradients.
 
+What one product takes is a floor under all of these. Where that is more than the budget, the
+product takes the rows of a batch in parts (`pieces`), each with a graph of its own, if the loss is
+a mean over rows: then H v is the mean of the parts' products.
+
 Segments longer than one step do not occur: a graph over several steps holds as much as the graphs
 of these steps, and what they save (pulling through the optimizer's step) is cheap.
 """
@@ -43,7 +47,8 @@ class Sizes:
     """Bytes. parameters: θ that is trained. state: a whole snapshot. graph: of one step's gradient,
     with its own copy of what it reads of θ. product: the most that one Hessian product takes beyond
     plain training. slots: of the part of a state that a step whose graph is kept needs; 0 where
-    that is all of it.
+    that is all of it. pieces: (n, product) of a product that takes a batch in n parts. plain:
+    of one gradient while it is evaluated.
     """
 
     parameters: int
@@ -51,6 +56,11 @@ class Sizes:
     graph: int
     product: int
     slots: int = 0
+    pieces: tuple[tuple[int, int], ...] = ()
+    plain: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pieces", tuple((n, size) for n, size in self.pieces))
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,8 @@ class Plan:
 
     gradient_equivalents: predicted cost of looking back, in gradient evaluations, terminal loss not
     counted. recomputed: of these, the steps that are rolled again. verified: steps at which a
-    difference product is compared with an exact one.
+    difference product is compared with an exact one. pieces: in how many parts a product takes the
+    rows of its batch.
     """
 
     steps: int
@@ -73,6 +84,7 @@ class Plan:
     chunk: int = 0
     recomputed: int = 0
     verified: int = 0
+    pieces: int = 1
     budget: int | None = None
     predicted_bytes: int | None = None
 
@@ -107,6 +119,8 @@ class Plan:
             lines.append(f"gradients in memory: {self.kept} steps; states rebuilt from them")
         if self.spilled:
             lines.append(f"states and gradients on disk: {self.spilled} steps")
+        if self.pieces > 1:
+            lines.append(f"products take the rows of a batch in {self.pieces} parts")
         if self.chunk:
             lines.append(
                 f"rolled again: {self.recomputed} steps in chunks of {self.chunk}, from "
@@ -147,17 +161,49 @@ def make_plan(
     if whole.fits:
         if not exact:
             return whole
-        # A graph takes the place of what a product without one would hold. States that need not be
-        # rebuilt save less than one graph or two, but no more than they cost.
+        # States that need not be rebuilt save less than one graph or two, but no more than they
+        # cost.
         lean = _kept(steps, product, sizes, budget, 0, lean=True)
         assert lean.predicted_bytes is not None and whole.predicted_bytes is not None
         if whole.predicted_bytes - lean.predicted_bytes <= 2 * sizes.graph:
             lean = whole
         assert lean.predicted_bytes is not None
-        room = budget - lean.predicted_bytes + min(sizes.graph, sizes.product)
+        room = budget - lean.predicted_bytes
         if graph_bytes is not None:
             room = min(room, graph_bytes)
         return _kept(steps, product, sizes, budget, min(steps, room // max(1, sizes.graph)))
+    plans = [_within(steps, product, sizes, budget, costates, spill=spill)]
+    for pieces, size in sizes.pieces:
+        lighter = replace(sizes, product=min(size, sizes.product))
+        plan = _within(steps, product, lighter, budget, costates, spill=spill)
+        plans.append(replace(plan, pieces=pieces))
+    return min(plans, key=_dearness)
+
+
+PIECES_COST = {1: 0.0, 2: 0.2, 4: 0.5, 8: 1.2}
+"""Gradient evaluations that an exact product takes more in so many parts, whose matrix products are
+smaller: measured on the GPT of benchmarks/models.py, 16 rows."""
+
+SPILLED_COST = 0.2
+"""Of a step's state on disk."""
+
+
+def _dearness(plan: Plan) -> tuple[bool, float]:
+    """Plans that fit, by their cost; where none does, the smallest."""
+    assert plan.predicted_bytes is not None
+    if not plan.fits:
+        return True, plan.predicted_bytes
+    extra = plan.steps * PIECES_COST[plan.pieces] + plan.spilled * SPILLED_COST
+    return False, plan.recomputed + extra
+
+
+def _within(
+    steps: int, product: Product, sizes: Sizes, budget: int, costates: int, *, spill: bool
+) -> Plan:
+    """A plan for a budget that has no room for graphs."""
+    plan = _kept(steps, product, sizes, budget, 0)
+    if plan.fits:
+        return plan
     if spill:
         return _spilled(steps, product, sizes, budget)
     return _recomputed(steps, product, sizes, budget, costates)
@@ -187,9 +233,9 @@ def _kept(
     apart = math.isqrt(max(0, steps - 1)) + 1
     one = sizes.slots if sizes.slots and graphs == steps else sizes.state
     states = 2 * apart * one
-    overlap = min(sizes.graph, sizes.product)
     fixed = (steps + 1) * sizes.parameters + sizes.state + sizes.product
-    fixed += max(0, graphs * sizes.graph - overlap)
+    # A product without a graph does not find its room where the kept ones were: the heap has holes.
+    fixed += graphs * sizes.graph
     most = max(FREE_STATES, min(MOST_STATES, steps * sizes.parameters))
     if lean or (states > most if budget is None else fixed + states > budget):
         apart, states = 0, _rebuilt(steps, one)
@@ -205,8 +251,8 @@ def _kept(
 
 
 def _spilled(steps: int, product: Product, sizes: Sizes, budget: int) -> Plan:
-    # While a step is written or read there is its state, its gradient, and the file's own copy.
-    reading = 2 * (sizes.state + sizes.parameters)
+    # While a step is written or read there is its state, and its gradient.
+    reading = sizes.state + sizes.parameters
     fixed = sizes.product + reading + sizes.state + sizes.parameters
     kept = max(0, min(steps, (budget - fixed - _rebuilt(steps, sizes.state)) // sizes.parameters))
     rebuilt = _rebuilt(kept, sizes.state) if kept else 0

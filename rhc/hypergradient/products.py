@@ -22,7 +22,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from rhc.batches import MicroBatches
+from rhc.batches import batch_size
+from rhc.distributed import shard
 from rhc.hypergradient.evaluation import (
     Evaluated,
     Evaluation,
@@ -78,7 +79,7 @@ class StepPoint:
     """Where a product is taken: θ_t per block, b_t, the batch, the random state, the roll's g_t.
 
     theta: gives θ_t, which a graph that was kept does without. rng: None where the step draws
-    nothing. owned: θ_t is not needed after this product, which may change it.
+    nothing. owned: θ_t is not needed after this product, which may change it. loss: the roll's ℓ_t.
     """
 
     theta: Callable[[], Sequence[Tensor]]
@@ -88,10 +89,19 @@ class StepPoint:
     gradients: Sequence[Tensor | None]
     graph: KeptGraph | None = None
     owned: bool = False
+    loss: Tensor | None = None
 
     @cached_property
     def flats(self) -> Sequence[Tensor]:
         return self.theta()
+
+
+class NotAMean(Exception):
+    """The loss of a batch is not the mean of the losses of its rows."""
+
+
+SAME_LOSS = 200
+"""Largest relative difference between a batch's loss and its parts' mean, in machine epsilons."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +127,12 @@ def pull_back(
     compare: bool = False,
     opposite: bool = False,
     into: Sequence[Tensor | None] | None = None,
+    pieces: int = 1,
 ) -> Pulled:
     """H_t λ_g + ∂b′/∂θ ᵀ λ_b + ∇(stage cost), and the statistics' own costates.
+
+    pieces: an exact product takes the batch's rows in so many parts, one graph after the other,
+    where the step draws nothing and its loss is a mean over rows; NotAMean where it is not.
 
     into: per block, a vector that this is added to in place. compare: an exact product also says
     how far its own g_t is from the roll's. opposite: a forward difference is taken backwards,
@@ -133,7 +147,14 @@ def pull_back(
                 if "modified by an inplace operation" not in str(error):
                     raise
         return _exact(
-            evaluation, scratch, point, gradient_costates, statistics_costates, compare, into
+            evaluation,
+            scratch,
+            point,
+            gradient_costates,
+            statistics_costates,
+            compare,
+            into,
+            pieces,
         )
     if product == "forward-over-reverse":
         curvature = _forward_over_reverse(evaluation, scratch, point, gradient_costates)
@@ -162,6 +183,7 @@ def _exact(
     statistics_costates: Mapping[str, Tensor],
     compare: bool,
     into: Sequence[Tensor | None] | None,
+    pieces: int,
 ) -> Pulled:
     """Reverse over reverse: Pearlmutter 1994."""
     statistics = _statistics_leaves(point, statistics_costates)
@@ -172,11 +194,16 @@ def _exact(
     found: list[Tensor | None] = [None] * len(scratch.leaves)
     joint = bool(statistics) or bool(evaluation.objective.reward_weight)
     _restore(point.rng)
-    for batch, share in _shares(point.batch, joint):
+    if joint or point.rng is not None:
+        pieces = 1
+    mean = 0.0
+    for batch, share in _shares(point.batch, joint, pieces):
         evaluated = evaluation.of_model(
             scratch.model, batch, statistics=bool(statistics), twice=True, stage=joint
         )
         loss = evaluated.loss if share == 1 else evaluated.loss * share
+        if pieces > 1:
+            mean += float(loss.detach())
         gradients = _gradients(loss, scratch.leaves, seeds, valueless=not compare)
         if compare:
             found = [_sum(a, b) for a, b in zip(found, gradients, strict=True)]
@@ -187,6 +214,10 @@ def _exact(
         if outputs:
             pulled = pulled_through(outputs, wanted, output_seeds)
             total = [_sum(a, b) for a, b in zip(total, pulled, strict=True)]
+    if pieces > 1 and point.loss is not None:
+        expected, rounding = float(point.loss), torch.finfo(point.loss.dtype).eps
+        if not abs(mean - expected) <= SAME_LOSS * rounding * abs(expected):
+            raise NotAMean
     if evaluation.plant.ranks is not None:
         like = [*wanted, *(scratch.leaves if compare else ())]
         total = evaluation.plant.averaged([*total, *(found if compare else ())], like)
@@ -383,7 +414,7 @@ def _difference(
     known = plant in _PRECISION
     in_place = point.owned and known and product == "forward-difference"
     epsilon = distance(max(own, _PRECISION.get(plant, 0.0)))
-    with nullcontext() if known else _noting_precision(plant):
+    with nullcontext() if known else noting_precision(plant):
         plus = gradients(epsilon)
     if not known and _PRECISION[plant] > own:
         epsilon = distance(_PRECISION[plant])
@@ -399,11 +430,15 @@ def _difference(
 
 
 _PRECISION: WeakKeyDictionary[Plant, float] = WeakKeyDictionary()
-"""The machine epsilon of the coarsest type that the modules of a plant's model compute in."""
+
+
+def precision(plant: Plant) -> float:
+    """The machine epsilon of the coarsest type that the modules of a plant's model compute in."""
+    return _PRECISION[plant]
 
 
 @contextmanager
-def _noting_precision(plant: Plant) -> Iterator[None]:
+def noting_precision(plant: Plant) -> Iterator[None]:
     """Notes the plant's precision while its loss is evaluated inside.
 
     Autocast is on inside loss_fn only, so that it is the modules that must be asked. What loss_fn
@@ -467,11 +502,23 @@ def _add_first_order(
 # Helpers -----------------------------------------------------------------------------------------
 
 
-def _shares(batch: Any, joint: bool) -> list[tuple[Any, float]]:
-    """(micro-batch, its share of the mean): one graph each, unless they must be seen together."""
-    if joint or not isinstance(batch, MicroBatches):
+def _shares(batch: Any, joint: bool, pieces: int = 1) -> list[tuple[Any, float]]:
+    """(micro-batch, its share of the mean): one graph each, unless they must be seen together.
+
+    pieces: into which the rows of every micro-batch are cut, in their order.
+    """
+    if joint:
         return [(batch, 1.0)]
-    return [(part, 1 / len(batch)) for part in parts(batch)]
+    found = []
+    for part in parts(batch):
+        share = 1 / len(parts(batch))
+        count = min(pieces, rows := batch_size(part))
+        if count < 2:
+            found.append((part, share))
+            continue
+        cut = (shard(part, rows, number, count) for number in range(count))
+        found += [(own.rows, share * own.weight / count) for own in cut]
+    return found
 
 
 def _restore(rng: RandomState | None) -> None:

@@ -19,6 +19,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
+from rhc import memory
 from rhc.files import write_all
 from rhc.hypergradient import kernels
 from rhc.hypergradient.evaluation import (
@@ -101,6 +102,7 @@ class WindowRecorder(Recorder):
         self.spill = _Spill(directory) if plan.spilled else None
         self.snapshots: dict[int, Snapshot] = {}
         self.graphs: dict[int, KeptGraph] = {}
+        self.ceiling: memory.Ceiling | None = None
         self.recomputed = 0
         self._make_graph: GraphMaker | None = None
         self._inside = False

@@ -42,6 +42,7 @@ from rhc.hypergradient.evaluation import (
 from rhc.hypergradient.products import (
     KEPT_COST,
     PRODUCT_COST,
+    NotAMean,
     Product,
     StepPoint,
     pull_back,
@@ -109,7 +110,8 @@ class Adjoint:
     costate_norms: (K,), |dJ/ds_t|. parameter_norms: (K + 1,), |dJ/dθ_t|. equivalents: the cost in
     gradient evaluations. discrepancies: index of a step -> |g − g_t| / |g_t| of its gradient when
     computed again. disagreements: index -> |H v − H v′| / |H v′| of a difference product, H v′ the
-    exact one or, where there is none, the difference in the opposite direction.
+    exact one or, where there is none, the difference in the opposite direction. undivided: index of
+    the first step whose batch should have been taken in parts, and could not be.
     """
 
     gradient: dict[str, Tensor]
@@ -119,6 +121,7 @@ class Adjoint:
     equivalents: float
     discrepancies: dict[int, float]
     disagreements: dict[int, float]
+    undivided: int | None = None
 
 
 AGREES = 0.01
@@ -298,6 +301,9 @@ class _Reverse:
         self.compared = (self.steps - 1, 0)
         self.discrepancies = dict[int, float]()
         self.disagreements = dict[int, float]()
+        self.pieces = 1
+        self.ceiling: memory.Ceiling | None = None
+        self.undivided: int | None = None
 
     def _adjoint(self) -> Adjoint:
         schedule = self.trajectory.schedule
@@ -317,6 +323,7 @@ class _Reverse:
             self.equivalents,
             self.discrepancies,
             self.disagreements,
+            self.undivided,
         )
 
     # segment = 1 ---------------------------------------------------------------------------------
@@ -329,12 +336,12 @@ class _Reverse:
         verify: Sequence[int],
     ) -> Adjoint:
         """The costate recursion; held: the costate at the end, which each chunk replaces."""
+        self.pieces = recorder.plan.pieces
+        self.ceiling = recorder.ceiling
         held.append(self._with_share(held.pop(), self.steps))
         self._note(self.steps, held[0])
         self.end_norm = self._parameter_norm(held[0])
         for chunk in recorder.backwards():
-            if recorder.plan.spilled and self.device.type == "cpu":
-                memory.trim()  # a tight budget: holes in the heap would count
             self._chunk(chunk, held, product, frozenset(verify), recorder.plan.states_every)
             del chunk
         self.equivalents += recorder.recomputed
@@ -359,8 +366,11 @@ class _Reverse:
             blind = bool(chunk.graphs) and self.plant.slots_alone(
                 self.trajectory.schedule, self.controls
             )
-            slots_alone = _Rebuilt(chunk.slots, self._slots_after(chunk), apart) if blind else None
-            rebuilt = _Rebuilt(chunk.states, self._state_after(chunk), apart)
+            small = 0 if self.ceiling is not None else SMALL_STATES
+            rebuilt = _Rebuilt(chunk.states, self._state_after(chunk), apart, small)
+            slots_alone = None
+            if blind:
+                slots_alone = _Rebuilt(chunk.slots, self._slots_after(chunk), apart, small)
             if chunk.owned:
                 chunk.states.clear()
             for i in reversed(range(chunk.start, chunk.stop)):
@@ -388,6 +398,7 @@ class _Reverse:
                     gradients,
                     graph,
                     owned=chunk.owned and i not in verify,
+                    loss=self.trajectory.losses[i],
                 )
                 del slots, thetas, theta, graph  # the product needs the parameters at most
                 costate = self._pull_through_gradient(
@@ -406,8 +417,11 @@ class _Reverse:
         verified: bool,
     ) -> Costate:
         """λ of step i, from what came through Φ and the product with the Hessian."""
+        if self.ceiling is not None:
+            self.ceiling.check()
         kept = point.graph is not None and product == "exact"
-        pulled = pull_back(
+        pull = partial(
+            pull_back,
             product,
             self.evaluation,
             scratch,
@@ -417,6 +431,11 @@ class _Reverse:
             compare=i in self.compared,
             into=None if verified else costate.parameters,  # a vector of our own
         )
+        try:
+            pulled = pull(pieces=self.pieces)
+        except NotAMean:
+            self.pieces, self.undivided = 1, i
+            pulled = pull()
         self.products += product != "none"
         self.equivalents += KEPT_COST if kept else PRODUCT_COST[product]
         if verified:
@@ -897,10 +916,10 @@ class _Rebuilt(Generic[States]):
     """The states of a window in reverse order, rebuilt from the kept ones by `after`.
 
     A state costs the memory of parameters and optimizer slots, `after` a few elementwise passes.
-    Where all states up to the one asked for are small, or no more than `apart`, all are kept on the
-    way there; otherwise
-    only those at 2/3 of the way, at 2/3 of the rest, and so on, which bounds them by log3 K + 1 at
-    about log3 K passes a step (recursive checkpointing, Griewank 1992).
+    Where all states up to the one asked for take no more than `small` bytes, or are no more than
+    `apart`, all are kept on the way there; otherwise only those at 2/3 of the way, at 2/3 of the
+    rest, and so on, which bounds them by log3 K + 1 at about log3 K passes a step (recursive
+    checkpointing, Griewank 1992).
     """
 
     def __init__(
@@ -908,12 +927,13 @@ class _Rebuilt(Generic[States]):
         kept: Mapping[int, States],
         after: Callable[[int, States], States],
         apart: int = 0,
+        small: int = 0,
     ) -> None:
         self.states = dict(kept)
         self.after = after
         first = next(iter(kept.values()))
         self.size = sum(t.numel() * t.element_size() for s in first for t in _tensors(s))
-        self.affordable = max(1, apart, SMALL_STATES // max(1, self.size))
+        self.affordable = max(1, apart, small // max(1, self.size))
 
     def take(self, i: int) -> States:
         """The states of step i; those of later steps must have been taken."""
