@@ -161,8 +161,10 @@ def pull_back(
     elif product == "none":
         curvature = [None] * len(gradient_costates)
     else:
-        curvature = _difference(product, evaluation, scratch, point, gradient_costates, opposite)
-    if into is not None:
+        curvature = _difference(
+            product, evaluation, scratch, point, gradient_costates, opposite, into
+        )
+    if into is not None and product != "forward-difference":
         curvature = [_into(a, b) for a, b in zip(into, curvature, strict=True)]
     objective = evaluation.objective
     if not statistics_costates and not objective.reward_weight:
@@ -363,8 +365,11 @@ def _difference(
     point: StepPoint,
     direction: Sequence[Tensor | None],
     opposite: bool,
+    into: Sequence[Tensor | None] | None,
 ) -> list[Tensor | None]:
     """(g(θ + εv) − g(θ)) / ε or (g(θ + εv) − g(θ − εv)) / 2ε, with ε = c |θ| / |v|.
+
+    The former is added to `into` in place, if there is one.
 
     c is the square (cube) root of the machine's epsilon, which balances rounding and truncation
     for the forward (central) difference of a smooth function; at kinks nothing does. Where loss_fn
@@ -374,11 +379,13 @@ def _difference(
     active = [i for i, g in enumerate(point.gradients) if g is not None]
     moved = [i for i, v in enumerate(direction) if v is not None]
     if not moved or not active:
-        return [None] * len(direction)
+        nothing: list[Tensor | None] = [None] * len(direction)
+        return list(into) if into is not None and product == "forward-difference" else nothing
     length = evaluation.plant.norm([v for v in direction if v is not None])
     size = evaluation.plant.norm([point.flats[i] for i in moved])
 
-    def gradients(scale: Tensor) -> list[Tensor]:
+    def evaluate(scale: Tensor) -> None:
+        """Fills the `.grad`s at θ + scale v."""
         flats = [
             f
             if v is None
@@ -390,18 +397,6 @@ def _difference(
         for p in scratch.leaves:
             p.grad = None
         evaluation.plant.backward(point.batch)
-        result = [
-            torch.cat(
-                [
-                    torch.zeros_like(p).reshape(-1) if p.grad is None else p.grad.reshape(-1)
-                    for p in scratch.parameters[i]
-                ]
-            )
-            for i in active
-        ]
-        for p in scratch.leaves:
-            p.grad = None
-        return result
 
     def distance(precision: float) -> Tensor:
         c = precision**0.5 if product == "forward-difference" else precision ** (1 / 3)
@@ -415,17 +410,60 @@ def _difference(
     in_place = point.owned and known and product == "forward-difference"
     epsilon = distance(max(own, _PRECISION.get(plant, 0.0)))
     with nullcontext() if known else noting_precision(plant):
-        plus = gradients(epsilon)
+        evaluate(epsilon)
     if not known and _PRECISION[plant] > own:
         epsilon = distance(_PRECISION[plant])
-        plus = gradients(epsilon)
-    if product == "forward-difference":
-        minus, width = [g for g in point.gradients if g is not None], epsilon
-    else:
-        minus, width = gradients(-epsilon), 2 * epsilon
-    result: list[Tensor | None] = [None] * len(direction)
-    for i, high, low in zip(active, plus, minus, strict=True):
-        result[i] = high.sub_(low).div_(width.to(high.device, high.dtype))
+        evaluate(epsilon)
+    low: list[Tensor | None] = list(point.gradients)
+    width = epsilon
+    targets: Sequence[Tensor | None] = into or [None] * len(direction)
+    if product == "central-difference":
+        high = _taken(scratch, active)
+        evaluate(-epsilon)
+        low, width, targets = high, -2 * epsilon, [None] * len(direction)
+    result = list(targets)
+    for i in active:
+        known_gradient = low[i]
+        assert known_gradient is not None
+        result[i] = _add_difference(
+            scratch.blocks[i], scratch.parameters[i], known_gradient, width, targets[i]
+        )
+    for p in scratch.leaves:
+        p.grad = None
+    return result
+
+
+def _taken(scratch: Scratch, active: Sequence[int]) -> list[Tensor | None]:
+    """The `.grad`s as a vector per block, of the active ones."""
+    found: list[Tensor | None] = [None] * len(scratch.blocks)
+    for i in active:
+        own = scratch.parameters[i]
+        graded = (torch.zeros_like(p) if p.grad is None else p.grad for p in own)
+        found[i] = torch.cat([g.reshape(-1) for g in graded])
+    return found
+
+
+@torch.no_grad()
+def _add_difference(
+    block: Block,
+    parameters: Sequence[Tensor],
+    low: Tensor,
+    width: Tensor,
+    target: Tensor | None,
+) -> Tensor:
+    """target + (the block's `.grad`s − low) / width, target changed; the `.grad`s are used up.
+
+    Parameter by parameter, while its gradient is in the processor's cache: over whole vectors every
+    one of these passes would fetch them from memory again.
+    """
+    result = torch.zeros_like(low) if target is None else target
+    scale = width.reciprocal().to(low.device, low.dtype)
+    for p, to, of_low in zip(parameters, block.views(result), block.views(low), strict=True):
+        difference = -of_low if p.grad is None else p.grad.sub_(of_low)
+        if scale.device.type == "cpu":
+            to.add_(difference, alpha=float(scale))
+        else:
+            to.addcmul_(difference, scale)
     return result
 
 
