@@ -64,22 +64,26 @@ class Ceiling:
 
     `begin` where nothing is held but what stays, `check` between pieces of work. Trimming at every
     step would cost a plain step each, since all its pages are faulted in again. above: bytes
-    beyond what resides at `begin`. Where nobody can say what resides, nothing is done.
+    beyond the ground, which is what resided at the first `begin` of the process, or when what
+    resided was last above the height. Where nobody can say what resides, nothing is done.
     """
+
+    ground: int | None = None
 
     def __init__(self, above: int) -> None:
         self.above = above
-        self.limit: int | None = None
+        self.limit = 0
 
     def begin(self) -> None:
-        """What resides now is the ground, if it is not above the height."""
-        if self.limit is None or resident() > self.limit:
+        """Finds the ground, if it is not known or not true any more."""
+        if Ceiling.ground is None or resident() > Ceiling.ground + self.above:
             trim()
-            self.limit = resident() + self.above
+            Ceiling.ground = resident()
+        self.limit = Ceiling.ground + self.above
 
     def check(self) -> None:
         """Trims the heap if it is above."""
-        if self.limit is not None and resident() > self.limit:
+        if resident() > self.limit:
             trim()
             # What is there without holes does not become less by trimming at every step.
             self.limit = max(self.limit, resident() + self.above // 16)
@@ -88,10 +92,10 @@ class Ceiling:
 def resident() -> int:
     """Bytes of this process in memory; 0 where nobody can say."""
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
     except OSError:
         return 0
-    return pages * os.sysconf("SC_PAGESIZE")
 
 
 HELD = 2**30

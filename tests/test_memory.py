@@ -151,6 +151,7 @@ def test_a_ceiling_trims_as_rarely_as_will_do(monkeypatch: pytest.MonkeyPatch) -
         nonlocal there, trims
         there, trims = min(there, least), trims + 1
 
+    monkeypatch.setattr(memory.Ceiling, "ground", None)
     monkeypatch.setattr(memory, "trim", trim)
     monkeypatch.setattr(memory, "resident", lambda: there)
     least = 80
@@ -169,6 +170,10 @@ def test_a_ceiling_trims_as_rarely_as_will_do(monkeypatch: pytest.MonkeyPatch) -
     there, least = 400, 90
     ceiling.begin()  # a new window, the heap full of holes
     assert (trims, ceiling.limit) == (4, 250)
+    there = 240
+    other = memory.Ceiling(150)  # as when a hypergradient is asked for again
+    other.begin()
+    assert (trims, other.limit) == (4, 240)
 
 
 HELD = """
