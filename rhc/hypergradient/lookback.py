@@ -255,8 +255,11 @@ class Lookback:
         return recorder
 
     def _ceiling(self, plan: Plan) -> memory.Ceiling | None:
-        """Of a CPU's heap, where a budget was given; it begins now."""
-        if plan.budget is None or self.plant.parameters[0].device.type != "cpu":
+        """Of a CPU's heap, where a budget leaves no room for graphs; it begins now.
+
+        Where it does, holes count for little, and a heap of gigabytes is not faulted in again.
+        """
+        if plan.budget is None or plan.graphs or self.plant.parameters[0].device.type != "cpu":
             return None
         if self.ceiling is None:
             plain = self._sizes[plan.product].plain
