@@ -366,11 +366,8 @@ def timed(
     """(result, seconds, peak bytes while it ran). fresh: all free memory goes back before."""
     if fresh:
         reset_peak(device)
-    gc.collect()
-    if device == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
+    else:
+        settle(device)
     start = time.perf_counter()
     result = function()
     if device == "cuda":
@@ -380,13 +377,21 @@ def timed(
     return result, time.perf_counter() - start, peak_bytes(device)
 
 
-def reset_peak(device: str) -> None:
-    """Free memory goes back first, so that the next part cannot hide in what others left."""
+def settle(device: str) -> None:
+    """What was left over and is still under way does not count as the next part's."""
     gc.collect()
     if device == "cuda":
         import torch
 
         torch.cuda.synchronize()
+
+
+def reset_peak(device: str) -> None:
+    """Free memory goes back first, so that the next part cannot hide in what others left."""
+    settle(device)
+    if device == "cuda":
+        import torch
+
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return

@@ -62,24 +62,19 @@ def trim() -> None:
 class Ceiling:
     """Keeps what the process resides in below a height, by handing back the heap's holes.
 
-    `begin` where nothing is held but what stays, `check` between pieces of work. Trimming at every
-    step would cost a plain step each, since all its pages are faulted in again. above: bytes
-    beyond the ground, which is what resided at the first `begin` of the process, or when what
-    resided was last above the height. Where nobody can say what resides, nothing is done.
+    It is made where nothing is held but what stays, and asked to `check` between pieces of work.
+    Trimming at every step would cost a plain step each, since all its pages are faulted in again.
+    above: bytes beyond the ground, which is what resided when the first was made in this process,
+    or the last one that found too much. Where nobody can say what resides, nothing is done.
     """
 
     ground: int | None = None
 
     def __init__(self, above: int) -> None:
-        self.above = above
-        self.limit = 0
-
-    def begin(self) -> None:
-        """Finds the ground, if it is not known or not true any more."""
-        if Ceiling.ground is None or resident() > Ceiling.ground + self.above:
+        if Ceiling.ground is None or resident() > Ceiling.ground + above:
             trim()
             Ceiling.ground = resident()
-        self.limit = Ceiling.ground + self.above
+        self.above, self.limit = above, Ceiling.ground + above
 
     def check(self) -> None:
         """Trims the heap if it is above."""

@@ -155,8 +155,7 @@ def test_a_ceiling_trims_as_rarely_as_will_do(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(memory, "trim", trim)
     monkeypatch.setattr(memory, "resident", lambda: there)
     least = 80
-    ceiling = memory.Ceiling(160)
-    ceiling.begin()  # the ground is 80, the height 240
+    ceiling = memory.Ceiling(160)  # the ground is 80, the height 240
     there = 240
     ceiling.check()
     assert trims == 1
@@ -168,11 +167,10 @@ def test_a_ceiling_trims_as_rarely_as_will_do(monkeypatch: pytest.MonkeyPatch) -
         ceiling.check()
     assert (trims, there) == (3, 260)
     there, least = 400, 90
-    ceiling.begin()  # a new window, the heap full of holes
+    ceiling = memory.Ceiling(160)  # a new window, the heap full of holes
     assert (trims, ceiling.limit) == (4, 250)
     there = 240
     other = memory.Ceiling(150)  # as when a hypergradient is asked for again
-    other.begin()
     assert (trims, other.limit) == (4, 240)
 
 

@@ -486,20 +486,6 @@ def rows(count: int = 8, marked: int = 8) -> tuple[Tensor, Tensor]:
     return torch.randn(count, 6), targets
 
 
-IDS = [
-    "mean",
-    "float64",
-    "marked",
-    "sum",
-    "BatchNorm",
-    "dropout",
-    "noise",
-    "contrast",
-    "whole",
-    "autocast",
-]
-
-
 @pytest.mark.parametrize(
     ("make", "loss_fn", "mean"),
     [

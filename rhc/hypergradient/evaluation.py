@@ -229,6 +229,15 @@ class Scratch:
             owner, local = self._owners[name]
             owner._buffers[local] = leaf
 
+    def gradients(self) -> list[Tensor]:
+        """The `.grad`s as a vector per block; 0 for parameters that have none."""
+        return [
+            torch.cat(
+                [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in own]
+            )
+            for own in self.parameters
+        ]
+
     def _set(self, p: Tensor, values: Tensor) -> None:
         """FSDP reads a part where it has always been; all others take other memory for the time."""
         if self.in_place:

@@ -30,7 +30,7 @@ from rhc.hypergradient.evaluation import (
     tensors_of,
     visible_statistics,
 )
-from rhc.hypergradient.plan import FREE_GRAPHS, Plan, Sizes, make_plan
+from rhc.hypergradient.plan import FREE_GRAPHS, PIECES_COST, Plan, Sizes, make_plan
 from rhc.hypergradient.products import (
     Product,
     StepPoint,
@@ -194,7 +194,6 @@ class Lookback:
         self.exact_fails = plant.shared_out
         self.moving: list[str] | None = None
         self._sizes: dict[str, Sizes] = {}
-        self.ceiling: memory.Ceiling | None = None
 
     # Plan and roll -------------------------------------------------------------------------------
 
@@ -237,8 +236,9 @@ class Lookback:
         plan = self.plan(len(batches), batches[0], schedule)
         folder = None if isinstance(self.spill, bool) else Path(self.spill)
         blind = self.plant.slots_alone(schedule, self.controls)
-        recorder = WindowRecorder(self.plant, self.objective, plan, folder, blind=blind)
-        recorder.ceiling = self._ceiling(plan)
+        recorder = WindowRecorder(
+            self.plant, self.objective, plan, folder, blind=blind, ceiling=self._ceiling(plan)
+        )
         try:
             with recorder.kernels():
                 self.plant.roll(
@@ -261,11 +261,7 @@ class Lookback:
         """
         if plan.budget is None or plan.graphs or self.plant.parameters[0].device.type != "cpu":
             return None
-        if self.ceiling is None:
-            plain = self._sizes[plan.product].plain
-            self.ceiling = memory.Ceiling(plain + int(HEAP * plan.budget))
-        self.ceiling.begin()
-        return self.ceiling
+        return memory.Ceiling(self._sizes[plan.product].plain + int(HEAP * plan.budget))
 
     # Look back -----------------------------------------------------------------------------------
 
@@ -475,20 +471,15 @@ def measure_sizes(
 
     Without `full`, graphs that could not be kept anyway are not measured.
     """
-    parameters = sum(p.numel() * p.element_size() for p in plant.parameters if p.requires_grad)
     known = _known_sizes(plant)
     key = (product, full, _signature(plant, batch), bool(objective.reward_weight))
     if key not in known:
         known[key] = _measured_product(plant, batch, objective, product, full=full)
-    found = known[key]
     return Sizes(
-        parameters,
-        _snapshot_bytes(plant),
-        found.graph,
-        found.product,
-        _slot_bytes(plant),
-        found.pieces,
-        found.plain,
+        parameters=_parameter_bytes(plant),
+        state=_snapshot_bytes(plant),
+        slots=_slot_bytes(plant),
+        **known[key]._asdict(),
     )
 
 
@@ -528,7 +519,7 @@ def _measured_product(
     state = plant.snapshot()
     grads = [p.grad for p in plant.model.parameters()]
     try:
-        graph = sum(p.numel() * p.element_size() for p in plant.parameters if p.requires_grad)
+        graph = _parameter_bytes(plant)
         if product == "exact" and (full or graph <= FREE_GRAPHS):
             for p in plant.model.parameters():
                 p.grad = None
@@ -558,10 +549,6 @@ def _graph_bytes(plant: Plant, batch: Any, objective: Objective, enough: float) 
     except TooMuch:
         return NEVER
     return found.size if found.steady else NEVER
-
-
-PIECES = (2, 4, 8)
-"""Parts of a batch's rows that are tried."""
 
 
 def _with_product(
@@ -640,7 +627,7 @@ def _may_be_cut(plant: Plant, objective: Objective) -> bool:
 def _try_pieces(
     taken: Callable[[int], float], batch: Any, rounding: float, found: dict[int, int]
 ) -> None:
-    for pieces in PIECES:
+    for pieces in PIECES_COST:
         if min(batch_size(part) for part in parts(batch)) < pieces:
             return
         try:
@@ -662,6 +649,10 @@ def _gradient(p: Tensor) -> Tensor:
     return torch.zeros_like(p) if p.grad is None else p.grad
 
 
+def _parameter_bytes(plant: Plant) -> int:
+    return sum(p.nbytes for p in plant.parameters if p.requires_grad)
+
+
 def _snapshot_bytes(plant: Plant) -> int:
     snapshot = plant.snapshot()
     tensors = [*snapshot.parameters.values(), *snapshot.buffers.values()]
@@ -675,9 +666,8 @@ def _snapshot_bytes(plant: Plant) -> int:
 def _slot_bytes(plant: Plant) -> int:
     """Of the optimizer's state as it is, or as it will be after the first step."""
     slots = plant.block_slots(plant.blocks())
-    return sum(t.nbytes for own in slots for t in own if isinstance(t, Tensor)) or sum(
-        p.nbytes for p in plant.parameters if p.requires_grad
-    )
+    held = sum(t.nbytes for own in slots for t in own if isinstance(t, Tensor))
+    return held or _parameter_bytes(plant)
 
 
 def _undefined(trajectory: Trajectory, controls: Sequence[str]) -> Adjoint:

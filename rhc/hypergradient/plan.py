@@ -150,7 +150,6 @@ def make_plan(
     Without a budget gradients are kept for all steps, and graphs as far as FREE_GRAPHS goes.
     """
     exact = product == "exact"
-    costates = 2 * sizes.state + sizes.parameters
     if budget is None:
         graphs = min(steps, FREE_GRAPHS // max(1, sizes.graph))
         small = sizes.graph <= sizes.parameters <= FREE_GRAPHS
@@ -172,41 +171,30 @@ def make_plan(
         if graph_bytes is not None:
             room = min(room, graph_bytes)
         return _kept(steps, product, sizes, budget, min(steps, room // max(1, sizes.graph)))
-    plans = [_within(steps, product, sizes, budget, costates, spill=spill)]
+    plans = [_within(steps, product, sizes, budget, spill=spill)]
     for pieces, size in sizes.pieces:
         lighter = replace(sizes, product=min(size, sizes.product))
-        plan = _within(steps, product, lighter, budget, costates, spill=spill)
+        plan = _within(steps, product, lighter, budget, spill=spill)
         plans.append(replace(plan, pieces=pieces))
-    return min(plans, key=_dearness)
+    return min(plans, key=_rank)
 
 
-PIECES_COST = {1: 0.0, 2: 0.2, 4: 0.5, 8: 1.2}
-"""Gradient evaluations that an exact product takes more in so many parts, whose matrix products are
-smaller: measured on the GPT of benchmarks/models.py, 16 rows."""
+PIECES_COST = {2: 0.2, 4: 0.5, 8: 1.2}
+"""Parts of a batch's rows that are tried -> gradient evaluations that an exact product in so many
+takes more, whose matrix products are smaller: on the GPT of benchmarks/models.py, 16 rows."""
 
 SPILLED_COST = 0.2
 """Of a step's state on disk."""
 
 
-def _dearness(plan: Plan) -> tuple[bool, float]:
-    """Plans that fit, by their cost; where none does, the smallest."""
-    assert plan.predicted_bytes is not None
-    if not plan.fits:
-        return True, plan.predicted_bytes
-    extra = plan.steps * PIECES_COST[plan.pieces] + plan.spilled * SPILLED_COST
-    return False, plan.recomputed + extra
-
-
-def _within(
-    steps: int, product: Product, sizes: Sizes, budget: int, costates: int, *, spill: bool
-) -> Plan:
+def _within(steps: int, product: Product, sizes: Sizes, budget: int, *, spill: bool) -> Plan:
     """A plan for a budget that has no room for graphs."""
     plan = _kept(steps, product, sizes, budget, 0)
     if plan.fits:
         return plan
     if spill:
         return _spilled(steps, product, sizes, budget)
-    return _recomputed(steps, product, sizes, budget, costates)
+    return _recomputed(steps, product, sizes, budget)
 
 
 def _rebuilt(steps: int, state: int) -> int:
@@ -266,7 +254,8 @@ def _spilled(steps: int, product: Product, sizes: Sizes, budget: int) -> Plan:
     )
 
 
-def _recomputed(steps: int, product: Product, sizes: Sizes, budget: int, costates: int) -> Plan:
+def _recomputed(steps: int, product: Product, sizes: Sizes, budget: int) -> Plan:
+    costates = 2 * sizes.state + sizes.parameters
     # The end of the window is kept as well, to go back to.
     fixed = sizes.product + costates + sizes.state
     plans = []
@@ -298,12 +287,14 @@ def _candidates(steps: int) -> list[int]:
     return sorted(few | set(range(1, min(steps, 64) + 1)))
 
 
-def _rank(plan: Plan) -> tuple[bool, int, int]:
+def _rank(plan: Plan) -> tuple[bool, float, float]:
     """Plans that fit by their cost; where none does, the smallest."""
     assert plan.predicted_bytes is not None
+    cost = plan.recomputed + plan.spilled * SPILLED_COST
+    cost += plan.steps * PIECES_COST.get(plan.pieces, 0.0)
     if plan.fits:
-        return False, plan.recomputed, plan.predicted_bytes
-    return True, plan.predicted_bytes, plan.recomputed
+        return False, cost, plan.predicted_bytes
+    return True, plan.predicted_bytes, cost
 
 
 # Revolve -----------------------------------------------------------------------------------------

@@ -164,7 +164,8 @@ def pull_back(
         curvature = _difference(
             product, evaluation, scratch, point, gradient_costates, opposite, into
         )
-    if into is not None and product != "forward-difference":
+        into = None  # it is in there
+    if into is not None:
         curvature = [_into(a, b) for a, b in zip(into, curvature, strict=True)]
     objective = evaluation.objective
     if not statistics_costates and not objective.reward_weight:
@@ -369,7 +370,7 @@ def _difference(
 ) -> list[Tensor | None]:
     """(g(θ + εv) − g(θ)) / ε or (g(θ + εv) − g(θ − εv)) / 2ε, with ε = c |θ| / |v|.
 
-    The former is added to `into` in place, if there is one.
+    It is added to `into` in place, if there is one.
 
     c is the square (cube) root of the machine's epsilon, which balances rounding and truncation
     for the forward (central) difference of a smooth function; at kinks nothing does. Where loss_fn
@@ -378,9 +379,9 @@ def _difference(
     # A block that v leaves alone has a row of H v all the same.
     active = [i for i, g in enumerate(point.gradients) if g is not None]
     moved = [i for i, v in enumerate(direction) if v is not None]
+    result: list[Tensor | None] = [None] * len(direction) if into is None else list(into)
     if not moved or not active:
-        nothing: list[Tensor | None] = [None] * len(direction)
-        return list(into) if into is not None and product == "forward-difference" else nothing
+        return result
     length = evaluation.plant.norm([v for v in direction if v is not None])
     size = evaluation.plant.norm([point.flats[i] for i in moved])
 
@@ -414,52 +415,39 @@ def _difference(
     if not known and _PRECISION[plant] > own:
         epsilon = distance(_PRECISION[plant])
         evaluate(epsilon)
-    low: list[Tensor | None] = list(point.gradients)
+    other: Sequence[Tensor | None] = point.gradients
     width = epsilon
-    targets: Sequence[Tensor | None] = into or [None] * len(direction)
     if product == "central-difference":
-        high = _taken(scratch, active)
+        other, width = scratch.gradients(), -2 * epsilon
         evaluate(-epsilon)
-        low, width, targets = high, -2 * epsilon, [None] * len(direction)
-    result = list(targets)
     for i in active:
-        known_gradient = low[i]
-        assert known_gradient is not None
+        own_other = other[i]
+        assert own_other is not None
         result[i] = _add_difference(
-            scratch.blocks[i], scratch.parameters[i], known_gradient, width, targets[i]
+            scratch.blocks[i], scratch.parameters[i], own_other, width, result[i]
         )
     for p in scratch.leaves:
         p.grad = None
     return result
 
 
-def _taken(scratch: Scratch, active: Sequence[int]) -> list[Tensor | None]:
-    """The `.grad`s as a vector per block, of the active ones."""
-    found: list[Tensor | None] = [None] * len(scratch.blocks)
-    for i in active:
-        own = scratch.parameters[i]
-        graded = (torch.zeros_like(p) if p.grad is None else p.grad for p in own)
-        found[i] = torch.cat([g.reshape(-1) for g in graded])
-    return found
-
-
 @torch.no_grad()
 def _add_difference(
     block: Block,
     parameters: Sequence[Tensor],
-    low: Tensor,
+    other: Tensor,
     width: Tensor,
     target: Tensor | None,
 ) -> Tensor:
-    """target + (the block's `.grad`s − low) / width, target changed; the `.grad`s are used up.
+    """target + (the block's `.grad`s − other) / width, target changed; the `.grad`s are used up.
 
     Parameter by parameter, while its gradient is in the processor's cache: over whole vectors every
     one of these passes would fetch them from memory again.
     """
-    result = torch.zeros_like(low) if target is None else target
-    scale = width.reciprocal().to(low.device, low.dtype)
-    for p, to, of_low in zip(parameters, block.views(result), block.views(low), strict=True):
-        difference = -of_low if p.grad is None else p.grad.sub_(of_low)
+    result = torch.zeros_like(other) if target is None else target
+    scale = width.reciprocal().to(other.device, other.dtype)
+    for p, to, known in zip(parameters, block.views(result), block.views(other), strict=True):
+        difference = -known if p.grad is None else p.grad.sub_(known)
         if scale.device.type == "cpu":
             to.add_(difference, alpha=float(scale))
         else:
@@ -548,8 +536,9 @@ def _shares(batch: Any, joint: bool, pieces: int = 1) -> list[tuple[Any, float]]
     if joint:
         return [(batch, 1.0)]
     found = []
-    for part in parts(batch):
-        share = 1 / len(parts(batch))
+    micro = parts(batch)
+    share = 1 / len(micro)
+    for part in micro:
         count = min(pieces, rows := batch_size(part))
         if count < 2:
             found.append((part, share))

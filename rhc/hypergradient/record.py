@@ -85,7 +85,8 @@ class Chunk:
 class WindowRecorder(Recorder):
     """Remembers a window as `plan` has it, and gives it back, last steps first.
 
-    blind: whether steps whose graph is kept need the optimizer's state alone.
+    blind: whether steps whose graph is kept need the optimizer's state alone. ceiling: of the heap,
+    for whoever looks back.
     """
 
     def __init__(
@@ -96,13 +97,14 @@ class WindowRecorder(Recorder):
         directory: Path | None = None,
         *,
         blind: bool = False,
+        ceiling: memory.Ceiling | None = None,
     ) -> None:
         self.plan = plan
         self.objective = objective
         self.spill = _Spill(directory) if plan.spilled else None
         self.snapshots: dict[int, Snapshot] = {}
         self.graphs: dict[int, KeptGraph] = {}
-        self.ceiling: memory.Ceiling | None = None
+        self.ceiling = ceiling
         self.recomputed = 0
         self._make_graph: GraphMaker | None = None
         self._inside = False

@@ -240,12 +240,7 @@ def _of_parts(
             value = checked_loss(terminal(plant.model), "terminal")[0]
             (objective.terminal_weight * value).backward()
             plant.take_parts()
-            gradients: list[Tensor | None] = [
-                torch.cat(
-                    [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in own]
-                )
-                for own in scratch.parameters
-            ]
+            gradients: list[Tensor | None] = [*scratch.gradients()]
         finally:
             for p in plant.parameters:
                 p.grad = None
