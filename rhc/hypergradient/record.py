@@ -399,7 +399,7 @@ class GraphMaker:
         size = sum(seen.values())
         for node in graph_nodes([g for g in found if g is not None]):
             function = getattr(type(node), "_forward_cls", None)
-            if function is not None and function.__module__ != kernels.__name__:
+            if function is not None and not function.__module__.startswith(kernels.__name__):
                 # It may keep tensors where nobody sees them.
                 copies = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
                 return Survey(size + copies, frozenset(self._names), steady)

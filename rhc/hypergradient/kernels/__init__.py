@@ -1,0 +1,68 @@
+"""Kernels whose second derivative is cheap, in place of torch's while a Hessian product is taken.
+
+Reverse over reverse pulls a vector v back through a step's gradient g = ∇ℓ(θ). torch's own second
+derivatives take detours: convolution and layer normalisation are decomposed into many passes over
+memory, fused attention has none at
+all. And they form the value of g, which nobody reads, since only its pullback is wanted: of the 9
+matrix products of a linear layer, one. `light_second_order` puts the functions of `layers` in place of torch's; each is correct at any order and anywhere, so that it does no harm
+where other code meets it.
+
+Measured on the models of benchmarks/models.py: docs/log.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.nn.functional as F
+
+from rhc.hypergradient.kernels import layers
+from rhc.hypergradient.kernels.common import Sweep, functions_allowed, valueless_gradients
+from rhc.hypergradient.kernels.layers import moved_statistics
+
+__all__ = [
+    "LEAST_VALUED",
+    "LEAST_VALUELESS",
+    "REPLACED",
+    "functions_allowed",
+    "light_second_order",
+    "moved_statistics",
+    "valueless_gradients",
+]
+
+LEAST_VALUELESS = 2**21
+LEAST_VALUED = 2**24
+"""Multiplications of a linear layer from which on its kernel here is faster than torch's, where the
+gradients carry no value, and where they do. A custom Function takes 40 µs more than a node of C++:
+a kept graph of the MLP 784-128-64-10 took 1.49 gradients to make, and takes 1.06."""
+
+REPLACED: list[tuple[Any, str, Callable[..., Any]]] = [
+    (F, "linear", layers.linear),
+    (F, "gelu", layers.gelu),
+    (F, "layer_norm", layers.layer_norm),
+    (F, "scaled_dot_product_attention", layers.scaled_dot_product_attention),
+    (F, "conv1d", layers.convolution(1, F.conv1d)),
+    (F, "conv2d", layers.convolution(2, F.conv2d)),
+    (F, "conv3d", layers.convolution(3, F.conv3d)),
+]
+"""(where a function is looked up, its name, the function that takes its place)."""
+
+
+@contextmanager
+def light_second_order(least: int = 0) -> Iterator[None]:
+    """The functions of `layers` in place of torch's.
+
+    least: linear layers of fewer multiplications stay torch's own.
+    """
+    before = [getattr(owner, name) for owner, name, _ in REPLACED]
+    least, Sweep.least = Sweep.least, least
+    for owner, name, function in REPLACED:
+        setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        Sweep.least = least
+        for (owner, name, _), function in zip(REPLACED, before, strict=True):
+            setattr(owner, name, function)
