@@ -27,7 +27,7 @@ from rhc.hypergradient.kernels import (
 
 
 class Case(NamedTuple):
-    """function(*tensors): a call through torch.nn.functional, of tensors of these shapes.
+    """function(*tensors): a call of torch's functions, of tensors of these shapes.
 
     replaced: whether one of our kernels is to take it, or torch's own.
     """
@@ -46,6 +46,40 @@ def attention(*shapes: tuple[int, ...], replaced: bool = True, **options: Any) -
         return F.scaled_dot_product_attention(q, k, v, **options)
 
     return Case(function, shapes, replaced)
+
+
+def recurrent(
+    kind: type[nn.RNNBase],
+    *,
+    packed: bool = False,
+    replaced: bool = True,
+    sizes: tuple[int, int, int, int] = (3, 2, 2, 2),
+    **options: Any,
+) -> Case:
+    """Of input, first states and weights; all outputs in one. sizes: T, B, input, state."""
+    positions, rows, width, state = sizes
+    module = kind(width, state, **options)
+    cells = module.num_layers * (2 if module.bidirectional else 1)
+    states = [(cells, rows, module.proj_size or state)]
+    if kind is nn.LSTM:
+        states.append((cells, rows, state))
+    first = (rows, positions, width) if module.batch_first else (positions, rows, width)
+    shapes = [first, *states, *(tuple(p.shape) for p in module.parameters())]
+
+    def function(x: Tensor, *tensors: Tensor) -> Tensor:
+        hidden, weights = tensors[: len(states)], list(tensors[len(states) :])
+        hx: Any = hidden if kind is nn.LSTM else hidden[0]
+        torch.manual_seed(0)  # for dropout
+        settings = (module.bias, module.num_layers, module.dropout, True, module.bidirectional)
+        called = torch._VF.lstm if kind is nn.LSTM else torch._VF.gru
+        if packed:
+            flat, lengths = x.flatten(0, 1), torch.full((positions,), rows)
+            found = called(flat, lengths, hx, weights, *settings)
+        else:
+            found = called(x, hx, weights, *settings, module.batch_first)
+        return torch.cat([t.flatten() for t in found])
+
+    return Case(function, tuple(shapes), replaced)
 
 
 MASK = torch.tensor([[True, False, True], [True, True, False]])
@@ -166,6 +200,24 @@ CASES: dict[str, Case] = {
     "attention, one tensor": Case(
         lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True), ((1, 1, 3, 2),)
     ),
+    "LSTM": recurrent(nn.LSTM),
+    "LSTM, one position": recurrent(nn.LSTM, sizes=(1, 2, 1, 2)),
+    "LSTM, no bias": recurrent(nn.LSTM, bias=False, sizes=(3, 1, 3, 2)),
+    "LSTM, batch first": recurrent(nn.LSTM, batch_first=True, sizes=(2, 3, 1, 2)),
+    "LSTM, two layers both ways, dropout": recurrent(
+        nn.LSTM, num_layers=2, bidirectional=True, dropout=0.4, sizes=(3, 2, 1, 2)
+    ),
+    "LSTM, projected": recurrent(nn.LSTM, proj_size=1, sizes=(2, 1, 1, 2), replaced=False),
+    "LSTM, packed": recurrent(nn.LSTM, packed=True, sizes=(2, 2, 1, 2), replaced=False),
+    "LSTM, empty batch": recurrent(nn.LSTM, sizes=(2, 0, 2, 2), replaced=False),
+    "GRU": recurrent(nn.GRU),
+    "GRU, one position": recurrent(nn.GRU, sizes=(1, 2, 1, 2)),
+    "GRU, no bias": recurrent(nn.GRU, bias=False, sizes=(3, 1, 3, 2)),
+    "GRU, batch first": recurrent(nn.GRU, batch_first=True, sizes=(2, 3, 1, 2)),
+    "GRU, two layers both ways, dropout": recurrent(
+        nn.GRU, num_layers=2, bidirectional=True, dropout=0.4, sizes=(3, 2, 1, 2)
+    ),
+    "GRU, packed": recurrent(nn.GRU, packed=True, sizes=(2, 2, 1, 2), replaced=False),
 }
 
 
@@ -187,7 +239,16 @@ def ours() -> Any:
 
 
 def subsets(count: int) -> Iterator[list[bool]]:
-    """Every choice of inputs that require a gradient but the empty one."""
+    """Every choice of inputs that require a gradient but the empty one.
+
+    Of more than five inputs: one, all but one, all.
+    """
+    if count > 5:
+        for one in range(count):
+            yield [i == one for i in range(count)]
+            yield [i != one for i in range(count)]
+        yield [True] * count
+        return
     for bits in range(1, 2**count):
         yield [bool(bits >> i & 1) for i in range(count)]
 
@@ -316,6 +377,11 @@ LEAVES = {
     "linear": ("linear 3-d", 1),
     "linear, one weight twice": ("linear, one weight twice", 1),
     "conv2d": ("conv2d, groups", 1),
+    "LSTM, of the input": ("LSTM", 3),
+    "LSTM, of the state": ("LSTM", 4),
+    "LSTM, a bias": ("LSTM", 6),
+    "GRU, of the state": ("GRU", 3),
+    "GRU, a bias": ("GRU", 5),
 }
 
 
@@ -584,7 +650,7 @@ def test_what_is_replaced_is_what_was_meant(name: str) -> None:
         if node is not None:
             nodes.add(node.name())
             queue += [parent for parent, _ in node.next_functions]
-    own = {"_Linear", "_Convolution", "_Gelu", "_LayerNorm"}
+    own = {"_Linear", "_Convolution", "_Gelu", "_LayerNorm", "_Lstm", "_Gru"}
     mark = any(n.removesuffix("Backward") in own for n in nodes) or "BaddbmmBackward0" in nodes
     assert mark == case.replaced, nodes
 

@@ -2,9 +2,10 @@
 
 Reverse over reverse pulls a vector v back through a step's gradient g = ∇ℓ(θ). torch's own second
 derivatives take detours: convolution and layer normalisation are decomposed into many passes over
-memory, fused attention has none at
+memory, recurrent layers into a dozen nodes a position of the sequence, fused attention has none at
 all. And they form the value of g, which nobody reads, since only its pullback is wanted: of the 9
-matrix products of a linear layer, one. `light_second_order` puts the functions of `layers` in place of torch's; each is correct at any order and anywhere, so that it does no harm
+matrix products of a linear layer, one. `light_second_order` puts the functions of `layers` and
+`recurrent` in place of torch's; each is correct at any order and anywhere, so that it does no harm
 where other code meets it.
 
 Measured on the models of benchmarks/models.py: docs/log.md.
@@ -17,8 +18,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
+from torch import _VF
 
-from rhc.hypergradient.kernels import layers
+from rhc.hypergradient.kernels import layers, recurrent
 from rhc.hypergradient.kernels.common import Sweep, functions_allowed, valueless_gradients
 from rhc.hypergradient.kernels.layers import moved_statistics
 
@@ -46,13 +48,16 @@ REPLACED: list[tuple[Any, str, Callable[..., Any]]] = [
     (F, "conv1d", layers.convolution(1, F.conv1d)),
     (F, "conv2d", layers.convolution(2, F.conv2d)),
     (F, "conv3d", layers.convolution(3, F.conv3d)),
+    # What nn.LSTM and nn.GRU call.
+    (_VF, "lstm", recurrent.lstm),
+    (_VF, "gru", recurrent.gru),
 ]
 """(where a function is looked up, its name, the function that takes its place)."""
 
 
 @contextmanager
 def light_second_order(least: int = 0) -> Iterator[None]:
-    """The functions of `layers` in place of torch's.
+    """The functions of `layers` and `recurrent` in place of torch's.
 
     least: linear layers of fewer multiplications stay torch's own.
     """
