@@ -232,6 +232,17 @@ def test_states_are_rebuilt_before_anything_is_spilled(spill: bool) -> None:
     assert roomy.states_every > 0
 
 
+def test_where_every_graph_fits_less_of_a_state_is_counted() -> None:
+    """51 gradients, the live state, a product, 50 graphs, and six of the optimizer's states alone:
+    of whole states there would be room for half of the graphs."""
+    sizes = Sizes(1000, 2000, 250, 2000, slots=1000)
+    enough = 51_000 + 2000 + 2000 + 50 * 250 + 6 * 1000
+    plan = make_plan(50, "exact", sizes, enough, spill=True)
+    assert plan.graphs == 50 and plan.predicted_bytes == enough
+    assert make_plan(50, "exact", sizes, enough - 1, spill=True).graphs < 50
+    assert make_plan(50, "exact", sizes, enough, spill=True, graph_bytes=12_499).graphs < 50
+
+
 @given(st.integers(2, 40), sizes(), st.floats(0.02, 1.5))
 def test_no_other_chunk_is_cheaper_within_the_budget(
     steps: int, sizes: Sizes, share: float

@@ -160,6 +160,11 @@ def make_plan(
     if whole.fits:
         if not exact:
             return whole
+        most = math.inf if graph_bytes is None else graph_bytes
+        if steps * sizes.graph <= most:  # where every graph is kept, less of a state may do
+            every = _kept(steps, product, sizes, budget, steps)
+            if every.fits:
+                return every
         # States that need not be rebuilt save less than one graph or two, but no more than they
         # cost.
         lean = _kept(steps, product, sizes, budget, 0, lean=True)
@@ -167,10 +172,8 @@ def make_plan(
         if whole.predicted_bytes - lean.predicted_bytes <= 2 * sizes.graph:
             lean = whole
         assert lean.predicted_bytes is not None
-        room = budget - lean.predicted_bytes
-        if graph_bytes is not None:
-            room = min(room, graph_bytes)
-        return _kept(steps, product, sizes, budget, min(steps, room // max(1, sizes.graph)))
+        room = min(budget - lean.predicted_bytes, most)
+        return _kept(steps, product, sizes, budget, min(steps, int(room // max(1, sizes.graph))))
     plans = [_within(steps, product, sizes, budget, spill=spill)]
     for pieces, size in sizes.pieces:
         lighter = replace(sizes, product=min(size, sizes.product))
