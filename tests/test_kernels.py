@@ -48,6 +48,15 @@ def attention(*shapes: tuple[int, ...], replaced: bool = True, **options: Any) -
     return Case(function, shapes, replaced)
 
 
+def batch_norm(*shapes: tuple[int, ...], eps: float = 1e-5) -> Case:
+    """Of input, and of weight and bias if there are any."""
+
+    def function(x: Tensor, *affine: Tensor) -> Tensor:
+        return F.batch_norm(x, None, None, *affine, training=True, eps=eps)
+
+    return Case(function, shapes)
+
+
 def recurrent(
     kind: type[nn.RNNBase],
     *,
@@ -165,6 +174,27 @@ CASES: dict[str, Case] = {
     ),
     "layer_norm, empty batch": Case(
         lambda x, w, b: F.layer_norm(x, (5,), w, b), ((0, 5), (5,), (5,))
+    ),
+    "batch_norm": batch_norm((4, 3, 2, 2), (3,), (3,)),
+    "batch_norm 2-d": batch_norm((4, 3), (3,), (3,)),
+    "batch_norm 3-d": batch_norm((2, 3, 4), (3,), (3,)),
+    "batch_norm 5-d": batch_norm((2, 2, 2, 1, 2), (2,), (2,)),
+    "batch_norm, no affine": batch_norm((4, 3, 2, 2)),
+    "batch_norm, no bias": batch_norm((4, 3, 2), (3,)),
+    "batch_norm, one row": batch_norm((1, 3, 4), (3,), (3,)),
+    "batch_norm, large eps": batch_norm((4, 3, 2), (3,), (3,), eps=0.3),
+    "batch_norm, transposed": Case(
+        lambda x, w, b: F.batch_norm(x.permute(0, 3, 1, 2), None, None, w, b, training=True),
+        ((2, 2, 3, 2), (2,), (2,)),
+    ),
+    "batch_norm, expanded": Case(
+        lambda x, w, b: F.batch_norm(x.expand(3, 2, 4), None, None, w, b, training=True),
+        ((3, 2, 1), (2,), (2,)),
+    ),
+    "batch_norm, in evaluation": Case(
+        lambda x, w, b: F.batch_norm(x, x.new_ones(3), x.new_ones(3), w, b),
+        ((4, 3, 2), (3,), (3,)),
+        replaced=False,
     ),
     "attention": attention((2, 1, 3, 2), (2, 1, 3, 2), (2, 1, 3, 2)),
     "attention, causal": attention((1, 2, 3, 2), (1, 2, 3, 2), (1, 2, 3, 2), is_causal=True),
@@ -317,6 +347,7 @@ def test_third_derivatives(name: str) -> None:
     found = product(ours())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "layer_norm", composed_layer_norm)
+        patch.setattr(F, "batch_norm", composed_batch_norm)
         assert_close(found, product(nullcontext()), 1e-10)
 
 
@@ -329,6 +360,23 @@ def composed_layer_norm(
     y = (x - mean) * (variance + eps).rsqrt()
     y = y if w is None else y * w
     return y if b is None else y + b
+
+
+def composed_batch_norm(
+    x: Tensor, *running: Tensor | None, training: bool = False, eps: float = 1e-5, **_: Any
+) -> Tensor:
+    """Of elementary operations. running: mean and variance, weight and bias."""
+    if not training:
+        return own_batch_norm(x, *running)
+    dims = [0, *range(2, x.dim())]
+    variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+    y = (x - mean) * (variance + eps).rsqrt()
+    for t, change in zip(running[2:], (torch.mul, torch.add), strict=False):
+        y = y if t is None else change(y, t.view(1, -1, *[1] * (x.dim() - 2)))
+    return y
+
+
+own_batch_norm = F.batch_norm
 
 
 def derivatives(case: Case, inputs: list[Tensor], kernels: Any) -> list[Tensor | None]:
@@ -625,6 +673,19 @@ def test_visible_statistics_are_torchs_to_the_bit(momentum: float | None) -> Non
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (2, 3, 4), (4, 3, 2, 2)])
+def test_batch_norms_move_their_running_statistics_to_the_bit(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape, requires_grad=True)
+    found = []
+    for kernels in (nullcontext(), ours()):
+        running = torch.zeros(3), torch.ones(3)
+        with kernels:
+            y = F.batch_norm(x, *running, training=True, momentum=0.3)
+        found.append([y, *running])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_functions_are_put_back_also_after_exceptions_and_when_nested() -> None:
     before = functions()
     with ours():
@@ -650,7 +711,7 @@ def test_what_is_replaced_is_what_was_meant(name: str) -> None:
         if node is not None:
             nodes.add(node.name())
             queue += [parent for parent, _ in node.next_functions]
-    own = {"_Linear", "_Convolution", "_Gelu", "_LayerNorm", "_Lstm", "_Gru"}
+    own = {"_Linear", "_Convolution", "_Gelu", "_LayerNorm", "_BatchNorm", "_Lstm", "_Gru"}
     mark = any(n.removesuffix("Backward") in own for n in nodes) or "BaddbmmBackward0" in nodes
     assert mark == case.replaced, nodes
 

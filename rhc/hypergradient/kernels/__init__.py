@@ -1,12 +1,12 @@
 """Kernels whose second derivative is cheap, in place of torch's while a Hessian product is taken.
 
 Reverse over reverse pulls a vector v back through a step's gradient g = ∇ℓ(θ). torch's own second
-derivatives take detours: convolution and layer normalisation are decomposed into many passes over
-memory, recurrent layers into a dozen nodes a position of the sequence, fused attention has none at
-all. And they form the value of g, which nobody reads, since only its pullback is wanted: of the 9
-matrix products of a linear layer, one. `light_second_order` puts the functions of `layers` and
-`recurrent` in place of torch's; each is correct at any order and anywhere, so that it does no harm
-where other code meets it.
+derivatives take detours: convolution and normalisation are decomposed into many passes over memory,
+recurrent layers into a dozen nodes a position of the sequence, fused attention has none at all. And
+they form the value of g, which nobody reads, since only its pullback is wanted: of the 9 matrix
+products of a linear layer, one. `light_second_order` puts the functions of `layers`,
+`normalisation` and `recurrent` in place of torch's; each is correct at any order and anywhere, so
+that it does no harm where other code meets it.
 
 Measured on the models of benchmarks/models.py: docs/log.md.
 """
@@ -20,9 +20,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import _VF
 
-from rhc.hypergradient.kernels import layers, recurrent
+from rhc.hypergradient.kernels import layers, normalisation, recurrent
 from rhc.hypergradient.kernels.common import Sweep, functions_allowed, valueless_gradients
-from rhc.hypergradient.kernels.layers import moved_statistics
+from rhc.hypergradient.kernels.normalisation import moved_statistics
 
 __all__ = [
     "LEAST_VALUED",
@@ -43,7 +43,8 @@ a kept graph of the MLP 784-128-64-10 took 1.49 gradients to make, and takes 1.0
 REPLACED: list[tuple[Any, str, Callable[..., Any]]] = [
     (F, "linear", layers.linear),
     (F, "gelu", layers.gelu),
-    (F, "layer_norm", layers.layer_norm),
+    (F, "layer_norm", normalisation.layer_norm),
+    (F, "batch_norm", normalisation.batch_norm),
     (F, "scaled_dot_product_attention", layers.scaled_dot_product_attention),
     (F, "conv1d", layers.convolution(1, F.conv1d)),
     (F, "conv2d", layers.convolution(2, F.conv2d)),
@@ -57,7 +58,7 @@ REPLACED: list[tuple[Any, str, Callable[..., Any]]] = [
 
 @contextmanager
 def light_second_order(least: int = 0) -> Iterator[None]:
-    """The functions of `layers` and `recurrent` in place of torch's.
+    """The functions of this package in place of torch's.
 
     least: linear layers of fewer multiplications stay torch's own.
     """

@@ -1,4 +1,4 @@
-"""Linear layers, convolution, GELU, layer normalisation, running statistics, attention."""
+"""Linear layers, convolution, GELU, attention."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from rhc.hypergradient.kernels.common import (
     which_leaves,
 )
 
-_linear, _gelu = F.linear, F.gelu
-_layer_norm, _attention = F.layer_norm, F.scaled_dot_product_attention
+_linear, _gelu, _attention = F.linear, F.gelu, F.scaled_dot_product_attention
 
 
 # Linear ------------------------------------------------------------------------------------------
@@ -277,181 +276,6 @@ class _GeluBackward(Function):
         gx = torch.mul(square, -0.5).exp_()
         gx.mul_(square.sub_(2)).mul_(gy).mul_(v).mul_(-1 / math.sqrt(2 * math.pi))
         return v * slope, gx, None
-
-
-# Layer normalisation -----------------------------------------------------------------------------
-
-
-def layer_norm(
-    input: Tensor,
-    normalized_shape: Any,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-) -> Tensor:
-    """torch.nn.functional.layer_norm."""
-    if len(normalized_shape) != 1 or not plain(input, weight, bias):
-        return _layer_norm(input, normalized_shape, weight, bias, eps)
-    return _LayerNorm.apply(input, weight, bias, eps)
-
-
-class _LayerNorm(Function):
-    """y = w x̂ + b, x̂ = (x − mean) r, r = 1 / √(var + eps), over the last dimension."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor | None, b: Tensor | None, eps: float) -> Tensor:
-        y, mean, r = torch.native_layer_norm(x, [x.shape[-1]], w, b, eps)
-        ctx.save_for_backward(x, w, mean, r)
-        ctx.eps = eps
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> Grads:
-        x, w, mean, r = ctx.saved_tensors
-        need = ctx.needs_input_grad[:3]
-        if tracked():
-            return *_LayerNormBackward.apply(gy, x, w, mean, r, ctx.eps, need), None
-        return *_layer_norm_backward(gy, x, w, mean, r, need), None
-
-
-def _layer_norm_backward(
-    gy: Tensor, x: Tensor, w: Tensor | None, mean: Tensor, r: Tensor, need: tuple[bool, ...]
-) -> Grads:
-    if w is None:
-        gx, _, _ = torch.ops.aten.native_layer_norm_backward(
-            gy, x, [x.shape[-1]], mean, r, None, None, [need[0], False, False]
-        )
-        return gx, None, gy.reshape(-1, gy.shape[-1]).sum(0) if need[2] else None
-    found = torch.ops.aten.native_layer_norm_backward(
-        gy, x, [x.shape[-1]], mean, r, w, w, list(need)
-    )
-    return tuple(g if n else None for g, n in zip(found, need, strict=True))
-
-
-class _LayerNormBackward(Function):
-    """gx = r (u − ⟨u⟩ − x̂ ⟨u x̂⟩) with u = w gy and ⟨·⟩ the mean over the last dimension."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        gy: Tensor,
-        x: Tensor,
-        w: Tensor | None,
-        mean: Tensor,
-        r: Tensor,
-        eps: float,
-        need: tuple[bool, ...],
-    ) -> Grads:
-        ctx.save_for_backward(gy, x, w, mean, r)
-        ctx.eps = eps
-        ctx.set_materialize_grads(False)
-        return _layer_norm_backward(gy, x, w, mean, r, need)
-
-    @staticmethod
-    def backward(ctx: Any, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None) -> Grads:
-        gy, x, w, mean, r = ctx.saved_tensors
-        if tracked():  # a third derivative: r and the mean must be seen as functions
-            mean = x.mean(-1, keepdim=True)
-            r = ((x - mean).square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
-        n = x.shape[-1]
-        normal = (x - mean) * r
-        ggy = gx = gw = None
-        if vx is not None:
-            # gx = P u is symmetric in u, P the projection off 1 and x̂, times r.
-            u = gy if w is None else gy * w
-            v_normal, u_normal = _mean_product(vx, normal), _mean_product(u, normal)
-            projected = _project(vx, None, x, normal, mean, r)
-            u_projected = _project(gy, w, x, normal, mean, r)
-            slope = _mean_product(u_projected, vx)
-            if w is None:
-                ggy = projected
-            else:
-                ggy = projected * w
-                gw = (projected * gy).reshape(-1, n).sum(0)
-            # The x in P: −r (P v ⟨u x̂⟩ + P u ⟨v x̂⟩ + x̂ ⟨v P u⟩)
-            if tracked():
-                gx = -r * (projected * u_normal + u_projected * v_normal + normal * slope)
-            else:
-                gx = torch.mul(projected, u_normal).addcmul_(u_projected, v_normal)
-                gx.addcmul_(normal, slope).mul_(-r)
-        if vw is not None:
-            # gw = Σ gy x̂
-            along = _project(gy, vw, x, normal, mean, r)
-            if tracked():
-                ggy, gx = total(ggy, normal * vw), total(gx, along)
-            else:
-                ggy = normal * vw if ggy is None else torch.addcmul(ggy, normal, vw)
-                gx = along if gx is None else gx.add_(along)
-        if vb is not None:
-            ggy = vb.expand_as(gy) if ggy is None else ggy + vb
-        return ggy, gx, gw, None, None, None, None
-
-
-def _project(
-    g: Tensor, w: Tensor | None, x: Tensor, normal: Tensor, mean: Tensor, r: Tensor
-) -> Tensor:
-    """r (u − ⟨u⟩ − x̂ ⟨u x̂⟩) of u = g w: the backward pass of a layer normalisation."""
-    if tracked():
-        u = g if w is None else g * w
-        return r * (u - u.mean(-1, keepdim=True) - normal * _mean_product(u, normal))
-    return torch.ops.aten.native_layer_norm_backward(
-        g.contiguous(), x, [x.shape[-1]], mean, r, w, None, [True, False, False]
-    )[0]
-
-
-def _mean_product(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a b⟩ over the last dimension, kept: (…, n), (…, n) -> (…, 1)."""
-    return torch.linalg.vecdot(a, b).unsqueeze(-1) / a.shape[-1]
-
-
-# Running statistics ------------------------------------------------------------------------------
-
-
-def moved_statistics(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    moved: tuple[Tensor, Tensor],
-    momentum: float,
-) -> tuple[Tensor, Tensor]:
-    """BatchNorm's running (mean, var) after a pass over x, of known value `moved`, with a graph.
-
-    torch's own layer has found the values on its way: to find them again would take two passes over
-    x, a seventh of a small CNN's step. x: (N, C, …). mean, var: (C,), from before the pass.
-    """
-    return _MovedStatistics.apply(x, mean, var, *moved, momentum)
-
-
-class _MovedStatistics(Function):
-    """(1 − m) mean + m ⟨x⟩, and (1 − m) var + m times the unbiased variance of x."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        moved_mean: Tensor,
-        moved_var: Tensor,
-        momentum: float,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x)
-        ctx.momentum = momentum
-        return moved_mean.clone(), moved_var.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g_mean: Tensor, g_var: Tensor) -> Grads:
-        (x,) = ctx.saved_tensors
-        m = ctx.momentum
-        count = x.numel() // x.shape[1]
-        gx = None
-        if ctx.needs_input_grad[0]:
-            shape = [1, -1] + [1] * (x.dim() - 2)
-            values = x.to(g_mean.dtype)
-            centred = values - values.mean([0, *range(2, x.dim())], keepdim=True)
-            of_var = (g_var * (2 * m / max(1, count - 1))).view(shape)
-            gx = (centred * of_var + (g_mean * (m / count)).view(shape)).to(x.dtype)
-        return gx, g_mean * (1 - m), g_var * (1 - m), None, None, None
 
 
 # Attention ---------------------------------------------------------------------------------------
