@@ -65,16 +65,23 @@ class Ceiling:
     It is made where nothing is held but what stays, and asked to `check` between pieces of work.
     Trimming at every step would cost a plain step each, since all its pages are faulted in again.
     above: bytes beyond the ground, which is what resided when the first was made in this process,
-    or the last one that found too much. Where nobody can say what resides, nothing is done.
+    or the last one that found more than spare bytes too much. work: bytes that a piece of work
+    takes at most. Where nobody can say what resides, nothing is done.
     """
 
     ground: int | None = None
 
-    def __init__(self, above: int) -> None:
-        if Ceiling.ground is None or resident() > Ceiling.ground + above:
+    def __init__(self, above: int, *, work: int = 0, spare: int = 0) -> None:
+        if Ceiling.ground is None or resident() > Ceiling.ground + above + spare:
             trim()
             Ceiling.ground = resident()
-        self.above, self.limit = above, Ceiling.ground + above
+        self.above, self.limit, self.work = above, Ceiling.ground + above, work
+        self._seen = resident()
+
+    def make_room(self) -> None:
+        """Before the first piece of work: it need not fit into the holes that others have left."""
+        if resident() + self.work > self.limit:
+            trim()
 
     def check(self) -> None:
         """Trims the heap if it is above."""
@@ -82,6 +89,19 @@ class Ceiling:
             trim()
             # What is there without holes does not become less by trimming at every step.
             self.limit = max(self.limit, resident() + self.above // 16)
+
+    def check_growth(self) -> None:
+        """Trims the heap if it is above and still grows: as long as it does not, what is free in it
+        is used, and would only be faulted in again."""
+        now = resident()
+        if now > self.limit and now > self._seen + GROWTH:
+            trim()
+            now = resident()
+        self._seen = now
+
+
+GROWTH = 2**20
+"""Bytes of growth that are none: code and small objects come and go."""
 
 
 def resident() -> int:

@@ -172,6 +172,62 @@ def test_a_ceiling_trims_as_rarely_as_will_do(monkeypatch: pytest.MonkeyPatch) -
     there = 240
     other = memory.Ceiling(150)  # as when a hypergradient is asked for again
     assert (trims, other.limit) == (4, 240)
+    there, least = 330, 300
+    assert memory.Ceiling(150, spare=90).limit == 240  # what was held before is no reason
+    assert trims == 4
+    memory.Ceiling(150, spare=89)
+    assert (trims, memory.Ceiling.ground) == (5, 300)
+
+
+def test_a_ceiling_makes_room_once_for_what_is_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    there, trims = 100, 0
+
+    def trim() -> None:
+        nonlocal there, trims
+        there, trims = 80, trims + 1
+
+    monkeypatch.setattr(memory.Ceiling, "ground", 80)
+    monkeypatch.setattr(memory, "trim", trim)
+    monkeypatch.setattr(memory, "resident", lambda: there)
+    ceiling = memory.Ceiling(160, work=100)
+    there = 140
+    ceiling.make_room()
+    assert trims == 0
+    there = 141
+    ceiling.make_room()
+    assert (trims, there, ceiling.limit) == (1, 80, 240)
+
+
+def test_a_heap_is_trimmed_where_it_grows_beyond_its_height(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beside graphs that stay: one as high that does not grow is used, window after window."""
+    there, trims = 0, 0
+
+    def trim() -> None:
+        nonlocal there, trims
+        there, trims = least, trims + 1
+
+    monkeypatch.setattr(memory.Ceiling, "ground", 0)
+    monkeypatch.setattr(memory, "trim", trim)
+    monkeypatch.setattr(memory, "resident", lambda: there)
+    step = 4 * memory.GROWTH
+    ceiling = memory.Ceiling(10 * step)
+    for n in range(1, 11):
+        there = n * step
+        ceiling.check_growth()
+    assert trims == 0
+    least, there = 8 * step, 11 * step
+    ceiling.check_growth()
+    assert (trims, there) == (1, 8 * step)
+    there = 10 * step + 1  # grows again, after a trim from lower down
+    ceiling.check_growth()
+    assert trims == 2
+    there = 12 * step
+    ceiling = memory.Ceiling(10 * step, spare=5 * step)  # the next window's
+    for _ in range(5):
+        ceiling.check_growth()
+    assert trims == 2
 
 
 HELD = """

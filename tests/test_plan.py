@@ -36,7 +36,6 @@ from torch.optim import Optimizer
 import rhc
 from rhc import InputError, Runner
 from rhc.hypergradient import Hypergradient, Lookback, Plan
-from rhc.hypergradient.lookback import Measured, _with_product, measure_sizes
 from rhc.hypergradient.plan import (
     Sizes,
     chunk_bounds,
@@ -46,6 +45,7 @@ from rhc.hypergradient.plan import (
     split,
 )
 from rhc.hypergradient.record import WindowRecorder
+from rhc.hypergradient.sizes import Measured, _with_product, measure_pieces
 from rhc.objective import Average, Objective
 from rhc.plant import Plant, Trajectory
 from rhc.schedule import Schedule
@@ -233,10 +233,10 @@ def test_states_are_rebuilt_before_anything_is_spilled(spill: bool) -> None:
 
 
 def test_where_every_graph_fits_less_of_a_state_is_counted() -> None:
-    """51 gradients, the live state, a product, 50 graphs, and six of the optimizer's states alone:
-    of whole states there would be room for half of the graphs."""
+    """50 gradients, the first state, costates, a product, 50 graphs, and six of the optimizer's
+    states alone: of whole states there would be room for half of the graphs."""
     sizes = Sizes(1000, 2000, 250, 2000, slots=1000)
-    enough = 51_000 + 2000 + 2000 + 50 * 250 + 6 * 1000
+    enough = 50_000 + 2000 + 3000 + 2000 + 50 * 250 + 6 * 1000
     plan = make_plan(50, "exact", sizes, enough, spill=True)
     assert plan.graphs == 50 and plan.predicted_bytes == enough
     assert make_plan(50, "exact", sizes, enough - 1, spill=True).graphs < 50
@@ -528,8 +528,8 @@ def test_only_means_over_rows_are_taken_in_parts(make: Any, loss_fn: Any, mean: 
     torch.manual_seed(0)
     model = make()
     plant = Plant(model, momentum(model.parameters()), loss_fn)
-    sizes = measure_sizes(plant, rows(), Objective(), "exact", full=True)
-    assert [pieces for pieces, _ in sizes.pieces] == ([2, 4, 8] if mean else [])
+    found = measure_pieces(plant, rows(), Objective())
+    assert [pieces for pieces, _ in found] == ([2, 4, 8] if mean else [])
 
 
 def test_a_loss_that_is_no_mean_later_on_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -547,8 +547,8 @@ def test_a_loss_that_is_no_mean_later_on_is_noticed(monkeypatch: pytest.MonkeyPa
             plant, Objective(loss_weight=1.0, terminal_weight=0.0), list(START),
             product="exact", memory_budget=10**9, notice=notices.append,
         )  # fmt: skip
-        sizes = lookback._measured(batches[0], "exact")
-        assert sizes.pieces
+        lookback._measured(batches[0], "exact")
+        assert lookback._measured_in_pieces(batches[0], "exact").pieces
         if tight:
             plan = Plan(4, "exact", kept=4, pieces=2)
             monkeypatch.setattr(lookback, "plan", lambda *given, plan=plan: plan)
@@ -557,8 +557,39 @@ def test_a_loss_that_is_no_mean_later_on_is_noticed(monkeypatch: pytest.MonkeyPa
         plant.restore(before)
     assert len(notices) == 1 and "step 2 is not the mean of its rows' losses" in notices[0]
     assert lookback._measured(batches[0], "exact").pieces == ()
+    assert measure_pieces(plant, batches[0], lookback.objective) == ()
+    assert "not the mean of its rows' losses" in found[1].why
     for control, expected in found[0].grad.items():
         assert relative_error(found[1].grad[control], expected) < SAME
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_a_product_for_which_there_is_no_memory_is_too_large(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measuring it is what runs out; in so many parts it does not. There is a plan all the same."""
+
+    def pull_back(*arguments: Any, pieces: int = 1, **options: Any) -> Any:
+        if pieces <= most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return own(*arguments, pieces=pieces, **options)
+
+    own = rhc.hypergradient.sizes.pull_back
+    monkeypatch.setattr("rhc.hypergradient.sizes.pull_back", pull_back)
+    torch.manual_seed(0)
+    model = dense().double()
+    batches = [tuple(t.double() for t in rows()) for _ in range(4)]
+    expected, found = (
+        rhc.hypergradient(
+            model, momentum(model.parameters()), squares, batches, controls=START,
+            product="exact", memory_budget=budget,
+        )
+        for budget in (None, 10**6)
+    )  # fmt: skip
+    assert found.plan is not None and found.plan.fits and not found.plan.graphs
+    assert found.plan.pieces == most + 1
+    for control, g in expected.grad.items():
+        assert relative_error(found.grad[control], g) < SAME
 
 
 START = {"lr": 0.05, "momentum": 0.9}
@@ -758,7 +789,7 @@ def test_a_model_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
         measured += 1
         return _with_product(*args)
 
-    monkeypatch.setattr("rhc.hypergradient.lookback._with_product", counted)
+    monkeypatch.setattr("rhc.hypergradient.sizes._with_product", counted)
     chosen = setting("mlp", momentum)
     batches = fixed_batches(chosen.problem, 3)
     fewer = [tuple(t[:2] for t in batch) for batch in batches]

@@ -11,34 +11,28 @@ import random
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from rhc import memory
-from rhc.batches import batch_size
 from rhc.errors import InputError
 from rhc.hypergradient.evaluation import (
     Evaluation,
-    Scratch,
-    double_backward,
     has_statistics,
-    parts,
-    tensors_of,
-    visible_statistics,
 )
-from rhc.hypergradient.plan import FREE_GRAPHS, PIECES_COST, Plan, Sizes, make_plan
+from rhc.hypergradient.plan import (
+    Plan,
+    Sizes,
+    keeps_whole,
+    make_plan,
+)
 from rhc.hypergradient.products import (
     Product,
-    StepPoint,
-    noting_precision,
-    precision,
-    pull_back,
 )
-from rhc.hypergradient.record import GraphMaker, TooMuch, WindowRecorder
+from rhc.hypergradient.record import WindowRecorder
 from rhc.hypergradient.segments import (
     AGREES,
     Adjoint,
@@ -47,10 +41,10 @@ from rhc.hypergradient.segments import (
     Terminal,
     adjoint,
 )
-from rhc.hypergradient.support import missing, missing_derivative, unsupported
+from rhc.hypergradient.sizes import forget_pieces, measure_pieces, measure_sizes
+from rhc.hypergradient.support import missing, unsupported
 from rhc.objective import Average, Objective
 from rhc.plant import Plant, StepRecord, Trajectory
-from rhc.randomness import RandomState
 from rhc.schedule import Schedule
 
 SAME_GRADIENT = 0.01
@@ -193,6 +187,7 @@ class Lookback:
         self.product, self.why = self._first_choice(product)
         self.exact_fails = plant.shared_out
         self.moving: list[str] | None = None
+        self.whole = ""  # why no product takes batches in parts any more
         self._sizes: dict[str, Sizes] = {}
 
     # Plan and roll -------------------------------------------------------------------------------
@@ -205,19 +200,24 @@ class Lookback:
         product = self._product(steps)
         if self.segment not in ("auto", 1):
             return Plan(steps, product, min(int(self.segment), steps), kept=steps)
-        sizes = self._measured(batch, product)
-        if not self.plant.slots_alone(scheduled, self.controls):
-            sizes = replace(sizes, slots=0)
         spill = self.spill is not False
         budget = self.memory_budget
-        if self.plant.parameters[0].device.type != "cpu":
-            plan = make_plan(steps, product, sizes, budget, spill=spill)
-        else:
-            allocated = None if budget is None else int(HEAP * budget)
-            most = None if self.held else FRESH_GRAPHS
-            plan = make_plan(steps, product, sizes, allocated, spill=spill, graph_bytes=most)
+        on_cpu = self.plant.parameters[0].device.type == "cpu"
+        sizes = self._measured(batch, product)
+        allocated = budget
+        if budget is not None and on_cpu:
+            allocated = max(0, int(HEAP * (budget + sizes.plain)) - sizes.plain)
+        if sizes.pieces is None and not (
+            allocated is None or keeps_whole(steps, product, sizes, allocated)
+        ):
+            sizes = self._measured_in_pieces(batch, product)
+        if not self.plant.slots_alone(scheduled, self.controls):
+            sizes = replace(sizes, slots=0)
+        most = None if self.held or not on_cpu else FRESH_GRAPHS
+        plan = make_plan(steps, product, sizes, allocated, spill=spill, graph_bytes=most)
+        if on_cpu:
             assert plan.predicted_bytes is not None
-            resident = int(plan.predicted_bytes / HEAP)
+            resident = int((plan.predicted_bytes + sizes.plain) / HEAP) - sizes.plain
             plan = replace(plan, budget=budget, predicted_bytes=resident)
         if self.automatic and product != "exact" and not self.exact_fails:
             plan = replace(plan, verified=1 if plan.chunk else 2)
@@ -255,13 +255,18 @@ class Lookback:
         return recorder
 
     def _ceiling(self, plan: Plan) -> memory.Ceiling | None:
-        """Of a CPU's heap, where a budget leaves no room for graphs; it begins now.
+        """Of a CPU's heap, where there is a budget; it begins now.
 
-        Where it does, holes count for little, and a heap of gigabytes is not faulted in again.
+        What the window began with is there already, and the budget's.
         """
-        if plan.budget is None or plan.graphs or self.plant.parameters[0].device.type != "cpu":
+        if plan.budget is None or self.plant.parameters[0].device.type != "cpu":
             return None
-        return memory.Ceiling(self._sizes[plan.product].plain + int(HEAP * plan.budget))
+        sizes = self._sizes[plan.product]
+        whole = sizes.plain + plan.budget - sizes.state
+        if plan.graphs:  # the next step's graph must have room, and holes that it cannot use
+            return memory.Ceiling(max(whole // 2, whole - 2 * sizes.graph), spare=plan.budget // 4)
+        work = sizes.plain + dict(sizes.pieces or ()).get(plan.pieces, sizes.product)
+        return memory.Ceiling(whole - int((1 - HEAP) * plan.budget), work=work)
 
     # Look back -----------------------------------------------------------------------------------
 
@@ -306,7 +311,7 @@ class Lookback:
             except (RuntimeError, NotImplementedError) as error:
                 self._fall_back(error, trajectory)
         if found.undivided is not None:
-            self._divide_no_more(product, trajectory.start + found.undivided)
+            self._divide_no_more(product, trajectory, found.undivided)
         if self.moving is None:
             self.moving = self._moving_buffers(trajectory)
         value = stage_sum(self.objective, trajectory)
@@ -374,7 +379,8 @@ class Lookback:
         why = self.why
         if product != self.product:
             why = f"windows of fewer than {SHORT} steps are looked back at exactly"
-        return f"{why}; {_left_out(self.moving)}" if self.moving else why
+        more = [_left_out(self.moving)] if self.moving else []
+        return "; ".join([why, *more, *([self.whole] if self.whole else [])])
 
     def _moving_buffers(self, trajectory: Trajectory) -> list[str]:
         """Buffers that training changes, beyond the statistics that are followed."""
@@ -419,12 +425,14 @@ class Lookback:
         )
         self.notice(f"product exact: {self.why}")
 
-    def _divide_no_more(self, product: Product, step: int) -> None:
+    def _divide_no_more(self, product: Product, trajectory: Trajectory, i: int) -> None:
         self._sizes[product] = replace(self._sizes[product], pieces=())
-        self.notice(
-            f"the loss of step {step} is not the mean of its rows' losses: products take whole "
-            "batches from now on, which may be more than the memory budget"
+        forget_pieces(self.plant, trajectory.batches[i], self.objective)
+        self.whole = (
+            f"the loss of step {trajectory.start + i} is not the mean of its rows' losses: "
+            "products take whole batches from now on, which may be more than the memory budget"
         )
+        self.notice(self.whole)
 
     def _fall_back(self, error: BaseException, trajectory: Trajectory) -> None:
         """An operator lacks the derivative: differences where that is ours to choose."""
@@ -451,6 +459,14 @@ class Lookback:
             self._sizes[product] = sizes
         return self._sizes[product]
 
+    def _measured_in_pieces(self, batch: Any, product: Product) -> Sizes:
+        """Also of a product that takes the batch in parts: only where a budget is tight."""
+        pieces: tuple[tuple[int, int], ...] = ()
+        if product == "exact":
+            pieces = measure_pieces(self.plant, batch, self.objective)
+        self._sizes[product] = replace(self._sizes[product], pieces=pieces)
+        return self._sizes[product]
+
 
 def _left_out(moving: Sequence[str]) -> str:
     names = ", ".join(moving[:3]) + (", …" if len(moving) > 3 else "")
@@ -458,216 +474,6 @@ def _left_out(moving: Sequence[str]) -> str:
         f"buffers {names} change in training and count as constants of each step: what loss_fn "
         "reads of them (spectral_norm does) is left out of the hypergradient"
     )
-
-
-NEVER = 1 << 62
-"""Bytes of a graph that cannot be kept."""
-
-
-def measure_sizes(
-    plant: Plant, batch: Any, objective: Objective, product: Product, *, full: bool
-) -> Sizes:
-    """What one step at the live state holds; the plant is put back. full: also a product's peak.
-
-    Without `full`, graphs that could not be kept anyway are not measured.
-    """
-    known = _known_sizes(plant)
-    key = (product, full, _signature(plant, batch), bool(objective.reward_weight))
-    if key not in known:
-        known[key] = _measured_product(plant, batch, objective, product, full=full)
-    return Sizes(
-        parameters=_parameter_bytes(plant),
-        state=_snapshot_bytes(plant),
-        slots=_slot_bytes(plant),
-        **known[key]._asdict(),
-    )
-
-
-class Measured(NamedTuple):
-    """Bytes of a graph, of a product, (how many, of a product in so many parts), of a gradient."""
-
-    graph: int
-    product: int = 0
-    pieces: tuple[tuple[int, int], ...] = ()
-    plain: int = 0
-
-
-_KNOWN: WeakKeyDictionary[nn.Module, WeakKeyDictionary[Any, dict[Any, Measured]]]
-_KNOWN = WeakKeyDictionary()
-"""Model -> loss_fn -> what the figures depend on -> what was measured. `rhc.hypergradient`, called
-again and again, would spend a tenth of its time on measuring, and hand back its heap."""
-
-
-def _known_sizes(plant: Plant) -> dict[Any, Measured]:
-    try:
-        return _KNOWN.setdefault(plant.model, WeakKeyDictionary()).setdefault(plant.loss_fn, {})
-    except TypeError:  # cannot be hashed, or be referred to weakly
-        return {}
-
-
-def _signature(plant: Plant, batch: Any) -> tuple[Any, ...]:
-    """All that a product's size depends on, beside model and loss."""
-    live = (*plant.parameters, *tensors_of(batch))
-    kinds = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in live)
-    return kinds, tuple(m.training for m in plant.model.modules())
-
-
-def _measured_product(
-    plant: Plant, batch: Any, objective: Objective, product: Product, *, full: bool
-) -> Measured:
-    """By a step or two at the live state, which is put back."""
-    state = plant.snapshot()
-    grads = [p.grad for p in plant.model.parameters()]
-    try:
-        graph = _parameter_bytes(plant)
-        if product == "exact" and (full or graph <= FREE_GRAPHS):
-            for p in plant.model.parameters():
-                p.grad = None
-            # Ranks that go through a layer of all ranks must not leave it in the middle.
-            enough = math.inf if full or plant.ranks is not None else FREE_GRAPHS
-            try:
-                graph = _graph_bytes(plant, batch, objective, enough)
-            except (RuntimeError, NotImplementedError) as error:
-                if missing_derivative(error) is None:
-                    raise
-                graph = NEVER
-        return _with_product(plant, batch, objective, product, graph) if full else Measured(graph)
-    finally:
-        plant.restore(state)
-        for p, g in zip(plant.model.parameters(), grads, strict=True):
-            p.grad = g
-
-
-def _graph_bytes(plant: Plant, batch: Any, objective: Objective, enough: float) -> int:
-    """Bytes that the graph of one step's gradient holds; NEVER where it cannot be kept.
-
-    enough: bytes from which on it is not worth going on.
-    """
-    make_graph = GraphMaker(Evaluation(plant, plant.blocks(), objective))
-    try:
-        found = make_graph.survey(batch, enough)
-    except TooMuch:
-        return NEVER
-    return found.size if found.steady else NEVER
-
-
-def _with_product(
-    plant: Plant, batch: Any, objective: Objective, product: Product, size: int
-) -> Measured:
-    """The most that a Hessian product takes beyond one plain gradient. size: bytes of a graph."""
-    device = plant.parameters[0].device
-    blocks = plant.blocks()
-    for p in plant.model.parameters():
-        p.grad = None
-    with torch.enable_grad():
-        plant.backward(batch)  # warm
-        plant.refuse_sparse()
-        for p in plant.model.parameters():
-            p.grad = None
-        memory.trim()  # holes in the heap would hide what is taken
-        memory.reset_peak(device)
-        ground = memory.current_peak(device)
-        watch = RandomState.capture()
-        with noting_precision(plant):
-            loss, _ = plant.backward(batch)
-        plain = memory.current_peak(device)
-        draws = not watch.same(RandomState.capture())
-        gradients = [block.flatten([_gradient(p) for p in plant.parameters]) for block in blocks]
-        for p in plant.model.parameters():
-            p.grad = None
-        evaluation = Evaluation(plant, blocks, objective)
-        theta = [block.flatten(plant.parameters) for block in blocks]
-        point = StepPoint(
-            lambda: theta,
-            {n: b.detach().clone() for n, b in plant.model.named_buffers()},
-            batch,
-            None,
-            gradients,
-            loss=loss.detach(),
-        )
-        found = dict[int, int]()
-        with (
-            double_backward(plant.model),
-            visible_statistics(plant.model, update=False),
-            Scratch(plant, blocks) as scratch,
-        ):
-
-            def taken(pieces: int) -> float:
-                """By a product; also measures what it takes. How far its gradient is off."""
-                memory.trim()
-                memory.reset_peak(device)
-                pulled = pull_back(
-                    product, evaluation, scratch, point, gradients, {},
-                    compare=pieces > 1, pieces=pieces,
-                )  # fmt: skip
-                found[pieces] = max(0, memory.current_peak(device) - plain)
-                return pulled.discrepancy
-
-            try:
-                # Beside a small model the code of the kernels, read the first time, would count.
-                for _ in range(2 if size <= FREE_GRAPHS else 1):
-                    taken(1)
-            except (RuntimeError, NotImplementedError) as error:
-                if missing_derivative(error) is None:
-                    raise
-                found[1] = max(0, memory.current_peak(device) - plain)
-            else:
-                if product == "exact" and not draws and _may_be_cut(plant, objective):
-                    rounding = SAME_PARTS * torch.finfo(gradients[0].dtype).eps
-                    _try_pieces(taken, batch, rounding, found)
-        return Measured(size, found.pop(1), tuple(found.items()), max(0, plain - ground))
-
-
-def _may_be_cut(plant: Plant, objective: Objective) -> bool:
-    """Whether the loss could be a mean over rows, as far as can be seen from here."""
-    full = precision(plant) <= torch.finfo(torch.float32).eps
-    return full and plant.ranks is None and not objective.reward_weight
-
-
-def _try_pieces(
-    taken: Callable[[int], float], batch: Any, rounding: float, found: dict[int, int]
-) -> None:
-    for pieces in PIECES_COST:
-        if min(batch_size(part) for part in parts(batch)) < pieces:
-            return
-        try:
-            if not taken(pieces) <= rounding:
-                del found[pieces]
-                return
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception:  # a loss that cannot do with fewer rows raises what it likes
-            return
-
-
-SAME_PARTS = 1000
-"""Largest relative difference between a batch's gradient and its parts' mean, in machine epsilons.
-"""
-
-
-def _gradient(p: Tensor) -> Tensor:
-    return torch.zeros_like(p) if p.grad is None else p.grad
-
-
-def _parameter_bytes(plant: Plant) -> int:
-    return sum(p.nbytes for p in plant.parameters if p.requires_grad)
-
-
-def _snapshot_bytes(plant: Plant) -> int:
-    snapshot = plant.snapshot()
-    tensors = [*snapshot.parameters.values(), *snapshot.buffers.values()]
-    tensors += [v for slots in snapshot.slots for v in slots.values() if isinstance(v, Tensor)]
-    total = sum(t.numel() * t.element_size() for t in tensors)
-    if not any(snapshot.slots):  # no step was taken yet, and slots are to come
-        total *= 2
-    return total
-
-
-def _slot_bytes(plant: Plant) -> int:
-    """Of the optimizer's state as it is, or as it will be after the first step."""
-    slots = plant.block_slots(plant.blocks())
-    held = sum(t.nbytes for own in slots for t in own if isinstance(t, Tensor))
-    return held or _parameter_bytes(plant)
 
 
 def _undefined(trajectory: Trajectory, controls: Sequence[str]) -> Adjoint:

@@ -47,8 +47,8 @@ class Sizes:
     """Bytes. parameters: θ that is trained. state: a whole snapshot. graph: of one step's gradient,
     with its own copy of what it reads of θ. product: the most that one Hessian product takes beyond
     plain training. slots: of the part of a state that a step whose graph is kept needs; 0 where
-    that is all of it. pieces: (n, product) of a product that takes a batch in n parts. plain:
-    of one gradient while it is evaluated.
+    that is all of it. pieces: (n, product) of a product that takes a batch in n parts; None where
+    that was not measured. plain: of one gradient while it is evaluated.
     """
 
     parameters: int
@@ -56,11 +56,17 @@ class Sizes:
     graph: int
     product: int
     slots: int = 0
-    pieces: tuple[tuple[int, int], ...] = ()
+    pieces: tuple[tuple[int, int], ...] | None = ()
     plain: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "pieces", tuple((n, size) for n, size in self.pieces))
+        if self.pieces is not None:  # lists, where they come from JSON
+            object.__setattr__(self, "pieces", tuple((n, size) for n, size in self.pieces))
+
+    @property
+    def costates(self) -> int:
+        """λ of the parameters, of the optimizer's state, and of the gradient."""
+        return self.state + self.parameters
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,7 @@ def make_plan(
         room = min(budget - lean.predicted_bytes, most)
         return _kept(steps, product, sizes, budget, min(steps, int(room // max(1, sizes.graph))))
     plans = [_within(steps, product, sizes, budget, spill=spill)]
-    for pieces, size in sizes.pieces:
+    for pieces, size in sizes.pieces or ():
         lighter = replace(sizes, product=min(size, sizes.product))
         plan = _within(steps, product, lighter, budget, spill=spill)
         plans.append(replace(plan, pieces=pieces))
@@ -188,6 +194,11 @@ takes more, whose matrix products are smaller: on the GPT of benchmarks/models.p
 
 SPILLED_COST = 0.2
 """Of a step's state on disk."""
+
+
+def keeps_whole(steps: int, product: Product, sizes: Sizes, budget: int) -> bool:
+    """Whether there is room for all gradients, and for products of whole batches."""
+    return _kept(steps, product, sizes, budget, 0).fits
 
 
 def _within(steps: int, product: Product, sizes: Sizes, budget: int, *, spill: bool) -> Plan:
@@ -224,7 +235,8 @@ def _kept(
     apart = math.isqrt(max(0, steps - 1)) + 1
     one = sizes.slots if sizes.slots and graphs == steps else sizes.state
     states = 2 * apart * one
-    fixed = (steps + 1) * sizes.parameters + sizes.state + sizes.product
+    # One state is what the window began with, which the caller keeps to go back to.
+    fixed = steps * sizes.parameters + sizes.state + sizes.costates + sizes.product
     # A product without a graph does not find its room where the kept ones were: the heap has holes.
     fixed += graphs * sizes.graph
     most = max(FREE_STATES, min(MOST_STATES, steps * sizes.parameters))
@@ -244,7 +256,7 @@ def _kept(
 def _spilled(steps: int, product: Product, sizes: Sizes, budget: int) -> Plan:
     # While a step is written or read there is its state, and its gradient.
     reading = sizes.state + sizes.parameters
-    fixed = sizes.product + reading + sizes.state + sizes.parameters
+    fixed = sizes.product + reading + sizes.state + sizes.costates
     kept = max(0, min(steps, (budget - fixed - _rebuilt(steps, sizes.state)) // sizes.parameters))
     rebuilt = _rebuilt(kept, sizes.state) if kept else 0
     return Plan(
@@ -258,9 +270,8 @@ def _spilled(steps: int, product: Product, sizes: Sizes, budget: int) -> Plan:
 
 
 def _recomputed(steps: int, product: Product, sizes: Sizes, budget: int) -> Plan:
-    costates = 2 * sizes.state + sizes.parameters
-    # The end of the window is kept as well, to go back to.
-    fixed = sizes.product + costates + sizes.state
+    # The beginning and the end of the window are kept as well, to go back to.
+    fixed = sizes.product + sizes.costates + 2 * sizes.state
     plans = []
     for chunk in _candidates(steps):
         chunks = math.ceil(steps / chunk)

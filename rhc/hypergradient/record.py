@@ -172,6 +172,8 @@ class WindowRecorder(Recorder):
         graph, values, buffers, steady = self._make_graph(batch, inside=self._inside)
         if steady:
             self.graphs[i] = graph
+            if self.ceiling is not None:
+                self.ceiling.check_growth()
         indices = (i for block in blocks for i in block.indices)
         for index, g in zip(indices, values, strict=True):
             plant.parameters[index].grad = g

@@ -332,7 +332,10 @@ class _Reverse:
     ) -> Adjoint:
         """The costate recursion; held: the costate at the end, which each chunk replaces."""
         self.pieces = recorder.plan.pieces
-        self.ceiling = recorder.ceiling
+        # Where graphs go one after the other, trimming would hand back the next window's heap.
+        if recorder.ceiling is not None and not recorder.plan.graphs:
+            self.ceiling = recorder.ceiling
+            self.ceiling.make_room()
         held.append(self._with_share(held.pop(), self.steps))
         self._note(self.steps, held[0])
         self.end_norm = self._parameter_norm(held[0])
