@@ -194,6 +194,9 @@ class Plant:
         self.singletons = False
         self._statistics: list[Tensor] = []
         self.find_statistics()
+        self._plain_zero_grad = type(
+            optimizer
+        ).zero_grad is torch.optim.Optimizer.zero_grad and "zero_grad" not in vars(optimizer)
         self._on_cpu = all(p.device.type == "cpu" for p in self.parameters)
 
     def find_statistics(self) -> None:
@@ -233,7 +236,7 @@ class Plant:
         backward: fills the gradients in place of loss and backward.
         """
         self.controls.write(controls)
-        self.optimizer.zero_grad()
+        self.forget_gradients()
         if backward is None:
             loss, metrics = self.backward(batch)
         else:
@@ -245,6 +248,15 @@ class Plant:
         norm = self._transform_gradients(controls.get("noise", 0.0), step)
         self.optimizer.step()
         return StepRecord(loss.detach(), {k: v.detach() for k, v in metrics.items()}, norm)
+
+    def forget_gradients(self) -> None:
+        """`optimizer.zero_grad()`, by hand where that is torch's: it takes 8 µs beside 750."""
+        if not self._plain_zero_grad:
+            self.optimizer.zero_grad()
+            return
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None
 
     def backward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Adds the gradient of a step's batch to every `.grad`; (loss, metrics), of all ranks."""
@@ -302,8 +314,7 @@ class Plant:
         if isinstance(batch, (MicroBatches, DrawnAsNeeded)):
             return self._accumulate(batch)
         loss, metrics = self.loss(batch)
-        with _one_graph():
-            loss.backward()
+        _fill_gradients(loss)
         return loss, metrics
 
     def refuse_sparse(self, *, slots: bool = True) -> None:
@@ -327,8 +338,7 @@ class Plant:
         metrics: dict[str, list[Tensor]] = {}
         for batch in batches:
             loss, observed = self.loss(batch)
-            with _one_graph():
-                (loss / count).backward()
+            _fill_gradients(loss / count)
             losses.append(loss.detach())
             for name, value in observed.items():
                 metrics.setdefault(name, []).append(value.detach())
@@ -810,11 +820,23 @@ def _dense(tensors: list[Tensor]) -> list[Tensor]:
     return [t.coalesce().values() if t.is_sparse else t for t in tensors]
 
 
-@contextlib.contextmanager
-def _one_graph() -> Iterator[None]:
-    """The loss's graph is gone through once; an InputError where it has been already."""
+_run_backward: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
+
+
+def _fill_gradients(loss: Tensor) -> None:
+    """`loss.backward()`, without its checks; an InputError where the graph was gone through before.
+
+    They take 10 µs beside a step of 750 of a small model.
+    """
+    plain = type(loss) is Tensor and loss.is_floating_point() and loss.dim() == 0
     try:
-        yield
+        if _run_backward is None or not plain:
+            loss.backward()
+            return
+        seed = torch.ones_like(loss)
+        _run_backward(
+            (loss,), (seed,), False, False, (), allow_unreachable=True, accumulate_grad=True
+        )
     except RuntimeError as error:
         if "graph a second time" not in str(error):
             raise
