@@ -37,7 +37,7 @@ from torch.optim import SGD, Adam, Optimizer, Rprop
 import rhc
 from rhc import InputError, Objective, Plant, Schedule
 from rhc.dynamics import SGDState
-from rhc.hypergradient import Hypergradient, Lookback, segments
+from rhc.hypergradient import Hypergradient, Lookback, products, segments
 from rhc.hypergradient.products import PRODUCTS
 from rhc.objective import Average
 from rhc.plant import BlockState
@@ -523,6 +523,32 @@ def test_difference_products_follow_running_statistics() -> None:
     assert relative_error(found["forward-over-reverse"], exact) < 1e-12
     assert relative_error(found["forward-difference"], exact) < 1e-6
     assert relative_error(found["central-difference"], exact) < 1e-8
+
+
+def test_running_statistics_are_pulled_back_at_the_step_s_own_parameters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where the state was spilled, whose θ the difference may change."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5, bias=False), nn.BatchNorm1d(5), nn.Tanh()).double()
+    setting = custom(model, lambda m, x: (m(x)[:, :4] - x).square().mean(), nesterov)
+    options = {"terminal": in_mode(setting.problem.terminal, training=False)}
+    seen: list[list[Tensor]] = []
+    first_order = products._first_order
+
+    def noted(evaluation: Any, scratch: Any, point: Any, costates: Any) -> Any:
+        seen.append([flat.clone() for flat in point.flats])
+        return first_order(evaluation, scratch, point, costates)
+
+    monkeypatch.setattr(products, "_first_order", noted)
+    kept = look_back(setting, product="forward-difference", **options)
+    spilled = look_back(setting, product="forward-difference", memory_budget=1, **options)
+    assert kept.plan is not None and not kept.plan.spilled
+    assert spilled.plan is not None and spilled.plan.spilled
+    assert len(seen) == 2 * STEPS
+    for before, after in zip(seen[:STEPS], seen[STEPS:], strict=True):
+        for a, b in zip(before, after, strict=True):
+            assert torch.allclose(a, b, rtol=1e-13, atol=1e-14)  # a difference moves θ by 1e-8
 
 
 @pytest.mark.parametrize("product", ["forward-difference", "central-difference"])

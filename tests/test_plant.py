@@ -127,6 +127,38 @@ def test_what_a_step_observes() -> None:
     torch.testing.assert_close(problem.model.theta.detach(), theta - 0.5 * (gradient + 0.1 * theta))
 
 
+def test_an_optimizer_s_own_zero_grad_is_called() -> None:
+    called = []
+
+    class Counted(torch.optim.SGD):
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            called.append(set_to_none)
+            super().zero_grad(set_to_none)
+
+    problem = quadratic()
+    plant = Plant(problem.model, Counted(problem.model.parameters(), lr=0.1), problem.loss_fn)
+    plant.roll(problem.batches(3), Schedule({"lr": torch.full((3,), 0.1)}))
+    assert called == [True] * 3
+
+
+def test_a_step_fills_gradients_of_a_loss_that_is_no_plain_tensor() -> None:
+    class Own(Tensor):
+        pass
+
+    ends = []
+    for kind in (Tensor, Own):
+        problem = quadratic()
+        batch = problem.batches(1)[0]
+        plant = Plant(
+            problem.model,
+            momentum(problem.model.parameters()),
+            lambda m, b, kind=kind: m(b).as_subclass(kind),
+        )
+        plant.step(batch, {}, 0)
+        ends.append(problem.model.theta.detach().clone())
+    assert torch.equal(*ends)
+
+
 # Snapshots ------------------------------------------------------------------------------------
 
 
@@ -227,6 +259,21 @@ def test_what_a_recorded_roll_keeps() -> None:
     for index, m in enumerate(mean.values or []):
         expected = sum(w * values[index] for w, values in zip(weights, iterates, strict=True))
         torch.testing.assert_close(m, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 100])
+def test_gradients_are_kept_alike_in_slabs_of_any_size(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = []
+    for slab in (2**24, None):
+        plant, batches = make_plant()
+        size = sum(p.numel() * p.element_size() for p in plant.parameters)
+        monkeypatch.setattr("rhc.plant.SLAB", rows * size if slab is None else slab)
+        schedule = Schedule(steered(plant.optimizer, STEPS)).window(0, 7)
+        trajectory = plant.roll(batches[:7], schedule, record=lambda i: i == 0)
+        kept.append([g for step in trajectory.gradients for g in step if g is not None])
+    assert_identical(*kept)
 
 
 def test_recording_a_roll_does_not_change_it() -> None:

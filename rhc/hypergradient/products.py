@@ -138,6 +138,8 @@ def pull_back(
     how far its own g_t is from the roll's. opposite: a forward difference is taken backwards,
     (g(θ) − g(θ − εv)) / ε.
     """
+    objective = evaluation.objective
+    joint = bool(statistics_costates) or bool(objective.reward_weight)
     if product == "exact":
         if point.graph is not None:
             try:
@@ -161,14 +163,15 @@ def pull_back(
     elif product == "none":
         curvature = [None] * len(gradient_costates)
     else:
+        # Terms of first order are taken at θ after the product.
+        in_place = point.owned and not joint and product == "forward-difference"
         curvature = _difference(
-            product, evaluation, scratch, point, gradient_costates, opposite, into
+            product, evaluation, scratch, point, gradient_costates, opposite, into, in_place
         )
         into = None  # it is in there
     if into is not None:
         curvature = [_into(a, b) for a, b in zip(into, curvature, strict=True)]
-    objective = evaluation.objective
-    if not statistics_costates and not objective.reward_weight:
+    if not joint:
         return Pulled(_with_gradient(curvature, point.gradients, objective.loss_weight))
     first = _first_order(evaluation, scratch, point, statistics_costates)
     found = [_into(a, b) for a, b in zip(curvature, first.parameters, strict=True)]
@@ -367,10 +370,11 @@ def _difference(
     direction: Sequence[Tensor | None],
     opposite: bool,
     into: Sequence[Tensor | None] | None,
+    in_place: bool,
 ) -> list[Tensor | None]:
     """(g(θ + εv) − g(θ)) / ε or (g(θ + εv) − g(θ − εv)) / 2ε, with ε = c |θ| / |v|.
 
-    It is added to `into` in place, if there is one.
+    It is added to `into` in place, if there is one. in_place: θ may be changed to θ + εv.
 
     c is the square (cube) root of the machine's epsilon, which balances rounding and truncation
     for the forward (central) difference of a smooth function; at kinks nothing does. Where loss_fn
@@ -408,7 +412,7 @@ def _difference(
     plant = evaluation.plant
     own = torch.finfo(point.flats[active[0]].dtype).eps
     known = plant in _PRECISION
-    in_place = point.owned and known and product == "forward-difference"
+    in_place = in_place and known
     epsilon = distance(max(own, _PRECISION.get(plant, 0.0)))
     with nullcontext() if known else noting_precision(plant):
         evaluate(epsilon)
