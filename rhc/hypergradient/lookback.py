@@ -263,8 +263,11 @@ class Lookback:
             return None
         sizes = self._sizes[plan.product]
         whole = sizes.plain + plan.budget - sizes.state
-        if plan.graphs:  # the next step's graph must have room, and holes that it cannot use
-            return memory.Ceiling(max(whole // 2, whole - 2 * sizes.graph), spare=plan.budget // 4)
+        if plan.graphs:
+            # The next step's graph must have room, the holes that it cannot use, and a product. A
+            # twentieth more than the budget costs less than trimming at every step of small models.
+            room = 3 * sizes.graph - plan.budget // 20
+            return memory.Ceiling(max(whole // 2, whole - room), spare=plan.budget // 4)
         work = sizes.plain + dict(sizes.pieces or ()).get(plan.pieces, sizes.product)
         return memory.Ceiling(whole - int((1 - HEAP) * plan.budget), work=work)
 

@@ -298,6 +298,7 @@ class _Reverse:
         self.disagreements = dict[int, float]()
         self.pieces = 1
         self.ceiling: memory.Ceiling | None = None
+        self.tight = False
         self.undivided: int | None = None
 
     def _adjoint(self) -> Adjoint:
@@ -332,6 +333,7 @@ class _Reverse:
     ) -> Adjoint:
         """The costate recursion; held: the costate at the end, which each chunk replaces."""
         self.pieces = recorder.plan.pieces
+        self.tight = recorder.plan.budget is not None
         # Where graphs go one after the other, trimming would hand back the next window's heap.
         if recorder.ceiling is not None and not recorder.plan.graphs:
             self.ceiling = recorder.ceiling
@@ -364,7 +366,7 @@ class _Reverse:
             blind = bool(chunk.graphs) and self.plant.slots_alone(
                 self.trajectory.schedule, self.controls
             )
-            small = 0 if self.ceiling is not None else SMALL_STATES
+            small = 0 if self.tight else SMALL_STATES
             rebuilt = _Rebuilt(chunk.states, self._state_after(chunk), apart, small)
             slots_alone = None
             if blind:

@@ -161,12 +161,19 @@ def _with_product(
     plant: Plant, batch: Any, objective: Objective, product: Product, size: int
 ) -> Measured:
     """The most that a Hessian product takes beyond one plain gradient. size: bytes of a graph."""
+    if size <= FREE_GRAPHS:  # beside a small model the code of kernels counts, read the first time
+        _one_product(plant, batch, objective, product)
+    taken, plain = _one_product(plant, batch, objective, product)
+    return Measured(size, taken, None, plain)
+
+
+def _one_product(
+    plant: Plant, batch: Any, objective: Objective, product: Product
+) -> tuple[int, int]:
+    """Bytes of a product, of a gradient."""
     with _Probe.on(plant, batch, objective) as probe:
-        taken = 0
         try:
-            # Beside a small model the code of the kernels, read the first time, would count.
-            for _ in range(2 if size <= FREE_GRAPHS else 1):
-                taken, _ = probe.product(product)
+            taken, _ = probe.product(product)
         except (RuntimeError, MemoryError) as error:
             if _too_large(error, plant):
                 taken = NEVER
@@ -175,7 +182,7 @@ def _with_product(
             else:
                 raise
         gc.collect()  # what an error has cut off may be held by cycles
-        return Measured(size, taken, None, probe.plain)
+        return taken, probe.plain
 
 
 def _with_pieces(plant: Plant, batch: Any, objective: Objective) -> tuple[tuple[int, int], ...]:
