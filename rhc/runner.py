@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -32,7 +32,7 @@ from rhc.distributed import (
     unwrapped,
 )
 from rhc.distributed.ranks import Group
-from rhc.errors import InputError, StorageError
+from rhc.errors import DivergedError, InputError, StorageError
 from rhc.evaluate import (
     TRAIN_BATCHES,
     UNSIZED_BATCHES,
@@ -64,7 +64,6 @@ from rhc.hypergradient import (
     Engine,
     Hypergradient,
     Lookback,
-    Outcome,
     Product,
     Terminal,
     check_steerable,
@@ -74,6 +73,8 @@ from rhc.hypergradient import (
 from rhc.hypergradient.evaluation import visible_statistics
 from rhc.hypergradient.record import WindowRecorder
 from rhc.loggers import Logger, listeners_of
+from rhc.loop import Attempt, Cost, Loop, Moment
+from rhc.loop.state import AVERAGE_DECAY, AVERAGE_EVERY
 from rhc.memory import peak_memory, trim
 from rhc.noise import mixed_seed
 from rhc.objective import Average, HeldOutBatches, Objective
@@ -82,7 +83,6 @@ from rhc.plant import (
     PATIENCE,
     LossFn,
     Plant,
-    Snapshot,
     StepRecord,
     Trajectory,
     checked_loss,
@@ -90,8 +90,6 @@ from rhc.plant import (
 from rhc.randomness import preserved
 from rhc.rank_directory import directory_of
 from rhc.rewrite import (
-    History,
-    Proposal,
     Rewrite,
     Shift,
     Twin,
@@ -137,38 +135,6 @@ PER_EXAMPLE = "example_"
 REMEMBERED = 50
 """Committed steps whose losses a window is compared with, to see whether the data changed."""
 
-AVERAGE_EVERY = 5
-"""The average behind the `average_…` results is of every fifth committed iterate, counted from the
-last one. Taking all in would cost a small model 8 % of its time, for the same weights."""
-
-AVERAGE_DECAY = 0.95
-"""Of that average, from one such iterate to the next: 0.99 a step."""
-
-
-@dataclass
-class Cost:
-    """The ledger. One gradient evaluation is one loss and its gradient on a training batch."""
-
-    gradient_evaluations: float = 0.0
-    hessian_products: int = 0
-    gradient_equivalents: float = 0.0
-    windows: int = 0
-    rejected_windows: int = 0
-    rewound_windows: int = 0
-    peak_memory_bytes: int = 0
-
-    def gradients(self, count: float) -> None:
-        """Counts `count` gradient evaluations."""
-        self.gradient_evaluations += count
-        self.gradient_equivalents += count
-
-    def to_json(self, committed: int) -> dict[str, Any]:
-        """The `cost` of result.json; plain_run_equivalents relative to the committed steps."""
-        record = asdict(self)
-        equivalents = record.pop("gradient_equivalents")
-        record["plain_run_equivalents"] = equivalents / committed if committed else 0.0
-        return record
-
 
 @dataclass(frozen=True)
 class RunResult:
@@ -200,10 +166,6 @@ class RunResult:
     def cost(self) -> dict[str, Any]:
         """The ledger: plain_run_equivalents, gradient_evaluations, hessian_products and others."""
         return self.record["cost"]
-
-
-class DivergedError(RuntimeError):
-    """No lr within its bounds makes the next window finite; the last checkpoint is intact."""
 
 
 class Runner:
@@ -524,7 +486,7 @@ class Runner:
             stop = min(stop, (start // self._epoch_steps + 1) * self._epoch_steps)
         commit = min(start + self.stride, stop)
         if self.rewriting:
-            before = _Moment(self.plant.snapshot(), self.loop.average.copy())
+            before = Moment(self.plant.snapshot(), self.loop.average.copy())
             twin = isinstance(self.law, Twin)
             wanted = self.loop.alert or start < self.law.until * self.loop.steps
             wanted = wanted and self.loop.passed_over == 0 and not self.loop.relief.blind
@@ -561,7 +523,7 @@ class Runner:
             commit = start + len(attempt.trajectory)  # fewer where the run is being stopped
         self._commit(attempt, commit)
 
-    def _surprise(self, attempt: _Attempt) -> int | None:
+    def _surprise(self, attempt: Attempt) -> int | None:
         """The step from which losses are higher than those committed lately."""
         if self.law.surprise is None or attempt.trajectory is None:
             return None
@@ -571,7 +533,7 @@ class Runner:
         at = surprised(before, losses, self.law.surprise)
         return None if at is None else attempt.schedule.start + at
 
-    def _cut(self, rolled: _Attempt, stop: int, before: _Moment) -> _Attempt:
+    def _cut(self, rolled: Attempt, stop: int, before: Moment) -> Attempt:
         """The same way up to `stop`, its end state live."""
         start = rolled.schedule.start
         short = replace(
@@ -583,13 +545,13 @@ class Runner:
         self._run(short, stop, None)
         return short
 
-    def _anew(self, rolled: _Attempt, step: int, commit: int, before: _Moment) -> _Attempt:
+    def _anew(self, rolled: Attempt, step: int, commit: int, before: Moment) -> Attempt:
         """The window with the template begun anew at `step`, where that is better than planned."""
         start, stop = rolled.schedule.start, rolled.schedule.stop
         terminal, share = self._terminal(start, stop)
         if rolled.hypergradient is None:
             self._replay(rolled, commit, before, terminal, share)
-        tried: list[tuple[_Attempt, Schedule]] = []
+        tried: list[tuple[Attempt, Schedule]] = []
         for number, factor in enumerate(self.law.restart, start=1):
             plan = self._begun_anew(step, factor)
             attempt = replace(
@@ -619,7 +581,7 @@ class Runner:
         lr = shaped(factor * self.loop.first_lr, factors)
         return self.loop.schedule.replaced(Schedule({"lr": lr}, step))
 
-    def _pass_over(self, attempt: _Attempt, *, looked: bool, surprise: bool) -> None:
+    def _pass_over(self, attempt: Attempt, *, looked: bool, surprise: bool) -> None:
         """Decides how many windows to pass over, by what looking back at this one was worth."""
         if surprise:
             self.loop.alert, self.loop.in_vain, self.loop.passed_over = True, 0, 0
@@ -637,8 +599,8 @@ class Runner:
     # The verbs -----------------------------------------------------------------------------------
 
     def _roll_until_finite(
-        self, start: int, stop: int, commit: int, before: _Moment, *, steered: bool
-    ) -> _Attempt:
+        self, start: int, stop: int, commit: int, before: Moment, *, steered: bool
+    ) -> Attempt:
         """Rolls the planned schedule, at an ever lower lr while it diverges.
 
         steered: also looks back.
@@ -700,7 +662,7 @@ class Runner:
         *,
         steered: bool,
         guarded: bool = True,
-    ) -> _Attempt:
+    ) -> Attempt:
         """One roll of the planned schedule, with its hypergradient where it is to be steered."""
         schedule = self.loop.schedule.window(start, stop)
         if not self.rewriting:
@@ -708,11 +670,11 @@ class Runner:
             lazily = self.loop.train.lazily(start, stop)
             if self.ranks is None:  # several end at the same step
                 lazily = stopping.until_asked(lazily)
-            attempt = _Attempt(number, schedule, lazily, guarded=False)
+            attempt = Attempt(number, schedule, lazily, guarded=False)
             self._run(attempt, commit, None)
             return attempt
         batches = self.loop.train.take(start, stop)
-        attempt = _Attempt(number, schedule, batches, guarded=guarded)
+        attempt = Attempt(number, schedule, batches, guarded=guarded)
         if not steered:
             self._run(attempt, commit, None)
             return attempt
@@ -722,7 +684,7 @@ class Runner:
             self.loop.cost.gradients(share)
         return attempt
 
-    def _run_and_look(self, attempt: _Attempt, commit: int, terminal: Terminal | None) -> None:
+    def _run_and_look(self, attempt: Attempt, commit: int, terminal: Terminal | None) -> None:
         """Live steps through the attempt's window, and its hypergradient unless they fail."""
         try:
             self._look_at(attempt, commit, terminal)
@@ -735,7 +697,7 @@ class Runner:
             attempt.failure = f"out of memory; from now on {self._relieved(attempt)}"
             self._notice(f"looking back ran {attempt.failure}")
 
-    def _relieved(self, attempt: _Attempt) -> str:
+    def _relieved(self, attempt: Attempt) -> str:
         """Makes looking back do with less memory, and says in words how."""
         self.plant.optimizer.zero_grad()
         # What an exception cut off is in cycles: without this the next plain step failed as well.
@@ -757,7 +719,7 @@ class Runner:
         self.lookback.load_state(state | {"product": self.loop.relief.product or state["product"]})
         return words
 
-    def _look_at(self, attempt: _Attempt, commit: int, terminal: Terminal | None) -> None:
+    def _look_at(self, attempt: Attempt, commit: int, terminal: Terminal | None) -> None:
         """`_run_and_look` where memory suffices."""
         mean, past = Average(self.objective.average), self._past()
         recorder = self._run(attempt, commit, mean, record=True)
@@ -838,7 +800,7 @@ class Runner:
         self.loop.cost.gradients(terminal.share)
         return {name: torch.stack([grad[name] for grad in found]) for name in found[0]}
 
-    def _rewrite(self, rolled: _Attempt, commit: int, before: _Moment) -> _Attempt:
+    def _rewrite(self, rolled: Attempt, commit: int, before: Moment) -> Attempt:
         """Proposes, replays and compares, again and again while that is worth it.
 
         Returns the attempt to commit, its end state live.
@@ -872,13 +834,13 @@ class Runner:
 
     def _better(
         self,
-        rolled: _Attempt,
+        rolled: Attempt,
         commit: int,
-        before: _Moment,
+        before: Moment,
         terminal: Terminal | None,
         share: float,
         scale: float,
-    ) -> _Attempt | None:
+    ) -> Attempt | None:
         """A replay that lowers the objective, its end state live; None where none is found."""
         h = rolled.hypergradient
         assert h is not None
@@ -887,7 +849,7 @@ class Runner:
             self._record(rolled, "rejected", f"hypergradient {h.result.name}: {h.result.message}")
             return None
         if rolled.plain and rolled is self.loop.live:
-            rolled.end = _Moment(self.plant.snapshot(), self.loop.average.copy())
+            rolled.end = Moment(self.plant.snapshot(), self.loop.average.copy())
         # A law of one's own that needs no history may do without the argument.
         past: dict[str, Any] = {}
         if self.law.rule != "normalised":
@@ -921,7 +883,7 @@ class Runner:
             self._record(replayed, "rejected", replayed.failure, rolled)
         return None
 
-    def _highest(self, rolled: _Attempt) -> Tensor:
+    def _highest(self, rolled: Attempt) -> Tensor:
         """What the law's bound on lr is counted from, (K,) or (K, G) of the window.
 
         That is the template's highest lr, but in its warm-up the template itself: what a short
@@ -934,7 +896,7 @@ class Runner:
         highest = self.loop.first_lr.expand(stop - start, *lr.shape[1:])
         return torch.where(rises.view(-1, *[1] * (lr.dim() - 1)), lr[start:stop], highest)
 
-    def _better_twin(self, rolled: _Attempt, commit: int, before: _Moment) -> _Attempt:
+    def _better_twin(self, rolled: Attempt, commit: int, before: Moment) -> Attempt:
         """The better of the window at a higher and at a lower lr; as rolled if both fail."""
         assert isinstance(self.law, Twin)
         terminal, share = self._terminal(rolled.schedule.start, rolled.schedule.stop)
@@ -950,7 +912,7 @@ class Runner:
             if attempt.failure is None:
                 tried.append(attempt)
                 if number == 0:
-                    attempt.end = _Moment(self.plant.snapshot(), self.loop.average.copy())
+                    attempt.end = Moment(self.plant.snapshot(), self.loop.average.copy())
         if not tried:
             return self._settled(rolled, commit, before)
         best = min(tried, key=lambda attempt: attempt.value)
@@ -966,9 +928,9 @@ class Runner:
 
     def _replay(
         self,
-        attempt: _Attempt,
+        attempt: Attempt,
         commit: int,
-        before: _Moment,
+        before: Moment,
         terminal: Terminal | None,
         share: float,
     ) -> None:
@@ -985,14 +947,14 @@ class Runner:
             if not math.isfinite(attempt.value):
                 attempt.failure = f"the objective is not finite at steps [{start}, {stop})"
 
-    def _back_to(self, before: _Moment, attempt: _Attempt, verb: Verb) -> None:
+    def _back_to(self, before: Moment, attempt: Attempt, verb: Verb) -> None:
         """Restores the window's beginning, and says that `verb` comes next."""
         start, stop = attempt.schedule.start, attempt.schedule.stop
         self._verb("restore", start, stop, attempt.number)
         self._restore(before)
         self._verb(verb, start, stop, attempt.number)
 
-    def _settled(self, attempt: _Attempt, commit: int, before: _Moment) -> _Attempt:
+    def _settled(self, attempt: Attempt, commit: int, before: Moment) -> Attempt:
         """The attempt with its end state live, as the plain loop's own steps reach it.
 
         A roll that keeps graphs takes kernels that can be differentiated twice, which differ from
@@ -1010,7 +972,7 @@ class Runner:
 
     def _run(
         self,
-        attempt: _Attempt,
+        attempt: Attempt,
         commit: int,
         mean: Average | None,
         *,
@@ -1029,7 +991,7 @@ class Runner:
             if self.rewriting:
                 self._check_stop()
             if step + 1 == commit < schedule.stop:
-                attempt.inside = _Moment(self.plant.snapshot(), self.loop.average.copy())
+                attempt.inside = Moment(self.plant.snapshot(), self.loop.average.copy())
             if self.listeners:
                 loss = float(observed.loss) if observed.loss.device.type == "cpu" else None
                 self._emit(StepTaken(step, loss, schedule.at(step)))
@@ -1064,7 +1026,7 @@ class Runner:
             self._check_replay(attempt)
         return recorder
 
-    def _commit(self, attempt: _Attempt, commit: int) -> None:
+    def _commit(self, attempt: Attempt, commit: int) -> None:
         """Makes the attempt's steps up to `commit` final: state, schedule, tape."""
         start, stop = self.loop.step, attempt.schedule.stop
         self._verb("commit", start, stop, attempt.number)
@@ -1140,7 +1102,7 @@ class Runner:
             )
         return steps
 
-    def _plan_on(self, attempt: _Attempt, rows: list[dict[str, Any]]) -> None:
+    def _plan_on(self, attempt: Attempt, rows: list[dict[str, Any]]) -> None:
         """Tells the planner of committed steps; where an epoch ends, or the data drift, the rest of
         the schedule follows its new plan, and the tape says why."""
         planner, trajectory = self.planner, attempt.trajectory
@@ -1248,7 +1210,7 @@ class Runner:
         """Where batches are moved to; None where they can stay."""
         return None if self.device.type == "cpu" else self.device
 
-    def _restore(self, moment: _Moment) -> None:
+    def _restore(self, moment: Moment) -> None:
         self.loop.live = None
         self.plant.restore(moment.snapshot)
         self.loop.average.assign(moment.average)
@@ -1280,7 +1242,7 @@ class Runner:
 
     @torch.no_grad()
     def _value(
-        self, attempt: _Attempt, trajectory: Trajectory, terminal: Terminal | None, mean: Average
+        self, attempt: Attempt, trajectory: Trajectory, terminal: Terminal | None, mean: Average
     ) -> float:
         """J of a replayed window, by the same formula and data as the roll's."""
         value = stage_sum(self.objective, trajectory)
@@ -1311,7 +1273,7 @@ class Runner:
 
     # Begin, save, end ----------------------------------------------------------------------------
 
-    def _begin(self, steps: int, resume: Literal["auto", "never"]) -> _Loop:
+    def _begin(self, steps: int, resume: Literal["auto", "never"]) -> Loop:
         """A fresh state of the loop, or the one that the directory's newest checkpoint holds."""
         device = self._moved_to
         if self.ranks is not None:
@@ -1326,7 +1288,7 @@ class Runner:
             accumulate=self.accumulate,
         )
         first_lr = torch.tensor(self._initial()["lr"], dtype=torch.float64)
-        self.loop = _Loop(steps, self._planned(steps, first_lr), train, first_lr=first_lr)
+        self.loop = Loop(steps, self._planned(steps, first_lr), train, first_lr=first_lr)
         self._streams = [train]
         if self.planner is not None:
             own = self.plant.controls.initial
@@ -1467,7 +1429,7 @@ class Runner:
             self.planner.begin(float(lr.max()), own.get("momentum"), own.get("noise", 0.0))
         self._emit(StartFound(self.start, lr.tolist(), given, search.gradients / steps))
 
-    def _check_replay(self, attempt: _Attempt) -> None:
+    def _check_replay(self, attempt: Attempt) -> None:
         """Whether a step that is taken again is the same: once, in the first window that has one.
 
         The first loss and gradient of two ways through a window depend on where it begins alone, so
@@ -1678,7 +1640,7 @@ class Runner:
 
     # Records -------------------------------------------------------------------------------------
 
-    def _rows(self, attempt: _Attempt, commit: int) -> list[dict[str, Any]]:
+    def _rows(self, attempt: Attempt, commit: int) -> list[dict[str, Any]]:
         """The tape's lines of the attempt's steps up to `commit`."""
         trajectory = attempt.trajectory
         assert trajectory is not None
@@ -1703,7 +1665,7 @@ class Runner:
         return rows
 
     def _record(
-        self, attempt: _Attempt, outcome: str, reason: str | None, rolled: _Attempt | None = None
+        self, attempt: Attempt, outcome: str, reason: str | None, rolled: Attempt | None = None
     ) -> None:
         """One line of windows.jsonl: an attempt at a window, and what became of it."""
         schedule = attempt.schedule
@@ -1812,103 +1774,6 @@ class Runner:
             listener(event)
 
 
-@dataclass
-class _Loop:
-    """Where the loop stands: everything that changes from window to window, but for the plant.
-
-    schedule: committed up to `step`, planned after it. reference: (mean loss of the last committed
-    window, first loss of the run). average: of all committed iterates. correction: what the plan of
-    the steps to come is moved by, in raw coordinates. history: what windows asked for, for the
-    rewrite's rule. in_vain: looks back in a row that were not worth it; passed_over: windows still
-    to be passed over; alert: after a surprise, until looking back is no longer worth it; regime:
-    the step from which the data are as they are. delta, upwards: of `Twin`. finished: the result.
-    relief: what memory did not suffice for; checked: whether a step was taken again, seen: its
-    first loss and gradient; deviation: how it differed.
-    first_lr: () or (G,), that the template begins with. live: the attempt whose end the plant
-    stands at.
-    """
-
-    steps: int
-    schedule: Schedule
-    train: StepBatches
-    validation: StepBatches | None = None
-    step: int = 0
-    reference: tuple[float, float] | None = None
-    cost: Cost = field(default_factory=Cost)
-    start_gradients: float = 0.0
-    average: Average = field(default_factory=lambda: Average(AVERAGE_DECAY))
-    correction: dict[str, Shift] = field(default_factory=dict)
-    history: History = field(default_factory=dict)
-    in_vain: int = 0
-    passed_over: int = 0
-    alert: bool = False
-    regime: int = 0
-    delta: float = Twin.first
-    upwards: bool | None = None
-    tape: list[dict[str, Any]] = field(default_factory=list)
-    windows: list[dict[str, Any]] = field(default_factory=list)
-    finished: dict[str, Any] | None = None
-    relief: Relief = field(default_factory=Relief)
-    checked: bool = False
-    seen: tuple[int, Tensor] | None = None
-    deviation: Deviation | None = None
-    first_lr: Tensor = field(default_factory=lambda: torch.tensor(0.0))
-    live: _Attempt | None = None
-    began: float = field(default_factory=time.monotonic)
-    seconds_before: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Moment:
-    """A state of the loop that can be gone back to: the plant's, and the average of iterates."""
-
-    snapshot: Snapshot
-    average: Average
-
-
-@dataclass
-class _Attempt:
-    """One way through a window: its schedule, what it saw, and how it was judged.
-
-    first_look: how the hypergradient ended, before any remedy. gain: the share by which J fell from
-    the roll to here. guarded: whether a loss that is finite but far too high is a failure.
-    starved: whether memory did not suffice.
-    plain: whether it went by the plain loop's own kernels. end: the moment at its end, if kept.
-    """
-
-    number: int
-    schedule: Schedule
-    batches: Iterable[Any]
-    proposal: Proposal | None = None
-    trajectory: Trajectory | None = None
-    hypergradient: Hypergradient | None = None
-    first_look: Outcome | None = None
-    value: float = math.nan
-    gain: float = 0.0
-    guarded: bool = True
-    plain: bool = True
-    failure: str | None = None
-    starved: bool = False
-    inside: _Moment | None = None
-    end: _Moment | None = None
-    samples: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def emptied(self) -> _Attempt:
-        """The same way through the same window, not yet gone."""
-        return replace(
-            self,
-            trajectory=None,
-            hypergradient=None,
-            first_look=None,
-            value=math.nan,
-            failure=None,
-            starved=False,
-            inside=None,
-            end=None,
-            samples={},
-        )
-
-
 @dataclass(frozen=True)
 class _HeldOutLoss:
     """The mean loss on batches in eval mode. share: their size in training batches."""
@@ -1989,7 +1854,7 @@ def _grouped(plant: Plant, controls: Sequence[str], asked: Sequence[str]) -> tup
     return names
 
 
-def _place(attempt: _Attempt) -> tuple[int, float] | None:
+def _place(attempt: Attempt) -> tuple[int, float] | None:
     """(the step of the window at which the loss was too high, the loss); None for none."""
     trajectory = attempt.trajectory
     if trajectory is None or trajectory.diverged is None:

@@ -21,7 +21,7 @@ LAYERS = (
     },
     {"causal", "plant", "state"},
     {"evaluate", "faults", "hindsight", "hypergradient", "planning", "rewrite", "start"},
-    {"compare", "comparison", "launchers", "report", "runner", "together"},
+    {"compare", "comparison", "launchers", "loop", "report", "runner", "together"},
     {"__main__", "cli", "distill", "horizon", "progress", "replay", "smooth", "summary", "train",
      "usage", "watch"},
 )  # fmt: skip
