@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import gc
 import math
-import statistics
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -34,10 +32,7 @@ from rhc.distributed import (
 from rhc.distributed.ranks import Group
 from rhc.errors import DivergedError, InputError, StorageError
 from rhc.evaluate import (
-    TRAIN_BATCHES,
     UNSIZED_BATCHES,
-    Losses,
-    at_average,
     batch_statistics,
     evaluate,
 )
@@ -45,18 +40,14 @@ from rhc.events import (
     CheckpointSaved,
     Committed,
     EpochPlanned,
-    Event,
     Intervened,
     Listener,
-    Notice,
     RunEnded,
     RunStarted,
     StartFound,
     StartTried,
     StepTaken,
     Verb,
-    VerbStarted,
-    WindowAttempted,
 )
 from rhc.faults import Deviation, Relief, make_deterministic, out_of_memory, replay_deviation
 from rhc.hypergradient import (
@@ -74,6 +65,7 @@ from rhc.hypergradient.evaluation import visible_statistics
 from rhc.hypergradient.record import WindowRecorder
 from rhc.loggers import Logger, listeners_of
 from rhc.loop import Attempt, Cost, Loop, Moment
+from rhc.loop.records import PER_EXAMPLE, Chronicle, Teller, final_result, smoothness, tape_rows
 from rhc.loop.state import AVERAGE_DECAY, AVERAGE_EVERY
 from rhc.memory import peak_memory, trim
 from rhc.noise import mixed_seed
@@ -118,6 +110,8 @@ from rhc.state import snapshot_from_tensors, snapshot_to_tensors, with_parts
 from rhc.tape import finite
 from rhc.together import agreed, begin, check_ranks, draw_apart, loaders_of
 
+__all__ = ["Cost", "DivergedError", "RunResult", "Runner", "smoothness"]
+
 DEFAULT_CONTROLS = ("lr",)
 """Rewriting momentum and noise too made runs worse on all three tasks tried (docs/log.md)."""
 
@@ -128,9 +122,6 @@ this times the mean loss of the window before, and 1.5 times the run's first los
 EXPLODING_CLIP = 10.0
 """Where costates explode, the window is looked back at once more with their norms clipped to this
 times the norm at its end, unless the run has a costate_clip of its own."""
-
-PER_EXAMPLE = "example_"
-"""Metrics that begin so have a value per example: they are a LossSampler's, and not of the tape."""
 
 REMEMBERED = 50
 """Committed steps whose losses a window is compared with, to see whether the data changed."""
@@ -274,6 +265,8 @@ class Runner:
             raise InputError(f"accumulate must be ≥ 1, got {accumulate}; use 1 not to accumulate")
         check_parts(model, optimizer, loss_fn)
         self.ranks = ranks_of(process_group)
+        self.listeners = list(listeners)
+        self._teller = Teller(self.listeners, self.ranks)
         self._wrapped = unwrapped(model) is not model
         self.plant = Plant(
             unwrapped(model),
@@ -352,14 +345,13 @@ class Runner:
             self.lookback = self._new_lookback()
         self.per_group = _grouped(self.plant, self.controls, per_group)
         self.seed = seed
-        self.listeners = list(listeners)
         if self.ranks is None or self.ranks.first:
             self.listeners += listeners_of(logger, config)
         self.config = dict(config) if config is not None else None
         self.directory = (
             None
             if directory is None
-            else directory_of(Path(directory), keep_checkpoints, self._notice, self.ranks)
+            else directory_of(Path(directory), keep_checkpoints, self._teller.notice, self.ranks)
         )
         if self.directory is not None:
             size = sum(p.nbytes for p in self.plant.model.parameters())
@@ -415,14 +407,14 @@ class Runner:
                 stream.close()
         result = self._result()
         self._fitted = True
-        self._emit(RunEnded(result.record))
+        self._teller.emit(RunEnded(result.record))
         return result
 
     def _train(self, steps: int, resume: Literal["auto", "never"]) -> None:
         loop = self._begin(steps, resume)
         if loop.finished is not None:
             return
-        self._emit(
+        self._teller.emit(
             RunStarted(
                 loop.step,
                 steps,
@@ -502,7 +494,9 @@ class Runner:
                 surprise = None
             if surprise is not None and surprise - start > PATIENCE:
                 # The window ends where the data change, and the next one begins there.
-                self._notice(f"the losses rise at step {surprise}, and the window ends there")
+                self._teller.notice(
+                    f"the losses rise at step {surprise}, and the window ends there"
+                )
                 attempt = self._cut(attempt, surprise, before)
                 return self._commit(attempt, surprise)
             if surprise is not None and self.law.restart and "lr" in self.controls:
@@ -513,7 +507,7 @@ class Runner:
                 attempt = self._rewrite(attempt, commit, before)
             self._pass_over(attempt, looked=steered, surprise=surprise is not None)
         else:
-            self._verb("roll", start, stop, 0)
+            self._teller.verb("roll", self.loop.cost.windows, start, stop, 0)
             attempt = self._roll(start, stop, commit, 0, steered=False)
             if attempt.failure is not None:
                 raise DivergedError(
@@ -561,17 +555,19 @@ class Runner:
             if attempt.failure is None:
                 tried.append((attempt, plan))
             else:
-                self._record(attempt, "rejected", attempt.failure, rolled)
+                self._chronicle.record(attempt, "rejected", attempt.failure, rolled)
         bar = rolled.value + self.law.worth * abs(rolled.value)
         good = [pair for pair in tried if not pair[0].value >= bar]
         best = min(good, key=lambda pair: pair[0].value, default=None)
         for attempt, _ in tried:
             outcome = "accepted" if best is not None and attempt is best[0] else "rejected"
-            self._record(attempt, outcome, f"the template begun anew at step {step}", rolled)
+            self._chronicle.record(
+                attempt, outcome, f"the template begun anew at step {step}", rolled
+            )
         if best is None:
             return rolled
         self.loop.schedule, self.loop.correction = best[1], {}
-        self._notice(f"the template begins anew at step {step}")
+        self._teller.notice(f"the template begins anew at step {step}")
         return best[0]
 
     def _begun_anew(self, step: int, factor: float) -> Schedule:
@@ -612,13 +608,13 @@ class Runner:
                 break
             self.loop.schedule, self.loop.correction, failed = schedule, corrected, None
             for _ in range(self.law.rewinds + 1):
-                self._verb("roll", start, stop, number)
+                self._teller.verb("roll", self.loop.cost.windows, start, stop, number)
                 attempt = self._roll(start, stop, commit, number, steered=steered, guarded=guarded)
                 if attempt.failure is None:
                     return attempt
-                self._verb("restore", start, stop, number)
+                self._teller.verb("restore", self.loop.cost.windows, start, stop, number)
                 self._restore(before)
-                self._record(attempt, "rewound", attempt.failure)
+                self._chronicle.record(attempt, "rewound", attempt.failure)
                 self.loop.cost.rewound_windows += number == 0
                 if attempt.starved:
                     # This window is let through where the next one will be shorter.
@@ -646,7 +642,7 @@ class Runner:
         others = [name for name in planned.values if name != "lr"]
         if not all(torch.equal(planned[name], first[name]) for name in others):
             # No lr helps: it may be what rewriting made of the others.
-            self._notice(
+            self._teller.notice(
                 f"no lr keeps the steps from {start} on finite: all controls go back to what "
                 "the run began with"
             )
@@ -695,7 +691,7 @@ class Runner:
         if attempt.starved:  # out of the handler, whose traceback holds what there was
             attempt.hypergradient, attempt.trajectory, self.loop.live = None, None, None
             attempt.failure = f"out of memory; from now on {self._relieved(attempt)}"
-            self._notice(f"looking back ran {attempt.failure}")
+            self._teller.notice(f"looking back ran {attempt.failure}")
 
     def _relieved(self, attempt: Attempt) -> str:
         """Makes looking back do with less memory, and says in words how."""
@@ -816,7 +812,7 @@ class Runner:
                 again = current.emptied()
                 self._run_and_look(again, commit, terminal)
                 if again.starved:
-                    self._record(again, "rejected", again.failure)
+                    self._chronicle.record(again, "rejected", again.failure)
                 if again.failure is not None:
                     break
                 current = again
@@ -844,9 +840,17 @@ class Runner:
         """A replay that lowers the objective, its end state live; None where none is found."""
         h = rolled.hypergradient
         assert h is not None
-        self._verb("rewrite", rolled.schedule.start, rolled.schedule.stop, rolled.number)
+        self._teller.verb(
+            "rewrite",
+            self.loop.cost.windows,
+            rolled.schedule.start,
+            rolled.schedule.stop,
+            rolled.number,
+        )
         if not h.result.usable:
-            self._record(rolled, "rejected", f"hypergradient {h.result.name}: {h.result.message}")
+            self._chronicle.record(
+                rolled, "rejected", f"hypergradient {h.result.name}: {h.result.message}"
+            )
             return None
         if rolled.plain and rolled is self.loop.live:
             rolled.end = Moment(self.plant.snapshot(), self.loop.average.copy())
@@ -877,10 +881,10 @@ class Runner:
             self._replay(replayed, commit, before, terminal, share)
             if replayed.failure is None:
                 if replayed.value < rolled.value or not self.law.accept:
-                    self._record(replayed, "accepted", None, rolled)
+                    self._chronicle.record(replayed, "accepted", None, rolled)
                     return replayed
                 replayed.failure = "the objective did not fall"
-            self._record(replayed, "rejected", replayed.failure, rolled)
+            self._chronicle.record(replayed, "rejected", replayed.failure, rolled)
         return None
 
     def _highest(self, rolled: Attempt) -> Tensor:
@@ -919,7 +923,7 @@ class Runner:
         for attempt in tried:
             kept = attempt is best
             why = None if kept else "its twin is better"
-            self._record(attempt, "accepted" if kept else "rejected", why, attempt)
+            self._chronicle.record(attempt, "accepted" if kept else "rejected", why, attempt)
         assert best.proposal is not None
         up = cast(float, best.proposal.carry["lr"]) > 0
         self.loop.delta = self.law.next_delta(self.loop.delta, repeats=up == self.loop.upwards)
@@ -950,9 +954,9 @@ class Runner:
     def _back_to(self, before: Moment, attempt: Attempt, verb: Verb) -> None:
         """Restores the window's beginning, and says that `verb` comes next."""
         start, stop = attempt.schedule.start, attempt.schedule.stop
-        self._verb("restore", start, stop, attempt.number)
+        self._teller.verb("restore", self.loop.cost.windows, start, stop, attempt.number)
         self._restore(before)
-        self._verb(verb, start, stop, attempt.number)
+        self._teller.verb(verb, self.loop.cost.windows, start, stop, attempt.number)
 
     def _settled(self, attempt: Attempt, commit: int, before: Moment) -> Attempt:
         """The attempt with its end state live, as the plain loop's own steps reach it.
@@ -989,12 +993,12 @@ class Runner:
             if step < commit and (steps - step) % AVERAGE_EVERY == 1:
                 self.loop.average.update(parameters)
             if self.rewriting:
-                self._check_stop()
+                self._teller.check_stop()
             if step + 1 == commit < schedule.stop:
                 attempt.inside = Moment(self.plant.snapshot(), self.loop.average.copy())
             if self.listeners:
                 loss = float(observed.loss) if observed.loss.device.type == "cpu" else None
-                self._emit(StepTaken(step, loss, schedule.at(step)))
+                self._teller.emit(StepTaken(step, loss, schedule.at(step)))
 
         def limit(first: float) -> float:
             lately, ever = self.loop.reference or (first, first)
@@ -1029,7 +1033,7 @@ class Runner:
     def _commit(self, attempt: Attempt, commit: int) -> None:
         """Makes the attempt's steps up to `commit` final: state, schedule, tape."""
         start, stop = self.loop.step, attempt.schedule.stop
-        self._verb("commit", start, stop, attempt.number)
+        self._teller.verb("commit", self.loop.cost.windows, start, stop, attempt.number)
         if attempt.inside is not None:
             self._restore(attempt.inside)
         if attempt.proposal is not None:
@@ -1039,7 +1043,7 @@ class Runner:
             shifts = {} if attempt.proposal is None else attempt.proposal.carry
             self.loop.correction, change = faded(self.loop.correction, shifts, self.law.carry)
             self.loop.schedule = carried(self.loop.schedule, commit, change)
-        rows = self._rows(attempt, commit)
+        rows = tape_rows(attempt, commit)
         first = rows[0]["loss"] if self.loop.reference is None else self.loop.reference[1]
         self.loop.reference = (sum(row["loss"] for row in rows) / len(rows), first)
         self.loop.cost.peak_memory_bytes = max(
@@ -1058,9 +1062,9 @@ class Runner:
         self.loop.tape += rows
         if self.directory is not None:
             self.directory.tape.append(rows)
-        self._emit(Committed(start, commit, rows, self._projected_cost()))
+        self._teller.emit(Committed(start, commit, rows, self._projected_cost()))
         if commit < self.loop.steps:
-            self._verb("slide", start, stop, attempt.number)
+            self._teller.verb("slide", self.loop.cost.windows, start, stop, attempt.number)
         self.loop.cost.windows += 1
 
     # Epochs --------------------------------------------------------------------------------------
@@ -1138,12 +1142,12 @@ class Runner:
                 }
             )
             done = [*done, *((self.loop.step - 1, what) for what in plan.interventions)]
-            self._emit(
+            self._teller.emit(
                 EpochPlanned(self.loop.step, epoch, last["planning"]["epoch"], plan.to_json())
             )
         for step, what in done:
-            self._notice(f"{what.kind}: {what.reason}")
-            self._emit(Intervened(step, epoch, what.kind, what.reason))
+            self._teller.notice(f"{what.kind}: {what.reason}")
+            self._teller.emit(Intervened(step, epoch, what.kind, what.reason))
         self._follow(before, planner.plan)
 
     def _follow(self, before: Plan, after: Plan) -> None:
@@ -1187,7 +1191,7 @@ class Runner:
             return True
         if not self._spent:
             self._spent = True
-            self._notice(
+            self._teller.notice(
                 f"the budget of {self.law.budget:g} plain runs is spent: the rest is followed as "
                 "planned"
             )
@@ -1268,7 +1272,7 @@ class Runner:
             memory_budget=relief.memory_budget or self.memory_budget,
             spill=self.spill,
             damping=Damping(self.discount, self.costate_clip),
-            notice=self._notice,
+            notice=self._teller.notice,
         )
 
     # Begin, save, end ----------------------------------------------------------------------------
@@ -1290,6 +1294,7 @@ class Runner:
         first_lr = torch.tensor(self._initial()["lr"], dtype=torch.float64)
         self.loop = Loop(steps, self._planned(steps, first_lr), train, first_lr=first_lr)
         self._streams = [train]
+        self._chronicle = Chronicle(self.loop, self.directory, self._teller)
         if self.planner is not None:
             own = self.plant.controls.initial
             self.planner.begin(own["lr"], own.get("momentum"), own.get("noise", 0.0))
@@ -1398,7 +1403,7 @@ class Runner:
         def tell(record: dict[str, Any]) -> None:
             if self.directory is not None:
                 self.directory.record_start(record)
-            self._emit(StartTried(record))
+            self._teller.emit(StartTried(record))
 
         planned = Schedule.constant(steps, self.seed, **self._initial())
         known = [] if self.directory is None else self.directory.starts.read()
@@ -1427,7 +1432,7 @@ class Runner:
         if self.planner is not None:
             own = self.plant.controls.initial
             self.planner.begin(float(lr.max()), own.get("momentum"), own.get("noise", 0.0))
-        self._emit(StartFound(self.start, lr.tolist(), given, search.gradients / steps))
+        self._teller.emit(StartFound(self.start, lr.tolist(), given, search.gradients / steps))
 
     def _check_replay(self, attempt: Attempt) -> None:
         """Whether a step that is taken again is the same: once, in the first window that has one.
@@ -1453,7 +1458,7 @@ class Runner:
         self.loop.cost.gradients(2)
         apart = float(((before[1] - seen[1]).abs() / before[1].abs().clamp(min=1e-30)).max())
         self.loop.deviation = found or Deviation(apart, ())
-        self._notice(self.loop.deviation.sentence())
+        self._teller.notice(self.loop.deviation.sentence())
 
     def _checked_schedule(
         self, schedule: Schedule | None, template: Template | None
@@ -1521,14 +1526,14 @@ class Runner:
             "singletons": self.plant.singletons,
             "lookback": self.lookback.state() if self.rewriting else None,
             "cost": asdict(self.loop.cost),
-            "seconds": self._seconds(),
+            "seconds": self.loop.seconds(),
         }
         if self.planner is not None:
             tensors["controller"], values["controller"] = parted(self.planner.state_dict())
         checkpoint = Checkpoint(self.loop.step, tensors, values)
         path = self.directory.save(checkpoint, self.loop.schedule)
         if path is not None:
-            self._emit(CheckpointSaved(self.loop.step, path))
+            self._teller.emit(CheckpointSaved(self.loop.step, path))
 
     def _load(self, checkpoint: Checkpoint) -> None:
         assert self.directory is not None
@@ -1607,101 +1612,11 @@ class Runner:
 
     def _end(self) -> None:
         """Evaluates the final and the averaged weights and writes the result."""
-        final = self._losses()
-        with at_average(self.plant, self.loop.average, self.train_loader):
-            averaged = self._losses()
-        test = final["test"]
-        result: dict[str, Any] = {
-            "status": "finished",
-            "steps": self.loop.step,
-            **{f"{name}_loss": losses and losses.loss for name, losses in final.items()},
-            "test_accuracy": test.metrics.get("accuracy") if test else None,
-            **{f"average_{name}_loss": losses and losses.loss for name, losses in averaged.items()},
-            "metrics": {name: losses.metrics for name, losses in final.items() if losses},
-            "average_metrics": {
-                name: losses.metrics for name, losses in averaged.items() if losses
-            },
-            "wall_seconds": self._seconds(),
-            "smoothness": _smoothness_summary(self.loop.windows),
-            "cost": self.loop.cost.to_json(self.loop.step),
-        }
-        if self.loop.deviation is not None:
-            result["replay"] = asdict(self.loop.deviation)
-        self.loop.finished = result
+        self.loop.finished = final_result(
+            self.plant, self.loop, self.train_loader, self.val_loader, self.test_loader
+        )
         if self.directory is not None:
-            self.directory.finish(self.loop.schedule, result)
-
-    def _losses(self) -> dict[str, Losses | None]:
-        return {
-            "train": evaluate(self.plant, self.train_loader, most=TRAIN_BATCHES),
-            "val": evaluate(self.plant, self.val_loader),
-            "test": evaluate(self.plant, self.test_loader),
-        }
-
-    # Records -------------------------------------------------------------------------------------
-
-    def _rows(self, attempt: Attempt, commit: int) -> list[dict[str, Any]]:
-        """The tape's lines of the attempt's steps up to `commit`."""
-        trajectory = attempt.trajectory
-        assert trajectory is not None
-        n = commit - attempt.schedule.start
-        losses = finite(torch.stack(trajectory.losses[:n]).double().tolist())
-        norms = finite(_numbers(trajectory.gradient_norms[:n]))
-        controls = {name: values[:n].tolist() for name, values in attempt.schedule.values.items()}
-        rows = []
-        for i in range(n):
-            row: dict[str, Any] = {
-                "step": attempt.schedule.start + i,
-                "loss": losses[i],
-                "gradient_norm": norms[i],
-            }
-            for name, values in controls.items():
-                row[name] = values[i]
-            for name, value in trajectory.metrics[i].items():
-                # A metric called "loss" or "lr" does not take the place of the loop's own.
-                if name not in row and not name.startswith(PER_EXAMPLE):
-                    row[name] = finite(_number(value))  # as it will be read back
-            rows.append(row)
-        return rows
-
-    def _record(
-        self, attempt: Attempt, outcome: str, reason: str | None, rolled: Attempt | None = None
-    ) -> None:
-        """One line of windows.jsonl: an attempt at a window, and what became of it."""
-        schedule = attempt.schedule
-        h = None if rolled is None else rolled.hypergradient
-        look = (rolled or attempt).first_look
-        predicted = None if attempt.proposal is None else attempt.proposal.predicted
-        measured = None if rolled is None else attempt.value - rolled.value
-        record: dict[str, Any] = {
-            "window": self.loop.cost.windows,
-            "start": schedule.start,
-            "stop": schedule.stop,
-            "attempt": attempt.number,
-            "outcome": outcome,
-            "reason": reason,
-            "objective_before": attempt.value if rolled is None else rolled.value,
-            "objective_after": None if rolled is None else attempt.value,
-            "predicted_change": predicted,
-            "measured_change": measured,
-            "smoothness": smoothness(measured, predicted),
-            "outcome_of_hypergradient": None if look is None else look.name,
-            "outcome_step": None if look is None else look.step,
-            "before": (rolled or attempt).schedule.means(),
-            "after": schedule.means(),
-        }
-        if h is not None:
-            record |= {
-                "hypergradient": {name: g.tolist() for name, g in h.grad.items()},
-                "costate_norms": h.costate_norms.tolist(),
-                "product": h.product,
-                "segment": h.segment,
-            }
-        record = finite(record)  # as it will be read back
-        self.loop.windows.append(record)
-        if self.directory is not None:
-            self.directory.windows.append([record])  # on the disk with the next save
-        self._emit(WindowAttempted(record))
+            self.directory.finish(self.loop.schedule, self.loop.finished)
 
     def _description(self, steps: int) -> dict[str, Any]:
         """config.json: everything that the run's numbers depend on."""
@@ -1753,26 +1668,6 @@ class Runner:
         }
         return {name: value for name, (value, usual) in settings.items() if value != usual}
 
-    def _seconds(self) -> float:
-        return self.loop.seconds_before + time.monotonic() - self.loop.began
-
-    def _verb(self, verb: Verb, start: int, stop: int, attempt: int) -> None:
-        if verb not in ("commit", "slide"):  # a window that is done is saved first
-            self._check_stop()
-        self._emit(VerbStarted(verb, self.loop.cost.windows, start, stop, attempt))
-
-    def _check_stop(self) -> None:
-        """Raises what a signal meant. Ranks stop together, when a window is done."""
-        if self.ranks is None:
-            stopping.check()
-
-    def _notice(self, message: str) -> None:
-        self._emit(Notice(message))
-
-    def _emit(self, event: Event) -> None:
-        for listener in self.listeners:
-            listener(event)
-
 
 @dataclass(frozen=True)
 class _HeldOutLoss:
@@ -1813,27 +1708,6 @@ def _steered(plant: Plant, asked: Sequence[str] | None) -> tuple[str, ...]:
     for name in controls:
         CONTROLS[name].check(initial[name])
     return controls
-
-
-def smoothness(measured: float | None, predicted: float | None) -> float | None:
-    """Measured change of J over the first-order prediction: 1 where the linear model holds.
-
-    Below 0 the objective rose where it should have fallen. None where there is no such ratio.
-    """
-    if measured is None or not predicted or not math.isfinite(measured + predicted):
-        return None
-    return measured / predicted
-
-
-def _smoothness_summary(windows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Over all attempts that have a smoothness: its median, and the share of those above 0."""
-    values = [w["smoothness"] for w in windows if w.get("smoothness") is not None]
-    if not values:
-        return {"median": None, "share_positive": None}
-    return {
-        "median": statistics.median(values),
-        "share_positive": sum(v > 0 for v in values) / len(values),
-    }
 
 
 def _grouped(plant: Plant, controls: Sequence[str], asked: Sequence[str]) -> tuple[str, ...]:
@@ -1881,17 +1755,6 @@ def _described(value: Any) -> Any:
     if isinstance(value, HeldOutBatches):
         return {"held_out": value.count}
     return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else value
-
-
-def _numbers(values: Sequence[float | Tensor]) -> list[float]:
-    """The values on the host, which waits once for all that are tensors."""
-    tensors = [v for v in values if isinstance(v, Tensor)]
-    moved = iter(torch.stack(tensors).double().tolist() if tensors else [])
-    return [next(moved) if isinstance(v, Tensor) else v for v in values]
-
-
-def _number(value: Tensor) -> float | list[Any]:
-    return float(value) if value.numel() == 1 else value.tolist()
 
 
 def _length(loader: Any, at_most: int) -> int:

@@ -140,14 +140,14 @@ def begin(ranks: Ranks, runner: Runner, steps: int) -> None:
     )
     ranks.share_random_state()
     if runner._wrapped:
-        runner._notice(
+        runner._teller.notice(
             "the module inside DistributedDataParallel is trained, and its gradients are averaged "
             "here: so products with the Hessian can be averaged too"
         )
     plant.find_statistics()
     own = _own_statistics(plant.model)
     if own:
-        runner._notice(
+        runner._teller.notice(
             f"{own} normalises by the rows of each rank alone: N ranks are not one process with "
             "all rows; torch.nn.SyncBatchNorm.convert_sync_batchnorm makes them one"
         )
@@ -185,7 +185,7 @@ def agreed(ranks: Ranks, runner: Runner) -> bool:
     )
     slow = straggler(waited, now - since)
     if slow is not None and slow not in known:
-        runner._notice(
+        runner._teller.notice(
             f"rank {slow} keeps the others waiting, {max(waited):.2g} of {now - since:.2g} s in "
             f"window {window}: look at its machine, its data and who else computes there"
         )

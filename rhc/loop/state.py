@@ -101,6 +101,10 @@ class Loop:
     began: float = field(default_factory=time.monotonic)
     seconds_before: float = 0.0
 
+    def seconds(self) -> float:
+        """That the run has taken so far, with those before it was resumed."""
+        return self.seconds_before + time.monotonic() - self.began
+
 
 @dataclass(frozen=True)
 class Moment:
