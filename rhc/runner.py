@@ -65,6 +65,7 @@ from rhc.hypergradient.evaluation import visible_statistics
 from rhc.hypergradient.record import WindowRecorder
 from rhc.loggers import Logger, listeners_of
 from rhc.loop import Attempt, Cost, Loop, Moment
+from rhc.loop.course import Budget, Course
 from rhc.loop.records import PER_EXAMPLE, Chronicle, Teller, final_result, smoothness, tape_rows
 from rhc.loop.state import AVERAGE_DECAY, AVERAGE_EVERY
 from rhc.memory import peak_memory, trim
@@ -102,8 +103,6 @@ from rhc.schedule import (
     Schedule,
     Template,
     control,
-    shaped,
-    template_factors,
 )
 from rhc.start import ADAPTIVE_GREED, GREED, PROBE_BATCHES, STARTS, Start, StartSearch
 from rhc.state import snapshot_from_tensors, snapshot_to_tensors, with_parts
@@ -361,8 +360,18 @@ class Runner:
         self.planner = planner
         self._validation_batches: float | None = None
         self._epoch_steps = 0 if planner is None else self._plannable(planner)
-        self._spent = False
         self._fitted = False
+        self._course = Course(
+            self.plant,
+            self.template,
+            self.warmup,
+            self.law.cooldown,
+            "lr" in self.controls or not self.rewriting,
+            self.per_group,
+            self.seed,
+            self.followed,
+        )
+        self._budget = Budget(self.law, self.rewriting, self._teller.notice)
 
     # fit -----------------------------------------------------------------------------------------
 
@@ -483,12 +492,12 @@ class Runner:
             wanted = self.loop.alert or start < self.law.until * self.loop.steps
             wanted = wanted and self.loop.passed_over == 0 and not self.loop.relief.blind
             # Looked back at, replayed, and rolled once more.
-            steered = wanted and not twin and self._affords(3 * (stop - start))
+            steered = wanted and not twin and self._budget.affords(self.loop, 3 * (stop - start))
             attempt = self._roll_until_finite(start, stop, commit, before, steered=steered)
             steered = steered and attempt.hypergradient is not None  # unless memory did not suffice
             surprise = self._surprise(attempt)
-            affordable = surprise is not None and self._affords(
-                (len(self.law.restart) + 4) * (stop - start)
+            affordable = surprise is not None and self._budget.affords(
+                self.loop, (len(self.law.restart) + 4) * (stop - start)
             )
             if surprise is not None and not affordable:
                 surprise = None
@@ -501,7 +510,7 @@ class Runner:
                 return self._commit(attempt, surprise)
             if surprise is not None and self.law.restart and "lr" in self.controls:
                 attempt = self._anew(attempt, surprise, commit, before)
-            if twin and self._affords(3 * (stop - start)):
+            if twin and self._budget.affords(self.loop, 3 * (stop - start)):
                 attempt = self._better_twin(attempt, commit, before)
             elif not twin and (steered or surprise is not None):
                 attempt = self._rewrite(attempt, commit, before)
@@ -547,7 +556,7 @@ class Runner:
             self._replay(rolled, commit, before, terminal, share)
         tried: list[tuple[Attempt, Schedule]] = []
         for number, factor in enumerate(self.law.restart, start=1):
-            plan = self._begun_anew(step, factor)
+            plan = self._course.begun_anew(self.loop, step, factor)
             attempt = replace(
                 rolled.emptied(), number=rolled.number + number, schedule=plan.window(start, stop)
             )
@@ -569,13 +578,6 @@ class Runner:
         self.loop.schedule, self.loop.correction = best[1], {}
         self._teller.notice(f"the template begins anew at step {step}")
         return best[0]
-
-    def _begun_anew(self, step: int, factor: float) -> Schedule:
-        """The plan with the template over the steps that are left, from where it began × factor."""
-        left = self.loop.steps - step
-        factors = template_factors(self.template, left, self.law.cooldown)
-        lr = shaped(factor * self.loop.first_lr, factors)
-        return self.loop.schedule.replaced(Schedule({"lr": lr}, step))
 
     def _pass_over(self, attempt: Attempt, *, looked: bool, surprise: bool) -> None:
         """Decides how many windows to pass over, by what looking back at this one was worth."""
@@ -637,7 +639,7 @@ class Runner:
         """(schedule, correction, whether it is guarded) to roll from, each when the last failed."""
         planned, correction = self.loop.schedule, self.loop.correction
         yield planned, correction, True
-        begun_with = self._planned(self.loop.steps, self.loop.first_lr)
+        begun_with = self._course.as_begun(self.loop)
         first = planned.replaced(begun_with.window(start, planned.stop))
         others = [name for name in planned.values if name != "lr"]
         if not all(torch.equal(planned[name], first[name]) for name in others):
@@ -805,7 +807,7 @@ class Runner:
         terminal, share = self._terminal(start, stop)
         current, scale = rolled, 1.0
         for iteration in range(self.law.iterations):
-            if iteration and not self._affords(3 * (stop - start)):
+            if iteration and not self._budget.affords(self.loop, 3 * (stop - start)):
                 break
             if current.hypergradient is None:
                 self._back_to(before, current, "roll")
@@ -860,15 +862,16 @@ class Runner:
             past = {"history": self.loop.history}
         if self.law.rule == "batch-error":
             past["samples"] = rolled.samples
+        highest = self._course.highest(self.loop, rolled.schedule.start, rolled.schedule.stop)
         for retry in range(self.law.retries + 1):
-            if retry and not self._affords(2 * len(rolled.schedule)):
+            if retry and not self._budget.affords(self.loop, 2 * len(rolled.schedule)):
                 break
             proposal = self.law.propose(
                 rolled.schedule, h.grad, rolled.value, scale * self.law.shrink**retry, **past
             )
             if past and rolled.proposal is None and retry == 0:
                 self.loop.history = remembered(self.loop.history, proposal.asked)
-            proposed = self.law.bounded(proposal.schedule, rolled.schedule, self._highest(rolled))
+            proposed = self.law.bounded(proposal.schedule, rolled.schedule, highest)
             carry = proposal.carry
             if rolled.proposal is not None:
                 carry = added(rolled.proposal.carry, carry)
@@ -886,19 +889,6 @@ class Runner:
                 replayed.failure = "the objective did not fall"
             self._chronicle.record(replayed, "rejected", replayed.failure, rolled)
         return None
-
-    def _highest(self, rolled: Attempt) -> Tensor:
-        """What the law's bound on lr is counted from, (K,) or (K, G) of the window.
-
-        That is the template's highest lr, but in its warm-up the template itself: what a short
-        window wins there by going faster, the run loses later (docs/log.md).
-        """
-        start, stop = rolled.schedule.start, rolled.schedule.stop
-        lr = self._planned(self.loop.steps, self.loop.first_lr)["lr"]
-        steps = torch.arange(start, stop)
-        rises = steps < self.warmup * self.loop.steps
-        highest = self.loop.first_lr.expand(stop - start, *lr.shape[1:])
-        return torch.where(rises.view(-1, *[1] * (lr.dim() - 1)), lr[start:stop], highest)
 
     def _better_twin(self, rolled: Attempt, commit: int, before: Moment) -> Attempt:
         """The better of the window at a higher and at a lower lr; as rolled if both fail."""
@@ -1062,7 +1052,7 @@ class Runner:
         self.loop.tape += rows
         if self.directory is not None:
             self.directory.tape.append(rows)
-        self._teller.emit(Committed(start, commit, rows, self._projected_cost()))
+        self._teller.emit(Committed(start, commit, rows, self._budget.projected(self.loop)))
         if commit < self.loop.steps:
             self._teller.verb("slide", self.loop.cost.windows, start, stop, attempt.number)
         self.loop.cost.windows += 1
@@ -1180,35 +1170,6 @@ class Runner:
                     self._validation_batches = float(sum(1 for _ in drawn))
         return self._validation_batches
 
-    def _affords(self, gradients: int) -> bool:
-        """Whether so many more evaluations, and plain steps to the end, are within the budget.
-
-        The first window is looked back at anyway: of a very short run the start alone takes more.
-        """
-        loop = self.loop
-        whole = loop.cost.gradient_equivalents + gradients + loop.steps - loop.step
-        if whole <= self.law.budget * loop.steps or loop.step == 0:
-            return True
-        if not self._spent:
-            self._spent = True
-            self._teller.notice(
-                f"the budget of {self.law.budget:g} plain runs is spent: the rest is followed as "
-                "planned"
-            )
-        return False
-
-    def _projected_cost(self) -> float:
-        """Of the whole run, in plain runs: the windows that will be looked back at as dear as those
-        so far, the others plain, the start paid for once."""
-        loop = self.loop
-        spent = loop.cost.gradient_equivalents - loop.start_gradients
-        looked = math.ceil(self.law.until * loop.steps) if self.rewriting else 0
-        dear = max(0, looked - loop.step) * spent / loop.step
-        plain = loop.steps - max(looked, loop.step)
-        projected = (loop.start_gradients + spent + dear + plain) / loop.steps
-        least = (loop.start_gradients + spent + loop.steps - loop.step) / loop.steps
-        return min(projected, max(least, self.law.budget))
-
     @property
     def _moved_to(self) -> torch.device | None:
         """Where batches are moved to; None where they can stay."""
@@ -1291,8 +1252,8 @@ class Runner:
             device=device,
             accumulate=self.accumulate,
         )
-        first_lr = torch.tensor(self._initial()["lr"], dtype=torch.float64)
-        self.loop = Loop(steps, self._planned(steps, first_lr), train, first_lr=first_lr)
+        first_lr = torch.tensor(self._course.own()["lr"], dtype=torch.float64)
+        self.loop = Loop(steps, self._course.planned(steps, first_lr), train, first_lr=first_lr)
         self._streams = [train]
         self._chronicle = Chronicle(self.loop, self.directory, self._teller)
         if self.planner is not None:
@@ -1355,22 +1316,6 @@ class Runner:
                 where = f"at the first batch of {name}"
                 raise InputError(explained(error, where, self.plant.model, batch)) from error
 
-    def _planned(self, steps: int, lr: Tensor) -> Schedule:
-        """The optimizer's own controls at every step; lr, () or (G,), in the template's shape."""
-        if self.followed is not None:
-            own = Schedule.constant(steps, self.seed, **self._initial())
-            given = self.followed.window(0, steps)
-            return Schedule({**own.values, **given.values}, 0, self.seed)
-        initial = self._initial() | {"lr": lr.tolist()}
-        planned = Schedule.constant(steps, self.seed, **initial)
-        # What is not rewritten keeps the optimizer's bits.
-        factors = template_factors(self.template, steps, self.law.cooldown, self.warmup)
-        follows = "lr" in self.controls or not self.rewriting
-        if follows and bool((factors != 1).any()):
-            shape = shaped(planned["lr"][0], factors)
-            planned = planned.replaced(Schedule({"lr": shape}))
-        return planned
-
     def _find_start(self) -> None:
         """Looks for the lr to start from, where it is not given, and plans the run from it.
 
@@ -1405,7 +1350,7 @@ class Runner:
                 self.directory.record_start(record)
             self._teller.emit(StartTried(record))
 
-        planned = Schedule.constant(steps, self.seed, **self._initial())
+        planned = Schedule.constant(steps, self.seed, **self._course.own())
         known = [] if self.directory is None else self.directory.starts.read()
         with preserved():
             search = StartSearch(
@@ -1428,7 +1373,7 @@ class Runner:
                 "no lr within its bounds keeps a short roll finite; look at the data and the loss"
             )
         given = planned["lr"][0].tolist()
-        self.loop.schedule, self.loop.first_lr = self._planned(steps, lr), lr
+        self.loop.schedule, self.loop.first_lr = self._course.planned(steps, lr), lr
         if self.planner is not None:
             own = self.plant.controls.initial
             self.planner.begin(float(lr.max()), own.get("momentum"), own.get("noise", 0.0))
@@ -1485,11 +1430,6 @@ class Runner:
                 )
         self.plant.controls.check_groups(schedule)
         return schedule
-
-    def _initial(self) -> dict[str, Any]:
-        """The optimizer's own controls: a number each, or a list of one per parameter group."""
-        own = self.plant.controls.own
-        return self.plant.controls.initial | {name: own[name] for name in self.per_group}
 
     def _save(self) -> None:
         """A checkpoint of everything that the next window depends on."""
@@ -1574,13 +1514,13 @@ class Runner:
             int(values["average_count"]),
         )
         self.loop.first_lr = torch.tensor(
-            values.get("first_lr", self._initial()["lr"]), dtype=torch.float64
+            values.get("first_lr", self._course.own()["lr"]), dtype=torch.float64
         )
         self.loop.correction = {
             name: tuple(shift) if isinstance(shift, list) else shift
             for name, shift in values.get("correction", {}).items()
         }
-        self.loop.schedule = self._lengthened(known)
+        self.loop.schedule = self._course.lengthened(known, self.loop)
         self.loop.delta, self.loop.upwards = values.get("twin", (Twin.first, None))
         patience = values.get("patience", (0, 0, False, 0))
         self.loop.in_vain, self.loop.passed_over, self.loop.alert, self.loop.regime = patience
@@ -1600,15 +1540,6 @@ class Runner:
         self.plant.restore(snapshot)  # now that nothing can fail any more
         self.loop.tape = self.directory.tape.read()
         self.loop.windows = self.directory.windows.read()
-
-    def _lengthened(self, known: Schedule) -> Schedule:
-        """The schedule of a run that is resumed; planned anew from here where it has more steps."""
-        step, steps = self.loop.step, self.loop.steps
-        if len(known) >= steps:
-            return known
-        planned = self._planned(steps, self.loop.first_lr)
-        planned = carried(planned, step, self.loop.correction)
-        return planned.replaced(known.window(0, step)) if step else planned
 
     def _end(self) -> None:
         """Evaluates the final and the averaged weights and writes the result."""
@@ -1634,7 +1565,7 @@ class Runner:
             **self._unusual(),
             "seed": self.seed,
             "optimizer": type(self.plant.optimizer).__name__.lower(),
-            "initial": self._initial(),
+            "initial": self._course.own(),
             "parameters": sum(p.numel() for p in self.plant.owned),
             "device": str(self.device),
             "versions": versions(),
