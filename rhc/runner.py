@@ -6,20 +6,20 @@ decisions. `fit` reads top-down; one window is `_window`.
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from rhc import stopping
 from rhc.advice import check_loader, check_parts, explained
-from rhc.batches import MicroBatches, Position, StepBatches, batch_size, loader_preserved
+from rhc.batches import Position, StepBatches, loader_preserved
 from rhc.checkpoint import SHARDS, Checkpoint
 from rhc.distributed import (
     part_of,
@@ -33,7 +33,6 @@ from rhc.distributed.ranks import Group
 from rhc.errors import DivergedError, InputError, StorageError
 from rhc.evaluate import (
     UNSIZED_BATCHES,
-    batch_statistics,
     evaluate,
 )
 from rhc.events import (
@@ -46,51 +45,44 @@ from rhc.events import (
     RunStarted,
     StartFound,
     StartTried,
-    StepTaken,
-    Verb,
 )
-from rhc.faults import Deviation, Relief, make_deterministic, out_of_memory, replay_deviation
+from rhc.faults import Deviation, Relief, make_deterministic, out_of_memory
 from rhc.hypergradient import (
     Damping,
     Engine,
-    Hypergradient,
     Lookback,
     Product,
     Terminal,
     check_steerable,
     resolve,
-    stage_sum,
 )
-from rhc.hypergradient.evaluation import visible_statistics
-from rhc.hypergradient.record import WindowRecorder
 from rhc.loggers import Logger, listeners_of
-from rhc.loop import Attempt, Cost, Loop, Moment
+from rhc.loop import Attempt, Cost, Loop
 from rhc.loop.course import Budget, Course
+from rhc.loop.judge import Judge, JudgedOn, at_most, held_out_loss
+from rhc.loop.looking import EXPLODING_CLIP, LookbackMaker, Looking
 from rhc.loop.records import PER_EXAMPLE, Chronicle, Teller, final_result, smoothness, tape_rows
-from rhc.loop.state import AVERAGE_DECAY, AVERAGE_EVERY
-from rhc.memory import peak_memory, trim
+from rhc.loop.rewriting import Rewriting, Twins
+from rhc.loop.state import AVERAGE_DECAY
+from rhc.loop.steps import Steps
+from rhc.loop.surprise import Surprise
+from rhc.loop.windows import PlainWindows, RewrittenWindows
+from rhc.memory import peak_memory
 from rhc.noise import mixed_seed
 from rhc.objective import Average, HeldOutBatches, Objective
 from rhc.planning import EpochPlanner, Plan, joined, parted
 from rhc.plant import (
-    PATIENCE,
     LossFn,
     Plant,
-    StepRecord,
-    Trajectory,
     checked_loss,
 )
 from rhc.randomness import preserved
 from rhc.rank_directory import directory_of
 from rhc.rewrite import (
     Rewrite,
-    Shift,
     Twin,
-    added,
     carried,
     faded,
-    remembered,
-    surprised,
     usual_law,
     usual_objective,
     usual_template,
@@ -109,21 +101,10 @@ from rhc.state import snapshot_from_tensors, snapshot_to_tensors, with_parts
 from rhc.tape import finite
 from rhc.together import agreed, begin, check_ranks, draw_apart, loaders_of
 
-__all__ = ["Cost", "DivergedError", "RunResult", "Runner", "smoothness"]
+__all__ = ["EXPLODING_CLIP", "Cost", "DivergedError", "RunResult", "Runner", "smoothness"]
 
 DEFAULT_CONTROLS = ("lr",)
 """Rewriting momentum and noise too made runs worse on all three tasks tried (docs/log.md)."""
-
-DIVERGED = 4.0
-"""A window counts as diverged where its loss exceeds this times the loss that it began with, and
-this times the mean loss of the window before, and 1.5 times the run's first loss."""
-
-EXPLODING_CLIP = 10.0
-"""Where costates explode, the window is looked back at once more with their norms clipped to this
-times the norm at its end, unless the run has a costate_clip of its own."""
-
-REMEMBERED = 50
-"""Committed steps whose losses a window is compared with, to see whether the data changed."""
 
 
 @dataclass(frozen=True)
@@ -332,6 +313,7 @@ class Runner:
         self.costate_clip = costate_clip
         self.spill = spill
         self.controls: tuple[str, ...] = ()
+        self._lookback: Lookback | None = None
         if self.rewriting:
             if engine != "adjoint":
                 raise InputError(
@@ -341,7 +323,18 @@ class Runner:
             resolve(window, segment, product, engine, self.plant)
             named = (controls,) if isinstance(controls, str) else controls
             self.controls = _steered(self.plant, named)
-            self.lookback = self._new_lookback()
+            self._lookbacks = LookbackMaker(
+                self.plant,
+                self.objective,
+                self.controls,
+                self.segment,
+                self.product,
+                memory_budget,
+                spill,
+                Damping(discount, costate_clip),
+                self._teller.notice,
+            )
+            self._lookback = self._lookbacks(Relief())
         self.per_group = _grouped(self.plant, self.controls, per_group)
         self.seed = seed
         if self.ranks is None or self.ranks.first:
@@ -371,6 +364,7 @@ class Runner:
             self.seed,
             self.followed,
         )
+        self._judged_on = JudgedOn(self.val_loader, self.objective.count, self.stride)
         self._budget = Budget(self.law, self.rewriting, self._teller.notice)
 
     # fit -----------------------------------------------------------------------------------------
@@ -472,7 +466,7 @@ class Runner:
             (batch,) = stream.take(0, 1)
         finally:
             stream.close()
-        lookback = self._new_lookback()
+        lookback = self._lookbacks(Relief() if self._before is None else self._before.relief)
         return [
             *lookback.plan(self.window, batch, self.controls).lines(),
             f"product: {lookback.why}",
@@ -486,546 +480,56 @@ class Runner:
         if self.planner is not None:
             stop = min(stop, (start // self._epoch_steps + 1) * self._epoch_steps)
         commit = min(start + self.stride, stop)
-        if self.rewriting:
-            before = Moment(self.plant.snapshot(), self.loop.average.copy())
-            twin = isinstance(self.law, Twin)
-            wanted = self.loop.alert or start < self.law.until * self.loop.steps
-            wanted = wanted and self.loop.passed_over == 0 and not self.loop.relief.blind
-            # Looked back at, replayed, and rolled once more.
-            steered = wanted and not twin and self._budget.affords(self.loop, 3 * (stop - start))
-            attempt = self._roll_until_finite(start, stop, commit, before, steered=steered)
-            steered = steered and attempt.hypergradient is not None  # unless memory did not suffice
-            surprise = self._surprise(attempt)
-            affordable = surprise is not None and self._budget.affords(
-                self.loop, (len(self.law.restart) + 4) * (stop - start)
-            )
-            if surprise is not None and not affordable:
-                surprise = None
-            if surprise is not None and surprise - start > PATIENCE:
-                # The window ends where the data change, and the next one begins there.
-                self._teller.notice(
-                    f"the losses rise at step {surprise}, and the window ends there"
-                )
-                attempt = self._cut(attempt, surprise, before)
-                return self._commit(attempt, surprise)
-            if surprise is not None and self.law.restart and "lr" in self.controls:
-                attempt = self._anew(attempt, surprise, commit, before)
-            if twin and self._budget.affords(self.loop, 3 * (stop - start)):
-                attempt = self._better_twin(attempt, commit, before)
-            elif not twin and (steered or surprise is not None):
-                attempt = self._rewrite(attempt, commit, before)
-            self._pass_over(attempt, looked=steered, surprise=surprise is not None)
-        else:
-            self._teller.verb("roll", self.loop.cost.windows, start, stop, 0)
-            attempt = self._roll(start, stop, commit, 0, steered=False)
-            if attempt.failure is not None:
-                raise DivergedError(
-                    f"{attempt.failure}; lower the lr, or turn rewriting on to have it lowered"
-                )
-            assert attempt.trajectory is not None
-            commit = start + len(attempt.trajectory)  # fewer where the run is being stopped
-        self._commit(attempt, commit)
+        self._commit(*self._windows.go_through(start, stop, commit))
 
-    def _surprise(self, attempt: Attempt) -> int | None:
-        """The step from which losses are higher than those committed lately."""
-        if self.law.surprise is None or attempt.trajectory is None:
-            return None
-        first = max(self.loop.regime, self.loop.step - REMEMBERED)
-        before = [float(row["loss"]) for row in self.loop.tape[first:]]
-        losses = torch.stack(attempt.trajectory.losses).double().tolist()
-        at = surprised(before, losses, self.law.surprise)
-        return None if at is None else attempt.schedule.start + at
-
-    def _cut(self, rolled: Attempt, stop: int, before: Moment) -> Attempt:
-        """The same way up to `stop`, its end state live."""
-        start = rolled.schedule.start
-        short = replace(
-            rolled.emptied(),
-            schedule=rolled.schedule.window(start, stop),
-            batches=list(rolled.batches)[: stop - start],
-        )
-        self._back_to(before, short, "roll")
-        self._run(short, stop, None)
-        return short
-
-    def _anew(self, rolled: Attempt, step: int, commit: int, before: Moment) -> Attempt:
-        """The window with the template begun anew at `step`, where that is better than planned."""
-        start, stop = rolled.schedule.start, rolled.schedule.stop
-        terminal, share = self._terminal(start, stop)
-        if rolled.hypergradient is None:
-            self._replay(rolled, commit, before, terminal, share)
-        tried: list[tuple[Attempt, Schedule]] = []
-        for number, factor in enumerate(self.law.restart, start=1):
-            plan = self._course.begun_anew(self.loop, step, factor)
-            attempt = replace(
-                rolled.emptied(), number=rolled.number + number, schedule=plan.window(start, stop)
-            )
-            self._replay(attempt, commit, before, terminal, share)
-            if attempt.failure is None:
-                tried.append((attempt, plan))
-            else:
-                self._chronicle.record(attempt, "rejected", attempt.failure, rolled)
-        bar = rolled.value + self.law.worth * abs(rolled.value)
-        good = [pair for pair in tried if not pair[0].value >= bar]
-        best = min(good, key=lambda pair: pair[0].value, default=None)
-        for attempt, _ in tried:
-            outcome = "accepted" if best is not None and attempt is best[0] else "rejected"
-            self._chronicle.record(
-                attempt, outcome, f"the template begun anew at step {step}", rolled
-            )
-        if best is None:
-            return rolled
-        self.loop.schedule, self.loop.correction = best[1], {}
-        self._teller.notice(f"the template begins anew at step {step}")
-        return best[0]
-
-    def _pass_over(self, attempt: Attempt, *, looked: bool, surprise: bool) -> None:
-        """Decides how many windows to pass over, by what looking back at this one was worth."""
-        if surprise:
-            self.loop.alert, self.loop.in_vain, self.loop.passed_over = True, 0, 0
-            self.loop.regime = self.loop.step
-        elif not looked:
-            self.loop.passed_over = max(0, self.loop.passed_over - 1)
-        elif attempt.gain >= self.law.worth:
-            self.loop.in_vain = 0
-        elif self.law.patience is not None:
-            self.loop.in_vain += 1
-            if self.loop.in_vain >= self.law.patience:
-                self.loop.alert = False
-                self.loop.passed_over = 2 ** (self.loop.in_vain - self.law.patience)
-
-    # The verbs -----------------------------------------------------------------------------------
-
-    def _roll_until_finite(
-        self, start: int, stop: int, commit: int, before: Moment, *, steered: bool
-    ) -> Attempt:
-        """Rolls the planned schedule, at an ever lower lr while it diverges.
-
-        steered: also looks back.
-        """
-        number, failed = 0, None
-        for schedule, corrected, guarded in self._ladders(start):
-            # A loss that no lr lowers is not the lr's: if it is finite, it is let through.
-            if not guarded and (failed is None or not math.isfinite(failed[1])):
-                break
-            self.loop.schedule, self.loop.correction, failed = schedule, corrected, None
-            for _ in range(self.law.rewinds + 1):
-                self._teller.verb("roll", self.loop.cost.windows, start, stop, number)
-                attempt = self._roll(start, stop, commit, number, steered=steered, guarded=guarded)
-                if attempt.failure is None:
-                    return attempt
-                self._teller.verb("restore", self.loop.cost.windows, start, stop, number)
-                self._restore(before)
-                self._chronicle.record(attempt, "rewound", attempt.failure)
-                self.loop.cost.rewound_windows += number == 0
-                if attempt.starved:
-                    # This window is let through where the next one will be shorter.
-                    steered = stop - start <= (self.loop.relief.longest or self.window)
-                    steered = steered and not self.loop.relief.blind
-                    number += 1
-                    continue
-                failed, previous = _place(attempt), failed
-                if guarded and _same_place(previous, failed):
-                    break
-                shift = {"lr": math.log(self.law.lower_lr)}
-                self.loop.schedule = carried(self.loop.schedule, start, shift)
-                number += 1
-        raise DivergedError(
-            f"{attempt.failure}, also at lr x{self.law.lower_lr**self.law.rewinds:.0e}; "
-            "look at the data and the loss of these steps"
-        )
-
-    def _ladders(self, start: int) -> Iterator[tuple[Schedule, dict[str, Shift], bool]]:
-        """(schedule, correction, whether it is guarded) to roll from, each when the last failed."""
-        planned, correction = self.loop.schedule, self.loop.correction
-        yield planned, correction, True
-        begun_with = self._course.as_begun(self.loop)
-        first = planned.replaced(begun_with.window(start, planned.stop))
-        others = [name for name in planned.values if name != "lr"]
-        if not all(torch.equal(planned[name], first[name]) for name in others):
-            # No lr helps: it may be what rewriting made of the others.
-            self._teller.notice(
-                f"no lr keeps the steps from {start} on finite: all controls go back to what "
-                "the run began with"
-            )
-            yield first, {}, True
-        yield planned, correction, False
-
-    def _roll(
-        self,
-        start: int,
-        stop: int,
-        commit: int,
-        number: int,
-        *,
-        steered: bool,
-        guarded: bool = True,
-    ) -> Attempt:
-        """One roll of the planned schedule, with its hypergradient where it is to be steered."""
-        schedule = self.loop.schedule.window(start, stop)
+    def _furnish(self) -> None:
+        """The rooms of this fit, each given what it works with."""
+        loop, teller, law = self.loop, self._teller, self.law
+        self._chronicle = Chronicle(loop, self.directory, teller)
+        self._steps = Steps(self.plant, loop, teller, again=self.rewriting)
+        self._windows: PlainWindows | RewrittenWindows
         if not self.rewriting:
-            # The plain loop draws each batch just before its step, from the same random state.
-            lazily = self.loop.train.lazily(start, stop)
-            if self.ranks is None:  # several end at the same step
-                lazily = stopping.until_asked(lazily)
-            attempt = Attempt(number, schedule, lazily, guarded=False)
-            self._run(attempt, commit, None)
-            return attempt
-        batches = self.loop.train.take(start, stop)
-        attempt = Attempt(number, schedule, batches, guarded=guarded)
-        if not steered:
-            self._run(attempt, commit, None)
-            return attempt
-        terminal, share = self._terminal(start, stop)
-        self._run_and_look(attempt, commit, terminal)
-        if attempt.hypergradient is not None:
-            self.loop.cost.gradients(share)
-        return attempt
-
-    def _run_and_look(self, attempt: Attempt, commit: int, terminal: Terminal | None) -> None:
-        """Live steps through the attempt's window, and its hypergradient unless they fail."""
-        try:
-            self._look_at(attempt, commit, terminal)
-        except (RuntimeError, MemoryError, OSError) as error:
-            if not out_of_memory(error) or self.ranks is not None:
-                raise
-            attempt.starved = True
-        if attempt.starved:  # out of the handler, whose traceback holds what there was
-            attempt.hypergradient, attempt.trajectory, self.loop.live = None, None, None
-            attempt.failure = f"out of memory; from now on {self._relieved(attempt)}"
-            self._teller.notice(f"looking back ran {attempt.failure}")
-
-    def _relieved(self, attempt: Attempt) -> str:
-        """Makes looking back do with less memory, and says in words how."""
-        self.plant.optimizer.zero_grad()
-        # What an exception cut off is in cycles: without this the next plain step failed as well.
-        gc.collect()
-        trim()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        try:
-            schedule = attempt.schedule
-            plan = self.lookback.plan(len(schedule), next(iter(attempt.batches)), schedule)
-            predicted, product = plan.predicted_bytes, str(plan.product)
-        except (RuntimeError, MemoryError, OSError) as error:
-            if not out_of_memory(error):
-                raise
-            predicted, product = None, self.lookback.product
-        self.loop.relief, words = self.loop.relief.more(len(attempt.schedule), product, predicted)
-        state = self.lookback.state()
-        self.lookback = self._new_lookback()
-        self.lookback.load_state(state | {"product": self.loop.relief.product or state["product"]})
-        return words
-
-    def _look_at(self, attempt: Attempt, commit: int, terminal: Terminal | None) -> None:
-        """`_run_and_look` where memory suffices."""
-        mean, past = Average(self.objective.average), self._past()
-        recorder = self._run(attempt, commit, mean, record=True)
-        assert recorder is not None
-        if attempt.failure is not None:
-            recorder.close()
+            self._windows = PlainWindows(loop, self._steps, teller, alone=self.ranks is None)
             return
-        share = self._remember(mean, past)
-        # Where no proposal is accepted, the next window goes on from the roll's random state.
-        with preserved():
-            h = self._look_back(recorder, mean, terminal, self.costate_clip, share)
-            attempt.first_look = h.result
-            unclipped = self.costate_clip is None
-            if h.result.name == "exploding" and unclipped and recorder.again:
-                h = self._look_back(recorder, mean, terminal, EXPLODING_CLIP, share)
-            if self.law.rule == "batch-error" and recorder.again:
-                attempt.samples = self._by_batch(recorder, mean, terminal, share)
-        recorder.close()
-        attempt.hypergradient = h
-        attempt.value = h.value + self.law.penalty(attempt.schedule, self.controls)
-        if not math.isfinite(attempt.value):
-            steps = f"[{attempt.schedule.start}, {attempt.schedule.stop})"
-            attempt.failure = f"the objective is not finite at steps {steps}"
-
-    def _look_back(
-        self,
-        recorder: WindowRecorder,
-        mean: Average,
-        terminal: Terminal | None,
-        costate_clip: float | None,
-        past: float = 0.0,
-    ) -> Hypergradient:
-        """The hypergradient of a recorded roll whose end is the live state, on the ledger.
-
-        past: the share of steps before the window in `mean`, which no control of it moves.
-        """
-        damping = Damping(self.discount, costate_clip)
-        weight = self.objective.terminal_weight
-        self.lookback.objective = replace(self.objective, terminal_weight=weight * (1 - past))
-        h = self.lookback.look_back(recorder, mean, terminal, damping)
-        if past and terminal is not None:
-            h = replace(h, value=h.value + weight * past * h.terminal)
-        self.loop.cost.hessian_products += h.hessian_products
-        # The terminal loss is counted by its size.
-        self.loop.cost.gradient_equivalents += h.gradient_equivalents - (terminal is not None)
-        return h
-
-    def _past(self) -> Average | None:
-        """The average of the steps committed so far, where the objective remembers it."""
-        return self.loop.average.copy() if self.objective.memory else None
-
-    def _remember(self, mean: Average, past: Average | None) -> float:
-        """Lets a window's average go on from that of the steps before; its share in the result."""
-        if past is None or past.values is None or mean.values is None:
-            return 0.0
-        share = self.objective.remembered(mean.count, AVERAGE_EVERY * past.count)
-        with torch.no_grad():
-            torch._foreach_lerp_(mean.values, past.values, share)
-        return share
-
-    def _by_batch(
-        self, recorder: WindowRecorder, mean: Average, terminal: Terminal | None, past: float
-    ) -> dict[str, Tensor]:
-        """control -> dJ/du by each batch of the objective alone, at H = 0: (n, K) or (n, K, G)."""
-        if not isinstance(terminal, _HeldOutLoss) or len(terminal.batches) < 2:
-            return {}
-        lookback = self._new_lookback("none")
-        lookback.objective = replace(
-            self.objective, terminal_weight=self.objective.terminal_weight * (1 - past)
+        steps, chronicle, course, budget = self._steps, self._chronicle, self._course, self._budget
+        penalty = partial(law.penalty, controls=self.controls)
+        judge = Judge(self.plant, loop, steps, self.objective, penalty, self._judged_on)
+        looking = Looking(
+            self.plant,
+            loop,
+            steps,
+            judge,
+            self._lookbacks,
+            teller,
+            by_batch=law.rule == "batch-error",
         )
-        damping = Damping(self.discount, self.costate_clip)
-        found = []
-        for part in terminal.parts():
-            h = lookback.look_back(recorder, mean, part, damping)
-            self.loop.cost.gradient_equivalents += h.gradient_equivalents - 1
-            found.append(h.grad)
-        # One more pass over the objective's data.
-        self.loop.cost.gradients(terminal.share)
-        return {name: torch.stack([grad[name] for grad in found]) for name in found[0]}
-
-    def _rewrite(self, rolled: Attempt, commit: int, before: Moment) -> Attempt:
-        """Proposes, replays and compares, again and again while that is worth it.
-
-        Returns the attempt to commit, its end state live.
-        """
-        start, stop = rolled.schedule.start, rolled.schedule.stop
-        terminal, share = self._terminal(start, stop)
-        current, scale = rolled, 1.0
-        for iteration in range(self.law.iterations):
-            if iteration and not self._budget.affords(self.loop, 3 * (stop - start)):
-                break
-            if current.hypergradient is None:
-                self._back_to(before, current, "roll")
-                again = current.emptied()
-                self._run_and_look(again, commit, terminal)
-                if again.starved:
-                    self._chronicle.record(again, "rejected", again.failure)
-                if again.failure is not None:
-                    break
-                current = again
-            better = self._better(current, commit, before, terminal, share, scale)
-            if better is None:
-                self.loop.cost.rejected_windows += iteration == 0
-                break
-            gain = (current.value - better.value) / max(abs(current.value), 1e-12)
-            better.gain = 1 - (1 - current.gain) * (1 - gain)
-            current = better
-            if gain < self.law.worth:
-                break
-            scale = min(scale * self.law.grow, self.law.farthest)
-        return self._settled(current, commit, before)
-
-    def _better(
-        self,
-        rolled: Attempt,
-        commit: int,
-        before: Moment,
-        terminal: Terminal | None,
-        share: float,
-        scale: float,
-    ) -> Attempt | None:
-        """A replay that lowers the objective, its end state live; None where none is found."""
-        h = rolled.hypergradient
-        assert h is not None
-        self._teller.verb(
-            "rewrite",
-            self.loop.cost.windows,
-            rolled.schedule.start,
-            rolled.schedule.stop,
-            rolled.number,
+        rewriting = (
+            Twins(loop, law, steps, judge, chronicle)
+            if isinstance(law, Twin)
+            else Rewriting(loop, law, course, budget, steps, judge, looking, chronicle, teller)
         )
-        if not h.result.usable:
-            self._chronicle.record(
-                rolled, "rejected", f"hypergradient {h.result.name}: {h.result.message}"
-            )
-            return None
-        if rolled.plain and rolled is self.loop.live:
-            rolled.end = Moment(self.plant.snapshot(), self.loop.average.copy())
-        # A law of one's own that needs no history may do without the argument.
-        past: dict[str, Any] = {}
-        if self.law.rule != "normalised":
-            past = {"history": self.loop.history}
-        if self.law.rule == "batch-error":
-            past["samples"] = rolled.samples
-        highest = self._course.highest(self.loop, rolled.schedule.start, rolled.schedule.stop)
-        for retry in range(self.law.retries + 1):
-            if retry and not self._budget.affords(self.loop, 2 * len(rolled.schedule)):
-                break
-            proposal = self.law.propose(
-                rolled.schedule, h.grad, rolled.value, scale * self.law.shrink**retry, **past
-            )
-            if past and rolled.proposal is None and retry == 0:
-                self.loop.history = remembered(self.loop.history, proposal.asked)
-            proposed = self.law.bounded(proposal.schedule, rolled.schedule, highest)
-            carry = proposal.carry
-            if rolled.proposal is not None:
-                carry = added(rolled.proposal.carry, carry)
-            replayed = replace(
-                rolled.emptied(),
-                number=rolled.number + 1 + retry,
-                schedule=proposed,
-                proposal=replace(proposal, schedule=proposed, carry=carry),
-            )
-            self._replay(replayed, commit, before, terminal, share)
-            if replayed.failure is None:
-                if replayed.value < rolled.value or not self.law.accept:
-                    self._chronicle.record(replayed, "accepted", None, rolled)
-                    return replayed
-                replayed.failure = "the objective did not fall"
-            self._chronicle.record(replayed, "rejected", replayed.failure, rolled)
-        return None
-
-    def _better_twin(self, rolled: Attempt, commit: int, before: Moment) -> Attempt:
-        """The better of the window at a higher and at a lower lr; as rolled if both fail."""
-        assert isinstance(self.law, Twin)
-        terminal, share = self._terminal(rolled.schedule.start, rolled.schedule.stop)
-        tried = []
-        for number, proposal in enumerate(self.law.twins(rolled.schedule, self.loop.delta)):
-            attempt = replace(
-                rolled.emptied(),
-                number=rolled.number + number,
-                schedule=proposal.schedule,
-                proposal=proposal,
-            )
-            self._replay(attempt, commit, before, terminal, share)
-            if attempt.failure is None:
-                tried.append(attempt)
-                if number == 0:
-                    attempt.end = Moment(self.plant.snapshot(), self.loop.average.copy())
-        if not tried:
-            return self._settled(rolled, commit, before)
-        best = min(tried, key=lambda attempt: attempt.value)
-        for attempt in tried:
-            kept = attempt is best
-            why = None if kept else "its twin is better"
-            self._chronicle.record(attempt, "accepted" if kept else "rejected", why, attempt)
-        assert best.proposal is not None
-        up = cast(float, best.proposal.carry["lr"]) > 0
-        self.loop.delta = self.law.next_delta(self.loop.delta, repeats=up == self.loop.upwards)
-        self.loop.upwards = up
-        return self._settled(best, commit, before)
-
-    def _replay(
-        self,
-        attempt: Attempt,
-        commit: int,
-        before: Moment,
-        terminal: Terminal | None,
-        share: float,
-    ) -> None:
-        """The attempt's window by plain steps from its beginning, and its objective."""
-        start, stop = attempt.schedule.start, attempt.schedule.stop
-        self._back_to(before, attempt, "replay")
-        mean, past = Average(self.objective.average), self._past()
-        self._run(attempt, commit, mean)
-        if attempt.failure is None:
-            self._remember(mean, past)
-            assert attempt.trajectory is not None
-            attempt.value = self._value(attempt, attempt.trajectory, terminal, mean)
-            self.loop.cost.gradient_equivalents += share / 3
-            if not math.isfinite(attempt.value):
-                attempt.failure = f"the objective is not finite at steps [{start}, {stop})"
-
-    def _back_to(self, before: Moment, attempt: Attempt, verb: Verb) -> None:
-        """Restores the window's beginning, and says that `verb` comes next."""
-        start, stop = attempt.schedule.start, attempt.schedule.stop
-        self._teller.verb("restore", self.loop.cost.windows, start, stop, attempt.number)
-        self._restore(before)
-        self._teller.verb(verb, self.loop.cost.windows, start, stop, attempt.number)
-
-    def _settled(self, attempt: Attempt, commit: int, before: Moment) -> Attempt:
-        """The attempt with its end state live, as the plain loop's own steps reach it.
-
-        A roll that keeps graphs takes kernels that can be differentiated twice, which differ from
-        the plain ones by roundings: what is committed anyone can replay.
-        """
-        if attempt.plain and attempt is self.loop.live:
-            return attempt
-        if attempt.plain and attempt.end is not None:
-            self._restore(attempt.end)
-            return attempt
-        self._back_to(before, attempt, "roll")
-        plain = replace(attempt, trajectory=None, inside=None)
-        self._run(plain, commit, None)
-        return plain
-
-    def _run(
-        self,
-        attempt: Attempt,
-        commit: int,
-        mean: Average | None,
-        *,
-        record: bool = False,
-    ) -> WindowRecorder | None:
-        """Live steps through the attempt's window; keeps the moment at `commit` if it is inside.
-
-        record: keep what looking back needs, and return it.
-        """
-        schedule, parameters = attempt.schedule, self.plant.parameters
-        steps = self.loop.steps
-
-        def on_step(step: int, observed: StepRecord) -> None:
-            if step < commit and (steps - step) % AVERAGE_EVERY == 1:
-                self.loop.average.update(parameters)
-            if self.rewriting:
-                self._teller.check_stop()
-            if step + 1 == commit < schedule.stop:
-                attempt.inside = Moment(self.plant.snapshot(), self.loop.average.copy())
-            if self.listeners:
-                loss = float(observed.loss) if observed.loss.device.type == "cpu" else None
-                self._teller.emit(StepTaken(step, loss, schedule.at(step)))
-
-        def limit(first: float) -> float:
-            lately, ever = self.loop.reference or (first, first)
-            if not attempt.guarded or min(first, lately, ever) <= 0:
-                return math.inf
-            return max(DIVERGED * first, DIVERGED * lately, 1.5 * ever)
-
-        recorder = None
-        if record:
-            recorder = self.lookback.roll(
-                list(attempt.batches), schedule, average=mean, on_step=on_step, limit=limit
-            )
-            trajectory = recorder.trajectory
-        else:
-            trajectory = self.plant.roll(
-                attempt.batches, schedule, average=mean, on_step=on_step, limit=limit
-            )
-        attempt.trajectory = trajectory
-        attempt.plain = recorder is None or not recorder.plan.graphs
-        self.loop.live = attempt
-        self.loop.cost.gradients(len(trajectory))
-        if trajectory.diverged is not None:
-            loss = float(trajectory.losses[trajectory.diverged])
-            step = schedule.start + trajectory.diverged
-            attempt.failure = f"the loss is {loss:.4g} at step {step}"
-        elif not self.plant.is_finite():
-            attempt.failure = f"the state is not finite after step {schedule.stop - 1}"
-        if self.rewriting:
-            self._check_replay(attempt)
-        return recorder
+        self._windows = RewrittenWindows(
+            loop,
+            law,
+            self.controls,
+            self.window,
+            course,
+            budget,
+            steps,
+            judge,
+            looking,
+            rewriting,
+            Surprise(loop, law, course, steps, judge, chronicle, teller),
+            chronicle,
+            teller,
+        )
 
     def _commit(self, attempt: Attempt, commit: int) -> None:
         """Makes the attempt's steps up to `commit` final: state, schedule, tape."""
         start, stop = self.loop.step, attempt.schedule.stop
         self._teller.verb("commit", self.loop.cost.windows, start, stop, attempt.number)
         if attempt.inside is not None:
-            self._restore(attempt.inside)
+            self._steps.restore(attempt.inside)
         if attempt.proposal is not None:
             rewritten = attempt.schedule.window(start, commit)
             self.loop.schedule = self.loop.schedule.replaced(rewritten)
@@ -1175,67 +679,6 @@ class Runner:
         """Where batches are moved to; None where they can stay."""
         return None if self.device.type == "cpu" else self.device
 
-    def _restore(self, moment: Moment) -> None:
-        self.loop.live = None
-        self.plant.restore(moment.snapshot)
-        self.loop.average.assign(moment.average)
-
-    # What a window is judged by ------------------------------------------------------------------
-
-    def _terminal(self, start: int, stop: int) -> tuple[Terminal | None, float]:
-        """(the terminal loss on this window's objective data, its size in training batches)."""
-        if self.objective.terminal_weight == 0:
-            return None, 0.0
-        if self.loop.validation is not None:
-            n = _length(self.val_loader, self.objective.count)
-            first = n * (start // self.stride)
-            batches = self.loop.validation.take(first, first + n)
-            self.loop.validation.release(first)
-        else:
-            after = self.loop.train.take(start, stop + self.objective.count)[stop - start :]
-            batches = after
-        return self._mean_loss(batches, self.loop.train.take(start, start + 1)[0])
-
-    def _mean_loss(self, batches: Sequence[Any], train: Any = None) -> tuple[Terminal, float]:
-        """(mean loss on `batches` in eval mode, their size beside `train`'s, else their number)."""
-        batches = [m for b in batches for m in (b if isinstance(b, MicroBatches) else (b,))]
-        sizes = [batch_size(b) for b in batches]
-        share = float(len(batches))
-        if train is not None:
-            share = sum(sizes) / max(1, batch_size(train))
-        return _HeldOutLoss(self.plant, batches, sizes, share), share
-
-    @torch.no_grad()
-    def _value(
-        self, attempt: Attempt, trajectory: Trajectory, terminal: Terminal | None, mean: Average
-    ) -> float:
-        """J of a replayed window, by the same formula and data as the roll's."""
-        value = stage_sum(self.objective, trajectory)
-        if terminal is not None and mean.values is not None:
-            parameters = [p.detach() for p in self.plant.parameters]
-            live = [p.clone() for p in parameters]
-            torch._foreach_copy_(parameters, mean.values)
-            with visible_statistics(self.plant.model, update=False):
-                value += self.objective.terminal_weight * self.plant.value(
-                    terminal(self.plant.model)
-                )
-            torch._foreach_copy_(parameters, live)
-        return value + self.law.penalty(attempt.schedule, self.controls)
-
-    def _new_lookback(self, product: Product | None = None) -> Lookback:
-        relief = self.loop.relief if hasattr(self, "loop") else Relief()
-        return Lookback(
-            self.plant,
-            self.objective,
-            self.controls,
-            segment=self.segment if relief.memory_budget is None else "auto",
-            product=product or cast(Product | None, relief.product) or self.product,
-            memory_budget=relief.memory_budget or self.memory_budget,
-            spill=self.spill,
-            damping=Damping(self.discount, self.costate_clip),
-            notice=self._teller.notice,
-        )
-
     # Begin, save, end ----------------------------------------------------------------------------
 
     def _begin(self, steps: int, resume: Literal["auto", "never"]) -> Loop:
@@ -1253,9 +696,15 @@ class Runner:
             accumulate=self.accumulate,
         )
         first_lr = torch.tensor(self._course.own()["lr"], dtype=torch.float64)
-        self.loop = Loop(steps, self._course.planned(steps, first_lr), train, first_lr=first_lr)
+        self.loop = Loop(
+            steps,
+            self._course.planned(steps, first_lr),
+            train,
+            first_lr=first_lr,
+            lookback=self._lookback if self._before is None else self._before.lookback,
+        )
         self._streams = [train]
-        self._chronicle = Chronicle(self.loop, self.directory, self._teller)
+        self._furnish()
         if self.planner is not None:
             own = self.plant.controls.initial
             self.planner.begin(own["lr"], own.get("momentum"), own.get("noise", 0.0))
@@ -1339,11 +788,12 @@ class Runner:
             )
             if self.loop.validation is not None:
                 validation.seek(self.loop.validation.position(0))
-            judged = validation.take(0, _length(self.val_loader, PROBE_BATCHES))
+            judged = validation.take(0, at_most(self.val_loader, PROBE_BATCHES))
             validation.close()
 
         def held_out(n: int) -> tuple[Terminal, float]:
-            return self._mean_loss(judged or stream.take(n, n + PROBE_BATCHES))
+            terminal = held_out_loss(self.plant, judged or stream.take(n, n + PROBE_BATCHES))
+            return terminal, terminal.share
 
         def tell(record: dict[str, Any]) -> None:
             if self.directory is not None:
@@ -1379,31 +829,10 @@ class Runner:
             self.planner.begin(float(lr.max()), own.get("momentum"), own.get("noise", 0.0))
         self._teller.emit(StartFound(self.start, lr.tolist(), given, search.gradients / steps))
 
-    def _check_replay(self, attempt: Attempt) -> None:
-        """Whether a step that is taken again is the same: once, in the first window that has one.
-
-        The first loss and gradient of two ways through a window depend on where it begins alone, so
-        that this costs nothing unless they differ.
-        """
-        trajectory = attempt.trajectory
-        if self.loop.checked or not attempt.plain or not trajectory:
-            return
-        start = attempt.schedule.start
-        norm = trajectory.gradient_norms[0]
-        seen = (start, torch.stack([trajectory.losses[0].double(), torch.as_tensor(norm).double()]))
-        before, self.loop.seen = self.loop.seen, seen
-        if before is None or before[0] != start or not bool(seen[1].isfinite().all()):
-            return
-        self.loop.checked = True
-        if torch.equal(before[1], seen[1]):
-            return
-        batch = next(iter(attempt.batches))
-        with preserved():
-            found = replay_deviation(self.plant, batch, attempt.schedule.at(start), start)
-        self.loop.cost.gradients(2)
-        apart = float(((before[1] - seen[1]).abs() / before[1].abs().clamp(min=1e-30)).max())
-        self.loop.deviation = found or Deviation(apart, ())
-        self._teller.notice(self.loop.deviation.sentence())
+    @property
+    def _before(self) -> Loop | None:
+        """Where the loop stands, or stood at the end of the last fit; None before the first."""
+        return getattr(self, "loop", None)
 
     def _checked_schedule(
         self, schedule: Schedule | None, template: Template | None
@@ -1443,7 +872,7 @@ class Runner:
         if self.loop.validation is not None:
             # A window that was cut short, or the last of a run that goes on, is followed by one
             # that is judged on the same batches.
-            first = _length(self.val_loader, self.objective.count) * (self.loop.step // self.stride)
+            first, _ = self._judged_on.batches_at(self.loop.step)
             tensors["validation_batches"] = self.loop.validation.position(
                 min(first, self.loop.validation.next_step)
             ).to_tensors()
@@ -1464,7 +893,7 @@ class Runner:
             "relief": self.loop.relief.to_json(),
             "deviation": self.loop.deviation and asdict(self.loop.deviation),
             "singletons": self.plant.singletons,
-            "lookback": self.lookback.state() if self.rewriting else None,
+            "lookback": self.loop.lookback and self.loop.lookback.state(),
             "cost": asdict(self.loop.cost),
             "seconds": self.loop.seconds(),
         }
@@ -1497,8 +926,7 @@ class Runner:
         if deviation is not None:
             self.loop.deviation = Deviation(deviation["largest"], tuple(deviation["operators"]))
         if self.rewriting and values.get("lookback") is not None:
-            self.lookback = self._new_lookback()
-            self.lookback.load_state(values["lookback"])
+            self.loop.lookback = self._lookbacks.resumed(self.loop.relief, values["lookback"])
         self.loop.step = checkpoint.step
         # safetensors gives names back in any order, and the tape's lines keep the schedule's.
         values_by_name = {name: tensors["schedule"][name] for name in self.loop.schedule.values}
@@ -1600,30 +1028,6 @@ class Runner:
         return {name: value for name, (value, usual) in settings.items() if value != usual}
 
 
-@dataclass(frozen=True)
-class _HeldOutLoss:
-    """The mean loss on batches in eval mode. share: their size in training batches."""
-
-    plant: Plant
-    batches: Sequence[Any]
-    sizes: Sequence[int]
-    share: float
-
-    def __call__(self, model: nn.Module) -> Tensor:
-        # Running statistics belong to the last iterate, not to the average that is judged.
-        with self.plant.evaluating():
-            batch_statistics(model)
-            pairs = zip(self.batches, self.sizes, strict=True)
-            losses = [self.plant.loss(batch)[0] * size for batch, size in pairs]
-            return torch.stack(losses).sum() / sum(self.sizes)
-
-    def parts(self) -> list[_HeldOutLoss]:
-        """The loss on each batch alone."""
-        share = self.share / len(self.batches)
-        pairs = zip(self.batches, self.sizes, strict=True)
-        return [_HeldOutLoss(self.plant, [batch], [size], share) for batch, size in pairs]
-
-
 def _steered(plant: Plant, asked: Sequence[str] | None) -> tuple[str, ...]:
     """The controls to rewrite, checked: what was asked for, or what of the usual three can move."""
     initial = plant.controls.initial
@@ -1659,21 +1063,6 @@ def _grouped(plant: Plant, controls: Sequence[str], asked: Sequence[str]) -> tup
     return names
 
 
-def _place(attempt: Attempt) -> tuple[int, float] | None:
-    """(the step of the window at which the loss was too high, the loss); None for none."""
-    trajectory = attempt.trajectory
-    if trajectory is None or trajectory.diverged is None:
-        return None
-    return trajectory.diverged, float(trajectory.losses[trajectory.diverged])
-
-
-def _same_place(before: tuple[int, float] | None, now: tuple[int, float] | None) -> bool:
-    """Whether a lower lr changed little: then the data are other than they were."""
-    if before is None or now is None or not math.isfinite(before[1] + now[1]):
-        return False
-    return abs(before[0] - now[0]) <= PATIENCE and now[1] > 0.7 * before[1]
-
-
 def _rescaled(name: str, values: Tensor, ratio: float) -> Tensor:
     """A control's values moved by log(ratio) in its coordinate, within its bounds; 0 stays 0."""
     known = CONTROLS[name]
@@ -1686,11 +1075,3 @@ def _described(value: Any) -> Any:
     if isinstance(value, HeldOutBatches):
         return {"held_out": value.count}
     return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else value
-
-
-def _length(loader: Any, at_most: int) -> int:
-    """The number of batches of a loader, if it says so, up to `at_most`."""
-    try:
-        return max(1, min(len(loader), at_most))
-    except TypeError:
-        return at_most

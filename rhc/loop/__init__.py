@@ -3,6 +3,6 @@
 `state` is where the loop stands: what evolves, in one record. The other modules say what moves it.
 """
 
-from rhc.loop.state import Attempt, Cost, Loop, Moment
+from rhc.loop.state import Attempt, Cost, Loop, Moment, Window
 
-__all__ = ["Attempt", "Cost", "Loop", "Moment"]
+__all__ = ["Attempt", "Cost", "Loop", "Moment", "Window"]

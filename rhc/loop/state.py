@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rhc.batches import StepBatches
 from rhc.faults import Deviation, Relief
-from rhc.hypergradient import Hypergradient, Outcome
+from rhc.hypergradient import Hypergradient, Lookback, Outcome
 from rhc.objective import Average
 from rhc.plant import Snapshot, Trajectory
 from rhc.rewrite import History, Proposal, Shift, Twin
@@ -69,7 +69,7 @@ class Loop:
     relief: what memory did not suffice for; checked: whether a step was taken again, seen: its
     first loss and gradient; deviation: how it differed.
     first_lr: () or (G,), that the template begins with. live: the attempt whose end the plant
-    stands at.
+    stands at. lookback: what looks back at windows, where they are rewritten.
     """
 
     steps: int
@@ -98,6 +98,7 @@ class Loop:
     deviation: Deviation | None = None
     first_lr: Tensor = field(default_factory=lambda: torch.tensor(0.0))
     live: Attempt | None = None
+    lookback: Lookback | None = None
     began: float = field(default_factory=time.monotonic)
     seconds_before: float = 0.0
 
@@ -112,6 +113,19 @@ class Moment:
 
     snapshot: Snapshot
     average: Average
+
+
+@dataclass(frozen=True)
+class Window:
+    """Steps [start, stop) that are gone through until they are good, and committed up to `commit`.
+
+    before: the moment at its beginning.
+    """
+
+    start: int
+    stop: int
+    commit: int
+    before: Moment
 
 
 @dataclass
