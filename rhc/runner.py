@@ -6,20 +6,18 @@ decisions. `fit` reads top-down; one window is `_window`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rhc import stopping
 from rhc.advice import check_loader, check_parts, explained
-from rhc.batches import Position, StepBatches, loader_preserved
+from rhc.batches import Position, StepBatches
 from rhc.checkpoint import SHARDS, Checkpoint
 from rhc.distributed import (
     part_of,
@@ -31,15 +29,8 @@ from rhc.distributed import (
 )
 from rhc.distributed.ranks import Group
 from rhc.errors import DivergedError, InputError, StorageError
-from rhc.evaluate import (
-    UNSIZED_BATCHES,
-    evaluate,
-)
 from rhc.events import (
     CheckpointSaved,
-    Committed,
-    EpochPlanned,
-    Intervened,
     Listener,
     RunEnded,
     RunStarted,
@@ -57,20 +48,27 @@ from rhc.hypergradient import (
     resolve,
 )
 from rhc.loggers import Logger, listeners_of
-from rhc.loop import Attempt, Cost, Loop
+from rhc.loop import Cost, Loop
+from rhc.loop.committing import Committing
 from rhc.loop.course import Budget, Course
+from rhc.loop.epochs import Epochs, epoch_steps
 from rhc.loop.judge import Judge, JudgedOn, at_most, held_out_loss
 from rhc.loop.looking import EXPLODING_CLIP, LookbackMaker, Looking
-from rhc.loop.records import PER_EXAMPLE, Chronicle, Teller, final_result, smoothness, tape_rows
+from rhc.loop.records import (
+    Chronicle,
+    Teller,
+    Validation,
+    final_result,
+    smoothness,
+)
 from rhc.loop.rewriting import Rewriting, Twins
 from rhc.loop.state import AVERAGE_DECAY
 from rhc.loop.steps import Steps
 from rhc.loop.surprise import Surprise
 from rhc.loop.windows import PlainWindows, RewrittenWindows
-from rhc.memory import peak_memory
 from rhc.noise import mixed_seed
 from rhc.objective import Average, HeldOutBatches, Objective
-from rhc.planning import EpochPlanner, Plan, joined, parted
+from rhc.planning import EpochPlanner, joined, parted
 from rhc.plant import (
     LossFn,
     Plant,
@@ -81,8 +79,6 @@ from rhc.rank_directory import directory_of
 from rhc.rewrite import (
     Rewrite,
     Twin,
-    carried,
-    faded,
     usual_law,
     usual_objective,
     usual_template,
@@ -98,7 +94,6 @@ from rhc.schedule import (
 )
 from rhc.start import ADAPTIVE_GREED, GREED, PROBE_BATCHES, STARTS, Start, StartSearch
 from rhc.state import snapshot_from_tensors, snapshot_to_tensors, with_parts
-from rhc.tape import finite
 from rhc.together import agreed, begin, check_ranks, draw_apart, loaders_of
 
 __all__ = ["EXPLODING_CLIP", "Cost", "DivergedError", "RunResult", "Runner", "smoothness"]
@@ -351,8 +346,19 @@ class Runner:
         self.device = self.plant.parameters[0].device
         self._streams: list[StepBatches] = []
         self.planner = planner
-        self._validation_batches: float | None = None
-        self._epoch_steps = 0 if planner is None else self._plannable(planner)
+        self._validation = (
+            None if self.val_loader is None else Validation(self.plant, self.val_loader)
+        )
+        self._epoch_steps = 0
+        if planner is not None:
+            judged = self.val_loader is not None and isinstance(self.objective.batches, int)
+            self._epoch_steps = epoch_steps(
+                planner,
+                self.train_loader,
+                self.accumulate,
+                validated=self.val_loader is not None,
+                ahead=self.rewriting and not judged,
+            )
         self._fitted = False
         self._course = Course(
             self.plant,
@@ -477,16 +483,33 @@ class Runner:
         length = self.window if self.rewriting else self.stride
         length = min(length, self.loop.relief.longest or length)
         start, stop = self.loop.step, min(self.loop.step + length, self.loop.steps)
-        if self.planner is not None:
-            stop = min(stop, (start // self._epoch_steps + 1) * self._epoch_steps)
+        if self._epochs is not None:
+            stop = min(stop, self._epochs.end(start))
         commit = min(start + self.stride, stop)
-        self._commit(*self._windows.go_through(start, stop, commit))
+        self._committing.commit(*self._windows.go_through(start, stop, commit))
 
     def _furnish(self) -> None:
         """The rooms of this fit, each given what it works with."""
         loop, teller, law = self.loop, self._teller, self.law
         self._chronicle = Chronicle(loop, self.directory, teller)
         self._steps = Steps(self.plant, loop, teller, again=self.rewriting)
+        self._epochs: Epochs | None = None
+        if self.planner is not None:
+            self._epochs = Epochs(
+                self.planner, self._epoch_steps, self.plant, loop, self._validation, teller
+            )
+        self._committing = Committing(
+            self.plant,
+            loop,
+            self._steps,
+            self._budget,
+            law.carry if self.rewriting else None,
+            self._epochs,
+            self._validation,
+            self.validate_every,
+            self.directory,
+            teller,
+        )
         self._windows: PlainWindows | RewrittenWindows
         if not self.rewriting:
             self._windows = PlainWindows(loop, self._steps, teller, alone=self.ranks is None)
@@ -524,156 +547,6 @@ class Runner:
             teller,
         )
 
-    def _commit(self, attempt: Attempt, commit: int) -> None:
-        """Makes the attempt's steps up to `commit` final: state, schedule, tape."""
-        start, stop = self.loop.step, attempt.schedule.stop
-        self._teller.verb("commit", self.loop.cost.windows, start, stop, attempt.number)
-        if attempt.inside is not None:
-            self._steps.restore(attempt.inside)
-        if attempt.proposal is not None:
-            rewritten = attempt.schedule.window(start, commit)
-            self.loop.schedule = self.loop.schedule.replaced(rewritten)
-        if commit < self.loop.steps and self.rewriting:
-            shifts = {} if attempt.proposal is None else attempt.proposal.carry
-            self.loop.correction, change = faded(self.loop.correction, shifts, self.law.carry)
-            self.loop.schedule = carried(self.loop.schedule, commit, change)
-        rows = tape_rows(attempt, commit)
-        first = rows[0]["loss"] if self.loop.reference is None else self.loop.reference[1]
-        self.loop.reference = (sum(row["loss"] for row in rows) / len(rows), first)
-        self.loop.cost.peak_memory_bytes = max(
-            self.loop.cost.peak_memory_bytes, peak_memory(self.device)
-        )
-        self.loop.step = commit
-        if self.planner is not None:
-            self._plan_on(attempt, rows)
-        if self.validate_every and commit // self.validate_every > start // self.validate_every:
-            held_out = evaluate(self.plant, self.val_loader)
-            assert held_out is not None and self.val_loader is not None
-            found = {"loss": held_out.loss, **held_out.metrics}
-            rows[-1] |= {f"val_{name}": finite(value) for name, value in found.items()}
-            self.loop.cost.gradient_equivalents += self._size_of(self.val_loader) / 3
-        self.loop.train.release(commit)
-        self.loop.tape += rows
-        if self.directory is not None:
-            self.directory.tape.append(rows)
-        self._teller.emit(Committed(start, commit, rows, self._budget.projected(self.loop)))
-        if commit < self.loop.steps:
-            self._teller.verb("slide", self.loop.cost.windows, start, stop, attempt.number)
-        self.loop.cost.windows += 1
-
-    # Epochs --------------------------------------------------------------------------------------
-
-    def _plannable(self, planner: EpochPlanner) -> int:
-        """The steps of an epoch, of a planner that is checked."""
-        if planner.optimizer is not None:
-            raise InputError(
-                "planner steers its optimizer by itself, and so would the Runner; build it without "
-                "one: EpochPlanner(…)"
-            )
-        if planner.needs_validation and self.val_loader is None:
-            raise InputError(
-                "planner takes its rewards from a validation loss and there is no val_loader; give "
-                "one, or EpochPlanner(reward=FreshSeeds(…)), or reward=TrainingTape()"
-            )
-        steps = planner.epoch_steps
-        if steps is None:
-            try:
-                batches = len(self.train_loader)  # type: ignore[arg-type]
-            except TypeError:
-                raise InputError(
-                    "train_loader does not say how many batches an epoch has; give "
-                    "EpochPlanner(epoch_steps=…)"
-                ) from None
-            steps = max(1, batches // self.accumulate)
-        if planner.samples and self.accumulate > 1:
-            raise InputError(
-                f"a LossSampler needs every batch to be a step, got accumulate={self.accumulate}; "
-                "use 1, or larger batches"
-            )
-        ahead = self.rewriting and (
-            self.val_loader is None or not isinstance(self.objective.batches, int)
-        )
-        if planner.samples and ahead:
-            raise InputError(
-                "windows are judged on training batches of the next epoch, which a LossSampler has "
-                "not planned yet; give a val_loader, or rewrite=False"
-            )
-        return steps
-
-    def _plan_on(self, attempt: Attempt, rows: list[dict[str, Any]]) -> None:
-        """Tells the planner of committed steps; where an epoch ends, or the data drift, the rest of
-        the schedule follows its new plan, and the tape says why."""
-        planner, trajectory = self.planner, attempt.trajectory
-        assert planner is not None and planner.plan is not None and trajectory is not None
-        before, reward = planner.plan, planner.reward_metric
-        for row, metrics in zip(rows, trajectory.metrics, strict=False):
-            planner.observe(
-                math.nan if row["loss"] is None else row["loss"],
-                row.get(reward) if reward else None,
-                row["gradient_norm"],
-                metrics.get(f"{PER_EXAMPLE}index"),
-                metrics.get(f"{PER_EXAMPLE}loss"),
-            )
-        epoch = planner.state.epoch
-        done = planner.read()
-        for step, what in done:
-            marks = rows[step - rows[0]["step"]].setdefault("planning", {"interventions": []})
-            marks["interventions"].append(asdict(what))
-        if self.loop.step % self._epoch_steps == 0:
-            held_out = None
-            if self.val_loader is not None and planner.needs_validation:
-                held_out = evaluate(self.plant, self.val_loader)
-                self.loop.cost.gradient_equivalents += self._size_of(self.val_loader) / 3
-            plan = planner.end_epoch(None if held_out is None else held_out.loss)
-            last = rows[-1]
-            own = [asdict(what) for what in plan.interventions]
-            earlier = last.get("planning", {"interventions": []})["interventions"]
-            last["planning"] = finite(
-                {
-                    "epoch": planner.history[-1].to_json(),
-                    "plan": plan.values | {"mode": plan.mode},
-                    "interventions": earlier + own,
-                }
-            )
-            done = [*done, *((self.loop.step - 1, what) for what in plan.interventions)]
-            self._teller.emit(
-                EpochPlanned(self.loop.step, epoch, last["planning"]["epoch"], plan.to_json())
-            )
-        for step, what in done:
-            self._teller.notice(f"{what.kind}: {what.reason}")
-            self._teller.emit(Intervened(step, epoch, what.kind, what.reason))
-        self._follow(before, planner.plan)
-
-    def _follow(self, before: Plan, after: Plan) -> None:
-        """Moves the rest of the schedule from one plan to the other."""
-        start, schedule = self.loop.step, self.loop.schedule
-        if start >= self.loop.steps:
-            return
-        rest = schedule.window(start, schedule.stop)
-        values: dict[str, Tensor] = {}
-        if after.lr != before.lr:
-            ratio = after.lr / before.lr
-            values["lr"] = _rescaled("lr", rest["lr"], ratio)
-            self.loop.first_lr = self.loop.first_lr * ratio
-        if after.momentum != before.momentum and after.momentum and before.momentum:
-            ratio = CONTROLS["momentum"].ratio(after.momentum, before.momentum)
-            values["momentum"] = _rescaled("momentum", rest["momentum"], ratio)
-        if after.noise != before.noise:
-            values["noise"] = torch.full_like(rest["noise"], after.noise)
-        if values:
-            self.loop.schedule = schedule.replaced(Schedule(values, start))
-
-    def _size_of(self, loader: Iterable[Any]) -> float:
-        """The batches of a loader, once counted."""
-        if self._validation_batches is None:
-            try:
-                self._validation_batches = float(len(loader))  # type: ignore[arg-type]
-            except TypeError:
-                with loader_preserved(loader), preserved():
-                    drawn = islice(loader, UNSIZED_BATCHES)
-                    self._validation_batches = float(sum(1 for _ in drawn))
-        return self._validation_batches
-
     @property
     def _moved_to(self) -> torch.device | None:
         """Where batches are moved to; None where they can stay."""
@@ -705,9 +578,8 @@ class Runner:
         )
         self._streams = [train]
         self._furnish()
-        if self.planner is not None:
-            own = self.plant.controls.initial
-            self.planner.begin(own["lr"], own.get("momentum"), own.get("noise", 0.0))
+        if self._epochs is not None:
+            self._epochs.begin(self.plant.controls.initial["lr"])
         validated = self.val_loader is not None and isinstance(self.objective.batches, int)
         if self.rewriting and validated and self.objective.terminal_weight:
             assert self.val_loader is not None
@@ -824,9 +696,8 @@ class Runner:
             )
         given = planned["lr"][0].tolist()
         self.loop.schedule, self.loop.first_lr = self._course.planned(steps, lr), lr
-        if self.planner is not None:
-            own = self.plant.controls.initial
-            self.planner.begin(float(lr.max()), own.get("momentum"), own.get("noise", 0.0))
+        if self._epochs is not None:
+            self._epochs.begin(float(lr.max()))
         self._teller.emit(StartFound(self.start, lr.tolist(), given, search.gradients / steps))
 
     @property
@@ -1061,13 +932,6 @@ def _grouped(plant: Plant, controls: Sequence[str], asked: Sequence[str]) -> tup
             if value != 0:  # a group at 0 stays there
                 CONTROLS[name].check(value)
     return names
-
-
-def _rescaled(name: str, values: Tensor, ratio: float) -> Tensor:
-    """A control's values moved by log(ratio) in its coordinate, within its bounds; 0 stays 0."""
-    known = CONTROLS[name]
-    moved = torch.as_tensor(known.rescale(values, ratio)).clamp(known.lower, known.upper)
-    return torch.where(values == 0, values, moved)
 
 
 def _described(value: Any) -> Any:

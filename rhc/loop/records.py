@@ -1,5 +1,5 @@
-"""What is told and written of the loop: events, the tape's rows, the lines of windows.jsonl, and
-the result at the end."""
+"""What is told and written of the loop: events, the tape's rows, the lines of windows.jsonl, losses
+of whole loaders and the result at the end."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rhc import stopping
+from rhc.batches import loader_preserved
 from rhc.distributed import Ranks
-from rhc.evaluate import TRAIN_BATCHES, Losses, at_average, evaluate
+from rhc.evaluate import TRAIN_BATCHES, UNSIZED_BATCHES, Losses, at_average, evaluate
 from rhc.events import Event, Listener, Notice, Verb, VerbStarted, WindowAttempted
-from rhc.loop.state import Attempt, Loop
+from rhc.loop.state import Attempt, Cost, Loop
 from rhc.plant import Plant
+from rhc.randomness import preserved
 from rhc.run_directory import RunDirectory
 from rhc.tape import finite
 
@@ -161,7 +164,33 @@ def smoothness(measured: float | None, predicted: float | None) -> float | None:
     return measured / predicted
 
 
-# The end ------------------------------------------------------------------------------------------
+# Evaluation ---------------------------------------------------------------------------------------
+
+
+class Validation:
+    """The validation loader, evaluated between windows."""
+
+    def __init__(self, plant: Plant, loader: Iterable[Any]) -> None:
+        self.plant, self.loader = plant, loader
+        self._batches: float | None = None
+
+    def losses(self, cost: Cost) -> Losses:
+        """The mean loss and metrics of the live weights; a batch costs a third of a gradient."""
+        found = evaluate(self.plant, self.loader)
+        assert found is not None
+        cost.gradient_equivalents += self._size() / 3
+        return found
+
+    def _size(self) -> float:
+        """The batches of the loader, once counted."""
+        if self._batches is None:
+            try:
+                self._batches = float(len(self.loader))  # type: ignore[arg-type]
+            except TypeError:
+                with loader_preserved(self.loader), preserved():
+                    drawn = islice(self.loader, UNSIZED_BATCHES)
+                    self._batches = float(sum(1 for _ in drawn))
+        return self._batches
 
 
 def final_result(
