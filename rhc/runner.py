@@ -16,43 +16,36 @@ import torch
 from torch import nn
 
 from rhc import stopping
-from rhc.advice import check_loader, check_parts, explained
-from rhc.batches import Position, StepBatches
-from rhc.checkpoint import SHARDS, Checkpoint
+from rhc.advice import check_loader, check_parts
+from rhc.batches import StepBatches
 from rhc.distributed import (
-    part_of,
-    placed_as,
     ranks_of,
-    shared_as,
     synchronised,
     unwrapped,
 )
 from rhc.distributed.ranks import Group
 from rhc.errors import DivergedError, InputError, StorageError
 from rhc.events import (
-    CheckpointSaved,
     Listener,
     RunEnded,
     RunStarted,
-    StartFound,
-    StartTried,
 )
-from rhc.faults import Deviation, Relief, make_deterministic, out_of_memory
+from rhc.faults import Relief, make_deterministic
 from rhc.hypergradient import (
     Damping,
     Engine,
     Lookback,
     Product,
-    Terminal,
     check_steerable,
     resolve,
 )
 from rhc.loggers import Logger, listeners_of
 from rhc.loop import Cost, Loop
+from rhc.loop.beginning import Beginning, try_first_batch
 from rhc.loop.committing import Committing
 from rhc.loop.course import Budget, Course
 from rhc.loop.epochs import Epochs, epoch_steps
-from rhc.loop.judge import Judge, JudgedOn, at_most, held_out_loss
+from rhc.loop.judge import Judge, JudgedOn
 from rhc.loop.looking import EXPLODING_CLIP, LookbackMaker, Looking
 from rhc.loop.records import (
     Chronicle,
@@ -62,19 +55,17 @@ from rhc.loop.records import (
     smoothness,
 )
 from rhc.loop.rewriting import Rewriting, Twins
-from rhc.loop.state import AVERAGE_DECAY
+from rhc.loop.saving import Saving
 from rhc.loop.steps import Steps
 from rhc.loop.surprise import Surprise
 from rhc.loop.windows import PlainWindows, RewrittenWindows
 from rhc.noise import mixed_seed
-from rhc.objective import Average, HeldOutBatches, Objective
-from rhc.planning import EpochPlanner, joined, parted
+from rhc.objective import HeldOutBatches, Objective
+from rhc.planning import EpochPlanner
 from rhc.plant import (
     LossFn,
     Plant,
-    checked_loss,
 )
-from rhc.randomness import preserved
 from rhc.rank_directory import directory_of
 from rhc.rewrite import (
     Rewrite,
@@ -92,8 +83,7 @@ from rhc.schedule import (
     Template,
     control,
 )
-from rhc.start import ADAPTIVE_GREED, GREED, PROBE_BATCHES, STARTS, Start, StartSearch
-from rhc.state import snapshot_from_tensors, snapshot_to_tensors, with_parts
+from rhc.start import STARTS, Start
 from rhc.together import agreed, begin, check_ranks, draw_apart, loaders_of
 
 __all__ = ["EXPLODING_CLIP", "Cost", "DivergedError", "RunResult", "Runner", "smoothness"]
@@ -308,6 +298,7 @@ class Runner:
         self.costate_clip = costate_clip
         self.spill = spill
         self.controls: tuple[str, ...] = ()
+        self._lookbacks: LookbackMaker | None = None
         self._lookback: Lookback | None = None
         if self.rewriting:
             if engine != "adjoint":
@@ -434,8 +425,8 @@ class Runner:
                 None if self.directory is None else self.directory.path,
             )
         )
-        if loop.step == 0:
-            self._find_start()
+        if loop.step == 0 and self.start != "given":
+            self._beginning.find(self.start)
         while loop.step < steps:
             self._window()
             stop = self.ranks is not None and agreed(self.ranks, self)
@@ -463,7 +454,7 @@ class Runner:
 
         Nothing is trained or written; model, optimizer and random states are left as they were.
         """
-        if not self.rewriting:
+        if self._lookbacks is None:
             raise InputError("a plan is of looking back; turn rewriting on to have one")
         stream = StepBatches(
             self.train_loader, isolated=True, device=self._moved_to, accumulate=self.accumulate
@@ -510,8 +501,32 @@ class Runner:
             self.directory,
             teller,
         )
+        self._beginning = Beginning(
+            self.plant,
+            loop,
+            self._course,
+            self.objective,
+            self.train_loader,
+            self.val_loader if isinstance(self.objective.batches, int) else None,
+            self.accumulate,
+            self._epochs,
+            self.directory,
+            teller,
+        )
+        self._saving: Saving | None = None
+        if self.directory is not None:
+            self._saving = Saving(
+                self.plant,
+                loop,
+                self.directory,
+                self._course,
+                self._judged_on,
+                self.planner,
+                self._lookbacks,
+                teller,
+            )
         self._windows: PlainWindows | RewrittenWindows
-        if not self.rewriting:
+        if self._lookbacks is None:
             self._windows = PlainWindows(loop, self._steps, teller, alone=self.ranks is None)
             return
         steps, chronicle, course, budget = self._steps, self._chronicle, self._course, self._budget
@@ -593,112 +608,18 @@ class Runner:
             self._streams.append(self.loop.validation)
         if self.ranks is not None:
             draw_apart(self.ranks)
-        if self.directory is not None:
-            self._try_first_batch()
+        if self.directory is not None and self._saving is not None:
+            try_first_batch(self.plant, self.loop, self.train_loader, self.val_loader)
             checkpoint = self.directory.open(self._description(steps), resume)
             if checkpoint is None:
                 self.loop.cost.gradients(self.owed)
                 self.loop.start_gradients = self.owed
                 self._save()
             else:
-                try:
-                    self._load(checkpoint)
-                except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-                    if isinstance(error, InputError):
-                        raise
-                    path = self.directory.checkpoints.path(checkpoint.step)
-                    raise InputError(
-                        f"{path} is no checkpoint of this run ({type(error).__name__}: {error}); "
-                        "start again in another --directory"
-                    ) from error
+                self._saving.load(checkpoint)
                 if self.loop.step == steps:
                     self.loop.finished = self.directory.result()
         return self.loop
-
-    def _try_first_batch(self) -> None:
-        """A loader or a loss that cannot be used is an error before anything is written."""
-
-        # Streams of their own: the place of the run's is saved with the first checkpoint.
-        def first(loader: Iterable[Any], name: str) -> Any:
-            device = self.loop.train.device
-            return StepBatches(loader, isolated=True, device=device, name=name).take(0, 1)[0]
-
-        batches = {"train_loader": first(self.train_loader, "train_loader")}
-        if self.loop.validation is not None:
-            assert self.val_loader is not None
-            batches["val_loader"] = first(self.val_loader, "val_loader")
-        for name, batch in batches.items():
-            try:
-                with self.plant.evaluating() as model:
-                    checked_loss(self.plant.loss_fn(model, batch))
-            except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-                if isinstance(error, InputError) or out_of_memory(error):
-                    raise
-                where = f"at the first batch of {name}"
-                raise InputError(explained(error, where, self.plant.model, batch)) from error
-
-    def _find_start(self) -> None:
-        """Looks for the lr to start from, where it is not given, and plans the run from it.
-
-        What was tried is in start.jsonl, so that a run that is resumed at step 0 finds the same.
-        """
-        if self.start == "given":
-            return
-        steps = self.loop.steps
-        stream = StepBatches(
-            self.train_loader, isolated=True, device=self._moved_to, accumulate=self.accumulate
-        )
-        stream.seek(self.loop.train.position(0))  # the run's own first batches
-        judged: list[Any] = []
-        if self.val_loader is not None and isinstance(self.objective.batches, int):
-            validation = StepBatches(
-                self.val_loader,
-                isolated=True,
-                seed=self.seed,
-                device=self._moved_to,
-                name="val_loader",
-            )
-            if self.loop.validation is not None:
-                validation.seek(self.loop.validation.position(0))
-            judged = validation.take(0, at_most(self.val_loader, PROBE_BATCHES))
-            validation.close()
-
-        def held_out(n: int) -> tuple[Terminal, float]:
-            terminal = held_out_loss(self.plant, judged or stream.take(n, n + PROBE_BATCHES))
-            return terminal, terminal.share
-
-        def tell(record: dict[str, Any]) -> None:
-            if self.directory is not None:
-                self.directory.record_start(record)
-            self._teller.emit(StartTried(record))
-
-        planned = Schedule.constant(steps, self.seed, **self._course.own())
-        known = [] if self.directory is None else self.directory.starts.read()
-        with preserved():
-            search = StartSearch(
-                self.plant,
-                self.objective,
-                planned,
-                stream,
-                held_out,
-                known,
-                tell,
-                self.warmup,
-                ADAPTIVE_GREED if self._adaptive else GREED,
-            )
-            lr = search.find(self.start)
-        stream.close()
-        self.loop.cost.gradients(search.gradients)
-        self.loop.start_gradients = search.gradients
-        if lr is None:
-            raise DivergedError(
-                "no lr within its bounds keeps a short roll finite; look at the data and the loss"
-            )
-        given = planned["lr"][0].tolist()
-        self.loop.schedule, self.loop.first_lr = self._course.planned(steps, lr), lr
-        if self._epochs is not None:
-            self._epochs.begin(float(lr.max()))
-        self._teller.emit(StartFound(self.start, lr.tolist(), given, search.gradients / steps))
 
     @property
     def _before(self) -> Loop | None:
@@ -732,113 +653,8 @@ class Runner:
         return schedule
 
     def _save(self) -> None:
-        """A checkpoint of everything that the next window depends on."""
-        if self.directory is None:
-            return
-        tensors, rest = snapshot_to_tensors(self.plant.snapshot())
-        tensors["schedule"] = dict(self.loop.schedule.values)
-        average = zip(self.loop.average.values or [], self.plant.owned, strict=False)
-        tensors["average"] = {str(i): placed_as(v, p) for i, (v, p) in enumerate(average)}
-        tensors["train_batches"] = self.loop.train.position(self.loop.step).to_tensors()
-        if self.loop.validation is not None:
-            # A window that was cut short, or the last of a run that goes on, is followed by one
-            # that is judged on the same batches.
-            first, _ = self._judged_on.batches_at(self.loop.step)
-            tensors["validation_batches"] = self.loop.validation.position(
-                min(first, self.loop.validation.next_step)
-            ).to_tensors()
-        values = {
-            "optimizer": rest,
-            "reference": self.loop.reference,
-            "average_count": self.loop.average.count,
-            "first_lr": self.loop.first_lr.tolist(),
-            "correction": self.loop.correction,
-            "twin": [self.loop.delta, self.loop.upwards],
-            "patience": [
-                self.loop.in_vain,
-                self.loop.passed_over,
-                self.loop.alert,
-                self.loop.regime,
-            ],
-            "history": self.loop.history,
-            "relief": self.loop.relief.to_json(),
-            "deviation": self.loop.deviation and asdict(self.loop.deviation),
-            "singletons": self.plant.singletons,
-            "lookback": self.loop.lookback and self.loop.lookback.state(),
-            "cost": asdict(self.loop.cost),
-            "seconds": self.loop.seconds(),
-        }
-        if self.planner is not None:
-            tensors["controller"], values["controller"] = parted(self.planner.state_dict())
-        checkpoint = Checkpoint(self.loop.step, tensors, values)
-        path = self.directory.save(checkpoint, self.loop.schedule)
-        if path is not None:
-            self._teller.emit(CheckpointSaved(self.loop.step, path))
-
-    def _load(self, checkpoint: Checkpoint) -> None:
-        assert self.directory is not None
-        tensors, values = checkpoint.tensors, checkpoint.values
-        if checkpoint.shards:
-            folder = self.directory.checkpoints.path(checkpoint.step) / SHARDS
-            tensors = with_parts(self.plant, tensors, folder)
-        snapshot = snapshot_from_tensors(self.plant, tensors, values["optimizer"])
-        if self.planner is not None:  # before the loader is asked for this epoch's order again
-            state = joined(tensors.get("controller", {}), values["controller"])
-            self.planner.load_state_dict(state, place=False)
-        place = Position.from_tensors(tensors["train_batches"])
-        if place.step != checkpoint.step:
-            raise ValueError(f"batches of step {place.step} at step {checkpoint.step}")
-        self.loop.train.seek(place)
-        if self.loop.validation is not None:
-            self.loop.validation.seek(Position.from_tensors(tensors["validation_batches"]))
-        self.plant.singletons = bool(values["singletons"])
-        self.loop.relief = Relief(**values.get("relief", {}))
-        deviation = values.get("deviation")
-        if deviation is not None:
-            self.loop.deviation = Deviation(deviation["largest"], tuple(deviation["operators"]))
-        if self.rewriting and values.get("lookback") is not None:
-            self.loop.lookback = self._lookbacks.resumed(self.loop.relief, values["lookback"])
-        self.loop.step = checkpoint.step
-        # safetensors gives names back in any order, and the tape's lines keep the schedule's.
-        values_by_name = {name: tensors["schedule"][name] for name in self.loop.schedule.values}
-        known = Schedule(values_by_name, 0, self.seed)
-        owned = self.plant.owned
-        average = [
-            part_of(shared_as(tensors["average"][str(i)], owned[i]))
-            for i in range(len(tensors["average"]))
-        ]
-        self.loop.average = Average(
-            AVERAGE_DECAY,
-            [v.to(self.device) for v in average] or None,
-            int(values["average_count"]),
-        )
-        self.loop.first_lr = torch.tensor(
-            values.get("first_lr", self._course.own()["lr"]), dtype=torch.float64
-        )
-        self.loop.correction = {
-            name: tuple(shift) if isinstance(shift, list) else shift
-            for name, shift in values.get("correction", {}).items()
-        }
-        self.loop.schedule = self._course.lengthened(known, self.loop)
-        self.loop.delta, self.loop.upwards = values.get("twin", (Twin.first, None))
-        patience = values.get("patience", (0, 0, False, 0))
-        self.loop.in_vain, self.loop.passed_over, self.loop.alert, self.loop.regime = patience
-        self.loop.history = values.get("history", {})
-        reference = values["reference"]
-        self.loop.reference = None if reference is None else (reference[0], reference[1])
-        self.loop.cost = Cost(**values["cost"])
-        self.loop.seconds_before = float(values["seconds"])
-        if self.loop.step:
-            tried = self.directory.starts.read()
-            self.loop.start_gradients = sum(record["gradients"] for record in tried)
-        for mean, live in zip(
-            self.loop.average.values or [], self.plant.parameters, strict=bool(average)
-        ):
-            if mean.shape != live.shape:
-                raise ValueError(f"an average of shape {tuple(mean.shape)} for {tuple(live.shape)}")
-        self.plant.restore(snapshot)  # now that nothing can fail any more
-        self.loop.tape = self.directory.tape.read()
-        self.loop.windows = self.directory.windows.read()
+        if self._saving is not None:
+            self._saving.save()
 
     def _end(self) -> None:
         """Evaluates the final and the averaged weights and writes the result."""
