@@ -36,12 +36,12 @@ from rhc.hypergradient import (
     Engine,
     Lookback,
     Product,
-    check_steerable,
     resolve,
 )
 from rhc.loggers import Logger, listeners_of
 from rhc.loop import Cost, Loop
 from rhc.loop.beginning import Beginning, try_first_batch
+from rhc.loop.checks import followed, grouped, steered
 from rhc.loop.committing import Committing
 from rhc.loop.course import Budget, Course
 from rhc.loop.epochs import Epochs, epoch_steps
@@ -55,6 +55,7 @@ from rhc.loop.records import (
     smoothness,
 )
 from rhc.loop.rewriting import Rewriting, Twins
+from rhc.loop.rolling import Rolling
 from rhc.loop.saving import Saving
 from rhc.loop.steps import Steps
 from rhc.loop.surprise import Surprise
@@ -77,11 +78,9 @@ from rhc.rewrite import (
 )
 from rhc.run_directory import hardware, versions
 from rhc.schedule import (
-    CONTROLS,
     TEMPLATES,
     Schedule,
     Template,
-    control,
 )
 from rhc.start import STARTS, Start
 from rhc.together import agreed, begin, check_ranks, draw_apart, loaders_of
@@ -231,7 +230,7 @@ class Runner:
         check_parts(model, optimizer, loss_fn)
         self.ranks = ranks_of(process_group)
         self.listeners = list(listeners)
-        self._teller = Teller(self.listeners, self.ranks)
+        self._teller = Teller(self.listeners)
         self._wrapped = unwrapped(model) is not model
         self.plant = Plant(
             unwrapped(model),
@@ -274,14 +273,16 @@ class Runner:
         self.law = rewrite if isinstance(rewrite, Rewrite) else usual_law(self.start)
         if warmup is not None and not 0 <= warmup < 1:
             raise InputError(f"warmup must be in [0, 1), got {warmup:g}; use 0 for none")
-        self._adaptive = "betas" in optimizer.param_groups[0]
-        self.template: Template = template or usual_template(
-            self.start, self._adaptive, self.rewriting
-        )
-        self.warmup = usual_warmup(self.start, self._adaptive) if warmup is None else warmup
+        adaptive = "betas" in optimizer.param_groups[0]
+        self.template: Template = template or usual_template(self.start, adaptive, self.rewriting)
+        self.warmup = usual_warmup(self.start, adaptive) if warmup is None else warmup
         self.owed = 0.0
         """Gradient evaluations that went into a schedule that is followed: the ledger's first."""
-        self.followed = self._checked_schedule(schedule, template)
+        self.followed = schedule
+        if schedule is not None:
+            plain = not self.rewriting and self.start == "given"
+            free = plain and template is None and not self.warmup
+            followed(self.plant, schedule, free=free)
         self.objective = objective or usual_objective(self.start, window)
         self.engine: Engine = engine
         self.segment = segment
@@ -308,7 +309,7 @@ class Runner:
                 )
             resolve(window, segment, product, engine, self.plant)
             named = (controls,) if isinstance(controls, str) else controls
-            self.controls = _steered(self.plant, named)
+            self.controls = steered(self.plant, named, DEFAULT_CONTROLS)
             self._lookbacks = LookbackMaker(
                 self.plant,
                 self.objective,
@@ -321,7 +322,7 @@ class Runner:
                 self._teller.notice,
             )
             self._lookback = self._lookbacks(Relief())
-        self.per_group = _grouped(self.plant, self.controls, per_group)
+        self.per_group = grouped(self.plant, self.controls, per_group)
         self.seed = seed
         if self.ranks is None or self.ranks.first:
             self.listeners += listeners_of(logger, config)
@@ -481,86 +482,75 @@ class Runner:
 
     def _furnish(self) -> None:
         """The rooms of this fit, each given what it works with."""
-        loop, teller, law = self.loop, self._teller, self.law
-        self._chronicle = Chronicle(loop, self.directory, teller)
-        self._steps = Steps(self.plant, loop, teller, again=self.rewriting)
+        plant, loop, directory = self.plant, self.loop, self.directory
+        teller, course, budget = self._teller, self._course, self._budget
+        chronicle = Chronicle(self.listeners, loop, directory, self.ranks)
+        steps = Steps(plant, loop, chronicle, again=self.rewriting)
         self._epochs: Epochs | None = None
         if self.planner is not None:
             self._epochs = Epochs(
-                self.planner, self._epoch_steps, self.plant, loop, self._validation, teller
+                self.planner, self._epoch_steps, plant, loop, self._validation, teller
             )
-        self._committing = Committing(
-            self.plant,
-            loop,
-            self._steps,
-            self._budget,
-            law.carry if self.rewriting else None,
-            self._epochs,
-            self._validation,
-            self.validate_every,
-            self.directory,
-            teller,
-        )
         self._beginning = Beginning(
-            self.plant,
+            plant,
             loop,
-            self._course,
+            course,
             self.objective,
             self.train_loader,
             self.val_loader if isinstance(self.objective.batches, int) else None,
             self.accumulate,
             self._epochs,
-            self.directory,
+            directory,
             teller,
         )
+        self._windows: PlainWindows | RewrittenWindows = (
+            PlainWindows(loop, steps, chronicle, alone=self.ranks is None)
+            if self._lookbacks is None
+            else self._rewritten(self._lookbacks, steps, chronicle)
+        )
+        self._committing = Committing(
+            plant,
+            loop,
+            steps,
+            budget,
+            self.law.carry if self.rewriting else None,
+            self._epochs,
+            self._validation,
+            self.validate_every,
+            directory,
+            chronicle,
+        )
         self._saving: Saving | None = None
-        if self.directory is not None:
+        if directory is not None:
             self._saving = Saving(
-                self.plant,
+                plant,
                 loop,
-                self.directory,
-                self._course,
+                directory,
+                course,
                 self._judged_on,
                 self.planner,
                 self._lookbacks,
                 teller,
             )
-        self._windows: PlainWindows | RewrittenWindows
-        if self._lookbacks is None:
-            self._windows = PlainWindows(loop, self._steps, teller, alone=self.ranks is None)
-            return
-        steps, chronicle, course, budget = self._steps, self._chronicle, self._course, self._budget
+
+    def _rewritten(
+        self, lookbacks: LookbackMaker, steps: Steps, chronicle: Chronicle
+    ) -> RewrittenWindows:
+        """The room of the windows that are rewritten, and those beside it."""
+        plant, loop, law = self.plant, self.loop, self.law
+        course, budget = self._course, self._budget
         penalty = partial(law.penalty, controls=self.controls)
-        judge = Judge(self.plant, loop, steps, self.objective, penalty, self._judged_on)
-        looking = Looking(
-            self.plant,
-            loop,
-            steps,
-            judge,
-            self._lookbacks,
-            teller,
-            by_batch=law.rule == "batch-error",
-        )
+        by_batch, steers_lr = law.rule == "batch-error", "lr" in self.controls
+        judge = Judge(plant, loop, steps, self.objective, penalty, self._judged_on)
+        looking = Looking(plant, loop, steps, judge, lookbacks, chronicle, by_batch=by_batch)
+        rolling = Rolling(loop, law, self.window, course, steps, judge, looking, chronicle)
+        surprise = Surprise(loop, law, course, steps, judge, chronicle, steers_lr=steers_lr)
         rewriting = (
             Twins(loop, law, steps, judge, chronicle)
             if isinstance(law, Twin)
-            else Rewriting(loop, law, course, budget, steps, judge, looking, chronicle, teller)
+            else Rewriting(loop, law, course, budget, steps, judge, looking, chronicle)
         )
-        self._windows = RewrittenWindows(
-            loop,
-            law,
-            self.controls,
-            self.window,
-            course,
-            budget,
-            steps,
-            judge,
-            looking,
-            rewriting,
-            Surprise(loop, law, course, steps, judge, chronicle, teller),
-            chronicle,
-            teller,
-        )
+        return RewrittenWindows(loop, law, budget, steps, rolling, surprise, rewriting)
 
     @property
     def _moved_to(self) -> torch.device | None:
@@ -626,32 +616,6 @@ class Runner:
         """Where the loop stands, or stood at the end of the last fit; None before the first."""
         return getattr(self, "loop", None)
 
-    def _checked_schedule(
-        self, schedule: Schedule | None, template: Template | None
-    ) -> Schedule | None:
-        """A schedule that is to be followed, if it can be."""
-        if schedule is None:
-            return None
-        if self.rewriting or self.start != "given" or template is not None or self.warmup:
-            raise InputError(
-                "a schedule that is given is followed as it is: use it with rewrite=False, and "
-                "without start, template and warmup"
-            )
-        if schedule.start != 0:
-            raise InputError(
-                f"a schedule that is followed must start at step 0, got {schedule.start}; give a "
-                "whole run's"
-            )
-        known = self.plant.controls.available
-        for name in schedule.values:
-            if name not in known:
-                raise InputError(
-                    f"the schedule has {name}, which {type(self.plant.optimizer).__name__} has "
-                    f"not; leave it out of the schedule, which can have {', '.join(known)}"
-                )
-        self.plant.controls.check_groups(schedule)
-        return schedule
-
     def _save(self) -> None:
         if self._saving is not None:
             self._saving.save()
@@ -713,41 +677,6 @@ class Runner:
             ),
         }
         return {name: value for name, (value, usual) in settings.items() if value != usual}
-
-
-def _steered(plant: Plant, asked: Sequence[str] | None) -> tuple[str, ...]:
-    """The controls to rewrite, checked: what was asked for, or what of the usual three can move."""
-    initial = plant.controls.initial
-    if asked is None:
-        usual = [name for name in DEFAULT_CONTROLS if name in plant.controls.available]
-        asked = [n for n in usual if n != "momentum" or CONTROLS[n].lower <= initial[n]]
-    controls = tuple(dict.fromkeys(asked))
-    if not controls:
-        raise InputError(
-            f"controls is empty; name some of {', '.join(CONTROLS)}, or turn rewriting off"
-        )
-    check_steerable(plant, Schedule({n: torch.tensor([v]) for n, v in initial.items()}), controls)
-    for name in controls:
-        CONTROLS[name].check(initial[name])
-    return controls
-
-
-def _grouped(plant: Plant, controls: Sequence[str], asked: Sequence[str]) -> tuple[str, ...]:
-    """The controls with a value per parameter group, checked."""
-    names = (asked,) if isinstance(asked, str) else tuple(dict.fromkeys(asked))
-    for name in names:
-        control(name)
-        if name == "noise":
-            raise InputError("noise has no parameter groups; leave it out of per_group")
-        if name not in controls:
-            raise InputError(
-                f"per_group names {name!r}, which is not rewritten; add it to controls, of which "
-                f"there are now {', '.join(controls) or 'none'}"
-            )
-        for value in plant.controls.own[name]:
-            if value != 0:  # a group at 0 stays there
-                CONTROLS[name].check(value)
-    return names
 
 
 def _described(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rhc.events import Committed
 from rhc.loop.course import Budget
 from rhc.loop.epochs import Epochs
-from rhc.loop.records import Teller, Validation, tape_rows
+from rhc.loop.records import Chronicle, Validation, tape_rows
 from rhc.loop.state import Attempt, Loop
 from rhc.loop.steps import Steps
 from rhc.memory import peak_memory
@@ -33,18 +33,18 @@ class Committing:
         validation: Validation | None,
         validate_every: int | None,
         directory: RunDirectory | None,
-        teller: Teller,
+        chronicle: Chronicle,
     ) -> None:
         self.plant, self.loop, self.steps, self.budget = plant, loop, steps, budget
         self.carry, self.epochs = carry, epochs
         self.validation, self.validate_every = validation, validate_every
-        self.directory, self.teller = directory, teller
+        self.directory, self.chronicle = directory, chronicle
 
     def commit(self, attempt: Attempt, commit: int) -> None:
         """The attempt's steps up to `commit` are the run's."""
-        loop, teller = self.loop, self.teller
+        loop, chronicle = self.loop, self.chronicle
         start, stop = loop.step, attempt.schedule.stop
-        teller.verb("commit", loop.cost.windows, start, stop, attempt.number)
+        chronicle.verb("commit", start, stop, attempt.number)
         if attempt.inside is not None:
             self.steps.restore(attempt.inside)
         self._correct(attempt, start, commit)
@@ -66,9 +66,9 @@ class Committing:
         loop.tape += rows
         if self.directory is not None:
             self.directory.tape.append(rows)
-        teller.emit(Committed(start, commit, rows, self.budget.projected(loop)))
+        chronicle.emit(Committed(start, commit, rows, self.budget.projected(loop)))
         if commit < loop.steps:
-            teller.verb("slide", loop.cost.windows, start, stop, attempt.number)
+            chronicle.verb("slide", start, stop, attempt.number)
         loop.cost.windows += 1
 
     def _correct(self, attempt: Attempt, start: int, commit: int) -> None:

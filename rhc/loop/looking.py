@@ -17,7 +17,7 @@ from rhc.faults import Relief, out_of_memory
 from rhc.hypergradient import Damping, Hypergradient, Lookback, Product
 from rhc.hypergradient.record import WindowRecorder
 from rhc.loop.judge import HeldOutLoss, Judge
-from rhc.loop.records import Teller
+from rhc.loop.records import Chronicle
 from rhc.loop.state import Attempt, Loop
 from rhc.loop.steps import Steps
 from rhc.memory import trim
@@ -78,12 +78,12 @@ class Looking:
         steps: Steps,
         judge: Judge,
         make: LookbackMaker,
-        teller: Teller,
+        chronicle: Chronicle,
         *,
         by_batch: bool,
     ) -> None:
         self.plant, self.loop, self.steps, self.judge = plant, loop, steps, judge
-        self.make, self.teller, self.by_batch = make, teller, by_batch
+        self.make, self.chronicle, self.by_batch = make, chronicle, by_batch
 
     def roll(self, attempt: Attempt, commit: int, terminal: HeldOutLoss | None) -> None:
         """Live steps through the attempt's window, and its hypergradient unless they fail."""
@@ -96,7 +96,7 @@ class Looking:
         if attempt.starved:  # out of the handler, whose traceback holds what there was
             attempt.hypergradient, attempt.trajectory, self.loop.live = None, None, None
             attempt.failure = f"out of memory; from now on {self._relieved(attempt)}"
-            self.teller.notice(f"looking back ran {attempt.failure}")
+            self.chronicle.notice(f"looking back ran {attempt.failure}")
 
     def _look_at(self, attempt: Attempt, commit: int, terminal: HeldOutLoss | None) -> None:
         """`roll` where memory suffices."""

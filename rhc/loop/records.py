@@ -29,11 +29,10 @@ PER_EXAMPLE = "example_"
 
 
 class Teller:
-    """Tells the listeners what happens, and looks between verbs whether the run is to stop."""
+    """Tells the listeners what happens."""
 
-    def __init__(self, listeners: Sequence[Listener], ranks: Ranks | None) -> None:
+    def __init__(self, listeners: Sequence[Listener]) -> None:
         self.listeners = listeners
-        self.ranks = ranks
 
     def emit(self, event: Event) -> None:
         """Tells every listener of it."""
@@ -44,17 +43,45 @@ class Teller:
         """Tells what a person should know."""
         self.emit(Notice(message))
 
-    def verb(self, verb: Verb, window: int, start: int, stop: int, attempt: int) -> None:
+
+class Chronicle(Teller):
+    """Tells what happens to the loop's windows, and keeps what became of every attempt: in the
+    loop's state, in the run's directory. Between verbs it looks whether the run is to stop."""
+
+    def __init__(
+        self,
+        listeners: Sequence[Listener],
+        loop: Loop,
+        directory: RunDirectory | None,
+        ranks: Ranks | None,
+    ) -> None:
+        super().__init__(listeners)
+        self.loop, self.directory, self.ranks = loop, directory, ranks
+
+    def verb(self, verb: Verb, start: int, stop: int, attempt: int) -> None:
         """Says what comes next. Raises what a signal meant, but where a window is done: that is
         saved first."""
         if verb not in ("commit", "slide"):
             self.check_stop()
-        self.emit(VerbStarted(verb, window, start, stop, attempt))
+        self.emit(VerbStarted(verb, self.loop.cost.windows, start, stop, attempt))
 
     def check_stop(self) -> None:
         """Raises what a signal meant. Ranks stop together, when a window is done."""
         if self.ranks is None:
             stopping.check()
+
+    def record(
+        self, attempt: Attempt, outcome: str, reason: str | None, rolled: Attempt | None = None
+    ) -> None:
+        """One line of windows.jsonl: an attempt at a window, and what became of it.
+
+        rolled: what it was compared with.
+        """
+        record = _line(self.loop.cost.windows, attempt, outcome, reason, rolled)
+        self.loop.windows.append(record)
+        if self.directory is not None:
+            self.directory.windows.append([record])  # on the disk with the next save
+        self.emit(WindowAttempted(record))
 
 
 # The tape -----------------------------------------------------------------------------------------
@@ -97,26 +124,6 @@ def _number(value: Tensor) -> float | list[Any]:
 
 
 # Attempts at windows ------------------------------------------------------------------------------
-
-
-class Chronicle:
-    """Keeps what became of every attempt: in the loop's state, in the run's directory, by event."""
-
-    def __init__(self, loop: Loop, directory: RunDirectory | None, teller: Teller) -> None:
-        self.loop, self.directory, self.teller = loop, directory, teller
-
-    def record(
-        self, attempt: Attempt, outcome: str, reason: str | None, rolled: Attempt | None = None
-    ) -> None:
-        """One line of windows.jsonl: an attempt at a window, and what became of it.
-
-        rolled: what it was compared with.
-        """
-        record = _line(self.loop.cost.windows, attempt, outcome, reason, rolled)
-        self.loop.windows.append(record)
-        if self.directory is not None:
-            self.directory.windows.append([record])  # on the disk with the next save
-        self.teller.emit(WindowAttempted(record))
 
 
 def _line(

@@ -12,7 +12,7 @@ from typing import Any, cast
 from rhc.loop.course import Budget, Course
 from rhc.loop.judge import HeldOutLoss, Judge
 from rhc.loop.looking import Looking
-from rhc.loop.records import Chronicle, Teller
+from rhc.loop.records import Chronicle
 from rhc.loop.state import Attempt, Loop, Window
 from rhc.loop.steps import Steps
 from rhc.rewrite import Rewrite, Twin, added, remembered
@@ -31,11 +31,10 @@ class Rewriting:
         judge: Judge,
         looking: Looking,
         chronicle: Chronicle,
-        teller: Teller,
     ) -> None:
         self.loop, self.law, self.course, self.budget = loop, law, course, budget
         self.steps, self.judge, self.looking = steps, judge, looking
-        self.chronicle, self.teller = chronicle, teller
+        self.chronicle = chronicle
 
     def rewritten(self, rolled: Attempt, window: Window) -> Attempt:
         """The best attempt that was found, or the roll itself; its end state live."""
@@ -72,7 +71,7 @@ class Rewriting:
         h = rolled.hypergradient
         assert h is not None
         start, stop = window.start, window.stop
-        self.teller.verb("rewrite", self.loop.cost.windows, start, stop, rolled.number)
+        self.chronicle.verb("rewrite", start, stop, rolled.number)
         if not h.result.usable:
             why = f"hypergradient {h.result.name}: {h.result.message}"
             self.chronicle.record(rolled, "rejected", why)

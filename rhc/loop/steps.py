@@ -14,7 +14,7 @@ from rhc.events import StepTaken, Verb
 from rhc.faults import Deviation, replay_deviation
 from rhc.hypergradient import Lookback
 from rhc.hypergradient.record import WindowRecorder
-from rhc.loop.records import Teller
+from rhc.loop.records import Chronicle
 from rhc.loop.state import AVERAGE_EVERY, Attempt, Loop, Moment, Window
 from rhc.objective import Average
 from rhc.plant import Plant, StepRecord
@@ -32,8 +32,8 @@ class Steps:
     end, and steps are not looked at between.
     """
 
-    def __init__(self, plant: Plant, loop: Loop, teller: Teller, *, again: bool) -> None:
-        self.plant, self.loop, self.teller, self.again = plant, loop, teller, again
+    def __init__(self, plant: Plant, loop: Loop, chronicle: Chronicle, *, again: bool) -> None:
+        self.plant, self.loop, self.chronicle, self.again = plant, loop, chronicle, again
 
     def run(
         self,
@@ -48,19 +48,19 @@ class Steps:
         has what looking back needs, is returned.
         """
         schedule, parameters = attempt.schedule, self.plant.parameters
-        loop, teller = self.loop, self.teller
+        loop, chronicle = self.loop, self.chronicle
         steps, again = loop.steps, self.again
 
         def on_step(step: int, observed: StepRecord) -> None:
             if step < commit and (steps - step) % AVERAGE_EVERY == 1:
                 loop.average.update(parameters)
             if again:
-                teller.check_stop()
+                chronicle.check_stop()
             if step + 1 == commit < schedule.stop:
                 attempt.inside = self.here()
-            if teller.listeners:
+            if chronicle.listeners:
                 loss = float(observed.loss) if observed.loss.device.type == "cpu" else None
-                teller.emit(StepTaken(step, loss, schedule.at(step)))
+                chronicle.emit(StepTaken(step, loss, schedule.at(step)))
 
         def limit(first: float) -> float:
             lately, ever = loop.reference or (first, first)
@@ -105,10 +105,9 @@ class Steps:
     def back_to(self, window: Window, attempt: Attempt, verb: Verb) -> None:
         """Restores the window's beginning, and says that `verb` comes next."""
         start, stop = attempt.schedule.start, attempt.schedule.stop
-        number = self.loop.cost.windows
-        self.teller.verb("restore", number, start, stop, attempt.number)
+        self.chronicle.verb("restore", start, stop, attempt.number)
         self.restore(window.before)
-        self.teller.verb(verb, number, start, stop, attempt.number)
+        self.chronicle.verb(verb, start, stop, attempt.number)
 
     def settled(self, attempt: Attempt, window: Window) -> Attempt:
         """The attempt with its end state live, as the plain loop's own steps reach it.
@@ -150,4 +149,4 @@ class Steps:
         self.loop.cost.gradients(2)
         apart = float(((before[1] - seen[1]).abs() / before[1].abs().clamp(min=1e-30)).max())
         self.loop.deviation = found or Deviation(apart, ())
-        self.teller.notice(self.loop.deviation.sentence())
+        self.chronicle.notice(self.loop.deviation.sentence())

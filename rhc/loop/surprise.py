@@ -8,7 +8,7 @@ import torch
 
 from rhc.loop.course import Course
 from rhc.loop.judge import Judge
-from rhc.loop.records import Chronicle, Teller
+from rhc.loop.records import Chronicle
 from rhc.loop.state import Attempt, Loop, Window
 from rhc.loop.steps import Steps
 from rhc.rewrite import Rewrite, surprised
@@ -19,7 +19,10 @@ REMEMBERED = 50
 
 
 class Surprise:
-    """Sees that a window's losses have risen, and ends it there or begins the template anew."""
+    """Sees that a window's losses have risen, and ends it there or begins the template anew.
+
+    steers_lr: whether lr is rewritten.
+    """
 
     def __init__(
         self,
@@ -29,11 +32,13 @@ class Surprise:
         steps: Steps,
         judge: Judge,
         chronicle: Chronicle,
-        teller: Teller,
+        *,
+        steers_lr: bool,
     ) -> None:
         self.loop, self.law, self.course = loop, law, course
         self.steps, self.judge = steps, judge
-        self.chronicle, self.teller = chronicle, teller
+        self.chronicle = chronicle
+        self.may_begin_anew = steers_lr and bool(law.restart)
 
     def at(self, attempt: Attempt) -> int | None:
         """The step from which losses are higher than those committed lately."""
@@ -47,7 +52,7 @@ class Surprise:
 
     def cut(self, rolled: Attempt, step: int, window: Window) -> Attempt:
         """The same way up to `step`, its end state live."""
-        self.teller.notice(f"the losses rise at step {step}, and the window ends there")
+        self.chronicle.notice(f"the losses rise at step {step}, and the window ends there")
         short = replace(
             rolled.emptied(),
             schedule=rolled.schedule.window(window.start, step),
@@ -84,5 +89,5 @@ class Surprise:
         if best is None:
             return rolled
         self.loop.schedule, self.loop.correction = best[1], {}
-        self.teller.notice(f"the template begins anew at step {step}")
+        self.chronicle.notice(f"the template begins anew at step {step}")
         return best[0]
