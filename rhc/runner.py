@@ -430,7 +430,9 @@ class Runner:
             self._beginning.find(self.start)
         while loop.step < steps:
             self._window()
-            stop = self.ranks is not None and agreed(self.ranks, self)
+            stop = self.ranks is not None and agreed(
+                self.ranks, self.plant, loop, self.window, self._teller.notice
+            )
             self._save()
             stopping.check()
             if stop:
@@ -563,7 +565,9 @@ class Runner:
         """A fresh state of the loop, or the one that the directory's newest checkpoint holds."""
         device = self._moved_to
         if self.ranks is not None:
-            begin(self.ranks, self, steps)
+            described = self._description(steps) | {"directory": self.directory is not None}
+            notice = self._teller.notice
+            begin(self.ranks, self.plant, described, notice, wrapped=self._wrapped)
         # With rewriting off nothing may be drawn that the plain loop does not draw.
         seed = int(torch.randint(2**31, ())) if self.rewriting else 0
         train = StepBatches(
