@@ -1,7 +1,8 @@
 """The loop: roll, rewrite, restore, replay, commit, slide.
 
-The Runner alone holds the current state, executes and records; everything it calls returns
-decisions. `fit` reads top-down; one window is `_window`.
+The Runner checks what it is given, and goes from window to window. What is done in one is in the
+rooms of `rhc.loop`: `_furnish` says which there are and what each is given, `self.loop` is the one
+record that evolves. `fit` reads top-down.
 """
 
 from __future__ import annotations
@@ -18,26 +19,12 @@ from torch import nn
 from rhc import stopping
 from rhc.advice import check_loader, check_parts
 from rhc.batches import StepBatches
-from rhc.distributed import (
-    ranks_of,
-    synchronised,
-    unwrapped,
-)
+from rhc.distributed import ranks_of, synchronised, unwrapped
 from rhc.distributed.ranks import Group
 from rhc.errors import DivergedError, InputError, StorageError
-from rhc.events import (
-    Listener,
-    RunEnded,
-    RunStarted,
-)
+from rhc.events import Listener, RunEnded, RunStarted
 from rhc.faults import Relief, make_deterministic
-from rhc.hypergradient import (
-    Damping,
-    Engine,
-    Lookback,
-    Product,
-    resolve,
-)
+from rhc.hypergradient import Damping, Engine, Lookback, Product, resolve
 from rhc.loggers import Logger, listeners_of
 from rhc.loop import Cost, Loop
 from rhc.loop.beginning import Beginning, try_first_batch
@@ -47,13 +34,7 @@ from rhc.loop.course import Budget, Course
 from rhc.loop.epochs import Epochs, epoch_steps
 from rhc.loop.judge import Judge, JudgedOn
 from rhc.loop.looking import EXPLODING_CLIP, LookbackMaker, Looking
-from rhc.loop.records import (
-    Chronicle,
-    Teller,
-    Validation,
-    final_result,
-    smoothness,
-)
+from rhc.loop.records import Chronicle, Teller, Validation, final_result, smoothness
 from rhc.loop.rewriting import Rewriting, Twins
 from rhc.loop.rolling import Rolling
 from rhc.loop.saving import Saving
@@ -63,25 +44,11 @@ from rhc.loop.windows import PlainWindows, RewrittenWindows
 from rhc.noise import mixed_seed
 from rhc.objective import HeldOutBatches, Objective
 from rhc.planning import EpochPlanner
-from rhc.plant import (
-    LossFn,
-    Plant,
-)
+from rhc.plant import LossFn, Plant
 from rhc.rank_directory import directory_of
-from rhc.rewrite import (
-    Rewrite,
-    Twin,
-    usual_law,
-    usual_objective,
-    usual_template,
-    usual_warmup,
-)
+from rhc.rewrite import Rewrite, Twin, usual_law, usual_objective, usual_template, usual_warmup
 from rhc.run_directory import hardware, versions
-from rhc.schedule import (
-    TEMPLATES,
-    Schedule,
-    Template,
-)
+from rhc.schedule import TEMPLATES, Schedule, Template
 from rhc.start import STARTS, Start
 from rhc.together import agreed, begin, check_ranks, draw_apart, loaders_of
 
@@ -412,6 +379,7 @@ class Runner:
         return result
 
     def _train(self, steps: int, resume: Literal["auto", "never"]) -> None:
+        """From the beginning, or where the directory's run stands, to the result."""
         loop = self._begin(steps, resume)
         if loop.finished is not None:
             return
@@ -440,6 +408,29 @@ class Runner:
         if self.directory is not None and self.directory.saved != steps:
             self._save()  # the disk did not take it before
         self._end()
+
+    def _window(self) -> None:
+        """One window: six verbs, and the state, tape and schedule move on by up to M steps."""
+        length = self.window if self.rewriting else self.stride
+        length = min(length, self.loop.relief.longest or length)
+        start, stop = self.loop.step, min(self.loop.step + length, self.loop.steps)
+        if self._epochs is not None:
+            stop = min(stop, self._epochs.end(start))
+        commit = min(start + self.stride, stop)
+        self._committing.commit(*self._windows.go_through(start, stop, commit))
+
+    def _save(self) -> None:
+        """A checkpoint, where there is a directory."""
+        if self._saving is not None:
+            self._saving.save()
+
+    def _end(self) -> None:
+        """Evaluates the final and the averaged weights and writes the result."""
+        self.loop.finished = final_result(
+            self.plant, self.loop, self.train_loader, self.val_loader, self.test_loader
+        )
+        if self.directory is not None:
+            self.directory.finish(self.loop.schedule, self.loop.finished)
 
     def _result(self) -> RunResult:
         loop = self.loop
@@ -472,15 +463,73 @@ class Runner:
             f"product: {lookback.why}",
         ]
 
-    def _window(self) -> None:
-        """One window: six verbs, and the state, tape and schedule move on by up to M steps."""
-        length = self.window if self.rewriting else self.stride
-        length = min(length, self.loop.relief.longest or length)
-        start, stop = self.loop.step, min(self.loop.step + length, self.loop.steps)
+    # Begin ---------------------------------------------------------------------------------------
+
+    def _begin(self, steps: int, resume: Literal["auto", "never"]) -> Loop:
+        """A fresh state of the loop, or the one that the directory's newest checkpoint holds."""
+        device = self._moved_to
+        if self.ranks is not None:
+            described = self._description(steps) | {"directory": self.directory is not None}
+            notice = self._teller.notice
+            begin(self.ranks, self.plant, described, notice, wrapped=self._wrapped)
+        # With rewriting off nothing may be drawn that the plain loop does not draw.
+        seed = int(torch.randint(2**31, ())) if self.rewriting else 0
+        train = StepBatches(
+            self.train_loader,
+            isolated=self.rewriting or self.ranks is not None,
+            seed=seed if self.rewriting else None,
+            device=device,
+            accumulate=self.accumulate,
+        )
+        first_lr = torch.tensor(self._course.own()["lr"], dtype=torch.float64)
+        self.loop = Loop(
+            steps,
+            self._course.planned(steps, first_lr),
+            train,
+            first_lr=first_lr,
+            lookback=self._lookback if self._before is None else self._before.lookback,
+        )
+        self._streams = [train]
+        self._furnish()
         if self._epochs is not None:
-            stop = min(stop, self._epochs.end(start))
-        commit = min(start + self.stride, stop)
-        self._committing.commit(*self._windows.go_through(start, stop, commit))
+            self._epochs.begin(self.plant.controls.initial["lr"])
+        validated = self.val_loader is not None and isinstance(self.objective.batches, int)
+        if self.rewriting and validated and self.objective.terminal_weight:
+            assert self.val_loader is not None
+            self.loop.validation = StepBatches(
+                self.val_loader,
+                isolated=True,
+                seed=mixed_seed(seed, 1) % 2**31,
+                device=device,
+                name="val_loader",
+            )
+            self._streams.append(self.loop.validation)
+        if self.ranks is not None:
+            draw_apart(self.ranks)
+        if self.directory is not None and self._saving is not None:
+            try_first_batch(self.plant, self.loop, self.train_loader, self.val_loader)
+            checkpoint = self.directory.open(self._description(steps), resume)
+            if checkpoint is None:
+                self.loop.cost.gradients(self.owed)
+                self.loop.start_gradients = self.owed
+                self._save()
+            else:
+                self._saving.load(checkpoint)
+                if self.loop.step == steps:
+                    self.loop.finished = self.directory.result()
+        return self.loop
+
+    @property
+    def _moved_to(self) -> torch.device | None:
+        """Where batches are moved to; None where they can stay."""
+        return None if self.device.type == "cpu" else self.device
+
+    @property
+    def _before(self) -> Loop | None:
+        """Where the loop stands, or stood at the end of the last fit; None before the first."""
+        return getattr(self, "loop", None)
+
+    # Rooms ---------------------------------------------------------------------------------------
 
     def _furnish(self) -> None:
         """The rooms of this fit, each given what it works with."""
@@ -554,83 +603,7 @@ class Runner:
         )
         return RewrittenWindows(loop, law, budget, steps, rolling, surprise, rewriting)
 
-    @property
-    def _moved_to(self) -> torch.device | None:
-        """Where batches are moved to; None where they can stay."""
-        return None if self.device.type == "cpu" else self.device
-
-    # Begin, save, end ----------------------------------------------------------------------------
-
-    def _begin(self, steps: int, resume: Literal["auto", "never"]) -> Loop:
-        """A fresh state of the loop, or the one that the directory's newest checkpoint holds."""
-        device = self._moved_to
-        if self.ranks is not None:
-            described = self._description(steps) | {"directory": self.directory is not None}
-            notice = self._teller.notice
-            begin(self.ranks, self.plant, described, notice, wrapped=self._wrapped)
-        # With rewriting off nothing may be drawn that the plain loop does not draw.
-        seed = int(torch.randint(2**31, ())) if self.rewriting else 0
-        train = StepBatches(
-            self.train_loader,
-            isolated=self.rewriting or self.ranks is not None,
-            seed=seed if self.rewriting else None,
-            device=device,
-            accumulate=self.accumulate,
-        )
-        first_lr = torch.tensor(self._course.own()["lr"], dtype=torch.float64)
-        self.loop = Loop(
-            steps,
-            self._course.planned(steps, first_lr),
-            train,
-            first_lr=first_lr,
-            lookback=self._lookback if self._before is None else self._before.lookback,
-        )
-        self._streams = [train]
-        self._furnish()
-        if self._epochs is not None:
-            self._epochs.begin(self.plant.controls.initial["lr"])
-        validated = self.val_loader is not None and isinstance(self.objective.batches, int)
-        if self.rewriting and validated and self.objective.terminal_weight:
-            assert self.val_loader is not None
-            self.loop.validation = StepBatches(
-                self.val_loader,
-                isolated=True,
-                seed=mixed_seed(seed, 1) % 2**31,
-                device=device,
-                name="val_loader",
-            )
-            self._streams.append(self.loop.validation)
-        if self.ranks is not None:
-            draw_apart(self.ranks)
-        if self.directory is not None and self._saving is not None:
-            try_first_batch(self.plant, self.loop, self.train_loader, self.val_loader)
-            checkpoint = self.directory.open(self._description(steps), resume)
-            if checkpoint is None:
-                self.loop.cost.gradients(self.owed)
-                self.loop.start_gradients = self.owed
-                self._save()
-            else:
-                self._saving.load(checkpoint)
-                if self.loop.step == steps:
-                    self.loop.finished = self.directory.result()
-        return self.loop
-
-    @property
-    def _before(self) -> Loop | None:
-        """Where the loop stands, or stood at the end of the last fit; None before the first."""
-        return getattr(self, "loop", None)
-
-    def _save(self) -> None:
-        if self._saving is not None:
-            self._saving.save()
-
-    def _end(self) -> None:
-        """Evaluates the final and the averaged weights and writes the result."""
-        self.loop.finished = final_result(
-            self.plant, self.loop, self.train_loader, self.val_loader, self.test_loader
-        )
-        if self.directory is not None:
-            self.directory.finish(self.loop.schedule, self.loop.finished)
+    # config.json ---------------------------------------------------------------------------------
 
     def _description(self, steps: int) -> dict[str, Any]:
         """config.json: everything that the run's numbers depend on."""

@@ -80,6 +80,12 @@ def test_imports_point_downwards(path: str) -> None:
     assert not upward(parsed(path), path)
 
 
+@pytest.mark.parametrize("path", [*sources("rhc/loop"), "rhc/together.py"])
+def test_no_room_of_the_loop_knows_the_runner(path: str) -> None:
+    names = [name.split(".")[:2] for name in imports(parsed(path), path)]
+    assert not [n for n in names if n in (["rhc", "runner"], ["rhc", "Runner"])]
+
+
 @pytest.mark.parametrize("path", sources("rhc"))
 def test_rhc_never_imports_runners(path: str) -> None:
     assert not [n for n in imports(parsed(path), path) if n.split(".")[0] == "runners"]

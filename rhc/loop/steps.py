@@ -1,6 +1,6 @@
 """Live steps through a window, and the way back to where it began.
 
-Nothing else in the loop moves the plant forward or back.
+While windows are gone through, nothing else moves the plant forward or back.
 """
 
 from __future__ import annotations
