@@ -6,9 +6,10 @@
 worth, and `steps` move the plant. `committing` makes it final, and `epochs` asks the planner what
 follows. `beginning` is what comes before the first step, `saving` writes and reads checkpoints.
 
-`state` is what evolves, in one record; `course` the plan and the budget, which decide from it;
-`records` what is told and written of it; `checks` settings that depend on the optimizer. Imports
-point from the rooms down to these, and no room knows the Runner.
+`state` is what evolves, in one record: each room says what it writes there. `course` is the plan
+and the budget, which decide from it; `records` what is told and written of it; `checks` settings
+that depend on the optimizer. Imports point from the rooms down to these, and no room knows the
+Runner.
 """
 
 from rhc.loop.state import Attempt, Cost, Loop, Moment, Window

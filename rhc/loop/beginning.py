@@ -54,6 +54,7 @@ class Beginning:
 
     val_loader: probes are judged on its batches; None for training batches. accumulate: batches of
     a step.
+    Writes in the loop: cost, first_lr, schedule, start_gradients.
     """
 
     def __init__(

@@ -20,6 +20,7 @@ class Committing:
 
     carry: the share of a correction that is left after each window; None where nothing is
     rewritten. validate_every: steps from one row of the tape with validation losses to the next.
+    Writes in the loop: correction, cost, reference, schedule, step, tape.
     """
 
     def __init__(

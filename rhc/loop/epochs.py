@@ -68,7 +68,10 @@ def epoch_steps(
 
 
 class Epochs:
-    """Goes between the planner and the loop. steps: of an epoch."""
+    """Goes between the planner and the loop. steps: of an epoch.
+
+    Writes in the loop: cost, first_lr, schedule.
+    """
 
     def __init__(
         self,

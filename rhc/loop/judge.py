@@ -25,6 +25,7 @@ class Judge:
     """Draws a window's terminal loss, and says what a way through the window is worth.
 
     penalty: of a window's schedule, on top of the objective. judged_on: counts validation batches.
+    Writes in the loop: cost.
     """
 
     def __init__(

@@ -69,6 +69,7 @@ class Looking:
     """Rolls windows and looks back at them; the hypergradient and its J are left in the attempt.
 
     by_batch: whether also by each batch of the objective alone.
+    Writes in the loop: cost, live, lookback, relief.
     """
 
     def __init__(

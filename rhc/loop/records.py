@@ -46,7 +46,10 @@ class Teller:
 
 class Chronicle(Teller):
     """Tells what happens to the loop's windows, and keeps what became of every attempt: in the
-    loop's state, in the run's directory. Between verbs it looks whether the run is to stop."""
+    loop's state, in the run's directory. Between verbs it looks whether the run is to stop.
+
+    Writes in the loop: windows.
+    """
 
     def __init__(
         self,

@@ -19,7 +19,10 @@ from rhc.rewrite import Rewrite, Twin, added, remembered
 
 
 class Rewriting:
-    """Rewrites windows from their hypergradients."""
+    """Rewrites windows from their hypergradients.
+
+    Writes in the loop: cost, history.
+    """
 
     def __init__(
         self,
@@ -114,7 +117,10 @@ class Rewriting:
 
 
 class Twins:
-    """Rewrites windows without hypergradients, by the law `Twin`."""
+    """Rewrites windows without hypergradients, by the law `Twin`.
+
+    Writes in the loop: delta, upwards.
+    """
 
     def __init__(
         self, loop: Loop, law: Twin, steps: Steps, judge: Judge, chronicle: Chronicle

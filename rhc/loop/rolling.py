@@ -23,6 +23,7 @@ class Rolling:
     """Rolls the planned schedule, and lowers it where that does not stay finite.
 
     length: steps of a window as it was asked for, before memory did not suffice.
+    Writes in the loop: correction, cost, schedule.
     """
 
     def __init__(

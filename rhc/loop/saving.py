@@ -31,6 +31,7 @@ class Saving:
     """Brings the loop's state to the run's directory, and takes it over from there.
 
     make: of the lookback, where windows are rewritten.
+    Writes in the loop: all of it, when it loads.
     """
 
     def __init__(

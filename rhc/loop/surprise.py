@@ -22,6 +22,7 @@ class Surprise:
     """Sees that a window's losses have risen, and ends it there or begins the template anew.
 
     steers_lr: whether lr is rewritten.
+    Writes in the loop: correction, schedule.
     """
 
     def __init__(

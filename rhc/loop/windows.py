@@ -46,7 +46,10 @@ class PlainWindows:
 
 
 class RewrittenWindows:
-    """Windows with hindsight. rewriting: by hypergradients, or by twins."""
+    """Windows with hindsight. rewriting: by hypergradients, or by twins.
+
+    Writes in the loop: alert, in_vain, passed_over, regime.
+    """
 
     def __init__(
         self,
