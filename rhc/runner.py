@@ -487,7 +487,7 @@ class Runner:
             self._course.planned(steps, first_lr),
             train,
             first_lr=first_lr,
-            lookback=self._lookback if self._before is None else self._before.lookback,
+            lookback=self.lookback,
         )
         self._streams = [train]
         self._furnish()
@@ -528,6 +528,11 @@ class Runner:
     def _before(self) -> Loop | None:
         """Where the loop stands, or stood at the end of the last fit; None before the first."""
         return getattr(self, "loop", None)
+
+    @property
+    def lookback(self) -> Lookback | None:
+        # What looks back at windows, where they are rewritten; a fit may replace it.
+        return self._lookback if self._before is None else self._before.lookback
 
     # Rooms ---------------------------------------------------------------------------------------
 
