@@ -493,7 +493,7 @@ def parsers(folder: Path) -> dict[str, tuple[Callable[[bytes], Any], list[bytes]
     def values(data: bytes) -> None:
         document = parsed_json(data)
         with contextlib.suppress(LookupError, TypeError, AttributeError):
-            # What the Runner turns into an InputError of the checkpoint (`Runner._begin`).
+            # What the Runner turns into an InputError of the checkpoint (`Saving.load`).
             snapshot_from_tensors(plant, tensors, document["optimizer"])
 
     def config(data: bytes) -> None:

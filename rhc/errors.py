@@ -1,4 +1,5 @@
-"""Exceptions that a person can act on: bad arguments, files and settings; a disk that failed."""
+"""Exceptions that a person can act on: bad arguments, files and settings; a run that diverged; a
+disk that failed."""
 
 
 class InputError(ValueError):
@@ -7,6 +8,10 @@ class InputError(ValueError):
     Its message is one sentence that names the argument, its value and the mend; the command line
     prints it without a traceback and exits with status 2.
     """
+
+
+class DivergedError(RuntimeError):
+    """No lr within its bounds makes the next window finite; the last checkpoint is intact."""
 
 
 class StorageError(RuntimeError):

@@ -1,7 +1,7 @@
 """From a hypergradient to a new schedule: how far to go, and along which shapes.
 
 The law only proposes. Whether a proposal is kept is decided by replaying the window with it on the
-same batches, noise and objective data (common random numbers): `rhc.runner`.
+same batches, noise and objective data (common random numbers): `rhc.loop.rewriting`.
 """
 
 from __future__ import annotations

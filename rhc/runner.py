@@ -1,173 +1,61 @@
 """The loop: roll, rewrite, restore, replay, commit, slide.
 
-The Runner alone holds the current state, executes and records; everything it calls returns
-decisions. `fit` reads top-down; one window is `_window`.
+The Runner checks what it is given, and goes from window to window. What is done in one is in the
+rooms of `rhc.loop`: `_furnish` says which there are and what each is given, `self.loop` is the one
+record that evolves. `fit` reads top-down.
 """
 
 from __future__ import annotations
 
-import gc
-import math
-import statistics
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rhc import stopping
-from rhc.advice import check_loader, check_parts, explained
-from rhc.batches import MicroBatches, Position, StepBatches, batch_size, loader_preserved
-from rhc.checkpoint import SHARDS, Checkpoint
-from rhc.distributed import (
-    part_of,
-    placed_as,
-    ranks_of,
-    shared_as,
-    synchronised,
-    unwrapped,
-)
+from rhc.advice import check_loader, check_parts
+from rhc.batches import StepBatches
+from rhc.distributed import ranks_of, synchronised, unwrapped
 from rhc.distributed.ranks import Group
-from rhc.errors import InputError, StorageError
-from rhc.evaluate import (
-    TRAIN_BATCHES,
-    UNSIZED_BATCHES,
-    Losses,
-    at_average,
-    batch_statistics,
-    evaluate,
-)
-from rhc.events import (
-    CheckpointSaved,
-    Committed,
-    EpochPlanned,
-    Event,
-    Intervened,
-    Listener,
-    Notice,
-    RunEnded,
-    RunStarted,
-    StartFound,
-    StartTried,
-    StepTaken,
-    Verb,
-    VerbStarted,
-    WindowAttempted,
-)
-from rhc.faults import Deviation, Relief, make_deterministic, out_of_memory, replay_deviation
-from rhc.hypergradient import (
-    Damping,
-    Engine,
-    Hypergradient,
-    Lookback,
-    Outcome,
-    Product,
-    Terminal,
-    check_steerable,
-    resolve,
-    stage_sum,
-)
-from rhc.hypergradient.evaluation import visible_statistics
-from rhc.hypergradient.record import WindowRecorder
+from rhc.errors import DivergedError, InputError, StorageError
+from rhc.events import Listener, RunEnded, RunStarted
+from rhc.faults import Relief, make_deterministic
+from rhc.hypergradient import Damping, Engine, Lookback, Product, resolve
 from rhc.loggers import Logger, listeners_of
-from rhc.memory import peak_memory, trim
+from rhc.loop import Cost, Loop
+from rhc.loop.beginning import Beginning, try_first_batch
+from rhc.loop.checks import followed, grouped, steered
+from rhc.loop.committing import Committing
+from rhc.loop.course import Budget, Course
+from rhc.loop.epochs import Epochs, epoch_steps
+from rhc.loop.judge import Judge, JudgedOn
+from rhc.loop.looking import EXPLODING_CLIP, LookbackMaker, Looking
+from rhc.loop.records import Chronicle, Teller, Validation, final_result, smoothness
+from rhc.loop.rewriting import Rewriting, Twins
+from rhc.loop.rolling import Rolling
+from rhc.loop.saving import Saving
+from rhc.loop.steps import Steps
+from rhc.loop.surprise import Surprise
+from rhc.loop.windows import PlainWindows, RewrittenWindows
 from rhc.noise import mixed_seed
-from rhc.objective import Average, HeldOutBatches, Objective
-from rhc.planning import EpochPlanner, Plan, joined, parted
-from rhc.plant import (
-    PATIENCE,
-    LossFn,
-    Plant,
-    Snapshot,
-    StepRecord,
-    Trajectory,
-    checked_loss,
-)
-from rhc.randomness import preserved
+from rhc.objective import HeldOutBatches, Objective
+from rhc.planning import EpochPlanner
+from rhc.plant import LossFn, Plant
 from rhc.rank_directory import directory_of
-from rhc.rewrite import (
-    History,
-    Proposal,
-    Rewrite,
-    Shift,
-    Twin,
-    added,
-    carried,
-    faded,
-    remembered,
-    surprised,
-    usual_law,
-    usual_objective,
-    usual_template,
-    usual_warmup,
-)
+from rhc.rewrite import Rewrite, Twin, usual_law, usual_objective, usual_template, usual_warmup
 from rhc.run_directory import hardware, versions
-from rhc.schedule import (
-    CONTROLS,
-    TEMPLATES,
-    Schedule,
-    Template,
-    control,
-    shaped,
-    template_factors,
-)
-from rhc.start import ADAPTIVE_GREED, GREED, PROBE_BATCHES, STARTS, Start, StartSearch
-from rhc.state import snapshot_from_tensors, snapshot_to_tensors, with_parts
-from rhc.tape import finite
+from rhc.schedule import TEMPLATES, Schedule, Template
+from rhc.start import STARTS, Start
 from rhc.together import agreed, begin, check_ranks, draw_apart, loaders_of
+
+__all__ = ["EXPLODING_CLIP", "Cost", "DivergedError", "RunResult", "Runner", "smoothness"]
 
 DEFAULT_CONTROLS = ("lr",)
 """Rewriting momentum and noise too made runs worse on all three tasks tried (docs/log.md)."""
-
-DIVERGED = 4.0
-"""A window counts as diverged where its loss exceeds this times the loss that it began with, and
-this times the mean loss of the window before, and 1.5 times the run's first loss."""
-
-EXPLODING_CLIP = 10.0
-"""Where costates explode, the window is looked back at once more with their norms clipped to this
-times the norm at its end, unless the run has a costate_clip of its own."""
-
-PER_EXAMPLE = "example_"
-"""Metrics that begin so have a value per example: they are a LossSampler's, and not of the tape."""
-
-REMEMBERED = 50
-"""Committed steps whose losses a window is compared with, to see whether the data changed."""
-
-AVERAGE_EVERY = 5
-"""The average behind the `average_…` results is of every fifth committed iterate, counted from the
-last one. Taking all in would cost a small model 8 % of its time, for the same weights."""
-
-AVERAGE_DECAY = 0.95
-"""Of that average, from one such iterate to the next: 0.99 a step."""
-
-
-@dataclass
-class Cost:
-    """The ledger. One gradient evaluation is one loss and its gradient on a training batch."""
-
-    gradient_evaluations: float = 0.0
-    hessian_products: int = 0
-    gradient_equivalents: float = 0.0
-    windows: int = 0
-    rejected_windows: int = 0
-    rewound_windows: int = 0
-    peak_memory_bytes: int = 0
-
-    def gradients(self, count: float) -> None:
-        """Counts `count` gradient evaluations."""
-        self.gradient_evaluations += count
-        self.gradient_equivalents += count
-
-    def to_json(self, committed: int) -> dict[str, Any]:
-        """The `cost` of result.json; plain_run_equivalents relative to the committed steps."""
-        record = asdict(self)
-        equivalents = record.pop("gradient_equivalents")
-        record["plain_run_equivalents"] = equivalents / committed if committed else 0.0
-        return record
 
 
 @dataclass(frozen=True)
@@ -200,10 +88,6 @@ class RunResult:
     def cost(self) -> dict[str, Any]:
         """The ledger: plain_run_equivalents, gradient_evaluations, hessian_products and others."""
         return self.record["cost"]
-
-
-class DivergedError(RuntimeError):
-    """No lr within its bounds makes the next window finite; the last checkpoint is intact."""
 
 
 class Runner:
@@ -312,6 +196,8 @@ class Runner:
             raise InputError(f"accumulate must be ≥ 1, got {accumulate}; use 1 not to accumulate")
         check_parts(model, optimizer, loss_fn)
         self.ranks = ranks_of(process_group)
+        self.listeners = list(listeners)
+        self._teller = Teller(self.listeners)
         self._wrapped = unwrapped(model) is not model
         self.plant = Plant(
             unwrapped(model),
@@ -354,14 +240,16 @@ class Runner:
         self.law = rewrite if isinstance(rewrite, Rewrite) else usual_law(self.start)
         if warmup is not None and not 0 <= warmup < 1:
             raise InputError(f"warmup must be in [0, 1), got {warmup:g}; use 0 for none")
-        self._adaptive = "betas" in optimizer.param_groups[0]
-        self.template: Template = template or usual_template(
-            self.start, self._adaptive, self.rewriting
-        )
-        self.warmup = usual_warmup(self.start, self._adaptive) if warmup is None else warmup
+        adaptive = "betas" in optimizer.param_groups[0]
+        self.template: Template = template or usual_template(self.start, adaptive, self.rewriting)
+        self.warmup = usual_warmup(self.start, adaptive) if warmup is None else warmup
         self.owed = 0.0
         """Gradient evaluations that went into a schedule that is followed: the ledger's first."""
-        self.followed = self._checked_schedule(schedule, template)
+        self.followed = schedule
+        if schedule is not None:
+            plain = not self.rewriting and self.start == "given"
+            free = plain and template is None and not self.warmup
+            followed(self.plant, schedule, free=free)
         self.objective = objective or usual_objective(self.start, window)
         self.engine: Engine = engine
         self.segment = segment
@@ -378,6 +266,8 @@ class Runner:
         self.costate_clip = costate_clip
         self.spill = spill
         self.controls: tuple[str, ...] = ()
+        self._lookbacks: LookbackMaker | None = None
+        self._lookback: Lookback | None = None
         if self.rewriting:
             if engine != "adjoint":
                 raise InputError(
@@ -386,18 +276,28 @@ class Runner:
                 )
             resolve(window, segment, product, engine, self.plant)
             named = (controls,) if isinstance(controls, str) else controls
-            self.controls = _steered(self.plant, named)
-            self.lookback = self._new_lookback()
-        self.per_group = _grouped(self.plant, self.controls, per_group)
+            self.controls = steered(self.plant, named, DEFAULT_CONTROLS)
+            self._lookbacks = LookbackMaker(
+                self.plant,
+                self.objective,
+                self.controls,
+                self.segment,
+                self.product,
+                memory_budget,
+                spill,
+                Damping(discount, costate_clip),
+                self._teller.notice,
+            )
+            self._lookback = self._lookbacks(Relief())
+        self.per_group = grouped(self.plant, self.controls, per_group)
         self.seed = seed
-        self.listeners = list(listeners)
         if self.ranks is None or self.ranks.first:
             self.listeners += listeners_of(logger, config)
         self.config = dict(config) if config is not None else None
         self.directory = (
             None
             if directory is None
-            else directory_of(Path(directory), keep_checkpoints, self._notice, self.ranks)
+            else directory_of(Path(directory), keep_checkpoints, self._teller.notice, self.ranks)
         )
         if self.directory is not None:
             size = sum(p.nbytes for p in self.plant.model.parameters())
@@ -405,10 +305,32 @@ class Runner:
         self.device = self.plant.parameters[0].device
         self._streams: list[StepBatches] = []
         self.planner = planner
-        self._validation_batches: float | None = None
-        self._epoch_steps = 0 if planner is None else self._plannable(planner)
-        self._spent = False
+        self._validation = (
+            None if self.val_loader is None else Validation(self.plant, self.val_loader)
+        )
+        self._epoch_steps = 0
+        if planner is not None:
+            judged = self.val_loader is not None and isinstance(self.objective.batches, int)
+            self._epoch_steps = epoch_steps(
+                planner,
+                self.train_loader,
+                self.accumulate,
+                validated=self.val_loader is not None,
+                ahead=self.rewriting and not judged,
+            )
         self._fitted = False
+        self._course = Course(
+            self.plant,
+            self.template,
+            self.warmup,
+            self.law.cooldown,
+            "lr" in self.controls or not self.rewriting,
+            self.per_group,
+            self.seed,
+            self.followed,
+        )
+        self._judged_on = JudgedOn(self.val_loader, self.objective.count, self.stride)
+        self._budget = Budget(self.law, self.rewriting, self._teller.notice)
 
     # fit -----------------------------------------------------------------------------------------
 
@@ -453,14 +375,15 @@ class Runner:
                 stream.close()
         result = self._result()
         self._fitted = True
-        self._emit(RunEnded(result.record))
+        self._teller.emit(RunEnded(result.record))
         return result
 
     def _train(self, steps: int, resume: Literal["auto", "never"]) -> None:
+        """From the beginning, or where the directory's run stands, to the result."""
         loop = self._begin(steps, resume)
         if loop.finished is not None:
             return
-        self._emit(
+        self._teller.emit(
             RunStarted(
                 loop.step,
                 steps,
@@ -471,11 +394,13 @@ class Runner:
                 None if self.directory is None else self.directory.path,
             )
         )
-        if loop.step == 0:
-            self._find_start()
+        if loop.step == 0 and self.start != "given":
+            self._beginning.find(self.start)
         while loop.step < steps:
             self._window()
-            stop = self.ranks is not None and agreed(self.ranks, self)
+            stop = self.ranks is not None and agreed(
+                self.ranks, self.plant, loop, self.window, self._teller.notice
+            )
             self._save()
             stopping.check()
             if stop:
@@ -483,6 +408,29 @@ class Runner:
         if self.directory is not None and self.directory.saved != steps:
             self._save()  # the disk did not take it before
         self._end()
+
+    def _window(self) -> None:
+        """One window: six verbs, and the state, tape and schedule move on by up to M steps."""
+        length = self.window if self.rewriting else self.stride
+        length = min(length, self.loop.relief.longest or length)
+        start, stop = self.loop.step, min(self.loop.step + length, self.loop.steps)
+        if self._epochs is not None:
+            stop = min(stop, self._epochs.end(start))
+        commit = min(start + self.stride, stop)
+        self._committing.commit(*self._windows.go_through(start, stop, commit))
+
+    def _save(self) -> None:
+        """A checkpoint, where there is a directory."""
+        if self._saving is not None:
+            self._saving.save()
+
+    def _end(self) -> None:
+        """Evaluates the final and the averaged weights and writes the result."""
+        self.loop.finished = final_result(
+            self.plant, self.loop, self.train_loader, self.val_loader, self.test_loader
+        )
+        if self.directory is not None:
+            self.directory.finish(self.loop.schedule, self.loop.finished)
 
     def _result(self) -> RunResult:
         loop = self.loop
@@ -500,7 +448,7 @@ class Runner:
 
         Nothing is trained or written; model, optimizer and random states are left as they were.
         """
-        if not self.rewriting:
+        if self._lookbacks is None:
             raise InputError("a plan is of looking back; turn rewriting on to have one")
         stream = StepBatches(
             self.train_loader, isolated=True, device=self._moved_to, accumulate=self.accumulate
@@ -509,813 +457,21 @@ class Runner:
             (batch,) = stream.take(0, 1)
         finally:
             stream.close()
-        lookback = self._new_lookback()
+        lookback = self._lookbacks(Relief() if self._before is None else self._before.relief)
         return [
             *lookback.plan(self.window, batch, self.controls).lines(),
             f"product: {lookback.why}",
         ]
 
-    def _window(self) -> None:
-        """One window: six verbs, and the state, tape and schedule move on by up to M steps."""
-        length = self.window if self.rewriting else self.stride
-        length = min(length, self.loop.relief.longest or length)
-        start, stop = self.loop.step, min(self.loop.step + length, self.loop.steps)
-        if self.planner is not None:
-            stop = min(stop, (start // self._epoch_steps + 1) * self._epoch_steps)
-        commit = min(start + self.stride, stop)
-        if self.rewriting:
-            before = _Moment(self.plant.snapshot(), self.loop.average.copy())
-            twin = isinstance(self.law, Twin)
-            wanted = self.loop.alert or start < self.law.until * self.loop.steps
-            wanted = wanted and self.loop.passed_over == 0 and not self.loop.relief.blind
-            # Looked back at, replayed, and rolled once more.
-            steered = wanted and not twin and self._affords(3 * (stop - start))
-            attempt = self._roll_until_finite(start, stop, commit, before, steered=steered)
-            steered = steered and attempt.hypergradient is not None  # unless memory did not suffice
-            surprise = self._surprise(attempt)
-            affordable = surprise is not None and self._affords(
-                (len(self.law.restart) + 4) * (stop - start)
-            )
-            if surprise is not None and not affordable:
-                surprise = None
-            if surprise is not None and surprise - start > PATIENCE:
-                # The window ends where the data change, and the next one begins there.
-                self._notice(f"the losses rise at step {surprise}, and the window ends there")
-                attempt = self._cut(attempt, surprise, before)
-                return self._commit(attempt, surprise)
-            if surprise is not None and self.law.restart and "lr" in self.controls:
-                attempt = self._anew(attempt, surprise, commit, before)
-            if twin and self._affords(3 * (stop - start)):
-                attempt = self._better_twin(attempt, commit, before)
-            elif not twin and (steered or surprise is not None):
-                attempt = self._rewrite(attempt, commit, before)
-            self._pass_over(attempt, looked=steered, surprise=surprise is not None)
-        else:
-            self._verb("roll", start, stop, 0)
-            attempt = self._roll(start, stop, commit, 0, steered=False)
-            if attempt.failure is not None:
-                raise DivergedError(
-                    f"{attempt.failure}; lower the lr, or turn rewriting on to have it lowered"
-                )
-            assert attempt.trajectory is not None
-            commit = start + len(attempt.trajectory)  # fewer where the run is being stopped
-        self._commit(attempt, commit)
+    # Begin ---------------------------------------------------------------------------------------
 
-    def _surprise(self, attempt: _Attempt) -> int | None:
-        """The step from which losses are higher than those committed lately."""
-        if self.law.surprise is None or attempt.trajectory is None:
-            return None
-        first = max(self.loop.regime, self.loop.step - REMEMBERED)
-        before = [float(row["loss"]) for row in self.loop.tape[first:]]
-        losses = torch.stack(attempt.trajectory.losses).double().tolist()
-        at = surprised(before, losses, self.law.surprise)
-        return None if at is None else attempt.schedule.start + at
-
-    def _cut(self, rolled: _Attempt, stop: int, before: _Moment) -> _Attempt:
-        """The same way up to `stop`, its end state live."""
-        start = rolled.schedule.start
-        short = replace(
-            rolled.emptied(),
-            schedule=rolled.schedule.window(start, stop),
-            batches=list(rolled.batches)[: stop - start],
-        )
-        self._back_to(before, short, "roll")
-        self._run(short, stop, None)
-        return short
-
-    def _anew(self, rolled: _Attempt, step: int, commit: int, before: _Moment) -> _Attempt:
-        """The window with the template begun anew at `step`, where that is better than planned."""
-        start, stop = rolled.schedule.start, rolled.schedule.stop
-        terminal, share = self._terminal(start, stop)
-        if rolled.hypergradient is None:
-            self._replay(rolled, commit, before, terminal, share)
-        tried: list[tuple[_Attempt, Schedule]] = []
-        for number, factor in enumerate(self.law.restart, start=1):
-            plan = self._begun_anew(step, factor)
-            attempt = replace(
-                rolled.emptied(), number=rolled.number + number, schedule=plan.window(start, stop)
-            )
-            self._replay(attempt, commit, before, terminal, share)
-            if attempt.failure is None:
-                tried.append((attempt, plan))
-            else:
-                self._record(attempt, "rejected", attempt.failure, rolled)
-        bar = rolled.value + self.law.worth * abs(rolled.value)
-        good = [pair for pair in tried if not pair[0].value >= bar]
-        best = min(good, key=lambda pair: pair[0].value, default=None)
-        for attempt, _ in tried:
-            outcome = "accepted" if best is not None and attempt is best[0] else "rejected"
-            self._record(attempt, outcome, f"the template begun anew at step {step}", rolled)
-        if best is None:
-            return rolled
-        self.loop.schedule, self.loop.correction = best[1], {}
-        self._notice(f"the template begins anew at step {step}")
-        return best[0]
-
-    def _begun_anew(self, step: int, factor: float) -> Schedule:
-        """The plan with the template over the steps that are left, from where it began × factor."""
-        left = self.loop.steps - step
-        factors = template_factors(self.template, left, self.law.cooldown)
-        lr = shaped(factor * self.loop.first_lr, factors)
-        return self.loop.schedule.replaced(Schedule({"lr": lr}, step))
-
-    def _pass_over(self, attempt: _Attempt, *, looked: bool, surprise: bool) -> None:
-        """Decides how many windows to pass over, by what looking back at this one was worth."""
-        if surprise:
-            self.loop.alert, self.loop.in_vain, self.loop.passed_over = True, 0, 0
-            self.loop.regime = self.loop.step
-        elif not looked:
-            self.loop.passed_over = max(0, self.loop.passed_over - 1)
-        elif attempt.gain >= self.law.worth:
-            self.loop.in_vain = 0
-        elif self.law.patience is not None:
-            self.loop.in_vain += 1
-            if self.loop.in_vain >= self.law.patience:
-                self.loop.alert = False
-                self.loop.passed_over = 2 ** (self.loop.in_vain - self.law.patience)
-
-    # The verbs -----------------------------------------------------------------------------------
-
-    def _roll_until_finite(
-        self, start: int, stop: int, commit: int, before: _Moment, *, steered: bool
-    ) -> _Attempt:
-        """Rolls the planned schedule, at an ever lower lr while it diverges.
-
-        steered: also looks back.
-        """
-        number, failed = 0, None
-        for schedule, corrected, guarded in self._ladders(start):
-            # A loss that no lr lowers is not the lr's: if it is finite, it is let through.
-            if not guarded and (failed is None or not math.isfinite(failed[1])):
-                break
-            self.loop.schedule, self.loop.correction, failed = schedule, corrected, None
-            for _ in range(self.law.rewinds + 1):
-                self._verb("roll", start, stop, number)
-                attempt = self._roll(start, stop, commit, number, steered=steered, guarded=guarded)
-                if attempt.failure is None:
-                    return attempt
-                self._verb("restore", start, stop, number)
-                self._restore(before)
-                self._record(attempt, "rewound", attempt.failure)
-                self.loop.cost.rewound_windows += number == 0
-                if attempt.starved:
-                    # This window is let through where the next one will be shorter.
-                    steered = stop - start <= (self.loop.relief.longest or self.window)
-                    steered = steered and not self.loop.relief.blind
-                    number += 1
-                    continue
-                failed, previous = _place(attempt), failed
-                if guarded and _same_place(previous, failed):
-                    break
-                shift = {"lr": math.log(self.law.lower_lr)}
-                self.loop.schedule = carried(self.loop.schedule, start, shift)
-                number += 1
-        raise DivergedError(
-            f"{attempt.failure}, also at lr x{self.law.lower_lr**self.law.rewinds:.0e}; "
-            "look at the data and the loss of these steps"
-        )
-
-    def _ladders(self, start: int) -> Iterator[tuple[Schedule, dict[str, Shift], bool]]:
-        """(schedule, correction, whether it is guarded) to roll from, each when the last failed."""
-        planned, correction = self.loop.schedule, self.loop.correction
-        yield planned, correction, True
-        begun_with = self._planned(self.loop.steps, self.loop.first_lr)
-        first = planned.replaced(begun_with.window(start, planned.stop))
-        others = [name for name in planned.values if name != "lr"]
-        if not all(torch.equal(planned[name], first[name]) for name in others):
-            # No lr helps: it may be what rewriting made of the others.
-            self._notice(
-                f"no lr keeps the steps from {start} on finite: all controls go back to what "
-                "the run began with"
-            )
-            yield first, {}, True
-        yield planned, correction, False
-
-    def _roll(
-        self,
-        start: int,
-        stop: int,
-        commit: int,
-        number: int,
-        *,
-        steered: bool,
-        guarded: bool = True,
-    ) -> _Attempt:
-        """One roll of the planned schedule, with its hypergradient where it is to be steered."""
-        schedule = self.loop.schedule.window(start, stop)
-        if not self.rewriting:
-            # The plain loop draws each batch just before its step, from the same random state.
-            lazily = self.loop.train.lazily(start, stop)
-            if self.ranks is None:  # several end at the same step
-                lazily = stopping.until_asked(lazily)
-            attempt = _Attempt(number, schedule, lazily, guarded=False)
-            self._run(attempt, commit, None)
-            return attempt
-        batches = self.loop.train.take(start, stop)
-        attempt = _Attempt(number, schedule, batches, guarded=guarded)
-        if not steered:
-            self._run(attempt, commit, None)
-            return attempt
-        terminal, share = self._terminal(start, stop)
-        self._run_and_look(attempt, commit, terminal)
-        if attempt.hypergradient is not None:
-            self.loop.cost.gradients(share)
-        return attempt
-
-    def _run_and_look(self, attempt: _Attempt, commit: int, terminal: Terminal | None) -> None:
-        """Live steps through the attempt's window, and its hypergradient unless they fail."""
-        try:
-            self._look_at(attempt, commit, terminal)
-        except (RuntimeError, MemoryError, OSError) as error:
-            if not out_of_memory(error) or self.ranks is not None:
-                raise
-            attempt.starved = True
-        if attempt.starved:  # out of the handler, whose traceback holds what there was
-            attempt.hypergradient, attempt.trajectory, self.loop.live = None, None, None
-            attempt.failure = f"out of memory; from now on {self._relieved(attempt)}"
-            self._notice(f"looking back ran {attempt.failure}")
-
-    def _relieved(self, attempt: _Attempt) -> str:
-        """Makes looking back do with less memory, and says in words how."""
-        self.plant.optimizer.zero_grad()
-        # What an exception cut off is in cycles: without this the next plain step failed as well.
-        gc.collect()
-        trim()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        try:
-            schedule = attempt.schedule
-            plan = self.lookback.plan(len(schedule), next(iter(attempt.batches)), schedule)
-            predicted, product = plan.predicted_bytes, str(plan.product)
-        except (RuntimeError, MemoryError, OSError) as error:
-            if not out_of_memory(error):
-                raise
-            predicted, product = None, self.lookback.product
-        self.loop.relief, words = self.loop.relief.more(len(attempt.schedule), product, predicted)
-        state = self.lookback.state()
-        self.lookback = self._new_lookback()
-        self.lookback.load_state(state | {"product": self.loop.relief.product or state["product"]})
-        return words
-
-    def _look_at(self, attempt: _Attempt, commit: int, terminal: Terminal | None) -> None:
-        """`_run_and_look` where memory suffices."""
-        mean, past = Average(self.objective.average), self._past()
-        recorder = self._run(attempt, commit, mean, record=True)
-        assert recorder is not None
-        if attempt.failure is not None:
-            recorder.close()
-            return
-        share = self._remember(mean, past)
-        # Where no proposal is accepted, the next window goes on from the roll's random state.
-        with preserved():
-            h = self._look_back(recorder, mean, terminal, self.costate_clip, share)
-            attempt.first_look = h.result
-            unclipped = self.costate_clip is None
-            if h.result.name == "exploding" and unclipped and recorder.again:
-                h = self._look_back(recorder, mean, terminal, EXPLODING_CLIP, share)
-            if self.law.rule == "batch-error" and recorder.again:
-                attempt.samples = self._by_batch(recorder, mean, terminal, share)
-        recorder.close()
-        attempt.hypergradient = h
-        attempt.value = h.value + self.law.penalty(attempt.schedule, self.controls)
-        if not math.isfinite(attempt.value):
-            steps = f"[{attempt.schedule.start}, {attempt.schedule.stop})"
-            attempt.failure = f"the objective is not finite at steps {steps}"
-
-    def _look_back(
-        self,
-        recorder: WindowRecorder,
-        mean: Average,
-        terminal: Terminal | None,
-        costate_clip: float | None,
-        past: float = 0.0,
-    ) -> Hypergradient:
-        """The hypergradient of a recorded roll whose end is the live state, on the ledger.
-
-        past: the share of steps before the window in `mean`, which no control of it moves.
-        """
-        damping = Damping(self.discount, costate_clip)
-        weight = self.objective.terminal_weight
-        self.lookback.objective = replace(self.objective, terminal_weight=weight * (1 - past))
-        h = self.lookback.look_back(recorder, mean, terminal, damping)
-        if past and terminal is not None:
-            h = replace(h, value=h.value + weight * past * h.terminal)
-        self.loop.cost.hessian_products += h.hessian_products
-        # The terminal loss is counted by its size.
-        self.loop.cost.gradient_equivalents += h.gradient_equivalents - (terminal is not None)
-        return h
-
-    def _past(self) -> Average | None:
-        """The average of the steps committed so far, where the objective remembers it."""
-        return self.loop.average.copy() if self.objective.memory else None
-
-    def _remember(self, mean: Average, past: Average | None) -> float:
-        """Lets a window's average go on from that of the steps before; its share in the result."""
-        if past is None or past.values is None or mean.values is None:
-            return 0.0
-        share = self.objective.remembered(mean.count, AVERAGE_EVERY * past.count)
-        with torch.no_grad():
-            torch._foreach_lerp_(mean.values, past.values, share)
-        return share
-
-    def _by_batch(
-        self, recorder: WindowRecorder, mean: Average, terminal: Terminal | None, past: float
-    ) -> dict[str, Tensor]:
-        """control -> dJ/du by each batch of the objective alone, at H = 0: (n, K) or (n, K, G)."""
-        if not isinstance(terminal, _HeldOutLoss) or len(terminal.batches) < 2:
-            return {}
-        lookback = self._new_lookback("none")
-        lookback.objective = replace(
-            self.objective, terminal_weight=self.objective.terminal_weight * (1 - past)
-        )
-        damping = Damping(self.discount, self.costate_clip)
-        found = []
-        for part in terminal.parts():
-            h = lookback.look_back(recorder, mean, part, damping)
-            self.loop.cost.gradient_equivalents += h.gradient_equivalents - 1
-            found.append(h.grad)
-        # One more pass over the objective's data.
-        self.loop.cost.gradients(terminal.share)
-        return {name: torch.stack([grad[name] for grad in found]) for name in found[0]}
-
-    def _rewrite(self, rolled: _Attempt, commit: int, before: _Moment) -> _Attempt:
-        """Proposes, replays and compares, again and again while that is worth it.
-
-        Returns the attempt to commit, its end state live.
-        """
-        start, stop = rolled.schedule.start, rolled.schedule.stop
-        terminal, share = self._terminal(start, stop)
-        current, scale = rolled, 1.0
-        for iteration in range(self.law.iterations):
-            if iteration and not self._affords(3 * (stop - start)):
-                break
-            if current.hypergradient is None:
-                self._back_to(before, current, "roll")
-                again = current.emptied()
-                self._run_and_look(again, commit, terminal)
-                if again.starved:
-                    self._record(again, "rejected", again.failure)
-                if again.failure is not None:
-                    break
-                current = again
-            better = self._better(current, commit, before, terminal, share, scale)
-            if better is None:
-                self.loop.cost.rejected_windows += iteration == 0
-                break
-            gain = (current.value - better.value) / max(abs(current.value), 1e-12)
-            better.gain = 1 - (1 - current.gain) * (1 - gain)
-            current = better
-            if gain < self.law.worth:
-                break
-            scale = min(scale * self.law.grow, self.law.farthest)
-        return self._settled(current, commit, before)
-
-    def _better(
-        self,
-        rolled: _Attempt,
-        commit: int,
-        before: _Moment,
-        terminal: Terminal | None,
-        share: float,
-        scale: float,
-    ) -> _Attempt | None:
-        """A replay that lowers the objective, its end state live; None where none is found."""
-        h = rolled.hypergradient
-        assert h is not None
-        self._verb("rewrite", rolled.schedule.start, rolled.schedule.stop, rolled.number)
-        if not h.result.usable:
-            self._record(rolled, "rejected", f"hypergradient {h.result.name}: {h.result.message}")
-            return None
-        if rolled.plain and rolled is self.loop.live:
-            rolled.end = _Moment(self.plant.snapshot(), self.loop.average.copy())
-        # A law of one's own that needs no history may do without the argument.
-        past: dict[str, Any] = {}
-        if self.law.rule != "normalised":
-            past = {"history": self.loop.history}
-        if self.law.rule == "batch-error":
-            past["samples"] = rolled.samples
-        for retry in range(self.law.retries + 1):
-            if retry and not self._affords(2 * len(rolled.schedule)):
-                break
-            proposal = self.law.propose(
-                rolled.schedule, h.grad, rolled.value, scale * self.law.shrink**retry, **past
-            )
-            if past and rolled.proposal is None and retry == 0:
-                self.loop.history = remembered(self.loop.history, proposal.asked)
-            proposed = self.law.bounded(proposal.schedule, rolled.schedule, self._highest(rolled))
-            carry = proposal.carry
-            if rolled.proposal is not None:
-                carry = added(rolled.proposal.carry, carry)
-            replayed = replace(
-                rolled.emptied(),
-                number=rolled.number + 1 + retry,
-                schedule=proposed,
-                proposal=replace(proposal, schedule=proposed, carry=carry),
-            )
-            self._replay(replayed, commit, before, terminal, share)
-            if replayed.failure is None:
-                if replayed.value < rolled.value or not self.law.accept:
-                    self._record(replayed, "accepted", None, rolled)
-                    return replayed
-                replayed.failure = "the objective did not fall"
-            self._record(replayed, "rejected", replayed.failure, rolled)
-        return None
-
-    def _highest(self, rolled: _Attempt) -> Tensor:
-        """What the law's bound on lr is counted from, (K,) or (K, G) of the window.
-
-        That is the template's highest lr, but in its warm-up the template itself: what a short
-        window wins there by going faster, the run loses later (docs/log.md).
-        """
-        start, stop = rolled.schedule.start, rolled.schedule.stop
-        lr = self._planned(self.loop.steps, self.loop.first_lr)["lr"]
-        steps = torch.arange(start, stop)
-        rises = steps < self.warmup * self.loop.steps
-        highest = self.loop.first_lr.expand(stop - start, *lr.shape[1:])
-        return torch.where(rises.view(-1, *[1] * (lr.dim() - 1)), lr[start:stop], highest)
-
-    def _better_twin(self, rolled: _Attempt, commit: int, before: _Moment) -> _Attempt:
-        """The better of the window at a higher and at a lower lr; as rolled if both fail."""
-        assert isinstance(self.law, Twin)
-        terminal, share = self._terminal(rolled.schedule.start, rolled.schedule.stop)
-        tried = []
-        for number, proposal in enumerate(self.law.twins(rolled.schedule, self.loop.delta)):
-            attempt = replace(
-                rolled.emptied(),
-                number=rolled.number + number,
-                schedule=proposal.schedule,
-                proposal=proposal,
-            )
-            self._replay(attempt, commit, before, terminal, share)
-            if attempt.failure is None:
-                tried.append(attempt)
-                if number == 0:
-                    attempt.end = _Moment(self.plant.snapshot(), self.loop.average.copy())
-        if not tried:
-            return self._settled(rolled, commit, before)
-        best = min(tried, key=lambda attempt: attempt.value)
-        for attempt in tried:
-            kept = attempt is best
-            why = None if kept else "its twin is better"
-            self._record(attempt, "accepted" if kept else "rejected", why, attempt)
-        assert best.proposal is not None
-        up = cast(float, best.proposal.carry["lr"]) > 0
-        self.loop.delta = self.law.next_delta(self.loop.delta, repeats=up == self.loop.upwards)
-        self.loop.upwards = up
-        return self._settled(best, commit, before)
-
-    def _replay(
-        self,
-        attempt: _Attempt,
-        commit: int,
-        before: _Moment,
-        terminal: Terminal | None,
-        share: float,
-    ) -> None:
-        """The attempt's window by plain steps from its beginning, and its objective."""
-        start, stop = attempt.schedule.start, attempt.schedule.stop
-        self._back_to(before, attempt, "replay")
-        mean, past = Average(self.objective.average), self._past()
-        self._run(attempt, commit, mean)
-        if attempt.failure is None:
-            self._remember(mean, past)
-            assert attempt.trajectory is not None
-            attempt.value = self._value(attempt, attempt.trajectory, terminal, mean)
-            self.loop.cost.gradient_equivalents += share / 3
-            if not math.isfinite(attempt.value):
-                attempt.failure = f"the objective is not finite at steps [{start}, {stop})"
-
-    def _back_to(self, before: _Moment, attempt: _Attempt, verb: Verb) -> None:
-        """Restores the window's beginning, and says that `verb` comes next."""
-        start, stop = attempt.schedule.start, attempt.schedule.stop
-        self._verb("restore", start, stop, attempt.number)
-        self._restore(before)
-        self._verb(verb, start, stop, attempt.number)
-
-    def _settled(self, attempt: _Attempt, commit: int, before: _Moment) -> _Attempt:
-        """The attempt with its end state live, as the plain loop's own steps reach it.
-
-        A roll that keeps graphs takes kernels that can be differentiated twice, which differ from
-        the plain ones by roundings: what is committed anyone can replay.
-        """
-        if attempt.plain and attempt is self.loop.live:
-            return attempt
-        if attempt.plain and attempt.end is not None:
-            self._restore(attempt.end)
-            return attempt
-        self._back_to(before, attempt, "roll")
-        plain = replace(attempt, trajectory=None, inside=None)
-        self._run(plain, commit, None)
-        return plain
-
-    def _run(
-        self,
-        attempt: _Attempt,
-        commit: int,
-        mean: Average | None,
-        *,
-        record: bool = False,
-    ) -> WindowRecorder | None:
-        """Live steps through the attempt's window; keeps the moment at `commit` if it is inside.
-
-        record: keep what looking back needs, and return it.
-        """
-        schedule, parameters = attempt.schedule, self.plant.parameters
-        steps = self.loop.steps
-
-        def on_step(step: int, observed: StepRecord) -> None:
-            if step < commit and (steps - step) % AVERAGE_EVERY == 1:
-                self.loop.average.update(parameters)
-            if self.rewriting:
-                self._check_stop()
-            if step + 1 == commit < schedule.stop:
-                attempt.inside = _Moment(self.plant.snapshot(), self.loop.average.copy())
-            if self.listeners:
-                loss = float(observed.loss) if observed.loss.device.type == "cpu" else None
-                self._emit(StepTaken(step, loss, schedule.at(step)))
-
-        def limit(first: float) -> float:
-            lately, ever = self.loop.reference or (first, first)
-            if not attempt.guarded or min(first, lately, ever) <= 0:
-                return math.inf
-            return max(DIVERGED * first, DIVERGED * lately, 1.5 * ever)
-
-        recorder = None
-        if record:
-            recorder = self.lookback.roll(
-                list(attempt.batches), schedule, average=mean, on_step=on_step, limit=limit
-            )
-            trajectory = recorder.trajectory
-        else:
-            trajectory = self.plant.roll(
-                attempt.batches, schedule, average=mean, on_step=on_step, limit=limit
-            )
-        attempt.trajectory = trajectory
-        attempt.plain = recorder is None or not recorder.plan.graphs
-        self.loop.live = attempt
-        self.loop.cost.gradients(len(trajectory))
-        if trajectory.diverged is not None:
-            loss = float(trajectory.losses[trajectory.diverged])
-            step = schedule.start + trajectory.diverged
-            attempt.failure = f"the loss is {loss:.4g} at step {step}"
-        elif not self.plant.is_finite():
-            attempt.failure = f"the state is not finite after step {schedule.stop - 1}"
-        if self.rewriting:
-            self._check_replay(attempt)
-        return recorder
-
-    def _commit(self, attempt: _Attempt, commit: int) -> None:
-        """Makes the attempt's steps up to `commit` final: state, schedule, tape."""
-        start, stop = self.loop.step, attempt.schedule.stop
-        self._verb("commit", start, stop, attempt.number)
-        if attempt.inside is not None:
-            self._restore(attempt.inside)
-        if attempt.proposal is not None:
-            rewritten = attempt.schedule.window(start, commit)
-            self.loop.schedule = self.loop.schedule.replaced(rewritten)
-        if commit < self.loop.steps and self.rewriting:
-            shifts = {} if attempt.proposal is None else attempt.proposal.carry
-            self.loop.correction, change = faded(self.loop.correction, shifts, self.law.carry)
-            self.loop.schedule = carried(self.loop.schedule, commit, change)
-        rows = self._rows(attempt, commit)
-        first = rows[0]["loss"] if self.loop.reference is None else self.loop.reference[1]
-        self.loop.reference = (sum(row["loss"] for row in rows) / len(rows), first)
-        self.loop.cost.peak_memory_bytes = max(
-            self.loop.cost.peak_memory_bytes, peak_memory(self.device)
-        )
-        self.loop.step = commit
-        if self.planner is not None:
-            self._plan_on(attempt, rows)
-        if self.validate_every and commit // self.validate_every > start // self.validate_every:
-            held_out = evaluate(self.plant, self.val_loader)
-            assert held_out is not None and self.val_loader is not None
-            found = {"loss": held_out.loss, **held_out.metrics}
-            rows[-1] |= {f"val_{name}": finite(value) for name, value in found.items()}
-            self.loop.cost.gradient_equivalents += self._size_of(self.val_loader) / 3
-        self.loop.train.release(commit)
-        self.loop.tape += rows
-        if self.directory is not None:
-            self.directory.tape.append(rows)
-        self._emit(Committed(start, commit, rows, self._projected_cost()))
-        if commit < self.loop.steps:
-            self._verb("slide", start, stop, attempt.number)
-        self.loop.cost.windows += 1
-
-    # Epochs --------------------------------------------------------------------------------------
-
-    def _plannable(self, planner: EpochPlanner) -> int:
-        """The steps of an epoch, of a planner that is checked."""
-        if planner.optimizer is not None:
-            raise InputError(
-                "planner steers its optimizer by itself, and so would the Runner; build it without "
-                "one: EpochPlanner(…)"
-            )
-        if planner.needs_validation and self.val_loader is None:
-            raise InputError(
-                "planner takes its rewards from a validation loss and there is no val_loader; give "
-                "one, or EpochPlanner(reward=FreshSeeds(…)), or reward=TrainingTape()"
-            )
-        steps = planner.epoch_steps
-        if steps is None:
-            try:
-                batches = len(self.train_loader)  # type: ignore[arg-type]
-            except TypeError:
-                raise InputError(
-                    "train_loader does not say how many batches an epoch has; give "
-                    "EpochPlanner(epoch_steps=…)"
-                ) from None
-            steps = max(1, batches // self.accumulate)
-        if planner.samples and self.accumulate > 1:
-            raise InputError(
-                f"a LossSampler needs every batch to be a step, got accumulate={self.accumulate}; "
-                "use 1, or larger batches"
-            )
-        ahead = self.rewriting and (
-            self.val_loader is None or not isinstance(self.objective.batches, int)
-        )
-        if planner.samples and ahead:
-            raise InputError(
-                "windows are judged on training batches of the next epoch, which a LossSampler has "
-                "not planned yet; give a val_loader, or rewrite=False"
-            )
-        return steps
-
-    def _plan_on(self, attempt: _Attempt, rows: list[dict[str, Any]]) -> None:
-        """Tells the planner of committed steps; where an epoch ends, or the data drift, the rest of
-        the schedule follows its new plan, and the tape says why."""
-        planner, trajectory = self.planner, attempt.trajectory
-        assert planner is not None and planner.plan is not None and trajectory is not None
-        before, reward = planner.plan, planner.reward_metric
-        for row, metrics in zip(rows, trajectory.metrics, strict=False):
-            planner.observe(
-                math.nan if row["loss"] is None else row["loss"],
-                row.get(reward) if reward else None,
-                row["gradient_norm"],
-                metrics.get(f"{PER_EXAMPLE}index"),
-                metrics.get(f"{PER_EXAMPLE}loss"),
-            )
-        epoch = planner.state.epoch
-        done = planner.read()
-        for step, what in done:
-            marks = rows[step - rows[0]["step"]].setdefault("planning", {"interventions": []})
-            marks["interventions"].append(asdict(what))
-        if self.loop.step % self._epoch_steps == 0:
-            held_out = None
-            if self.val_loader is not None and planner.needs_validation:
-                held_out = evaluate(self.plant, self.val_loader)
-                self.loop.cost.gradient_equivalents += self._size_of(self.val_loader) / 3
-            plan = planner.end_epoch(None if held_out is None else held_out.loss)
-            last = rows[-1]
-            own = [asdict(what) for what in plan.interventions]
-            earlier = last.get("planning", {"interventions": []})["interventions"]
-            last["planning"] = finite(
-                {
-                    "epoch": planner.history[-1].to_json(),
-                    "plan": plan.values | {"mode": plan.mode},
-                    "interventions": earlier + own,
-                }
-            )
-            done = [*done, *((self.loop.step - 1, what) for what in plan.interventions)]
-            self._emit(
-                EpochPlanned(self.loop.step, epoch, last["planning"]["epoch"], plan.to_json())
-            )
-        for step, what in done:
-            self._notice(f"{what.kind}: {what.reason}")
-            self._emit(Intervened(step, epoch, what.kind, what.reason))
-        self._follow(before, planner.plan)
-
-    def _follow(self, before: Plan, after: Plan) -> None:
-        """Moves the rest of the schedule from one plan to the other."""
-        start, schedule = self.loop.step, self.loop.schedule
-        if start >= self.loop.steps:
-            return
-        rest = schedule.window(start, schedule.stop)
-        values: dict[str, Tensor] = {}
-        if after.lr != before.lr:
-            ratio = after.lr / before.lr
-            values["lr"] = _rescaled("lr", rest["lr"], ratio)
-            self.loop.first_lr = self.loop.first_lr * ratio
-        if after.momentum != before.momentum and after.momentum and before.momentum:
-            ratio = CONTROLS["momentum"].ratio(after.momentum, before.momentum)
-            values["momentum"] = _rescaled("momentum", rest["momentum"], ratio)
-        if after.noise != before.noise:
-            values["noise"] = torch.full_like(rest["noise"], after.noise)
-        if values:
-            self.loop.schedule = schedule.replaced(Schedule(values, start))
-
-    def _size_of(self, loader: Iterable[Any]) -> float:
-        """The batches of a loader, once counted."""
-        if self._validation_batches is None:
-            try:
-                self._validation_batches = float(len(loader))  # type: ignore[arg-type]
-            except TypeError:
-                with loader_preserved(loader), preserved():
-                    drawn = islice(loader, UNSIZED_BATCHES)
-                    self._validation_batches = float(sum(1 for _ in drawn))
-        return self._validation_batches
-
-    def _affords(self, gradients: int) -> bool:
-        """Whether so many more evaluations, and plain steps to the end, are within the budget.
-
-        The first window is looked back at anyway: of a very short run the start alone takes more.
-        """
-        loop = self.loop
-        whole = loop.cost.gradient_equivalents + gradients + loop.steps - loop.step
-        if whole <= self.law.budget * loop.steps or loop.step == 0:
-            return True
-        if not self._spent:
-            self._spent = True
-            self._notice(
-                f"the budget of {self.law.budget:g} plain runs is spent: the rest is followed as "
-                "planned"
-            )
-        return False
-
-    def _projected_cost(self) -> float:
-        """Of the whole run, in plain runs: the windows that will be looked back at as dear as those
-        so far, the others plain, the start paid for once."""
-        loop = self.loop
-        spent = loop.cost.gradient_equivalents - loop.start_gradients
-        looked = math.ceil(self.law.until * loop.steps) if self.rewriting else 0
-        dear = max(0, looked - loop.step) * spent / loop.step
-        plain = loop.steps - max(looked, loop.step)
-        projected = (loop.start_gradients + spent + dear + plain) / loop.steps
-        least = (loop.start_gradients + spent + loop.steps - loop.step) / loop.steps
-        return min(projected, max(least, self.law.budget))
-
-    @property
-    def _moved_to(self) -> torch.device | None:
-        """Where batches are moved to; None where they can stay."""
-        return None if self.device.type == "cpu" else self.device
-
-    def _restore(self, moment: _Moment) -> None:
-        self.loop.live = None
-        self.plant.restore(moment.snapshot)
-        self.loop.average.assign(moment.average)
-
-    # What a window is judged by ------------------------------------------------------------------
-
-    def _terminal(self, start: int, stop: int) -> tuple[Terminal | None, float]:
-        """(the terminal loss on this window's objective data, its size in training batches)."""
-        if self.objective.terminal_weight == 0:
-            return None, 0.0
-        if self.loop.validation is not None:
-            n = _length(self.val_loader, self.objective.count)
-            first = n * (start // self.stride)
-            batches = self.loop.validation.take(first, first + n)
-            self.loop.validation.release(first)
-        else:
-            after = self.loop.train.take(start, stop + self.objective.count)[stop - start :]
-            batches = after
-        return self._mean_loss(batches, self.loop.train.take(start, start + 1)[0])
-
-    def _mean_loss(self, batches: Sequence[Any], train: Any = None) -> tuple[Terminal, float]:
-        """(mean loss on `batches` in eval mode, their size beside `train`'s, else their number)."""
-        batches = [m for b in batches for m in (b if isinstance(b, MicroBatches) else (b,))]
-        sizes = [batch_size(b) for b in batches]
-        share = float(len(batches))
-        if train is not None:
-            share = sum(sizes) / max(1, batch_size(train))
-        return _HeldOutLoss(self.plant, batches, sizes, share), share
-
-    @torch.no_grad()
-    def _value(
-        self, attempt: _Attempt, trajectory: Trajectory, terminal: Terminal | None, mean: Average
-    ) -> float:
-        """J of a replayed window, by the same formula and data as the roll's."""
-        value = stage_sum(self.objective, trajectory)
-        if terminal is not None and mean.values is not None:
-            parameters = [p.detach() for p in self.plant.parameters]
-            live = [p.clone() for p in parameters]
-            torch._foreach_copy_(parameters, mean.values)
-            with visible_statistics(self.plant.model, update=False):
-                value += self.objective.terminal_weight * self.plant.value(
-                    terminal(self.plant.model)
-                )
-            torch._foreach_copy_(parameters, live)
-        return value + self.law.penalty(attempt.schedule, self.controls)
-
-    def _new_lookback(self, product: Product | None = None) -> Lookback:
-        relief = self.loop.relief if hasattr(self, "loop") else Relief()
-        return Lookback(
-            self.plant,
-            self.objective,
-            self.controls,
-            segment=self.segment if relief.memory_budget is None else "auto",
-            product=product or cast(Product | None, relief.product) or self.product,
-            memory_budget=relief.memory_budget or self.memory_budget,
-            spill=self.spill,
-            damping=Damping(self.discount, self.costate_clip),
-            notice=self._notice,
-        )
-
-    # Begin, save, end ----------------------------------------------------------------------------
-
-    def _begin(self, steps: int, resume: Literal["auto", "never"]) -> _Loop:
+    def _begin(self, steps: int, resume: Literal["auto", "never"]) -> Loop:
         """A fresh state of the loop, or the one that the directory's newest checkpoint holds."""
         device = self._moved_to
         if self.ranks is not None:
-            begin(self.ranks, self, steps)
+            described = self._description(steps) | {"directory": self.directory is not None}
+            notice = self._teller.notice
+            begin(self.ranks, self.plant, described, notice, wrapped=self._wrapped)
         # With rewriting off nothing may be drawn that the plain loop does not draw.
         seed = int(torch.randint(2**31, ())) if self.rewriting else 0
         train = StepBatches(
@@ -1325,12 +481,18 @@ class Runner:
             device=device,
             accumulate=self.accumulate,
         )
-        first_lr = torch.tensor(self._initial()["lr"], dtype=torch.float64)
-        self.loop = _Loop(steps, self._planned(steps, first_lr), train, first_lr=first_lr)
+        first_lr = torch.tensor(self._course.own()["lr"], dtype=torch.float64)
+        self.loop = Loop(
+            steps,
+            self._course.planned(steps, first_lr),
+            train,
+            first_lr=first_lr,
+            lookback=self.lookback,
+        )
         self._streams = [train]
-        if self.planner is not None:
-            own = self.plant.controls.initial
-            self.planner.begin(own["lr"], own.get("momentum"), own.get("noise", 0.0))
+        self._furnish()
+        if self._epochs is not None:
+            self._epochs.begin(self.plant.controls.initial["lr"])
         validated = self.val_loader is not None and isinstance(self.objective.batches, int)
         if self.rewriting and validated and self.objective.terminal_weight:
             assert self.val_loader is not None
@@ -1344,402 +506,109 @@ class Runner:
             self._streams.append(self.loop.validation)
         if self.ranks is not None:
             draw_apart(self.ranks)
-        if self.directory is not None:
-            self._try_first_batch()
+        if self.directory is not None and self._saving is not None:
+            try_first_batch(self.plant, self.loop, self.train_loader, self.val_loader)
             checkpoint = self.directory.open(self._description(steps), resume)
             if checkpoint is None:
                 self.loop.cost.gradients(self.owed)
                 self.loop.start_gradients = self.owed
                 self._save()
             else:
-                try:
-                    self._load(checkpoint)
-                except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-                    if isinstance(error, InputError):
-                        raise
-                    path = self.directory.checkpoints.path(checkpoint.step)
-                    raise InputError(
-                        f"{path} is no checkpoint of this run ({type(error).__name__}: {error}); "
-                        "start again in another --directory"
-                    ) from error
+                self._saving.load(checkpoint)
                 if self.loop.step == steps:
                     self.loop.finished = self.directory.result()
         return self.loop
 
-    def _try_first_batch(self) -> None:
-        """A loader or a loss that cannot be used is an error before anything is written."""
+    @property
+    def _moved_to(self) -> torch.device | None:
+        """Where batches are moved to; None where they can stay."""
+        return None if self.device.type == "cpu" else self.device
 
-        # Streams of their own: the place of the run's is saved with the first checkpoint.
-        def first(loader: Iterable[Any], name: str) -> Any:
-            device = self.loop.train.device
-            return StepBatches(loader, isolated=True, device=device, name=name).take(0, 1)[0]
+    @property
+    def _before(self) -> Loop | None:
+        """Where the loop stands, or stood at the end of the last fit; None before the first."""
+        return getattr(self, "loop", None)
 
-        batches = {"train_loader": first(self.train_loader, "train_loader")}
-        if self.loop.validation is not None:
-            assert self.val_loader is not None
-            batches["val_loader"] = first(self.val_loader, "val_loader")
-        for name, batch in batches.items():
-            try:
-                with self.plant.evaluating() as model:
-                    checked_loss(self.plant.loss_fn(model, batch))
-            except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-                if isinstance(error, InputError) or out_of_memory(error):
-                    raise
-                where = f"at the first batch of {name}"
-                raise InputError(explained(error, where, self.plant.model, batch)) from error
+    @property
+    def lookback(self) -> Lookback | None:
+        # What looks back at windows, where they are rewritten; a fit may replace it.
+        return self._lookback if self._before is None else self._before.lookback
 
-    def _planned(self, steps: int, lr: Tensor) -> Schedule:
-        """The optimizer's own controls at every step; lr, () or (G,), in the template's shape."""
-        if self.followed is not None:
-            own = Schedule.constant(steps, self.seed, **self._initial())
-            given = self.followed.window(0, steps)
-            return Schedule({**own.values, **given.values}, 0, self.seed)
-        initial = self._initial() | {"lr": lr.tolist()}
-        planned = Schedule.constant(steps, self.seed, **initial)
-        # What is not rewritten keeps the optimizer's bits.
-        factors = template_factors(self.template, steps, self.law.cooldown, self.warmup)
-        follows = "lr" in self.controls or not self.rewriting
-        if follows and bool((factors != 1).any()):
-            shape = shaped(planned["lr"][0], factors)
-            planned = planned.replaced(Schedule({"lr": shape}))
-        return planned
+    # Rooms ---------------------------------------------------------------------------------------
 
-    def _find_start(self) -> None:
-        """Looks for the lr to start from, where it is not given, and plans the run from it.
-
-        What was tried is in start.jsonl, so that a run that is resumed at step 0 finds the same.
-        """
-        if self.start == "given":
-            return
-        steps = self.loop.steps
-        stream = StepBatches(
-            self.train_loader, isolated=True, device=self._moved_to, accumulate=self.accumulate
-        )
-        stream.seek(self.loop.train.position(0))  # the run's own first batches
-        judged: list[Any] = []
-        if self.val_loader is not None and isinstance(self.objective.batches, int):
-            validation = StepBatches(
-                self.val_loader,
-                isolated=True,
-                seed=self.seed,
-                device=self._moved_to,
-                name="val_loader",
-            )
-            if self.loop.validation is not None:
-                validation.seek(self.loop.validation.position(0))
-            judged = validation.take(0, _length(self.val_loader, PROBE_BATCHES))
-            validation.close()
-
-        def held_out(n: int) -> tuple[Terminal, float]:
-            return self._mean_loss(judged or stream.take(n, n + PROBE_BATCHES))
-
-        def tell(record: dict[str, Any]) -> None:
-            if self.directory is not None:
-                self.directory.record_start(record)
-            self._emit(StartTried(record))
-
-        planned = Schedule.constant(steps, self.seed, **self._initial())
-        known = [] if self.directory is None else self.directory.starts.read()
-        with preserved():
-            search = StartSearch(
-                self.plant,
-                self.objective,
-                planned,
-                stream,
-                held_out,
-                known,
-                tell,
-                self.warmup,
-                ADAPTIVE_GREED if self._adaptive else GREED,
-            )
-            lr = search.find(self.start)
-        stream.close()
-        self.loop.cost.gradients(search.gradients)
-        self.loop.start_gradients = search.gradients
-        if lr is None:
-            raise DivergedError(
-                "no lr within its bounds keeps a short roll finite; look at the data and the loss"
-            )
-        given = planned["lr"][0].tolist()
-        self.loop.schedule, self.loop.first_lr = self._planned(steps, lr), lr
+    def _furnish(self) -> None:
+        """The rooms of this fit, each given what it works with."""
+        plant, loop, directory = self.plant, self.loop, self.directory
+        teller, course, budget = self._teller, self._course, self._budget
+        chronicle = Chronicle(self.listeners, loop, directory, self.ranks)
+        steps = Steps(plant, loop, chronicle, again=self.rewriting)
+        self._epochs: Epochs | None = None
         if self.planner is not None:
-            own = self.plant.controls.initial
-            self.planner.begin(float(lr.max()), own.get("momentum"), own.get("noise", 0.0))
-        self._emit(StartFound(self.start, lr.tolist(), given, search.gradients / steps))
-
-    def _check_replay(self, attempt: _Attempt) -> None:
-        """Whether a step that is taken again is the same: once, in the first window that has one.
-
-        The first loss and gradient of two ways through a window depend on where it begins alone, so
-        that this costs nothing unless they differ.
-        """
-        trajectory = attempt.trajectory
-        if self.loop.checked or not attempt.plain or not trajectory:
-            return
-        start = attempt.schedule.start
-        norm = trajectory.gradient_norms[0]
-        seen = (start, torch.stack([trajectory.losses[0].double(), torch.as_tensor(norm).double()]))
-        before, self.loop.seen = self.loop.seen, seen
-        if before is None or before[0] != start or not bool(seen[1].isfinite().all()):
-            return
-        self.loop.checked = True
-        if torch.equal(before[1], seen[1]):
-            return
-        batch = next(iter(attempt.batches))
-        with preserved():
-            found = replay_deviation(self.plant, batch, attempt.schedule.at(start), start)
-        self.loop.cost.gradients(2)
-        apart = float(((before[1] - seen[1]).abs() / before[1].abs().clamp(min=1e-30)).max())
-        self.loop.deviation = found or Deviation(apart, ())
-        self._notice(self.loop.deviation.sentence())
-
-    def _checked_schedule(
-        self, schedule: Schedule | None, template: Template | None
-    ) -> Schedule | None:
-        """A schedule that is to be followed, if it can be."""
-        if schedule is None:
-            return None
-        if self.rewriting or self.start != "given" or template is not None or self.warmup:
-            raise InputError(
-                "a schedule that is given is followed as it is: use it with rewrite=False, and "
-                "without start, template and warmup"
+            self._epochs = Epochs(
+                self.planner, self._epoch_steps, plant, loop, self._validation, teller
             )
-        if schedule.start != 0:
-            raise InputError(
-                f"a schedule that is followed must start at step 0, got {schedule.start}; give a "
-                "whole run's"
+        self._beginning = Beginning(
+            plant,
+            loop,
+            course,
+            self.objective,
+            self.train_loader,
+            self.val_loader if isinstance(self.objective.batches, int) else None,
+            self.accumulate,
+            self._epochs,
+            directory,
+            teller,
+        )
+        self._windows: PlainWindows | RewrittenWindows = (
+            PlainWindows(loop, steps, chronicle, alone=self.ranks is None)
+            if self._lookbacks is None
+            else self._rewritten(self._lookbacks, steps, chronicle)
+        )
+        self._committing = Committing(
+            plant,
+            loop,
+            steps,
+            budget,
+            self.law.carry if self.rewriting else None,
+            self._epochs,
+            self._validation,
+            self.validate_every,
+            directory,
+            chronicle,
+        )
+        self._saving: Saving | None = None
+        if directory is not None:
+            self._saving = Saving(
+                plant,
+                loop,
+                directory,
+                course,
+                self._judged_on,
+                self.planner,
+                self._lookbacks,
+                teller,
             )
-        known = self.plant.controls.available
-        for name in schedule.values:
-            if name not in known:
-                raise InputError(
-                    f"the schedule has {name}, which {type(self.plant.optimizer).__name__} has "
-                    f"not; leave it out of the schedule, which can have {', '.join(known)}"
-                )
-        self.plant.controls.check_groups(schedule)
-        return schedule
 
-    def _initial(self) -> dict[str, Any]:
-        """The optimizer's own controls: a number each, or a list of one per parameter group."""
-        own = self.plant.controls.own
-        return self.plant.controls.initial | {name: own[name] for name in self.per_group}
-
-    def _save(self) -> None:
-        """A checkpoint of everything that the next window depends on."""
-        if self.directory is None:
-            return
-        tensors, rest = snapshot_to_tensors(self.plant.snapshot())
-        tensors["schedule"] = dict(self.loop.schedule.values)
-        average = zip(self.loop.average.values or [], self.plant.owned, strict=False)
-        tensors["average"] = {str(i): placed_as(v, p) for i, (v, p) in enumerate(average)}
-        tensors["train_batches"] = self.loop.train.position(self.loop.step).to_tensors()
-        if self.loop.validation is not None:
-            # A window that was cut short, or the last of a run that goes on, is followed by one
-            # that is judged on the same batches.
-            first = _length(self.val_loader, self.objective.count) * (self.loop.step // self.stride)
-            tensors["validation_batches"] = self.loop.validation.position(
-                min(first, self.loop.validation.next_step)
-            ).to_tensors()
-        values = {
-            "optimizer": rest,
-            "reference": self.loop.reference,
-            "average_count": self.loop.average.count,
-            "first_lr": self.loop.first_lr.tolist(),
-            "correction": self.loop.correction,
-            "twin": [self.loop.delta, self.loop.upwards],
-            "patience": [
-                self.loop.in_vain,
-                self.loop.passed_over,
-                self.loop.alert,
-                self.loop.regime,
-            ],
-            "history": self.loop.history,
-            "relief": self.loop.relief.to_json(),
-            "deviation": self.loop.deviation and asdict(self.loop.deviation),
-            "singletons": self.plant.singletons,
-            "lookback": self.lookback.state() if self.rewriting else None,
-            "cost": asdict(self.loop.cost),
-            "seconds": self._seconds(),
-        }
-        if self.planner is not None:
-            tensors["controller"], values["controller"] = parted(self.planner.state_dict())
-        checkpoint = Checkpoint(self.loop.step, tensors, values)
-        path = self.directory.save(checkpoint, self.loop.schedule)
-        if path is not None:
-            self._emit(CheckpointSaved(self.loop.step, path))
-
-    def _load(self, checkpoint: Checkpoint) -> None:
-        assert self.directory is not None
-        tensors, values = checkpoint.tensors, checkpoint.values
-        if checkpoint.shards:
-            folder = self.directory.checkpoints.path(checkpoint.step) / SHARDS
-            tensors = with_parts(self.plant, tensors, folder)
-        snapshot = snapshot_from_tensors(self.plant, tensors, values["optimizer"])
-        if self.planner is not None:  # before the loader is asked for this epoch's order again
-            state = joined(tensors.get("controller", {}), values["controller"])
-            self.planner.load_state_dict(state, place=False)
-        place = Position.from_tensors(tensors["train_batches"])
-        if place.step != checkpoint.step:
-            raise ValueError(f"batches of step {place.step} at step {checkpoint.step}")
-        self.loop.train.seek(place)
-        if self.loop.validation is not None:
-            self.loop.validation.seek(Position.from_tensors(tensors["validation_batches"]))
-        self.plant.singletons = bool(values["singletons"])
-        self.loop.relief = Relief(**values.get("relief", {}))
-        deviation = values.get("deviation")
-        if deviation is not None:
-            self.loop.deviation = Deviation(deviation["largest"], tuple(deviation["operators"]))
-        if self.rewriting and values.get("lookback") is not None:
-            self.lookback = self._new_lookback()
-            self.lookback.load_state(values["lookback"])
-        self.loop.step = checkpoint.step
-        # safetensors gives names back in any order, and the tape's lines keep the schedule's.
-        values_by_name = {name: tensors["schedule"][name] for name in self.loop.schedule.values}
-        known = Schedule(values_by_name, 0, self.seed)
-        owned = self.plant.owned
-        average = [
-            part_of(shared_as(tensors["average"][str(i)], owned[i]))
-            for i in range(len(tensors["average"]))
-        ]
-        self.loop.average = Average(
-            AVERAGE_DECAY,
-            [v.to(self.device) for v in average] or None,
-            int(values["average_count"]),
+    def _rewritten(
+        self, lookbacks: LookbackMaker, steps: Steps, chronicle: Chronicle
+    ) -> RewrittenWindows:
+        """The room of the windows that are rewritten, and those beside it."""
+        plant, loop, law = self.plant, self.loop, self.law
+        course, budget = self._course, self._budget
+        penalty = partial(law.penalty, controls=self.controls)
+        by_batch, steers_lr = law.rule == "batch-error", "lr" in self.controls
+        judge = Judge(plant, loop, steps, self.objective, penalty, self._judged_on)
+        looking = Looking(plant, loop, steps, judge, lookbacks, chronicle, by_batch=by_batch)
+        rolling = Rolling(loop, law, self.window, course, steps, judge, looking, chronicle)
+        surprise = Surprise(loop, law, course, steps, judge, chronicle, steers_lr=steers_lr)
+        rewriting = (
+            Twins(loop, law, steps, judge, chronicle)
+            if isinstance(law, Twin)
+            else Rewriting(loop, law, course, budget, steps, judge, looking, chronicle)
         )
-        self.loop.first_lr = torch.tensor(
-            values.get("first_lr", self._initial()["lr"]), dtype=torch.float64
-        )
-        self.loop.correction = {
-            name: tuple(shift) if isinstance(shift, list) else shift
-            for name, shift in values.get("correction", {}).items()
-        }
-        self.loop.schedule = self._lengthened(known)
-        self.loop.delta, self.loop.upwards = values.get("twin", (Twin.first, None))
-        patience = values.get("patience", (0, 0, False, 0))
-        self.loop.in_vain, self.loop.passed_over, self.loop.alert, self.loop.regime = patience
-        self.loop.history = values.get("history", {})
-        reference = values["reference"]
-        self.loop.reference = None if reference is None else (reference[0], reference[1])
-        self.loop.cost = Cost(**values["cost"])
-        self.loop.seconds_before = float(values["seconds"])
-        if self.loop.step:
-            tried = self.directory.starts.read()
-            self.loop.start_gradients = sum(record["gradients"] for record in tried)
-        for mean, live in zip(
-            self.loop.average.values or [], self.plant.parameters, strict=bool(average)
-        ):
-            if mean.shape != live.shape:
-                raise ValueError(f"an average of shape {tuple(mean.shape)} for {tuple(live.shape)}")
-        self.plant.restore(snapshot)  # now that nothing can fail any more
-        self.loop.tape = self.directory.tape.read()
-        self.loop.windows = self.directory.windows.read()
+        return RewrittenWindows(loop, law, budget, steps, rolling, surprise, rewriting)
 
-    def _lengthened(self, known: Schedule) -> Schedule:
-        """The schedule of a run that is resumed; planned anew from here where it has more steps."""
-        step, steps = self.loop.step, self.loop.steps
-        if len(known) >= steps:
-            return known
-        planned = self._planned(steps, self.loop.first_lr)
-        planned = carried(planned, step, self.loop.correction)
-        return planned.replaced(known.window(0, step)) if step else planned
-
-    def _end(self) -> None:
-        """Evaluates the final and the averaged weights and writes the result."""
-        final = self._losses()
-        with at_average(self.plant, self.loop.average, self.train_loader):
-            averaged = self._losses()
-        test = final["test"]
-        result: dict[str, Any] = {
-            "status": "finished",
-            "steps": self.loop.step,
-            **{f"{name}_loss": losses and losses.loss for name, losses in final.items()},
-            "test_accuracy": test.metrics.get("accuracy") if test else None,
-            **{f"average_{name}_loss": losses and losses.loss for name, losses in averaged.items()},
-            "metrics": {name: losses.metrics for name, losses in final.items() if losses},
-            "average_metrics": {
-                name: losses.metrics for name, losses in averaged.items() if losses
-            },
-            "wall_seconds": self._seconds(),
-            "smoothness": _smoothness_summary(self.loop.windows),
-            "cost": self.loop.cost.to_json(self.loop.step),
-        }
-        if self.loop.deviation is not None:
-            result["replay"] = asdict(self.loop.deviation)
-        self.loop.finished = result
-        if self.directory is not None:
-            self.directory.finish(self.loop.schedule, result)
-
-    def _losses(self) -> dict[str, Losses | None]:
-        return {
-            "train": evaluate(self.plant, self.train_loader, most=TRAIN_BATCHES),
-            "val": evaluate(self.plant, self.val_loader),
-            "test": evaluate(self.plant, self.test_loader),
-        }
-
-    # Records -------------------------------------------------------------------------------------
-
-    def _rows(self, attempt: _Attempt, commit: int) -> list[dict[str, Any]]:
-        """The tape's lines of the attempt's steps up to `commit`."""
-        trajectory = attempt.trajectory
-        assert trajectory is not None
-        n = commit - attempt.schedule.start
-        losses = finite(torch.stack(trajectory.losses[:n]).double().tolist())
-        norms = finite(_numbers(trajectory.gradient_norms[:n]))
-        controls = {name: values[:n].tolist() for name, values in attempt.schedule.values.items()}
-        rows = []
-        for i in range(n):
-            row: dict[str, Any] = {
-                "step": attempt.schedule.start + i,
-                "loss": losses[i],
-                "gradient_norm": norms[i],
-            }
-            for name, values in controls.items():
-                row[name] = values[i]
-            for name, value in trajectory.metrics[i].items():
-                # A metric called "loss" or "lr" does not take the place of the loop's own.
-                if name not in row and not name.startswith(PER_EXAMPLE):
-                    row[name] = finite(_number(value))  # as it will be read back
-            rows.append(row)
-        return rows
-
-    def _record(
-        self, attempt: _Attempt, outcome: str, reason: str | None, rolled: _Attempt | None = None
-    ) -> None:
-        """One line of windows.jsonl: an attempt at a window, and what became of it."""
-        schedule = attempt.schedule
-        h = None if rolled is None else rolled.hypergradient
-        look = (rolled or attempt).first_look
-        predicted = None if attempt.proposal is None else attempt.proposal.predicted
-        measured = None if rolled is None else attempt.value - rolled.value
-        record: dict[str, Any] = {
-            "window": self.loop.cost.windows,
-            "start": schedule.start,
-            "stop": schedule.stop,
-            "attempt": attempt.number,
-            "outcome": outcome,
-            "reason": reason,
-            "objective_before": attempt.value if rolled is None else rolled.value,
-            "objective_after": None if rolled is None else attempt.value,
-            "predicted_change": predicted,
-            "measured_change": measured,
-            "smoothness": smoothness(measured, predicted),
-            "outcome_of_hypergradient": None if look is None else look.name,
-            "outcome_step": None if look is None else look.step,
-            "before": (rolled or attempt).schedule.means(),
-            "after": schedule.means(),
-        }
-        if h is not None:
-            record |= {
-                "hypergradient": {name: g.tolist() for name, g in h.grad.items()},
-                "costate_norms": h.costate_norms.tolist(),
-                "product": h.product,
-                "segment": h.segment,
-            }
-        record = finite(record)  # as it will be read back
-        self.loop.windows.append(record)
-        if self.directory is not None:
-            self.directory.windows.append([record])  # on the disk with the next save
-        self._emit(WindowAttempted(record))
+    # config.json ---------------------------------------------------------------------------------
 
     def _description(self, steps: int) -> dict[str, Any]:
         """config.json: everything that the run's numbers depend on."""
@@ -1757,7 +626,7 @@ class Runner:
             **self._unusual(),
             "seed": self.seed,
             "optimizer": type(self.plant.optimizer).__name__.lower(),
-            "initial": self._initial(),
+            "initial": self._course.own(),
             "parameters": sum(p.numel() for p in self.plant.owned),
             "device": str(self.device),
             "versions": versions(),
@@ -1791,247 +660,9 @@ class Runner:
         }
         return {name: value for name, (value, usual) in settings.items() if value != usual}
 
-    def _seconds(self) -> float:
-        return self.loop.seconds_before + time.monotonic() - self.loop.began
-
-    def _verb(self, verb: Verb, start: int, stop: int, attempt: int) -> None:
-        if verb not in ("commit", "slide"):  # a window that is done is saved first
-            self._check_stop()
-        self._emit(VerbStarted(verb, self.loop.cost.windows, start, stop, attempt))
-
-    def _check_stop(self) -> None:
-        """Raises what a signal meant. Ranks stop together, when a window is done."""
-        if self.ranks is None:
-            stopping.check()
-
-    def _notice(self, message: str) -> None:
-        self._emit(Notice(message))
-
-    def _emit(self, event: Event) -> None:
-        for listener in self.listeners:
-            listener(event)
-
-
-@dataclass
-class _Loop:
-    """Where the loop stands: everything that changes from window to window, but for the plant.
-
-    schedule: committed up to `step`, planned after it. reference: (mean loss of the last committed
-    window, first loss of the run). average: of all committed iterates. correction: what the plan of
-    the steps to come is moved by, in raw coordinates. history: what windows asked for, for the
-    rewrite's rule. in_vain: looks back in a row that were not worth it; passed_over: windows still
-    to be passed over; alert: after a surprise, until looking back is no longer worth it; regime:
-    the step from which the data are as they are. delta, upwards: of `Twin`. finished: the result.
-    relief: what memory did not suffice for; checked: whether a step was taken again, seen: its
-    first loss and gradient; deviation: how it differed.
-    first_lr: () or (G,), that the template begins with. live: the attempt whose end the plant
-    stands at.
-    """
-
-    steps: int
-    schedule: Schedule
-    train: StepBatches
-    validation: StepBatches | None = None
-    step: int = 0
-    reference: tuple[float, float] | None = None
-    cost: Cost = field(default_factory=Cost)
-    start_gradients: float = 0.0
-    average: Average = field(default_factory=lambda: Average(AVERAGE_DECAY))
-    correction: dict[str, Shift] = field(default_factory=dict)
-    history: History = field(default_factory=dict)
-    in_vain: int = 0
-    passed_over: int = 0
-    alert: bool = False
-    regime: int = 0
-    delta: float = Twin.first
-    upwards: bool | None = None
-    tape: list[dict[str, Any]] = field(default_factory=list)
-    windows: list[dict[str, Any]] = field(default_factory=list)
-    finished: dict[str, Any] | None = None
-    relief: Relief = field(default_factory=Relief)
-    checked: bool = False
-    seen: tuple[int, Tensor] | None = None
-    deviation: Deviation | None = None
-    first_lr: Tensor = field(default_factory=lambda: torch.tensor(0.0))
-    live: _Attempt | None = None
-    began: float = field(default_factory=time.monotonic)
-    seconds_before: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Moment:
-    """A state of the loop that can be gone back to: the plant's, and the average of iterates."""
-
-    snapshot: Snapshot
-    average: Average
-
-
-@dataclass
-class _Attempt:
-    """One way through a window: its schedule, what it saw, and how it was judged.
-
-    first_look: how the hypergradient ended, before any remedy. gain: the share by which J fell from
-    the roll to here. guarded: whether a loss that is finite but far too high is a failure.
-    starved: whether memory did not suffice.
-    plain: whether it went by the plain loop's own kernels. end: the moment at its end, if kept.
-    """
-
-    number: int
-    schedule: Schedule
-    batches: Iterable[Any]
-    proposal: Proposal | None = None
-    trajectory: Trajectory | None = None
-    hypergradient: Hypergradient | None = None
-    first_look: Outcome | None = None
-    value: float = math.nan
-    gain: float = 0.0
-    guarded: bool = True
-    plain: bool = True
-    failure: str | None = None
-    starved: bool = False
-    inside: _Moment | None = None
-    end: _Moment | None = None
-    samples: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def emptied(self) -> _Attempt:
-        """The same way through the same window, not yet gone."""
-        return replace(
-            self,
-            trajectory=None,
-            hypergradient=None,
-            first_look=None,
-            value=math.nan,
-            failure=None,
-            starved=False,
-            inside=None,
-            end=None,
-            samples={},
-        )
-
-
-@dataclass(frozen=True)
-class _HeldOutLoss:
-    """The mean loss on batches in eval mode. share: their size in training batches."""
-
-    plant: Plant
-    batches: Sequence[Any]
-    sizes: Sequence[int]
-    share: float
-
-    def __call__(self, model: nn.Module) -> Tensor:
-        # Running statistics belong to the last iterate, not to the average that is judged.
-        with self.plant.evaluating():
-            batch_statistics(model)
-            pairs = zip(self.batches, self.sizes, strict=True)
-            losses = [self.plant.loss(batch)[0] * size for batch, size in pairs]
-            return torch.stack(losses).sum() / sum(self.sizes)
-
-    def parts(self) -> list[_HeldOutLoss]:
-        """The loss on each batch alone."""
-        share = self.share / len(self.batches)
-        pairs = zip(self.batches, self.sizes, strict=True)
-        return [_HeldOutLoss(self.plant, [batch], [size], share) for batch, size in pairs]
-
-
-def _steered(plant: Plant, asked: Sequence[str] | None) -> tuple[str, ...]:
-    """The controls to rewrite, checked: what was asked for, or what of the usual three can move."""
-    initial = plant.controls.initial
-    if asked is None:
-        usual = [name for name in DEFAULT_CONTROLS if name in plant.controls.available]
-        asked = [n for n in usual if n != "momentum" or CONTROLS[n].lower <= initial[n]]
-    controls = tuple(dict.fromkeys(asked))
-    if not controls:
-        raise InputError(
-            f"controls is empty; name some of {', '.join(CONTROLS)}, or turn rewriting off"
-        )
-    check_steerable(plant, Schedule({n: torch.tensor([v]) for n, v in initial.items()}), controls)
-    for name in controls:
-        CONTROLS[name].check(initial[name])
-    return controls
-
-
-def smoothness(measured: float | None, predicted: float | None) -> float | None:
-    """Measured change of J over the first-order prediction: 1 where the linear model holds.
-
-    Below 0 the objective rose where it should have fallen. None where there is no such ratio.
-    """
-    if measured is None or not predicted or not math.isfinite(measured + predicted):
-        return None
-    return measured / predicted
-
-
-def _smoothness_summary(windows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Over all attempts that have a smoothness: its median, and the share of those above 0."""
-    values = [w["smoothness"] for w in windows if w.get("smoothness") is not None]
-    if not values:
-        return {"median": None, "share_positive": None}
-    return {
-        "median": statistics.median(values),
-        "share_positive": sum(v > 0 for v in values) / len(values),
-    }
-
-
-def _grouped(plant: Plant, controls: Sequence[str], asked: Sequence[str]) -> tuple[str, ...]:
-    """The controls with a value per parameter group, checked."""
-    names = (asked,) if isinstance(asked, str) else tuple(dict.fromkeys(asked))
-    for name in names:
-        control(name)
-        if name == "noise":
-            raise InputError("noise has no parameter groups; leave it out of per_group")
-        if name not in controls:
-            raise InputError(
-                f"per_group names {name!r}, which is not rewritten; add it to controls, of which "
-                f"there are now {', '.join(controls) or 'none'}"
-            )
-        for value in plant.controls.own[name]:
-            if value != 0:  # a group at 0 stays there
-                CONTROLS[name].check(value)
-    return names
-
-
-def _place(attempt: _Attempt) -> tuple[int, float] | None:
-    """(the step of the window at which the loss was too high, the loss); None for none."""
-    trajectory = attempt.trajectory
-    if trajectory is None or trajectory.diverged is None:
-        return None
-    return trajectory.diverged, float(trajectory.losses[trajectory.diverged])
-
-
-def _same_place(before: tuple[int, float] | None, now: tuple[int, float] | None) -> bool:
-    """Whether a lower lr changed little: then the data are other than they were."""
-    if before is None or now is None or not math.isfinite(before[1] + now[1]):
-        return False
-    return abs(before[0] - now[0]) <= PATIENCE and now[1] > 0.7 * before[1]
-
-
-def _rescaled(name: str, values: Tensor, ratio: float) -> Tensor:
-    """A control's values moved by log(ratio) in its coordinate, within its bounds; 0 stays 0."""
-    known = CONTROLS[name]
-    moved = torch.as_tensor(known.rescale(values, ratio)).clamp(known.lower, known.upper)
-    return torch.where(values == 0, values, moved)
-
 
 def _described(value: Any) -> Any:
     """A field of the objective, for config.json."""
     if isinstance(value, HeldOutBatches):
         return {"held_out": value.count}
     return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else value
-
-
-def _numbers(values: Sequence[float | Tensor]) -> list[float]:
-    """The values on the host, which waits once for all that are tensors."""
-    tensors = [v for v in values if isinstance(v, Tensor)]
-    moved = iter(torch.stack(tensors).double().tolist() if tensors else [])
-    return [next(moved) if isinstance(v, Tensor) else v for v in values]
-
-
-def _number(value: Tensor) -> float | list[Any]:
-    return float(value) if value.numel() == 1 else value.tolist()
-
-
-def _length(loader: Any, at_most: int) -> int:
-    """The number of batches of a loader, if it says so, up to `at_most`."""
-    try:
-        return max(1, min(len(loader), at_most))
-    except TypeError:
-        return at_most

@@ -11,10 +11,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 from weakref import WeakKeyDictionary
 
 import torch
@@ -34,13 +34,12 @@ from rhc.distributed import (
     joined,
 )
 from rhc.errors import InputError
+from rhc.loop import Loop
 from rhc.noise import mixed_seed
 from rhc.objective import Objective
 from rhc.planning import EpochPlanner
+from rhc.plant import Plant
 from rhc.randomness import seed_everything
-
-if TYPE_CHECKING:
-    from rhc.runner import Runner
 
 _OF_ONE_RANK = ("hardware", "device", "data")
 """Entries of config.json in which ranks may differ."""
@@ -122,15 +121,24 @@ def loaders_of(ranks: Ranks, *loaders: Iterable[Any] | None) -> list[Any]:
     ]
 
 
-def begin(ranks: Ranks, runner: Runner, steps: int) -> None:
-    """Makes sure that all ranks begin alike: settings, versions, parameters, random state."""
-    plant = runner.plant
-    described = {k: v for k, v in runner._description(steps).items() if k not in _OF_ONE_RANK}
+def begin(
+    ranks: Ranks,
+    plant: Plant,
+    description: Mapping[str, Any],
+    notice: Callable[[str], None],
+    *,
+    wrapped: bool,
+) -> None:
+    """Makes sure that all ranks begin alike: settings, versions, parameters, random state.
+
+    description: what the run's numbers depend on. wrapped: whether the model came in a
+    DistributedDataParallel.
+    """
+    described = {k: v for k, v in description.items() if k not in _OF_ONE_RANK}
     shapes = {n: [list(p.shape), str(p.dtype)] for n, p in plant.model.named_parameters()}
     ranks.check_same(
         {
             **described,
-            "directory": runner.directory is not None,
             "model": shapes,
             "slots": [sorted(plant.optimizer.state.get(p, {})) for p in plant.parameters],
         }
@@ -139,15 +147,15 @@ def begin(ranks: Ranks, runner: Runner, steps: int) -> None:
         [t for t in (*plant.model.parameters(), *plant.model.buffers()) if not is_shared_out([t])]
     )
     ranks.share_random_state()
-    if runner._wrapped:
-        runner._notice(
+    if wrapped:
+        notice(
             "the module inside DistributedDataParallel is trained, and its gradients are averaged "
             "here: so products with the Hessian can be averaged too"
         )
     plant.find_statistics()
     own = _own_statistics(plant.model)
     if own:
-        runner._notice(
+        notice(
             f"{own} normalises by the rows of each rank alone: N ranks are not one process with "
             "all rows; torch.nn.SyncBatchNorm.convert_sync_batchnorm makes them one"
         )
@@ -160,14 +168,18 @@ def draw_apart(ranks: Ranks) -> None:
         seed_everything(mixed_seed(seed, ranks.rank) % 2**31)
 
 
-def agreed(ranks: Ranks, runner: Runner) -> bool:
-    """Whether some rank is being stopped; RanksDiffer where the window ended differently."""
-    loop, plant = runner.loop, runner.plant
+def agreed(
+    ranks: Ranks, plant: Plant, loop: Loop, length: int, notice: Callable[[str], None]
+) -> bool:
+    """Whether some rank is being stopped; RanksDiffer where the window ended differently.
+
+    length: of a window at most.
+    """
     schedule = {name: values.tolist() for name, values in loop.schedule.values.items()}
     cost = {k: v for k, v in asdict(loop.cost).items() if k not in _OF_ONE_LEDGER}
     decided = [loop.step, loop.correction, loop.history, loop.in_vain, loop.passed_over]
     decided += [loop.alert, loop.regime, loop.delta, loop.upwards, cost, asdict(loop.relief)]
-    committed = [row for row in loop.tape[-runner.window :] if row["step"] >= 0]
+    committed = [row for row in loop.tape[-length:] if row["step"] >= 0]
     parts = {
         "schedule": schedule,
         "decisions": decided,
@@ -185,7 +197,7 @@ def agreed(ranks: Ranks, runner: Runner) -> bool:
     )
     slow = straggler(waited, now - since)
     if slow is not None and slow not in known:
-        runner._notice(
+        notice(
             f"rank {slow} keeps the others waiting, {max(waited):.2g} of {now - since:.2g} s in "
             f"window {window}: look at its machine, its data and who else computes there"
         )

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import rhc.runner
 from rhc import InputError, Runner, Schedule
 from rhc.cli import main
+from rhc.loop.committing import Committing
 from rhc.replay import Sizes, rescaling
 from tests.runs import make_run, plain_loop, state_of
 
@@ -193,14 +193,14 @@ def test_a_replay_that_was_stopped_goes_on_bit_for_bit(
         return ("replay", cosine, "--seed", 2, "--batch-size", 32, "--directory", tmp_path / name)
 
     assert call(*command("whole"))[0] == 0
-    commit = rhc.runner.Runner._commit
+    commit = Committing.commit
 
-    def stopped(self: Runner, attempt: Any, step: int) -> None:
+    def stopped(self: Committing, attempt: Any, step: int) -> None:
         if step > 50:
             raise KeyboardInterrupt
         commit(self, attempt, step)
 
-    monkeypatch.setattr(rhc.runner.Runner, "_commit", stopped)
+    monkeypatch.setattr(Committing, "commit", stopped)
     assert call(*command("cut"))[0] == 130
     monkeypatch.undo()
     assert call("resume", tmp_path / "cut")[0] == 0

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import rhc.runner
 from rhc import AdaptiveRL, Gains, InputError, Schedule
 from rhc.hindsight import Pass, Smoother, Tape, held_out, reward_of, smooth
 from rhc.hindsight.smoother import AGAINST, changed
+from rhc.loop.committing import Committing
 from rhc.workload import Goal
 
 STEPS = 200
@@ -260,15 +260,15 @@ def test_a_smoothing_that_was_stopped_goes_on(
         return (*options.split(), "--directory", tmp_path / name)
 
     assert call(*command("whole"))[0] == 0
-    commit, seen = rhc.runner.Runner._commit, []
+    commit, seen = Committing.commit, []
 
-    def stopped(self: rhc.Runner, attempt: Any, step: int) -> None:
+    def stopped(self: Committing, attempt: Any, step: int) -> None:
         seen.append(step)
         if len(seen) == 4:  # in the second run
             raise KeyboardInterrupt
         commit(self, attempt, step)
 
-    monkeypatch.setattr(rhc.runner.Runner, "_commit", stopped)
+    monkeypatch.setattr(Committing, "commit", stopped)
     assert call(*command("cut"))[0] == 130
     monkeypatch.undo()
     status, _, err = call("resume", tmp_path / "cut" / "pass-0")

@@ -1,0 +1,70 @@
+"""Settings that can only be checked against the optimizer that they are for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rhc.errors import InputError
+from rhc.hypergradient import check_steerable
+from rhc.plant import Plant
+from rhc.schedule import CONTROLS, Schedule, control
+
+
+def steered(plant: Plant, asked: Sequence[str] | None, usual: Sequence[str]) -> tuple[str, ...]:
+    """The controls to rewrite: what was asked for, or what of the usual ones can move."""
+    initial = plant.controls.initial
+    if asked is None:
+        known = [name for name in usual if name in plant.controls.available]
+        asked = [n for n in known if n != "momentum" or CONTROLS[n].lower <= initial[n]]
+    controls = tuple(dict.fromkeys(asked))
+    if not controls:
+        raise InputError(
+            f"controls is empty; name some of {', '.join(CONTROLS)}, or turn rewriting off"
+        )
+    check_steerable(plant, Schedule({n: torch.tensor([v]) for n, v in initial.items()}), controls)
+    for name in controls:
+        CONTROLS[name].check(initial[name])
+    return controls
+
+
+def grouped(plant: Plant, controls: Sequence[str], asked: Sequence[str]) -> tuple[str, ...]:
+    """The controls with a value per parameter group."""
+    names = (asked,) if isinstance(asked, str) else tuple(dict.fromkeys(asked))
+    for name in names:
+        control(name)
+        if name == "noise":
+            raise InputError("noise has no parameter groups; leave it out of per_group")
+        if name not in controls:
+            raise InputError(
+                f"per_group names {name!r}, which is not rewritten; add it to controls, of which "
+                f"there are now {', '.join(controls) or 'none'}"
+            )
+        for value in plant.controls.own[name]:
+            if value != 0:  # a group at 0 stays there
+                CONTROLS[name].check(value)
+    return names
+
+
+def followed(plant: Plant, schedule: Schedule, *, free: bool) -> Schedule:
+    """A schedule that is to be followed. free: whether nothing else writes one."""
+    if not free:
+        raise InputError(
+            "a schedule that is given is followed as it is: use it with rewrite=False, and "
+            "without start, template and warmup"
+        )
+    if schedule.start != 0:
+        raise InputError(
+            f"a schedule that is followed must start at step 0, got {schedule.start}; give a "
+            "whole run's"
+        )
+    known = plant.controls.available
+    for name in schedule.values:
+        if name not in known:
+            raise InputError(
+                f"the schedule has {name}, which {type(plant.optimizer).__name__} has "
+                f"not; leave it out of the schedule, which can have {', '.join(known)}"
+            )
+    plant.controls.check_groups(schedule)
+    return schedule

@@ -1,0 +1,118 @@
+"""The run as planned: the schedule before anything is rewritten, and what the run may cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rhc.loop.state import Loop
+from rhc.plant import Plant
+from rhc.rewrite import Rewrite, carried
+from rhc.schedule import Schedule, Template, shaped, template_factors
+
+
+@dataclass(frozen=True)
+class Course:
+    """The schedule that a run follows where nothing is rewritten.
+
+    template, warmup, cooldown: the shape of lr, where it is `shaped`. per_group: controls with a
+    value per parameter group. followed: in place of the template.
+    """
+
+    plant: Plant
+    template: Template
+    warmup: float
+    cooldown: float
+    shaped: bool
+    per_group: tuple[str, ...]
+    seed: int
+    followed: Schedule | None = None
+
+    def own(self) -> dict[str, Any]:
+        """The optimizer's own controls: a number each, or a list of one per parameter group."""
+        controls = self.plant.controls
+        return controls.initial | {name: controls.own[name] for name in self.per_group}
+
+    def planned(self, steps: int, lr: Tensor) -> Schedule:
+        """The optimizer's own controls at every step; lr, () or (G,), in the template's shape."""
+        if self.followed is not None:
+            own = Schedule.constant(steps, self.seed, **self.own())
+            given = self.followed.window(0, steps)
+            return Schedule({**own.values, **given.values}, 0, self.seed)
+        initial = self.own() | {"lr": lr.tolist()}
+        planned = Schedule.constant(steps, self.seed, **initial)
+        # What is not rewritten keeps the optimizer's bits.
+        factors = template_factors(self.template, steps, self.cooldown, self.warmup)
+        if self.shaped and bool((factors != 1).any()):
+            shape = shaped(planned["lr"][0], factors)
+            planned = planned.replaced(Schedule({"lr": shape}))
+        return planned
+
+    def as_begun(self, loop: Loop) -> Schedule:
+        """What the run began with, from the lr that was found or given."""
+        return self.planned(loop.steps, loop.first_lr)
+
+    def lengthened(self, known: Schedule, loop: Loop) -> Schedule:
+        """The schedule of a run that is resumed; planned anew from here where it has more steps."""
+        if len(known) >= loop.steps:
+            return known
+        planned = carried(self.as_begun(loop), loop.step, loop.correction)
+        return planned.replaced(known.window(0, loop.step)) if loop.step else planned
+
+    def begun_anew(self, loop: Loop, step: int, factor: float) -> Schedule:
+        """The plan with the template over the steps that are left, from where it began × factor."""
+        factors = template_factors(self.template, loop.steps - step, self.cooldown)
+        lr = shaped(factor * loop.first_lr, factors)
+        return loop.schedule.replaced(Schedule({"lr": lr}, step))
+
+    def highest(self, loop: Loop, start: int, stop: int) -> Tensor:
+        """What the law's bound on lr is counted from, (K,) or (K, G) of the window.
+
+        That is the template's highest lr, but in its warm-up the template itself: what a short
+        window wins there by going faster, the run loses later (docs/log.md).
+        """
+        lr = self.as_begun(loop)["lr"]
+        steps = torch.arange(start, stop)
+        rises = steps < self.warmup * loop.steps
+        highest = loop.first_lr.expand(stop - start, *lr.shape[1:])
+        return torch.where(rises.view(-1, *[1] * (lr.dim() - 1)), lr[start:stop], highest)
+
+
+class Budget:
+    """What a run may cost by its law, in plain runs, and what it will."""
+
+    def __init__(self, law: Rewrite, rewriting: bool, notice: Callable[[str], None]) -> None:
+        self.law, self.rewriting, self.notice = law, rewriting, notice
+        self._spent = False
+
+    def affords(self, loop: Loop, gradients: int) -> bool:
+        """Whether so many more evaluations, and plain steps to the end, are within the budget.
+
+        The first window is looked back at anyway: of a very short run the start alone takes more.
+        """
+        whole = loop.cost.gradient_equivalents + gradients + loop.steps - loop.step
+        if whole <= self.law.budget * loop.steps or loop.step == 0:
+            return True
+        if not self._spent:
+            self._spent = True
+            self.notice(
+                f"the budget of {self.law.budget:g} plain runs is spent: the rest is followed as "
+                "planned"
+            )
+        return False
+
+    def projected(self, loop: Loop) -> float:
+        """Of the whole run, in plain runs: the windows that will be looked back at as dear as those
+        so far, the others plain, the start paid for once."""
+        spent = loop.cost.gradient_equivalents - loop.start_gradients
+        looked = math.ceil(self.law.until * loop.steps) if self.rewriting else 0
+        dear = max(0, looked - loop.step) * spent / loop.step
+        plain = loop.steps - max(looked, loop.step)
+        projected = (loop.start_gradients + spent + dear + plain) / loop.steps
+        least = (loop.start_gradients + spent + loop.steps - loop.step) / loop.steps
+        return min(projected, max(least, self.law.budget))

@@ -1,0 +1,165 @@
+"""Epochs of a run that an `EpochPlanner` plans: it is told of what is committed, and what it plans
+moves the rest of the schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rhc.errors import InputError
+from rhc.events import EpochPlanned, Intervened
+from rhc.loop.records import PER_EXAMPLE, Teller, Validation
+from rhc.loop.state import Attempt, Loop
+from rhc.planning import EpochPlanner, Plan
+from rhc.plant import Plant
+from rhc.schedule import CONTROLS, Schedule
+from rhc.tape import finite
+
+
+def epoch_steps(
+    planner: EpochPlanner,
+    train_loader: Iterable[Any],
+    accumulate: int,
+    *,
+    validated: bool,
+    ahead: bool,
+) -> int:
+    """The steps of an epoch, of a planner that is checked.
+
+    validated: whether there is a validation loss. ahead: whether windows are judged on training
+    batches that follow them.
+    """
+    if planner.optimizer is not None:
+        raise InputError(
+            "planner steers its optimizer by itself, and so would the Runner; build it without "
+            "one: EpochPlanner(…)"
+        )
+    if planner.needs_validation and not validated:
+        raise InputError(
+            "planner takes its rewards from a validation loss and there is no val_loader; give "
+            "one, or EpochPlanner(reward=FreshSeeds(…)), or reward=TrainingTape()"
+        )
+    steps = planner.epoch_steps
+    if steps is None:
+        try:
+            batches = len(train_loader)  # type: ignore[arg-type]
+        except TypeError:
+            raise InputError(
+                "train_loader does not say how many batches an epoch has; give "
+                "EpochPlanner(epoch_steps=…)"
+            ) from None
+        steps = max(1, batches // accumulate)
+    if planner.samples and accumulate > 1:
+        raise InputError(
+            f"a LossSampler needs every batch to be a step, got accumulate={accumulate}; "
+            "use 1, or larger batches"
+        )
+    if planner.samples and ahead:
+        raise InputError(
+            "windows are judged on training batches of the next epoch, which a LossSampler has "
+            "not planned yet; give a val_loader, or rewrite=False"
+        )
+    return steps
+
+
+class Epochs:
+    """Goes between the planner and the loop. steps: of an epoch.
+
+    Writes in the loop: cost, first_lr, schedule.
+    """
+
+    def __init__(
+        self,
+        planner: EpochPlanner,
+        steps: int,
+        plant: Plant,
+        loop: Loop,
+        validation: Validation | None,
+        teller: Teller,
+    ) -> None:
+        self.planner, self.steps = planner, steps
+        self.plant, self.loop = plant, loop
+        self.validation, self.teller = validation, teller
+
+    def begin(self, lr: float) -> None:
+        """The planner's first plan: the run's first lr, and the optimizer's own other controls."""
+        own = self.plant.controls.initial
+        self.planner.begin(lr, own.get("momentum"), own.get("noise", 0.0))
+
+    def end(self, step: int) -> int:
+        """The end of the epoch that a step is in."""
+        return (step // self.steps + 1) * self.steps
+
+    def committed(self, attempt: Attempt, rows: list[dict[str, Any]]) -> None:
+        """Tells the planner of committed steps; where an epoch ends, or the data drift, the rest of
+        the schedule follows its new plan, and the tape says why."""
+        planner, trajectory = self.planner, attempt.trajectory
+        assert planner.plan is not None and trajectory is not None
+        before, reward = planner.plan, planner.reward_metric
+        for row, metrics in zip(rows, trajectory.metrics, strict=False):
+            planner.observe(
+                math.nan if row["loss"] is None else row["loss"],
+                row.get(reward) if reward else None,
+                row["gradient_norm"],
+                metrics.get(f"{PER_EXAMPLE}index"),
+                metrics.get(f"{PER_EXAMPLE}loss"),
+            )
+        epoch = planner.state.epoch
+        done = planner.read()
+        for step, what in done:
+            marks = rows[step - rows[0]["step"]].setdefault("planning", {"interventions": []})
+            marks["interventions"].append(asdict(what))
+        if self.loop.step % self.steps == 0:
+            held_out = None
+            if self.validation is not None and planner.needs_validation:
+                held_out = self.validation.losses(self.loop.cost)
+            plan = planner.end_epoch(None if held_out is None else held_out.loss)
+            last = rows[-1]
+            own = [asdict(what) for what in plan.interventions]
+            earlier = last.get("planning", {"interventions": []})["interventions"]
+            last["planning"] = finite(
+                {
+                    "epoch": planner.history[-1].to_json(),
+                    "plan": plan.values | {"mode": plan.mode},
+                    "interventions": earlier + own,
+                }
+            )
+            done = [*done, *((self.loop.step - 1, what) for what in plan.interventions)]
+            self.teller.emit(
+                EpochPlanned(self.loop.step, epoch, last["planning"]["epoch"], plan.to_json())
+            )
+        for step, what in done:
+            self.teller.notice(f"{what.kind}: {what.reason}")
+            self.teller.emit(Intervened(step, epoch, what.kind, what.reason))
+        self._follow(before, planner.plan)
+
+    def _follow(self, before: Plan, after: Plan) -> None:
+        """Moves the rest of the schedule from one plan to the other."""
+        start, schedule = self.loop.step, self.loop.schedule
+        if start >= self.loop.steps:
+            return
+        rest = schedule.window(start, schedule.stop)
+        values: dict[str, Tensor] = {}
+        if after.lr != before.lr:
+            ratio = after.lr / before.lr
+            values["lr"] = _rescaled("lr", rest["lr"], ratio)
+            self.loop.first_lr = self.loop.first_lr * ratio
+        if after.momentum != before.momentum and after.momentum and before.momentum:
+            ratio = CONTROLS["momentum"].ratio(after.momentum, before.momentum)
+            values["momentum"] = _rescaled("momentum", rest["momentum"], ratio)
+        if after.noise != before.noise:
+            values["noise"] = torch.full_like(rest["noise"], after.noise)
+        if values:
+            self.loop.schedule = schedule.replaced(Schedule(values, start))
+
+
+def _rescaled(name: str, values: Tensor, ratio: float) -> Tensor:
+    """A control's values moved by log(ratio) in its coordinate, within its bounds; 0 stays 0."""
+    known = CONTROLS[name]
+    moved = torch.as_tensor(known.rescale(values, ratio)).clamp(known.lower, known.upper)
+    return torch.where(values == 0, values, moved)
