@@ -2,8 +2,9 @@
 
 `hypergradient` is the public edge: it checks its arguments once, rolls, looks back, and leaves
 model, optimizer and random state as it found them. `lookback` decides, `plan` says what the roll
-keeps and `record` keeps it, `segments` is the engine, `products` the Hessian products with their
-`kernels`, `support` says what a model cannot do, `crosscheck` is an independent engine on `higher`.
+keeps, by what `sizes` has measured, and `record` keeps it, `segments` is the engine, `products` the
+Hessian products with their `kernels`, `support` says what a model cannot do, `crosscheck` is an
+independent engine on `higher`.
 """
 
 from __future__ import annotations
