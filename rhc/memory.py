@@ -91,10 +91,10 @@ class Ceiling:
             self.limit = max(self.limit, resident() + self.above // 16)
 
     def check_growth(self) -> None:
-        """Trims the heap if it is above and still grows: as long as it does not, what is free in it
-        is used, and would only be faulted in again."""
+        """Trims the heap if it is above and still grows by work: as long as it does not, what is
+        free in it is used, and would only be faulted in again."""
         now = resident()
-        if now > self.limit and now > self._seen + GROWTH:
+        if now > self.limit and now > self._seen + max(GROWTH, self.work // 4):
             trim()
             now = resident()
         self._seen = now

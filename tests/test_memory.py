@@ -228,6 +228,14 @@ def test_a_heap_is_trimmed_where_it_grows_beyond_its_height(
     for _ in range(5):
         ceiling.check_growth()
     assert trims == 2
+    ceiling = memory.Ceiling(10 * step, work=4 * step, spare=5 * step)
+    for more in (1, 2):
+        there = 12 * step + more * step
+        ceiling.check_growth()
+    assert trims == 2, "a quarter of a graph is no graph"
+    there += step + 1
+    ceiling.check_growth()
+    assert trims == 3
 
 
 HELD = """

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import rhc
-from rhc import InputError, Runner
+from rhc import InputError, Runner, memory
 from rhc.hypergradient import Hypergradient, Lookback, Plan
 from rhc.hypergradient.plan import (
     Sizes,
@@ -778,6 +778,21 @@ def test_a_run_within_a_budget_can_be_interrupted(
         assert unequal(expected[:2], found[:2]) == [], number
     spill = tmp_path / "spill"
     assert not spill.exists() or [f for f in spill.rglob("*") if f.is_file()] == []
+
+
+def test_the_heap_is_looked_at_while_most_of_the_graphs_are_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked = 0
+
+    def check_growth(self: memory.Ceiling) -> None:
+        nonlocal looked
+        looked += 1
+
+    monkeypatch.setattr(memory.Ceiling, "check_growth", check_growth)
+    found = look_back(setting("mlp", momentum), 8, memory_budget=10**9, product="exact")
+    assert found.plan is not None and found.plan.graphs == 8
+    assert looked == 3
 
 
 def test_a_model_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:

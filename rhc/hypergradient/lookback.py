@@ -264,10 +264,11 @@ class Lookback:
         sizes = self._sizes[plan.product]
         whole = sizes.plain + plan.budget - sizes.state
         if plan.graphs:
-            # The next step's graph must have room, the holes that it cannot use, and a product. A
-            # twentieth more than the budget costs less than trimming at every step of small models.
-            room = 3 * sizes.graph - plan.budget // 20
-            return memory.Ceiling(max(whole // 2, whole - room), spare=plan.budget // 4)
+            # The next graph must have room, with holes that it cannot use, and a product; in all no
+            # more than a tenth above the budget. Trimming earlier costs more than it is worth.
+            room = 2 * sizes.graph - 2 * plan.budget // 25
+            above = max(whole // 2, whole - room)
+            return memory.Ceiling(above, work=sizes.graph, spare=plan.budget // 4)
         work = sizes.plain + dict(sizes.pieces or ()).get(plan.pieces, sizes.product)
         return memory.Ceiling(whole - int((1 - HEAP) * plan.budget), work=work)
 

@@ -172,7 +172,8 @@ class WindowRecorder(Recorder):
         graph, values, buffers, steady = self._make_graph(batch, inside=self._inside)
         if steady:
             self.graphs[i] = graph
-            if self.ceiling is not None:
+            # Earlier, what is free would be the room of the next graphs, from the window before.
+            if self.ceiling is not None and 4 * len(self.graphs) >= 3 * self.plan.graphs:
                 self.ceiling.check_growth()
         indices = (i for block in blocks for i in block.indices)
         for index, g in zip(indices, values, strict=True):
