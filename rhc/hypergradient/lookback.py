@@ -346,6 +346,7 @@ class Lookback:
             "product": self.product,
             "why": self.why,
             "exact_fails": self.exact_fails,
+            "whole": self.whole,
             "sizes": sizes,
         }
 
@@ -353,6 +354,7 @@ class Lookback:
         """Takes over what `state` gave."""
         self.product, self.why = state["product"], state["why"]
         self.exact_fails = bool(state["exact_fails"])
+        self.whole = state.get("whole", "")  # not in checkpoints of before
         self._sizes = {key: Sizes(**found) for key, found in state["sizes"].items()}
 
     # Which product -------------------------------------------------------------------------------
