@@ -591,6 +591,21 @@ class Plant:
             )
         )
 
+    def folds(self, scheduled: Container[str], controls: Collection[str]) -> bool:
+        """Whether the optimizer's states of a window can lie where its gradients lay.
+
+        As far as can be seen without the values of the controls.
+        """
+        fold = self.dynamics.fold
+        return (
+            fold is not None
+            and self.slots_alone(scheduled, controls)
+            and "noise" not in controls
+            and self.clip_norm is None
+            and self.clip_value is None
+            and all(fold.covers(group, {}) for group in self.optimizer.param_groups)
+        )
+
     def block_slots(self, blocks: Sequence[Block]) -> list[Any]:
         """A flattened copy of the optimizer's state, one per block."""
         self.refuse_sparse()

@@ -676,6 +676,58 @@ def test_closed_forms_in_float32(kind: type[Optimizer], options: dict[str, Any])
     assert_pulls_back(at, kind, 1e-5)
 
 
+@settings(max_examples=50)
+@given(
+    maximize=st.booleans(),
+    warm=st.sampled_from([0, 1, 4]),
+    size=st.integers(0, 9),
+    missing=st.sets(st.integers(0, 1)),
+    seed=st.integers(0, 1000),
+)
+def test_a_state_in_the_place_of_the_gradient(
+    maximize: bool, warm: int, size: int, missing: set[int], seed: int
+) -> None:
+    """It is the state after the step, is pulled back through as autograd does, and goes again."""
+    every = {"momentum": 0.8, "maximize": maximize, "weight_decay": 0.0}
+    at = point(SGD, every, warm=warm, size=size, missing=missing, seed=seed)
+    fold, advance = DYNAMICS[SGD].fold, DYNAMICS[SGD].advance
+    assert fold is not None and advance is not None and fold.covers(at.group, at.controls)
+    room = at.gradient.clone()
+    after = fold.onto(at.group, at.controls, room, at.state)
+    (buffer,) = after
+    assert buffer.data_ptr() == room.data_ptr()
+    expected = advance(at.group, at.controls, at.gradient, None, at.state)[1]
+    torch.testing.assert_close(tuple(after), tuple(expected), rtol=1e-14, atol=1e-14)
+
+    kept = buffer.clone()
+    found = fold.pull_back(
+        at.group, at.controls, at.state, after, at.of_parameters, at.of_state, ("lr", "momentum")
+    )
+    assert torch.equal(buffer, kept)
+    pull_back = DYNAMICS[SGD].pull_back
+    assert pull_back is not None
+    other = pull_back(*at, wanted=("lr", "momentum"))
+    assert other is not None
+    pairs = [(found.parameters, other.parameters), (found.gradient, other.gradient)]
+    for a, b in [*pairs, *zip(found.state, other.state, strict=True)]:
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(found.controls, other.controls, rtol=1e-12, atol=1e-12)
+
+    fold.off(at.group, at.controls, after, at.state)
+    torch.testing.assert_close(room, at.gradient, rtol=1e-12, atol=1e-13)
+
+
+def test_what_does_not_fold() -> None:
+    fold = DYNAMICS[SGD].fold
+    assert fold is not None
+    for options in ({}, {"nesterov": True}, {"dampening": 0.1}):
+        at = point(SGD, {"momentum": 0.8, **options})
+        assert fold.covers(at.group, at.controls) == (not options)
+        assert not fold.covers(at.group, {**at.controls, "momentum": 0.0})
+
+
 def test_amsgrad_has_no_closed_form() -> None:
     at = point(Adam, {"amsgrad": True})
     pull_back = DYNAMICS[Adam].pull_back

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 import rhc
+from rhc.hypergradient import segments
 from rhc.hypergradient.evaluation import Evaluation
 from rhc.hypergradient.lookback import Lookback
-from rhc.hypergradient.record import GraphMaker
+from rhc.hypergradient.record import GraphMaker, WindowRecorder
 from rhc.objective import Average, Objective
 from rhc.plant import Plant
 from rhc.schedule import Schedule
@@ -114,7 +115,8 @@ def test_of_a_state_only_the_optimizers_is_kept_where_nothing_reads_more(
 
     def back() -> Tensor:
         model = network()
-        options = {"momentum": 0.8} if kind is torch.optim.SGD else {}
+        # Without Nesterov's, SGD's state takes the place of the gradient, to rounding.
+        options = {"momentum": 0.8, "nesterov": True} if kind is torch.optim.SGD else {}
         optimizer = kind(model.parameters(), lr=0.1, weight_decay=decay, **options)
         plant = Plant(model, optimizer, plain)
         lookback = Lookback(plant, Objective(loss_weight=1.0), ("lr", "momentum"), product="exact")
@@ -127,3 +129,88 @@ def test_of_a_state_only_the_optimizers_is_kept_where_nothing_reads_more(
     monkeypatch.setattr(Plant, "slots_alone", lambda self, scheduled, controls: False)
     assert torch.equal(back(), found)
     assert kept[1] == 0 and (kept[0] > 0) == (decay == 0)
+
+
+# States in the place of gradients ----------------------------------------------------------------
+
+
+def rolled(
+    noise: float = 0.0, momentum: float = 0.8, **options: Any
+) -> tuple[Lookback, WindowRecorder]:
+    model = network()
+    clip = {k: options.pop(k) for k in ("clip_norm", "clip_value") if k in options}
+    optimizer = torch.optim.SGD(model.parameters(), **{"lr": 0.3, "momentum": 0.8} | options)
+    optimizer.zero_grad()
+    plain(model, batches(False)[0]).backward()
+    optimizer.step()  # so that the first state has a buffer
+    plant = Plant(model, optimizer, plain, **clip)
+    lookback = Lookback(plant, Objective(loss_weight=1.0), ("lr", "momentum"), product="exact")
+    values = {"lr": [0.3] * STEPS, "momentum": [0.8, 0.8, momentum, 0.8], "noise": [noise] * STEPS}
+    return lookback, lookback.roll(batches(False), Schedule(values))
+
+
+def looked_back(lookback: Lookback, recorder: WindowRecorder) -> Tensor:
+    return torch.cat(list(lookback.look_back(recorder, Average(None), None).grad.values()))
+
+
+def unfolded(*arguments: Any, **options: Any) -> Tensor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segments._Reverse, "_folds", lambda self, chunk: False)
+        return looked_back(*rolled(*arguments, **options))
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_momentum_takes_the_place_of_gradients_and_they_come_back(maximize: bool) -> None:
+    lookback, recorder = rolled(maximize=maximize)
+    assert list(recorder.trajectory.states) == [0] and not recorder.trajectory.slots
+    before = [g.clone() for (g,) in recorder.trajectory.gradients]
+    found = looked_back(lookback, recorder)
+    torch.testing.assert_close(found, unfolded(maximize=maximize), rtol=1e-12, atol=1e-14)
+    for (g,), expected in zip(recorder.trajectory.gradients, before, strict=True):
+        torch.testing.assert_close(g, expected, rtol=1e-12, atol=1e-14)
+    again = looked_back(lookback, recorder)  # without graphs: they are used up
+    torch.testing.assert_close(again, found, rtol=1e-12, atol=1e-14)
+
+
+def test_gradients_come_back_where_looking_back_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    lookback, recorder = rolled()
+    before = [g.clone() for (g,) in recorder.trajectory.gradients]
+    through = segments._Reverse._pull_through_gradient
+
+    def fails(self: Any, i: int, *rest: Any) -> Any:
+        if i == 1:
+            raise KeyboardInterrupt
+        return through(self, i, *rest)
+
+    monkeypatch.setattr(segments._Reverse, "_pull_through_gradient", fails)
+    with pytest.raises(KeyboardInterrupt):
+        looked_back(lookback, recorder)
+    for (g,), expected in zip(recorder.trajectory.gradients, before, strict=True):
+        torch.testing.assert_close(g, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"nesterov": True},
+        {"dampening": 0.3},
+        {"weight_decay": 0.1},
+        {"clip_norm": 0.5},
+        {"clip_value": 0.1},
+        {"noise": 0.1},
+        {"momentum": 0.0},
+    ],
+    ids=str,
+)
+def test_gradients_stay_where_they_are_read(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is planned to lie in their place, and what is found at the window's end, agree."""
+
+    def never(*_: Any) -> None:
+        raise AssertionError
+
+    lookback, recorder = rolled(**options)
+    assert recorder.plan.graphs == STEPS and recorder.plan.states_every > 0
+    monkeypatch.setattr(segments, "_Folded", never)
+    assert torch.equal(looked_back(lookback, recorder), unfolded(**options))

@@ -243,6 +243,15 @@ def test_where_every_graph_fits_less_of_a_state_is_counted() -> None:
     assert make_plan(50, "exact", sizes, enough, spill=True, graph_bytes=12_499).graphs < 50
 
 
+def test_states_in_the_place_of_gradients_take_nothing() -> None:
+    """But for the first."""
+    sizes = Sizes(1000, 2000, 250, 2000, slots=1000, folded=True)
+    enough = 50_000 + 2000 + 3000 + 2000 + 50 * 250 + 1000
+    plan = make_plan(50, "exact", sizes, enough, spill=True)
+    assert plan.graphs == 50 and plan.predicted_bytes == enough and not plan.states_every
+    assert make_plan(50, "exact", sizes, enough - 1, spill=True).graphs < 50
+
+
 @given(st.integers(2, 40), sizes(), st.floats(0.02, 1.5))
 def test_no_other_chunk_is_cheaper_within_the_budget(
     steps: int, sizes: Sizes, share: float

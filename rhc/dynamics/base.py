@@ -68,6 +68,21 @@ class PullBack(Protocol):
     ) -> Pulled | None: ...
 
 
+class Fold(NamedTuple):
+    """A Φ whose state after the step takes the gradient's place in memory, and says all of it.
+
+    covers(group, controls): whether that is so at this step. onto(group, controls, gradient, state)
+    writes the state after the step over the gradient and returns it; off(group, controls, after,
+    state) writes the gradient back, to rounding. pull_back: as `PullBack`, given the states before
+    and after in place of gradient, parameters and state.
+    """
+
+    covers: Callable[[Group, Mapping[str, float]], bool]
+    onto: Callable[[Group, Mapping[str, float], Tensor, Any], Any]
+    off: Callable[[Group, Mapping[str, float], Any, Any], None]
+    pull_back: Callable[..., Pulled]
+
+
 @dataclass(frozen=True)
 class Dynamics:
     """What the adjoint needs to know of a torch.optim optimizer.
@@ -83,7 +98,8 @@ class Dynamics:
 
     pull_back, advance: the same Φ in closed form, backwards and forwards, for speed; None where
     autograd and the transformation do it. blind: whether both also take None for the parameters
-    where there is no weight decay, nor a derivative by it: they never look at θ then.
+    where there is no weight decay, nor a derivative by it: they never look at θ then. fold: in that
+    case, the step in the gradient's memory.
     """
 
     name: str
@@ -94,6 +110,7 @@ class Dynamics:
     pull_back: PullBack | None = None
     advance: Advance | None = None
     blind: bool = False
+    fold: Fold | None = None
 
     def check_steerable(self, control: str) -> None:
         """Raises InputError where the transformation does not take `control` as a tensor."""

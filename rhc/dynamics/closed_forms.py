@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rhc.dynamics.base import STEERED, Group, Pulled, control_value
+from rhc.dynamics.base import STEERED, Fold, Group, Pulled, control_value
 from rhc.dynamics.transformations import ROOT_EPSILON, AdamState, Scalar, SGDState
 
 _ROOT_EPSILON = torch.tensor(ROOT_EPSILON, dtype=torch.float64)
@@ -127,6 +127,72 @@ def sgd_advance(
         return None, SGDState(buffer)
     direction = torch.add(d, buffer, alpha=momentum) if group["nesterov"] else buffer
     return torch.add(parameters, direction, alpha=-lr), SGDState(buffer)
+
+
+def _sgd_folds(group: Group, controls: Mapping[str, float]) -> bool:
+    momentum = _controls(group, controls)[1]
+    return momentum != 0 and not group["dampening"] and not group["nesterov"]
+
+
+def _sgd_fold(
+    group: Group, controls: Mapping[str, float], gradient: Tensor, state: SGDState
+) -> SGDState:
+    if group["maximize"]:
+        gradient.neg_()
+    if state.momentum_buffer is not None:
+        gradient.add_(state.momentum_buffer, alpha=_controls(group, controls)[1])
+    return SGDState(gradient)
+
+
+def _sgd_unfold(
+    group: Group, controls: Mapping[str, float], after: SGDState, state: SGDState
+) -> None:
+    gradient = after.momentum_buffer
+    assert gradient is not None
+    if state.momentum_buffer is not None:
+        gradient.sub_(state.momentum_buffer, alpha=_controls(group, controls)[1])
+    if group["maximize"]:
+        gradient.neg_()
+
+
+def _sgd_pull_back_folded(
+    group: Group,
+    controls: Mapping[str, float],
+    before: SGDState,
+    after: SGDState,
+    costate_parameters: Tensor | None,
+    costate_state: Sequence[Tensor | None],
+    wanted: Collection[str] = STEERED,
+) -> Pulled:
+    """`sgd_pull_back` of θ' = θ − α b', b' = μ b ± g: B = λ_b' − α λ_θ', λ_b = μ B, λ_g = ±B."""
+    lr, momentum, _ = _controls(group, controls)
+    buffer, new = before.momentum_buffer, after.momentum_buffer
+    of_parameters = costate_parameters
+    of_buffer = costate_state[0] if costate_state else None
+    assert new is not None
+    found: dict[str, Scalar] = {}
+    if of_parameters is None and of_buffer is None:
+        none: list[Tensor | None] = [] if buffer is None else [None]
+        return Pulled(None, none, None, _derivatives(found, wanted, new))
+    if of_parameters is None:
+        assert of_buffer is not None
+        total = of_buffer.clone()
+    elif of_buffer is None:
+        total = of_parameters * -lr
+    else:
+        total = torch.add(of_buffer, of_parameters, alpha=-lr)
+    if of_parameters is not None and "lr" in wanted:
+        found["lr"] = -_dot(of_parameters, new)
+    if buffer is not None and "momentum" in wanted:
+        found["momentum"] = _dot(total, buffer)
+    of_state: list[Tensor | None] = [] if buffer is None else [total * momentum]
+    if group["maximize"]:
+        total.neg_()
+    return Pulled(of_parameters, of_state, total, _derivatives(found, wanted, new))
+
+
+SGD_FOLD = Fold(_sgd_folds, _sgd_fold, _sgd_unfold, _sgd_pull_back_folded)
+"""b' in the place of g: of SGD with momentum, and neither dampening nor Nesterov's."""
 
 
 def adam_pull_back(

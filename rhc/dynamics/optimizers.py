@@ -206,6 +206,7 @@ TORCH_DYNAMICS: dict[type[torch.optim.Optimizer], Dynamics] = {
         pull_back=closed_forms.sgd_pull_back,
         advance=closed_forms.sgd_advance,
         blind=True,
+        fold=closed_forms.SGD_FOLD,
     ),
     torch.optim.Adam: Dynamics(
         "Adam",

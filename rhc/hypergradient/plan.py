@@ -47,8 +47,9 @@ class Sizes:
     """Bytes. parameters: θ that is trained. state: a whole snapshot. graph: of one step's gradient,
     with its own copy of what it reads of θ. product: the most that one Hessian product takes beyond
     plain training. slots: of the part of a state that a step whose graph is kept needs; 0 where
-    that is all of it. pieces: (n, product) of a product that takes a batch in n parts; None where
-    that was not measured. plain: of one gradient while it is evaluated.
+    that is all of it. folded: whether these may lie where the gradients lay. pieces: (n, product)
+    of a product that takes a batch in n parts; None where that was not measured. plain: of one
+    gradient while it is evaluated.
     """
 
     parameters: int
@@ -56,6 +57,7 @@ class Sizes:
     graph: int
     product: int
     slots: int = 0
+    folded: bool = False
     pieces: tuple[tuple[int, int], ...] | None = ()
     plain: int = 0
 
@@ -235,12 +237,14 @@ def _kept(
     apart = math.isqrt(max(0, steps - 1)) + 1
     one = sizes.slots if sizes.slots and graphs == steps else sizes.state
     states = 2 * apart * one
+    if graphs == steps and sizes.slots and sizes.folded:
+        apart, states = 0, one
     # One state is what the window began with, which the caller keeps to go back to.
     fixed = steps * sizes.parameters + sizes.state + sizes.costates + sizes.product
     # A product without a graph does not find its room where the kept ones were: the heap has holes.
     fixed += graphs * sizes.graph
     most = max(FREE_STATES, min(MOST_STATES, steps * sizes.parameters))
-    if lean or (states > most if budget is None else fixed + states > budget):
+    if apart and (lean or (states > most if budget is None else fixed + states > budget)):
         apart, states = 0, _rebuilt(steps, one)
     return Plan(
         steps,

@@ -20,8 +20,8 @@ takes +3960 MB where this takes under 150 (docs/log.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -362,22 +362,29 @@ class _Reverse:
         if product == "forward-over-reverse":
             kernels = double_backward(model, light=False)
         statistics = visible_statistics(model, update=bool(costate.statistics))
-        with kernels, statistics, Scratch(self.plant, self.blocks) as scratch:
+        scratched = Scratch(self.plant, self.blocks)
+        with kernels, statistics, scratched as scratch, ExitStack() as stack:
             blind = bool(chunk.graphs) and self.plant.slots_alone(
                 self.trajectory.schedule, self.controls
             )
             small = 0 if self.tight else SMALL_STATES
-            rebuilt = _Rebuilt(chunk.states, self._state_after(chunk), apart, small)
-            slots_alone = None
-            if blind:
+            folded = slots_alone = None
+            if blind and product == "exact" and self._folds(chunk):
+                folded = stack.enter_context(_Folded(self, chunk))
+            elif blind:
                 slots_alone = _Rebuilt(chunk.slots, self._slots_after(chunk), apart, small)
+            rebuilt = _Rebuilt(chunk.states, self._state_after(chunk), apart, small)
             if chunk.owned:
                 chunk.states.clear()
             for i in reversed(range(chunk.start, chunk.stop)):
                 gradients = chunk.gradients[i - chunk.start]
                 graph = chunk.graphs.pop(i, None)
                 thetas: Sequence[Tensor | None]
-                if slots_alone is not None and graph is not None and product == "exact":
+                after = None
+                if folded is not None:
+                    slots, after = folded.before[i], folded.before[i + 1]
+                    thetas, theta = [None] * len(slots), partial(folded.theta, i)
+                elif slots_alone is not None and graph is not None and product == "exact":
                     slots = slots_alone.take(i)
                     thetas = [None] * len(slots)
                     theta = partial(self._rebuilt_theta, chunk, i)
@@ -388,8 +395,10 @@ class _Reverse:
                     thetas, theta = given, partial(list, given)
                     del states, given
                 costate, gradient_costates = self._pull_through_optimizer(
-                    i, thetas, slots, gradients, costate
+                    i, thetas, slots, gradients, costate, after
                 )
+                if folded is not None:
+                    folded.off(i)
                 point = StepPoint(
                     theta,
                     self.trajectory.buffers[i],
@@ -522,10 +531,12 @@ class _Reverse:
         slots: Sequence[Any],
         gradients: Sequence[Tensor | None],
         costate: Costate,
+        after: Sequence[Any] | None = None,
     ) -> tuple[Costate, list[Tensor | None]]:
         """(λ_θ and λ_h of step i but for the loss's part, λ_g), and adds to dJ/du_i.
 
-        thetas: per block, None where Φ does not look at θ.
+        thetas: per block, None where Φ does not look at θ. after: the optimizer's states after the
+        step, which lie where the gradients lay.
         """
         values = self._values(i)
         sigma = values.get("noise", 0.0)
@@ -548,7 +559,14 @@ class _Reverse:
                 of_gradients.append(None)
                 continue
             before, left, of_g = self._pull_block(
-                i, b, thetas[b], slots[b], g.detach(), of_theta, of_slots
+                i,
+                b,
+                thetas[b],
+                slots[b],
+                g.detach(),
+                of_theta,
+                of_slots,
+                None if after is None else after[b],
             )
             parameters.append(before)
             optimizer.append(left)
@@ -583,6 +601,7 @@ class _Reverse:
         g: Tensor,
         of_theta: Tensor | None,
         of_slots: list[Tensor | None],
+        after: Any = None,
     ) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:
         """λ_θ, λ_h and λ_ĝ of one block before Φ; of_slots: [] where nothing depends on them."""
         if of_theta is None and all(t is None for t in of_slots):
@@ -592,7 +611,11 @@ class _Reverse:
         group = self.plant.optimizer.param_groups[block.group]
         values = self._group_values(i, block.group)
         closed = None
-        if dynamics.pull_back is not None:
+        if after is not None and dynamics.fold is not None:
+            closed = dynamics.fold.pull_back(
+                group, values, slots, after, of_theta, of_slots, wanted=self.controls
+            )
+        elif dynamics.pull_back is not None:
             closed = dynamics.pull_back(
                 group,
                 values,
@@ -685,6 +708,27 @@ class _Reverse:
             return result
 
         return after
+
+    def _folds(self, chunk: Chunk) -> bool:
+        """Whether the optimizer's states of a chunk can take the place of its gradients.
+
+        Of slots alone; every graph is there.
+        """
+        fold, groups = self.dynamics.fold, self.plant.optimizer.param_groups
+        steps = range(chunk.start, chunk.stop)
+        return (
+            fold is not None
+            and len(chunk.graphs) == len(steps)
+            and self.trajectory.diverged is None
+            and not self._clips
+            and "noise" not in self.controls
+            and all(self._values(i).get("noise", 0.0) == 0 for i in steps)
+            and all(
+                fold.covers(groups[b.group], self._group_values(i, b.group))
+                for i in steps
+                for b in self.blocks
+            )
+        )
 
     def _rebuilt_theta(self, chunk: Chunk, i: int) -> list[Tensor]:
         """θ_i, for once: of a graph that was lost."""
@@ -946,6 +990,66 @@ class _Rebuilt(Generic[States]):
                 milestone = k + 1
                 self.states[k + 1] = states
         return self.states.pop(i)
+
+
+class _Folded:
+    """The optimizer's states of a chunk, in the memory of its gradients.
+
+    before: index of a step -> the states before it, and after the last. A gradient comes back, to
+    rounding, when its step was pulled through (`off`), and all of them in the end.
+    """
+
+    def __init__(self, reverse: _Reverse, chunk: Chunk) -> None:
+        fold = reverse.dynamics.fold
+        assert fold is not None
+        self.reverse, self.chunk, self.fold = reverse, chunk, fold
+        self.before: dict[int, list[Any]] = {chunk.start: chunk.slots[chunk.start]}
+        self.stop = chunk.start  # of the steps whose gradients are folded
+
+    def __enter__(self) -> _Folded:
+        try:
+            self._onto(self.chunk.stop)
+        except BaseException:
+            self.off(self.chunk.start)
+            raise
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.off(self.chunk.start)
+
+    def off(self, first: int) -> None:
+        """Gives the gradients from step `first` on back."""
+        while self.stop > first:
+            i, after = self.stop - 1, self.before.pop(self.stop)
+            for b, group, values in self._active(i):
+                self.fold.off(group, values, after[b], self.before[i][b])
+            self.stop = i
+
+    def theta(self, i: int) -> list[Tensor]:
+        """θ_i, for once: of a graph that was lost. Gradients of later steps must be back."""
+        self.off(self.chunk.start)
+        theta = self.reverse._rebuilt_theta(self.chunk, i)
+        self._onto(i)
+        return theta
+
+    def _onto(self, stop: int) -> None:
+        for i in range(self.stop, stop):
+            gradients = self.chunk.gradients[i - self.chunk.start]
+            after = list(self.before[i])
+            for b, group, values in self._active(i):
+                g = gradients[b]
+                assert g is not None
+                after[b] = self.fold.onto(group, values, g, after[b])
+            self.before[i + 1] = after
+            self.stop = i + 1
+
+    def _active(self, i: int) -> Iterator[tuple[int, Mapping[str, Any], dict[str, Any]]]:
+        """(index of a block that step i moved, its parameter group, the controls it had)."""
+        reverse, gradients = self.reverse, self.chunk.gradients[i - self.chunk.start]
+        for b, (block, g) in enumerate(zip(reverse.blocks, gradients, strict=True)):
+            if g is not None:
+                group = reverse.plant.optimizer.param_groups[block.group]
+                yield b, group, reverse._group_values(i, block.group)
 
 
 SMALL_STATES = 8 * 2**20
