@@ -60,12 +60,15 @@ def batch_norm(*shapes: tuple[int, ...], eps: float = 1e-5) -> Case:
 def recurrent(
     kind: type[nn.RNNBase],
     *,
-    packed: bool = False,
+    packed: tuple[int, ...] = (),
     replaced: bool = True,
     sizes: tuple[int, int, int, int] = (3, 2, 2, 2),
     **options: Any,
 ) -> Case:
-    """Of input, first states and weights; all outputs in one. sizes: T, B, input, state."""
+    """Of input, first states and weights; all outputs in one. sizes: T, B, input, state.
+
+    packed: how many rows have each position, () for all.
+    """
     positions, rows, width, state = sizes
     module = kind(width, state, **options)
     cells = module.num_layers * (2 if module.bidirectional else 1)
@@ -73,6 +76,9 @@ def recurrent(
     if kind is nn.LSTM:
         states.append((cells, rows, state))
     first = (rows, positions, width) if module.batch_first else (positions, rows, width)
+    if packed:
+        first = (sum(packed), width)  # type: ignore[assignment]
+    names = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
     shapes = [first, *states, *(tuple(p.shape) for p in module.parameters())]
 
     def function(x: Tensor, *tensors: Tensor) -> Tensor:
@@ -80,10 +86,9 @@ def recurrent(
         hx: Any = hidden if kind is nn.LSTM else hidden[0]
         torch.manual_seed(0)  # for dropout
         settings = (module.bias, module.num_layers, module.dropout, True, module.bidirectional)
-        called = torch._VF.lstm if kind is nn.LSTM else torch._VF.gru
+        called = getattr(torch._VF, names[module.mode])
         if packed:
-            flat, lengths = x.flatten(0, 1), torch.full((positions,), rows)
-            found = called(flat, lengths, hx, weights, *settings)
+            found = called(x, torch.tensor(packed), hx, weights, *settings)
         else:
             found = called(x, hx, weights, *settings, module.batch_first)
         return torch.cat([t.flatten() for t in found])
@@ -238,7 +243,15 @@ CASES: dict[str, Case] = {
         nn.LSTM, num_layers=2, bidirectional=True, dropout=0.4, sizes=(3, 2, 1, 2)
     ),
     "LSTM, projected": recurrent(nn.LSTM, proj_size=1, sizes=(2, 1, 1, 2), replaced=False),
-    "LSTM, packed": recurrent(nn.LSTM, packed=True, sizes=(2, 2, 1, 2), replaced=False),
+    "LSTM, packed": recurrent(nn.LSTM, packed=(2, 2, 1), sizes=(3, 2, 1, 2)),
+    "LSTM, packed, two layers both ways, dropout": recurrent(
+        nn.LSTM,
+        packed=(3, 1),
+        num_layers=2,
+        bidirectional=True,
+        dropout=0.4,
+        sizes=(2, 3, 1, 2),
+    ),
     "LSTM, empty batch": recurrent(nn.LSTM, sizes=(2, 0, 2, 2), replaced=False),
     "GRU": recurrent(nn.GRU),
     "GRU, one position": recurrent(nn.GRU, sizes=(1, 2, 1, 2)),
@@ -247,7 +260,18 @@ CASES: dict[str, Case] = {
     "GRU, two layers both ways, dropout": recurrent(
         nn.GRU, num_layers=2, bidirectional=True, dropout=0.4, sizes=(3, 2, 1, 2)
     ),
-    "GRU, packed": recurrent(nn.GRU, packed=True, sizes=(2, 2, 1, 2), replaced=False),
+    "GRU, packed": recurrent(nn.GRU, packed=(3, 2, 2), bidirectional=True, sizes=(3, 3, 1, 2)),
+    "RNN": recurrent(nn.RNN),
+    "RNN, one position": recurrent(nn.RNN, sizes=(1, 2, 1, 2)),
+    "RNN, no bias": recurrent(nn.RNN, bias=False, batch_first=True, sizes=(3, 1, 3, 2)),
+    "RNN, two layers both ways, dropout": recurrent(
+        nn.RNN, num_layers=2, bidirectional=True, dropout=0.4
+    ),
+    "RNN, packed": recurrent(nn.RNN, packed=(2, 2, 1), sizes=(3, 2, 1, 2)),
+    "RNN, relu": recurrent(nn.RNN, nonlinearity="relu"),
+    "RNN, relu, packed": recurrent(
+        nn.RNN, nonlinearity="relu", packed=(2, 2, 1), sizes=(3, 2, 1, 2), replaced=False
+    ),
 }
 
 
@@ -430,6 +454,7 @@ LEAVES = {
     "LSTM, a bias": ("LSTM", 6),
     "GRU, of the state": ("GRU", 3),
     "GRU, a bias": ("GRU", 5),
+    "RNN, of the state": ("RNN", 3),
 }
 
 
@@ -711,7 +736,7 @@ def test_what_is_replaced_is_what_was_meant(name: str) -> None:
         if node is not None:
             nodes.add(node.name())
             queue += [parent for parent, _ in node.next_functions]
-    own = {"_Linear", "_Convolution", "_Gelu", "_LayerNorm", "_BatchNorm", "_Lstm", "_Gru"}
+    own = {"_Linear", "_Convolution", "_Gelu", "_LayerNorm", "_BatchNorm", "_Lstm", "_Gru", "_Rnn"}
     mark = any(n.removesuffix("Backward") in own for n in nodes) or "BaddbmmBackward0" in nodes
     assert mark == case.replaced, nodes
 

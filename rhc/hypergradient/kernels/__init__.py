@@ -49,9 +49,11 @@ REPLACED: list[tuple[Any, str, Callable[..., Any]]] = [
     (F, "conv1d", layers.convolution(1, F.conv1d)),
     (F, "conv2d", layers.convolution(2, F.conv2d)),
     (F, "conv3d", layers.convolution(3, F.conv3d)),
-    # What nn.LSTM and nn.GRU call.
+    # What nn.LSTM, nn.GRU and nn.RNN call.
     (_VF, "lstm", recurrent.lstm),
     (_VF, "gru", recurrent.gru),
+    (_VF, "rnn_tanh", recurrent.rnn_tanh),
+    (_VF, "rnn_relu", recurrent.rnn_relu),
 ]
 """(where a function is looked up, its name, the function that takes its place)."""
 

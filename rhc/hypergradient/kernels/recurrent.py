@@ -1,4 +1,4 @@
-"""nn.LSTM and nn.GRU over whole sequences: one node of the graph per layer, direction and order.
+"""nn.LSTM, nn.GRU and nn.RNN over whole sequences: a node per layer, direction and order.
 
 torch composes a recurrent layer of a dozen nodes a position, whose second derivative takes ten
 times as many. Written out, the pullback of a sequence is itself a linear recurrence, from the last
@@ -11,6 +11,9 @@ What the pass forwards has found (states and gates) is output of its node, so th
 the slopes reaches it as any other gradient does. So only one recurrence is differentiated by hand
 for each cell, and derivatives of every order come out.
 
+Packed sequences are taken apart and padded: what lies beyond a sequence's end comes after it, and
+nothing of it is read.
+
 States are h, c with a position more than the sequence has: the first is what it begins with. T: the
 positions of the sequence, B: rows of the batch, H: width of the state.
 """
@@ -18,7 +21,8 @@ positions of the sequence, B: rows of the batch, H: width of the state.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +32,7 @@ from torch.autograd import Function
 from rhc.hypergradient.kernels.common import Grads, Sweep, nothing, plain, tracked
 from rhc.hypergradient.kernels.layers import affine
 
-_lstm, _gru = _VF.lstm, _VF.gru
+_lstm, _gru, _rnn_tanh, _rnn_relu = _VF.lstm, _VF.gru, _VF.rnn_tanh, _VF.rnn_relu
 _sigmoid_backward = torch.ops.aten.sigmoid_backward  # (v, σ) -> v σ (1 − σ)
 _tanh_backward = torch.ops.aten.tanh_backward  # (v, t) -> v (1 − t²)
 
@@ -38,7 +42,7 @@ def lstm(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     found = _ours(arguments, hidden=2)
     if found is None:
         return _lstm(*arguments)
-    output, (h, c) = _layers(_lstm_sequence, *found)
+    output, (h, c) = _layers(_lstm_sequence, found)
     return output, h, c
 
 
@@ -47,65 +51,137 @@ def gru(*arguments: Any) -> tuple[Tensor, Tensor]:
     found = _ours(arguments, hidden=1)
     if found is None:
         return _gru(*arguments)
-    output, (h,) = _layers(_gru_sequence, *found)
+    output, (h,) = _layers(_gru_sequence, found)
+    return output, h
+
+
+def rnn_tanh(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """torch._VF.rnn_tanh: (output, h)."""
+    found = _ours(arguments, hidden=1)
+    if found is None:
+        return _rnn_tanh(*arguments)
+    output, (h,) = _layers(partial(_rnn_sequence, relu=False), found)
+    return output, h
+
+
+def rnn_relu(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """torch._VF.rnn_relu: (output, h)."""
+    found = _ours(arguments, hidden=1)
+    # Nothing bounds the states of positions that a packed sequence does not have.
+    if found is None or found.packing is not None:
+        return _rnn_relu(*arguments)
+    output, (h,) = _layers(partial(_rnn_sequence, relu=True), found)
     return output, h
 
 
 # Layers and directions ---------------------------------------------------------------------------
 
+Weights = Sequence[Tensor]
+"""(4H, input), (4H, H) and two biases (4H,) or none; 3H for a GRU, H for a plain cell."""
 
-def _ours(arguments: Sequence[Any], hidden: int) -> tuple[Any, ...] | None:
-    """(input, states, weights, …) where the kernels here can take the call: not packed sequences,
-    projected states, autocast."""
+OfSequence = Callable[[Tensor, list[Tensor], Weights], list[Tensor]]
+"""(input (T, B, ·), first states (B, H), weights) -> states (T + 1, B, H) of one layer in one
+direction, the output's first."""
+
+
+class _Packing:
+    """Where the rows of a packed sequence lie when it is padded: (T, B), forwards and backwards.
+
+    batch_sizes: (T,), the rows that have so many positions, longest sequences first.
+    """
+
+    def __init__(self, batch_sizes: Tensor, device: torch.device) -> None:
+        counts = batch_sizes.to(torch.long)
+        places = torch.arange(len(counts)).unsqueeze(1)
+        rows = torch.arange(int(counts[0])).unsqueeze(0)
+        there = rows < counts.unsqueeze(1)
+        self.lengths = there.sum(0)
+        first = counts.cumsum(0) - counts
+        row = torch.where(there, first.unsqueeze(1) + rows, 0)
+        mirrored = (self.lengths - 1 - places).clamp_min(0)
+        padded = places * there.shape[1] + rows
+        self.rows = tuple(t.to(device) for t in (row, row.gather(0, mirrored)))
+        """(T, B) for a direction: of the packed input, any where the sequence has ended."""
+        self.back = tuple(t[there].to(device) for t in (padded, padded.gather(0, mirrored)))
+        """(packed rows,) for a direction: of the padded output."""
+        self.ends = self.lengths.to(device), torch.arange(there.shape[1], device=device)
+
+    def padded(self, x: Tensor, direction: int) -> Tensor:
+        return x[self.rows[direction]]
+
+    def packed(self, y: Tensor, direction: int) -> Tensor:
+        return y.flatten(0, 1)[self.back[direction]]
+
+
+class _Call(NamedTuple):
+    """x: (T, B, ·), or (packed rows, ·). cells: the weights per layer and direction."""
+
+    x: Tensor
+    states: list[Tensor]
+    cells: list[Weights]
+    layers: int
+    dropout: float
+    training: bool
+    bidirectional: bool
+    batch_first: bool
+    packing: _Packing | None
+
+
+def _ours(arguments: Sequence[Any], hidden: int) -> _Call | None:
+    """What the kernels here can take of a call: not projected states, autocast."""
     if len(arguments) != 9:
         return None
-    x, states, weights, has_bias, layers, *_, bidirectional, _ = arguments
+    packed = isinstance(arguments[1], Tensor) and arguments[1].dtype == torch.int64
+    if packed:  # (data, batch sizes, …) without batch_first
+        x, batch_sizes, *rest = *arguments, False
+    else:
+        x, *rest = arguments
+    states, weights, has_bias, layers, dropout, training, bidirectional, batch_first = rest
     states = [states] if isinstance(states, Tensor) else list(states)
     per_cell = 4 if has_bias else 2
     count = layers * (2 if bidirectional else 1)
-    if len(states) != hidden or len(weights) != per_cell * count or x.dim() != 3 or not x.numel():
+    if (
+        len(states) != hidden
+        or len(weights) != per_cell * count
+        or x.dim() != (2 if packed else 3)
+        or not x.numel()
+    ):
         return None
     tensors = [x, *states, *weights]
     if not plain(*tensors) or not any(t.requires_grad for t in tensors):
         return None
     cells = [weights[n * per_cell : (n + 1) * per_cell] for n in range(count)]
-    return x, states, cells, *arguments[4:]
+    packing = _Packing(batch_sizes, x.device) if packed else None
+    return _Call(x, states, cells, layers, dropout, training, bidirectional, batch_first, packing)
 
 
-Weights = Sequence[Tensor]
-"""(4H, input), (4H, H) and two biases (4H,) or none; 3H for a GRU."""
-
-
-def _layers(
-    sequence: Callable[[Tensor, list[Tensor], Weights], tuple[Tensor, list[Tensor]]],
-    x: Tensor,
-    states: list[Tensor],
-    cells: list[Weights],
-    layers: int,
-    dropout: float,
-    training: bool,
-    bidirectional: bool,
-    batch_first: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """(output, last states). sequence: (input (T, B, ·), first states, weights) -> (output, last
-    states) of one layer in one direction."""
-    x = x.transpose(0, 1) if batch_first else x
-    directions = 2 if bidirectional else 1
+def _layers(sequence: OfSequence, call: _Call) -> tuple[Tensor, list[Tensor]]:
+    """(output, last states)."""
+    x = call.x.transpose(0, 1) if call.batch_first else call.x
+    packing = call.packing
+    directions = 2 if call.bidirectional else 1
     last = []
-    for layer in range(layers):
+    for layer in range(call.layers):
         outputs = []
-        for backwards in range(directions):
-            n = layer * directions + backwards
-            y, ends = sequence(
-                x.flip(0) if backwards else x.contiguous(), [s[n] for s in states], cells[n]
-            )
-            outputs.append(y.flip(0) if backwards else y)
-            last.append(ends)
-        x = torch.cat(outputs, -1) if bidirectional else outputs[0]
-        if dropout and training and layer < layers - 1:
-            x = F.dropout(x, dropout)
+        for direction in range(directions):
+            n = layer * directions + direction
+            if packing is not None:
+                given = packing.padded(x, direction)
+            else:
+                given = x.flip(0) if direction else x.contiguous()
+            states = sequence(given, [s[n] for s in call.states], call.cells[n])
+            y = states[0][1:]
+            if packing is not None:
+                outputs.append(packing.packed(y, direction))
+                last.append([s[packing.ends] for s in states])
+            else:
+                outputs.append(y.flip(0) if direction else y)
+                last.append([s[-1] for s in states])
+        x = torch.cat(outputs, -1) if call.bidirectional else outputs[0]
+        if call.dropout and call.training and layer < call.layers - 1:
+            x = F.dropout(x, call.dropout)
     return (
-        x.transpose(0, 1) if batch_first else x,
+        x.transpose(0, 1) if call.batch_first else x,
         [torch.stack(ends) for ends in zip(*last, strict=True)],
     )
 
@@ -146,14 +222,12 @@ def _at(t: Tensor | None, values: Tensor) -> Tensor:
 # LSTM --------------------------------------------------------------------------------------------
 
 
-def _lstm_sequence(
-    x: Tensor, states: list[Tensor], weights: Weights
-) -> tuple[Tensor, list[Tensor]]:
+def _lstm_sequence(x: Tensor, states: list[Tensor], weights: Weights) -> list[Tensor]:
     w_input, w, *biases = weights
     bias = biases[0] + biases[1] if biases else None
     leaves = w_input.is_leaf, all(b.is_leaf for b in biases)
     h, c, _ = _Lstm.apply(affine(x, w_input, bias, leaves), w, *states, w.is_leaf)
-    return h[1:], [h[-1], c[-1]]
+    return [h, c]
 
 
 class _Lstm(Function):
@@ -387,13 +461,13 @@ def _lstm_adjoints(
 # GRU ---------------------------------------------------------------------------------------------
 
 
-def _gru_sequence(x: Tensor, states: list[Tensor], weights: Weights) -> tuple[Tensor, list[Tensor]]:
+def _gru_sequence(x: Tensor, states: list[Tensor], weights: Weights) -> list[Tensor]:
     w_input, w, *biases = weights
     b_input, b = biases or (None, None)
     leaves = w_input.is_leaf, b_input is not None and b_input.is_leaf
     own = w.is_leaf, b is not None and b.is_leaf
     h, _, _ = _Gru.apply(affine(x, w_input, b_input, leaves), w, b, *states, own)
-    return h[1:], [h[-1]]
+    return [h]
 
 
 class _Gru(Function):
@@ -634,3 +708,105 @@ def _gru_adjoints(
         every_q.append(q)
         every_e.append(e)
     return torch.stack(every_q), torch.stack(every_e)
+
+
+# A plain cell ------------------------------------------------------------------------------------
+
+
+def _rnn_sequence(x: Tensor, states: list[Tensor], weights: Weights, *, relu: bool) -> list[Tensor]:
+    w_input, w, *biases = weights
+    bias = biases[0] + biases[1] if biases else None
+    leaves = w_input.is_leaf, all(b.is_leaf for b in biases)
+    return [_Rnn.apply(affine(x, w_input, bias, leaves), w, *states, relu, w.is_leaf)]
+
+
+class _Rnn(Function):
+    """h = φ(x + w h'), φ tanh or relu; (x (T, B, H), w (H, H), h (B, H)) -> h (T + 1, B, H)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, h_first: Tensor, relu: bool, leaf: bool) -> Tensor:
+        h = x.new_empty(len(x) + 1, *x.shape[1:])
+        h[0] = h_first
+        to_state = w.t()
+        for x_t, h_t, h_next in zip(x, h[:-1], h[1:], strict=True):
+            torch.addmm(x_t, h_t, to_state, out=h_next)
+            if relu:
+                h_next.relu_()
+            else:
+                h_next.tanh_()
+        ctx.save_for_backward(h, w)
+        ctx.relu, ctx.leaf = relu, leaf
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, g_h: Tensor) -> Grads:
+        h, w = ctx.saved_tensors
+        need_w = ctx.needs_input_grad[1]
+        if tracked():
+            dz, _, gw, gh_first = _RnnBackward.apply(g_h, h, w, need_w, ctx.relu, ctx.leaf)
+            return dz, gw, gh_first, None, None
+        dz, _, gh_first = _rnn_pullback(g_h, w, _rnn_slopes(h, ctx.relu))
+        gw = _weight_gradient(dz, h[:-1]) if need_w else None
+        return dz, gw, gh_first, None, None
+
+
+def _rnn_slopes(h: Tensor, relu: bool) -> Tensor:
+    """The pullback's coefficients: dz = dh · slope, (T, B, H)."""
+    return (h[1:] > 0).to(h.dtype) if relu else 1 - h[1:] * h[1:]
+
+
+def _rnn_pullback(g_h: Tensor, w: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(dz, dh (T, B, H) at every position, dh (B, H) of the first state)."""
+    of_h, every = g_h.unbind(0), slopes.unbind(0)
+    dh = of_h[-1]
+    zs, hs = [], []
+    for t in reversed(range(len(every))):
+        dz = dh * every[t]
+        zs.append(dz)
+        hs.append(dh)
+        dh = torch.addmm(of_h[t], dz, w)
+    return torch.stack(zs[::-1]), torch.stack(hs[::-1]), dh
+
+
+class _RnnBackward(Function):
+    """The pullback. dh is an output as well, so that derivatives can go on from there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, g_h: Tensor, h: Tensor, w: Tensor, need_w: bool, relu: bool, leaf: bool
+    ) -> Grads:
+        dz, dh, gh_first = _rnn_pullback(g_h, w, _rnn_slopes(h, relu))
+        ctx.save_for_backward(h, w, dz, dh)
+        ctx.set_materialize_grads(False)
+        ctx.relu = relu
+        gw = None
+        if need_w:
+            gw = nothing(w) if leaf and Sweep.valueless else _weight_gradient(dz, h[:-1])
+        return dz, dh, gw, gh_first
+
+    @staticmethod
+    def backward(
+        ctx: Any, v_z: Tensor | None, v_dh: Tensor | None, v_w: Tensor | None, v_h: Tensor | None
+    ) -> Grads:
+        h, w, dz, dh = ctx.saved_tensors
+        slopes = _rnn_slopes(h, ctx.relu)
+        base = _along_weights(v_z, h, v_w)
+        base = torch.zeros_like(dz) if base is None else base
+        # Adjoints of dz and dh, from the first position on.
+        e = torch.zeros_like(h[0]) if v_h is None else v_h
+        bases, every, straight = base.unbind(0), slopes.unbind(0), _positions(v_dh, len(dz))
+        to_state = w.t()
+        every_a, every_e = [], [e]
+        for t in range(len(every)):
+            a = torch.addmm(bases[t], e, to_state)
+            own = straight[t]
+            e = a * every[t] if own is None else torch.addcmul(own, a, every[t])
+            every_a.append(a)
+            every_e.append(e)
+        e = torch.stack(every_e)
+        b_h = None if v_w is None else _before(dz @ v_w)
+        if not ctx.relu:
+            of_slopes = torch.stack(every_a).mul(dh) * h[1:] * -2
+            b_h = _at(b_h, _after(of_slopes))
+        b_w = _weight_gradient(dz, e[:-1]) if ctx.needs_input_grad[2] else None
+        return e if ctx.needs_input_grad[0] else None, b_h, b_w, None, None, None
