@@ -39,6 +39,7 @@ from rhc import InputError, Objective, Plant, Schedule
 from rhc.dynamics import SGDState
 from rhc.hypergradient import Hypergradient, Lookback, products, segments
 from rhc.hypergradient.products import PRODUCTS
+from rhc.hypergradient.states import Rebuilt
 from rhc.objective import Average
 from rhc.plant import BlockState
 
@@ -382,7 +383,7 @@ def test_states_are_rebuilt_in_reverse_from_few(
         assert float(states[0].parameters) == i
         return [BlockState(states[0].parameters + 1, SGDState(None))]
 
-    rebuilt = segments._Rebuilt({0: [state]}, after)
+    rebuilt = Rebuilt({0: [state]}, after)
     for i in reversed(range(steps)):
         assert float(rebuilt.take(i)[0].parameters) == i
         most = max(most, len(rebuilt.states))

@@ -155,7 +155,7 @@ def looked_back(lookback: Lookback, recorder: WindowRecorder) -> Tensor:
 
 def unfolded(*arguments: Any, **options: Any) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segments._Reverse, "_folds", lambda self, chunk: False)
+        patch.setattr(segments._Reverse, "_folds", lambda *_: False)
         return looked_back(*rolled(*arguments, **options))
 
 
@@ -212,5 +212,5 @@ def test_gradients_stay_where_they_are_read(
 
     lookback, recorder = rolled(**options)
     assert recorder.plan.graphs == STEPS and recorder.plan.states_every > 0
-    monkeypatch.setattr(segments, "_Folded", never)
+    monkeypatch.setattr(segments, "Folded", never)
     assert torch.equal(looked_back(lookback, recorder), unfolded(**options))

@@ -16,6 +16,7 @@ import torch
 from rhc.dynamics.base import (
     STEERED,
     Dynamics,
+    Fold,
     PullBack,
     Pulled,
     StateOf,
@@ -57,6 +58,7 @@ __all__ = [
     "AdamState",
     "AdamaxState",
     "Dynamics",
+    "Fold",
     "LionState",
     "MuonState",
     "NAdamState",

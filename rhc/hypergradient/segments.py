@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 import torchopt
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from rhc import memory
 from rhc.distributed import norm_over, norms_of_wholes
+from rhc.dynamics import Fold
 from rhc.hypergradient.evaluation import (
     Evaluation,
     Scratch,
@@ -49,10 +50,19 @@ from rhc.hypergradient.products import (
     relative_difference,
 )
 from rhc.hypergradient.record import Chunk, WindowRecorder
+from rhc.hypergradient.states import (
+    SMALL_STATES,
+    Before,
+    Folded,
+    Rebuilt,
+    SlotsAlone,
+    Source,
+    Whole,
+    float_tensors,
+)
 from rhc.objective import Objective, average_weights
 from rhc.plant import Block, BlockState, Plant, Trajectory, checked_loss
 
-States = TypeVar("States", bound=Sequence[Any])
 Terminal = Callable[[nn.Module], Tensor]
 Scalar = float | Tensor
 
@@ -364,41 +374,18 @@ class _Reverse:
         statistics = visible_statistics(model, update=bool(costate.statistics))
         scratched = Scratch(self.plant, self.blocks)
         with kernels, statistics, scratched as scratch, ExitStack() as stack:
-            blind = bool(chunk.graphs) and self.plant.slots_alone(
-                self.trajectory.schedule, self.controls
-            )
-            small = 0 if self.tight else SMALL_STATES
-            folded = slots_alone = None
-            if blind and product == "exact" and self._folds(chunk):
-                folded = stack.enter_context(_Folded(self, chunk))
-            elif blind:
-                slots_alone = _Rebuilt(chunk.slots, self._slots_after(chunk), apart, small)
-            rebuilt = _Rebuilt(chunk.states, self._state_after(chunk), apart, small)
-            if chunk.owned:
-                chunk.states.clear()
+            whole, alone = self._sources(chunk, product, apart, stack)
             for i in reversed(range(chunk.start, chunk.stop)):
                 gradients = chunk.gradients[i - chunk.start]
                 graph = chunk.graphs.pop(i, None)
-                thetas: Sequence[Tensor | None]
-                after = None
-                if folded is not None:
-                    slots, after = folded.before[i], folded.before[i + 1]
-                    thetas, theta = [None] * len(slots), partial(folded.theta, i)
-                elif slots_alone is not None and graph is not None and product == "exact":
-                    slots = slots_alone.take(i)
-                    thetas = [None] * len(slots)
-                    theta = partial(self._rebuilt_theta, chunk, i)
-                else:
-                    states = rebuilt.take(i)
-                    slots = [s.optimizer for s in states]
-                    given = [s.parameters for s in states]
-                    thetas, theta = given, partial(list, given)
-                    del states, given
+                source = whole if graph is None or alone is None else alone
+                before = source.take(i)
                 costate, gradient_costates = self._pull_through_optimizer(
-                    i, thetas, slots, gradients, costate, after
+                    i, before, gradients, costate
                 )
-                if folded is not None:
-                    folded.off(i)
+                theta = before.theta
+                del before
+                source.done(i)
                 point = StepPoint(
                     theta,
                     self.trajectory.buffers[i],
@@ -409,11 +396,34 @@ class _Reverse:
                     owned=chunk.owned and i not in verify,
                     loss=self.trajectory.losses[i],
                 )
-                del slots, thetas, theta, graph  # the product needs the parameters at most
+                del theta, graph  # the product needs the parameters at most
                 costate = self._pull_through_gradient(
                     i, scratch, point, costate, gradient_costates, product, i in verify
                 )
         held.append(costate)
+
+    def _sources(
+        self, chunk: Chunk, product: Product, apart: int, stack: ExitStack
+    ) -> tuple[Source, Source | None]:
+        """Of the states of every step; of those whose graph is kept, if these need less."""
+        small = 0 if self.tight else SMALL_STATES
+        alone: Source | None = None
+        schedule = self.trajectory.schedule
+        if chunk.graphs and product == "exact" and self.plant.slots_alone(schedule, self.controls):
+            theta = partial(self._rebuilt_theta, chunk)
+            fold = self.dynamics.fold
+            if fold is not None and self._folds(chunk, fold):
+                start, gradients = chunk.start, chunk.gradients
+                moved = partial(self._moved, chunk)
+                folded = Folded(fold, start, chunk.slots[start], gradients, moved, theta)
+                alone = stack.enter_context(folded)
+            else:
+                rebuilt = Rebuilt(chunk.slots, self._slots_after(chunk), apart, small)
+                alone = SlotsAlone(rebuilt, theta)
+        whole = Whole(Rebuilt(chunk.states, self._state_after(chunk), apart, small))
+        if chunk.owned:
+            chunk.states.clear()
+        return whole, alone
 
     def _pull_through_gradient(
         self,
@@ -527,17 +537,11 @@ class _Reverse:
     def _pull_through_optimizer(
         self,
         i: int,
-        thetas: Sequence[Tensor | None],
-        slots: Sequence[Any],
+        before: Before,
         gradients: Sequence[Tensor | None],
         costate: Costate,
-        after: Sequence[Any] | None = None,
     ) -> tuple[Costate, list[Tensor | None]]:
-        """(λ_θ and λ_h of step i but for the loss's part, λ_g), and adds to dJ/du_i.
-
-        thetas: per block, None where Φ does not look at θ. after: the optimizer's states after the
-        step, which lie where the gradients lay.
-        """
+        """(λ_θ and λ_h of step i but for the loss's part, λ_g), and adds to dJ/du_i."""
         values = self._values(i)
         sigma = values.get("noise", 0.0)
         steered = "noise" in self.controls
@@ -558,18 +562,11 @@ class _Reverse:
                 optimizer.append(of_slots)
                 of_gradients.append(None)
                 continue
-            before, left, of_g = self._pull_block(
-                i,
-                b,
-                thetas[b],
-                slots[b],
-                g.detach(),
-                of_theta,
-                of_slots,
-                None if after is None else after[b],
+            of_theta, of_slots, of_g = self._pull_block(
+                i, b, before, g.detach(), of_theta, of_slots
             )
-            parameters.append(before)
-            optimizer.append(left)
+            parameters.append(of_theta)
+            optimizer.append(of_slots)
             of_gradients.append(of_g)
         if changed:
             pairs = [
@@ -596,12 +593,10 @@ class _Reverse:
         self,
         i: int,
         b: int,
-        theta: Tensor | None,
-        slots: Any,
+        before: Before,
         g: Tensor,
         of_theta: Tensor | None,
         of_slots: list[Tensor | None],
-        after: Any = None,
     ) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:
         """λ_θ, λ_h and λ_ĝ of one block before Φ; of_slots: [] where nothing depends on them."""
         if of_theta is None and all(t is None for t in of_slots):
@@ -610,8 +605,10 @@ class _Reverse:
         dynamics = self.dynamics
         group = self.plant.optimizer.param_groups[block.group]
         values = self._group_values(i, block.group)
+        theta, slots = before.thetas[b], before.slots[b]
         closed = None
-        if after is not None and dynamics.fold is not None:
+        if before.after is not None and dynamics.fold is not None:
+            after = before.after[b]
             closed = dynamics.fold.pull_back(
                 group, values, slots, after, of_theta, of_slots, wanted=self.controls
             )
@@ -640,20 +637,20 @@ class _Reverse:
                 for name in self.controls
                 if name != "noise"
             }
-            after = self._step(block, leaf, gradient, values | steered)
-        outputs, seeds = _paired([after], Costate([of_theta], [of_slots]))
+            moved = self._step(block, leaf, gradient, values | steered)
+        outputs, seeds = _paired([moved], Costate([of_theta], [of_slots]))
         if not outputs:
             return None, [], None
-        inputs = [*_tensors(leaf), gradient, *steered.values()]
+        inputs = [*float_tensors(leaf), gradient, *steered.values()]
         pulled: list[Tensor | None] = list(
             torch.autograd.grad(outputs, inputs, seeds, allow_unused=True)
         )
-        (before,), (left,) = _unflatten(pulled, [leaf])
+        (of_theta,), (of_slots,) = _unflatten(pulled, [leaf])
         of_g = pulled.pop(0)
         for name, p in zip(steered, pulled, strict=True):
             if p is not None:
                 self._add(i, name, block.group, p)
-        return before, left, of_g
+        return of_theta, of_slots, of_g
 
     def _add(self, i: int, name: str, group: int, pulled: Tensor) -> None:
         """Adds dJ/d(the group's value) to the derivative by the schedule's value."""
@@ -709,16 +706,12 @@ class _Reverse:
 
         return after
 
-    def _folds(self, chunk: Chunk) -> bool:
-        """Whether the optimizer's states of a chunk can take the place of its gradients.
-
-        Of slots alone; every graph is there.
-        """
-        fold, groups = self.dynamics.fold, self.plant.optimizer.param_groups
+    def _folds(self, chunk: Chunk, fold: Fold) -> bool:
+        """Whether the optimizer's states of a chunk, alone, can take the place of its gradients."""
+        groups = self.plant.optimizer.param_groups
         steps = range(chunk.start, chunk.stop)
         return (
-            fold is not None
-            and len(chunk.graphs) == len(steps)
+            len(chunk.graphs) == len(steps)
             and self.trajectory.diverged is None
             and not self._clips
             and "noise" not in self.controls
@@ -730,9 +723,19 @@ class _Reverse:
             )
         )
 
+    def _moved(
+        self, chunk: Chunk, i: int
+    ) -> Iterator[tuple[int, Mapping[str, Any], dict[str, Any]]]:
+        """(index of a block that step i moved, its parameter group, the controls it had)."""
+        gradients = chunk.gradients[i - chunk.start]
+        for b, (block, g) in enumerate(zip(self.blocks, gradients, strict=True)):
+            if g is not None:
+                group = self.plant.optimizer.param_groups[block.group]
+                yield b, group, self._group_values(i, block.group)
+
     def _rebuilt_theta(self, chunk: Chunk, i: int) -> list[Tensor]:
         """θ_i, for once: of a graph that was lost."""
-        states = _Rebuilt(chunk.states, self._state_after(chunk)).take(i)
+        states = Rebuilt(chunk.states, self._state_after(chunk)).take(i)
         return [s.parameters for s in states]
 
     # segment > 1 ---------------------------------------------------------------------------------
@@ -771,7 +774,7 @@ class _Reverse:
                     # the way through θ_i too; an alias is used by the steps that follow only.
                     states = [_alias(s) for s in states]
                     statistics = {n: b.view_as(b) for n, b in statistics.items()}
-                    parts = [t for s in states for t in _tensors(s)]
+                    parts = [t for s in states for t in float_tensors(s)]
                     thetas[i] = {id(s.parameters) for s in states}
                     intermediate.append([*parts, *statistics.values()])
                 flats = [s.parameters for s in states]
@@ -811,9 +814,9 @@ class _Reverse:
                 seeds.append(costate.statistics[name])
         if not outputs:
             return Costate(
-                [None] * len(leaves), [[None] * (len(_tensors(s)) - 1) for s in leaves], {}
+                [None] * len(leaves), [[None] * (len(float_tensors(s)) - 1) for s in leaves], {}
             )
-        first = [t for s in leaves for t in _tensors(s)]
+        first = [t for s in leaves for t in float_tensors(s)]
         wanted = [
             *first,
             *first_statistics.values(),
@@ -956,106 +959,6 @@ class _Reverse:
         return result
 
 
-class _Rebuilt(Generic[States]):
-    """The states of a window in reverse order, rebuilt from the kept ones by `after`.
-
-    A state costs the memory of parameters and optimizer slots, `after` a few elementwise passes.
-    Where all states up to the one asked for take no more than `small` bytes, or are no more than
-    `apart`, all are kept on the way there; otherwise only those at 2/3 of the way, at 2/3 of the
-    rest, and so on, which bounds them by log3 K + 1 at about log3 K passes a step (recursive
-    checkpointing, Griewank 1992).
-    """
-
-    def __init__(
-        self,
-        kept: Mapping[int, States],
-        after: Callable[[int, States], States],
-        apart: int = 0,
-        small: int = 0,
-    ) -> None:
-        self.states = dict(kept)
-        self.after = after
-        first = next(iter(kept.values()))
-        self.size = sum(t.numel() * t.element_size() for s in first for t in _tensors(s))
-        self.affordable = max(1, apart, small // max(1, self.size))
-
-    def take(self, i: int) -> States:
-        """The states of step i; those of later steps must have been taken."""
-        start = max(k for k in self.states if k <= i)
-        states = self.states[start]
-        milestone = start
-        for k in range(start, i):
-            states = self.after(k, states)
-            if i - start <= self.affordable or 3 * (k + 1 - milestone) >= 2 * (i - milestone):
-                milestone = k + 1
-                self.states[k + 1] = states
-        return self.states.pop(i)
-
-
-class _Folded:
-    """The optimizer's states of a chunk, in the memory of its gradients.
-
-    before: index of a step -> the states before it, and after the last. A gradient comes back, to
-    rounding, when its step was pulled through (`off`), and all of them in the end.
-    """
-
-    def __init__(self, reverse: _Reverse, chunk: Chunk) -> None:
-        fold = reverse.dynamics.fold
-        assert fold is not None
-        self.reverse, self.chunk, self.fold = reverse, chunk, fold
-        self.before: dict[int, list[Any]] = {chunk.start: chunk.slots[chunk.start]}
-        self.stop = chunk.start  # of the steps whose gradients are folded
-
-    def __enter__(self) -> _Folded:
-        try:
-            self._onto(self.chunk.stop)
-        except BaseException:
-            self.off(self.chunk.start)
-            raise
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.off(self.chunk.start)
-
-    def off(self, first: int) -> None:
-        """Gives the gradients from step `first` on back."""
-        while self.stop > first:
-            i, after = self.stop - 1, self.before.pop(self.stop)
-            for b, group, values in self._active(i):
-                self.fold.off(group, values, after[b], self.before[i][b])
-            self.stop = i
-
-    def theta(self, i: int) -> list[Tensor]:
-        """θ_i, for once: of a graph that was lost. Gradients of later steps must be back."""
-        self.off(self.chunk.start)
-        theta = self.reverse._rebuilt_theta(self.chunk, i)
-        self._onto(i)
-        return theta
-
-    def _onto(self, stop: int) -> None:
-        for i in range(self.stop, stop):
-            gradients = self.chunk.gradients[i - self.chunk.start]
-            after = list(self.before[i])
-            for b, group, values in self._active(i):
-                g = gradients[b]
-                assert g is not None
-                after[b] = self.fold.onto(group, values, g, after[b])
-            self.before[i + 1] = after
-            self.stop = i + 1
-
-    def _active(self, i: int) -> Iterator[tuple[int, Mapping[str, Any], dict[str, Any]]]:
-        """(index of a block that step i moved, its parameter group, the controls it had)."""
-        reverse, gradients = self.reverse, self.chunk.gradients[i - self.chunk.start]
-        for b, (block, g) in enumerate(zip(reverse.blocks, gradients, strict=True)):
-            if g is not None:
-                group = reverse.plant.optimizer.param_groups[block.group]
-                yield b, group, reverse._group_values(i, block.group)
-
-
-SMALL_STATES = 8 * 2**20
-"""Bytes of rebuilt states that are kept at a time without a thought."""
-
-
 def _leaf_state(state: BlockState) -> BlockState:
     return BlockState(
         state.parameters.detach().requires_grad_(),
@@ -1075,13 +978,6 @@ def _alias(state: BlockState) -> BlockState:
     return BlockState(state.parameters.view_as(state.parameters), type(state.optimizer)(*slots))
 
 
-def _tensors(state: Any) -> list[Tensor]:
-    """θ first, then the optimizer's floating-point slots, in their order; or those slots alone."""
-    if isinstance(state, BlockState):
-        return [state.parameters, *_tensors(state.optimizer)]
-    return [v for v in state if isinstance(v, Tensor) and v.is_floating_point()]
-
-
 def _paired(
     states: Sequence[BlockState], costate: Costate
 ) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -1091,7 +987,7 @@ def _paired(
     for state, of_parameters, of_optimizer in zip(
         states, costate.parameters, costate.optimizer, strict=True
     ):
-        theta, *slots = _tensors(state)
+        theta, *slots = float_tensors(state)
         # At the window's end nothing depends on the optimizer's state, whatever its length.
         of_slots = of_optimizer or [None] * len(slots)
         for tensor, seed in zip([theta, *slots], [of_parameters, *of_slots], strict=True):
@@ -1109,7 +1005,7 @@ def _unflatten(
     optimizer: list[list[Tensor | None]] = []
     for leaf in leaves:
         parameters.append(pulled.pop(0))
-        optimizer.append([pulled.pop(0) for _ in _tensors(leaf)[1:]])
+        optimizer.append([pulled.pop(0) for _ in float_tensors(leaf)[1:]])
     return parameters, optimizer
 
 

@@ -132,10 +132,9 @@ def _ours(arguments: Sequence[Any], hidden: int) -> _Call | None:
     if len(arguments) != 9:
         return None
     packed = isinstance(arguments[1], Tensor) and arguments[1].dtype == torch.int64
-    if packed:  # (data, batch sizes, …) without batch_first
-        x, batch_sizes, *rest = *arguments, False
-    else:
-        x, *rest = arguments
+    x, rest = arguments[0], list(arguments[1:])
+    if packed:  # (data, batch sizes, …), without batch_first
+        rest = [*rest[1:], False]
     states, weights, has_bias, layers, dropout, training, bidirectional, batch_first = rest
     states = [states] if isinstance(states, Tensor) else list(states)
     per_cell = 4 if has_bias else 2
@@ -151,7 +150,7 @@ def _ours(arguments: Sequence[Any], hidden: int) -> _Call | None:
     if not plain(*tensors) or not any(t.requires_grad for t in tensors):
         return None
     cells = [weights[n * per_cell : (n + 1) * per_cell] for n in range(count)]
-    packing = _Packing(batch_sizes, x.device) if packed else None
+    packing = _Packing(arguments[1], x.device) if packed else None
     return _Call(x, states, cells, layers, dropout, training, bidirectional, batch_first, packing)
 
 
