@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from rhc.hypergradient.kernels import matrices
 from rhc.hypergradient.kernels.common import (
     Grads,
     Sweep,
@@ -52,7 +53,7 @@ class _Linear(Function):
         # Of a first layer, whose input is data, nobody asks for the weight again.
         ctx.save_for_backward(x, w if ctx.needs_input_grad[0] else None)
         ctx.leaves = leaves
-        return _linear(x, w, b)
+        return matrices.linear(x, w, b)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> Grads:
@@ -68,8 +69,8 @@ def _linear_backward(
 ) -> Grads:
     rows = gy.reshape(-1, gy.shape[-1])
     return (
-        gy @ w if need_x and w is not None else None,
-        rows.t() @ x.reshape(-1, x.shape[-1]) if need_w else None,
+        matrices.product(gy, w) if need_x and w is not None else None,
+        matrices.product(rows.t(), x.reshape(-1, x.shape[-1])) if need_w else None,
         rows.sum(0) if need_b else None,
     )
 
@@ -105,18 +106,20 @@ class _LinearBackward(Function):
         ggy = None
         if need_gy:
             if vw is not None:
-                ggy = _linear(x, vw, vb)
+                ggy = matrices.linear(x, vw, vb)
             elif vb is not None:
                 ggy = vb.expand_as(gy)
             if vx is not None and ggy is not None and vw is not None and not tracked():
                 # In place, which saves a pass over the largest tensor of the layer.
-                ggy.view(-1, ggy.shape[-1]).addmm_(vx.reshape(-1, vx.shape[-1]), w.t())
+                rows = ggy.view(-1, ggy.shape[-1])
+                matrices.add_product(rows, vx.reshape(-1, vx.shape[-1]), w.t())
             elif vx is not None:
-                ggy = total(ggy, vx @ w.t())
-        gx = gy @ vw if need_x and vw is not None else None
+                ggy = total(ggy, matrices.product(vx, w.t()))
+        gx = matrices.product(gy, vw) if need_x and vw is not None else None
         gw = None
         if need_w and vx is not None:
-            gw = gy.reshape(-1, gy.shape[-1]).t() @ vx.reshape(-1, vx.shape[-1])
+            rows = gy.reshape(-1, gy.shape[-1])
+            gw = matrices.product(rows.t(), vx.reshape(-1, vx.shape[-1]))
         return ggy, gx, gw, None, None, None, None
 
 

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import _VF, Tensor
 from torch.autograd import Function
 
+from rhc.hypergradient.kernels import matrices
 from rhc.hypergradient.kernels.common import Grads, Sweep, nothing, plain, tracked
 from rhc.hypergradient.kernels.layers import affine
 
@@ -194,15 +195,16 @@ def _along_weights(t: Tensor | None, h: Tensor, v_w: Tensor | None) -> Tensor | 
     if v_w is None:
         return t
     if t is None:
-        return h[:-1] @ v_w.t()
+        return matrices.product(h[:-1], v_w.t())
     rows = h[:-1].flatten(0, 1)
     flat = t if t.dim() == 1 else t.flatten(0, 1)
-    return torch.addmm(flat, rows, v_w.t()).unflatten(0, (len(h) - 1, -1))
+    return matrices.sum_of(flat, rows, v_w.t()).unflatten(0, (len(h) - 1, -1))
 
 
 def _weight_gradient(along: Tensor, h: Tensor) -> Tensor:
     """Σ along hᵀ over rows and positions: (T, B, n), (T, B, H) -> (n, H)."""
-    return along.reshape(-1, along.shape[-1]).t() @ h.reshape(-1, h.shape[-1])
+    rows = along.reshape(-1, along.shape[-1])
+    return matrices.product(rows.t(), h.reshape(-1, h.shape[-1]))
 
 
 def _before(t: Tensor) -> Tensor:
@@ -401,7 +403,7 @@ class _LstmBackward(Function):
         ).flatten(2)
         of_tanh = torch.addcmul(_sigmoid_backward(a_o, o), k[1:] * o, tanh_c, value=-2)
         b_c = _after(_tanh_backward(dh * of_tanh, tanh_c)) + _before(_sigmoid_backward(dc * a_f, f))
-        b_h = None if v_w is None else _before(dz @ v_w)
+        b_h = None if v_w is None else _before(matrices.product(dz, v_w))
         b_w = _weight_gradient(dz, e[:-1]) if ctx.needs_input_grad[5] else None
         need_h, need_c = ctx.needs_input_grad[:2]
         return (
@@ -657,7 +659,7 @@ class _GruBackward(Function):
         dp = _thrice(dh) * first if v_w is not None or ctx.needs_input_grad[4] else None
         if v_w is not None:
             assert dp is not None
-            b_h = b_h + dp @ v_w
+            b_h = b_h + matrices.product(dp, v_w)
         b_w = None
         if ctx.needs_input_grad[4]:
             assert dp is not None
@@ -803,7 +805,7 @@ class _RnnBackward(Function):
             every_a.append(a)
             every_e.append(e)
         e = torch.stack(every_e)
-        b_h = None if v_w is None else _before(dz @ v_w)
+        b_h = None if v_w is None else _before(matrices.product(dz, v_w))
         if not ctx.relu:
             of_slopes = torch.stack(every_a).mul(dh) * h[1:] * -2
             b_h = _at(b_h, _after(of_slopes))
