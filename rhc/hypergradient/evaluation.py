@@ -30,6 +30,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from rhc.batches import MicroBatches
 from rhc.distributed import Shard, SyncBatchNorm, settle
+from rhc.hypergradient import kernels
 from rhc.hypergradient.kernels import (
     LEAST_VALUED,
     LEAST_VALUELESS,
@@ -405,6 +406,23 @@ def double_backward(
             least = LEAST_VALUED if valued else LEAST_VALUELESS
             stack.enter_context(light_second_order(least))
         yield
+
+
+@contextmanager
+def fast_gradients(model: nn.Module) -> Iterator[None]:
+    """Kernels for gradients beside the roll's, where such are faster than torch's own.
+
+    Not of a compiled model: dynamo would compile it again for other functions.
+    """
+    if any(is_compiled(m) for m in model.modules()):
+        yield
+        return
+    with kernels.fast_gradients():
+        yield
+
+
+def is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def is_recurrent(model: nn.Module) -> bool:

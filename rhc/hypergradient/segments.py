@@ -37,6 +37,7 @@ from rhc.hypergradient.evaluation import (
     Evaluation,
     Scratch,
     double_backward,
+    fast_gradients,
     gradients_by_backward,
     visible_statistics,
 )
@@ -367,8 +368,8 @@ class _Reverse:
     ) -> None:
         """apart: how many steps the kept states lie apart; 0 for one state."""
         model, costate = self.plant.model, held.pop()
-        # Difference products need no double backward, and keep the model's own kernels.
-        kernels = double_backward(model) if product == "exact" else nullcontext()
+        # Difference products need no double backward, and keep most of the model's own kernels.
+        kernels = double_backward(model) if product == "exact" else fast_gradients(model)
         if product == "forward-over-reverse":
             kernels = double_backward(model, light=False)
         statistics = visible_statistics(model, update=bool(costate.statistics))

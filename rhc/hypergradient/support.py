@@ -21,6 +21,7 @@ from rhc.hypergradient.evaluation import (
     OnceDifferentiable,
     double_backward,
     graph_nodes,
+    is_compiled,
     mean_loss,
     once_differentiable_function,
     tensors_of,
@@ -82,7 +83,7 @@ def missing(error: BaseException, plant: Plant, batch: Any, product: Product) ->
         return None
     where = failing_module(plant, batch, product) or "loss_fn, outside any module"
     if operator == "aot_autograd":
-        compiled = [n or "the model" for n, m in plant.model.named_modules() if _compiled(m)]
+        compiled = [n or "the model" for n, m in plant.model.named_modules() if is_compiled(m)]
         where = compiled[0] if compiled else where
     mend = _MENDS.get(operator, "use another operator there")
     if isinstance(error, OnceDifferentiable):
@@ -194,7 +195,3 @@ def _forward_over_reverse(module: nn.Module, args: Any, kwargs: Any, output: Any
 
 def _square(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([t.float().square().sum() for t in tensors]).sum()
-
-
-def _compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None

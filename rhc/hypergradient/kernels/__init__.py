@@ -13,7 +13,7 @@ Measured on the models of benchmarks/models.py: docs/log.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,18 +22,21 @@ from torch import _VF
 
 from rhc.hypergradient.kernels import layers, normalisation, recurrent
 from rhc.hypergradient.kernels.common import Sweep, functions_allowed, valueless_gradients
+from rhc.hypergradient.kernels.matrices import onednn_is_faster
 from rhc.hypergradient.kernels.normalisation import moved_statistics
 
 __all__ = [
     "LEAST_VALUED",
     "LEAST_VALUELESS",
     "REPLACED",
+    "fast_gradients",
     "functions_allowed",
     "light_second_order",
     "moved_statistics",
     "valueless_gradients",
 ]
 
+LEAST_FIRST_ORDER = 2**23
 LEAST_VALUELESS = 2**21
 LEAST_VALUED = 2**24
 """Multiplications of a linear layer from which on its kernel here is faster than torch's, where the
@@ -59,18 +62,40 @@ REPLACED: list[tuple[Any, str, Callable[..., Any]]] = [
 
 
 @contextmanager
+def fast_gradients() -> Iterator[None]:
+    """Linear layers whose gradient is faster than torch's, where there are such; else torch's own.
+
+    For gradients that are taken beside the roll's: at other parameters, so that their rounding is
+    another anyway.
+    """
+    if not onednn_is_faster():
+        yield
+        return
+    with _in_place_of([(F, "linear", layers.linear)], LEAST_FIRST_ORDER):
+        yield
+
+
+@contextmanager
 def light_second_order(least: int = 0) -> Iterator[None]:
     """The functions of this package in place of torch's.
 
     least: linear layers of fewer multiplications stay torch's own.
     """
-    before = [getattr(owner, name) for owner, name, _ in REPLACED]
+    with _in_place_of(REPLACED, least):
+        yield
+
+
+@contextmanager
+def _in_place_of(
+    replaced: Sequence[tuple[Any, str, Callable[..., Any]]], least: int
+) -> Iterator[None]:
+    before = [getattr(owner, name) for owner, name, _ in replaced]
     least, Sweep.least = Sweep.least, least
-    for owner, name, function in REPLACED:
+    for owner, name, function in replaced:
         setattr(owner, name, function)
     try:
         yield
     finally:
         Sweep.least = least
-        for (owner, name, _), function in zip(REPLACED, before, strict=True):
+        for (owner, name, _), function in zip(replaced, before, strict=True):
             setattr(owner, name, function)
