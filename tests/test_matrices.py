@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import rhc
+from rhc.hypergradient import Hypergradient
 from rhc.hypergradient.evaluation import fast_gradients
 from rhc.hypergradient.kernels import matrices
 
@@ -27,6 +28,7 @@ needs_onednn = pytest.mark.skipif(
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """oneDNN takes whatever it can, on any machine; here is what it was called for."""
     made: list[str] = []
+    assert matrices._works()
 
     class Noted:
         def __init__(self, operator: Any) -> None:
@@ -41,6 +43,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         _linear_pointwise = Noted(torch.ops.mkldnn._linear_pointwise)
 
     monkeypatch.setattr(matrices, "LEAST", 1)
+    monkeypatch.setattr(matrices, "FEWEST", 1)
     monkeypatch.setattr(matrices, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(torch.ops, "mkldnn", Namespace)
     yield made
@@ -60,13 +63,18 @@ LAYOUTS: dict[str, Callable[[int, int], Tensor]] = {
 }
 
 
+ROWS = {1: (1,), 6: (6,), 7: (4, 2, 1), 8: (8,), 13: (8, 4, 1), 31: (16, 8, 4)}
+"""Rows -> how many go to oneDNN at a time; the rest goes to MKL."""
+
+
 @needs_onednn
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("of_b", LAYOUTS)
 @pytest.mark.parametrize("of_a", LAYOUTS)
-def test_products_are_torchs(of_a: str, of_b: str, calls: list[str]) -> None:
+def test_products_are_torchs(of_a: str, of_b: str, rows: int, calls: list[str]) -> None:
     """1e-6: a dozen roundings of 6e-8."""
-    a, b = LAYOUTS[of_a](6, 5), LAYOUTS[of_b](5, 4)
-    bias, total = matrix(4, seed=1), matrix(6, 4, seed=2)
+    a, b = LAYOUTS[of_a](rows, 5), LAYOUTS[of_b](5, 4)
+    bias, total = matrix(4, seed=1), matrix(rows, 4, seed=2)
     before = total.clone()
     exact = a.double() @ b.double()
     with torch.no_grad():
@@ -74,7 +82,9 @@ def test_products_are_torchs(of_a: str, of_b: str, calls: list[str]) -> None:
             (matrices.product(a, b), exact),
             (matrices.linear(a, b.t()), exact),
             (matrices.linear(a, b.t(), bias), exact + bias),
-            (matrices.product(a.expand(2, 6, 5), b), exact.expand(2, 6, 4)),
+            (matrices.product(a.unsqueeze(0), b), exact.unsqueeze(0)),
+            (matrices.over_rows(a, total), a.double().t() @ total.double()),
+            (matrices.over_rows(total.unsqueeze(1), a), total.double().t() @ a.double()),
             (matrices.linear(a, b.t(), bias[:1].expand(4)), exact + bias[0]),
             (matrices.linear(a, b.t(), matrix(8)[::2]), exact + matrix(8)[::2]),
             (matrices.sum_of(total, a, b), exact + total),
@@ -86,7 +96,7 @@ def test_products_are_torchs(of_a: str, of_b: str, calls: list[str]) -> None:
     for found, expected in pairs:
         assert found.shape == expected.shape and found.dtype == torch.float32
         assert relative_error(found, expected) < 1e-6
-    assert len(calls) == len(pairs)
+    assert len(calls) == len(pairs) * len(ROWS[rows])
 
 
 @needs_onednn
@@ -113,6 +123,7 @@ def test_what_stays_torchs_own(calls: list[str], monkeypatch: pytest.MonkeyPatch
         matrices.product(a, b)
         matrices.linear(a, b.t())
         matrices.sum_of(matrix(6, 4).to(a.dtype), a, b)
+        matrices.over_rows(a, matrix(6, 4).to(a.dtype))
         return bool(calls)
 
     assert not called()  # where a graph is made there is no derivative
@@ -130,6 +141,16 @@ def test_what_stays_torchs_own(calls: list[str], monkeypatch: pytest.MonkeyPatch
         assert not called()
         monkeypatch.setattr(matrices, "LEAST", 6 * 5 * 4)
         assert called()
+        monkeypatch.setattr(matrices, "FEWEST", 7)
+        assert not called()
+        monkeypatch.setattr(matrices, "FEWEST", 6)
+        assert called()
+        with matrices.torchs_own():
+            assert not called()
+            with matrices.torchs_own(False):
+                assert not called()
+        with matrices.torchs_own(False):
+            assert called()
         a, b = a.double(), b.double()
         assert not called()
 
@@ -151,30 +172,31 @@ def test_what_decides_is_the_machine(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    monkeypatch.setattr(matrices, "_works", lambda: True)
-    assert matrices.onednn_is_faster.__wrapped__() == faster
+    there = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    assert matrices.onednn_is_faster.__wrapped__() == (faster and there)
 
 
 @needs_onednn
 def test_an_operator_that_changes_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert matrices._works()
+    works = matrices._works.__wrapped__
+    assert works()
     own = torch.ops.mkldnn._linear_pointwise
 
     class Namespace:
         pass
 
     monkeypatch.setattr(torch.ops, "mkldnn", Namespace)
-    assert not matrices._works()
+    assert not works()
     Namespace._linear_pointwise = staticmethod(lambda x, w, b: own(x, w, b, "none", [], ""))  # type: ignore[attr-defined]
-    assert not matrices._works()
+    assert not works()
     Namespace._linear_pointwise = staticmethod(lambda x, w, b, *_: own(x, w, None, "none", [], ""))  # type: ignore[attr-defined]
-    assert not matrices._works()
+    assert not works()
 
 
-def hypergradient(model: nn.Module, product: Any) -> Tensor:
+def hypergradient(model: nn.Module, product: Any, budget: int | None = None) -> Hypergradient:
     draw = torch.Generator().manual_seed(1)
     batches = [torch.randn(64, 300, generator=draw) for _ in range(5)]
-    found = rhc.hypergradient(
+    return rhc.hypergradient(
         model,
         torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
         lambda m, x: m(x).square().mean(),
@@ -182,7 +204,11 @@ def hypergradient(model: nn.Module, product: Any) -> Tensor:
         controls={"lr": 0.1, "momentum": 0.9},
         terminal=lambda m: m(batches[4]).square().mean(),
         product=product,
+        memory_budget=budget,
     )
+
+
+def flat(found: Hypergradient) -> Tensor:
     return torch.cat(list(found.grad.values()))
 
 
@@ -197,29 +223,79 @@ def network() -> nn.Sequential:
 def test_hypergradients_with_it(product: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """1e-3: √ε of float32, which a difference leaves, a few times; an exact one loses 1e-6."""
     monkeypatch.setattr(matrices, "onednn_is_faster", lambda: False)
-    expected = hypergradient(network(), product)
+    expected = flat(hypergradient(network(), product))
     monkeypatch.undo()
     made: list[int] = []
-    original = matrices.linear
+    original = matrices._onednn
 
     def noted(*arguments: Any) -> Tensor:
         made.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr("rhc.hypergradient.kernels.onednn_is_faster", lambda: True)
     monkeypatch.setattr(matrices, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(matrices, "linear", noted)
-    found = hypergradient(network(), product)
+    monkeypatch.setattr(matrices, "FEWEST", 1)
+    monkeypatch.setattr(matrices, "_onednn", noted)
+    found = flat(hypergradient(network(), product))
     assert made
     assert relative_error(found, expected) < (1e-5 if product == "exact" else 1e-3)
 
 
 def test_a_compiled_model_keeps_its_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     """For others dynamo would compile it again."""
-    monkeypatch.setattr("rhc.hypergradient.kernels.onednn_is_faster", lambda: True)
+    monkeypatch.setattr(matrices, "onednn_is_faster", lambda: True)
     own = F.linear
     with fast_gradients(network()):
         assert F.linear is not own
     with fast_gradients(torch.compile(network())):  # type: ignore[arg-type]
         assert F.linear is own
     assert F.linear is own
+
+
+@needs_onednn
+def test_what_it_would_keep_is_known_beforehand(calls: list[str]) -> None:
+    """A kernel for a layer forwards, whoever's bias it has, and one for each of its gradients."""
+    w, x, gy = matrix(4, 5), matrix(2, 8, 5), matrix(2, 8, 4)
+    with torch.no_grad(), matrices.torchs_own(), matrices.noted() as kept:
+        assert kept() == 0
+        for _ in range(2):
+            matrices.linear(x, w, matrix(4))
+            matrices.add_product(gy.clone().flatten(0, 1), x.flatten(0, 1), w.t())
+            matrices.product(gy, w)
+            matrices.over_rows(gy, x)
+        assert kept() == matrices.CODE + 3 * matrices.KERNEL
+    assert not calls
+
+
+def test_rows_of_any_number_take_few_kernels() -> None:
+    sizes = {n for rows in range(1, 100_000) for n in matrices._powers(rows, matrices.FEWEST)}
+    assert len(sizes) < 2 * 17 and min(sizes) == matrices.FEWEST
+    for rows in range(1, 5000):
+        parts = matrices._powers(rows, matrices.FEWEST)
+        assert len(parts) <= matrices.MOST_PARTS and sum(parts) <= rows
+        assert rows < matrices.FEWEST or sum(parts) > rows * 7 / 8 - matrices.FEWEST
+
+
+@needs_onednn
+def test_a_budget_without_room_for_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one with room counts them."""
+    monkeypatch.setattr(matrices, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(matrices, "FEWEST", 1)
+    used: list[bool] = []
+    own = matrices._onednn
+
+    def noted(*arguments: Any) -> Tensor:
+        used.append(True)
+        return own(*arguments)
+
+    monkeypatch.setattr(matrices, "_onednn", noted)
+    plans = {}
+    for megabytes in (4, 400):
+        used.clear()
+        plan = hypergradient(network(), "exact", megabytes * 10**6).plan
+        assert plan is not None and plan.onednn == bool(used) == (megabytes == 400)
+        plans[megabytes] = plan
+    assert plans[400].fits and plans[400].predicted_bytes is not None
+    monkeypatch.setattr(matrices, "onednn_is_faster", lambda: False)
+    without = hypergradient(network(), "exact", 400 * 10**6).plan
+    assert without is not None and without.predicted_bytes is not None
+    assert plans[400].predicted_bytes > without.predicted_bytes + matrices.CODE

@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from rhc.hypergradient.evaluation import (
     Evaluation,
     has_statistics,
 )
+from rhc.hypergradient.kernels import matrices
 from rhc.hypergradient.plan import (
     Plan,
     Sizes,
@@ -203,20 +205,30 @@ class Lookback:
         spill = self.spill is not False
         budget = self.memory_budget
         on_cpu = self.plant.parameters[0].device.type == "cpu"
-        sizes = self._measured(batch, product)
-        allocated = budget
-        if budget is not None and on_cpu:
-            allocated = max(0, int(HEAP * (budget + sizes.plain)) - sizes.plain)
-        if sizes.pieces is None and not (
-            allocated is None or keeps_whole(steps, product, sizes, allocated)
-        ):
-            sizes = self._measured_in_pieces(batch, product)
+        with matrices.torchs_own(budget is not None):
+            sizes = self._measured(batch, product)
+            allocated = budget
+            if budget is not None and on_cpu:
+                allocated = max(0, int(HEAP * (budget + sizes.plain)) - sizes.plain)
+            if sizes.pieces is None and not (
+                allocated is None or keeps_whole(steps, product, sizes, allocated)
+            ):
+                sizes = self._measured_in_pieces(batch, product)
         if not self.plant.slots_alone(scheduled, self.controls):
             sizes = replace(sizes, slots=0)
         folds = self.plant.folds(scheduled, self.controls) and _steady(scheduled)
         sizes = replace(sizes, folded=folds)
         most = None if self.held or not on_cpu else FRESH_GRAPHS
-        plan = make_plan(steps, product, sizes, allocated, spill=spill, graph_bytes=most)
+        planned = partial(make_plan, steps, product, sizes, spill=spill, graph_bytes=most)
+        plan = planned(allocated)
+        if allocated is not None:
+            # Kernels that stay with the process are the budget's, if it has room for them.
+            fast = planned(max(0, allocated - sizes.kernels))
+            assert fast.predicted_bytes is not None
+            if sizes.kernels and fast.fits and fast.pieces == 1:
+                plan = replace(fast, predicted_bytes=fast.predicted_bytes + sizes.kernels)
+            else:
+                plan = replace(plan, onednn=False)
         if on_cpu:
             assert plan.predicted_bytes is not None
             resident = int((plan.predicted_bytes + sizes.plain) / HEAP) - sizes.plain
@@ -242,7 +254,7 @@ class Lookback:
             self.plant, self.objective, plan, folder, blind=blind, ceiling=self._ceiling(plan)
         )
         try:
-            with recorder.kernels():
+            with matrices.torchs_own(not plan.onednn), recorder.kernels():
                 self.plant.roll(
                     batches,
                     schedule,
@@ -297,18 +309,19 @@ class Lookback:
                 found, end = _undefined(trajectory, self.controls), None
                 break
             try:
-                found, end = adjoint(
-                    self.plant,
-                    recorder,
-                    self.objective,
-                    self.controls,
-                    terminal=terminal,
-                    average=average.values,
-                    product=product,
-                    damping=damping,
-                    verify=self._verified(recorder) if check else (),
-                    exact=not self.exact_fails,
-                )
+                with matrices.torchs_own(not plan.onednn):
+                    found, end = adjoint(
+                        self.plant,
+                        recorder,
+                        self.objective,
+                        self.controls,
+                        terminal=terminal,
+                        average=average.values,
+                        product=product,
+                        damping=damping,
+                        verify=self._verified(recorder) if check else (),
+                        exact=not self.exact_fails,
+                    )
                 break
             except Disagreement as disagreement:
                 wasted += disagreement.products

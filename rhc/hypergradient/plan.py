@@ -49,7 +49,7 @@ class Sizes:
     plain training. slots: of the part of a state that a step whose graph is kept needs; 0 where
     that is all of it. folded: whether these may lie where the gradients lay. pieces: (n, product)
     of a product that takes a batch in n parts; None where that was not measured. plain: of one
-    gradient while it is evaluated.
+    gradient while it is evaluated. kernels: that a library of matrix products would keep.
     """
 
     parameters: int
@@ -60,6 +60,7 @@ class Sizes:
     folded: bool = False
     pieces: tuple[tuple[int, int], ...] | None = ()
     plain: int = 0
+    kernels: int = 0
 
     def __post_init__(self) -> None:
         if self.pieces is not None:  # lists, where they come from JSON
@@ -78,7 +79,8 @@ class Plan:
     gradient_equivalents: predicted cost of looking back, in gradient evaluations, terminal loss not
     counted. recomputed: of these, the steps that are rolled again. verified: steps at which a
     difference product is compared with an exact one. pieces: in how many parts a product takes the
-    rows of its batch.
+    rows of its batch. onednn: whether matrices may be multiplied by a library that keeps kernels of
+    its own.
     """
 
     steps: int
@@ -93,6 +95,7 @@ class Plan:
     recomputed: int = 0
     verified: int = 0
     pieces: int = 1
+    onednn: bool = True
     budget: int | None = None
     predicted_bytes: int | None = None
 

@@ -23,6 +23,7 @@ from rhc.hypergradient.evaluation import (
     tensors_of,
     visible_statistics,
 )
+from rhc.hypergradient.kernels import matrices
 from rhc.hypergradient.plan import FREE_GRAPHS, PIECES_COST, Sizes
 from rhc.hypergradient.products import Product, StepPoint, noting_precision, precision, pull_back
 from rhc.hypergradient.record import GraphMaker, TooMuch
@@ -56,12 +57,13 @@ def measure_sizes(
 
 class Measured(NamedTuple):
     """Bytes of a graph, of a product, (how many, of a product in so many parts) where that was
-    measured, of a gradient."""
+    measured, of a gradient, of what oneDNN would keep."""
 
     graph: int
     product: int = 0
     pieces: tuple[tuple[int, int], ...] | None = None
     plain: int = 0
+    kernels: int = 0
 
 
 def measure_pieces(plant: Plant, batch: Any, objective: Objective) -> tuple[tuple[int, int], ...]:
@@ -163,8 +165,9 @@ def _with_product(
     """The most that a Hessian product takes beyond one plain gradient. size: bytes of a graph."""
     if size <= FREE_GRAPHS:  # beside a small model the code of kernels counts, read the first time
         _one_product(plant, batch, objective, product)
-    taken, plain = _one_product(plant, batch, objective, product)
-    return Measured(size, taken, None, plain)
+    with matrices.noted() as kept:
+        taken, plain = _one_product(plant, batch, objective, product)
+    return Measured(size, taken, None, plain, kept())
 
 
 def _one_product(

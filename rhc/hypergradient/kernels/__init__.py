@@ -20,9 +20,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import _VF
 
-from rhc.hypergradient.kernels import layers, normalisation, recurrent
+from rhc.hypergradient.kernels import layers, matrices, normalisation, recurrent
 from rhc.hypergradient.kernels.common import Sweep, functions_allowed, valueless_gradients
-from rhc.hypergradient.kernels.matrices import onednn_is_faster
 from rhc.hypergradient.kernels.normalisation import moved_statistics
 
 __all__ = [
@@ -68,7 +67,7 @@ def fast_gradients() -> Iterator[None]:
     For gradients that are taken beside the roll's: at other parameters, so that their rounding is
     another anyway.
     """
-    if not onednn_is_faster():
+    if matrices.off() or not matrices.onednn_is_faster():
         yield
         return
     with _in_place_of([(F, "linear", layers.linear)], LEAST_FIRST_ORDER):

@@ -70,7 +70,7 @@ def _linear_backward(
     rows = gy.reshape(-1, gy.shape[-1])
     return (
         matrices.product(gy, w) if need_x and w is not None else None,
-        matrices.product(rows.t(), x.reshape(-1, x.shape[-1])) if need_w else None,
+        matrices.over_rows(gy, x) if need_w else None,
         rows.sum(0) if need_b else None,
     )
 
@@ -118,8 +118,7 @@ class _LinearBackward(Function):
         gx = matrices.product(gy, vw) if need_x and vw is not None else None
         gw = None
         if need_w and vx is not None:
-            rows = gy.reshape(-1, gy.shape[-1])
-            gw = matrices.product(rows.t(), vx.reshape(-1, vx.shape[-1]))
+            gw = matrices.over_rows(gy, vx)
         return ggy, gx, gw, None, None, None, None
 
 

@@ -203,8 +203,7 @@ def _along_weights(t: Tensor | None, h: Tensor, v_w: Tensor | None) -> Tensor | 
 
 def _weight_gradient(along: Tensor, h: Tensor) -> Tensor:
     """Σ along hᵀ over rows and positions: (T, B, n), (T, B, H) -> (n, H)."""
-    rows = along.reshape(-1, along.shape[-1])
-    return matrices.product(rows.t(), h.reshape(-1, h.shape[-1]))
+    return matrices.over_rows(along, h)
 
 
 def _before(t: Tensor) -> Tensor:
