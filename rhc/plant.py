@@ -594,16 +594,20 @@ class Plant:
     def folds(self, scheduled: Container[str], controls: Collection[str]) -> bool:
         """Whether the optimizer's states of a window can lie where its gradients lay.
 
-        As far as can be seen without the values of the controls.
+        As `slots_alone`; a Schedule says with which values, else those of the groups count.
         """
-        fold = self.dynamics.fold
+        fold, noisy, least = self.dynamics.fold, "noise" in controls, {}
+        if isinstance(scheduled, Schedule):
+            noisy = noisy or ("noise" in scheduled and bool(scheduled["noise"].any()))
+            if "momentum" in scheduled:
+                least = {"momentum": float(scheduled["momentum"].min())}
         return (
             fold is not None
             and self.slots_alone(scheduled, controls)
-            and "noise" not in controls
+            and not noisy
             and self.clip_norm is None
             and self.clip_value is None
-            and all(fold.covers(group, {}) for group in self.optimizer.param_groups)
+            and all(fold.covers(group, least) for group in self.optimizer.param_groups)
         )
 
     def block_slots(self, blocks: Sequence[Block]) -> list[Any]:

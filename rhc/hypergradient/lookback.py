@@ -216,8 +216,7 @@ class Lookback:
                 sizes = self._measured_in_pieces(batch, product)
         if not self.plant.slots_alone(scheduled, self.controls):
             sizes = replace(sizes, slots=0)
-        folds = self.plant.folds(scheduled, self.controls) and _steady(scheduled)
-        sizes = replace(sizes, folded=folds)
+        sizes = replace(sizes, folded=self.plant.folds(scheduled, self.controls))
         most = None if self.held or not on_cpu else FRESH_GRAPHS
         planned = partial(make_plan, steps, product, sizes, spill=spill, graph_bytes=most)
         plan = planned(allocated)
@@ -495,14 +494,6 @@ def _left_out(moving: Sequence[str]) -> str:
         f"buffers {names} change in training and count as constants of each step: what loss_fn "
         "reads of them (spectral_norm does) is left out of the hypergradient"
     )
-
-
-def _steady(scheduled: Container[str]) -> bool:
-    """Whether the steps draw no noise and all have momentum, as far as their values are known."""
-    if not isinstance(scheduled, Schedule):
-        return True
-    noisy = "noise" in scheduled and bool(scheduled["noise"].any())
-    return not noisy and ("momentum" not in scheduled or bool(scheduled["momentum"].all()))
 
 
 def _undefined(trajectory: Trajectory, controls: Sequence[str]) -> Adjoint:

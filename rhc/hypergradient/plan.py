@@ -240,14 +240,14 @@ def _kept(
     apart = math.isqrt(max(0, steps - 1)) + 1
     one = sizes.slots if sizes.slots and graphs == steps else sizes.state
     states = 2 * apart * one
-    if graphs == steps and sizes.slots and sizes.folded:
-        apart, states = 0, one
     # One state is what the window began with, which the caller keeps to go back to.
     fixed = steps * sizes.parameters + sizes.state + sizes.costates + sizes.product
     # A product without a graph does not find its room where the kept ones were: the heap has holes.
     fixed += graphs * sizes.graph
     most = max(FREE_STATES, min(MOST_STATES, steps * sizes.parameters))
-    if apart and (lean or (states > most if budget is None else fixed + states > budget)):
+    if graphs == steps and sizes.folded:
+        apart, states = 0, one
+    elif lean or (states > most if budget is None else fixed + states > budget):
         apart, states = 0, _rebuilt(steps, one)
     return Plan(
         steps,

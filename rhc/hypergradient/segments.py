@@ -32,7 +32,6 @@ from torch import Tensor, nn
 
 from rhc import memory
 from rhc.distributed import norm_over, norms_of_wholes
-from rhc.dynamics import Fold
 from rhc.hypergradient.evaluation import (
     Evaluation,
     Scratch,
@@ -413,7 +412,7 @@ class _Reverse:
         if chunk.graphs and product == "exact" and self.plant.slots_alone(schedule, self.controls):
             theta = partial(self._rebuilt_theta, chunk)
             fold = self.dynamics.fold
-            if fold is not None and self._folds(chunk, fold):
+            if fold is not None and self._folds(chunk):
                 start, gradients = chunk.start, chunk.gradients
                 moved = partial(self._moved, chunk)
                 folded = Folded(fold, start, chunk.slots[start], gradients, moved, theta)
@@ -707,21 +706,12 @@ class _Reverse:
 
         return after
 
-    def _folds(self, chunk: Chunk, fold: Fold) -> bool:
-        """Whether the optimizer's states of a chunk, alone, can take the place of its gradients."""
-        groups = self.plant.optimizer.param_groups
-        steps = range(chunk.start, chunk.stop)
+    def _folds(self, chunk: Chunk) -> bool:
+        """Whether the optimizer's states of a chunk can take the place of its gradients."""
         return (
-            len(chunk.graphs) == len(steps)
+            len(chunk.graphs) == chunk.stop - chunk.start
             and self.trajectory.diverged is None
-            and not self._clips
-            and "noise" not in self.controls
-            and all(self._values(i).get("noise", 0.0) == 0 for i in steps)
-            and all(
-                fold.covers(groups[b.group], self._group_values(i, b.group))
-                for i in steps
-                for b in self.blocks
-            )
+            and self.plant.folds(self.trajectory.schedule, self.controls)
         )
 
     def _moved(
