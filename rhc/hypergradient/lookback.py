@@ -10,7 +10,6 @@ import math
 import random
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -218,16 +217,7 @@ class Lookback:
             sizes = replace(sizes, slots=0)
         sizes = replace(sizes, folded=self.plant.folds(scheduled, self.controls))
         most = None if self.held or not on_cpu else FRESH_GRAPHS
-        planned = partial(make_plan, steps, product, sizes, spill=spill, graph_bytes=most)
-        plan = planned(allocated)
-        if allocated is not None:
-            # Kernels that stay with the process are the budget's, if it has room for them.
-            fast = planned(max(0, allocated - sizes.kernels))
-            assert fast.predicted_bytes is not None
-            if sizes.kernels and fast.fits and fast.pieces == 1:
-                plan = replace(fast, predicted_bytes=fast.predicted_bytes + sizes.kernels)
-            else:
-                plan = replace(plan, onednn=False)
+        plan = make_plan(steps, product, sizes, allocated, spill=spill, graph_bytes=most)
         if on_cpu:
             assert plan.predicted_bytes is not None
             resident = int((plan.predicted_bytes + sizes.plain) / HEAP) - sizes.plain

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from rhc.hypergradient.products import KEPT_COST, PRODUCT_COST, Product
 
@@ -160,6 +160,28 @@ def make_plan(
 
     Without a budget gradients are kept for all steps, and graphs as far as FREE_GRAPHS goes.
     """
+    planned = partial(_planned, steps, product, sizes, spill=spill, graph_bytes=graph_bytes)
+    if budget is None:
+        return planned(None)
+    if sizes.kernels:  # these stay with the process, and are the budget's, if it has room for them
+        fast = planned(max(0, budget - sizes.kernels))
+        assert fast.predicted_bytes is not None
+        if fast.fits and fast.pieces == 1:
+            predicted = fast.predicted_bytes + sizes.kernels
+            return replace(fast, budget=budget, predicted_bytes=predicted)
+    return replace(planned(budget), onednn=False)
+
+
+def _planned(
+    steps: int,
+    product: Product,
+    sizes: Sizes,
+    budget: int | None,
+    *,
+    spill: bool,
+    graph_bytes: int | None,
+) -> Plan:
+    """As `make_plan`, of sizes.kernels nothing."""
     exact = product == "exact"
     if budget is None:
         graphs = min(steps, FREE_GRAPHS // max(1, sizes.graph))
