@@ -38,41 +38,25 @@ _sigmoid_backward = torch.ops.aten.sigmoid_backward  # (v, σ) -> v σ (1 − σ
 _tanh_backward = torch.ops.aten.tanh_backward  # (v, t) -> v (1 − t²)
 
 
-def lstm(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def lstm(*arguments: Any) -> tuple[Tensor, ...]:
     """torch._VF.lstm: (output, h, c)."""
-    found = _ours(arguments, hidden=2)
-    if found is None:
-        return _lstm(*arguments)
-    output, (h, c) = _layers(_lstm_sequence, found)
-    return output, h, c
+    return _called(_lstm, _lstm_sequence, arguments, hidden=2)
 
 
-def gru(*arguments: Any) -> tuple[Tensor, Tensor]:
+def gru(*arguments: Any) -> tuple[Tensor, ...]:
     """torch._VF.gru: (output, h)."""
-    found = _ours(arguments, hidden=1)
-    if found is None:
-        return _gru(*arguments)
-    output, (h,) = _layers(_gru_sequence, found)
-    return output, h
+    return _called(_gru, _gru_sequence, arguments)
 
 
-def rnn_tanh(*arguments: Any) -> tuple[Tensor, Tensor]:
+def rnn_tanh(*arguments: Any) -> tuple[Tensor, ...]:
     """torch._VF.rnn_tanh: (output, h)."""
-    found = _ours(arguments, hidden=1)
-    if found is None:
-        return _rnn_tanh(*arguments)
-    output, (h,) = _layers(partial(_rnn_sequence, relu=False), found)
-    return output, h
+    return _called(_rnn_tanh, partial(_rnn_sequence, relu=False), arguments)
 
 
-def rnn_relu(*arguments: Any) -> tuple[Tensor, Tensor]:
+def rnn_relu(*arguments: Any) -> tuple[Tensor, ...]:
     """torch._VF.rnn_relu: (output, h)."""
-    found = _ours(arguments, hidden=1)
     # Nothing bounds the states of positions that a packed sequence does not have.
-    if found is None or found.packing is not None:
-        return _rnn_relu(*arguments)
-    output, (h,) = _layers(partial(_rnn_sequence, relu=True), found)
-    return output, h
+    return _called(_rnn_relu, partial(_rnn_sequence, relu=True), arguments, packed=False)
 
 
 # Layers and directions ---------------------------------------------------------------------------
@@ -83,6 +67,22 @@ Weights = Sequence[Tensor]
 OfSequence = Callable[[Tensor, list[Tensor], Weights], list[Tensor]]
 """(input (T, B, ·), first states (B, H), weights) -> states (T + 1, B, H) of one layer in one
 direction, the output's first."""
+
+
+def _called(
+    native: Callable[..., tuple[Tensor, ...]],
+    sequence: OfSequence,
+    arguments: Sequence[Any],
+    *,
+    hidden: int = 1,
+    packed: bool = True,
+) -> tuple[Tensor, ...]:
+    """(output, last states), by `native` where the kernels here cannot take the call.
+
+    hidden: how many states a cell has. packed: whether they take packed sequences.
+    """
+    found = _ours(arguments, hidden, packed)
+    return native(*arguments) if found is None else _layers(sequence, found)
 
 
 class _Packing:
@@ -96,16 +96,17 @@ class _Packing:
         places = torch.arange(len(counts)).unsqueeze(1)
         rows = torch.arange(int(counts[0])).unsqueeze(0)
         there = rows < counts.unsqueeze(1)
-        self.lengths = there.sum(0)
+        lengths = there.sum(0)
         first = counts.cumsum(0) - counts
         row = torch.where(there, first.unsqueeze(1) + rows, 0)
-        mirrored = (self.lengths - 1 - places).clamp_min(0)
+        mirrored = (lengths - 1 - places).clamp_min(0)
         padded = places * there.shape[1] + rows
         self.rows = tuple(t.to(device) for t in (row, row.gather(0, mirrored)))
         """(T, B) for a direction: of the packed input, any where the sequence has ended."""
         self.back = tuple(t[there].to(device) for t in (padded, padded.gather(0, mirrored)))
         """(packed rows,) for a direction: of the padded output."""
-        self.ends = self.lengths.to(device), torch.arange(there.shape[1], device=device)
+        self.ends = lengths.to(device), torch.arange(there.shape[1], device=device)
+        """Of states (T + 1, B, H): those at every sequence's end."""
 
     def padded(self, x: Tensor, direction: int) -> Tensor:
         return x[self.rows[direction]]
@@ -128,7 +129,7 @@ class _Call(NamedTuple):
     packing: _Packing | None
 
 
-def _ours(arguments: Sequence[Any], hidden: int) -> _Call | None:
+def _ours(arguments: Sequence[Any], hidden: int, packable: bool) -> _Call | None:
     """What the kernels here can take of a call: not projected states, autocast."""
     if len(arguments) != 9:
         return None
@@ -141,7 +142,8 @@ def _ours(arguments: Sequence[Any], hidden: int) -> _Call | None:
     per_cell = 4 if has_bias else 2
     count = layers * (2 if bidirectional else 1)
     if (
-        len(states) != hidden
+        (packed and not packable)
+        or len(states) != hidden
         or len(weights) != per_cell * count
         or x.dim() != (2 if packed else 3)
         or not x.numel()
@@ -155,7 +157,7 @@ def _ours(arguments: Sequence[Any], hidden: int) -> _Call | None:
     return _Call(x, states, cells, layers, dropout, training, bidirectional, batch_first, packing)
 
 
-def _layers(sequence: OfSequence, call: _Call) -> tuple[Tensor, list[Tensor]]:
+def _layers(sequence: OfSequence, call: _Call) -> tuple[Tensor, ...]:
     """(output, last states)."""
     x = call.x.transpose(0, 1) if call.batch_first else call.x
     packing = call.packing
@@ -182,8 +184,14 @@ def _layers(sequence: OfSequence, call: _Call) -> tuple[Tensor, list[Tensor]]:
             x = F.dropout(x, call.dropout)
     return (
         x.transpose(0, 1) if call.batch_first else x,
-        [torch.stack(ends) for ends in zip(*last, strict=True)],
+        *(torch.stack(ends) for ends in zip(*last, strict=True)),
     )
+
+
+def _of_input(x: Tensor, w: Tensor, biases: Sequence[Tensor]) -> Tensor:
+    """x wᵀ and both biases, where the cell has them, for all positions."""
+    bias = biases[0] + biases[1] if biases else None
+    return affine(x, w, bias, (w.is_leaf, all(b.is_leaf for b in biases)))
 
 
 def _positions(t: Tensor | None, count: int) -> Sequence[Tensor | None]:
@@ -224,9 +232,7 @@ def _at(t: Tensor | None, values: Tensor) -> Tensor:
 
 def _lstm_sequence(x: Tensor, states: list[Tensor], weights: Weights) -> list[Tensor]:
     w_input, w, *biases = weights
-    bias = biases[0] + biases[1] if biases else None
-    leaves = w_input.is_leaf, all(b.is_leaf for b in biases)
-    h, c, _ = _Lstm.apply(affine(x, w_input, bias, leaves), w, *states, w.is_leaf)
+    h, c, _ = _Lstm.apply(_of_input(x, w_input, biases), w, *states, w.is_leaf)
     return [h, c]
 
 
@@ -715,9 +721,7 @@ def _gru_adjoints(
 
 def _rnn_sequence(x: Tensor, states: list[Tensor], weights: Weights, *, relu: bool) -> list[Tensor]:
     w_input, w, *biases = weights
-    bias = biases[0] + biases[1] if biases else None
-    leaves = w_input.is_leaf, all(b.is_leaf for b in biases)
-    return [_Rnn.apply(affine(x, w_input, bias, leaves), w, *states, relu, w.is_leaf)]
+    return [_Rnn.apply(_of_input(x, w_input, biases), w, *states, relu, w.is_leaf)]
 
 
 class _Rnn(Function):
