@@ -69,14 +69,7 @@ def sgd_pull_back(
         return Pulled(None, none, None, _derivatives(found, wanted, gradient))
 
     c = 1.0 if buffer is None else 1.0 - group["dampening"]
-    mu = momentum if nesterov else 1.0
-    if of_parameters is None:
-        assert of_buffer is not None
-        total = of_buffer.clone()
-    elif of_buffer is None:
-        total = of_parameters * (-lr * mu)
-    else:
-        total = torch.add(of_buffer, of_parameters, alpha=-lr * mu)
+    total = _of_new_buffer(of_parameters, of_buffer, lr * (momentum if nesterov else 1.0))
 
     if of_parameters is not None and ("lr" in wanted or (nesterov and "momentum" in wanted)):
         along_d = sign * _dot(of_parameters, gradient)
@@ -103,6 +96,16 @@ def sgd_pull_back(
         of_state = [total * momentum if of_d is total else total.mul_(momentum)]
     of_gradient = of_d if sign > 0 else of_d.neg_()
     return Pulled(of_theta, of_state, of_gradient, _derivatives(found, wanted, gradient))
+
+
+def _of_new_buffer(of_parameters: Tensor | None, of_buffer: Tensor | None, lr: float) -> Tensor:
+    """B = λ_b' − α λ_θ', a tensor of its own; one of them is there."""
+    if of_parameters is None:
+        assert of_buffer is not None
+        return of_buffer.clone()
+    if of_buffer is None:
+        return of_parameters * -lr
+    return torch.add(of_buffer, of_parameters, alpha=-lr)
 
 
 def sgd_advance(
@@ -174,13 +177,7 @@ def _sgd_pull_back_folded(
     if of_parameters is None and of_buffer is None:
         none: list[Tensor | None] = [] if buffer is None else [None]
         return Pulled(None, none, None, _derivatives(found, wanted, new))
-    if of_parameters is None:
-        assert of_buffer is not None
-        total = of_buffer.clone()
-    elif of_buffer is None:
-        total = of_parameters * -lr
-    else:
-        total = torch.add(of_buffer, of_parameters, alpha=-lr)
+    total = _of_new_buffer(of_parameters, of_buffer, lr)
     if of_parameters is not None and "lr" in wanted:
         found["lr"] = -_dot(of_parameters, new)
     if buffer is not None and "momentum" in wanted:
