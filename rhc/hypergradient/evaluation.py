@@ -30,11 +30,11 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from rhc.batches import MicroBatches
 from rhc.distributed import Shard, SyncBatchNorm, settle
-from rhc.hypergradient import kernels
 from rhc.hypergradient.kernels import (
     LEAST_VALUED,
     LEAST_VALUELESS,
     functions_allowed,
+    light_first_order,
     light_second_order,
     moved_statistics,
 )
@@ -417,7 +417,7 @@ def fast_gradients(model: nn.Module) -> Iterator[None]:
     if any(is_compiled(m) for m in model.modules()):
         yield
         return
-    with kernels.fast_gradients():
+    with light_first_order():
         yield
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -32,10 +32,11 @@ class Before(NamedTuple):
     after: Sequence[Any] | None = None
 
 
-class Source(Protocol):
+class Source:
     """Of the states before a chunk's steps, last ones first."""
 
-    def take(self, i: int) -> Before: ...
+    def take(self, i: int) -> Before:
+        raise NotImplementedError
 
     def done(self, i: int) -> None:
         """Called when step i was pulled back through Φ."""
@@ -77,7 +78,7 @@ class Rebuilt(Generic[States]):
         return self.states.pop(i)
 
 
-class Whole:
+class Whole(Source):
     """States rebuilt from kept ones."""
 
     def __init__(self, rebuilt: Rebuilt[list[BlockState]]) -> None:
@@ -88,11 +89,8 @@ class Whole:
         thetas = [s.parameters for s in states]
         return Before([s.optimizer for s in states], thetas, lambda: thetas)
 
-    def done(self, i: int) -> None:
-        pass
 
-
-class SlotsAlone:
+class SlotsAlone(Source):
     """The optimizer's states rebuilt from kept ones. theta(i): θ_i, of a graph that was lost."""
 
     def __init__(
@@ -104,11 +102,8 @@ class SlotsAlone:
         slots = self.rebuilt.take(i)
         return Before(slots, [None] * len(slots), partial(self.theta, i))
 
-    def done(self, i: int) -> None:
-        pass
 
-
-class Folded:
+class Folded(Source):
     """The optimizer's states of steps [start, stop), in the memory of their gradients.
 
     first: those before `start`. gradients: of every step, per block. moved(i): (block, its

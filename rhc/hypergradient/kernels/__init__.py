@@ -28,14 +28,16 @@ __all__ = [
     "LEAST_VALUED",
     "LEAST_VALUELESS",
     "REPLACED",
-    "fast_gradients",
     "functions_allowed",
+    "light_first_order",
     "light_second_order",
     "moved_statistics",
     "valueless_gradients",
 ]
 
 LEAST_FIRST_ORDER = 2**23
+"""Multiplications of a linear layer from which on its first derivative is faster here."""
+
 LEAST_VALUELESS = 2**21
 LEAST_VALUED = 2**24
 """Multiplications of a linear layer from which on its kernel here is faster than torch's, where the
@@ -61,7 +63,7 @@ REPLACED: list[tuple[Any, str, Callable[..., Any]]] = [
 
 
 @contextmanager
-def fast_gradients() -> Iterator[None]:
+def light_first_order() -> Iterator[None]:
     """Linear layers whose gradient is faster than torch's, where there are such; else torch's own.
 
     For gradients that are taken beside the roll's: at other parameters, so that their rounding is
