@@ -82,6 +82,7 @@ def hypergradient(
     discount: float = 1.0,
     costate_clip: float | None = None,
     process_group: Group = "auto",
+    verify: Literal["auto", False] = "auto",
 ) -> Hypergradient:
     """dJ/du_t for J = stage_weight · Σ_t ℓ_t + terminal(θ̄), over the optimizer steps of `batches`.
 
@@ -93,12 +94,16 @@ def hypergradient(
     rebuilt graph, 1 to K. seed: of the gradient noise. clip_norm, clip_value: as in a Plant.
 
     product: how the Hessian is applied: exact (reverse over reverse), forward-over-reverse (exact,
-    with less memory), forward-difference (one gradient per step), central-difference. "auto" takes
-    forward differences in float32, compares them with exact products at two steps of the window and
-    gives them up where they differ by more than 1 %; in float64, and in windows of fewer than 16
-    steps, it is exact. Where the model has no second derivative it takes forward differences and
-    compares them with others in the opposite direction; where these disagree the result is
-    "inconsistent". `why` says what was taken and why. Other than exact needs segment 1.
+    with less memory), forward-difference (one gradient per step), central-difference. "auto" is
+    exact. Where the model has no second derivative, or rolls contradict it, "auto" takes forward
+    differences to either side of every step; where these disagree the result is "inconsistent".
+    `why` says what was taken and why. Other than exact needs segment 1.
+
+    verify: "auto" holds the first hypergradient of a model, loss and optimizer against rolls of the
+    plain loop, at most 20 steps: h.check has the relative disagreement of every control over the
+    first steps, and of the terminal loss. Above 5 % (in float64 1e-6, of differences 1e-5, in
+    reduced precision 20 %) the result is "inconsistent", and `why` says what was found. False
+    leaves it out. Engine "higher" is not verified.
 
     memory_budget: bytes that looking back may take beyond plain training; decides what the roll
     keeps, what is spilled to disk (spill: False, True for the temporary folder, or a folder) and
@@ -138,6 +143,8 @@ def hypergradient(
     objective = Objective(
         loss_weight=stage_weight, terminal_weight=0.0 if terminal is None else 1.0, average=average
     )
+    if verify not in ("auto", False):
+        raise InputError(f"verify must be 'auto' or False, got {verify!r}")
     segment = resolve(len(batches), segment, product, engine, plant)
     check_steerable(plant, schedule, tuple(controls))
     if ranks is not None:
@@ -173,6 +180,7 @@ def hypergradient(
                 memory_budget=memory_budget,
                 spill=spill,
                 damping=Damping(discount, costate_clip),
+                verified=verify == "auto",
             )
             mean = Average(objective.average)
             recorder = lookback.roll(batches, schedule, average=mean)

@@ -7,9 +7,8 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,18 +33,19 @@ from rhc.hypergradient.products import (
     Product,
 )
 from rhc.hypergradient.record import WindowRecorder
-from rhc.hypergradient.segments import (
-    AGREES,
-    Adjoint,
-    Damping,
-    Disagreement,
-    Terminal,
-    adjoint,
+from rhc.hypergradient.segments import Adjoint, Damping, Terminal, adjoint
+from rhc.hypergradient.sizes import (
+    forget_pieces,
+    known_of,
+    measure_pieces,
+    measure_sizes,
+    signature,
 )
-from rhc.hypergradient.sizes import forget_pieces, measure_pieces, measure_sizes
 from rhc.hypergradient.support import missing, unsupported
+from rhc.hypergradient.verification import Disagreements, hooks, steps_to_cut, verify
 from rhc.objective import Average, Objective
 from rhc.plant import Plant, StepRecord, Trajectory
+from rhc.randomness import RandomState
 from rhc.schedule import Schedule
 
 SAME_GRADIENT = 0.01
@@ -70,8 +70,10 @@ system's fresh pages take more time than is saved: a GPT with K = 50 took 3.9 pl
 with 16 graphs of 80 MB, 5.0 with 22, 5.4 with all 50; from the second window on 3.3, where they
 are held."""
 
-SHORT = 16
-"""Windows of fewer steps are looked back at exactly, where it is ours to choose."""
+AGREES = 0.05
+"""Largest sum over a window of what differences to either side differ by, as shares of the costate,
+that is put up with: about the error of dJ/du. Smooth models stay below 1e-3 in float32; one kink
+crossed is off by a third of a product and more."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,9 @@ class Outcome:
     """How a hypergradient ended; `message` says the mend.
 
     name: "successful"; "vanishing" and "exploding", where the costate shrinks or grows too much on
-    its way back; "non-finite"; or "inconsistent", where a step that is computed again is not the
-    step that was rolled, or difference products disagree with each other, so that the numbers
-    cannot be trusted.
+    its way back; "non-finite"; or "inconsistent", where rolls of the plain loop contradict the
+    numbers, a step that is computed again is not the step that was rolled, or differences to either
+    side disagree, so that the numbers cannot be trusted.
 
     step: the absolute step at which it began, going backwards; None where it succeeded.
     """
@@ -108,6 +110,8 @@ class Hypergradient:
     schedule has a value per group. costate_norms: (K,) float64, |dJ/ds_t|. terminal: the terminal
     loss, NaN without one. losses: (K,) as rolled. product, why: the product that was taken.
     plan: what the roll kept. gradient_equivalents: what looking back cost, in gradient evaluations.
+    check: control -> relative disagreement with two rolls of the plain loop over the first steps;
+    "terminal": of the terminal loss with its gradient. {} where nothing was verified.
     """
 
     value: float
@@ -123,14 +127,16 @@ class Hypergradient:
     gradient_equivalents: float
     why: str = ""
     plan: Plan | None = None
+    check: dict[str, float] = field(default_factory=dict)
 
 
 class Lookback:
     """Rolls windows of a plant and looks back at them.
 
     segment, product, memory_budget (bytes beyond plain training), spill (False; True for the
-    system's temporary folder; or a folder), damping: as in `rhc.hypergradient`. notice: told, in
-    words, what was decided and given up.
+    system's temporary folder; or a folder), damping: as in `rhc.hypergradient`. verified: whether
+    the first hypergradient is held against rolls of the plain loop. notice: told, in words, what
+    was decided and given up.
     """
 
     def __init__(
@@ -144,6 +150,7 @@ class Lookback:
         memory_budget: int | None = None,
         spill: bool | str | Path = True,
         damping: Damping | None = None,
+        verified: bool = False,
         notice: Callable[[str], None] = lambda message: None,
     ) -> None:
         # What a budget allows is held from one window to the next.
@@ -187,6 +194,8 @@ class Lookback:
         self.automatic = product == "auto"
         self.product, self.why = self._first_choice(product)
         self.exact_fails = plant.shared_out
+        self.verified = verified
+        self.check: Disagreements | None = None
         self.moving: list[str] | None = None
         self.whole = ""  # why no product takes batches in parts any more
         self._sizes: dict[str, Sizes] = {}
@@ -198,7 +207,7 @@ class Lookback:
 
         scheduled: the controls that are set at every step.
         """
-        product = self._product(steps)
+        product = self.product
         if self.segment not in ("auto", 1):
             return Plan(steps, product, min(int(self.segment), steps), kept=steps)
         spill = self.spill is not False
@@ -222,9 +231,12 @@ class Lookback:
             assert plan.predicted_bytes is not None
             resident = int((plan.predicted_bytes + sizes.plain) / HEAP) - sizes.plain
             plan = replace(plan, budget=budget, predicted_bytes=resident)
-        if self.automatic and product != "exact" and not self.exact_fails:
-            plan = replace(plan, verified=1 if plan.chunk else 2)
-        return plan
+        return replace(plan, both_sides=self._both_sides)
+
+    @property
+    def _both_sides(self) -> bool:
+        """Without an exact product differences are all there is: each is held against another."""
+        return self.automatic and self.product == "forward-difference"
 
     def roll(
         self,
@@ -242,6 +254,9 @@ class Lookback:
         recorder = WindowRecorder(
             self.plant, self.objective, plan, folder, blind=blind, ceiling=self._ceiling(plan)
         )
+        if self.verified and self.check is None:
+            self.check = self._remembered(batches[0]).get("check")
+            recorder.beginning = None if self.check is not None else self.plant.snapshot()
         try:
             with matrices.torchs_own(not plan.onednn), recorder.kernels():
                 self.plant.roll(
@@ -291,12 +306,19 @@ class Lookback:
         self.plant.optimizer.zero_grad()  # the last step's gradients are on the trajectory
         wasted, spent = 0, 0.0
         while True:
-            product = self._product(plan.steps)
-            check = self.automatic and product != "exact"
+            product = self.product
             if trajectory.diverged is not None and plan.chunk:
                 # The roll ended before the chunk that it would have recorded.
                 found, end = _undefined(trajectory, self.controls), None
+                outcome = _outcome(found, trajectory, end, damping)
                 break
+            beginning = recorder.beginning if self.check is None else None
+            rng = None if beginning is None else RandomState.capture()
+            cut = 0
+            if beginning is not None and trajectory.diverged is None:
+                damped = damping != Damping()
+                steps = len(trajectory)
+                cut = steps_to_cut(self.plant, steps, self.controls, product, damped=damped)
             try:
                 with matrices.torchs_own(not plan.onednn):
                     found, end = adjoint(
@@ -308,16 +330,41 @@ class Lookback:
                         average=average.values,
                         product=product,
                         damping=damping,
-                        verify=self._verified(recorder) if check else (),
-                        exact=not self.exact_fails,
+                        both_sides=self._both_sides,
+                        cut=cut,
                     )
-                break
-            except Disagreement as disagreement:
-                wasted += disagreement.products
-                spent += disagreement.equivalents
-                self._give_up(disagreement)
             except (RuntimeError, NotImplementedError) as error:
                 self._fall_back(error, trajectory)
+                continue
+            outcome = _outcome(found, trajectory, end, damping)
+            if beginning is None or rng is None or found.cut is None or not outcome.usable:
+                break
+            rng.restore()  # a terminal loss that draws is taken again as it was
+            check = verify(
+                self.plant,
+                beginning,
+                trajectory,
+                self.objective,
+                found.gradient,
+                found.cut,
+                product,
+                terminal,
+                0.0 if end is None else float(end),
+                average.values,
+                hessian=self.memory_budget is None and self.plant.ranks is None,
+            )
+            # A terminal loss is counted by its size, where that is known.
+            taken = check.terminals * getattr(terminal, "share", 1.0) / 3
+            spent += check.cost + taken
+            if not check.finite:
+                break
+            if check.holds or not self._tries_differences(check, recorder):
+                self._keep(check, trajectory)
+                break
+            wasted += found.hessian_products
+            spent += found.equivalents
+        if outcome.usable and self.check is not None and not self.check.holds:
+            outcome = Outcome("inconsistent", self.check.sentence(), trajectory.start)
         if found.undivided is not None:
             self._divide_no_more(product, trajectory, found.undivided)
         if self.moving is None:
@@ -331,7 +378,7 @@ class Lookback:
             value=value,
             grad={n: _padded(g, missing) for n, g in found.gradient.items()},
             costate_norms=_padded(found.costate_norms, missing),
-            result=_outcome(found, trajectory, value, damping),
+            result=outcome,
             terminal=math.nan if end is None else float(end),
             losses=_padded(losses, missing),
             engine="adjoint",
@@ -339,9 +386,15 @@ class Lookback:
             segment=plan.segment,
             hessian_products=found.hessian_products + wasted,
             gradient_equivalents=found.equivalents + spent + (end is not None),
-            why=self._explained(product),
+            why=self._explained(),
             plan=plan,
+            check={} if self.check is None else self.check.of,
         )
+
+    @property
+    def trusted(self) -> bool:
+        """Whether rolls of the plain loop have not contradicted the hypergradients."""
+        return self.check is None or self.check.holds
 
     def state(self) -> dict[str, Any]:
         """What was decided and measured, JSON-able: a resumed run must roll as the run did."""
@@ -352,6 +405,7 @@ class Lookback:
             "exact_fails": self.exact_fails,
             "whole": self.whole,
             "sizes": sizes,
+            "check": None if self.check is None else asdict(self.check),
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -360,6 +414,8 @@ class Lookback:
         self.exact_fails = bool(state["exact_fails"])
         self.whole = state.get("whole", "")  # not in checkpoints of before
         self._sizes = {key: Sizes(**found) for key, found in state["sizes"].items()}
+        check = state.get("check")  # not in checkpoints of before
+        self.check = None if check is None else Disagreements(**check)
 
     # Which product -------------------------------------------------------------------------------
 
@@ -373,24 +429,14 @@ class Lookback:
             return product, "as asked"
         if self.plant.shared_out:
             return "forward-difference", "no exact product: parameters are shared out"
-        if self.segment not in ("auto", 1):
-            return "exact", "segments longer than one step need a graph"
-        if any(p.dtype == torch.float64 for p in self.plant.parameters):
-            return "exact", "float64 asks for full precision"
-        if self.objective.reward_weight:
-            return (
-                "exact",
-                "a reward takes a graph of its own at every step",
-            )
-        return "forward-difference", "one gradient a step, verified against exact products"
+        return "exact", "right to rounding"
 
-    def _explained(self, product: Product) -> str:
-        """Why `product` was taken, and what it leaves out."""
-        why = self.why
-        if product != self.product:
-            why = f"windows of fewer than {SHORT} steps are looked back at exactly"
+    def _explained(self) -> str:
+        """Why the product was taken, and what it leaves out."""
         more = [_left_out(self.moving)] if self.moving else []
-        return "; ".join([why, *more, *([self.whole] if self.whole else [])])
+        if self.check is not None and not self.check.holds:
+            more.append(self.check.sentence())
+        return "; ".join([self.why, *more, *([self.whole] if self.whole else [])])
 
     def _moving_buffers(self, trajectory: Trajectory) -> list[str]:
         """Buffers that training changes, beyond the statistics that are followed."""
@@ -406,34 +452,38 @@ class Lookback:
             self.notice(_left_out(moving))
         return moving
 
-    def _product(self, steps: int) -> Product:
-        """For a window of `steps`: verifying differences costs what a short one would save."""
-        if self.automatic and not self.exact_fails and steps < SHORT:
-            return "exact"
-        return self.product
+    def _tries_differences(self, check: Disagreements, recorder: WindowRecorder) -> bool:
+        """Takes difference products where exact ones do not hold and it is ours to choose."""
+        ours = self.automatic and self.product == "exact" and self.segment in ("auto", 1)
+        if not (ours and check.of_the_product and recorder.again):
+            return False
+        self.exact_fails = True
+        self.product = "forward-difference"
+        self.why = f"exact products did not hold: {check.sentence()}"
+        self.notice(f"product forward-difference: {self.why}")
+        return True
 
-    def _verified(self, recorder: WindowRecorder) -> tuple[int, ...]:
-        """The last step, which comes first, and one that changes from window to window.
+    def _keep(self, check: Disagreements, trajectory: Trajectory) -> None:
+        """Remembers what was found, for the windows to come and, if it holds, for other calls."""
+        self.check = check
+        if check.holds:
+            self._remembered(trajectory.batches[0])["check"] = check
+        else:
+            self.notice(f"hypergradients are inconsistent: {check.sentence()}")
 
-        Without an exact product, differences are all there is: a few more are looked at.
-        """
-        trajectory = recorder.trajectory
-        steps = len(trajectory)
-        if self.exact_fails:
-            draw = random.Random(trajectory.start)
-            return (steps - 1, *draw.sample(range(steps - 1), min(3, steps - 1)))
-        if recorder.plan.chunk:  # a pass that rolls chunks again cannot begin again
-            return (steps - 1,)
-        other = random.Random(trajectory.start).randrange(max(1, steps - 1))
-        return tuple({steps - 1, other})
-
-    def _give_up(self, disagreement: Disagreement) -> None:
-        self.product = "exact"
-        self.why = (
-            f"forward differences were off by {disagreement.share:.2g} of an exact product at step "
-            f"{disagreement.step} (kinks such as ReLU or max-pooling, or reduced precision)"
+    def _remembered(self, batch: Any) -> dict[str, Disagreements]:
+        """What is known of this model, loss and optimizer, with all that hangs on them."""
+        key = (
+            "verified",
+            type(self.plant.optimizer),
+            self.product,
+            self.segment in ("auto", 1),
+            self.controls,
+            bool(self.objective.terminal_weight),
+            hooks(self.plant),
+            signature(self.plant, batch),
         )
-        self.notice(f"product exact: {self.why}")
+        return known_of(self.plant).setdefault(key, {})
 
     def _divide_no_more(self, product: Product, trajectory: Trajectory, i: int) -> None:
         self._sizes[product] = replace(self._sizes[product], pieces=())
@@ -513,7 +563,9 @@ def _padded(values: Tensor, missing: int) -> Tensor:
     return pad(values, where, value=math.nan)
 
 
-def _outcome(found: Adjoint, trajectory: Trajectory, value: float, damping: Damping) -> Outcome:
+def _outcome(
+    found: Adjoint, trajectory: Trajectory, end: Tensor | None, damping: Damping
+) -> Outcome:
     norms = found.costate_norms
     bad = ~torch.isfinite(norms)
     for g in found.gradient.values():
@@ -527,19 +579,20 @@ def _outcome(found: Adjoint, trajectory: Trajectory, value: float, damping: Damp
             "lr, discount < 1 or costate_clip",
             step,
         )
-    if trajectory.diverged is not None or not math.isfinite(value):
+    losses = [*trajectory.losses[-1:], *([] if end is None else [end])]
+    if trajectory.diverged is not None or not all(math.isfinite(float(x)) for x in losses):
         message = f"the loss is not finite at step {last}; use a shorter window or a lower lr"
         return Outcome("non-finite", message, last)
-    worst = max(found.disagreements, key=lambda i: found.disagreements[i], default=0)
-    share = found.disagreements.get(worst, 0.0)
+    share = sum(found.disagreements.values())
     if not share <= AGREES:
-        step = trajectory.start + worst
+        worst = max(found.disagreements, key=lambda i: found.disagreements[i])
         return Outcome(
             "inconsistent",
-            f"differences of gradients to either side disagree by {share:.2g} at step {step}, as "
-            "they do at kinks (ReLU, max-pooling) and in reduced precision; make exact products "
-            "possible (`why` says what stands against them), or use float64",
-            step,
+            f"differences of gradients to either side disagree by {share:.2g} over the window, "
+            f"most at step {trajectory.start + worst}, as they do at kinks (ReLU, max-pooling) and "
+            "in reduced precision; make exact products possible (`why` says what stands against "
+            "them), or use float64",
+            trajectory.start + worst,
         )
     worst = max(found.discrepancies, key=lambda i: found.discrepancies[i], default=0)
     share = found.discrepancies.get(worst, 0.0)
@@ -553,14 +606,15 @@ def _outcome(found: Adjoint, trajectory: Trajectory, value: float, damping: Damp
             step,
         )
     # Of θ alone: other slots have units of their own.
-    norms, end = found.parameter_norms[:-1], float(found.parameter_norms[-1])
-    grown = norms > EXPLODING * end
-    if end > 0 and damping.clip is None and bool(grown.any()):
+    norms, last_norm = found.parameter_norms[:-1], float(found.parameter_norms[-1])
+    grown = norms > EXPLODING * last_norm
+    if last_norm > 0 and damping.clip is None and bool(grown.any()):
         step = trajectory.start + int(grown.nonzero().max())
         return Outcome(
             "exploding",
-            f"the costate has grown {float(norms.max()) / end:.1g}-fold, beyond {EXPLODING:g} from "
-            f"step {step} backwards; use costate_clip, discount < 1, a shorter window, a lower lr",
+            f"the costate has grown {float(norms.max()) / last_norm:.1g}-fold, beyond "
+            f"{EXPLODING:g} from step {step} backwards; use costate_clip, discount < 1, a shorter "
+            "window, a lower lr",
             step,
         )
     largest = float(found.parameter_norms.max())

@@ -77,8 +77,8 @@ class Plan:
     """What a window of `steps` keeps. budget, predicted_bytes: beyond plain training.
 
     gradient_equivalents: predicted cost of looking back, in gradient evaluations, terminal loss not
-    counted. recomputed: of these, the steps that are rolled again. verified: steps at which a
-    difference product is compared with an exact one. pieces: in how many parts a product takes the
+    counted. recomputed: of these, the steps that are rolled again. both_sides: whether a difference
+    is taken to either side of every step. pieces: in how many parts a product takes the
     rows of its batch. onednn: whether matrices may be multiplied by a library that keeps kernels of
     its own.
     """
@@ -93,7 +93,7 @@ class Plan:
     snapshots: int = 0
     chunk: int = 0
     recomputed: int = 0
-    verified: int = 0
+    both_sides: bool = False
     pieces: int = 1
     onednn: bool = True
     budget: int | None = None
@@ -101,10 +101,10 @@ class Plan:
 
     @property
     def gradient_equivalents(self) -> float:
-        products = self.steps * PRODUCT_COST[self.product]
+        products = self.steps * PRODUCT_COST[self.product] * (2 if self.both_sides else 1)
         if self.product == "exact" and self.segment == 1:
             products -= (PRODUCT_COST["exact"] - KEPT_COST) * self.graphs
-        return float(products + self.recomputed + self.verified * PRODUCT_COST["exact"])
+        return float(products + self.recomputed)
 
     @property
     def fits(self) -> bool:
@@ -122,8 +122,8 @@ class Plan:
             f"window of {self.steps} steps, segment {self.segment}, product {self.product}",
             f"roll and look back: {per_step:.2f} gradient evaluations per step",
         ]
-        if self.verified:
-            lines.append(f"verified against exact products at {self.verified} of the steps")
+        if self.both_sides:
+            lines.append("differences to either side of every step, held against each other")
         if self.graphs:
             lines.append(f"graphs kept by the roll: the last {self.graphs} steps")
         if self.kept:

@@ -194,7 +194,7 @@ def _exact(
     """Reverse over reverse: Pearlmutter 1994."""
     statistics = _statistics_leaves(point, statistics_costates)
     scratch.place(point.flats, point.buffers, statistics)
-    seeds = _per_parameter(scratch.blocks, gradient_costates)
+    seeds = per_parameter(scratch.blocks, gradient_costates)
     wanted = [*scratch.leaves, *statistics.values()]
     total: list[Tensor | None] = [None] * len(wanted)
     found: list[Tensor | None] = [None] * len(scratch.leaves)
@@ -251,7 +251,7 @@ def _kept(
     graph = point.graph
     assert graph is not None
     blocks = evaluation.blocks
-    seeds = _per_parameter(blocks, gradient_costates)
+    seeds = per_parameter(blocks, gradient_costates)
     pairs = [
         (g, s)
         for g, s in zip(graph.gradients, seeds, strict=True)
@@ -332,10 +332,10 @@ def _forward_over_reverse(
 ) -> list[Tensor | None]:
     """The derivative of g along v, in forward mode: no graph of a graph, so less memory."""
     blocks = scratch.blocks
-    tangents = _per_parameter(blocks, direction)
+    tangents = per_parameter(blocks, direction)
     if all(v is None for v in tangents):
         return [None] * len(direction)
-    active = _per_parameter(blocks, point.gradients)
+    active = per_parameter(blocks, point.gradients)
     scratch.place(point.flats, point.buffers)
     total: list[Tensor | None] = [None] * len(scratch.leaves)
     _restore(point.rng)
@@ -462,14 +462,19 @@ def _add_difference(
 _PRECISION: WeakKeyDictionary[Plant, float] = WeakKeyDictionary()
 
 
+def precision_known(plant: Plant) -> bool:
+    """Whether `precision` has been noted."""
+    return plant in _PRECISION
+
+
 def precision(plant: Plant) -> float:
     """The machine epsilon of the coarsest type that the modules of a plant's model compute in."""
     return _PRECISION[plant]
 
 
 @contextmanager
-def noting_precision(plant: Plant) -> Iterator[None]:
-    """Notes the plant's precision while its loss is evaluated inside.
+def noting_precision(plant: Plant) -> Iterator[Callable[[], float]]:
+    """Notes the plant's precision while its loss is evaluated inside; gives what was seen so far.
 
     Autocast is on inside loss_fn only, so that it is the modules that must be asked. What loss_fn
     computes outside any module is not seen.
@@ -485,12 +490,13 @@ def noting_precision(plant: Plant) -> Iterator[None]:
         coarsest = max([coarsest, *(torch.finfo(dtype).eps for dtype in dtypes)])
 
     handles = [module.register_forward_hook(note) for module in plant.model.modules()]
+    before = _PRECISION.get(plant)
     try:
-        yield
+        yield lambda: coarsest
     finally:
         for handle in handles:
             handle.remove()
-    _PRECISION[plant] = coarsest
+    _PRECISION[plant] = coarsest if before is None else before
 
 
 def _first_order(
@@ -561,9 +567,7 @@ def _statistics_leaves(point: StepPoint, costates: Mapping[str, Tensor]) -> dict
     return {name: point.buffers[name].detach().clone().requires_grad_() for name in costates}
 
 
-def _per_parameter(
-    blocks: Sequence[Block], vectors: Sequence[Tensor | None]
-) -> list[Tensor | None]:
+def per_parameter(blocks: Sequence[Block], vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """A vector per block as a view per parameter."""
     return [
         view

@@ -86,7 +86,7 @@ class WindowRecorder(Recorder):
     """Remembers a window as `plan` has it, and gives it back, last steps first.
 
     blind: whether steps whose graph is kept need the optimizer's state alone. ceiling: of the heap,
-    for whoever looks back.
+    for whoever looks back. beginning: the whole state before the roll, where it is to be verified.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class WindowRecorder(Recorder):
         self.objective = objective
         self.spill = _Spill(directory) if plan.spilled else None
         self.snapshots: dict[int, Snapshot] = {}
+        self.beginning: Snapshot | None = None
         self.graphs: dict[int, KeptGraph] = {}
         self.ceiling = ceiling
         self.recomputed = 0

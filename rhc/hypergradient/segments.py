@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -119,9 +119,9 @@ class Adjoint:
 
     costate_norms: (K,), |dJ/ds_t|. parameter_norms: (K + 1,), |dJ/dθ_t|. equivalents: the cost in
     gradient evaluations. discrepancies: index of a step -> |g − g_t| / |g_t| of its gradient when
-    computed again. disagreements: index -> |H v − H v′| / |H v′| of a difference product, H v′ the
-    exact one or, where there is none, the difference in the opposite direction. undivided: index of
-    the first step whose batch should have been taken in parts, and could not be.
+    computed again. disagreements: index -> |H v − H v′| / |λ| of difference products to either
+    side. undivided: index of the first step whose batch should have been taken in parts, and could
+    not be. cut: where it was asked for.
     """
 
     gradient: dict[str, Tensor]
@@ -132,20 +132,21 @@ class Adjoint:
     discrepancies: dict[int, float]
     disagreements: dict[int, float]
     undivided: int | None = None
+    cut: Cut | None = None
 
 
-AGREES = 0.01
-"""Largest relative difference between a difference product and an exact one that is put up with.
-Smooth models stay below 1e-3 in float32; one kink crossed is off by a third and more."""
+@dataclass
+class Cut:
+    """A reverse pass as it was before step k: what the rest of the window is worth to first order.
 
+    costate: λ_k. weights, terminal: θ̄ takes w_n θ_n in for n = 1 … k − 1; the terminal loss's
+    weighted gradient at θ̄, per block.
+    """
 
-class Disagreement(Exception):
-    """A difference product is not the exact one. Raised where the pass can begin again."""
-
-    def __init__(self, step: int, share: float, products: int, equivalents: float) -> None:
-        super().__init__(f"step {step}: off by {share:.2g}")
-        self.step, self.share = step, share
-        self.products, self.equivalents = products, equivalents
+    k: int
+    costate: Costate
+    weights: Sequence[float]
+    terminal: Sequence[Tensor | None]
 
 
 def adjoint(
@@ -158,33 +159,41 @@ def adjoint(
     average: Sequence[Tensor] | None,
     product: Product,
     damping: Damping,
-    verify: Sequence[int] = (),
-    exact: bool = True,
+    both_sides: bool = False,
+    cut: int = 0,
 ) -> tuple[Adjoint, Tensor | None]:
     """(dJ/du for every step and control, the terminal loss).
 
     recorder: of a roll whose end is the live state. average: θ̄ in the optimizer's parameter order,
-    where the terminal loss is taken; None for the last iterate. verify: steps at which a difference
-    product is compared with an exact one, which then takes its place, or (not exact, where the
-    model has none) with a difference in the opposite direction: a difference of both is noted, not
-    raised. The live model and optimizer are used as scratch and put back; the random state is left
-    changed.
+    where the terminal loss is taken; None for the last iterate. both_sides: a forward difference is
+    taken to either side at every step; their mean counts, and how far they are apart is noted. cut:
+    k of a `Cut` that is wanted; 0 for none. The live model and optimizer are used as scratch and
+    put back; the random state is left changed.
     """
     trajectory = recorder.trajectory
     evaluation = Evaluation(plant, trajectory.blocks, objective)
     value, costate, mean = _terminal_costate(
         plant, trajectory, objective, evaluation, terminal, average
     )
-    reverse = _Reverse(plant, trajectory, objective, evaluation, controls, mean, damping, exact)
+    reverse = _Reverse(plant, trajectory, objective, evaluation, controls, mean, damping, cut)
     if recorder.plan.segment == 1:
         held = [costate]
         del costate  # whoever names a costate while a step is gone through keeps it from its end
-        return reverse.recursion(held, recorder, product, verify), value
+        return reverse.recursion(held, recorder, product, both_sides=both_sides), value
     with (
         double_backward(plant.model, light=False),
         visible_statistics(plant.model, update=bool(costate.statistics)),
     ):
         return reverse.segments(costate, recorder.plan.segment), value
+
+
+def kernels_for(product: Product, model: nn.Module) -> AbstractContextManager[None]:
+    """Difference products need no double backward, and keep most of the model's own kernels."""
+    if product == "exact":
+        return double_backward(model)
+    if product == "forward-over-reverse":
+        return double_backward(model, light=False)
+    return fast_gradients(model)
 
 
 def _terminal_costate(
@@ -271,11 +280,10 @@ class _Reverse:
         controls: Sequence[str],
         mean_gradient: list[Tensor | None],
         damping: Damping,
-        exact: bool,
+        cut: int,
     ) -> None:
         self.plant = plant
         self.dynamics = plant.dynamics
-        self.exact = exact
         self.trajectory = trajectory
         self.objective = objective
         self.evaluation = evaluation
@@ -286,6 +294,8 @@ class _Reverse:
         self.damping = damping
         self._at = [trajectory.schedule.at(trajectory.start + i) for i in range(self.steps)]
         self.weights = average_weights(objective.average, self.steps)
+        self.cut_at = cut
+        self.cut: Cut | None = None
         # On the device until the end: writing to the host would make it wait at every step.
         self.device = plant.parameters[0].device
         self.groups = len(plant.optimizer.param_groups)
@@ -330,7 +340,18 @@ class _Reverse:
             self.discrepancies,
             self.disagreements,
             self.undivided,
+            self.cut,
         )
+
+    def _keep_cut(self, i: int, costate: Costate) -> None:
+        """Keeps a copy of λ_i, where it was asked for."""
+        if i == self.cut_at:
+            own = Costate(
+                [None if t is None else t.clone() for t in costate.parameters],
+                [[None if t is None else t.clone() for t in h] for h in costate.optimizer],
+                {n: t.clone() for n, t in costate.statistics.items()},
+            )
+            self.cut = Cut(i, own, self.weights[: i - 1], self.mean_gradient)
 
     # segment = 1 ---------------------------------------------------------------------------------
 
@@ -339,7 +360,8 @@ class _Reverse:
         held: list[Costate],
         recorder: WindowRecorder,
         product: Product,
-        verify: Sequence[int],
+        *,
+        both_sides: bool,
     ) -> Adjoint:
         """The costate recursion; held: the costate at the end, which each chunk replaces."""
         self.pieces = recorder.plan.pieces
@@ -350,9 +372,10 @@ class _Reverse:
             self.ceiling.make_room()
         held.append(self._with_share(held.pop(), self.steps))
         self._note(self.steps, held[0])
+        self._keep_cut(self.steps, held[0])
         self.end_norm = self._parameter_norm(held[0])
         for chunk in recorder.backwards():
-            self._chunk(chunk, held, product, frozenset(verify), recorder.plan.states_every)
+            self._chunk(chunk, held, product, recorder.plan.states_every, both_sides=both_sides)
             del chunk
         self.equivalents += recorder.recomputed
         return self._adjoint()
@@ -362,15 +385,13 @@ class _Reverse:
         chunk: Chunk,
         held: list[Costate],
         product: Product,
-        verify: frozenset[int],
         apart: int,
+        *,
+        both_sides: bool,
     ) -> None:
         """apart: how many steps the kept states lie apart; 0 for one state."""
         model, costate = self.plant.model, held.pop()
-        # Difference products need no double backward, and keep most of the model's own kernels.
-        kernels = double_backward(model) if product == "exact" else fast_gradients(model)
-        if product == "forward-over-reverse":
-            kernels = double_backward(model, light=False)
+        kernels = kernels_for(product, model)
         statistics = visible_statistics(model, update=bool(costate.statistics))
         scratched = Scratch(self.plant, self.blocks)
         with kernels, statistics, scratched as scratch, ExitStack() as stack:
@@ -393,12 +414,12 @@ class _Reverse:
                     self.trajectory.rng[i],
                     gradients,
                     graph,
-                    owned=chunk.owned and i not in verify,
+                    owned=chunk.owned and not both_sides,
                     loss=self.trajectory.losses[i],
                 )
                 del theta, graph  # the product needs the parameters at most
                 costate = self._pull_through_gradient(
-                    i, scratch, point, costate, gradient_costates, product, i in verify
+                    i, scratch, point, costate, gradient_costates, product, both_sides
                 )
         held.append(costate)
 
@@ -433,7 +454,7 @@ class _Reverse:
         costate: Costate,
         gradient_costates: Sequence[Tensor | None],
         product: Product,
-        verified: bool,
+        both_sides: bool,
     ) -> Costate:
         """λ of step i, from what came through Φ and the product with the Hessian."""
         if self.ceiling is not None:
@@ -448,7 +469,7 @@ class _Reverse:
             gradient_costates,
             costate.statistics,
             compare=i in self.compared,
-            into=None if verified else costate.parameters,  # a vector of our own
+            into=None if both_sides else costate.parameters,  # a vector of our own
         )
         try:
             pulled = pull(pieces=self.pieces)
@@ -457,46 +478,28 @@ class _Reverse:
             pulled = pull()
         self.products += product != "none"
         self.equivalents += KEPT_COST if kept else PRODUCT_COST[product]
-        if verified:
-            by = "exact" if self.exact else product
-            with double_backward(self.plant.model) if self.exact else nullcontext():
-                other = pull_back(
-                    by,
-                    self.evaluation,
-                    scratch,
-                    point,
-                    gradient_costates,
-                    costate.statistics,
-                    opposite=not self.exact,
-                )
+        if both_sides:
+            other = pull(into=None, opposite=True)
             self.products += 1
-            self.equivalents += PRODUCT_COST[by]
-            norm = self.plant.norm if self.plant.shared_out else None
-            share = relative_difference(pulled.parameters, other.parameters, norm)
-            if not self.exact:
-                # Nothing better is at hand: rounding in a product that hardly counts is let pass,
-                # where all of the window's together stay below the same share of the costate.
-                carried = Costate(costate.parameters, []).parameter_norm()
-                moved = Costate(other.parameters, []).parameter_norm()
-                if self.plant.shared_out and self.plant.ranks is not None:
-                    carried = norm_over(self.plant.ranks, carried)
-                    moved = norm_over(self.plant.ranks, moved)
-                share = min(share, float(self.steps * share * moved / carried.clamp_min(1e-300)))
-            self.disagreements[i] = share
-            if not share <= AGREES and self.exact:
-                step = self.trajectory.start + i
-                raise Disagreement(step, share, self.products, self.equivalents)
-            if self.exact:
-                pulled = other
+            self.equivalents += PRODUCT_COST[product]
+            pairs = [
+                None if a is None or b is None else ((a + b) / 2, (a - b) / 2)
+                for a, b in zip(pulled.parameters, other.parameters, strict=True)
+            ]
+            apart = Costate([pair and pair[1] for pair in pairs], [])
+            carried = self._parameter_norm(costate).clamp_min(1e-300)
+            self.disagreements[i] = float(self._parameter_norm(apart) / carried)
+            pulled = replace(pulled, parameters=[pair and pair[0] for pair in pairs])
         if not kept:
             self.discrepancies[i] = pulled.discrepancy
         parameters = pulled.parameters
-        if verified:
+        if both_sides:
             parameters = [_sum(a, b) for a, b in zip(costate.parameters, parameters, strict=True)]
         costate = self._damped(Costate(parameters, costate.optimizer, pulled.statistics))
         if i:
             costate = self._with_share(costate, i)
         self._note(i, costate)
+        self._keep_cut(i, costate)
         return costate
 
     def _note(self, i: int, costate: Costate) -> None:
@@ -735,12 +738,14 @@ class _Reverse:
         """Graphs of `segment` steps at a time."""
         costate = self._with_share(costate, self.steps)
         self._note(self.steps, costate)
+        self._keep_cut(self.steps, costate)
         self.end_norm = costate.parameter_norm()
         for start in reversed(range(0, self.steps, segment)):
             costate = self._segment(start, min(start + segment, self.steps), costate)
             if start:
                 costate = self._with_share(costate, start)
                 self._note(start, costate)
+                self._keep_cut(start, costate)
         return self._adjoint()
 
     def _segment(self, start: int, stop: int, costate: Costate) -> Costate:
@@ -750,6 +755,7 @@ class _Reverse:
         intermediate: list[list[Tensor]] = []
         steered: list[dict[str, Tensor]] = []
         thetas: dict[int, set[int]] = {}
+        kinds: dict[int, list[BlockState]] = {}
         with torch.enable_grad():
             leaves = states = [_leaf_state(s) for s in trajectory.states[start]]
             statistics = first_statistics = {
@@ -767,6 +773,7 @@ class _Reverse:
                     statistics = {n: b.view_as(b) for n, b in statistics.items()}
                     parts = [t for s in states for t in float_tensors(s)]
                     thetas[i] = {id(s.parameters) for s in states}
+                    kinds[i] = states
                     intermediate.append([*parts, *statistics.values()])
                 flats = [s.parameters for s in states]
                 if i > start:
@@ -827,10 +834,16 @@ class _Reverse:
         for i, leaf in enumerate(steered, start):
             self._write_gradient(i, leaf, [pulled.pop(0) for _ in leaf])
         for i, step in enumerate(intermediate, start + 1):
-            found = [(id(t), pulled.pop(0)) for t in step if t.requires_grad]
-            of_theta = [p for key, p in found if key in thetas[i]]
-            rest = [p for key, p in found if key not in thetas[i]]
+            found = [pulled.pop(0) if t.requires_grad else None for t in step]
+            ours = [id(t) in thetas[i] for t in step]
+            of_theta = [p for own, p in zip(ours, found, strict=True) if own]
+            rest = [p for own, p in zip(ours, found, strict=True) if not own]
             self._note(i, Costate(of_theta, [rest]))
+            if i == self.cut_at:
+                of_theta, of_slots = _unflatten(found, kinds[i])
+                left = zip(first_statistics, found, strict=True)
+                between = {n: p for n, p in left if p is not None}
+                self._keep_cut(i, Costate(of_theta, of_slots, between))
         result = Costate(parameters, optimizer, carried)
         self._note(start, result)
         return result

@@ -43,8 +43,8 @@ def measure_sizes(
 
     Without `full`, graphs that could not be kept anyway are not measured.
     """
-    known = _known_sizes(plant)
-    key = (product, full, _signature(plant, batch), bool(objective.reward_weight))
+    known = known_of(plant)
+    key = (product, full, signature(plant, batch), bool(objective.reward_weight))
     if key not in known:
         known[key] = _measured_product(plant, batch, objective, product, full=full)
     return Sizes(
@@ -71,7 +71,7 @@ def measure_pieces(plant: Plant, batch: Any, objective: Objective) -> tuple[tupl
 
     () where the loss is not a mean over rows. The plant is put back.
     """
-    known, key = _known_sizes(plant), _pieces_key(plant, batch, objective)
+    known, key = known_of(plant), _pieces_key(plant, batch, objective)
     if key not in known:
         with _put_back(plant):
             known[key] = _with_pieces(plant, batch, objective)
@@ -80,11 +80,11 @@ def measure_pieces(plant: Plant, batch: Any, objective: Objective) -> tuple[tupl
 
 def forget_pieces(plant: Plant, batch: Any, objective: Objective) -> None:
     """The loss is no mean over rows after all."""
-    _known_sizes(plant)[_pieces_key(plant, batch, objective)] = ()
+    known_of(plant)[_pieces_key(plant, batch, objective)] = ()
 
 
 def _pieces_key(plant: Plant, batch: Any, objective: Objective) -> tuple[Any, ...]:
-    return "pieces", _signature(plant, batch), bool(objective.reward_weight)
+    return "pieces", signature(plant, batch), bool(objective.reward_weight)
 
 
 _KNOWN: WeakKeyDictionary[nn.Module, WeakKeyDictionary[Any, dict[Any, Any]]]
@@ -93,14 +93,15 @@ _KNOWN = WeakKeyDictionary()
 again and again, would spend a tenth of its time on measuring, and hand back its heap."""
 
 
-def _known_sizes(plant: Plant) -> dict[Any, Any]:
+def known_of(plant: Plant) -> dict[Any, Any]:
+    """What was found out about a plant's model and loss, for as long as both live."""
     try:
         return _KNOWN.setdefault(plant.model, WeakKeyDictionary()).setdefault(plant.loss_fn, {})
     except TypeError:  # cannot be hashed, or be referred to weakly
         return {}
 
 
-def _signature(plant: Plant, batch: Any) -> tuple[Any, ...]:
+def signature(plant: Plant, batch: Any) -> tuple[Any, ...]:
     """All that a product's size depends on, beside model and loss."""
     live = (*plant.parameters, *tensors_of(batch))
     kinds = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in live)

@@ -44,7 +44,9 @@ class LookbackMaker:
     damping: Damping
     notice: Callable[[str], None]
 
-    def __call__(self, relief: Relief, product: Product | None = None) -> Lookback:
+    def __call__(
+        self, relief: Relief, product: Product | None = None, *, verified: bool = True
+    ) -> Lookback:
         """relief: what has to be done without. product: in any case."""
         return Lookback(
             self.plant,
@@ -55,6 +57,7 @@ class LookbackMaker:
             memory_budget=relief.memory_budget or self.memory_budget,
             spill=self.spill,
             damping=self.damping,
+            verified=verified,
             notice=self.notice,
         )
 
@@ -161,7 +164,7 @@ class Looking:
         """control -> dJ/du by each batch of the objective alone, at H = 0: (n, K) or (n, K, G)."""
         if terminal is None or len(terminal.batches) < 2:
             return {}
-        lookback = self.make(self.loop.relief, "none")
+        lookback = self.make(self.loop.relief, "none", verified=False)
         lookback.objective = self._over_the_window(past)
         found = []
         for part in terminal.parts():

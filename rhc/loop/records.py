@@ -160,6 +160,7 @@ def _line(
             "costate_norms": h.costate_norms.tolist(),
             "product": h.product,
             "segment": h.segment,
+            "check": h.check,
         }
     return finite(record)  # as it will be read back
 

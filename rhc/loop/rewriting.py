@@ -47,6 +47,8 @@ class Rewriting:
             if iteration and not self.budget.affords(self.loop, 3 * (window.stop - window.start)):
                 break
             if current.hypergradient is None:
+                if self.loop.lookback is not None and not self.loop.lookback.trusted:
+                    break
                 self.steps.back_to(window, current, "roll")
                 again = current.emptied()
                 self.looking.roll(again, window.commit, terminal)
@@ -111,7 +113,9 @@ class Rewriting:
                 if replayed.value < rolled.value or not self.law.accept:
                     self.chronicle.record(replayed, "accepted", None, rolled)
                     return replayed
-                replayed.failure = "the objective did not fall"
+                replayed.failure = (
+                    f"the objective did not fall, where {proposal.predicted:.2g} was predicted"
+                )
             self.chronicle.record(replayed, "rejected", replayed.failure, rolled)
         return None
 

@@ -71,6 +71,7 @@ class RewrittenWindows:
         twins = isinstance(rewriting, Twins)
         wanted = loop.alert or start < law.until * loop.steps
         wanted = wanted and loop.passed_over == 0 and not loop.relief.blind
+        wanted = wanted and (loop.lookback is None or loop.lookback.trusted)
         # Looked back at, replayed, and rolled once more.
         looked = wanted and not twins and self._affords(3, window)
         attempt = self.rolling.until_finite(window, looked=looked)

@@ -1,0 +1,504 @@
+"""A hypergradient held against what it claims: rolls of the plain loop to either side of it.
+
+For a direction d in the controls' coordinates ⟨dJ/du, d⟩ = (J(u + εd) − J(u − εd)) / 2ε up to
+O(ε²). Both J come from the plain loop with everything that users hang on it (hooks, custom
+backwards, hidden state), and share no code with the reverse pass.
+
+J over a whole window is no smooth function of u in float32 where training is near the edge of
+stability, whatever the code. So the window is cut after its first steps k ≤ 4, and what follows is
+replaced by its own derivative there: J_k = Σ_{t<k} stage_t + ⟨λ_k, s_k⟩, with λ_k the costate that
+the reverse pass had at step k. The derivatives of J_k with respect to the first k steps' controls
+are those of J, so that no other reverse pass is needed: 2k plain steps a control. The terminal
+loss, which is in J_k by its gradient alone, is held against its own values to either side.
+
+In float32 so few steps do not show a Hessian that is wrong: its share of dJ/du grows with every
+step. So the product itself is tried once in float64, on a few rows: with B its matrix, v the
+costate and w a direction, ⟨Bᵀv, w⟩ = ⟨v, g(θ + εw) − g(θ − εw)⟩ / 2ε, g the plain gradient. There
+no kink lies within ε, and a product that leaves something out (a detached value, a custom backward)
+is off by far more than rounding. In float32 ReLU and max-pooling would be as far off, rightly so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from rhc.batches import batch_size
+from rhc.distributed import shard
+from rhc.hypergradient.evaluation import Evaluation, Scratch, parts
+from rhc.hypergradient.products import (
+    PRODUCT_COST,
+    Product,
+    StepPoint,
+    noting_precision,
+    per_parameter,
+    precision,
+    precision_known,
+    pull_back,
+)
+from rhc.hypergradient.segments import Costate, Cut, Terminal, kernels_for
+from rhc.hypergradient.states import float_tensors
+from rhc.objective import Objective
+from rhc.plant import Block, Plant, Snapshot, Trajectory, checked_loss
+from rhc.randomness import RandomState, preserved
+from rhc.schedule import CONTROLS
+
+MOST_STEPS = 4
+"""Steps that are rolled to either side, for one control; two where there are more controls."""
+
+_COARSE = 1e-4
+"""A machine epsilon above this is reduced precision (bfloat16, float16)."""
+
+_ROWS = 4
+"""Of a batch, at least, that the product is tried on; a quarter of a larger one."""
+
+_AT_ZERO = {"noise": 0.1, "weight_decay": 0.01}
+"""How far a control of 0, whose coordinate is a logarithm, is moved by a step of 1."""
+
+
+@dataclass(frozen=True)
+class Disagreements:
+    """Relative disagreements of a hypergradient with the plain loop, beyond rounding.
+
+    of: per control, |difference − predicted| / the larger of both. terminal: of the terminal loss
+    with its gradient. hessian: of the product with differences of gradients. not_the_step: in
+    words, how the step that was rolled differs from the plain loop's; "" where it does not.
+    tolerance: what is put up with. cost: in gradient evaluations, without terminals: terminal
+    losses that were taken.
+    """
+
+    of: dict[str, float]
+    terminal: float = 0.0
+    hessian: float = 0.0
+    not_the_step: str = ""
+    tolerance: float = 0.05
+    cost: float = 0.0
+    terminals: int = 0
+
+    @property
+    def _all(self) -> dict[str, float]:
+        found = {f"dJ/d({name})": apart for name, apart in self.of.items()}
+        named = {"the terminal loss's gradient": self.terminal, "the Hessian product": self.hessian}
+        return found | named
+
+    @property
+    def finite(self) -> bool:
+        """Whether the rolls had anything to say."""
+        return all(math.isfinite(apart) for apart in self._all.values())
+
+    @property
+    def holds(self) -> bool:
+        """Whether the hypergradient is what the plain loop says."""
+        return not self.not_the_step and all(x <= self.tolerance for x in self._all.values())
+
+    @property
+    def of_the_product(self) -> bool:
+        """Whether another product might hold."""
+        return not self.not_the_step and self.terminal <= self.tolerance
+
+    def sentence(self) -> str:
+        """What was found, and the usual causes."""
+        if self.not_the_step:
+            return (
+                f"{self.not_the_step}: look for hooks that change gradients or weights, and for "
+                "state or randomness that loss_fn keeps outside the model"
+            )
+        worst = max(self._all, key=lambda name: self._all[name])
+        return (
+            f"{worst} is off by {self._all[worst]:.2g} of what the plain loop shows a step to "
+            "either side: look for detached values, no_grad and gradient reversal inside the loss, "
+            "custom backwards, hooks, and state that the model or loss_fn moves outside the "
+            "optimizer"
+        )
+
+
+def hooks(plant: Plant) -> tuple[int, ...]:
+    """How many hooks of every kind hang on parameters, modules and the optimizer."""
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return (
+        *(len(getattr(m, kind)) for m in plant.model.modules() for kind in kinds),
+        *(len(p._backward_hooks or ()) for p in plant.owned),
+        *(len(getattr(p, "_post_accumulate_grad_hooks", None) or ()) for p in plant.owned),
+        len(plant.optimizer._optimizer_step_pre_hooks),
+        len(plant.optimizer._optimizer_step_post_hooks),
+    )
+
+
+def steps_to_cut(
+    plant: Plant, steps: int, controls: Sequence[str], product: Product, *, damped: bool
+) -> int:
+    """k for a window of `steps`: where the Hessian is left out, or λ damped, one step is exact."""
+    if product == "none" or damped:
+        return 1
+    most = MOST_STEPS if _is_double(plant) else MOST_STEPS - 1
+    return min(steps, max(2, most // len(controls)))
+
+
+def verify(
+    plant: Plant,
+    beginning: Snapshot,
+    trajectory: Trajectory,
+    objective: Objective,
+    gradient: Mapping[str, Tensor],
+    cut: Cut,
+    product: Product,
+    terminal: Terminal | None,
+    value: float,
+    at: Sequence[Tensor] | None,
+    *,
+    hessian: bool,
+) -> Disagreements:
+    """Holds a reverse pass against the plain loop; the live state is left as it is found.
+
+    beginning: the state that the window was rolled from. gradient: control -> (K,) or (K, G).
+    value: the terminal loss. at: θ̄ in the optimizer's parameter order, where it was taken; None
+    for the last iterate, which is live. hessian: whether the product is tried in float64, where
+    that says more.
+    """
+    rolls = _Rolls(plant, beginning, trajectory, objective, cut)
+    eps = own = max(torch.finfo(p.dtype).eps for p in plant.parameters if p.is_floating_point())
+    tolerance, distances, shares = 0.05, (0.05, 0.2), (1e-2, 1e-3)
+    if _is_double(plant):
+        exact = product in ("exact", "forward-over-reverse", "none")
+        tolerance, distances, shares = 1e-6 if exact else 1e-5, (1e-4, 1e-6), (1e-4, 1e-6)
+    of: dict[str, float] = {}
+    of_terminal, of_hessian, terminals = 0.0, 0.0, 0
+    end = plant.snapshot()
+    try:
+        if terminal is not None and not plant.shared_out:
+            of_terminal, terminals = _of_terminal(
+                plant, trajectory, objective, terminal, value, at, cut.terminal, shares, own
+            )
+        if not precision_known(plant):
+            with noting_precision(plant):
+                rolls.value({})
+        eps = max(own, precision(plant))
+        if eps > _COARSE:
+            tolerance, distances = 0.2, (0.2, 0.4)
+        for name, g in gradient.items():
+            of[name] = _of_control(rolls, name, g[: cut.k], distances, eps, tolerance)
+        if hessian and product != "none" and own > 1e-10 and eps < _COARSE:
+            batch = trajectory.batches[min(cut.k, len(trajectory) - 1)]
+            of_hessian, cost = _of_product(plant, product, trajectory.blocks, batch, cut.costate)
+            rolls.cost += cost
+    finally:
+        plant.restore(end)
+        plant.forget_gradients()
+    if plant.ranks is not None:  # one verdict for all
+        of, of_terminal = plant.ranks.share([of, of_terminal])
+    strange = "" if eps > _COARSE else rolls.not_the_step
+    return Disagreements(of, of_terminal, of_hessian, strange, tolerance, rolls.cost, terminals)
+
+
+def _is_double(plant: Plant) -> bool:
+    return all(p.dtype == torch.float64 for p in plant.parameters if p.is_floating_point())
+
+
+def _of_control(
+    rolls: _Rolls,
+    name: str,
+    gradient: Tensor,
+    distances: Sequence[float],
+    eps: float,
+    tolerance: float,
+) -> float:
+    """The disagreement of one control, of the better of two distances."""
+    values = rolls.values(name)
+    slope, move = _coordinate(name, values)
+    raw = (gradient * slope).double()
+    if not bool(raw.isfinite().all()):
+        return math.nan
+    # Where the derivative vanishes there is still a direction in which J should not change.
+    direction = raw / raw.abs().max() if bool((raw != 0).any()) else (slope != 0).double()
+    if not bool((direction != 0).any()):
+        return 0.0
+    predicted = float((raw * direction).sum())
+    least = math.inf
+    for distance in distances:
+        plus, rounding = rolls.value({name: move(distance * direction)})
+        minus, _ = rolls.value({name: move(-distance * direction)})
+        difference = (plus - minus) / (2 * distance)
+        noise = 4 * eps * rounding / (2 * distance)
+        least = min(least, _apart(difference, predicted, noise))
+        if not math.isfinite(difference) or least <= tolerance:
+            break
+    return least
+
+
+def _apart(difference: float, predicted: float, noise: float) -> float:
+    if not math.isfinite(difference):
+        return math.nan
+    scale = max(abs(difference), abs(predicted), noise, 1e-300)
+    return max(0.0, abs(difference - predicted) - noise) / scale
+
+
+def _coordinate(name: str, values: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """(du/dx, x ↦ u at a distance x in the control's own coordinate)."""
+    if CONTROLS[name].coordinate == "logit":
+        return values * (1 - values), lambda x: torch.where(
+            values > 0, (values.logit() + x).sigmoid(), values
+        )
+    zero = _AT_ZERO.get(name, 0.0)
+    slope = torch.where(values > 0, values, zero)
+    return slope, lambda x: torch.where(values > 0, values * x.exp(), zero * x)
+
+
+class _Rolls:
+    """Rolls of the plain loop over the first k steps, from the window's beginning."""
+
+    def __init__(
+        self,
+        plant: Plant,
+        beginning: Snapshot,
+        trajectory: Trajectory,
+        objective: Objective,
+        cut: Cut,
+    ) -> None:
+        self.plant, self.beginning, self.trajectory = plant, beginning, trajectory
+        self.objective, self.cut = objective, cut
+        self.cost = 0.0
+        self.not_the_step = ""
+
+    def values(self, name: str) -> Tensor:
+        return self.trajectory.schedule[name][: self.cut.k].double()
+
+    def value(self, moved: Mapping[str, Tensor]) -> tuple[float, float]:
+        """(J_k with some controls moved, the size of what rounding in it is relative to)."""
+        plant, trajectory, cut = self.plant, self.trajectory, self.cut
+        plant.restore(self.beginning)
+        columns = {name: v.tolist() for name, v in moved.items()}
+        total, sizes = 0.0, 0.0
+        for i in range(cut.k):
+            step = trajectory.start + i
+            values = {**trajectory.schedule.at(step)}
+            values |= {
+                n: tuple(c[i]) if isinstance(c[i], list) else c[i] for n, c in columns.items()
+            }
+            observed = plant.step(trajectory.batches[i], values, step)
+            self.cost += 1
+            if i == 0:
+                self._compare(float(observed.loss), float(observed.gradient_norm))
+            stage = self.objective.stage(observed.loss.double(), observed.metrics)
+            if stage is not None:
+                total += float(stage)
+                sizes += abs(float(stage))
+            if i + 1 < cut.k and cut.weights[i]:
+                total += cut.weights[i] * self._dot(cut.terminal)[0]
+        product, size = self._dot(cut.costate.parameters, cut.costate)
+        return total + product, sizes + size
+
+    def _compare(self, loss: float, norm: float) -> None:
+        """The first step is the same whatever its controls, up to the kernels it is taken by."""
+        trajectory = self.trajectory
+        for what, now, then in (
+            ("loss", loss, float(trajectory.losses[0])),
+            ("gradient's norm", norm, float(trajectory.gradient_norms[0])),
+        ):
+            apart = abs(now - then) / max(abs(now), abs(then), 1e-30)
+            if apart > 1e-3:
+                self.not_the_step = (
+                    f"the {what} of step {trajectory.start} was {then:.6g} where the plain loop "
+                    f"has {now:.6g}"
+                )
+
+    def _dot(
+        self, vectors: Sequence[Tensor | None], costate: Costate | None = None
+    ) -> tuple[float, float]:
+        """(⟨λ, s⟩ of the live state, |λ ∘ s|); of the parameters alone without a costate."""
+        states = self.plant.block_states(self.trajectory.blocks)
+        pairs: list[tuple[Tensor, Tensor | None]] = []
+        for b, (state, of_theta) in enumerate(zip(states, vectors, strict=True)):
+            theta, *slots = float_tensors(state)
+            pairs.append((theta, of_theta))
+            if costate is not None:
+                # [] where nothing depends on the optimizer's state.
+                pairs += zip(slots, costate.optimizer[b], strict=False)
+        if costate is not None:
+            pairs += [(self.plant.model.get_buffer(n), v) for n, v in costate.statistics.items()]
+        products = [
+            v.double().reshape(-1) * t.double().reshape(-1) for t, v in pairs if v is not None
+        ]
+        total = sum(float(p.sum()) for p in products)
+        square = sum(float(p.square().sum()) for p in products)
+        if self.plant.shared_out and self.plant.ranks is not None:
+            total, square = self.plant.ranks.sums([total, square])
+        return total, math.sqrt(square)
+
+
+# The terminal loss --------------------------------------------------------------------------------
+
+
+def _of_terminal(
+    plant: Plant,
+    trajectory: Trajectory,
+    objective: Objective,
+    terminal: Terminal,
+    value: float,
+    at: Sequence[Tensor] | None,
+    gradient: Sequence[Tensor | None],
+    shares: Sequence[float],
+    eps: float,
+) -> tuple[float, int]:
+    """(The disagreement of the terminal loss with its gradient, along it; losses taken).
+
+    shares: of the loss's value, which the distances should change it by.
+    """
+    square = float(plant.norm([g for g in gradient if g is not None])) ** 2
+    level = abs(objective.terminal_weight * value)
+    if not square > 0 or not level > 0 or not math.isfinite(square * level):
+        return 0.0, 0
+    indices = [i for block in trajectory.blocks for i in block.indices]
+    live = [plant.parameters[i] for i in indices]
+    mean = [(plant.parameters if at is None else at)[i].detach().clone() for i in indices]
+    along = per_parameter(trajectory.blocks, gradient)
+    least, taken = math.inf, 0
+    for share in shares:
+        distance = share * level / square
+        sides = []
+        for sign in (distance, -distance):
+            with torch.no_grad():
+                for p, m, v in zip(live, mean, along, strict=True):
+                    p.copy_(m if v is None else m + sign * v.to(m.dtype))
+            sides.append(objective.terminal_weight * _taken(plant, terminal))
+            taken += 1
+        difference = (sides[0] - sides[1]) / (2 * distance)
+        least = min(least, _apart(difference, square, 4 * eps * level / (2 * distance)))
+        if least <= 2 * share:
+            break
+    return least, taken
+
+
+def _taken(plant: Plant, terminal: Terminal) -> float:
+    """terminal(model) of the live model, whose modes and random state are put back."""
+    modes = [(m, m.training) for m in plant.model.modules()]
+    try:
+        with preserved():
+            return plant.value(checked_loss(terminal(plant.model), "terminal")[0].detach())
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+# The product --------------------------------------------------------------------------------------
+
+
+def _of_product(
+    plant: Plant, product: Product, blocks: Sequence[Block], batch: Any, costate: Costate
+) -> tuple[float, float]:
+    """(How far ⟨Bᵀv, w⟩ is from differences of plain gradients in float64, gradient evaluations).
+
+    0 where that says nothing: the model or loss_fn does not compute in float64, or not smoothly.
+    """
+    ours = parts(batch)[0]
+    rows = batch_size(ours)
+    few = max(_ROWS, rows // 4)
+    if few < rows:
+        ours = shard(ours, rows, 0, rows // few).rows
+    size = 2 * min(1.0, few / rows) / len(parts(batch))  # float64 takes twice as long
+    try:
+        with in_double(plant.model), noting_precision(plant) as coarsest:
+            ours = tree_map(_double, ours)
+            found, count = _projected(plant, product, blocks, ours, costate)
+            return (found if coarsest() < 1e-10 else 0.0), count * size
+    except Exception:  # code that is bound to float32; what is wrong with it, others say
+        return 0.0, 0.0
+
+
+def _projected(
+    plant: Plant, product: Product, blocks: Sequence[Block], batch: Any, costate: Costate
+) -> tuple[float, int]:
+    """(The relative disagreement, gradient evaluations), of a plant that is in float64."""
+    evaluation = Evaluation(plant, blocks, Objective(loss_weight=0.0, terminal_weight=1.0))
+    buffers = {n: b.detach().clone() for n, b in plant.model.named_buffers()}
+    theta = [block.flatten(plant.parameters) for block in blocks]
+    rng = RandomState.capture()
+    with Scratch(plant, blocks) as scratch:
+
+        def gradient(flats: Sequence[Tensor]) -> list[Tensor | None]:
+            scratch.place(flats, buffers)
+            rng.restore()
+            for p in scratch.leaves:
+                p.grad = None
+            loss, _ = plant.backward(batch)
+            if loss.dtype != torch.float64:
+                raise TypeError
+            there = [any(p.grad is not None for p in own) for own in scratch.parameters]
+            return [g if some else None for g, some in zip(scratch.gradients(), there, strict=True)]
+
+        known = gradient(theta)
+        length = _norm(theta)
+        w = [None if g is None else g / _norm(known) * length for g in known]
+        v: list[Tensor | None] = [
+            None if g is None or t is None else t.double()
+            for g, t in zip(known, costate.parameters, strict=True)
+        ]
+        if not any(t is not None and bool((t != 0).any()) for t in v):
+            return 0.0, 1
+        pulls = [False, True] if product == "forward-difference" else [False]
+        point = StepPoint(lambda: theta, buffers, batch, rng, known)
+        sides = []
+        with kernels_for(product, plant.model):
+            for opposite in pulls:
+                pulled = pull_back(product, evaluation, scratch, point, v, {}, opposite=opposite)
+                sides.append(_inner(pulled.parameters, w))
+        predicted = sum(sides) / len(sides)
+        differences = []
+        for distance in (1e-5, 1e-6):
+            there, back = (
+                gradient([t if d is None else t + s * d for t, d in zip(theta, w, strict=True)])
+                for s in (distance, -distance)
+            )
+            differences.append((_inner(v, there) - _inner(v, back)) / (2 * distance))
+            if abs(differences[-1] - predicted) <= 0.01 * abs(predicted):
+                return 0.0, PRODUCT_COST[product] + 1 + 2 * len(differences)
+    first, second = differences
+    apart = abs(second - predicted) / max(abs(second), abs(predicted), 1e-300)
+    # Where the differences have not settled, they say nothing.
+    settled = abs(first - second) <= 0.02 * max(abs(first), abs(second))
+    return apart if settled else 0.0, PRODUCT_COST[product] + 5
+
+
+@contextmanager
+def in_double(model: nn.Module) -> Iterator[None]:
+    """The model's parameters and buffers in float64; the very same ones as before afterwards."""
+    kept = [(p, p.data, p.grad) for p in model.parameters() if p.is_floating_point()]
+    held = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.is_floating_point()
+    ]
+    twins: dict[int, Tensor] = {}
+    try:
+        for p, values, _ in kept:
+            p.grad, p.data = None, values.double()
+        for module, name, buffer in held:
+            module._buffers[name] = twins.setdefault(id(buffer), buffer.double())
+        yield
+    finally:
+        for p, values, grad in kept:
+            p.grad = None
+            p.data, p.grad = values, grad
+        for module, name, buffer in held:
+            module._buffers[name] = buffer
+
+
+def _double(leaf: Any) -> Any:
+    floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+    return leaf.double() if floating else leaf
+
+
+def _inner(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float:
+    pairs = zip(a, b, strict=True)
+    return sum(float(x @ y) for x, y in pairs if x is not None and y is not None)
+
+
+def _norm(tensors: Sequence[Tensor | None]) -> float:
+    return math.hypot(*(float(t.norm()) for t in tensors if t is not None))
