@@ -77,8 +77,8 @@ class Plan:
     """What a window of `steps` keeps. budget, predicted_bytes: beyond plain training.
 
     gradient_equivalents: predicted cost of looking back, in gradient evaluations, terminal loss not
-    counted. recomputed: of these, the steps that are rolled again. both_sides: whether a difference
-    is taken to either side of every step. pieces: in how many parts a product takes the
+    counted. recomputed: of these, the steps that are rolled again. twice: at how many steps a
+    difference is taken twice. pieces: in how many parts a product takes the
     rows of its batch. onednn: whether matrices may be multiplied by a library that keeps kernels of
     its own.
     """
@@ -93,7 +93,7 @@ class Plan:
     snapshots: int = 0
     chunk: int = 0
     recomputed: int = 0
-    both_sides: bool = False
+    twice: int = 0
     pieces: int = 1
     onednn: bool = True
     budget: int | None = None
@@ -101,7 +101,7 @@ class Plan:
 
     @property
     def gradient_equivalents(self) -> float:
-        products = self.steps * PRODUCT_COST[self.product] * (2 if self.both_sides else 1)
+        products = (self.steps + self.twice) * PRODUCT_COST[self.product]
         if self.product == "exact" and self.segment == 1:
             products -= (PRODUCT_COST["exact"] - KEPT_COST) * self.graphs
         return float(products + self.recomputed)
@@ -122,8 +122,8 @@ class Plan:
             f"window of {self.steps} steps, segment {self.segment}, product {self.product}",
             f"roll and look back: {per_step:.2f} gradient evaluations per step",
         ]
-        if self.both_sides:
-            lines.append("differences to either side of every step, held against each other")
+        if self.twice:
+            lines.append(f"differences held against others at {self.twice} of the steps")
         if self.graphs:
             lines.append(f"graphs kept by the roll: the last {self.graphs} steps")
         if self.kept:

@@ -4,7 +4,7 @@ A product pulls (λ_g, λ_b) of a step's gradient g_t and BatchNorm statistics b
 adds the stage cost's own gradient. Costs in gradient evaluations: exact 3 (g again, and twice that
 to pull it back; 2 where the roll kept the graph of g), forward over reverse 3, forward difference
 1 (the roll's g_t is known), central difference 2. Where no exact product exists, a difference is
-held against one in the opposite direction, which steps over other kinks: one gradient more.
+held against one in the again direction, which steps over other kinks: one gradient more.
 "none" leaves the Hessian out: no more than a baseline, but exact where lr is 0.
 """
 
@@ -125,7 +125,7 @@ def pull_back(
     statistics_costates: Mapping[str, Tensor],
     *,
     compare: bool = False,
-    opposite: bool = False,
+    again: bool = False,
     into: Sequence[Tensor | None] | None = None,
     pieces: int = 1,
 ) -> Pulled:
@@ -135,8 +135,8 @@ def pull_back(
     where the step draws nothing and its loss is a mean over rows; NotAMean where it is not.
 
     into: per block, a vector that this is added to in place. compare: an exact product also says
-    how far its own g_t is from the roll's. opposite: a forward difference is taken backwards,
-    (g(θ) − g(θ − εv)) / ε.
+    how far its own g_t is from the roll's. again: a forward difference is taken backwards,
+    (g(θ) − g(θ − εv)) / ε, a central one at half the distance.
     """
     objective = evaluation.objective
     joint = bool(statistics_costates) or bool(objective.reward_weight)
@@ -166,7 +166,7 @@ def pull_back(
         # Terms of first order are taken at θ after the product.
         in_place = point.owned and not joint and product == "forward-difference"
         curvature = _difference(
-            product, evaluation, scratch, point, gradient_costates, opposite, into, in_place
+            product, evaluation, scratch, point, gradient_costates, again, into, in_place
         )
         into = None  # it is in there
     if into is not None:
@@ -368,7 +368,7 @@ def _difference(
     scratch: Scratch,
     point: StepPoint,
     direction: Sequence[Tensor | None],
-    opposite: bool,
+    again: bool,
     into: Sequence[Tensor | None] | None,
     in_place: bool,
 ) -> list[Tensor | None]:
@@ -407,7 +407,9 @@ def _difference(
         c = precision**0.5 if product == "forward-difference" else precision ** (1 / 3)
         # On the device all the way: asking for a number would make the host wait. v = 0 gives 0.
         epsilon = c * size.clamp_min(1e-3) / length.clamp_min(torch.finfo(length.dtype).tiny)
-        return -epsilon if opposite else epsilon
+        if not again:
+            return epsilon
+        return -epsilon if product == "forward-difference" else epsilon / 2
 
     plant = evaluation.plant
     own = torch.finfo(point.flats[active[0]].dtype).eps

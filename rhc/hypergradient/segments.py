@@ -20,7 +20,7 @@ takes +3960 MB where this takes under 150 (docs/log.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -119,9 +119,9 @@ class Adjoint:
 
     costate_norms: (K,), |dJ/ds_t|. parameter_norms: (K + 1,), |dJ/dθ_t|. equivalents: the cost in
     gradient evaluations. discrepancies: index of a step -> |g − g_t| / |g_t| of its gradient when
-    computed again. disagreements: index -> |H v − H v′| / |λ| of difference products to either
-    side. undivided: index of the first step whose batch should have been taken in parts, and could
-    not be. cut: where it was asked for.
+    computed again. disagreements: index -> |H v − H v′| / 2|λ| of difference products that were
+    taken twice. undivided: index of the first step whose batch should have been taken in parts, and
+    could not be. cut: where it was asked for.
     """
 
     gradient: dict[str, Tensor]
@@ -159,16 +159,16 @@ def adjoint(
     average: Sequence[Tensor] | None,
     product: Product,
     damping: Damping,
-    both_sides: bool = False,
+    twice: Collection[int] = (),
     cut: int = 0,
 ) -> tuple[Adjoint, Tensor | None]:
     """(dJ/du for every step and control, the terminal loss).
 
     recorder: of a roll whose end is the live state. average: θ̄ in the optimizer's parameter order,
-    where the terminal loss is taken; None for the last iterate. both_sides: a forward difference is
-    taken to either side at every step; their mean counts, and how far they are apart is noted. cut:
-    k of a `Cut` that is wanted; 0 for none. The live model and optimizer are used as scratch and
-    put back; the random state is left changed.
+    where the terminal loss is taken; None for the last iterate. twice: steps at which a difference
+    is taken twice, a forward one to either side, a central one at half the distance too; their mean
+    counts, and how far they are apart is noted. cut: k of a `Cut` that is wanted; 0 for none. The
+    live model and optimizer are used as scratch and put back; the random state is left changed.
     """
     trajectory = recorder.trajectory
     evaluation = Evaluation(plant, trajectory.blocks, objective)
@@ -179,7 +179,7 @@ def adjoint(
     if recorder.plan.segment == 1:
         held = [costate]
         del costate  # whoever names a costate while a step is gone through keeps it from its end
-        return reverse.recursion(held, recorder, product, both_sides=both_sides), value
+        return reverse.recursion(held, recorder, product, frozenset(twice)), value
     with (
         double_backward(plant.model, light=False),
         visible_statistics(plant.model, update=bool(costate.statistics)),
@@ -360,8 +360,7 @@ class _Reverse:
         held: list[Costate],
         recorder: WindowRecorder,
         product: Product,
-        *,
-        both_sides: bool,
+        twice: frozenset[int],
     ) -> Adjoint:
         """The costate recursion; held: the costate at the end, which each chunk replaces."""
         self.pieces = recorder.plan.pieces
@@ -375,7 +374,7 @@ class _Reverse:
         self._keep_cut(self.steps, held[0])
         self.end_norm = self._parameter_norm(held[0])
         for chunk in recorder.backwards():
-            self._chunk(chunk, held, product, recorder.plan.states_every, both_sides=both_sides)
+            self._chunk(chunk, held, product, recorder.plan.states_every, twice)
             del chunk
         self.equivalents += recorder.recomputed
         return self._adjoint()
@@ -386,8 +385,7 @@ class _Reverse:
         held: list[Costate],
         product: Product,
         apart: int,
-        *,
-        both_sides: bool,
+        twice: frozenset[int],
     ) -> None:
         """apart: how many steps the kept states lie apart; 0 for one state."""
         model, costate = self.plant.model, held.pop()
@@ -414,12 +412,12 @@ class _Reverse:
                     self.trajectory.rng[i],
                     gradients,
                     graph,
-                    owned=chunk.owned and not both_sides,
+                    owned=chunk.owned and i not in twice,
                     loss=self.trajectory.losses[i],
                 )
                 del theta, graph  # the product needs the parameters at most
                 costate = self._pull_through_gradient(
-                    i, scratch, point, costate, gradient_costates, product, both_sides
+                    i, scratch, point, costate, gradient_costates, product, i in twice
                 )
         held.append(costate)
 
@@ -454,7 +452,7 @@ class _Reverse:
         costate: Costate,
         gradient_costates: Sequence[Tensor | None],
         product: Product,
-        both_sides: bool,
+        twice: bool,
     ) -> Costate:
         """λ of step i, from what came through Φ and the product with the Hessian."""
         if self.ceiling is not None:
@@ -469,7 +467,7 @@ class _Reverse:
             gradient_costates,
             costate.statistics,
             compare=i in self.compared,
-            into=None if both_sides else costate.parameters,  # a vector of our own
+            into=None if twice else costate.parameters,  # a vector of our own
         )
         try:
             pulled = pull(pieces=self.pieces)
@@ -478,8 +476,8 @@ class _Reverse:
             pulled = pull()
         self.products += product != "none"
         self.equivalents += KEPT_COST if kept else PRODUCT_COST[product]
-        if both_sides:
-            other = pull(into=None, opposite=True)
+        if twice:
+            other = pull(into=None, again=True)
             self.products += 1
             self.equivalents += PRODUCT_COST[product]
             pairs = [
@@ -493,7 +491,7 @@ class _Reverse:
         if not kept:
             self.discrepancies[i] = pulled.discrepancy
         parameters = pulled.parameters
-        if both_sides:
+        if twice:
             parameters = [_sum(a, b) for a, b in zip(costate.parameters, parameters, strict=True)]
         costate = self._damped(Costate(parameters, costate.optimizer, pulled.statistics))
         if i:
