@@ -570,7 +570,7 @@ def test_autocast_to_bfloat16(way: str, optimizer: str) -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_differences_are_no_silent_error_under_autocast(optimizer: str) -> None:
     """A step of √ε of float32 is lost in bfloat16: it gave 33 % and more. With a step of √2⁻⁷ the
-    quotient is good to a few per cent a product, and `auto` takes exact products instead."""
+    quotient is good to a few per cent a product."""
     made = OPTIMIZERS[optimizer]
     expected = look_back(window(built(SMOOTH, vectors), made, vectors, steps=LONG)).grad
 
@@ -579,7 +579,7 @@ def test_differences_are_no_silent_error_under_autocast(optimizer: str) -> None:
         return window(model, made, vectors, in_bfloat16, dtype=torch.float32, steps=LONG)
 
     found = look_back(half())
-    assert found.product == "exact" and "reduced precision" in found.why, found.why
+    assert found.product == "exact", found.why
     assert_agrees(found, expected, 0.05)
     asked = look_back(half(), product="forward-difference")
     assert relative_error(asked.grad["lr"], expected["lr"]) < 0.2
@@ -604,8 +604,7 @@ EVERY_OPTIMIZER: Mapping[str, Callable[..., Optimizer]] = {
 
 @pytest.mark.parametrize("optimizer", EVERY_OPTIMIZER)
 def test_the_default_in_float32(optimizer: str) -> None:
-    """2 %: forward differences are good to √ε ≈ 3e-4 a product, and 1 % is put up with where they
-    are compared with exact ones. Measured: 1e-4."""
+    """1e-4: exact products lose about 1e-6, times a window's growth."""
 
     def made(dtype: torch.dtype) -> Window:
         model = built(perceptron_of_matrices, vectors).to(dtype)
@@ -613,8 +612,8 @@ def test_the_default_in_float32(optimizer: str) -> None:
 
     expected = look_back(made(torch.float64))
     found = look_back(made(torch.float32))
-    assert expected.product == "exact" and found.product == "forward-difference"
-    assert_agrees(found, expected.grad, 0.02)
+    assert expected.product == found.product == "exact"
+    assert_agrees(found, expected.grad, 1e-4)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -855,7 +854,7 @@ def test_kinks_in_long_windows_are_right_or_reported(once: bool) -> None:
         assert found.result.step is not None
     else:
         exact = look_back(single(once=once), stage_weight=0.0, product="exact").grad
-        assert found.product == "exact" and "kinks" in found.why
+        assert found.product == "exact"
         assert_agrees(found, exact, 1e-4)
 
 
@@ -905,7 +904,8 @@ def test_buffers_that_count_as_constants_are_told() -> None:
     made = window(built(spectral, vectors), SGD_MOMENTUM, vectors)
     found = look_back(made)
     assert "2.parametrizations.weight.0._u" in found.why and "constants" in found.why
-    assert_agrees(found, differences(made), 0.01)
+    assert found.result.name == "inconsistent"  # in float64, where 1e-6 is asked for
+    assert_agrees(look_back(made, verify=False), differences(made), 0.01)
     case = MODELS["BatchNorm, terminal in eval mode"]
     followed = window(built(case.model, case.batch), SGD_MOMENTUM, case.batch)
     assert "constants" not in look_back(followed).why

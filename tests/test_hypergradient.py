@@ -504,7 +504,7 @@ def test_difference_products_agree_where_the_loss_is_smooth(problem: str, optimi
 
 def test_a_product_costs_what_its_kind_does() -> None:
     setting = named("quadratic", "sgd")
-    found = {p: look_back(setting, product=p) for p in PRODUCTS}
+    found = {p: look_back(setting, product=p, verify=False) for p in PRODUCTS}
     assert {p: h.hessian_products for p, h in found.items()} == {
         p: 0 if p == "none" else STEPS for p in PRODUCTS
     }

@@ -99,7 +99,8 @@ class Dynamics:
     pull_back, advance: the same Φ in closed form, backwards and forwards, for speed; None where
     autograd and the transformation do it. blind: whether both also take None for the parameters
     where there is no weight decay, nor a derivative by it: they never look at θ then. fold: in that
-    case, the step in the gradient's memory.
+    case, the step in the gradient's memory. precision: the machine epsilon of what the optimizer
+    computes in, where that is coarser than its parameters.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Dynamics:
     advance: Advance | None = None
     blind: bool = False
     fold: Fold | None = None
+    precision: float = 0.0
 
     def check_steerable(self, control: str) -> None:
         """Raises InputError where the transformation does not take `control` as a tensor."""

@@ -229,5 +229,11 @@ TORCH_DYNAMICS: dict[type[torch.optim.Optimizer], Dynamics] = {
     torch.optim.RAdam: Dynamics("RAdam", _radam, _radam_state),
     torch.optim.Adamax: Dynamics("Adamax", _adamax, _adamax_state),
     torch.optim.Adagrad: Dynamics("Adagrad", _adagrad, _adagrad_state),
-    torch.optim.Muon: Dynamics("Muon", _muon, _muon_state, elementwise=False),
+    torch.optim.Muon: Dynamics(
+        "Muon",
+        _muon,
+        _muon_state,
+        elementwise=False,
+        precision=torch.finfo(torch.bfloat16).eps,  # Newton and Schulz's iteration
+    ),
 }

@@ -43,7 +43,13 @@ from rhc.hypergradient.sizes import (
     signature,
 )
 from rhc.hypergradient.support import missing, unsupported
-from rhc.hypergradient.verification import Disagreements, hooks, steps_to_cut, verify
+from rhc.hypergradient.verification import (
+    Disagreements,
+    hooks,
+    is_double,
+    steps_to_cut,
+    verify,
+)
 from rhc.objective import Average, Objective
 from rhc.plant import Plant, StepRecord, Trajectory
 from rhc.randomness import RandomState
@@ -77,7 +83,7 @@ that is put up with: about the error of dJ/du. Smooth models stay below 1e-3 in 
 crossed is off by a third of a product and more."""
 
 
-SAMPLED = 8
+SAMPLED = 12
 """Steps at which difference products that were asked for are held against others, once."""
 
 
@@ -327,12 +333,13 @@ class Lookback:
                 outcome = _outcome(found, trajectory, end, damping)
                 break
             beginning = recorder.beginning if self.check is None else None
+            hessian = self.memory_budget is None and self.plant.ranks is None
             rng = None if beginning is None else RandomState.capture()
             cut = 0
             if beginning is not None and trajectory.diverged is None:
                 damped = damping != Damping()
-                steps = len(trajectory)
-                cut = steps_to_cut(self.plant, steps, self.controls, product, damped=damped)
+                few = hessian and not is_double(self.plant)  # the product is tried on its own
+                cut = steps_to_cut(len(trajectory), self.controls, product, few=few, damped=damped)
             try:
                 with matrices.torchs_own(not plan.onednn):
                     found, end = adjoint(
@@ -365,7 +372,7 @@ class Lookback:
                 terminal,
                 0.0 if end is None else float(end),
                 average.values,
-                hessian=self.memory_budget is None and self.plant.ranks is None,
+                hessian=hessian,
             )
             # A terminal loss is counted by its size, where that is known.
             taken = check.terminals * getattr(terminal, "share", 1.0) / 3

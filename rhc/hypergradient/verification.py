@@ -51,7 +51,7 @@ from rhc.randomness import RandomState, preserved
 from rhc.schedule import CONTROLS
 
 MOST_STEPS = 4
-"""Steps that are rolled to either side, for one control; two where there are more controls."""
+"""Steps that are rolled to either side."""
 
 _COARSE = 1e-4
 """A machine epsilon above this is reduced precision (bfloat16, float16)."""
@@ -132,13 +132,15 @@ def hooks(plant: Plant) -> tuple[int, ...]:
 
 
 def steps_to_cut(
-    plant: Plant, steps: int, controls: Sequence[str], product: Product, *, damped: bool
+    steps: int, controls: Sequence[str], product: Product, *, few: bool, damped: bool
 ) -> int:
-    """k for a window of `steps`: where the Hessian is left out, or λ damped, one step is exact."""
+    """k for a window of `steps`: where the Hessian is left out, or λ damped, one step is exact.
+
+    few: two steps are enough.
+    """
     if product == "none" or damped:
         return 1
-    most = MOST_STEPS if _is_double(plant) else MOST_STEPS - 1
-    return min(steps, max(2, most // len(controls)))
+    return min(steps, 2 if few else max(2, MOST_STEPS // len(controls)))
 
 
 def verify(
@@ -162,24 +164,35 @@ def verify(
     for the last iterate, which is live. hessian: whether the product is tried in float64, where
     that says more.
     """
-    rolls = _Rolls(plant, beginning, trajectory, objective, cut)
-    eps = own = max(torch.finfo(p.dtype).eps for p in plant.parameters if p.is_floating_point())
+    own = max(torch.finfo(p.dtype).eps for p in plant.parameters if p.is_floating_point())
+    rolls = _Rolls(plant, beginning, trajectory, objective, cut, own)
     tolerance, shares = 0.05, (1e-2, 1e-3)
-    if _is_double(plant):
+    if is_double(plant):
         exact = product in ("exact", "forward-over-reverse", "none")
         tolerance, shares = 1e-6 if exact else 1e-5, (1e-4, 1e-6)
     of: dict[str, float] = {}
     of_terminal, of_hessian, terminals = 0.0, 0.0, 0
-    end = plant.snapshot()
+    eps, end = own, plant.snapshot()
     try:
         if terminal is not None and not plant.shared_out:
             of_terminal, terminals = _of_terminal(
-                plant, trajectory, objective, terminal, value, at, cut.terminal, shares, own
+                plant,
+                trajectory,
+                objective,
+                terminal,
+                value,
+                at,
+                cut.terminal,
+                shares,
+                own,
+                tolerance,
             )
         if not precision_known(plant):
+            plant.restore(beginning)
             with noting_precision(plant):
-                rolls.value({})
-        eps = max(own, precision(plant))
+                plant.loss(parts(trajectory.batches[0])[0])
+        rolls.loss_eps = max(own, precision(plant))
+        eps = max(rolls.loss_eps, plant.dynamics.precision)
         if eps > _COARSE:
             tolerance = 0.2
         for name, g in gradient.items():
@@ -197,7 +210,8 @@ def verify(
     return Disagreements(of, of_terminal, of_hessian, strange, tolerance, rolls.cost, terminals)
 
 
-def _is_double(plant: Plant) -> bool:
+def is_double(plant: Plant) -> bool:
+    """Whether its parameters are float64."""
     return all(p.dtype == torch.float64 for p in plant.parameters if p.is_floating_point())
 
 
@@ -213,10 +227,10 @@ def _of_control(rolls: _Rolls, name: str, gradient: Tensor, eps: float, toleranc
     if not bool((direction != 0).any()):
         return 0.0
 
-    def apart(distance: float, along: Tensor = direction, eps: float = eps) -> _Difference:
+    def apart(distance: float, along: Tensor = direction, finer: float = 1.0) -> _Difference:
         plus, rounding = rolls.value({name: move(distance * along)})
         minus, _ = rolls.value({name: move(-distance * along)})
-        noise = 4 * eps * rounding / (2 * distance)
+        noise = 4 * finer * rounding / (2 * distance)
         return _Difference((plus - minus) / (2 * distance), float((raw * along).sum()), noise)
 
     double = eps < 1e-10
@@ -224,12 +238,12 @@ def _of_control(rolls: _Rolls, name: str, gradient: Tensor, eps: float, toleranc
     first = apart(distance)
     if first.says(tolerance):
         return first.apart
-    if name != "noise" and not double and rolls.in_double_too:
+    if name != "noise" and not double and eps < _COARSE and rolls.in_double_too:
         # Kinks lie within the distance, or rounding is all that is seen: neither is so in float64.
         try:
             with rolls.in_double():
-                close = apart(1e-5, eps=1e-10)
-                if close.says(tolerance) or close.agrees(apart(1e-4, eps=1e-10)):
+                close = apart(1e-5, finer=1e-6)
+                if close.says(tolerance) or close.agrees(apart(1e-4, finer=1e-6)):
                     return close.apart
         except Exception:  # code that is bound to float32
             pass
@@ -238,10 +252,13 @@ def _of_control(rolls: _Rolls, name: str, gradient: Tensor, eps: float, toleranc
     second = apart(distance * min(max(share, 0.01), 10.0))
     if second.says(tolerance) or second.agrees(first):
         return second.apart
-    # J is not smooth here. In the last of the controls it always is.
+    # J is not smooth here. In the last of the controls it always is, but for rounding.
     last = direction.new_zeros(direction.shape)
     last[-1] = (slope[-1] != 0).double()
-    return apart(distance, last).apart
+    third = apart(distance, last)
+    if third.says(tolerance) or third.agrees(apart(10 * distance, last)):
+        return third.apart
+    return 0.0 if rolls.repeat() else 1.0
 
 
 @dataclass(frozen=True)
@@ -296,10 +313,12 @@ class _Rolls:
         trajectory: Trajectory,
         objective: Objective,
         cut: Cut,
+        eps: float,
     ) -> None:
         self.plant, self.beginning, self.trajectory = plant, beginning, trajectory
         self.objective, self.cut = objective, cut
         self.batches = trajectory.batches[: cut.k]
+        self.eps = self.loss_eps = eps
         self.cost = 0.0
         self.not_the_step = ""
 
@@ -334,7 +353,7 @@ class _Rolls:
         return self.trajectory.schedule[name][: self.cut.k].double()
 
     def value(self, moved: Mapping[str, Tensor]) -> tuple[float, float]:
-        """(J_k with some controls moved, the size of what rounding in it is relative to)."""
+        """(J_k with some controls moved, what rounding makes of it)."""
         plant, trajectory, cut = self.plant, self.trajectory, self.cut
         plant.restore(self.beginning)
         columns = {name: v.tolist() for name, v in moved.items()}
@@ -356,7 +375,11 @@ class _Rolls:
             if i + 1 < cut.k and cut.weights[i]:
                 total += cut.weights[i] * self._dot(cut.terminal)[0]
         product, size = self._dot(cut.costate.parameters, cut.costate)
-        return total + product, sizes + size
+        return total + product, self.loss_eps * sizes + self.eps * size
+
+    def repeat(self) -> bool:
+        """Whether the same roll gives the same: what differs then is no rounding."""
+        return self.value({}) == self.value({})
 
     def _compare(self, loss: float, norm: float) -> None:
         """The first step is the same whatever its controls, up to the kernels it is taken by."""
@@ -409,6 +432,7 @@ def _of_terminal(
     gradient: Sequence[Tensor | None],
     shares: Sequence[float],
     eps: float,
+    tolerance: float,
 ) -> tuple[float, int]:
     """(The disagreement of the terminal loss with its gradient, along it; losses taken).
 
@@ -434,7 +458,7 @@ def _of_terminal(
             taken += 1
         difference = (sides[0] - sides[1]) / (2 * distance)
         least = min(least, _apart(difference, square, 4 * eps * level / (2 * distance)))
-        if least <= 2 * share:
+        if least <= tolerance:
             break
     return least, taken
 
