@@ -22,6 +22,7 @@ from rich.console import Console
 
 from rhc import memory
 from rhc.batches import StepBatches
+from rhc.containers import copied
 from rhc.config import TrainConfig, parsed_bytes
 from rhc.errors import InputError
 from rhc.files import replace_durably
@@ -201,7 +202,7 @@ def _shelve(
     plain = plant.loss_fn
 
     def watched(model: torch.nn.Module, batch: Any) -> Any:
-        seen.append((batch, RandomState.capture()))
+        seen.append((copied(batch), RandomState.capture()))
         return plain(model, batch)
 
     plant.loss_fn = watched

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from rhc.advice import check_parts, explained, has_mend
 from rhc.batches import DrawnAsNeeded, MicroBatches
+from rhc.containers import opening
 from rhc.distributed import (
     Ranks,
     SyncBatchNorm,
@@ -169,7 +170,7 @@ class Plant:
         check_parts(model, optimizer, loss_fn)
         self.model = model
         self.optimizer = optimizer
-        self.loss_fn = loss_fn if ranks is None else weighing(loss_fn, ranks)
+        self.loss_fn = opening(loss_fn if ranks is None else weighing(loss_fn, ranks))
         self.ranks = ranks
         self.seed = seed
         self.clip_norm = clip_norm

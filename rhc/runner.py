@@ -213,11 +213,6 @@ class Runner:
                 f"validate_every must be ≥ 1 and needs a val_loader, got {validate_every}; leave "
                 "it out, or give both"
             )
-        if validate_every and getattr(val_loader, "persistent_workers", False):
-            raise InputError(
-                "validate_every iterates val_loader while windows draw from it, which one with "
-                "persistent_workers=True cannot; leave persistent_workers out"
-            )
         self.accumulate = accumulate
         self.deterministic = deterministic
         self.validate_every = validate_every
@@ -426,6 +421,8 @@ class Runner:
 
     def _end(self) -> None:
         """Evaluates the final and the averaged weights and writes the result."""
+        for stream in self._streams:
+            stream.close()  # its loader is iterated anew
         self.loop.finished = final_result(
             self.plant, self.loop, self.train_loader, self.val_loader, self.test_loader
         )

@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 LAYERS = (
     {
-        "_lr_scheduler", "distributed", "errors", "files", "memory", "noise", "randomness",
+        "_lr_scheduler", "containers", "distributed", "errors", "files", "memory", "noise", "randomness",
         "schedule", "signals", "stopping", "workload",
     },
     {

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data.distributed import DistributedSampler
 
+from rhc.containers import PLAIN, mapped, may_be_examples
 from rhc.distributed.ranks import Ranks
 from rhc.errors import InputError
 
@@ -45,17 +46,12 @@ def _rows(value: Any, size: int, first: int, stop: int) -> Any:
     if isinstance(value, Tensor) or hasattr(value, "__array__"):
         shape = value.shape
         return value[first:stop] if len(shape) and shape[0] == size else value
-    if isinstance(value, Mapping):
-        parts = {k: _rows(v, size, first, stop) for k, v in value.items()}
-        return type(value)(parts)  # type: ignore[call-arg]
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_rows(v, size, first, stop) for v in value))
-    if isinstance(value, (list, tuple)):
-        plain = all(v is None or isinstance(v, (str, bytes, int, float, bool)) for v in value)
-        if plain and len(value) == size:
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields") and len(value) == size:
+        if type(value) is list and may_be_examples(value):
             return value[first:stop]
-        return type(value)(_rows(v, size, first, stop) for v in value)
-    return value
+        if all(isinstance(v, PLAIN) for v in value):
+            return value[first:stop]
+    return mapped(lambda part: _rows(part, size, first, stop), value)
 
 
 def weighing(

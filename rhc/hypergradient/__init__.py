@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rhc.batches import MicroBatches, batch_size
+from rhc.containers import kept
 from rhc.distributed import Ranks, Shard, Unshared, ranks_of, synchronised, unwrapped
 from rhc.distributed.ranks import Group
 from rhc.errors import InputError
@@ -207,7 +208,7 @@ def _weighed(batches: Sequence[Any], ranks: Ranks) -> list[Any]:
 
 def _steps(batches: Sequence[Any], accumulate: int) -> list[Any]:
     """One batch per step."""
-    batches = list(batches)
+    batches = [kept(batch) for batch in batches]  # the caller's own stay as they are
     if not batches:
         raise InputError("batches is empty; give one batch per step of the window")
     if accumulate == 1:

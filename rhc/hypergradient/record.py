@@ -21,13 +21,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 
 from rhc import memory
 from rhc.files import write_all
+from rhc.containers import tensors_of
 from rhc.hypergradient import kernels
 from rhc.hypergradient.evaluation import (
     Evaluation,
     double_backward,
     graph_nodes,
     is_recurrent,
-    tensors_of,
     visible_statistics,
 )
 from rhc.hypergradient.plan import Plan, chunk_bounds, split

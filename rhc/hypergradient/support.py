@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rhc.errors import InputError
+from rhc.containers import tensors_of
 from rhc.hypergradient.evaluation import (
     OnceDifferentiable,
     double_backward,
@@ -24,7 +25,6 @@ from rhc.hypergradient.evaluation import (
     is_compiled,
     mean_loss,
     once_differentiable_function,
-    tensors_of,
 )
 from rhc.hypergradient.products import Product
 from rhc.plant import Plant
