@@ -316,15 +316,23 @@ def begun(loader: Iterable[Any], by: StepBatches | None = None) -> Iterator[Any]
     if any(s.loader is loader for s in others):
         loader = apart(loader)
     iterator = iter(loader)
+    place = _place(loader, iterator)
     for other in others:
-        if other._iterator is iterator:
+        if _place(other.loader, other._iterator) is place:
             raise InputError(
                 f"{other.name} is iterated a second time before a pass over it has ended, and its "
-                f"__iter__ gives the same {type(iterator).__name__} again, which has one place "
-                "only: return a new iterator from __iter__, or give train_loader and val_loader "
-                "objects of their own, and leave validate_every out"
+                f"__iter__ gives the same {type(place).__name__} again, which has one place only: "
+                "return a new iterator from __iter__, or give train_loader and val_loader objects "
+                "of their own, and leave validate_every out"
             )
     return iterator
+
+
+def _place(loader: Any, iterator: Any) -> Any:
+    """What knows how far a pass has come: the iterator, or a dataset that is its own."""
+    dataset = getattr(loader, "dataset", None)
+    own = hasattr(dataset, "__next__") and not getattr(loader, "num_workers", 0)
+    return dataset if own else iterator
 
 
 def apart(loader: Any) -> Any:

@@ -14,6 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -119,6 +120,8 @@ def copied(batch: Any, name: str = "batches") -> Any:
     copies = {id(t): own for t, own in zip(tensors, _clones(tensors, name), strict=True)}
     try:
         return copy.deepcopy(batch, {**parts, **copies})
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         raise InputError(
             f"a {type(batch).__name__} of {name} cannot be copied ({type(error).__name__}: "
@@ -164,9 +167,15 @@ def _inside(value: Any) -> Sequence[Any]:
         return value
     if isinstance(value, (set, frozenset)):
         return list(value)
-    if isinstance(value, type) or hasattr(value, "__deepcopy__"):
+    if isinstance(value, (type, ModuleType)) or hasattr(value, "__deepcopy__"):
         return ()
-    return list(getattr(value, "__dict__", {}).values())
+    slots = [n for c in type(value).__mro__ for n in _named(c.__dict__.get("__slots__", ()))]
+    held = [getattr(value, name, None) for name in slots if name != "__dict__"]
+    return [*held, *getattr(value, "__dict__", {}).values()]
+
+
+def _named(slots: Any) -> Sequence[str]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 def _clones(tensors: Sequence[Tensor], name: str) -> list[Tensor]:

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from rhc import memory
 from rhc.batches import StepBatches
-from rhc.containers import copied
+from rhc.containers import copied, spare
 from rhc.config import TrainConfig, parsed_bytes
 from rhc.errors import InputError
 from rhc.files import replace_durably
@@ -222,7 +222,7 @@ def _draws(plant: Plant, workload: Workload) -> bool:
     """Whether the loss draws from the global random state."""
     before = plant.snapshot()
     with preserved(), torch.no_grad():
-        batch = next(iter(workload.train_loader))
+        batch = spare(next(iter(workload.train_loader)))
         state = RandomState.capture()
         plant.loss(batch)
         drew = not RandomState.capture().same(state)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data.distributed import DistributedSampler
 
-from rhc.containers import PLAIN, mapped, may_be_examples
+from rhc.containers import PLAIN, mapped, may_be_examples, tensors_of
 from rhc.distributed.ranks import Ranks
 from rhc.errors import InputError
 
@@ -51,7 +53,15 @@ def _rows(value: Any, size: int, first: int, stop: int) -> Any:
             return value[first:stop]
         if all(isinstance(v, PLAIN) for v in value):
             return value[first:stop]
-    return mapped(lambda part: _rows(part, size, first, stop), value)
+    packed = isinstance(value, PackedSequence)
+    cut = value if packed else mapped(lambda part: _rows(part, size, first, stop), value)
+    if packed or (cut is value and tensors_of(value)):
+        raise InputError(
+            f"a {type(value).__name__} in a batch cannot be cut into the rows of each rank: give "
+            "them as tensors in a dict, tuple or dataclass, or every rank batches of its own by a "
+            "DistributedSampler"
+        )
+    return cut
 
 
 def weighing(
@@ -80,7 +90,7 @@ def weighing(
 def _times(value: Any, weight: float) -> Any:
     if isinstance(value, Tensor):
         return value * weight if value.numel() == 1 else value
-    return value * weight if isinstance(value, (int, float)) else value
+    return value * weight if isinstance(value, Real) else value
 
 
 class RankLoader:
