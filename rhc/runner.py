@@ -95,7 +95,8 @@ class Runner:
 
     model, optimizer, loss_fn: as in a plain loop; loss_fn(model, batch) returns a scalar tensor, or
     (scalar tensor, {"accuracy": tensor, …}). Tensors of a batch are moved to the device of the
-    model. Modules keep the modes (train, eval) they come in.
+    model. With rewriting every use of a batch has a copy of its own, which loss_fn may change;
+    without, loss_fn has what the loader yields. Modules keep the modes (train, eval) they come in.
     train_loader, val_loader, test_loader: anything that can be iterated again and again. The
     windows are judged on val_loader; without one, on the training batches that follow the window.
 

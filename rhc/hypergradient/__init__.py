@@ -87,6 +87,7 @@ def hypergradient(
     """dJ/du_t for J = stage_weight · Σ_t ℓ_t + terminal(θ̄), over the optimizer steps of `batches`.
 
     batches: one per step, or `accumulate` micro-batches per step, whose mean loss is stepped on.
+    They stay as they are, whatever loss_fn does to its own: every use has a copy.
     controls: name -> (K,) values in natural units, (K, groups) for a value per parameter group, or
     one number for all steps; each is used in the steps and differentiated. What is absent stays as
     the optimizer has it. terminal: a differentiable scalar of the model, taken at the end of the
