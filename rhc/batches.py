@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -129,6 +130,8 @@ class StepBatches:
         self.device = device
         self.name = name
         self._iterator: Iterator[Any] | None = None
+        self.found: list[Any] = []
+        """What the loader held when the pass was begun, of a class that is not torch's."""
         self._kept: dict[int, tuple[Any, int, int, _EpochStart]] = {}
         self._next = 0
         self._epoch = -1
@@ -313,19 +316,39 @@ def begun(loader: Iterable[Any], by: StepBatches | None = None) -> Iterator[Any]
     its own iterator has one place.
     """
     others = [s for s in _STREAMS if s is not by and s._iterator is not None]
+    held = _held(loader)
+    moved = [s for s in others if s.loader is loader and s.found != held]
     if any(s.loader is loader for s in others):
         loader = apart(loader)
     iterator = iter(loader)
     place = _place(loader, iterator)
     for other in others:
-        if _place(other.loader, other._iterator) is place:
+        if other in moved or _place(other.loader, other._iterator) is place:
             raise InputError(
                 f"{other.name} is iterated a second time before a pass over it has ended, and its "
-                f"__iter__ gives the same {type(place).__name__} again, which has one place only: "
-                "return a new iterator from __iter__, or give train_loader and val_loader objects "
-                "of their own, and leave validate_every out"
+                f"{type(place).__name__ if other not in moved else type(loader).__name__} keeps "
+                "its place in itself: let each __iter__ return an iterator with a place of its "
+                "own, or give train_loader and val_loader objects of their own, and leave "
+                "validate_every out"
             )
+    if by is not None:
+        by.found = held
     return iterator
+
+
+def _held(loader: Any) -> list[Any]:
+    """What an object of one's own holds, for comparison; a pass that changes it has no other beside
+    it. Of torch's loaders nothing, whose passes know their place."""
+    if isinstance(loader, (DataLoader, RankLoader)):
+        return []
+    held: list[Any] = []
+    for name, value in getattr(loader, "__dict__", {}).items():
+        held.append((name, id(value), getattr(value, "_version", None)))
+        if isinstance(value, list):
+            held += map(id, value)
+        elif isinstance(value, np.ndarray) and value.ndim == 1:
+            held.append(hash(value.tobytes()))
+    return held
 
 
 def _place(loader: Any, iterator: Any) -> Any:

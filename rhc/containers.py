@@ -82,6 +82,7 @@ def mapped(function: Callable[[Any], Any], value: Any) -> Any:
     """The same container with function(part) in the place of every part; a leaf as it is."""
     if isinstance(value, PLAIN):
         return value
+    made: Any
     if isinstance(value, MutableMapping):
         made = copy.copy(value)  # a defaultdict, or with attributes of its own
         made.update({k: function(v) for k, v in value.items()})
@@ -237,7 +238,7 @@ def _overlapping(tensors: Sequence[Tensor]) -> list[list[int]]:
 def _extent(t: Tensor) -> tuple[int, int]:
     """(first, last + 1) element of its storage that it reaches."""
     last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    return t.storage_offset(), t.storage_offset() + last + 1
+    return int(t.storage_offset()), int(t.storage_offset() + last + 1)
 
 
 # Counting -----------------------------------------------------------------------------------------
@@ -269,8 +270,8 @@ def rows_of(batch: Any) -> int:
 def _lengths(value: Any) -> Iterator[int]:
     """What may be the number of rows, from every part that says something about it."""
     told = getattr(value, "batch_size", None)
-    if isinstance(told, tuple) and told:  # of a TensorDict
-        told = told[0]
+    if isinstance(told, torch.Size):  # of a TensorDict
+        told = next(iter(told), None)
     if isinstance(told, int):
         yield told
     elif isinstance(value, PackedSequence):

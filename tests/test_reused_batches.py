@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -263,6 +264,24 @@ class OwnIterator:
         return next(self.place)
 
 
+class OwnPlace:
+    def __iter__(self) -> Iterator[Any]:
+        self.i = 0
+        while self.i < 7:
+            yield batches()[self.i]
+            self.i += 1
+
+
+class OwnOrder:
+    def __init__(self) -> None:
+        self.order = list(range(7))
+
+    def __iter__(self) -> Iterator[Any]:
+        random.Random(0).shuffle(self.order)
+        for i in self.order:
+            yield batches()[i]
+
+
 class OwnIteratorOfRows(IterableDataset[Any]):
     def __iter__(self) -> OwnIteratorOfRows:
         self.place = iter(zip(*rows(), strict=True))
@@ -277,6 +296,7 @@ class OwnIteratorOfRows(IterableDataset[Any]):
     ("make", "kind"),
     [
         (OwnIterator, "OwnIterator"),
+        (OwnPlace, "OwnPlace"),
         (lambda: DataLoader(OwnIteratorOfRows(), 8), "OwnIteratorOfRows"),
     ],
 )
@@ -287,14 +307,25 @@ def test_a_loader_with_one_place_is_not_used_twice_at_a_time(make: Any, kind: st
     with pytest.raises(InputError) as error:
         runner(clean, loader, loader, start="given").fit(10)
     assert str(error.value) == (
-        "train_loader is iterated a second time before a pass over it has ended, and its __iter__ "
-        f"gives the same {kind} again, which has one place only: return a new iterator from "
-        "__iter__, or give train_loader and val_loader objects of their own, and leave "
-        "validate_every out"
+        f"train_loader is iterated a second time before a pass over it has ended, and its {kind} "
+        "keeps its place in itself: let each __iter__ return an iterator with a place of its own, "
+        "or give train_loader and val_loader objects of their own, and leave validate_every out"
     )
     with pytest.raises(InputError, match="val_loader is iterated a second time"):
         runner(clean, batches(), make(), start="given", validate_every=5).fit(10)
     assert runner(clean, loader, loader, rewrite=False).fit(10).val_loss is not None
+
+
+def test_nor_is_one_that_shuffles_its_own_order() -> None:
+    with pytest.raises(InputError, match="its OwnOrder keeps its place in itself: let each"):
+        runner(clean, loader := OwnOrder(), loader, start="given").fit(10)
+    assert len(runner(clean, OwnOrder(), OwnOrder(), start="given").fit(10).tape) == 10
+
+
+def test_one_object_of_ones_own_that_keeps_no_place_is_used_twice() -> None:
+    loader = Refilling(True)
+    right = figures(runner(clean, Refilling(True), Refilling(True), start="given").fit(10))
+    assert figures(runner(clean, loader, loader, start="given").fit(10)) == right
 
 
 class Counting(RandomSampler):
