@@ -2,8 +2,8 @@
 
 The conventions are those of the loops that people come from: what has a method `.to` moves by it,
 as in accelerate's `send_to_device`; mappings, sequences and named tuples are rebuilt as torch's own
-`pin_memory` rebuilds them, dataclasses field by field as Lightning does. `torch.utils._pytree` would
-take dataclasses, PackedSequence and BatchEncoding for leaves.
+`pin_memory` rebuilds them, dataclasses field by field as Lightning does. For `torch.utils._pytree`
+dataclasses, PackedSequence and BatchEncoding would be leaves.
 """
 
 from __future__ import annotations
@@ -188,8 +188,8 @@ def _clones(tensors: Sequence[Tensor], name: str) -> list[Tensor]:
                 f"({tensor.grad_fn.name()}), which can be gone through once only; .detach() it, or "
                 "compute it in loss_fn"
             )
-    places = {_storage(t) for t in tensors}
-    clones = _apart(tensors) if len(places) < len(tensors) else [t.detach().clone() for t in tensors]
+    alone = len({_storage(t) for t in tensors}) == len(tensors)
+    clones = [t.detach().clone() for t in tensors] if alone else _apart(tensors)
     for tensor, clone in zip(tensors, clones, strict=True):
         if tensor.requires_grad:
             clone.requires_grad_()
@@ -277,7 +277,8 @@ def _lengths(value: Any) -> Iterator[int]:
     elif isinstance(value, PackedSequence):
         yield int(value.batch_sizes[0])
     elif isinstance(value, Tensor) or hasattr(value, "__array__"):
-        if len(shape := getattr(value, "shape", ())):
+        shape: Any = getattr(value, "shape", ())
+        if len(shape):
             yield int(shape[0])
     elif type(value) is list and value and may_be_examples(value):
         inside = [n for part in value for n in _lengths(part)]

@@ -22,8 +22,8 @@ from rich.console import Console
 
 from rhc import memory
 from rhc.batches import StepBatches
-from rhc.containers import copied, spare
 from rhc.config import TrainConfig, parsed_bytes
+from rhc.containers import copied, spare
 from rhc.errors import InputError
 from rhc.files import replace_durably
 from rhc.hindsight.horizon import EXPLODING_CLIP, Episode, Outer, Shelf, improved, shelved

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import rhc
 from rhc import InputError
+from rhc.batches import MicroBatches
 from rhc.hypergradient.evaluation import mean_loss
 from rhc.objective import Objective
 from rhc.plant import checked_loss
@@ -146,8 +147,6 @@ def test_rewards_beside_other_metrics(accumulate: int, product: Any) -> None:
 
 
 def test_mean_of_what_is_there() -> None:
-    from rhc.batches import MicroBatches
-
     seed_everything(0)
     _, metrics = mean_loss(loss_fn, Counting(), MicroBatches(batches()[:2]))
     assert float(metrics["flag"]) == 0.5 and float(metrics["odd"]) == 1

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from rhc import memory
-from rhc.files import write_all
 from rhc.containers import tensors_of
+from rhc.files import write_all
 from rhc.hypergradient import kernels
 from rhc.hypergradient.evaluation import (
     Evaluation,

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from rhc import memory
 from rhc.batches import batch_size
-from rhc.faults import out_of_memory
 from rhc.containers import tensors_of
+from rhc.faults import out_of_memory
 from rhc.hypergradient.evaluation import (
     Evaluation,
     Scratch,

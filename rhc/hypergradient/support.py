@@ -16,8 +16,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rhc.errors import InputError
 from rhc.containers import tensors_of
+from rhc.errors import InputError
 from rhc.hypergradient.evaluation import (
     OnceDifferentiable,
     double_backward,
