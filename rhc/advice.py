@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import Dataset, IterableDataset
 
+from rhc.containers import Kept
 from rhc.errors import InputError
 
 ORDER = "the order is Runner(model, optimizer, loss_fn, train_loader, val_loader)"
@@ -150,6 +151,8 @@ def explained(error: BaseException, where: str, model: nn.Module, batch: Any) ->
 
 def described(batch: Any) -> str:
     """A batch in words: `a list of float32 (32, 8), int64 (32,)`."""
+    if isinstance(batch, Kept):
+        return described(batch.batch)
     if isinstance(batch, Tensor):
         return f"{str(batch.dtype).removeprefix('torch.')} {tuple(batch.shape)}"
     if isinstance(batch, Mapping):

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rhc.causal import AdaptiveRL, Bounds
+from rhc.containers import spare
 from rhc.errors import InputError
 from rhc.evaluate import evaluate
 from rhc.events import Committed, Event
@@ -898,7 +899,7 @@ def _lars(
 ) -> list[dict[str, Any]]:
     """The groups with lrs in the ratio |θ|/|∇J| at the first batch; the largest is `first`."""
     with torch.enable_grad():
-        outcome = workload.loss_fn(workload.model, next(iter(workload.train_loader)))
+        outcome = workload.loss_fn(workload.model, spare(next(iter(workload.train_loader))))
         (outcome[0] if isinstance(outcome, tuple) else outcome).backward()
 
     def norm(tensors: Iterator[Tensor | None]) -> float:

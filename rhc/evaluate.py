@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rhc.batches import batch_size, loader_preserved, to_device
+from rhc.batches import batch_size, begun, loader_preserved
+from rhc.containers import spare, to_device
 from rhc.objective import Average
 from rhc.plant import Plant
 
@@ -44,18 +45,20 @@ def evaluate(
     most = UNSIZED_BATCHES if unsized else most
     drawn = 0
     device = plant.parameters[0].device
-    count, total, sums = 0, 0.0, dict[str, float]()
+    count, total = 0, 0.0
+    sums: dict[str, tuple[float, float]] = {}
     with plant.evaluating(), loader_preserved(loader):
         _draw_alike(plant)
-        for batch in islice(iter(loader), most):
+        for batch in islice(begun(loader), most):
             moved = to_device(batch, None if device.type == "cpu" else device)
-            loss, metrics = plant.loss(moved)
-            drawn += 1
             n = batch_size(moved)
+            loss, metrics = plant.loss(spare(moved))  # a list yields it again
+            drawn += 1
             count += n
             total += n * float(loss)
             for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + n * float(value.double().mean())
+                value_sum, rows = sums.get(name, (0.0, 0.0))
+                sums[name] = value_sum + n * float(value.double().mean()), rows + n
     if unsized and drawn == most:
         warnings.warn(
             f"a loader without a length has not ended after {most} batches: its figures are of "
@@ -63,11 +66,15 @@ def evaluate(
             stacklevel=2,
         )
     if plant.ranks is not None:
-        whole, total, *rest = plant.ranks.sums([count, total, *sums.values()])
-        count, sums = int(whole), dict(zip(sums, rest, strict=True))
+        names = sorted({name for own in plant.ranks.gather_json(list(sums)) for name in own})
+        pairs = [x for name in names for x in sums.get(name, (0.0, 0.0))]
+        whole, total, *rest = plant.ranks.sums([count, total, *pairs])
+        count = int(whole)
+        sums = dict(zip(names, zip(rest[::2], rest[1::2], strict=True), strict=True))
     if not count:
         return Losses(math.nan, {})
-    return Losses(total / count, {name: value / count for name, value in sums.items()})
+    # A metric may be missing at some of the batches.
+    return Losses(total / count, {name: value / rows for name, (value, rows) in sums.items()})
 
 
 def _has_length(loader: Any) -> bool:
@@ -119,8 +126,8 @@ def _estimate_statistics(plant: Plant, loader: Iterable[Any], device: torch.devi
             m.reset_running_stats()
             m.momentum = None  # a plain mean over all batches
             m.train()
-        for batch in islice(iter(loader), TRAIN_BATCHES):
-            plant.loss(to_device(batch, None if device.type == "cpu" else device))
+        for batch in islice(begun(loader), TRAIN_BATCHES):
+            plant.loss(spare(to_device(batch, None if device.type == "cpu" else device)))
     if plant.ranks is not None:
         plant.ranks.mean_(
             [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]

@@ -23,6 +23,7 @@ from rich.console import Console
 from rhc import memory
 from rhc.batches import StepBatches
 from rhc.config import TrainConfig, parsed_bytes
+from rhc.containers import copied, spare
 from rhc.errors import InputError
 from rhc.files import replace_durably
 from rhc.hindsight.horizon import EXPLODING_CLIP, Episode, Outer, Shelf, improved, shelved
@@ -201,7 +202,7 @@ def _shelve(
     plain = plant.loss_fn
 
     def watched(model: torch.nn.Module, batch: Any) -> Any:
-        seen.append((batch, RandomState.capture()))
+        seen.append((copied(batch), RandomState.capture()))
         return plain(model, batch)
 
     plant.loss_fn = watched
@@ -221,7 +222,7 @@ def _draws(plant: Plant, workload: Workload) -> bool:
     """Whether the loss draws from the global random state."""
     before = plant.snapshot()
     with preserved(), torch.no_grad():
-        batch = next(iter(workload.train_loader))
+        batch = spare(next(iter(workload.train_loader)))
         state = RandomState.capture()
         plant.loss(batch)
         drew = not RandomState.capture().same(state)

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from rhc.advice import check_parts, explained, has_mend
 from rhc.batches import DrawnAsNeeded, MicroBatches
+from rhc.containers import opening
 from rhc.distributed import (
     Ranks,
     SyncBatchNorm,
@@ -169,7 +170,7 @@ class Plant:
         check_parts(model, optimizer, loss_fn)
         self.model = model
         self.optimizer = optimizer
-        self.loss_fn = loss_fn if ranks is None else weighing(loss_fn, ranks)
+        self.loss_fn = opening(loss_fn if ranks is None else weighing(loss_fn, ranks))
         self.ranks = ranks
         self.seed = seed
         self.clip_norm = clip_norm
@@ -250,7 +251,8 @@ class Plant:
             keep()
         norm = self._transform_gradients(controls.get("noise", 0.0), step)
         self.optimizer.step()
-        return StepRecord(loss.detach(), {k: v.detach() for k, v in metrics.items()}, norm)
+        # A copy: the model may go on changing what it gave, such as a counter.
+        return StepRecord(loss.detach(), {k: v.detach().clone() for k, v in metrics.items()}, norm)
 
     def forget_gradients(self) -> None:
         """`optimizer.zero_grad()`, by hand where that is torch's: it takes 8 µs beside 750."""
@@ -338,15 +340,13 @@ class Plant:
         """Adds the gradient of the mean loss of the micro-batches; (mean loss, mean metrics)."""
         count = len(batches)
         losses: list[Tensor] = []
-        metrics: dict[str, list[Tensor]] = {}
+        metrics: list[dict[str, Tensor]] = []
         for batch in batches:
             loss, observed = self.loss(batch)
             _fill_gradients(loss / count)
             losses.append(loss.detach())
-            for name, value in observed.items():
-                metrics.setdefault(name, []).append(value.detach())
-        means = {name: sum(v[1:], v[0]) / len(v) for name, v in metrics.items()}
-        return torch.stack(losses).mean(), means
+            metrics.append({name: value.detach().clone() for name, value in observed.items()})
+        return torch.stack(losses).mean(), mean_metrics(metrics)
 
     def _transform_gradients(self, sigma: float, step: int) -> float | Tensor:
         grads = [p.grad for p in self.parameters if p.grad is not None]
@@ -752,16 +752,17 @@ class _Scalars:
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        self.rooms: dict[str | None, tuple[Tensor, list[Tensor]]] = {}
+        self.rooms: dict[Any, tuple[Tensor, list[Tensor]]] = {}
 
     def keep(self, name: str | None, value: Tensor) -> Tensor:
-        """The value, moved to the room of its name if it is a number."""
+        """The value, moved to the room of its name and type if it is a number."""
         if value.dim():
             return value
-        if name not in self.rooms:
+        key = name, value.dtype, value.device
+        if key not in self.rooms:
             room = value.new_empty(self.steps)
-            self.rooms[name] = room, list(room.unbind()[::-1])
-        own = self.rooms[name][1].pop()
+            self.rooms[key] = room, list(room.unbind()[::-1])
+        own = self.rooms[key][1].pop()
         return own.copy_(value)
 
 
@@ -922,9 +923,26 @@ def checked_loss(result: Any, source: str = "loss_fn") -> tuple[Tensor, dict[str
     return loss, {k: _metric(source, k, v) for k, v in metrics.items()}
 
 
+def mean_metrics(metrics: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of every metric over those of the micro-batches that have it."""
+    found: dict[str, list[Tensor]] = {}
+    for own in metrics:
+        for name, value in own.items():
+            # The sum of two flags is a flag.
+            whole = value.dtype == torch.bool
+            found.setdefault(name, []).append(value.long() if whole else value)
+    return {name: sum(v[1:], v[0]) / len(v) for name, v in found.items()}
+
+
 def _metric(source: str, name: Any, value: Any) -> Tensor:
+    if not isinstance(name, str):
+        raise InputError(
+            f"metrics of {source} must be named by strings, got {name!r}; give it a name such as "
+            f"'metric_{name}'"
+        )
     try:
-        return torch.as_tensor(value)
+        # A Python number has 64 bits, of which the default type would leave 32.
+        return torch.as_tensor(value, dtype=torch.float64 if type(value) is float else None)
     except (TypeError, ValueError, RuntimeError):
         raise InputError(
             f"metric {name!r} of {source} must be a number or a tensor, got "

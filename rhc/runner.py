@@ -95,7 +95,8 @@ class Runner:
 
     model, optimizer, loss_fn: as in a plain loop; loss_fn(model, batch) returns a scalar tensor, or
     (scalar tensor, {"accuracy": tensor, …}). Tensors of a batch are moved to the device of the
-    model. Modules keep the modes (train, eval) they come in.
+    model. With rewriting every use of a batch has a copy of its own, which loss_fn may change;
+    without, loss_fn has what the loader yields. Modules keep the modes (train, eval) they come in.
     train_loader, val_loader, test_loader: anything that can be iterated again and again. The
     windows are judged on val_loader; without one, on the training batches that follow the window.
 
@@ -212,11 +213,6 @@ class Runner:
             raise InputError(
                 f"validate_every must be ≥ 1 and needs a val_loader, got {validate_every}; leave "
                 "it out, or give both"
-            )
-        if validate_every and getattr(val_loader, "persistent_workers", False):
-            raise InputError(
-                "validate_every iterates val_loader while windows draw from it, which one with "
-                "persistent_workers=True cannot; leave persistent_workers out"
             )
         self.accumulate = accumulate
         self.deterministic = deterministic
@@ -426,6 +422,8 @@ class Runner:
 
     def _end(self) -> None:
         """Evaluates the final and the averaged weights and writes the result."""
+        for stream in self._streams:
+            stream.close()  # its loader is iterated anew
         self.loop.finished = final_result(
             self.plant, self.loop, self.train_loader, self.val_loader, self.test_loader
         )

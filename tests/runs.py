@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from rhc.containers import Kept
 from rhc.schedule import Schedule
 
 FEATURES, CLASSES = 6, 3
@@ -191,7 +192,8 @@ def state_of(run: Run) -> dict[str, Any]:
 
 
 def unequal(a: Any, b: Any, path: str = "") -> list[str]:
-    """Where two nested states differ: no bit may."""
+    """Where two nested states differ: no bit may. Batches that are kept count as what they are."""
+    a, b = (x.batch if isinstance(x, Kept) else x for x in (a, b))
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         same = a.dtype == b.dtype and torch.equal(a, b)
         return [] if same else [path]

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 
 from rhc import InputError
-from rhc.batches import DrawnAsNeeded, MicroBatches, Position, StepBatches, batch_size, to_device
+from rhc.batches import DrawnAsNeeded, MicroBatches, Position, StepBatches, batch_size
+from rhc.containers import to_device
 from rhc.randomness import RandomState
 
 EPOCH = 10
@@ -110,7 +111,7 @@ def test_epochs_are_shuffled_anew() -> None:
     first, second = batches[:EPOCH], batches[EPOCH:]
     assert unequal(first, second) != []
     for epoch in (first, second):
-        rows = torch.cat([x for x, _ in epoch])
+        rows = torch.cat([kept.opened()[0] for kept in epoch])
         assert sorted(rows.tolist()) == sorted(clouds(ROWS).tensors[0].tolist())
 
 
@@ -191,7 +192,7 @@ def test_any_walk_sees_the_same_stream(strides: list[int], data: st.DataObject) 
     batches, step = StepBatches(loader, isolated=True), 0
     for stride in strides:
         ahead = stride + data.draw(st.integers(0, 7))
-        assert [int(b) for b in batches.take(step, step + ahead)] == [
+        assert [int(b.opened()) for b in batches.take(step, step + ahead)] == [
             t % 5 for t in range(step, step + ahead)
         ]
         step += stride

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rhc.batches import batch_size, loader_preserved
+from rhc.batches import batch_size, begun, loader_preserved
+from rhc.containers import spare
 from rhc.errors import InputError
 from rhc.randomness import preserved
 
@@ -57,9 +58,9 @@ class HeldOut:
         with preserved(), loader_preserved(self.loader), torch.no_grad():
             model.eval()
             try:
-                for batch in islice(iter(self.loader), self.batches):
+                for batch in islice(begun(self.loader), self.batches):
                     examples = batch_size(batch)
-                    total += examples * float(self._value(model, batch))
+                    total += examples * float(self._value(model, spare(batch)))
                     count += examples
             finally:
                 model.train(training)

@@ -8,13 +8,16 @@ other batches already, and is left alone: then the ranks together see R of its b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data.distributed import DistributedSampler
 
+from rhc.containers import PLAIN, mapped, may_be_examples, tensors_of
 from rhc.distributed.ranks import Ranks
 from rhc.errors import InputError
 
@@ -45,17 +48,20 @@ def _rows(value: Any, size: int, first: int, stop: int) -> Any:
     if isinstance(value, Tensor) or hasattr(value, "__array__"):
         shape = value.shape
         return value[first:stop] if len(shape) and shape[0] == size else value
-    if isinstance(value, Mapping):
-        parts = {k: _rows(v, size, first, stop) for k, v in value.items()}
-        return type(value)(parts)  # type: ignore[call-arg]
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_rows(v, size, first, stop) for v in value))
-    if isinstance(value, (list, tuple)):
-        plain = all(v is None or isinstance(v, (str, bytes, int, float, bool)) for v in value)
-        if plain and len(value) == size:
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields") and len(value) == size:
+        if type(value) is list and may_be_examples(value):
             return value[first:stop]
-        return type(value)(_rows(v, size, first, stop) for v in value)
-    return value
+        if all(isinstance(v, PLAIN) for v in value):
+            return value[first:stop]
+    packed = isinstance(value, PackedSequence)
+    cut = value if packed else mapped(lambda part: _rows(part, size, first, stop), value)
+    if packed or (cut is value and tensors_of(value)):
+        raise InputError(
+            f"a {type(value).__name__} in a batch cannot be cut into the rows of each rank: give "
+            "them as tensors in a dict, tuple or dataclass, or every rank batches of its own by a "
+            "DistributedSampler"
+        )
+    return cut
 
 
 def weighing(
@@ -84,7 +90,7 @@ def weighing(
 def _times(value: Any, weight: float) -> Any:
     if isinstance(value, Tensor):
         return value * weight if value.numel() == 1 else value
-    return value * weight if isinstance(value, (int, float)) else value
+    return value * weight if isinstance(value, Real) else value
 
 
 class RankLoader:

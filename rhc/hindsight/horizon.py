@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from rhc.batches import MicroBatches, batch_size, to_device
+from rhc.batches import MicroBatches, batch_size
+from rhc.containers import copied, kept, to_device
 from rhc.errors import InputError
 from rhc.evaluate import batch_statistics
 from rhc.hypergradient import Hypergradient, Product, hypergradient
@@ -55,7 +56,7 @@ class Shelf:
             for i, leaf in enumerate(leaves)
             if isinstance(leaf, Tensor)
         }
-        rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        rest = [None if isinstance(leaf, Tensor) else copied(leaf) for leaf in leaves]
         path = self.folder / f"{number:08d}.safetensors"
         # Leaves of one tensor's memory would be refused, and they are small beside the run.
         save_file({name: t.clone() for name, t in tensors.items()}, path)
@@ -75,18 +76,22 @@ class Shelf:
 
 @dataclass(frozen=True, eq=False)
 class Handle:
-    """A batch on a shelf."""
+    """A batch on a shelf, of which `batch` gives a new copy each time."""
 
     path: Path
     form: Any
     rest: list[Any]
-    size: int
+    batch_size: int
     rng: RandomState | None
+
+    def __deepcopy__(self, memo: Any) -> Handle:
+        return self
 
     def batch(self, device: torch.device) -> Any:
         """What was put there."""
         tensors = load_file(self.path)
-        leaves = [tensors.get(str(i), leaf) for i, leaf in enumerate(self.rest)]
+        rest = enumerate(self.rest)
+        leaves = [tensors[str(i)] if str(i) in tensors else copied(leaf) for i, leaf in rest]
         return to_device(_pytree.tree_unflatten(leaves, self.form), device)
 
 
@@ -186,10 +191,9 @@ class Episode:
 
     def value(self, schedule: Schedule) -> float:
         """J of the schedule by a plain roll on the same data; infinite where it is not finite."""
-        batches: Iterable[Any] = self.batches
+        batches: Iterable[Any] = [kept(batch) for batch in self.batches]
         if self.accumulate > 1:
-            n = self.accumulate
-            batches = [MicroBatches(self.batches[i * n : i * n + n]) for i in range(self.steps)]
+            batches = map(MicroBatches, zip(*[iter(batches)] * self.accumulate, strict=True))
         self.plant.restore(self.beginning)
         mean = Average(self.average)
         part = schedule.window(0, self.steps)
@@ -215,7 +219,7 @@ class Episode:
         with self.plant.evaluating():
             if self.average is not None:  # running statistics are the last iterate's
                 batch_statistics(model)
-            batches = [to_device(b, device) for b in self.judged]
+            batches = [kept(to_device(b, device)) for b in self.judged]
             sizes = [batch_size(b) for b in batches]
             losses = [self.plant.loss(b)[0] * n for b, n in zip(batches, sizes, strict=True)]
             return torch.stack(losses).sum() / sum(sizes)
@@ -225,8 +229,7 @@ class Episode:
         """The size of the judging data beside a training batch."""
         if not self.judged:
             return 0.0
-        first = self.batches[0]
-        size = first.size if isinstance(first, Handle) else batch_size(first)
+        size = batch_size(self.batches[0])
         return sum(batch_size(b) for b in self.judged) / max(1, size * self.accumulate)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rhc.batches import MicroBatches, batch_size
+from rhc.containers import kept
 from rhc.distributed import Ranks, Shard, Unshared, ranks_of, synchronised, unwrapped
 from rhc.distributed.ranks import Group
 from rhc.errors import InputError
@@ -87,6 +88,7 @@ def hypergradient(
     """dJ/du_t for J = stage_weight · Σ_t ℓ_t + terminal(θ̄), over the optimizer steps of `batches`.
 
     batches: one per step, or `accumulate` micro-batches per step, whose mean loss is stepped on.
+    They stay as they are, whatever loss_fn does to its own: every use has a copy.
     controls: name -> (K,) values in natural units, (K, groups) for a value per parameter group, or
     one number for all steps; each is used in the steps and differentiated. What is absent stays as
     the optimizer has it. terminal: a differentiable scalar of the model, taken at the end of the
@@ -215,7 +217,7 @@ def _weighed(batches: Sequence[Any], ranks: Ranks) -> list[Any]:
 
 def _steps(batches: Sequence[Any], accumulate: int) -> list[Any]:
     """One batch per step."""
-    batches = list(batches)
+    batches = [kept(batch) for batch in batches]  # the caller's own stay as they are
     if not batches:
         raise InputError("batches is empty; give one batch per step of the window")
     if accumulate == 1:

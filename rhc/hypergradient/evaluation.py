@@ -29,7 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from rhc.batches import MicroBatches
-from rhc.distributed import Shard, SyncBatchNorm, settle
+from rhc.distributed import SyncBatchNorm, settle
 from rhc.hypergradient.kernels import (
     LEAST_VALUED,
     LEAST_VALUELESS,
@@ -39,7 +39,7 @@ from rhc.hypergradient.kernels import (
     moved_statistics,
 )
 from rhc.objective import Objective
-from rhc.plant import Block, Plant, checked_loss
+from rhc.plant import Block, Plant, checked_loss, mean_metrics
 
 Result = TypeVar("Result")
 
@@ -266,21 +266,7 @@ def mean_loss(
     found = [checked_loss(loss_fn(model, part)) for part in parts(batch)]
     if len(found) == 1:
         return found[0]
-    metrics = {name: torch.stack([m[name] for _, m in found]).mean(0) for name in found[0][1]}
-    return torch.stack([loss for loss, _ in found]).mean(), metrics
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors in what a module takes or gives: nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Shard):
-        return tensors_of(value.rows)
-    if isinstance(value, Mapping):
-        return [t for v in value.values() for t in tensors_of(v)]
-    if isinstance(value, (list, tuple)):
-        return [t for v in value for t in tensors_of(v)]
-    return []
+    return torch.stack([loss for loss, _ in found]).mean(), mean_metrics([m for _, m in found])
 
 
 # Second derivatives ------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from rhc.batches import batch_size
+from rhc.containers import Kept, tensors_of
 from rhc.distributed import shard
 from rhc.hypergradient.evaluation import (
     Evaluated,
@@ -32,7 +33,6 @@ from rhc.hypergradient.evaluation import (
     mean_loss,
     parts,
     pulled_through,
-    tensors_of,
 )
 from rhc.hypergradient.kernels import valueless_gradients
 from rhc.plant import Block, Plant
@@ -555,8 +555,9 @@ def _shares(batch: Any, joint: bool, pieces: int = 1) -> list[tuple[Any, float]]
         if count < 2:
             found.append((part, share))
             continue
-        cut = (shard(part, rows, number, count) for number in range(count))
-        found += [(own.rows, share * own.weight / count) for own in cut]
+        whole = part.batch if isinstance(part, Kept) else part
+        cut = (shard(whole, rows, number, count) for number in range(count))
+        found += [(Kept(own.rows), share * own.weight / count) for own in cut]
     return found
 
 

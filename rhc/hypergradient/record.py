@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from rhc import memory
+from rhc.containers import tensors_of
 from rhc.files import write_all
 from rhc.hypergradient import kernels
 from rhc.hypergradient.evaluation import (
@@ -27,7 +28,6 @@ from rhc.hypergradient.evaluation import (
     double_backward,
     graph_nodes,
     is_recurrent,
-    tensors_of,
     visible_statistics,
 )
 from rhc.hypergradient.plan import Plan, chunk_bounds, split

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from rhc import memory
 from rhc.batches import batch_size
+from rhc.containers import tensors_of
 from rhc.faults import out_of_memory
 from rhc.hypergradient.evaluation import (
     Evaluation,
     Scratch,
     double_backward,
     parts,
-    tensors_of,
     visible_statistics,
 )
 from rhc.hypergradient.kernels import matrices

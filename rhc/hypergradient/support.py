@@ -16,6 +16,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from rhc.containers import tensors_of
 from rhc.errors import InputError
 from rhc.hypergradient.evaluation import (
     OnceDifferentiable,
@@ -24,7 +25,6 @@ from rhc.hypergradient.evaluation import (
     is_compiled,
     mean_loss,
     once_differentiable_function,
-    tensors_of,
 )
 from rhc.hypergradient.products import Product
 from rhc.plant import Plant

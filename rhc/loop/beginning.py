@@ -7,6 +7,7 @@ from typing import Any
 
 from rhc.advice import explained
 from rhc.batches import StepBatches
+from rhc.containers import spare
 from rhc.errors import DivergedError, InputError
 from rhc.events import StartFound, StartTried
 from rhc.faults import out_of_memory
@@ -31,8 +32,10 @@ def try_first_batch(
 
     # Streams of their own: the place of the run's is saved with the first checkpoint.
     def first(loader: Iterable[Any], name: str) -> Any:
-        device = loop.train.device
-        return StepBatches(loader, isolated=True, device=device, name=name).take(0, 1)[0]
+        stream = StepBatches(loader, isolated=True, device=loop.train.device, name=name)
+        batch = spare(next(stream.lazily(0, 1)))
+        stream.close()
+        return batch
 
     batches = {"train_loader": first(train_loader, "train_loader")}
     if loop.validation is not None:

@@ -123,7 +123,9 @@ def _numbers(values: Sequence[float | Tensor]) -> list[float]:
 
 
 def _number(value: Tensor) -> float | list[Any]:
-    return float(value) if value.numel() == 1 else value.tolist()
+    if value.numel() == 1:
+        return float(value)
+    return (value.long() if value.dtype == torch.bool else value).tolist()
 
 
 # Attempts at windows ------------------------------------------------------------------------------
