@@ -95,8 +95,9 @@ again and again, would spend a tenth of its time on measuring, and hand back its
 
 def known_of(plant: Plant) -> dict[Any, Any]:
     """What was found out about a plant's model and loss, for as long as both live."""
+    loss_fn = getattr(plant.loss_fn, "__wrapped__", plant.loss_fn)  # the plant's own wrapper is new
     try:
-        return _KNOWN.setdefault(plant.model, WeakKeyDictionary()).setdefault(plant.loss_fn, {})
+        return _KNOWN.setdefault(plant.model, WeakKeyDictionary()).setdefault(loss_fn, {})
     except TypeError:  # cannot be hashed, or be referred to weakly
         return {}
 

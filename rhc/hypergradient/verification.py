@@ -28,9 +28,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from rhc.batches import MicroBatches, batch_size
+from rhc.containers import Kept, mapped
 from rhc.distributed import shard
 from rhc.hypergradient.evaluation import Evaluation, Scratch, parts
 from rhc.hypergradient.products import (
@@ -485,6 +485,7 @@ def _of_product(
     0 where that says nothing: the model or loss_fn does not compute in float64, or not smoothly.
     """
     ours = parts(batch)[0]
+    ours = ours.opened() if isinstance(ours, Kept) else ours
     rows = batch_size(ours)
     few = max(_ROWS, rows // 4)
     if few < rows:
@@ -579,14 +580,17 @@ def in_double(model: nn.Module) -> Iterator[None]:
 
 
 def _doubled(batch: Any) -> Any:
+    """The batch with its floating-point tensors in float64."""
+    if isinstance(batch, Kept):
+        return _doubled(batch.opened())
     if isinstance(batch, MicroBatches):
-        return MicroBatches([_doubled(micro) for micro in batch])
-    return tree_map(_double, batch)
+        return MicroBatches(map(_doubled, batch))
+    return _double(batch) if isinstance(batch, Tensor) else mapped(_doubled, batch)
 
 
-def _double(leaf: Any) -> Any:
-    floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
-    return leaf.double() if floating else leaf
+def _double(value: Any) -> Any:
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.double() if floating else value
 
 
 def _inner(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float:
