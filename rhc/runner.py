@@ -23,7 +23,7 @@ from rhc.distributed import ranks_of, synchronised, unwrapped
 from rhc.distributed.ranks import Group
 from rhc.errors import DivergedError, InputError, StorageError
 from rhc.events import Listener, RunEnded, RunStarted
-from rhc.faults import Relief, make_deterministic
+from rhc.faults import Relief, deterministic
 from rhc.hypergradient import Damping, Engine, Lookback, Product, resolve
 from rhc.loggers import Logger, listeners_of
 from rhc.loop import Cost, Loop
@@ -127,7 +127,8 @@ class Runner:
     losses. clip_norm, clip_value: clipping by the norm of all gradients, or of every element.
     validate_every n: after the window in which every n-th step falls, the loss and the metrics of
     val_loader go into the tape, as val_loss and val_…; a batch costs a third of a gradient.
-    deterministic: only operators that give the same bits again; torch raises where it has none.
+    deterministic: only operators that give the same bits again, during a fit; torch raises where it
+    has none.
     directory: of the run; None keeps everything in memory. seed: of the gradient noise.
     planner: plans every epoch from the one before, on top of the template; see `rhc.EpochPlanner`,
     which is built without the optimizer here. Windows end where epochs do.
@@ -355,10 +356,12 @@ class Runner:
             )
         if resume not in ("auto", "never"):
             raise InputError(f"resume must be 'auto' or 'never', got {resume!r}")
-        if self.deterministic:
-            make_deterministic()
         try:
-            with stopping.at_steps(), synchronised(self.plant.model, self.ranks):
+            with (
+                stopping.at_steps(),
+                deterministic(self.deterministic),
+                synchronised(self.plant.model, self.ranks),
+            ):
                 self._train(steps, resume)
         except DivergedError:
             if self.directory is not None:
