@@ -35,7 +35,7 @@ from rhc.distributed import (
     weighing,
 )
 from rhc.dynamics import Dynamics, dynamics_of
-from rhc.errors import InputError
+from rhc.errors import InputError, whole_number
 from rhc.noise import add_gradient_noise, drawn_noise, root_mean_square, standard_noise
 from rhc.objective import Average
 from rhc.randomness import RandomState, RandomWatch
@@ -167,6 +167,7 @@ class Plant:
                 f"{clip_value:g}; give one of them"
             )
         check_parts(model, optimizer, loss_fn)
+        seed = whole_number("seed", seed)
         self.model = model
         self.optimizer = optimizer
         self.loss_fn = loss_fn if ranks is None else weighing(loss_fn, ranks)

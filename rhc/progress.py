@@ -167,11 +167,11 @@ class Progress:
 
 
 class Screen(Console):
-    """A console that shows strings as they are, and ends the command where nobody reads it any more.
+    """A console that shows strings as they are, and ends the command where nobody reads any more.
 
     Paths, names and messages hold brackets and colons (`lr[0.1]`, `a[/b]`), which rich takes for
-    markup and emoji: what has a style here is a `Text`. And in `rhc train | head` rich's own console
-    would end with status 1, which says that a run diverged.
+    markup and emoji: what has a style here is a `Text`. And in `rhc train | head` rich's own
+    console would end with status 1, which says that a run diverged.
     """
 
     def __init__(self, **settings: Any) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from rhc.errors import InputError
+from rhc.errors import InputError, whole_number
 from rhc.files import altered, read_document
 
 if TYPE_CHECKING:
@@ -144,6 +144,8 @@ class Schedule:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("start", "seed"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         values = {
             control(name).name: torch.as_tensor(v, dtype=torch.float64).detach().cpu().clone()
             for name, v in self.values.items()
@@ -189,6 +191,7 @@ class Schedule:
 
         A sequence stands for one value per parameter group: `lr=(0.1, 0.01)`.
         """
+        steps = whole_number("steps", steps)
         rows = {name: torch.as_tensor(v, dtype=torch.float64) for name, v in controls.items()}
         return cls({n: row.expand(steps, *row.shape) for n, row in rows.items()}, seed=seed)
 
@@ -243,6 +246,7 @@ class Schedule:
 
     def window(self, start: int, stop: int) -> Schedule:
         """The part of the absolute steps [start, stop), which must lie within the schedule."""
+        start, stop = whole_number("start", start), whole_number("stop", stop)
         if not self.start <= start < stop <= self.stop:
             raise InputError(
                 f"window [{start}, {stop}) must lie within the schedule's steps "
@@ -277,6 +281,7 @@ class Schedule:
         first and the last step those are held. Between a value and an exact 0, the nearer of them.
         What a run of this length does per step is not made longer or shorter: only time is.
         """
+        steps = whole_number("steps", steps)
         if steps < 1:
             raise InputError(f"steps must be ≥ 1, got {steps}")
         old = len(self)

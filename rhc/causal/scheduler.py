@@ -23,7 +23,7 @@ from rhc.causal.laws import (
     paced,
     updated,
 )
-from rhc.errors import InputError
+from rhc.errors import InputError, whole_number
 from rhc.noise import root_mean_square, standard_noise
 from rhc.signals import (
     Average,
@@ -102,6 +102,8 @@ class AdaptiveRL:
                 f"AdaptiveRL steers a torch.optim.Optimizer, got {type(optimizer).__name__}: "
                 "pass the optimizer itself"
             )
+        every, seed = whole_number("every", every), whole_number("seed", seed)
+        steps = None if steps is None else whole_number("steps", steps)
         if every < 1:
             raise InputError(f"every must be ≥ 1 steps, got {every}")
         if steps is not None and steps < 1:

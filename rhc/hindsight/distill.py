@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from rhc.causal import AdaptiveRL
 from rhc.causal.laws import Bounds, Cap, Controls, lowered, updated
 from rhc.causal.scheduler import NoiseOn
-from rhc.errors import InputError
+from rhc.errors import InputError, whole_number
 from rhc.hindsight.features import STEERED, Form, Observer, names_differ, raw, stepped
 from rhc.hindsight.policy import LIMIT, Lesson, Policy
 from rhc.schedule import Schedule
@@ -206,6 +206,7 @@ class DistilledScheduler(AdaptiveRL):
         noise_on: NoiseOn = "gradients",
         seed: int = 0,
     ) -> None:
+        steps = None if steps is None else whole_number("steps", steps)
         if steps is not None and steps < 1:
             raise InputError(f"steps must be ≥ 1, got {steps}; leave it out where nobody knows")
         super().__init__(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rhc.batches import MicroBatches, batch_size
 from rhc.distributed import Ranks, Shard, Unshared, ranks_of, synchronised, unwrapped
 from rhc.distributed.ranks import Group
-from rhc.errors import InputError
+from rhc.errors import InputError, whole_number
 from rhc.hypergradient.lookback import (
     SAME_GRADIENT,
     Hypergradient,
@@ -118,6 +118,9 @@ def hypergradient(
     that does. The singular vectors of spectral_norm are such constants, though they depend on the
     weights: expect an error of 1e-4 to 1e-3. `why` names buffers that training changes.
     """
+    accumulate, seed = whole_number("accumulate", accumulate), whole_number("seed", seed)
+    segment = segment if segment == "auto" else whole_number("segment", segment)
+    memory_budget = memory_budget and whole_number("memory_budget", memory_budget)
     ranks = ranks_of(process_group)
     model = unwrapped(model)
     if ranks is not None:
@@ -233,7 +236,7 @@ def resolve(
     if product != "auto":
         _known("product", product, ("auto", *PRODUCTS))
     _ = plant.dynamics
-    if segment != "auto" and not (isinstance(segment, int) and 1 <= segment <= steps):
+    if segment != "auto" and not 1 <= segment <= steps:
         raise InputError(
             f"segment must be in [1, {steps}] for a window of {steps} steps, got {segment}; "
             "use 1 for the least memory"

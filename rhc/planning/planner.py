@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rhc.causal import laws
-from rhc.errors import InputError
+from rhc.errors import InputError, whole_number
 from rhc.events import EpochPlanned, Event, Intervened
 from rhc.noise import root_mean_square, standard_noise
 from rhc.planning.guards import (
@@ -101,6 +101,8 @@ class EpochPlanner:
                 f"EpochPlanner steers a torch.optim.Optimizer, got {type(optimizer).__name__}: "
                 "pass the optimizer itself, or none in a Runner"
             )
+        seed = whole_number("seed", seed)
+        epoch_steps = None if epoch_steps is None else whole_number("epoch_steps", epoch_steps)
         if epoch_steps is not None and epoch_steps < 1:
             raise InputError(f"epoch_steps must be ≥ 1, got {epoch_steps}")
         planned = () if steer is None else tuple(dict.fromkeys(steer))
