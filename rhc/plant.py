@@ -176,6 +176,28 @@ class Plant:
         self.clip_norm = clip_norm
         self.clip_value = clip_value
         self.controls = OptimizerControls(optimizer)
+        self._hold()
+        self.singletons = False
+        self._statistics: list[Tensor] = []
+        self.find_statistics()
+        self._plain_zero_grad = type(
+            optimizer
+        ).zero_grad is torch.optim.Optimizer.zero_grad and "zero_grad" not in vars(optimizer)
+
+    def take_up(self) -> None:
+        """Looks again at what the optimizer holds, where groups were added since the last fit."""
+        if len(self.optimizer.param_groups) != self._count:
+            self.controls.take_up()
+            self._hold()
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups that are known here."""
+        return self.optimizer.param_groups[: self._count]
+
+    def _hold(self) -> None:
+        model, optimizer, ranks = self.model, self.optimizer, self.ranks
+        self._count = len(optimizer.param_groups)
         self.owned = self.parameters = parameters_of(optimizer)
         """What the optimizer holds, and what is seen of it: this rank's parts, if shared out."""
         if not self.parameters:
@@ -195,12 +217,6 @@ class Plant:
         # An attention mask of -inf is no sign of divergence.
         buffers = model.named_buffers()
         self._infinite = {n for n, b in buffers if not bool(b.isfinite().all())}
-        self.singletons = False
-        self._statistics: list[Tensor] = []
-        self.find_statistics()
-        self._plain_zero_grad = type(
-            optimizer
-        ).zero_grad is torch.optim.Optimizer.zero_grad and "zero_grad" not in vars(optimizer)
         self._on_cpu = all(p.device.type == "cpu" for p in self.parameters)
 
     def find_statistics(self) -> None:
@@ -239,6 +255,12 @@ class Plant:
 
         backward: fills the gradients in place of loss and backward.
         """
+        if len(self.optimizer.param_groups) != self._count:
+            raise InputError(
+                f"the optimizer's parameter groups were {self._count} when the fit began, and are "
+                f"{len(self.optimizer.param_groups)} at step {step}: add groups between two fits, "
+                "not during one"
+            )
         self.controls.write(controls)
         self.forget_gradients()
         if backward is None:
@@ -403,7 +425,7 @@ class Plant:
             {n: p.detach().clone() for n, p in self.model.named_parameters()},
             {n: b.detach().clone() for n, b in self.model.named_buffers()},
             [_copied(self.optimizer.state.get(p, {})) for p in self.owned],
-            [_copied(_hyperparameters(g)) for g in self.optimizer.param_groups],
+            [_copied(_hyperparameters(g)) for g in self.groups],
             RandomState.capture(),
         )
 
@@ -417,7 +439,7 @@ class Plant:
             buffer.copy_(snapshot.buffers[name])
         for p, slots in zip(self.owned, snapshot.slots, strict=True):
             _restore_slots(self.optimizer.state, p, slots)
-        for group, values in zip(self.optimizer.param_groups, snapshot.groups, strict=True):
+        for group, values in zip(self.groups, snapshot.groups, strict=True):
             for key, value in values.items():
                 if isinstance(group.get(key), Tensor):
                     group[key].copy_(value)

@@ -481,6 +481,7 @@ class Runner:
     def _begin(self, steps: int, resume: Literal["auto", "never"]) -> Loop:
         """A fresh state of the loop, or the one that the directory's newest checkpoint holds."""
         device = self._moved_to
+        self.plant.take_up()
         if self.ranks is not None:
             described = self._description(steps) | {"directory": self.directory is not None}
             notice = self._teller.notice

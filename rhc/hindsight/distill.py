@@ -227,20 +227,13 @@ class DistilledScheduler(AdaptiveRL):
         """The features of the last update."""
         self._told = False
         self._norm: Tensor | None = None
-        self._norm_handle = (
-            optimizer.register_step_pre_hook(self._take_norm) if policy.form.gradient_norm else None
-        )
+        if policy.form.gradient_norm:
+            self.hook("_take_norm")
 
     @classmethod
     def load(cls, policy: str | Path, optimizer: Optimizer, **settings: Any) -> DistilledScheduler:
         """The scheduler of a policy that `rhc distill` wrote; settings: as of this class."""
         return cls(optimizer, Policy.load(policy), **settings)
-
-    def close(self) -> None:
-        """Takes noise and norms off the optimizer; controls stay as they are."""
-        super().close()
-        if self._norm_handle is not None:
-            self._norm_handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """As of AdaptiveRL, with the policy's memory; the policy itself is in its own files."""

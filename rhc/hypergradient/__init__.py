@@ -157,6 +157,8 @@ def hypergradient(
     before = plant.snapshot()
     grads = [p.grad for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
+    groups = optimizer.param_groups
+    tensors = [{k: v for k, v in g.items() if isinstance(v, Tensor)} for g in groups]
     try:
         for p in model.parameters():
             p.grad = None  # backward would add to those that the optimizer does not hold
@@ -184,6 +186,8 @@ def hypergradient(
             finally:
                 recorder.close()
     finally:
+        for group, own in zip(groups, tensors, strict=True):
+            group.update(own)  # the same objects, also where one was of several groups
         plant.restore(before)
         for p, g in zip(model.parameters(), grads, strict=True):
             p.grad = g
