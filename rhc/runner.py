@@ -25,7 +25,7 @@ from rhc.errors import DivergedError, InputError, StorageError, whole_number
 from rhc.events import Listener, RunEnded, RunStarted
 from rhc.faults import Relief, deterministic
 from rhc.hypergradient import Damping, Engine, Lookback, Product, resolve
-from rhc.loggers import Logger, listeners_of
+from rhc.loggers import Logger, Logging, listeners_of
 from rhc.loop import Cost, Loop
 from rhc.loop.beginning import Beginning, try_first_batch
 from rhc.loop.checks import followed, grouped, steered
@@ -366,6 +366,14 @@ class Runner:
             )
         if resume not in ("auto", "never"):
             raise InputError(f"resume must be 'auto' or 'never', got {resume!r}")
+        try:
+            return self._fit(steps, resume)
+        finally:
+            for listener in self.listeners:
+                if isinstance(listener, Logging):
+                    listener.close()
+
+    def _fit(self, steps: int, resume: Literal["auto", "never"]) -> RunResult:
         try:
             with (
                 stopping.at_steps(),
