@@ -343,6 +343,16 @@ class Plant:
         _fill_gradients(loss)
         return loss, metrics
 
+    def refuse_complex(self) -> None:
+        """An InputError where a parameter is complex: a reverse pass goes by real gradients."""
+        for p in self.owned:
+            if p.is_complex():
+                raise InputError(
+                    f"parameter {self._names[id(p)]!r} is complex ({p.dtype}), and hypergradients "
+                    "need real ones; keep a real one with a last dimension of 2 and take "
+                    "torch.view_as_complex of it in forward, or turn rewriting off"
+                )
+
     def refuse_sparse(self, *, slots: bool = True) -> None:
         """An InputError where a gradient, or a slot that was made of one, is sparse."""
         for p in self.owned:

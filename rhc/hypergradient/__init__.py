@@ -240,6 +240,7 @@ def resolve(
     if product != "auto":
         _known("product", product, ("auto", *PRODUCTS))
     _ = plant.dynamics
+    plant.refuse_complex()
     if segment != "auto" and not 1 <= segment <= steps:
         raise InputError(
             f"segment must be in [1, {steps}] for a window of {steps} steps, got {segment}; "
