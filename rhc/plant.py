@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import math
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -183,6 +184,14 @@ class Plant:
         self._plain_zero_grad = type(
             optimizer
         ).zero_grad is torch.optim.Optimizer.zero_grad and "zero_grad" not in vars(optimizer)
+        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+        needed = closure is not None and closure.default is inspect.Parameter.empty
+        self._closure: Literal["none", "only", "second"] = "only" if needed else "none"
+        """Who evaluates a step's loss: the plant; the optimizer, as LBFGS; it too, as SAM."""
+        self.has_evaluation_weights = all(
+            callable(getattr(optimizer, name, None)) for name in ("train", "eval")
+        )
+        """Whether the optimizer keeps other weights for evaluation, as schedule-free ones do."""
 
     def take_up(self) -> None:
         """Looks again at what the optimizer holds, where groups were added since the last fit."""
@@ -208,6 +217,11 @@ class Plant:
                 raise InputError(
                     f"parameter {index} of the optimizer, of shape {tuple(p.shape)}, is not a "
                     "parameter of the model; register it on the model"
+                )
+            if self.clip_value is not None and p.is_complex():
+                raise InputError(
+                    f"clip_value clips real gradients, and parameter {self._names[id(p)]!r} is "
+                    "complex; use clip_norm"
                 )
         self.shared_out = is_shared_out(self.owned)
         if self.shared_out:
@@ -262,6 +276,51 @@ class Plant:
                 "not during one"
             )
         self.controls.write(controls)
+        if self._closure != "none":
+            return self._step_by_closure(batch, controls, step)
+        observed = self._differentiate(batch, controls, step, keep, backward)
+        try:
+            self.optimizer.step()
+        except Exception as error:
+            if "closure" not in str(error).lower():
+                raise
+            # As of SAM, whose closure is optional by its signature alone; nothing is changed yet.
+            self._closure = "second"
+            return self._step_by_closure(batch, controls, step, observed)
+        return observed
+
+    def _step_by_closure(
+        self, batch: Any, controls: Mapping[str, float], step: int, first: StepRecord | None = None
+    ) -> StepRecord:
+        """A step of an optimizer that evaluates the loss by itself; what was observed at first."""
+        if isinstance(batch, DrawnAsNeeded):
+            if first is not None:
+                raise InputError(
+                    f"{type(self.optimizer).__name__} evaluates the loss of a step again, and "
+                    f"{len(batch)} batches were drawn for it and used; give accumulate=1"
+                )
+            batch = MicroBatches(list(batch))
+        observed = [] if first is None else [first]
+
+        def closure() -> Tensor:
+            with torch.enable_grad():
+                observed.append(self._differentiate(batch, controls, step))
+            return observed[-1].loss
+
+        if self._closure == "second" and first is None:
+            observed.append(self._differentiate(batch, controls, step))
+        self.optimizer.step(closure)  # type: ignore[arg-type]
+        return observed[0]
+
+    def _differentiate(
+        self,
+        batch: Any,
+        controls: Mapping[str, float],
+        step: int,
+        keep: Callable[[], None] | None = None,
+        backward: Backward | None = None,
+    ) -> StepRecord:
+        """Fills every `.grad` with what the optimizer is to step by."""
         self.forget_gradients()
         if backward is None:
             loss, metrics = self.backward(batch)
@@ -272,7 +331,6 @@ class Plant:
         if keep is not None:
             keep()
         norm = self._transform_gradients(controls.get("noise", 0.0), step)
-        self.optimizer.step()
         return StepRecord(loss.detach(), {k: v.detach() for k, v in metrics.items()}, norm)
 
     def forget_gradients(self) -> None:
@@ -472,7 +530,9 @@ class Plant:
         buffers = [b for n, b in self.model.named_buffers() if n not in self._infinite]
         tensors = [*self.model.parameters(), *buffers, *slots]
         found = [part_of(t.detach()) for t in tensors] if self.shared_out else tensors
-        floating = [t.detach() for t in found if t.is_floating_point() and t.numel()]
+        floating = [
+            t.detach() for t in found if (t.is_floating_point() or t.is_complex()) and t.numel()
+        ]
         # The maximum takes five times as long, and is needed only where squares overflow.
         finite = not floating or any(_finite_norms(floating, order) for order in (2.0, math.inf))
         if self.shared_out and self.ranks is not None:
@@ -493,12 +553,45 @@ class Plant:
         rng = RandomState.capture()
         self.model.eval()
         try:
-            yield self.model
+            with self._evaluation_weights():
+                yield self.model
         finally:
             for module, training in modes:
                 module.training = training
             self._settle()
             rng.restore()
+
+    @contextlib.contextmanager
+    def _evaluation_weights(self) -> Iterator[None]:
+        """Those of the optimizer, where it has them; the others are then back to the bit."""
+        if not self.has_evaluation_weights:
+            yield
+            return
+        optimizer: Any = self.optimizer
+        live = [p.detach().clone() for p in self.owned]
+        optimizer.eval()
+        try:
+            yield
+        finally:
+            optimizer.train()
+            with torch.no_grad():
+                for p, value in zip(self.owned, live, strict=True):
+                    p.copy_(value)
+
+    @contextlib.contextmanager
+    def optimizing(self) -> Iterator[None]:
+        """The optimizer in its training mode, where it has modes; then in that which it had."""
+        if not self.has_evaluation_weights:
+            yield
+            return
+        optimizer: Any = self.optimizer
+        trained = bool(optimizer.param_groups[0].get("train_mode", True))
+        optimizer.train()
+        try:
+            yield
+        finally:
+            if not trained:
+                optimizer.eval()
 
     # Roll ----------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from rhc.hypergradient import Damping, Engine, Lookback, Product, resolve
 from rhc.loggers import Logger, Logging, listeners_of
 from rhc.loop import Cost, Loop
 from rhc.loop.beginning import Beginning, try_first_batch
-from rhc.loop.checks import followed, grouped, steered
+from rhc.loop.checks import check_storable, followed, grouped, steered
 from rhc.loop.committing import Committing
 from rhc.loop.course import Budget, Course
 from rhc.loop.epochs import Epochs, epoch_steps
@@ -294,11 +294,15 @@ class Runner:
                 self._teller.notice,
             )
             self._lookback = self._lookbacks(Relief())
+        elif self.start == "zero":
+            self.plant.refuse_complex()
         self.per_group = grouped(self.plant, self.controls, per_group)
         self.seed = seed
         if self.ranks is None or self.ranks.first:
             self.listeners += listeners_of(logger, config)
         self.config = dict(config) if config is not None else None
+        if directory is not None:
+            check_storable(self.plant.model)
         self.directory = (
             None
             if directory is None
@@ -367,7 +371,8 @@ class Runner:
         if resume not in ("auto", "never"):
             raise InputError(f"resume must be 'auto' or 'never', got {resume!r}")
         try:
-            return self._fit(steps, resume)
+            with self.plant.optimizing():
+                return self._fit(steps, resume)
         finally:
             for listener in self.listeners:
                 if isinstance(listener, Logging):

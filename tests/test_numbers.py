@@ -1,4 +1,4 @@
-"""Settings that are numbers of numpy or torch, as configurations and arithmetic make them."""
+"""Settings that are numbers of numpy or torch, and parameters that are complex."""
 
 from __future__ import annotations
 
@@ -140,3 +140,92 @@ def test_what_is_no_whole_number_is_refused(name: str) -> None:
             REFUSED[name](value)
         said, _, got = str(refused.value).partition(", got ")
         assert said == f"{name} must be a whole number" and got.endswith("; give an int")
+
+
+# Complex parameters -------------------------------------------------------------------------------
+
+
+class Wave(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.complex64) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w = nn.Parameter(torch.randn(4, 3, dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.to(self.w.dtype) @ self.w).abs()
+
+
+class Parts(nn.Module):
+    """The same in double precision with its real and imaginary parts, and a complex constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.view_as_real(Wave(torch.complex128).w.detach()).clone())
+        self.register_buffer("phase", torch.ones(3, dtype=torch.complex128) * (1 + 1j))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        w = torch.view_as_complex(self.w)
+        return (x.to(w.dtype) @ w * self.phase).abs()
+
+
+X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+
+
+def wave_loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return (model(batch) - 1).square().mean()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_complex_parameters_are_trained_as_by_a_plain_loop(kind: Any, tmp_path: Path) -> None:
+    plain, model, again = Wave(), Wave(), Wave()
+    optimizer = kind(plain.parameters(), lr=0.1)
+    for _ in range(6):
+        optimizer.zero_grad()
+        wave_loss(plain, X).backward()
+        optimizer.step()
+    settings: dict[str, Any] = {"rewrite": False, "window": 3, "directory": tmp_path / "run"}
+    own = kind(model.parameters(), lr=0.1)
+    rhc.Runner(model, own, wave_loss, [X], [X], **settings).fit(3)
+    own = kind(again.parameters(), lr=0.1)
+    rhc.Runner(again, own, wave_loss, [X], [X], **settings).fit(6)
+    assert torch.equal(plain.w, again.w)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings", "told"),
+    [
+        (torch.complex64, {}, r"parameter 'w' is complex \(torch.complex64\), and hypergradients"),
+        (torch.complex64, {"rewrite": False, "start": "zero"}, "parameter 'w' is complex"),
+        (torch.complex64, {"rewrite": False, "clip_value": 1.0}, "'w' is complex; use clip_norm"),
+        (torch.complex128, {"rewrite": False, "directory": "run"}, "'w' is of torch.complex128"),
+    ],
+)
+def test_what_complex_parameters_cannot_have_is_said(
+    dtype: torch.dtype, settings: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    model = Wave(dtype)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    if "directory" in settings:
+        settings = {**settings, "directory": tmp_path / "run"}
+    with pytest.raises(InputError, match=told):
+        rhc.Runner(model, optimizer, wave_loss, [X], [X], **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_hypergradient_of_complex_parameters_is_refused_and_of_their_parts_is_right() -> None:
+    model: nn.Module = Wave()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    with pytest.raises(InputError, match="view_as_complex"):
+        rhc.hypergradient(model, optimizer, wave_loss, [X] * 3, controls={"lr": 0.1})
+
+    def looked(lrs: list[float]) -> rhc.Hypergradient:
+        model = Parts()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        controls = {"lr": torch.tensor(lrs, dtype=torch.float64)}
+        return rhc.hypergradient(model, optimizer, wave_loss, [X.double()] * 3, controls=controls)
+
+    h = looked([0.1, 0.1, 0.1])
+    for t in range(2):
+        up, down = ([0.1 + e * (i == t) for i in range(3)] for e in (1e-5, -1e-5))
+        slope = (float(looked(up).value) - float(looked(down).value)) / 2e-5
+        assert float(h.grad["lr"][t]) == pytest.approx(slope, rel=1e-5)
