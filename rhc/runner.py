@@ -382,6 +382,7 @@ class Runner:
         try:
             with (
                 stopping.at_steps(),
+                torch.enable_grad(),  # also where fit is called under no_grad
                 deterministic(self.deterministic),
                 synchronised(self.plant.model, self.ranks),
             ):

@@ -637,3 +637,12 @@ def test_deterministic_on_request(before: bool, monkeypatch: pytest.MonkeyPatch)
     found = (before, before, before, None)
     after = [i for i, one in enumerate(seen) if one == found]
     assert after[0] == 0 and after[-1] == len(seen) - 1 and len(after) >= 3
+
+
+def test_a_fit_takes_gradients_also_where_they_are_off() -> None:
+    plain, within = make_run("sgd"), make_run("sgd")
+    runner(plain, None).fit(4)
+    with torch.no_grad():
+        runner(within, None).fit(4)
+        assert not torch.is_grad_enabled()
+    assert unequal(state_of(plain), state_of(within)) == []
