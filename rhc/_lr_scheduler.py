@@ -60,7 +60,11 @@ class ScheduleReplay(BeforeSteps, LRScheduler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken, and writes the controls of that step."""
         state = dict(state_dict)
-        self.controls.adopt(state.pop("own"))
+        own = state.pop("own")
+        known = self.controls.own  # the state may be from before a group was added
+        self.controls.adopt(
+            {n: [*values, *known.get(n, [])[len(values) :]] for n, values in own.items()}
+        )
         super().load_state_dict(state)
         for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             if isinstance(group["lr"], torch.Tensor):

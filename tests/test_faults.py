@@ -640,8 +640,9 @@ def test_deterministic_on_request(before: bool, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_fit_takes_gradients_also_where_they_are_off() -> None:
-    plain, within = make_run("sgd"), make_run("sgd")
+    plain = make_run("sgd")
     runner(plain, None).fit(4)
+    within = make_run("sgd")
     with torch.no_grad():
         runner(within, None).fit(4)
         assert not torch.is_grad_enabled()

@@ -107,6 +107,18 @@ def test_a_group_added_later_is_in_the_state(name: str) -> None:
         assert torch.allclose(a, b, rtol=1e-6, atol=0)
 
 
+def test_a_state_from_before_a_group_was_added() -> None:
+    model = net()
+    schedule = Schedule({"lr": torch.linspace(0.0, 0.1, 11)})
+    begun = schedule.to_lr_scheduler(torch.optim.SGD(model[2].parameters(), lr=0.1))
+    groups = [{"params": model[2].parameters()}, {"params": model[0].parameters(), "lr": 0.02}]
+    o = torch.optim.SGD(groups, lr=0.1)
+    s = schedule.to_lr_scheduler(o)
+    s.load_state_dict(begun.state_dict())
+    train(model, o, s, 5)
+    assert [g["lr"] for g in o.param_groups] == pytest.approx([0.05, 0.01])
+
+
 def test_values_per_group_do_not_fit_a_group_more() -> None:
     model = net()
     groups = [{"params": [model[2].weight]}, {"params": [model[2].bias]}]
