@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import tyro.conf
 from tyro.conf import arg
 
-from rhc.errors import InputError
+from rhc.errors import InputError, whole_number
 from rhc.files import MOST_TOML_BYTES, parsed_json, parsed_toml, read_regular
 from rhc.workload import OPTIMIZERS, Workload, usual_lr, usual_weight_decay
 
@@ -335,11 +335,11 @@ class TrainConfig:
             optimizer=optimizer,
             lr=float(lr),
             weight_decay=decay,
-            steps=workload.steps if self.steps is None else self.steps,
+            steps=whole_number("steps", workload.steps if self.steps is None else self.steps),
             stride=self.window if self.stride is None else self.stride,
             start=self.start or self._usual_start(),
             data=None if self.data is None else self.data.resolve(),
-            threads=self.threads or workload.threads or threads,
+            threads=whole_number("threads", self.threads or workload.threads or threads),
             run=_absolute(self.run),
         ).checked()
 

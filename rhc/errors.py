@@ -1,5 +1,10 @@
 """Exceptions that a person can act on: bad arguments, files and settings; a run that diverged; a
-disk that failed."""
+disk that failed. And the checks of settings that are numbers."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
 
 
 class InputError(ValueError):
@@ -22,3 +27,25 @@ class StorageError(RuntimeError):
     """
 
     result: object = None
+
+
+def whole_number(name: str, value: Any) -> int:
+    """`value` as Python's int: of any type that counts (numpy's integers, a tensor of one).
+
+    Raises InputError for other numbers, and for True and False, which are most often a flag in the
+    wrong place.
+    """
+    flag = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
+    try:
+        if not flag:
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise InputError(f"{name} must be a whole number, got {value!r}; give an int")
+
+
+def plain_numbers(settings: Any) -> None:
+    """Makes Python's own of numbers of numpy and torch in a frozen dataclass, in its making."""
+    for name, value in vars(settings).items():
+        if hasattr(value, "item"):
+            object.__setattr__(settings, name, value.item())

@@ -100,12 +100,14 @@ def at_average(plant: Plant, average: Average, train_loader: Iterable[Any]) -> I
     live = [p.detach().clone() for p in parameters]
     buffers = {n: b.detach().clone() for n, b in plant.model.named_buffers()}
     device = parameters[0].device
+    swapped, plant.has_evaluation_weights = plant.has_evaluation_weights, False
     try:
         with torch.no_grad():
             torch._foreach_copy_([p.detach() for p in parameters], average.values)
             _estimate_statistics(plant, train_loader, device)
         yield
     finally:
+        plant.has_evaluation_weights = swapped
         with torch.no_grad():
             torch._foreach_copy_([p.detach() for p in parameters], live)
             for name, b in plant.model.named_buffers():

@@ -6,11 +6,12 @@ again. Stopping is in `stopping`, the disk in `run_directory`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -123,14 +124,36 @@ def replay_deviation(
         plant.restore(before)
 
 
-def make_deterministic() -> None:
-    """Only deterministic operators in this process from now on; torch raises where there is none.
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Only deterministic operators inside, where wanted; torch raises where there is none.
 
-    cuBLAS looks at its variable when it is first used.
+    What is global is then as it was found. cuBLAS looks at its variable when it is first used.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
+    if not wanted:
+        yield
+        return
+    was, only = _deterministic()
+    benchmark, name = torch.backends.cudnn.benchmark, "CUBLAS_WORKSPACE_CONFIG"
+    variable = os.environ.get(name)
+    try:
+        os.environ.setdefault(name, ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was, warn_only=only)
+        torch.backends.cudnn.benchmark = benchmark
+        if variable is None:
+            os.environ.pop(name, None)
+
+
+def _deterministic() -> tuple[bool, bool]:
+    """Whether torch refuses other operators, and whether it only warns of them."""
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
 
 
 def _state(plant: Plant) -> list[Tensor]:
@@ -156,10 +179,7 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 def _blamed(plant: Plant, batch: Any, controls: Mapping[str, Any], step: int) -> tuple[str, ...]:
     """The operators of a step that torch warns of."""
-    was, only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    was, only = _deterministic()
     try:
         torch.use_deterministic_algorithms(True, warn_only=True)
         with warnings.catch_warnings(record=True) as caught:

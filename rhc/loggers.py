@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import math
+import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,7 +37,11 @@ from rhc.events import (
 
 
 class Logger(Protocol):
-    """What a service has to offer; values are finite numbers by name."""
+    """What a service has to offer; values are finite numbers by name.
+
+    Where `step` or `attempt` raises, it is called again with one value at a time, to find the names
+    that it does not take.
+    """
 
     def begin(self, step: int, attempts: int, settings: Mapping[str, Any]) -> None:
         """A run begins, or goes on, before this step and after so many attempts at windows."""
@@ -50,17 +56,21 @@ class Logger(Protocol):
         """Something that happened: an intervention of a guard, a notice."""
 
     def end(self, result: Mapping[str, float]) -> None:
-        """The run is over: the numbers of result.json."""
+        """The run is over: the numbers of result.json; none where it was stopped, or where this
+        logger has failed."""
 
 
 class Logging:
-    """The listener of a run that tells a logger; one that raises is left alone from there on."""
+    """The listener of a run that tells a logger. A name that it does not take is left out; one that
+    raises otherwise is ended, and left alone from there on."""
 
     def __init__(self, logger: Logger, settings: Mapping[str, Any] | None = None) -> None:
         self.logger, self.settings = logger, dict(settings or {})
         self.step = self.attempts = 0
         self.failed = self.begun = False
         self._early: list[tuple[str, str]] = []
+        self._taken: set[str] = set()
+        self._refused: set[str] = set()
 
     def __call__(self, event: Event) -> None:
         if self.failed:
@@ -69,12 +79,52 @@ class Logging:
             self._tell(event)
         except Exception as error:
             self.failed = True
-            name = type(self.logger).__name__
             warnings.warn(
-                f"logger {name} failed at step {self.step} ({type(error).__name__}: {error}): the "
-                "run goes on without it",
+                f"{self._where()} failed at step {self.step} ({type(error).__name__}: {error}): "
+                "the run goes on without it",
                 stacklevel=3,
             )
+            self.close()
+
+    def close(self) -> None:
+        """Ends the logger of a run that did not end by itself, so that the next has its own."""
+        if self.begun:
+            self.begun = False
+            with contextlib.suppress(Exception):
+                self.logger.end({})
+
+    def _where(self) -> str:
+        return f"logger {type(self.logger).__name__}"
+
+    def _values(
+        self, tell: Callable[[int, Mapping[str, float]], None], at: int, values: Mapping[str, Any]
+    ) -> None:
+        """Tells values; names that the logger does not take are left out from here on.
+
+        They are those that fail while the first, which is the loop's own, does not.
+        """
+        values = {name: v for name, v in values.items() if name not in self._refused}
+        try:
+            tell(at, values)
+        except Exception:
+            if self._taken.issuperset(values):
+                raise
+            for number, (name, value) in enumerate(values.items()):
+                try:
+                    tell(at, {name: value})
+                except Exception as error:
+                    if number == 0 or name in self._taken:
+                        raise
+                    self._refused.add(name)
+                    warnings.warn(
+                        f"{self._where()} does not take the name {name!r} "
+                        f"({type(error).__name__}: {error}): all but it is logged",
+                        stacklevel=5,
+                    )
+                else:
+                    self._taken.add(name)
+        else:
+            self._taken.update(values)
 
     def _tell(self, event: Event) -> None:
         match event:
@@ -99,10 +149,10 @@ class Logging:
                 pass  # of a run that had ended before
             case Committed():
                 for row in event.rows:
-                    self.logger.step(int(row["step"]), dict(_numbers(row)))
+                    self._values(self.logger.step, int(row["step"]), dict(_numbers(row)))
                 self.step = event.stop
             case WindowAttempted():
-                self.logger.attempt(self.attempts, _attempted(event.record))
+                self._values(self.logger.attempt, self.attempts, _attempted(event.record))
                 self.attempts += 1
             case StartFound():
                 self.logger.text(self.step, "start", f"lr {event.lr}, {event.cost:.2f} plain runs")
@@ -113,7 +163,10 @@ class Logging:
             case Notice():
                 self.logger.text(self.step, "notice", event.message)
             case RunEnded():
-                self.logger.end(dict(_numbers(event.result)))
+                self.begun = False
+                refused = tuple(f"/{name}" for name in self._refused)
+                found = dict(_numbers(event.result)).items()
+                self.logger.end({n: v for n, v in found if not f"/{n}".endswith(refused)})
 
 
 def tell_run(
@@ -242,8 +295,8 @@ class WandB:
         self._module = _imported("wandb", "wandb", "WandB")
         self.settings = settings
         self.run: Any = None
-        self._steps = self._attempts = -1
-        self._row = 0
+        self._had_steps = self._had_attempts = -1
+        self._next_step = self._next_attempt = 0
         self._own = True
 
     def begin(self, step: int, attempts: int, settings: Mapping[str, Any]) -> None:
@@ -261,66 +314,70 @@ class WandB:
             self.run.define_metric("windows/number")
             self.run.define_metric("windows/*", step_metric="windows/number")
         summary = getattr(self.run, "summary", None) or {}
-        self._steps = int(summary.get("step", step - 1))
-        self._attempts = int(summary.get("windows/number", attempts - 1))
-        self._row = step + attempts
+        self._had_steps = int(summary.get("step", step - 1))
+        self._had_attempts = int(summary.get("windows/number", attempts - 1))
+        self._next_step, self._next_attempt = step, attempts
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        if step > self._steps:
+        self._next_step = step
+        if step > self._had_steps:
             self._log({**values, "step": step})
-            self._steps = step
-        self._row += 1
+        self._next_step += 1
 
     def attempt(self, number: int, values: Mapping[str, float]) -> None:
-        if number > self._attempts:
+        self._next_attempt = number
+        if number > self._had_attempts:
             named = {f"windows/{name}": value for name, value in values.items()}
             self._log({**named, "windows/number": number})
-            self._attempts = number
-        self._row += 1
+        self._next_attempt += 1
 
     def text(self, step: int, kind: str, message: str) -> None:
         self._log({f"events/{kind}": message})  # with the row that comes next
 
     def _log(self, values: Mapping[str, Any]) -> None:
         # A run that was active before has rows of its own.
-        self.run.log(values, step=max(self._row, int(self.run.step)))
+        row = self._next_step + self._next_attempt
+        self.run.log(values, step=max(row, int(self.run.step)))
 
     def end(self, result: Mapping[str, float]) -> None:
         for name, value in result.items():
             self.run.summary[f"result/{name}"] = value
+        run, self.run = self.run, None
         if self._own:
-            self.run.finish()
+            run.finish()
 
 
 class MLflow:
     """An MLflow run; settings: as of mlflow.start_run (run_name, run_id, experiment_id …).
 
-    Attempts at windows are metrics `windows/…`, by their number as step. A run that is active is
-    logged into, and left active; that of a run which is resumed from its directory is taken up
-    again, and steps that it has are passed over.
+    Attempts at windows are metrics `windows/…`, by their number as step. What MLflow does not take
+    in a name ("acc@1") is an underscore in its place. A run that is active is logged into, and left
+    active; that of a run which is resumed from its directory is taken up again, and steps that it
+    has are passed over.
     """
 
     def __init__(self, **settings: Any) -> None:
         self._module = _imported("mlflow", "mlflow", "MLflow")
         self.settings = settings
-        self._begun = False
         self._own = True
-        self._steps = self._attempts = -1
+        self._had_steps = self._had_attempts = -1
+        self._names: dict[str, str] = {}
 
     def begin(self, step: int, attempts: int, settings: Mapping[str, Any]) -> None:
-        if not self._begun:
-            known = _known(settings, "mlflow") if step else None
-            again = {"run_id": known} if known else {}
-            active = self._module.active_run()
-            self._own = active is None or active.info.run_id == known
-            run = active or self._module.start_run(**{**again, **self.settings})
-            _know(settings, "mlflow", run.info.run_id)
-            self._begun = True
-            self._steps = self._last(run.info.run_id, "loss", step - 1)
-            self._attempts = self._last(run.info.run_id, "windows/window", attempts - 1)
-            if not step:
-                # MLflow takes parameters of 500 characters.
-                self._module.log_params({k: str(v)[:500] for k, v in settings.items()})
+        known = _known(settings, "mlflow") if step else None
+        again = {"run_id": known} if known else {}
+        active = self._module.active_run()
+        self._own = active is None or active.info.run_id == known
+        run = active or self._module.start_run(**{**again, **self.settings})
+        _know(settings, "mlflow", run.info.run_id)
+        self._had_steps = self._last(run.info.run_id, "loss", step - 1)
+        self._had_attempts = self._last(run.info.run_id, "windows/window", attempts - 1)
+        if not step:
+            try:  # MLflow takes parameters of 500 characters, and each once in a run.
+                named = {self._name(k): str(v)[:500] for k, v in settings.items()}
+                self._module.log_params(named)
+            except Exception as error:
+                warnings.warn(f"MLflow does not take the settings: {error}", stacklevel=2)
 
     def _last(self, run: str, metric: str, otherwise: int) -> int:
         """The last step of a metric that the run has."""
@@ -328,23 +385,37 @@ class MLflow:
         return max((int(entry.step) for entry in history), default=otherwise)
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
-        if step > self._steps:
-            self._module.log_metrics(dict(values), step=step)
-            self._steps = step
+        if step > self._had_steps:
+            self._module.log_metrics({self._name(k): v for k, v in values.items()}, step=step)
 
     def attempt(self, number: int, values: Mapping[str, float]) -> None:
-        if number > self._attempts:
+        if number > self._had_attempts:
             named = {f"windows/{name}": value for name, value in values.items()}
             self._module.log_metrics(named, step=number)
-            self._attempts = number
 
     def text(self, step: int, kind: str, message: str) -> None:
-        self._module.set_tag(f"rhc.{kind}.{step}", message[:5000])
+        self._module.set_tag(self._name(f"rhc.{kind}.{step}"), message[:5000])
 
     def end(self, result: Mapping[str, float]) -> None:
-        self._module.log_metrics({f"result/{k}": v for k, v in result.items()})
-        if self._own:
-            self._module.end_run()
+        try:
+            named = {self._name(f"result/{k}"): v for k, v in result.items()}
+            self._module.log_metrics(named)
+        finally:
+            if self._own:
+                self._module.end_run("FINISHED" if result else "FAILED")
+
+    def _name(self, name: str) -> str:
+        """What MLflow takes for this name: letters, digits and "_-. " in parts between slashes, 250
+        at most; and for no other name."""
+        if name not in self._names:
+            parts = re.sub(r"[^\w\-. /]", "_", name).split("/")
+            taken = "/".join(p if p.strip(". ") else "_" for p in parts)[:240]
+            others = set(self._names.values())
+            numbered = (f"{taken}_{n}" for n in itertools.count(2))
+            self._names[name] = (
+                taken if taken not in others else next(n for n in numbered if n not in others)
+            )
+        return self._names[name]
 
 
 def _known(settings: Mapping[str, Any], service: str) -> str | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rhc.errors import InputError
+from rhc.errors import InputError, plain_numbers, whole_number
 
 Reward = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
@@ -29,6 +29,7 @@ class HeldOutBatches:
     count: int = 4
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "count", whole_number("held-out batches", self.count))
         if self.count < 1:
             raise InputError(f"held-out batches must be ≥ 1, got {self.count}")
 
@@ -55,14 +56,17 @@ class Objective:
     memory: bool = False
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.average is not None and not 0 < self.average < 1:
             raise InputError(
                 f"average must be in (0, 1), got {self.average}; use None for the last iterate"
             )
         if self.memory and self.average is None:
             raise InputError("memory=True needs an average; give one, such as average=0.99")
-        if isinstance(self.batches, int) and self.batches < 1:
-            raise InputError(f"objective batches must be ≥ 1, got {self.batches}")
+        if not isinstance(self.batches, HeldOutBatches):
+            object.__setattr__(self, "batches", whole_number("objective batches", self.batches))
+            if self.count < 1:
+                raise InputError(f"objective batches must be ≥ 1, got {self.batches}")
         if self.loss_weight == self.reward_weight == self.terminal_weight == 0:
             raise InputError(
                 "the objective is empty; give a weight to the loss, reward or terminal"

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import math
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ from rhc.distributed import (
     weighing,
 )
 from rhc.dynamics import Dynamics, dynamics_of
-from rhc.errors import InputError
+from rhc.errors import InputError, whole_number
 from rhc.noise import add_gradient_noise, drawn_noise, root_mean_square, standard_noise
 from rhc.objective import Average
 from rhc.randomness import RandomState, RandomWatch
@@ -168,6 +169,7 @@ class Plant:
                 f"{clip_value:g}; give one of them"
             )
         check_parts(model, optimizer, loss_fn)
+        seed = whole_number("seed", seed)
         self.model = model
         self.optimizer = optimizer
         self.loss_fn = opening(loss_fn if ranks is None else weighing(loss_fn, ranks))
@@ -176,6 +178,36 @@ class Plant:
         self.clip_norm = clip_norm
         self.clip_value = clip_value
         self.controls = OptimizerControls(optimizer)
+        self._hold()
+        self.singletons = False
+        self._statistics: list[Tensor] = []
+        self.find_statistics()
+        self._plain_zero_grad = type(
+            optimizer
+        ).zero_grad is torch.optim.Optimizer.zero_grad and "zero_grad" not in vars(optimizer)
+        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+        needed = closure is not None and closure.default is inspect.Parameter.empty
+        self._closure: Literal["none", "only", "second"] = "only" if needed else "none"
+        """Who evaluates a step's loss: the plant; the optimizer, as LBFGS; it too, as SAM."""
+        self.has_evaluation_weights = all(
+            callable(getattr(optimizer, name, None)) for name in ("train", "eval")
+        )
+        """Whether the optimizer keeps other weights for evaluation, as schedule-free ones do."""
+
+    def take_up(self) -> None:
+        """Looks again at what the optimizer holds, where groups were added since the last fit."""
+        if len(self.optimizer.param_groups) != self._count:
+            self.controls.take_up()
+            self._hold()
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups that are known here."""
+        return self.optimizer.param_groups[: self._count]
+
+    def _hold(self) -> None:
+        model, optimizer, ranks = self.model, self.optimizer, self.ranks
+        self._count = len(optimizer.param_groups)
         self.owned = self.parameters = parameters_of(optimizer)
         """What the optimizer holds, and what is seen of it: this rank's parts, if shared out."""
         if not self.parameters:
@@ -187,6 +219,11 @@ class Plant:
                     f"parameter {index} of the optimizer, of shape {tuple(p.shape)}, is not a "
                     "parameter of the model; register it on the model"
                 )
+            if self.clip_value is not None and p.is_complex():
+                raise InputError(
+                    f"clip_value clips real gradients, and parameter {self._names[id(p)]!r} is "
+                    "complex; use clip_norm"
+                )
         self.shared_out = is_shared_out(self.owned)
         if self.shared_out:
             self.parameters = parts_of(model, self.owned, ranks)
@@ -195,12 +232,6 @@ class Plant:
         # An attention mask of -inf is no sign of divergence.
         buffers = model.named_buffers()
         self._infinite = {n for n, b in buffers if not bool(b.isfinite().all())}
-        self.singletons = False
-        self._statistics: list[Tensor] = []
-        self.find_statistics()
-        self._plain_zero_grad = type(
-            optimizer
-        ).zero_grad is torch.optim.Optimizer.zero_grad and "zero_grad" not in vars(optimizer)
         self._on_cpu = all(p.device.type == "cpu" for p in self.parameters)
 
     def find_statistics(self) -> None:
@@ -239,7 +270,58 @@ class Plant:
 
         backward: fills the gradients in place of loss and backward.
         """
+        if len(self.optimizer.param_groups) != self._count:
+            raise InputError(
+                f"the optimizer's parameter groups were {self._count} when the fit began, and are "
+                f"{len(self.optimizer.param_groups)} at step {step}: add groups between two fits, "
+                "not during one"
+            )
         self.controls.write(controls)
+        if self._closure != "none":
+            return self._step_by_closure(batch, controls, step)
+        observed = self._differentiate(batch, controls, step, keep, backward)
+        try:
+            self.optimizer.step()
+        except Exception as error:
+            if "closure" not in str(error).lower():
+                raise
+            # As of SAM, whose closure is optional by its signature alone; nothing is changed yet.
+            self._closure = "second"
+            return self._step_by_closure(batch, controls, step, observed)
+        return observed
+
+    def _step_by_closure(
+        self, batch: Any, controls: Mapping[str, float], step: int, first: StepRecord | None = None
+    ) -> StepRecord:
+        """A step of an optimizer that evaluates the loss by itself; what was observed at first."""
+        if isinstance(batch, DrawnAsNeeded):
+            if first is not None:
+                raise InputError(
+                    f"{type(self.optimizer).__name__} evaluates the loss of a step again, and "
+                    f"{len(batch)} batches were drawn for it and used; give accumulate=1"
+                )
+            batch = MicroBatches(list(batch))
+        observed = [] if first is None else [first]
+
+        def closure() -> Tensor:
+            with torch.enable_grad():
+                observed.append(self._differentiate(batch, controls, step))
+            return observed[-1].loss
+
+        if self._closure == "second" and first is None:
+            observed.append(self._differentiate(batch, controls, step))
+        self.optimizer.step(closure)  # type: ignore[arg-type]
+        return observed[0]
+
+    def _differentiate(
+        self,
+        batch: Any,
+        controls: Mapping[str, float],
+        step: int,
+        keep: Callable[[], None] | None = None,
+        backward: Backward | None = None,
+    ) -> StepRecord:
+        """Fills every `.grad` with what the optimizer is to step by."""
         self.forget_gradients()
         if backward is None:
             loss, metrics = self.backward(batch)
@@ -250,7 +332,6 @@ class Plant:
         if keep is not None:
             keep()
         norm = self._transform_gradients(controls.get("noise", 0.0), step)
-        self.optimizer.step()
         # A copy: the model may go on changing what it gave, such as a counter.
         return StepRecord(loss.detach(), {k: v.detach().clone() for k, v in metrics.items()}, norm)
 
@@ -321,6 +402,16 @@ class Plant:
         loss, metrics = self.loss(batch)
         _fill_gradients(loss)
         return loss, metrics
+
+    def refuse_complex(self) -> None:
+        """An InputError where a parameter is complex: a reverse pass goes by real gradients."""
+        for p in self.owned:
+            if p.is_complex():
+                raise InputError(
+                    f"parameter {self._names[id(p)]!r} is complex ({p.dtype}), and hypergradients "
+                    "need real ones; keep a real one with a last dimension of 2 and take "
+                    "torch.view_as_complex of it in forward, or turn rewriting off"
+                )
 
     def refuse_sparse(self, *, slots: bool = True) -> None:
         """An InputError where a gradient, or a slot that was made of one, is sparse."""
@@ -402,7 +493,7 @@ class Plant:
             {n: p.detach().clone() for n, p in self.model.named_parameters()},
             {n: b.detach().clone() for n, b in self.model.named_buffers()},
             [_copied(self.optimizer.state.get(p, {})) for p in self.owned],
-            [_copied(_hyperparameters(g)) for g in self.optimizer.param_groups],
+            [_copied(_hyperparameters(g)) for g in self.groups],
             RandomState.capture(),
         )
 
@@ -416,7 +507,7 @@ class Plant:
             buffer.copy_(snapshot.buffers[name])
         for p, slots in zip(self.owned, snapshot.slots, strict=True):
             _restore_slots(self.optimizer.state, p, slots)
-        for group, values in zip(self.optimizer.param_groups, snapshot.groups, strict=True):
+        for group, values in zip(self.groups, snapshot.groups, strict=True):
             for key, value in values.items():
                 if isinstance(group.get(key), Tensor):
                     group[key].copy_(value)
@@ -439,7 +530,9 @@ class Plant:
         buffers = [b for n, b in self.model.named_buffers() if n not in self._infinite]
         tensors = [*self.model.parameters(), *buffers, *slots]
         found = [part_of(t.detach()) for t in tensors] if self.shared_out else tensors
-        floating = [t.detach() for t in found if t.is_floating_point() and t.numel()]
+        floating = [
+            t.detach() for t in found if (t.is_floating_point() or t.is_complex()) and t.numel()
+        ]
         # The maximum takes five times as long, and is needed only where squares overflow.
         finite = not floating or any(_finite_norms(floating, order) for order in (2.0, math.inf))
         if self.shared_out and self.ranks is not None:
@@ -460,12 +553,45 @@ class Plant:
         rng = RandomState.capture()
         self.model.eval()
         try:
-            yield self.model
+            with self._evaluation_weights():
+                yield self.model
         finally:
             for module, training in modes:
                 module.training = training
             self._settle()
             rng.restore()
+
+    @contextlib.contextmanager
+    def _evaluation_weights(self) -> Iterator[None]:
+        """Those of the optimizer, where it has them; the others are then back to the bit."""
+        if not self.has_evaluation_weights:
+            yield
+            return
+        optimizer: Any = self.optimizer
+        live = [p.detach().clone() for p in self.owned]
+        optimizer.eval()
+        try:
+            yield
+        finally:
+            optimizer.train()
+            with torch.no_grad():
+                for p, value in zip(self.owned, live, strict=True):
+                    p.copy_(value)
+
+    @contextlib.contextmanager
+    def optimizing(self) -> Iterator[None]:
+        """The optimizer in its training mode, where it has modes; then in that which it had."""
+        if not self.has_evaluation_weights:
+            yield
+            return
+        optimizer: Any = self.optimizer
+        trained = bool(optimizer.param_groups[0].get("train_mode", True))
+        optimizer.train()
+        try:
+            yield
+        finally:
+            if not trained:
+                optimizer.eval()
 
     # Roll ----------------------------------------------------------------------------------------
 

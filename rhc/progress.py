@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import re
+import shlex
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -166,10 +167,15 @@ class Progress:
 
 
 class Screen(Console):
-    """A console that ends the command where nobody reads it any more, as in `rhc train | head`.
+    """A console that shows strings as they are, and ends the command where nobody reads any more.
 
-    rich's own would end it with status 1, which says that a run diverged.
+    Paths, names and messages hold brackets and colons (`lr[0.1]`, `a[/b]`), which rich takes for
+    markup and emoji: what has a style here is a `Text`. And in `rhc train | head` rich's own
+    console would end with status 1, which says that a run diverged.
     """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, **settings)
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError(errno.EPIPE, "nobody reads the output")
@@ -318,7 +324,8 @@ def heading(progress: Progress) -> list[str]:
     where = f", from step {progress.start}" if progress.start else ""
     lines = [f"{progress.name}: {progress.steps} steps{where}, window {progress.window}, {what}"]
     if progress.directory is not None:
-        lines.append(f"Ctrl-C stops, rhc resume {progress.directory} continues")
+        directory = shlex.quote(str(progress.directory))
+        lines.append(f"Ctrl-C stops, rhc resume {directory} continues")
     return lines
 
 

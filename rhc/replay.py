@@ -202,7 +202,7 @@ def replay(config: ReplayConfig, console: Console) -> int:
     console.print(f"rescaled  {why}", highlight=False, soft_wrap=True)
     for remark in source.remarks(run.config):
         console.print(f"note      {remark}", highlight=False, soft_wrap=True)
-    directory = config.directory or _default_directory(run, schedule)
+    directory = config.directory or _default_directory(run, schedule, record)
     return follow(run, schedule, directory, record, console)
 
 
@@ -241,12 +241,15 @@ def rescaling(rule: str, was: Sizes, now: Sizes) -> tuple[float, str]:
     return factor, f"{rule}: lr x {factor:.4g}, {name.replace('_', ' ')} {before} -> {after}"
 
 
-def _default_directory(run: PlainRun, schedule: Schedule) -> Path:
-    """runs/<run>-replay-<hash of everything that the run's numbers depend on>."""
+def _default_directory(run: PlainRun, schedule: Schedule, record: Mapping[str, Any]) -> Path:
+    """runs/<run>-replay-<hash of everything that the run's numbers depend on, and of the record>.
+
+    Two runs can have written the same schedule, and each has a replay of its own.
+    """
     config = run.config.to_record()
     for name in ("directory", "resume", "device", "keep_checkpoints"):
         del config[name]
-    content = json.dumps([config, run.sizes.given(), schedule.digest()], sort_keys=True)
+    content = json.dumps([config, run.sizes.given(), schedule.digest(), record], sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()[:8]
     return RUNS / f"{run.config.short_name}-replay-{digest}"
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from rhc.errors import InputError
+from rhc.errors import InputError, plain_numbers, whole_number
 from rhc.objective import Objective
 from rhc.schedule import CONTROLS, Schedule, Template, total_variation
 from rhc.start import WARMUP
@@ -112,8 +112,12 @@ class Rewrite:
     rewinds: int = 10
 
     def __post_init__(self) -> None:
+        plain_numbers(self)
         if self.rule not in RULES:
             raise InputError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}")
+        for name in ("knots", "retries", "iterations", "patience", "rewinds"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, whole_number(name, value))
         if self.knots < 1:
             raise InputError(f"knots must be ≥ 1, got {self.knots}")
         if self.damping <= 0:

@@ -21,14 +21,14 @@ from rhc.advice import check_loader, check_parts
 from rhc.batches import StepBatches
 from rhc.distributed import ranks_of, synchronised, unwrapped
 from rhc.distributed.ranks import Group
-from rhc.errors import DivergedError, InputError, StorageError
+from rhc.errors import DivergedError, InputError, StorageError, whole_number
 from rhc.events import Listener, RunEnded, RunStarted
-from rhc.faults import Relief, make_deterministic
+from rhc.faults import Relief, deterministic
 from rhc.hypergradient import Damping, Engine, Lookback, Product, resolve
-from rhc.loggers import Logger, listeners_of
+from rhc.loggers import Logger, Logging, listeners_of
 from rhc.loop import Cost, Loop
 from rhc.loop.beginning import Beginning, try_first_batch
-from rhc.loop.checks import followed, grouped, steered
+from rhc.loop.checks import check_storable, followed, grouped, steered
 from rhc.loop.committing import Committing
 from rhc.loop.course import Budget, Course
 from rhc.loop.epochs import Epochs, epoch_steps
@@ -128,7 +128,8 @@ class Runner:
     losses. clip_norm, clip_value: clipping by the norm of all gradients, or of every element.
     validate_every n: after the window in which every n-th step falls, the loss and the metrics of
     val_loader go into the tape, as val_loss and val_…; a batch costs a third of a gradient.
-    deterministic: only operators that give the same bits again; torch raises where it has none.
+    deterministic: only operators that give the same bits again, during a fit; torch raises where it
+    has none.
     directory: of the run; None keeps everything in memory. seed: of the gradient noise.
     planner: plans every epoch from the one before, on top of the template; see `rhc.EpochPlanner`,
     which is built without the optimizer here. Windows end where epochs do.
@@ -181,9 +182,10 @@ class Runner:
         config: Mapping[str, Any] | None = None,
         process_group: Group = "auto",
     ) -> None:
-        if not isinstance(window, int) or window < 1:
+        window = whole_number("window", window)
+        if window < 1:
             raise InputError(f"window must be ≥ 1, got {window}; try --window 50")
-        stride = window if stride is None else stride
+        stride = window if stride is None else whole_number("stride", stride)
         if not 1 <= stride <= window:
             raise InputError(
                 f"stride must be in [1, {window}] for window={window}, got {stride}; "
@@ -193,6 +195,7 @@ class Runner:
             raise InputError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
         if template is not None and template not in TEMPLATES:
             raise InputError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
+        accumulate, seed = whole_number("accumulate", accumulate), whole_number("seed", seed)
         if accumulate < 1:
             raise InputError(f"accumulate must be ≥ 1, got {accumulate}; use 1 not to accumulate")
         check_parts(model, optimizer, loss_fn)
@@ -209,6 +212,7 @@ class Runner:
             clip_value=clip_value,
             ranks=self.ranks,
         )
+        validate_every = validate_every and whole_number("validate_every", validate_every)
         if validate_every is not None and (validate_every < 1 or val_loader is None):
             raise InputError(
                 f"validate_every must be ≥ 1 and needs a val_loader, got {validate_every}; leave "
@@ -231,7 +235,7 @@ class Runner:
             loaders = loaders_of(self.ranks, train_loader, val_loader, test_loader)
             self.train_loader, self.val_loader, self.test_loader = loaders
         self.window, self.stride = window, stride
-        self.rewriting = rewrite is not False
+        self.rewriting = isinstance(rewrite, Rewrite) or bool(rewrite)
         self.start: Start = start or ("probe" if self.rewriting else "given")
         self.law = rewrite if isinstance(rewrite, Rewrite) else usual_law(self.start)
         if warmup is not None and not 0 <= warmup < 1:
@@ -248,10 +252,11 @@ class Runner:
             followed(self.plant, schedule, free=free)
         self.objective = objective or usual_objective(self.start, window)
         self.engine: Engine = engine
-        self.segment = segment
+        self.segment = segment = segment if segment == "auto" else whole_number("segment", segment)
         self.product: Product | Literal["auto"] = product
         if product == "auto" and segment == "auto" and self.start != "given":
             self.product = "none"
+        memory_budget = memory_budget and whole_number("memory_budget", memory_budget)
         if memory_budget is not None and memory_budget < 1:
             raise InputError(f"memory_budget must be ≥ 1 byte, got {memory_budget}")
         if not 0 < discount <= 1:
@@ -285,15 +290,24 @@ class Runner:
                 self._teller.notice,
             )
             self._lookback = self._lookbacks(Relief())
+        elif self.start == "zero":
+            self.plant.refuse_complex()
         self.per_group = grouped(self.plant, self.controls, per_group)
         self.seed = seed
         if self.ranks is None or self.ranks.first:
             self.listeners += listeners_of(logger, config)
         self.config = dict(config) if config is not None else None
+        if directory is not None:
+            check_storable(self.plant.model)
         self.directory = (
             None
             if directory is None
-            else directory_of(Path(directory), keep_checkpoints, self._teller.notice, self.ranks)
+            else directory_of(
+                Path(directory),
+                whole_number("keep_checkpoints", keep_checkpoints),
+                self._teller.notice,
+                self.ranks,
+            )
         )
         if self.directory is not None:
             size = sum(p.nbytes for p in self.plant.model.parameters())
@@ -336,8 +350,9 @@ class Runner:
         resume: "auto" continues the run that `directory` holds, "never" refuses a directory that
         holds one. Raises DivergedError where no lr keeps the next window finite.
         """
-        if not isinstance(steps, int) or steps < 1:
-            raise InputError(f"steps must be a whole number ≥ 1, got {steps!r}; try steps=1000")
+        steps = whole_number("steps", steps)
+        if steps < 1:
+            raise InputError(f"steps must be a whole number ≥ 1, got {steps}; try steps=1000")
         if self.followed is not None and len(self.followed) < steps:
             raise InputError(
                 f"the schedule has {len(self.followed)} steps, fewer than the run's {steps}; "
@@ -351,10 +366,22 @@ class Runner:
             )
         if resume not in ("auto", "never"):
             raise InputError(f"resume must be 'auto' or 'never', got {resume!r}")
-        if self.deterministic:
-            make_deterministic()
         try:
-            with stopping.at_steps(), synchronised(self.plant.model, self.ranks):
+            with self.plant.optimizing():
+                return self._fit(steps, resume)
+        finally:
+            for listener in self.listeners:
+                if isinstance(listener, Logging):
+                    listener.close()
+
+    def _fit(self, steps: int, resume: Literal["auto", "never"]) -> RunResult:
+        try:
+            with (
+                stopping.at_steps(),
+                torch.enable_grad(),  # also where fit is called under no_grad
+                deterministic(self.deterministic),
+                synchronised(self.plant.model, self.ranks),
+            ):
                 self._train(steps, resume)
         except DivergedError:
             if self.directory is not None:
@@ -466,6 +493,7 @@ class Runner:
     def _begin(self, steps: int, resume: Literal["auto", "never"]) -> Loop:
         """A fresh state of the loop, or the one that the directory's newest checkpoint holds."""
         device = self._moved_to
+        self.plant.take_up()
         if self.ranks is not None:
             described = self._description(steps) | {"directory": self.directory is not None}
             notice = self._teller.notice

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from rhc.errors import InputError
+from rhc.errors import InputError, whole_number
 from rhc.files import altered, read_document
 
 if TYPE_CHECKING:
@@ -144,6 +144,8 @@ class Schedule:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("start", "seed"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         values = {
             control(name).name: torch.as_tensor(v, dtype=torch.float64).detach().cpu().clone()
             for name, v in self.values.items()
@@ -189,6 +191,7 @@ class Schedule:
 
         A sequence stands for one value per parameter group: `lr=(0.1, 0.01)`.
         """
+        steps = whole_number("steps", steps)
         rows = {name: torch.as_tensor(v, dtype=torch.float64) for name, v in controls.items()}
         return cls({n: row.expand(steps, *row.shape) for n, row in rows.items()}, seed=seed)
 
@@ -243,6 +246,7 @@ class Schedule:
 
     def window(self, start: int, stop: int) -> Schedule:
         """The part of the absolute steps [start, stop), which must lie within the schedule."""
+        start, stop = whole_number("start", start), whole_number("stop", stop)
         if not self.start <= start < stop <= self.stop:
             raise InputError(
                 f"window [{start}, {stop}) must lie within the schedule's steps "
@@ -277,6 +281,7 @@ class Schedule:
         first and the last step those are held. Between a value and an exact 0, the nearer of them.
         What a run of this length does per step is not made longer or shorter: only time is.
         """
+        steps = whole_number("steps", steps)
         if steps < 1:
             raise InputError(f"steps must be ≥ 1, got {steps}")
         old = len(self)
@@ -429,9 +434,11 @@ class Schedule:
 
         Call its `step()` after each `optimizer.step()`. It sets lr, momentum (β1) and weight
         decay of every parameter group, keeping the groups' ratios where the schedule has one value
-        for all of them, and adds the gradient noise through a step hook. It has `state_dict`,
-        `load_state_dict` and `get_last_lr`. An InputError where the schedule has values for
-        another number of parameter groups.
+        for all of them, and adds the gradient noise through a step hook, once per `step()` and for
+        as long as the scheduler lives, until its `close()`. A group that is added to the optimizer
+        later keeps the ratio that it then has. It has `state_dict`, `load_state_dict` and
+        `get_last_lr`. An InputError where the schedule has values for another number of parameter
+        groups.
         """
         from rhc._lr_scheduler import ScheduleReplay
 
@@ -445,11 +452,13 @@ class OptimizerControls:
     whose value is not 0, and every other group follows at the ratio it had when this object was
     made (in the unconstrained coordinate: a factor for lr and weight decay, of the odds for
     momentum). A group at 0 stays at 0: biases without weight decay keep being without. Where it
-    has one per group, each group takes its own.
+    has one per group, each group takes its own. Groups that are added later follow at the ratio
+    that they have when they are taken up.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
+        self._parted: set[str] = set()
         groups = optimizer.param_groups
         self.available = tuple(
             name for name in CONTROLS if name == "noise" or _read(groups[0], name) is not None
@@ -458,7 +467,7 @@ class OptimizerControls:
 
     def adopt(self, own: Mapping[str, list[float]]) -> None:
         """Takes `own`, control -> the value of every group, as where the ratios come from."""
-        self.own = dict(own)
+        self.own = {name: list(values) for name, values in own.items()}
         self.initial: dict[str, float] = {}
         self.ratios: dict[str, list[float]] = {}
         for name, values in own.items():
@@ -468,12 +477,48 @@ class OptimizerControls:
                 1.0 if reference == 0 else CONTROLS[name].ratio(v, reference) for v in values
             ]
 
+    def take_up(self) -> None:
+        """Takes up groups that were added since."""
+        groups = self.optimizer.param_groups
+        for name, own in self.own.items():
+            if len(own) >= len(groups):
+                return
+            lead = next((i for i, value in enumerate(own) if value != 0), None)
+            now = 0.0 if lead is None else float(_read(groups[lead], name) or 0.0)
+            initial, known = self.initial[name], CONTROLS[name]
+            for group in groups[len(own) :]:
+                value = float(_read(group, name) or 0.0)
+                reference = now or initial
+                ratio = known.ratio(value, reference) if reference else 1.0
+                own.append(float(known.rescale(initial, ratio)) if now else value)
+                self.ratios[name].append(ratio)
+
+    def part(self, names: Iterable[str]) -> None:
+        """Gives every group a tensor of its own for these controls.
+
+        `torch.optim.Adam(groups, lr=torch.tensor(0.1))` is one tensor for all groups, which could
+        only have the last one's value.
+        """
+        for name in names:
+            seen: set[int] = set()
+            for group in self.optimizer.param_groups:
+                value = group.get(name)
+                if isinstance(value, Tensor):
+                    if value.data_ptr() in seen:
+                        group[name] = value.clone()
+                    seen.add(value.data_ptr())
+            self._parted.add(name)
+
     def check_groups(self, schedule: Schedule) -> None:
         """An InputError where `schedule` has values for another number of parameter groups."""
+        if schedule.groups is not None:
+            self._check_number(schedule.groups)
+
+    def _check_number(self, groups: int) -> None:
         have = len(self.optimizer.param_groups)
-        if schedule.groups not in (None, have):
+        if groups != have:
             raise InputError(
-                f"the schedule has values for {schedule.groups} parameter groups, the optimizer "
+                f"the schedule has values for {groups} parameter groups, the optimizer "
                 f"has {have}; use it with the groups that it was made for"
             )
 
@@ -484,6 +529,8 @@ class OptimizerControls:
         gets the number 0: it is not steered, and without momentum there is no buffer.
         """
         if isinstance(value, (tuple, list)):
+            if group >= len(value):  # it was added later
+                self._check_number(len(value))
             return value[group]
         if isinstance(value, Tensor) and value.dim() == 1:
             return value[group] if float(value[group].detach()) else 0.0
@@ -505,6 +552,8 @@ class OptimizerControls:
 
         values: as `Schedule.at` gives them, a number or one per group.
         """
+        self.take_up()
+        self.part(n for n, v in values.items() if type(v) is tuple and n not in self._parted)
         for index, group in enumerate(self.optimizer.param_groups):
             for name, value in values.items():
                 if name != "noise":

@@ -160,7 +160,8 @@ def print_runs(console: Console) -> None:
     for info in available_runners().values():
         grid.add_row(info.name, info.summary)
     grid.add_row("FILE.py:NAME", "A runner of your own: NAME(*, seed, data) -> rhc.Workload.")
-    console.print("Can be trained, as in [bold]rhc train digits[/bold]:", highlight=False)
+    example = ("rhc train digits", "bold")
+    console.print(Text.assemble("Can be trained, as in ", example, ":"))
     console.print(grid)
     found = sorted(path.parent for path in RUNS.glob("*/config.json"))
     if found:

@@ -236,4 +236,6 @@ def finite(value: Any) -> Any:
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(v) for v in value]
+    if hasattr(value, "tolist"):  # a number or an array of numpy or torch
+        return finite(value.tolist())
     return value

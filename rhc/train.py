@@ -17,7 +17,7 @@ from typing import Any, Literal, cast
 
 import torch
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from rhc.config import RECORD_VERSION, TrainConfig, parsed_bytes
 from rhc.distributed import ranks_of, synchronised
@@ -163,7 +163,7 @@ def _report(console: Console, directory: Path) -> None:
             text = str(write_report([directory]))
         except Exception as error:  # the run has ended well, and its files are all there
             text = f"no page: {error}"
-    console.print(f"[dim]report    [/dim]{escape(text)}", highlight=False, soft_wrap=True)
+    console.print(Text.assemble(("report    ", "dim"), text), soft_wrap=True)
 
 
 def config_of(directory: Path) -> TrainConfig:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import ast
 import difflib
 import functools
+import importlib
 import importlib.util
 import inspect
 import sys
@@ -27,6 +28,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from rhc import runner_files
 from rhc.errors import InputError
 
 if TYPE_CHECKING:
@@ -292,13 +294,8 @@ def _function_in_file(path: Path, function_name: str, name: str) -> Callable[...
 
 def _import_file(path: Path) -> ModuleType:
     """The module in that file; its folder joins sys.path, as in `python path/to/file.py`."""
-    # A name of its own: a file called data.py or test.py must not replace an installed module.
-    module_name = f"rhc_runner_{path.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None and spec.loader is not None  # holds for every name that ends in .py
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses and pickling look the module up there
-    spec.loader.exec_module(module)
-    return module
+    name = runner_files.module_name(path)
+    sys.modules.pop(name, None)  # the file may have changed since
+    return importlib.import_module(name)

@@ -386,13 +386,13 @@ class TestScheduler:
     def test_noise_has_the_size_that_is_said(self, on: str) -> None:
         p = nn.Parameter(torch.full((20000,), 2.0))
         sgd = torch.optim.SGD([p], lr=0.1)
-        rhc.AdaptiveRL(sgd, noise=0.2, noise_on=on)  # type: ignore[arg-type]
+        scheduler = rhc.AdaptiveRL(sgd, noise=0.2, noise_on=on)  # type: ignore[arg-type]
         before = torch.get_rng_state()
         p.grad = torch.full_like(p, 0.5)
         sgd.step()
         size = (p - (2.0 - 0.1 * 0.5)).std().item() / 0.1
         expected = {"gradients": 0.2 * 0.5}.get(on, 0.2 * 2.0)
-        assert size == pytest.approx(expected, rel=0.05)
+        assert size == pytest.approx(expected, rel=0.05) and scheduler.noise_steps == 1
         assert torch.equal(before, torch.get_rng_state())
 
     def test_noise_comes_off_when_it_is_closed(self) -> None:

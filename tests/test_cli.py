@@ -146,6 +146,20 @@ def process(*arguments: str, cwd: Path, **options: Any) -> subprocess.CompletedP
     )
 
 
+@pytest.mark.parametrize("name", ["run[v2]", "a[/b]", "lr :x: [bold]"])
+def test_a_path_is_shown_as_it_was_given(call: Call, tmp_path: Path, name: str) -> None:
+    # Square brackets are rich's markup, `:x:` an emoji of it.
+    given = shlex.quote(name)
+    train = f"train own.py --no-rewrite --lr 0.1 --steps 2 --directory {given}"
+    for line in (train, train, f"resume {given}", f"inspect {given}", f"hypergradient {given}"):
+        done = call(line)
+        assert (done.status, done.err) == (0, "") and name in done.out
+    for same in (name, str(tmp_path / name)):  # two paths to one schedule
+        done = call(f"replay {shlex.quote(same)} --seed 1")
+        assert (done.status, done.err) == (0, "")
+        assert done.out.startswith(f"schedule  {same}/schedule.json, all 2 steps")
+
+
 # A run, end to end --------------------------------------------------------------------------------
 
 

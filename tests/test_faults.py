@@ -601,9 +601,49 @@ def test_an_operator_is_named() -> None:
     assert "by index_add_cuda_" in text and "--deterministic" in text
 
 
-def test_deterministic_on_request() -> None:
+@pytest.mark.parametrize("before", [False, True])
+def test_deterministic_on_request(before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    seen: list[tuple[Any, ...]] = []
+
+    def modes(event: object = None) -> None:
+        seen.append(
+            (
+                torch.are_deterministic_algorithms_enabled(),
+                torch.is_deterministic_algorithms_warn_only_enabled(),
+                torch.backends.cudnn.benchmark,
+                os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+            )
+        )
+
+    def failing(event: object) -> None:
+        modes()
+        raise KeyError("of a listener")
+
+    was = torch.backends.cudnn.benchmark
     try:
-        runner(make_run("sgd"), None, deterministic=True).fit(4)
-        assert torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(before, warn_only=before)
+        torch.backends.cudnn.benchmark = before
+        modes()
+        runner(make_run("sgd"), None, modes, deterministic=True).fit(4)
+        modes()
+        with pytest.raises(KeyError, match="of a listener"):
+            runner(make_run("sgd"), None, failing, deterministic=True).fit(4)
+        modes()
     finally:
         torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = was
+    assert seen[1] == (True, False, False, ":4096:8")
+    found = (before, before, before, None)
+    after = [i for i, one in enumerate(seen) if one == found]
+    assert after[0] == 0 and after[-1] == len(seen) - 1 and len(after) >= 3
+
+
+def test_a_fit_takes_gradients_also_where_they_are_off() -> None:
+    plain = make_run("sgd")
+    runner(plain, None).fit(4)
+    within = make_run("sgd")
+    with torch.no_grad():
+        runner(within, None).fit(4)
+        assert not torch.is_grad_enabled()
+    assert unequal(state_of(plain), state_of(within)) == []

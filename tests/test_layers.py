@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 LAYERS = (
     {
         "_lr_scheduler", "containers", "distributed", "errors", "files", "memory", "noise",
-        "randomness", "schedule", "signals", "stopping", "workload",
+        "randomness", "runner_files", "schedule", "signals", "stopping", "workload",
     },
     {
         "advice", "batches", "checkpoint", "config", "dynamics", "events", "hindsight_config",

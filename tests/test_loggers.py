@@ -81,7 +81,91 @@ def test_one_that_fails_is_left_alone() -> None:
     broken, book = Broken(), Book()
     with pytest.warns(UserWarning, match=r"logger Broken failed .* the server is gone"):
         trained(logger=[broken, book], window=5).fit(20)
-    assert len(book.steps) == 20 and not broken.results
+    assert len(book.steps) == 20 and broken.results == [{}]
+
+
+class Picky(Book):
+    """One that takes no "@", and says so when it has taken what comes before it."""
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if "@" in name:
+                raise ValueError(f"no {name}")
+            super().step(step, {name: value})
+
+    def end(self, result: Mapping[str, float]) -> None:
+        if any("@" in name for name in result):
+            raise ValueError("no @")
+        super().end(result)
+
+
+def test_a_name_that_a_logger_does_not_take_loses_nothing_else() -> None:
+    run = make_run()
+
+    def loss_fn(model: Any, batch: Any) -> Any:
+        loss, _ = run.loss_fn(model, batch)
+        return loss, {"acc@1": loss.detach(), "kept": loss.detach(), "acc@5": loss.detach()}
+
+    book = Picky()
+    with pytest.warns(UserWarning, match="Picky does not take the name") as told:
+        result = Runner(
+            run.model, run.optimizer, loss_fn, run.train, run.val, rewrite=False, window=5,
+            logger=book,
+        ).fit(20)  # fmt: skip
+    assert [str(w.message).split("'")[1] for w in told] == ["acc@1", "acc@5"]
+    for name in ("loss", "kept"):
+        found = [(step, v[name]) for step, v in book.steps if name in v]
+        assert dict(found) == {row["step"]: row[name] for row in result.tape}
+    assert book.results[0]["val_loss"] == result.val_loss
+    assert "metrics/val/kept" in book.results[0] and len(book.results) == 1
+
+
+def test_a_run_that_is_stopped_ends_its_logger() -> None:
+    book = Book()
+    with pytest.raises(Stop):
+        trained(logger=book, listeners=[stop_at_step(7)]).fit(20)
+    assert book.results == [{}]
+
+
+def test_names_for_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeMLflow()
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    logger = rhc.loggers.MLflow()
+    names = ["acc@1", "acc(1", "acc_1", "loss (ce)", "a//b/", "../x", "/", "", "é:%", "x" * 400]
+    logger.begin(0, 0, {"a setting [x]": 1, "steps": 2})
+    for _ in range(2):
+        logger.step(0, {name: float(i) for i, name in enumerate(names)})
+    logger.text(0, "not finite: α", "a message")
+    told = [name for name, _, _ in fake.metrics]
+    assert told[: len(names)] == told[len(names) :] and len(set(told)) == 2 * len(names) // 2
+    assert told[:9] == [
+        "acc_1", "acc_1_2", "acc_1_3", "loss _ce_", "a/_/b/_", "_/x", "_/_", "_", "é__"
+    ]  # fmt: skip
+    assert max(map(len, told)) <= 250
+    assert set(fake.params) == {"a setting _x_", "steps"}
+    assert "rhc.not finite_ α.0" in fake.tags
+    logger.end({"metrics/val/acc@1": 0.5})
+    assert fake.metrics[-1][0] == "result/metrics/val/acc_1" and fake.status == "FINISHED"
+
+
+def test_mlflow_itself_takes_every_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="mlflow or mlflow-skinny is not installed")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path / 'mlruns'}")
+    run = make_run()
+
+    def loss_fn(model: Any, batch: Any) -> Any:
+        loss, _ = run.loss_fn(model, batch)
+        return loss, {name: loss.detach() for name in ("acc@1", "acc(1", "../a", "loss (ce)")}
+
+    runner = Runner(run.model, run.optimizer, loss_fn, run.train, rewrite=False, window=5,
+                    logger=rhc.loggers.MLflow(), config={"a [b]": 1})  # fmt: skip
+    assert runner.fit(10).tape and mlflow.active_run() is None
+    client = mlflow.MlflowClient()
+    (found,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    for name in ("loss", "acc_1", "acc_1_2", "_/a", "loss _ce_"):
+        assert len(client.get_metric_history(found.info.run_id, name)) == 10
+    assert found.info.status == "FINISHED" and "a _b_" in found.data.params
 
 
 def test_what_is_no_logger_is_refused() -> None:
@@ -123,6 +207,7 @@ class FakeWandB(ModuleType):
             run.axes[name] = step_metric
 
         def finish() -> None:
+            assert self.run is run
             run.finished += 1
             self.run = None
 
@@ -154,13 +239,16 @@ class FakeMLflow(ModuleType):
         self.metrics += [(name, value, step) for name, value in values.items()]
 
     def log_params(self, values: dict[str, str]) -> None:
-        assert not self.params and all(len(v) <= 500 for v in values.values())
+        if self.params:
+            raise ValueError("a parameter cannot be changed")
+        assert all(len(v) <= 500 for v in values.values())
         self.params = values
 
     def set_tag(self, name: str, value: Any) -> None:
         self.tags[name] = value
 
-    def end_run(self) -> None:
+    def end_run(self, status: str = "FINISHED") -> None:
+        self.status = status
         self.ended += 1
         self.active = None
 
@@ -185,8 +273,11 @@ def test_services_never_go_back(
     kind = rhc.loggers.MLflow if service == "mlflow" else rhc.loggers.WandB
     with pytest.raises(Stop):
         trained(directory=tmp_path, window=5, logger=kind(), listeners=[stop_at_step(17)]).fit(30)
-    if process == "another":  # nothing is active there
-        fake.run = fake.active = None
+    if service == "mlflow":  # the run is not left open for the next to log into
+        assert fake.active is None and fake.status == "FAILED"
+    else:
+        assert fake.run is None
+    if process == "another":
         fake.offline = service == "wandb offline"
     result = trained(directory=tmp_path, window=5, logger=kind()).fit(30)
     if service != "mlflow":
@@ -196,11 +287,12 @@ def test_services_never_go_back(
         steps = [row["step"] for row in run.rows if "loss" in row]
         attempts = [row["windows/number"] for row in run.rows if "windows/number" in row]
         assert run.axes["*"] == "step" and run.axes["windows/*"] == "windows/number"
-        assert run.summary["result/val_loss"] == result.val_loss and run.finished == 1
+        assert run.summary["result/val_loss"] == result.val_loss and run.finished == 2
     else:
         steps = [s for name, _, s in fake.metrics if name == "loss"]
         attempts = [s for name, _, s in fake.metrics if name == "windows/accepted"]
-        assert ("result/val_loss", result.val_loss, None) in fake.metrics and fake.ended == 1
+        assert ("result/val_loss", result.val_loss, None) in fake.metrics
+        assert (fake.ended, fake.status) == (2, "FINISHED")
         assert fake.params["window"] == "5"
     assert steps == list(range(30))
     assert attempts == list(range(len(result.windows)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import os
+import pickle
 import struct
 import subprocess
 import sys
@@ -680,3 +682,62 @@ def test_the_convolutional_network_trains(tmp_path: Path) -> None:
     loss, metrics = workload.loss_fn(workload.model, next(iter(workload.train_loader)))
     assert loss.isfinite() and 0 <= metrics["accuracy"] <= 1
     assert workload.optimizer == "adamw" and workload.steps == 600
+
+
+WITH_A_DATASET = """
+import dataclasses, sys
+
+@dataclasses.dataclass
+class Rows:
+    size: int
+    def __len__(self): return self.size
+
+class Own(Rows): pass
+
+def go(*, seed=0, data=None): return Rows(3)
+"""
+
+
+@pytest.mark.parametrize("name", ["my_run.py", "a 50%.run.py", "random.py"])
+def test_what_a_runner_file_defines_is_found_in_another_process(tmp_path: Path, name: str) -> None:
+    """As a spawned worker of a DataLoader does, which has sys.path and nothing else."""
+    (tmp_path / name).write_text(WITH_A_DATASET)
+    rows = load_runner(f"{tmp_path / name}:go").__wrapped__()  # type: ignore[attr-defined]
+    paths = [p for p in sys.path if p != str(tmp_path)]
+    read = "import pickle, sys; print(len(pickle.load(sys.stdin.buffer)))"
+    found = subprocess.run(
+        [sys.executable, "-c", read], input=pickle.dumps(rows), capture_output=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )  # fmt: skip
+    assert (found.stdout.decode().strip(), found.stderr.decode()) == ("3", "")
+
+
+def test_a_runner_file_that_has_changed_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "changing.py"
+    for value in (1, 22):
+        path.write_text(f"def go(*, seed=0, data=None): return {value}")
+        assert load_runner(f"{path}:go").__wrapped__() == value  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("context", ["spawn", "forkserver"])
+def test_spawned_workers_of_a_runner_file(tmp_path: Path, context: str) -> None:
+    (tmp_path / "my_run.py").write_text(
+        f"""
+import torch
+from torch.utils.data import DataLoader, Dataset
+from rhc import Workload
+
+class Rows(Dataset):
+    def __len__(self): return 64
+    def __getitem__(self, i): return torch.full((4,), i / 64.0)
+
+def go(*, seed=0, data=None):
+    train = DataLoader(Rows(), 32, num_workers=1, multiprocessing_context="{context}")
+    loss_fn = lambda model, batch: model(batch).square().mean()
+    return Workload(torch.nn.Linear(4, 1), loss_fn, train, steps=4, threads=1)
+"""
+    )
+    line = ["-m", "rhc", "train", "my_run.py:go", "--no-rewrite", "--lr", "0.05"]
+    done = subprocess.run([sys.executable, *line], cwd=tmp_path, capture_output=True, timeout=200)
+    assert (done.returncode, done.stderr.decode()) == (0, "")

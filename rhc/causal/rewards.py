@@ -20,7 +20,7 @@ from torch import nn
 
 from rhc.batches import batch_size, begun, loader_preserved
 from rhc.containers import spare
-from rhc.errors import InputError
+from rhc.errors import InputError, whole_number
 from rhc.randomness import preserved
 
 
@@ -42,6 +42,8 @@ class HeldOut:
         batches: int | None = None,
         trained_on: int = 64,
     ) -> None:
+        every = whole_number("every", every)
+        batches = None if batches is None else whole_number("batches", batches)
         if every < 1:
             raise InputError(f"every must be ≥ 1 steps, got {every}; try 100")
         self.loss_fn, self.loader, self.metric = loss_fn, loader, metric

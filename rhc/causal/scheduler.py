@@ -23,8 +23,8 @@ from rhc.causal.laws import (
     paced,
     updated,
 )
-from rhc.errors import InputError
-from rhc.noise import root_mean_square, standard_noise
+from rhc.errors import InputError, whole_number
+from rhc.noise import BeforeSteps, root_mean_square, standard_noise
 from rhc.signals import (
     Average,
     Signals,
@@ -45,7 +45,7 @@ NOISE_ON: tuple[NoiseOn, ...] = ("gradients", "gradients-by-weights", "parameter
 SOURCES = ("both", "loss", "reward")
 
 
-class AdaptiveRL:
+class AdaptiveRL(BeforeSteps):
     """A scheduler that is driven by what the run does: `scheduler.step(loss)` after every
     `optimizer.step()`.
 
@@ -57,8 +57,8 @@ class AdaptiveRL:
 
     optimizer: SGD and Adam families: groups with "momentum" > 0 or "betas" are steered in μ (β2
     stays, see `couple_beta2`), others in lr and noise alone. The lrs of groups keep their ratios,
-    and the bounds hold for the largest; one that begins outside them begins at the bound, and a
-    warning says so.
+    those of groups that are added later the ratio that they then have, and the bounds hold for the
+    largest; one that begins outside them begins at the bound, and a warning says so.
     steps: how long the run will be, where that is known: one shorter than 10,000 steps is updated
     more often and further at a time, see `rhc.causal.laws.paced`.
     anneal: where `steps` is known, lr is what the laws make of it times half a cosine, and ends at
@@ -78,6 +78,8 @@ class AdaptiveRL:
 
     Raises InputError for settings that cannot be.
     """
+
+    optimizer: Optimizer
 
     def __init__(
         self,
@@ -102,6 +104,8 @@ class AdaptiveRL:
                 f"AdaptiveRL steers a torch.optim.Optimizer, got {type(optimizer).__name__}: "
                 "pass the optimizer itself"
             )
+        every, seed = whole_number("every", every), whole_number("seed", seed)
+        steps = None if steps is None else whole_number("steps", steps)
         if every < 1:
             raise InputError(f"every must be ≥ 1 steps, got {every}")
         if steps is not None and steps < 1:
@@ -140,7 +144,7 @@ class AdaptiveRL:
         self.controls = self.bounds.clipped(asked)
         self._tell_clipped(asked)
         self._write()
-        self._handle = optimizer.register_step_pre_hook(self._add_noise)
+        self.hook("_add_noise")
 
     def step(
         self, loss: Tensor | float | None = None, reward: Tensor | float | None = None
@@ -179,12 +183,9 @@ class AdaptiveRL:
             "plateau": self.trends.plateau,
         }
 
-    def close(self) -> None:
-        """Takes the noise off the optimizer; controls stay as they are."""
-        self._handle.remove()
-
     def state_dict(self) -> dict[str, Any]:
         """Numbers, lists and strings only; a scheduler that loads it goes on bit for bit."""
+        self._take_up()
         return {
             "version": VERSION,
             "controls": asdict(self.controls),
@@ -211,6 +212,7 @@ class AdaptiveRL:
                 f"the state is of AdaptiveRL version {state.get('version')}, this is version "
                 f"{VERSION}: load it with the rhc that wrote it"
             )
+        self._take_up()
         if len(state["shares"]) != len(self._groups):
             raise InputError(
                 f"the state is of {len(state['shares'])} parameter groups, the optimizer has "
@@ -287,6 +289,8 @@ class AdaptiveRL:
 
     def _write(self) -> None:
         """The controls into the optimizer's groups. A tensor lr, of a compiled step, stays one."""
+        self.steers()
+        self._take_up()
         quotient, top = self._variance_quotient(), self._lr()
         for group, own, share, logit in zip(
             self.optimizer.param_groups, self._groups, self._shares, self._logits, strict=True
@@ -308,6 +312,28 @@ class AdaptiveRL:
                 beta2 = 1 - (1 - own.beta2) / quotient if self.couple_beta2 else own.beta2
                 group["betas"] = (moved, beta2)
 
+    def _take_up(self) -> None:
+        """Groups that were added since: in the ratio to the others that they have now."""
+        groups, known = self.optimizer.param_groups, len(self._groups)
+        if len(groups) == known:
+            return
+        # As they were written last: what is to be written may have moved already.
+        lead = self._shares.index(max(self._shares))
+        now = float(groups[lead]["lr"]) / (self._shares[lead] or 1.0)
+        steered = next((i for i, g in enumerate(self._groups) if g.momentum is not None), None)
+        written = None if steered is None else _Group(groups[steered]).momentum
+        for group in groups[known:]:
+            own, logit = _Group(group), 0.0
+            if own.momentum is not None and written is not None and steered is not None:
+                logit = _logit(own.momentum) - _logit(written) + self._logits[steered]
+            self._groups.append(own)
+            self._shares.append(own.lr / now if now > 0 else 1.0)
+            self._logits.append(logit)
+        most = max(self._shares)
+        if most > 1:  # the bounds hold for the largest
+            self._shares = [share / most for share in self._shares]
+            self.controls = replace(self.controls, lr=self.controls.lr * most)
+
     def _lr(self) -> float:
         """The largest lr of the groups."""
         lr = self.controls.lr
@@ -323,7 +349,7 @@ class AdaptiveRL:
     def _add_noise(self, *_: Any) -> None:
         step, self.noise_steps = self.noise_steps, self.noise_steps + 1
         sigma = self.controls.noise
-        if sigma == 0:
+        if sigma == 0 or not self.is_steering:
             return
         for number, group in enumerate(self.optimizer.param_groups):
             parameters = [p for p in group["params"] if p.requires_grad]

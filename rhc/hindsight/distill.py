@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from rhc.causal import AdaptiveRL
 from rhc.causal.laws import Bounds, Cap, Controls, lowered, updated
 from rhc.causal.scheduler import NoiseOn
-from rhc.errors import InputError
+from rhc.errors import InputError, whole_number
 from rhc.hindsight.features import STEERED, Form, Observer, names_differ, raw, stepped
 from rhc.hindsight.policy import LIMIT, Lesson, Policy
 from rhc.schedule import Schedule
@@ -206,6 +206,7 @@ class DistilledScheduler(AdaptiveRL):
         noise_on: NoiseOn = "gradients",
         seed: int = 0,
     ) -> None:
+        steps = None if steps is None else whole_number("steps", steps)
         if steps is not None and steps < 1:
             raise InputError(f"steps must be ≥ 1, got {steps}; leave it out where nobody knows")
         super().__init__(
@@ -226,20 +227,13 @@ class DistilledScheduler(AdaptiveRL):
         """The features of the last update."""
         self._told = False
         self._norm: Tensor | None = None
-        self._norm_handle = (
-            optimizer.register_step_pre_hook(self._take_norm) if policy.form.gradient_norm else None
-        )
+        if policy.form.gradient_norm:
+            self.hook("_take_norm")
 
     @classmethod
     def load(cls, policy: str | Path, optimizer: Optimizer, **settings: Any) -> DistilledScheduler:
         """The scheduler of a policy that `rhc distill` wrote; settings: as of this class."""
         return cls(optimizer, Policy.load(policy), **settings)
-
-    def close(self) -> None:
-        """Takes noise and norms off the optimizer; controls stay as they are."""
-        super().close()
-        if self._norm_handle is not None:
-            self._norm_handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """As of AdaptiveRL, with the policy's memory; the policy itself is in its own files."""

@@ -23,7 +23,7 @@ from rhc.batches import MicroBatches, batch_size
 from rhc.containers import kept
 from rhc.distributed import Ranks, Shard, Unshared, ranks_of, synchronised, unwrapped
 from rhc.distributed.ranks import Group
-from rhc.errors import InputError
+from rhc.errors import InputError, whole_number
 from rhc.hypergradient.lookback import (
     SAME_GRADIENT,
     Hypergradient,
@@ -125,6 +125,9 @@ def hypergradient(
     that does. The singular vectors of spectral_norm are such constants, though they depend on the
     weights: expect an error of 1e-4 to 1e-3. `why` names buffers that training changes.
     """
+    accumulate, seed = whole_number("accumulate", accumulate), whole_number("seed", seed)
+    segment = segment if segment == "auto" else whole_number("segment", segment)
+    memory_budget = memory_budget and whole_number("memory_budget", memory_budget)
     ranks = ranks_of(process_group)
     model = unwrapped(model)
     if ranks is not None:
@@ -163,6 +166,8 @@ def hypergradient(
     before = plant.snapshot()
     grads = [p.grad for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
+    groups = optimizer.param_groups
+    tensors = [{k: v for k, v in g.items() if isinstance(v, Tensor)} for g in groups]
     try:
         for p in model.parameters():
             p.grad = None  # backward would add to those that the optimizer does not hold
@@ -191,6 +196,8 @@ def hypergradient(
             finally:
                 recorder.close()
     finally:
+        for group, own in zip(groups, tensors, strict=True):
+            group.update(own)  # the same objects, also where one was of several groups
         plant.restore(before)
         for p, g in zip(model.parameters(), grads, strict=True):
             p.grad = g
@@ -243,7 +250,8 @@ def resolve(
     if product != "auto":
         _known("product", product, ("auto", *PRODUCTS))
     _ = plant.dynamics
-    if segment != "auto" and not (isinstance(segment, int) and 1 <= segment <= steps):
+    plant.refuse_complex()
+    if segment != "auto" and not 1 <= segment <= steps:
         raise InputError(
             f"segment must be in [1, {steps}] for a window of {steps} steps, got {segment}; "
             "use 1 for the least memory"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor, nn
 
 from rhc.errors import InputError
 from rhc.hypergradient import check_steerable
@@ -27,6 +28,16 @@ def steered(plant: Plant, asked: Sequence[str] | None, usual: Sequence[str]) -> 
     for name in controls:
         CONTROLS[name].check(initial[name])
     return controls
+
+
+def check_storable(model: nn.Module) -> None:
+    """An InputError where a checkpoint, a safetensors file, has no room for the model's dtypes."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and tensor.dtype == torch.complex128:
+            raise InputError(
+                f"{name!r} is of torch.complex128, which checkpoints cannot hold; use "
+                "torch.complex64, or no directory"
+            )
 
 
 def grouped(plant: Plant, controls: Sequence[str], asked: Sequence[str]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from rhc.causal import laws
 from rhc.causal.laws import Cap
-from rhc.errors import InputError
+from rhc.errors import InputError, whole_number
 from rhc.planning.plan import CAP, Gains, Intervention, Plan, plan_next_epoch
 from rhc.planning.statistics import EpochStats
 
@@ -115,6 +115,7 @@ class Failsafe:
 
     def __post_init__(self) -> None:
         for name in ("patience", "rearm"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be ≥ 1 epochs, got {getattr(self, name)}")
 

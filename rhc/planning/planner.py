@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rhc.causal import laws
-from rhc.errors import InputError
+from rhc.errors import InputError, whole_number
 from rhc.events import EpochPlanned, Event, Intervened
-from rhc.noise import root_mean_square, standard_noise
+from rhc.noise import BeforeSteps, root_mean_square, standard_noise
 from rhc.planning.guards import (
     Failsafe,
     FreshSeeds,
@@ -48,7 +48,7 @@ READ_EVERY = 10
 """Steps after which losses are read from the device, and a drift can be seen."""
 
 
-class EpochPlanner:
+class EpochPlanner(BeforeSteps):
     """Makes every epoch's plan from the tape of the one before.
 
         planner = rhc.EpochPlanner(optimizer)
@@ -101,6 +101,8 @@ class EpochPlanner:
                 f"EpochPlanner steers a torch.optim.Optimizer, got {type(optimizer).__name__}: "
                 "pass the optimizer itself, or none in a Runner"
             )
+        seed = whole_number("seed", seed)
+        epoch_steps = None if epoch_steps is None else whole_number("epoch_steps", epoch_steps)
         if epoch_steps is not None and epoch_steps < 1:
             raise InputError(f"epoch_steps must be ≥ 1, got {epoch_steps}")
         planned = () if steer is None else tuple(dict.fromkeys(steer))
@@ -149,7 +151,7 @@ class EpochPlanner:
         # A scheduler that warms up begins low: the level is where it comes from.
         lr = max(float(g.get("initial_lr", g["lr"])) for g in groups)
         self.begin(lr, next((m for m in map(_momentum, groups) if m is not None), None))
-        self._handle = optimizer.register_step_pre_hook(self._add_noise)
+        self.hook("_add_noise")
 
     def begin(self, lr: float, momentum: float | None, noise: float = 0.0) -> Plan:
         """The plan of the first epoch: what the run has by itself."""
@@ -285,9 +287,8 @@ class EpochPlanner:
 
     def close(self) -> None:
         """Takes the noise off the optimizer; all else stays as it is."""
-        if self.optimizer is not None:
-            self._handle.remove()
-            self.optimizer = None
+        super().close()
+        self.optimizer = None
 
     # State ---------------------------------------------------------------------------------------
 
@@ -385,9 +386,10 @@ class EpochPlanner:
         shift = 0.0
         if before.momentum and after.momentum and before.momentum < 1:
             shift = _logit(after.momentum) - _logit(before.momentum)
+        scaled: set[int] = set()
         for group in self.optimizer.param_groups:
             if ratio != 1.0:
-                _scale_lr(group, ratio)
+                _scale_lr(group, ratio, scaled)
             momentum = _momentum(group)
             if shift and momentum is not None:
                 _set_momentum(group, 1 / (1 + math.exp(-(_logit(momentum) + shift))))
@@ -483,12 +485,17 @@ def _set_momentum(group: dict[str, Any], value: float) -> None:
         group["momentum"] = value
 
 
-def _scale_lr(group: dict[str, Any], ratio: float) -> None:
-    """lr, and what torch's schedulers keep of it in the group."""
+def _scale_lr(group: dict[str, Any], ratio: float, scaled: set[int]) -> None:
+    """lr, and what torch's schedulers keep of it in the group.
+
+    scaled: addresses of tensors that are done: several groups can have one for their lr.
+    """
     for name in ("lr", "initial_lr", "max_lr", "min_lr"):
         value = group.get(name)
         if isinstance(value, Tensor):
-            value.mul_(ratio)
+            if value.data_ptr() not in scaled:
+                value.mul_(ratio)
+            scaled.add(value.data_ptr())
         elif value is not None:
             group[name] = value * ratio
 

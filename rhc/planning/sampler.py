@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from rhc.errors import InputError
+from rhc.errors import InputError, whole_number
 
 _CHUNK = 1 << 18
 _HALF = float(np.finfo(np.float16).max)
@@ -143,6 +143,7 @@ class LossSampler(Sampler[int]):
         by: str = "loss",
         generator: torch.Generator | None = None,
     ) -> None:
+        examples = whole_number("examples", examples)
         if not 0 <= strength <= 1:
             raise InputError(f"strength must be in [0, 1], got {strength:g}")
         if not 0 < least <= 1 <= most:
