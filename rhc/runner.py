@@ -330,7 +330,7 @@ class Runner:
             self.followed,
         )
         self._judged_on = JudgedOn(self.val_loader, self.objective.count, self.stride)
-        self._budget = Budget(self.law, self.rewriting, self._teller.notice)
+        self._budget = Budget(self.law, self.window, self.rewriting, self._teller.notice)
 
     # fit -----------------------------------------------------------------------------------------
 
@@ -551,6 +551,7 @@ class Runner:
             plant,
             loop,
             course,
+            budget,
             self.objective,
             self.train_loader,
             self.val_loader if isinstance(self.objective.batches, int) else None,

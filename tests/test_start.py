@@ -321,7 +321,7 @@ def test_a_probe_finds_the_ratio_of_groups_that_have_one_lr() -> None:
     chosen = linear_run()
     chosen.optimizer.param_groups[1]["lr"] = 0.05
     records, _, result = tried(chosen, start="probe", rewrite=False)
-    assert {r["kind"] for r in records} == {"probe"} and result.schedule["lr"].dim() == 1
+    assert all(r["kind"] != "zero" for r in records) and result.schedule["lr"].dim() == 1
 
 
 def test_a_probe_from_so_low_an_lr_that_a_group_has_none() -> None:

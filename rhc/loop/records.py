@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -40,7 +41,9 @@ class Teller:
             listener(event)
 
     def notice(self, message: str) -> None:
-        """Tells what a person should know."""
+        """Tells what a person should know: as a warning, where nobody listens."""
+        if not self.listeners:
+            warnings.warn(message, stacklevel=2)
         self.emit(Notice(message))
 
 
