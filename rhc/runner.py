@@ -28,7 +28,7 @@ from rhc.hypergradient import Damping, Engine, Lookback, Product, resolve
 from rhc.loggers import Logger, listeners_of
 from rhc.loop import Cost, Loop
 from rhc.loop.beginning import Beginning, try_first_batch
-from rhc.loop.checks import followed, grouped, steered
+from rhc.loop.checks import followed, grouped, leave, low_lr, steered
 from rhc.loop.committing import Committing
 from rhc.loop.course import Budget, Course
 from rhc.loop.epochs import Epochs, epoch_steps
@@ -243,6 +243,8 @@ class Runner:
         adaptive = "betas" in optimizer.param_groups[0]
         self.template: Template = template or usual_template(self.start, adaptive, self.rewriting)
         self.warmup = usual_warmup(self.start, adaptive) if warmup is None else warmup
+        follows_lr = schedule is not None and "lr" in schedule
+        self._low_lr = None if follows_lr else low_lr(self.plant, self.start)
         self.owed = 0.0
         """Gradient evaluations that went into a schedule that is followed: the ledger's first."""
         self.followed = schedule
@@ -373,6 +375,7 @@ class Runner:
                 self.directory.close()
             for stream in self._streams:
                 stream.close()
+        leave(self.plant)
         result = self._result()
         self._fitted = True
         self._teller.emit(RunEnded(result.record))
@@ -394,6 +397,8 @@ class Runner:
                 None if self.directory is None else self.directory.path,
             )
         )
+        if loop.step == 0 and self._low_lr is not None:
+            self._teller.notice(self._low_lr)
         if loop.step == 0 and self.start != "given":
             self._beginning.find(self.start)
         while loop.step < steps:

@@ -35,7 +35,7 @@ ZERO_STEPS = 50
 DROP = 0.05
 """The share of the objective by which the lrs from zero lower it, to first order."""
 
-PROBE_BATCHES, FEWEST_BATCHES = 16, 8
+PROBE_BATCHES, FEWEST_BATCHES = 16, 4
 """Validation batches that probes are judged on, at most; in short runs down to the second."""
 
 GREED = 1.5
@@ -52,8 +52,9 @@ WARMUP = 0.1
 """The share of the run in which lr rises, for optimizers that divide by a second moment: without it
 a small language model ends 0.14 nats higher. With plain SGD it gains nothing (docs/log.md)."""
 
-FEWEST = 10
-"""Steps of a probe, at least, where the budget allows it: fewer say little, and cost little."""
+FEWEST, LEAST = 10, 5
+"""Steps of a probe, at least: fewer say little, and cost little anyway. Where the budget does not
+allow these, the second number; where it does not allow that either, there is no probe."""
 
 FEWEST_OF_STAGE = 3
 """Probes that a stage must have room for: one at the best lr so far, and one on either side."""
@@ -136,7 +137,7 @@ def probe(
     until it is passed. Through the last three losses goes a parabola in log lr. A stage for which
     there is no room takes shorter rolls, and none where they would be shorter than those before.
     """
-    centre, before = 1.0, 1
+    centre, before = 1.0, min(LEAST, steps)
     for number, stage in enumerate(stages):
         n = min(steps, max(FEWEST, round(stage.share * steps)))
         n = min(n, longest(FEWEST_OF_STAGE))
@@ -369,9 +370,18 @@ class StartSearch:
                 self._probe(n, highest)
         if longer and self._learned():
             with contextlib.suppress(NoRoom):
-                best = _lr(self._best(n))
-                _lowest(lambda k: self._probe(n, best * LONGER_STEP**k), 2)
-            lr = _lr(self._best(n))
+                centre = _lr(self._best(n))
+                _lowest(lambda k: self._probe(n, centre * LONGER_STEP**k), 2)
+            # A run that is longer still wants no higher lr than a roll: the lowest of the good ones.
+            best, untrained = self._best(n), self._untrained(n)
+            good = [
+                record
+                for record in self._finite()
+                if record["steps"] == n
+                and not self._below(best, record)
+                and self._below(record, untrained, LEARNED)
+            ]
+            lr = _lr(min(good or [best], key=_size))
             self.notice(
                 f"rolls of up to {before} steps learn nothing that tells lrs apart; by rolls of "
                 f"{n} steps lr is {_words(lr)}"
@@ -395,10 +405,10 @@ class StartSearch:
         """The highest lr that does no harm in the first steps: where a loss is flat, the fastest
         way on."""
         n = min(record["steps"] for record in self.rolls)
-        harmful = [max(_list(record["from"])) for record in self.rolls if self._harms(record)]
+        harmful = [_size(record) for record in self.rolls if self._harms(record)]
         edge = min(harmful, default=math.inf)
-        lower = [record for record in self._finite() if max(_list(record["from"])) < edge]
-        lr = _lr(max(lower or self._finite(), key=lambda record: max(_list(record["from"]))))
+        lower = [record for record in self._finite() if _size(record) < edge]
+        lr = _lr(max(lower or self._finite(), key=_size))
         highest = CONTROLS["lr"].upper / 10
         with contextlib.suppress(NoRoom):
             while not harmful and lr.max() <= highest and not self._harms(self._rolled(n, 10 * lr)):
@@ -415,14 +425,12 @@ class StartSearch:
         """The lrs at which the objective falls by DROP; as given where it does not fall at all, or
         there is no room to see it."""
         own = self.plant.controls.own["lr"]
-        # A quarter of the room, at most: what it finds is looked at by probes.
         steps = math.floor(min(ZERO_STEPS, len(self.planned), self.room / 4))
-        if steps < 1:
+        # What it finds has to be looked at by probes.
+        probes = FEWEST_OF_STAGE * (min(LEAST, len(self.planned)) + self.share / 3)
+        if steps < 1 or steps + self.share + probes > self.room:
             return given
-        try:
-            record = self._tried(self._hypergradient_at_zero, "zero", steps, own, self.share)
-        except NoRoom:
-            return given
+        record = self._tried(self._hypergradient_at_zero, "zero", steps, own)
         found = record["lr"]
         if found is None:
             return given
@@ -560,6 +568,11 @@ def _loss(record: Mapping[str, Any]) -> float:
 
 def _list(lr: Any) -> list[float]:
     return lr if isinstance(lr, list) else [lr]
+
+
+def _size(record: Mapping[str, Any]) -> float:
+    """The highest lr of a roll's parameter groups."""
+    return max(_list(record["from"]))
 
 
 def _lr(record: Mapping[str, Any]) -> Tensor:

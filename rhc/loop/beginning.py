@@ -94,7 +94,7 @@ class Beginning:
         )
         stream.seek(loop.train.position(0))  # the run's own first batches
         # So few that judging is cheap beside rolling.
-        count = min(PROBE_BATCHES, max(FEWEST_BATCHES, loop.steps // 20))
+        count = min(PROBE_BATCHES, max(FEWEST_BATCHES, loop.steps // 5))
         judged = self._judged(count)
         share = held_out_loss(self.plant, judged).share if judged else count * self.accumulate
 
