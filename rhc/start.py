@@ -372,7 +372,7 @@ class StartSearch:
             with contextlib.suppress(NoRoom):
                 centre = _lr(self._best(n))
                 _lowest(lambda k: self._probe(n, centre * LONGER_STEP**k), 2)
-            # A run that is longer still wants no higher lr than a roll: the lowest of the good ones.
+            # A longer run wants no higher lr than a roll: the lowest of the good ones.
             best, untrained = self._best(n), self._untrained(n)
             good = [
                 record
