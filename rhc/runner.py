@@ -110,7 +110,8 @@ class Runner:
     start: where lr starts: "given", as the optimizer has it; "probe" takes that for a first guess
     and finds a factor on it by short rolls (and the ratio of parameter groups, where they all have
     the same lr); "zero" needs no guess, and finds every parameter
-    group's own lr. None for "probe" with rewriting, else "given".
+    group's own lr. Where short rolls learn nothing that tells lrs apart, longer ones are taken, and
+    then the optimizer's own lr. None for "probe" with rewriting, else "given".
     template: the shape of lr over the run that is rewritten, or followed: "constant", "cosine",
     "linear", "wsd" (constant, then linear over the law's cooldown), "1cycle". None, where
     the start is looked for: "cosine", with an Adam "linear"; where it is given: "wsd" with

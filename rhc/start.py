@@ -68,9 +68,11 @@ ERRORS = 2.0
 
 LONGER_ROLLS, LONGER = 4, 1.5
 """Where nothing is learned: rolls as long as the budget has room for four of them, if these are
-longer than any before by this factor; at lrs `LONGER_STEP` apart."""
+longer than any before by this factor."""
 
 LONGER_STEP = 3.0
+"""The factor between their lrs; less where the lr that was given and the highest that does no harm
+are near each other: then one lies between them."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,7 @@ class StartSearch:
         self.room = room - 2 * share / 3  # what the untrained loss takes, where it is needed
         self.warmup, self.greed = warmup, greed
         self.gradients = 0.0
-        self.limited = True
+        self.limit: float | None = DIVERGED
         self.rolls: list[dict[str, Any]] = []
         """The probes of this search so far, in order."""
         self._done: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -267,7 +269,7 @@ class StartSearch:
         factor = self._factor(base)
         if factor is None:
             # Where the first loss is by chance among the lowest, all others are above the limit.
-            self.limited = False
+            self.limit = None
             factor = self._factor(base)
         if factor is None:
             return None
@@ -360,8 +362,7 @@ class StartSearch:
         n = self._longest(LONGER_ROLLS)
         longer = n >= LONGER * before
         if longer:
-            # A first loss that is low by chance is no reason to give up one of a few rolls.
-            self.limited = False
+            self.limit = self.limit and LONGER_DIVERGED
         else:
             n = min(record["steps"] for record in self.rolls)
         with contextlib.suppress(NoRoom):
@@ -371,7 +372,11 @@ class StartSearch:
         if longer and self._learned():
             with contextlib.suppress(NoRoom):
                 centre = _lr(self._best(n))
-                _lowest(lambda k: self._probe(n, centre * LONGER_STEP**k), 2)
+                apart = math.sqrt(float(highest.max() / given.max()))
+                step = max(apart, 1 / apart)
+                if not 1.2 <= step <= LONGER_STEP:
+                    step = LONGER_STEP
+                _lowest(lambda k: self._probe(n, centre * step**k), 2)
             # A longer run wants no higher lr than a roll: the lowest of the good ones.
             best, untrained = self._best(n), self._untrained(n)
             good = [
@@ -469,11 +474,11 @@ class StartSearch:
         rise = min(self.warmup * len(self.planned) / n, 1 / 3)
         shape = warming(n, rise) * cooldown(n, COOLDOWN)
         lrs = shaped(torch.as_tensor(lr, dtype=torch.float64), shape)
-        limited = self.limited
+        most = self.limit
         trajectory = self.plant.roll(
             self._batches(n),
             self._schedule(n, lrs),
-            limit=lambda first: DIVERGED * first if limited and first > 0 else math.inf,
+            limit=lambda first: most * first if most is not None and first > 0 else math.inf,
         )
         self.plant.optimizer.zero_grad()
         losses = [float(loss) for loss in trajectory.losses]
@@ -514,8 +519,8 @@ class StartSearch:
         always room for. Raises NoRoom.
         """
         asked = {"kind": kind, "steps": n, "from": lr}
-        if kind == "probe" and not self.limited:
-            asked["limited"] = False
+        if kind == "probe" and self.limit != DIVERGED:
+            asked["limit"] = self.limit
         known = self.known.get(_key(asked))
         record = self._done.get(_key(asked))
         if record is not None:
@@ -547,18 +552,19 @@ class StartSearch:
         return Schedule({**values, "lr": lr}, 0, self.planned.seed)
 
 
-DIVERGED = 2.0
-"""A probe diverges where its loss exceeds this times the loss that it began with."""
+DIVERGED, LONGER_DIVERGED = 2.0, 50.0
+"""A probe diverges where its loss exceeds this times the loss that it began with; the second where
+nothing else was learned and there are but a few rolls, since a first loss can be low by chance."""
 
 
 def _key(record: dict[str, Any]) -> tuple[Any, ...]:
     lr = record["from"]
-    limited = record.get("limited") is not False
+    limit = record.get("limit", DIVERGED)
     return (
         record["kind"],
         record["steps"],
         tuple(lr) if isinstance(lr, (list, tuple)) else lr,
-        limited,
+        limit,
     )
 
 
@@ -590,7 +596,8 @@ def _readable(record: Mapping[str, Any]) -> bool:
     sizes = {"zero": (list, type(None)), "probe": loss, "untrained": loss}
     numbers = [record.get("gradients")]
     batches = record.get("batches", [])
-    if not isinstance(batches, list):
+    limit = record.get("limit")
+    if not isinstance(batches, list) or not isinstance(limit, (int, float, type(None))):
         return False
     numbers += batches
     for value in (record.get("from"), 0.0 if found is None else found):
