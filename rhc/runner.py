@@ -198,7 +198,8 @@ class Runner:
         check_parts(model, optimizer, loss_fn)
         self.ranks = ranks_of(process_group)
         self.listeners = list(listeners)
-        self._teller = Teller(self.listeners)
+        first = self.ranks is None or self.ranks.first
+        self._teller = Teller(self.listeners, aloud=first)
         self._wrapped = unwrapped(model) is not model
         self.plant = Plant(
             unwrapped(model),
@@ -294,7 +295,7 @@ class Runner:
             self._lookback = self._lookbacks(Relief())
         self.per_group = grouped(self.plant, self.controls, per_group)
         self.seed = seed
-        if self.ranks is None or self.ranks.first:
+        if first:
             self.listeners += listeners_of(logger, config)
         self.config = dict(config) if config is not None else None
         self.directory = (
