@@ -499,6 +499,8 @@ def tried(record: Mapping[str, Any]) -> str:
         lr = "no lr lowers J" if record["lr"] is None else f"lr {one_number(record['lr']):.3g}"
         return f"{record['steps']} steps at lr 0, J {_number(record['objective'])}: {lr}"
     loss = "diverges" if record["loss"] is None else f"loss {record['loss']:.4g}"
+    if record["kind"] == "untrained":
+        return f"untrained: {loss}"
     return f"{record['steps']} steps at lr {one_number(record['from']):.3g}: {loss}"
 
 

@@ -81,8 +81,9 @@ class Rewrite:
     window as planned by the share `worth`: the window is short, and the lr is for what follows.
     most: how far above the highest lr of the template a rewritten one may be, in nats; while the
     template rises, above the template.
-    budget: plain runs that the whole run may cost: what would exceed it is not looked back at,
-    replayed or begun anew, but rolled plainly; but for the first window, and windows that diverge.
+    budget: plain runs that the whole run may cost, the search for a start included: what would
+    exceed it is not looked back at, replayed or begun anew, but rolled plainly. Windows that
+    diverge, and what `validate_every` takes, come on top.
     lower_lr: factor on lr when a window diverges; `rewinds`: how often in a row at most.
     """
 

@@ -28,7 +28,7 @@ from rhc.hypergradient import Damping, Engine, Lookback, Product, resolve
 from rhc.loggers import Logger, Logging, listeners_of
 from rhc.loop import Cost, Loop
 from rhc.loop.beginning import Beginning, try_first_batch
-from rhc.loop.checks import check_storable, followed, grouped, steered
+from rhc.loop.checks import check_storable, followed, grouped, leave, low_lr, steered
 from rhc.loop.committing import Committing
 from rhc.loop.course import Budget, Course
 from rhc.loop.epochs import Epochs, epoch_steps
@@ -111,7 +111,8 @@ class Runner:
     start: where lr starts: "given", as the optimizer has it; "probe" takes that for a first guess
     and finds a factor on it by short rolls (and the ratio of parameter groups, where they all have
     the same lr); "zero" needs no guess, and finds every parameter
-    group's own lr. None for "probe" with rewriting, else "given".
+    group's own lr. Where short rolls learn nothing that tells lrs apart, longer ones are taken, and
+    then the optimizer's own lr. None for "probe" with rewriting, else "given".
     template: the shape of lr over the run that is rewritten, or followed: "constant", "cosine",
     "linear", "wsd" (constant, then linear over the law's cooldown), "1cycle". None, where
     the start is looked for: "cosine", with an Adam "linear"; where it is given: "wsd" with
@@ -201,7 +202,8 @@ class Runner:
         check_parts(model, optimizer, loss_fn)
         self.ranks = ranks_of(process_group)
         self.listeners = list(listeners)
-        self._teller = Teller(self.listeners)
+        first = self.ranks is None or self.ranks.first
+        self._teller = Teller(self.listeners, aloud=first)
         self._wrapped = unwrapped(model) is not model
         self.plant = Plant(
             unwrapped(model),
@@ -243,6 +245,8 @@ class Runner:
         adaptive = "betas" in optimizer.param_groups[0]
         self.template: Template = template or usual_template(self.start, adaptive, self.rewriting)
         self.warmup = usual_warmup(self.start, adaptive) if warmup is None else warmup
+        follows_lr = schedule is not None and "lr" in schedule
+        self._low_lr = None if follows_lr else low_lr(self.plant, self.start)
         self.owed = 0.0
         """Gradient evaluations that went into a schedule that is followed: the ledger's first."""
         self.followed = schedule
@@ -294,7 +298,7 @@ class Runner:
             self.plant.refuse_complex()
         self.per_group = grouped(self.plant, self.controls, per_group)
         self.seed = seed
-        if self.ranks is None or self.ranks.first:
+        if first:
             self.listeners += listeners_of(logger, config)
         self.config = dict(config) if config is not None else None
         if directory is not None:
@@ -340,7 +344,7 @@ class Runner:
             self.followed,
         )
         self._judged_on = JudgedOn(self.val_loader, self.objective.count, self.stride)
-        self._budget = Budget(self.law, self.rewriting, self._teller.notice)
+        self._budget = Budget(self.law, self.window, self.rewriting, self._teller.notice)
 
     # fit -----------------------------------------------------------------------------------------
 
@@ -396,6 +400,7 @@ class Runner:
                 self.directory.close()
             for stream in self._streams:
                 stream.close()
+        leave(self.plant)
         result = self._result()
         self._fitted = True
         self._teller.emit(RunEnded(result.record))
@@ -417,6 +422,8 @@ class Runner:
                 None if self.directory is None else self.directory.path,
             )
         )
+        if loop.step == 0 and self._low_lr is not None:
+            self._teller.notice(self._low_lr)
         if loop.step == 0 and self.start != "given":
             self._beginning.find(self.start)
         while loop.step < steps:
@@ -577,6 +584,7 @@ class Runner:
             plant,
             loop,
             course,
+            budget,
             self.objective,
             self.train_loader,
             self.val_loader if isinstance(self.objective.batches, int) else None,

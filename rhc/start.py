@@ -3,21 +3,25 @@
 `zero` needs no lr at all: the hypergradient at α = 0 says how fast the objective falls per unit of
 every group's lr, and so in which ratio the groups want theirs. `probe` finds the common scale by
 short rolls from the initial state, which the Runner takes and judges; of several groups with one lr
-it takes the ratio from the hypergradient too. Numbers: docs/log.md.
+it takes the ratio from the hypergradient too. Where short rolls learn nothing, their losses say
+nothing about lr: then longer ones are taken, and where these learn nothing either, the lr that the
+optimizer has. Numbers: docs/log.md.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rhc.batches import StepBatches
-from rhc.hypergradient import Lookback, Terminal
+from rhc.hypergradient import Lookback
 from rhc.objective import Average, Objective
 from rhc.plant import Plant
 from rhc.schedule import CONTROLS, Schedule, cooldown, shaped, warming
@@ -31,8 +35,8 @@ ZERO_STEPS = 50
 DROP = 0.05
 """The share of the objective by which the lrs from zero lower it, to first order."""
 
-PROBE_BATCHES = 16
-"""Validation batches that probes are judged on, at most."""
+PROBE_BATCHES, FEWEST_BATCHES = 16, 4
+"""Validation batches that probes are judged on, at most; in short runs down to the second."""
 
 GREED = 1.5
 """What the factor found is divided by: even a quarter of the run prefers an lr that is too high."""
@@ -48,8 +52,27 @@ WARMUP = 0.1
 """The share of the run in which lr rises, for optimizers that divide by a second moment: without it
 a small language model ends 0.14 nats higher. With plain SGD it gains nothing (docs/log.md)."""
 
-FEWEST = 10
-"""Steps of a probe, at least: fewer say little, and cost little anyway."""
+FEWEST, LEAST = 10, 5
+"""Steps of a probe, at least: fewer say little, and cost little anyway. Where the budget does not
+allow these, the second number; where it does not allow that either, there is no probe."""
+
+FEWEST_OF_STAGE = 3
+"""Probes that a stage must have room for: one at the best lr so far, and one on either side."""
+
+LEARNED = 0.1
+"""The share by which a loss must lie below that of shorter rolls to show that something is learned.
+What is learned in the first steps may be no more than the mean of the targets."""
+
+ERRORS = 2.0
+"""And the number of standard errors of the difference, over the batches that both are judged on."""
+
+LONGER_ROLLS, LONGER = 4, 1.5
+"""Where nothing is learned: rolls as long as the budget has room for four of them, if these are
+longer than any before by this factor."""
+
+LONGER_STEP = 3.0
+"""The factor between their lrs; less where the lr that was given and the highest that does no harm
+are near each other: then one lies between them."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +83,10 @@ class Stage:
     share: float
     factor: float
     farthest: int
+
+
+class NoRoom(Exception):
+    """What the search may take is spent."""
 
 
 STAGES = (Stage(0.025, 10.0, 12), Stage(0.1, 3.0, 4), Stage(0.25, 2.0, 2))
@@ -100,18 +127,25 @@ def probe(
     lowest: float,
     highest: float,
     stages: Sequence[Stage] = STAGES,
+    longest: Callable[[int], int] = lambda rolls: 2**63,
 ) -> float | None:
     """The common factor on all lrs; None where no probe is finite.
 
-    judge(n, factor): the loss after n steps at `factor` times the lrs, inf where they diverge.
-    steps: of the run. lowest, highest: between which the factor must stay.
+    judge(n, factor): the loss after n steps at `factor` times the lrs, inf where they diverge;
+    raises NoRoom instead of a roll that costs too much. steps: of the run. lowest, highest: between
+    which the factor must stay. longest(rolls): the steps of each of so many more rolls, at most.
 
     Every stage begins at the best factor so far, looks at both sides, and goes on to the better one
-    until it is passed. Through the last three losses goes a parabola in log lr.
+    until it is passed. Through the last three losses goes a parabola in log lr. A stage for which
+    there is no room takes shorter rolls, and none where they would be shorter than those before.
     """
-    centre = 1.0
+    centre, before = 1.0, min(LEAST, steps)
     for number, stage in enumerate(stages):
         n = min(steps, max(FEWEST, round(stage.share * steps)))
+        n = min(n, longest(FEWEST_OF_STAGE))
+        if n < before:
+            break
+        before = n
         seen: dict[int, float] = {}
 
         def at(
@@ -128,7 +162,14 @@ def probe(
                 seen[k] = found if math.isfinite(found) else math.inf
             return seen[k]
 
-        best = _lowest(at, stage.farthest)
+        try:
+            best = _lowest(at, stage.farthest)
+        except NoRoom:
+            best = min(seen, key=lambda k: (seen[k], k), default=0)
+            if seen and not math.isfinite(seen[best]):
+                best -= 1  # below all that diverge
+            centre *= stage.factor**best
+            break
         if not math.isfinite(at(best)):
             return None if number == 0 else centre
         last = number == len(stages) - 1
@@ -157,14 +198,29 @@ def _vertex(left: float, middle: float, right: float) -> float:
     return min(max(0.5 * (left - right) / curvature, -0.5), 0.5)
 
 
+class HeldOut(Protocol):
+    """What a roll is judged by. share: its size in training batches."""
+
+    @property
+    def share(self) -> float: ...
+    def __call__(self, model: nn.Module) -> Tensor: ...
+    def each(self) -> list[Tensor]:
+        """The live model's loss on each batch, ()."""
+
+    def mean(self, losses: Sequence[Tensor]) -> Tensor:
+        """The loss that they make, ()."""
+
+
 class StartSearch:
     """Finds a start on a live plant, which is put back after every roll.
 
-    stream: of training batches, isolated, not used for anything else. held_out: n -> (the loss that
-    judges a roll of the first n batches, its size in training batches). planned: the whole run's
-    schedule as the optimizer has it. warmup: share of the run in which lr rises. greed: what the
-    factor found is divided by. known: records of an earlier search that was cut short, which
-    are not tried again; tell: given every new record.
+    stream: of training batches, isolated, not used for anything else. held_out: n -> the loss that
+    judges a roll of the first n batches. fixed: whether that is on the same batches for every n.
+    share: its size in training batches, at most. planned: the whole run's schedule as the optimizer
+    has it. room: gradient evaluations that the search may take. warmup: share of the run in which
+    lr rises. greed: what the factor found is divided by. known: records of an earlier search that
+    was cut short, which are not tried again; tell: given every new record; notice: told in words
+    where the losses do not say which lr is best.
     """
 
     def __init__(
@@ -173,26 +229,36 @@ class StartSearch:
         objective: Objective,
         planned: Schedule,
         stream: StepBatches,
-        held_out: Callable[[int], tuple[Terminal, float]],
+        held_out: Callable[[int], HeldOut],
         known: Sequence[dict[str, Any]],
         tell: Callable[[dict[str, Any]], None],
+        notice: Callable[[str], None],
+        *,
+        fixed: bool,
+        share: float,
+        room: float = math.inf,
         warmup: float = 0.0,
         greed: float = GREED,
     ) -> None:
         # At lr 0 nothing moves: training losses say no more than the held-out one.
         judged = replace(objective, loss_weight=0.0) if objective.terminal_weight else objective
         self.plant, self.objective, self.planned = plant, judged, planned
-        self.stream, self.held_out = stream, held_out
+        self.stream, self.held_out, self.fixed, self.share = stream, held_out, fixed, share
         self.known = {_key(record): record for record in known if _readable(record)}
-        self.tell = tell
+        self.tell, self.notice = tell, notice
+        self.room = room - 2 * share / 3  # what the untrained loss takes, where it is needed
         self.warmup, self.greed = warmup, greed
         self.gradients = 0.0
+        self.limit: float | None = DIVERGED
+        self.rolls: list[dict[str, Any]] = []
+        """The probes of this search so far, in order."""
+        self._done: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._first = stream.position(0)
         self._before = plant.snapshot()
 
     def find(self, start: Start) -> Tensor | None:
         """The lr of step 0, (), or (G,) per parameter group; None where nothing is finite."""
-        base = self.planned["lr"][0]
+        given = base = self.planned.window(0, 1)["lr"][0]
         if start == "zero":
             base = self._zero(base)
         elif self._unchosen():
@@ -200,26 +266,175 @@ class StartSearch:
             base = base.max() * ratio / ratio.max()
             # The search begins where the least of them is within its bounds.
             base = base * max(1.0, CONTROLS["lr"].lower / float(base[base > 0].min()))
+        factor = self._factor(base)
+        if factor is None:
+            # Where the first loss is by chance among the lowest, all others are above the limit.
+            self.limit = None
+            factor = self._factor(base)
+        if factor is None:
+            return None
+        if not self.rolls:
+            self.notice(
+                f"the budget has no room to look for the lr: it stays {_words(given)}, as given"
+            )
+            return given
+        found = torch.where(
+            base == 0, base, (base * factor / self.greed).clamp(min=CONTROLS["lr"].lower)
+        )
+        return found if self._learned() else self._by_longer_rolls(given, found)
+
+    def _factor(self, base: Tensor) -> float | None:
+        """The factor on the lrs that short rolls find."""
         highest, lowest = float(base.max()), float(base[base > 0].min())
         bounds = CONTROLS["lr"]
 
         def judge(n: int, factor: float) -> float:
             return self._probe(n, base * factor)
 
-        factor = probe(judge, len(self.planned), bounds.lower / lowest, bounds.upper / highest)
-        if factor is None:
-            return None
-        return torch.where(base == 0, base, (base * factor / self.greed).clamp(min=bounds.lower))
+        return probe(
+            judge,
+            len(self.planned),
+            bounds.lower / lowest,
+            bounds.upper / highest,
+            longest=self._longest,
+        )
 
     def _unchosen(self) -> bool:
         """Whether parameter groups have one lr, so that nobody has chosen their ratio."""
         own = self.plant.controls.own["lr"]
         return len(own) > 1 and len(set(own)) == 1 and own[0] > 0
 
+    def _longest(self, rolls: int) -> int:
+        """The steps of each of so many more rolls for which there is room, at most the run's."""
+        room = (self.room - self.gradients) / rolls - self.share / 3
+        return math.floor(min(room, len(self.planned)))
+
+    # Where nothing is learned ---------------------------------------------------------------------
+
+    def _learned(self) -> bool:
+        """Whether longer rolls learned what shorter ones had not.
+
+        The shortest ones say so only where there are no longer ones: a loss that falls at first and
+        then no more has found the mean of the targets, and that at any lr.
+        """
+        lengths = sorted({record["steps"] for record in self._finite()})
+        for n in lengths:
+            shorter = [record for record in self._finite() if 2 * record["steps"] <= n]
+            if shorter:
+                before = min(shorter, key=_loss)
+            elif 2 * n <= lengths[-1]:
+                continue
+            else:
+                before = self._untrained(n)
+            if self._below(self._best(n), before, LEARNED):
+                return True
+        return False
+
+    def _below(self, a: Mapping[str, Any], b: Mapping[str, Any], least: float = 0.0) -> bool:
+        """Whether the loss of a lies below that of b by more than noise, and by the share `least`.
+
+        Of single batches the noise is not known; there the share is `LEARNED` at least.
+        """
+        x, y = a.get("batches", ()), b.get("batches", ())
+        error = 0.0
+        if min(len(x), len(y)) < 2:
+            least = max(least, LEARNED)
+        elif len(x) == len(y) and (self.fixed or a["steps"] == b["steps"]):
+            error = statistics.stdev(q - p for p, q in zip(x, y, strict=True)) / math.sqrt(len(x))
+        else:
+            error = math.sqrt(sum(statistics.variance(z) / len(z) for z in (x, y)))
+        return bool(_loss(b) - _loss(a) > max(least * abs(_loss(b)), ERRORS * error))
+
+    def _finite(self) -> list[dict[str, Any]]:
+        return [record for record in self.rolls if math.isfinite(_loss(record))]
+
+    def _best(self, n: int) -> dict[str, Any]:
+        """The roll of n steps that ended lowest."""
+        return min((record for record in self.rolls if record["steps"] == n), key=_loss)
+
+    def _by_longer_rolls(self, given: Tensor, found: Tensor) -> Tensor:
+        """The lr by longer rolls where short ones learned nothing; else the one that was given.
+
+        found: what the short ones say.
+        """
+        before = max(record["steps"] for record in self.rolls)
+        highest = self._highest()
+        n = self._longest(LONGER_ROLLS)
+        longer = n >= LONGER * before
+        if longer:
+            self.limit = self.limit and LONGER_DIVERGED
+        else:
+            n = min(record["steps"] for record in self.rolls)
+        with contextlib.suppress(NoRoom):
+            self._probe(n, given)
+            if longer:
+                self._probe(n, highest)
+        if longer and self._learned():
+            with contextlib.suppress(NoRoom):
+                centre = _lr(self._best(n))
+                apart = math.sqrt(float(highest.max() / given.max()))
+                step = max(apart, 1 / apart)
+                if not 1.2 <= step <= LONGER_STEP:
+                    step = LONGER_STEP
+                _lowest(lambda k: self._probe(n, centre * step**k), 2)
+            # A longer run wants no higher lr than a roll: the lowest of the good ones.
+            best, untrained = self._best(n), self._untrained(n)
+            good = [
+                record
+                for record in self._finite()
+                if record["steps"] == n
+                and not self._below(best, record)
+                and self._below(record, untrained, LEARNED)
+            ]
+            lr = _lr(min(good or [best], key=_size))
+            self.notice(
+                f"rolls of up to {before} steps learn nothing that tells lrs apart; by rolls of "
+                f"{n} steps lr is {_words(lr)}"
+            )
+            return lr
+        # What was given stays unless it was seen to do worse than what was found.
+        rolled = [record for record in self.rolls if record["from"] == given.tolist()]
+        last = max(rolled, key=lambda record: record["steps"], default=None)
+        worse = last is not None and (
+            math.isinf(_loss(last)) or self._below(self._best(last["steps"]), last)
+        )
+        lr, why = (found, "as short rolls find it") if worse else (given, "as given")
+        longest = max(record["steps"] for record in self.rolls)
+        self.notice(
+            f"no roll of up to {longest} steps learns anything that tells lrs apart: lr is "
+            f"{_words(lr)}, {why}; if the run learns nothing, train for longer or give another lr"
+        )
+        return lr
+
+    def _highest(self) -> Tensor:
+        """The highest lr that does no harm in the first steps: where a loss is flat, the fastest
+        way on."""
+        n = min(record["steps"] for record in self.rolls)
+        harmful = [_size(record) for record in self.rolls if self._harms(record)]
+        edge = min(harmful, default=math.inf)
+        lower = [record for record in self._finite() if _size(record) < edge]
+        lr = _lr(max(lower or self._finite(), key=_size))
+        highest = CONTROLS["lr"].upper / 10
+        with contextlib.suppress(NoRoom):
+            while not harmful and lr.max() <= highest and not self._harms(self._rolled(n, 10 * lr)):
+                lr = 10 * lr
+        return lr
+
+    def _harms(self, record: Mapping[str, Any]) -> bool:
+        """Whether a roll ended above the untrained loss."""
+        return math.isinf(_loss(record)) or self._below(self._untrained(record["steps"]), record)
+
+    # At lr 0, and probes --------------------------------------------------------------------------
+
     def _zero(self, given: Tensor) -> Tensor:
-        """The lrs at which the objective falls by DROP; as given where it does not fall at all."""
+        """The lrs at which the objective falls by DROP; as given where it does not fall at all, or
+        there is no room to see it."""
         own = self.plant.controls.own["lr"]
-        steps = min(ZERO_STEPS, len(self.planned))
+        steps = math.floor(min(ZERO_STEPS, len(self.planned), self.room / 4))
+        # What it finds has to be looked at by probes.
+        probes = FEWEST_OF_STAGE * (min(LEAST, len(self.planned)) + self.share / 3)
+        if steps < 1 or steps + self.share + probes > self.room:
+            return given
         record = self._tried(self._hypergradient_at_zero, "zero", steps, own)
         found = record["lr"]
         if found is None:
@@ -234,7 +449,7 @@ class StartSearch:
         # At lr 0 no Hessian takes part.
         lookback = Lookback(self.plant, self.objective, ("lr",), product="none")
         mean = Average(self.objective.average)
-        terminal, share = self.held_out(steps)
+        terminal = self.held_out(steps)
         recorder = lookback.roll(list(self._batches(steps)), schedule, average=mean)
         try:
             h = lookback.look_back(recorder, mean, terminal)
@@ -243,30 +458,52 @@ class StartSearch:
         groups = self.plant.optimizer.param_groups
         sizes = [sum(p.numel() for p in g["params"] if p.requires_grad) for g in groups]
         lrs = zero_lrs(h.grad["lr"], h.value, sizes, own) if h.result.usable else None
-        return {"lr": lrs, "objective": h.value}, steps + share
+        return {"lr": lrs, "objective": h.value}, steps + terminal.share
 
     def _probe(self, n: int, lr: Tensor) -> float:
-        loss = self._tried(self._loss_after, "probe", n, lr.tolist())["loss"]
-        return math.inf if loss is None else float(loss)
+        return _loss(self._rolled(n, lr))
+
+    def _rolled(self, n: int, lr: Tensor) -> dict[str, Any]:
+        record = self._tried(self._loss_after, "probe", n, lr.tolist(), self.share / 3)
+        if record not in self.rolls:
+            self.rolls.append(record)
+        return record
 
     def _loss_after(self, lr: Any, n: int) -> tuple[dict[str, Any], float]:
         # As long a rise as the run's, but in a short probe no more than its third.
         rise = min(self.warmup * len(self.planned) / n, 1 / 3)
         shape = warming(n, rise) * cooldown(n, COOLDOWN)
         lrs = shaped(torch.as_tensor(lr, dtype=torch.float64), shape)
+        most = self.limit
         trajectory = self.plant.roll(
             self._batches(n),
             self._schedule(n, lrs),
-            limit=lambda first: DIVERGED * first if first > 0 else math.inf,
+            limit=lambda first: most * first if most is not None and first > 0 else math.inf,
         )
         self.plant.optimizer.zero_grad()
         losses = [float(loss) for loss in trajectory.losses]
         if trajectory.diverged is not None or not self.plant.is_finite():
             return {"loss": None, "course": _course(losses)}, len(losses)
-        terminal, share = self.held_out(n)
+        found, cost = self._judged(n)
+        return {"course": _course(losses), **found}, n + cost
+
+    def _untrained(self, n: int) -> dict[str, Any]:
+        """The loss before the first step, on what a roll of n steps is judged by."""
+        return self._tried(self._loss_before, "untrained", 0 if self.fixed else n, 0.0)
+
+    def _loss_before(self, lr: Any, n: int) -> tuple[dict[str, Any], float]:
+        return self._judged(n)
+
+    def _judged(self, n: int) -> tuple[dict[str, Any], float]:
+        """(the live model's loss, of all batches and of each, what it cost)."""
+        held_out = self.held_out(n)
         with torch.no_grad():
-            found = self.plant.value(terminal(self.plant.model))
-        return {"loss": found, "course": _course(losses)}, n + share / 3
+            losses = held_out.each()
+            found = self.plant.value(held_out.mean(losses))
+            batches = [self.plant.value(loss) for loss in losses]
+        if not all(map(math.isfinite, [found, *batches])):
+            return {"loss": None}, held_out.share / 3
+        return {"loss": found, "batches": batches}, held_out.share / 3
 
     def _tried(
         self,
@@ -274,17 +511,31 @@ class StartSearch:
         kind: str,
         n: int,
         lr: Any,
+        judging: float | None = None,
     ) -> dict[str, Any]:
-        """What a roll from the initial state gave; from the records, if it is there."""
+        """What a roll from the initial state gave; from the records, if it is there.
+
+        judging: what is needed beside n steps, in gradient evaluations, or None for what there is
+        always room for. Raises NoRoom.
+        """
         asked = {"kind": kind, "steps": n, "from": lr}
-        record = self.known.get(_key(asked))
+        if kind == "probe" and self.limit != DIVERGED:
+            asked["limit"] = self.limit
+        known = self.known.get(_key(asked))
+        record = self._done.get(_key(asked))
+        if record is not None:
+            return record
+        if judging is not None and self.gradients + n + judging > self.room:
+            raise NoRoom
+        record = known
         if record is None:
             try:
                 found, cost = attempt(lr, n)
             finally:
                 self.plant.restore(self._before)
-            record = self.known[_key(asked)] = {**asked, **found, "gradients": cost}
+            record = {**asked, **found, "gradients": cost}
             self.tell(record)
+        self._done[_key(asked)] = record
         self.gradients += record["gradients"]
         return record
 
@@ -301,20 +552,54 @@ class StartSearch:
         return Schedule({**values, "lr": lr}, 0, self.planned.seed)
 
 
-DIVERGED = 2.0
-"""A probe diverges where its loss exceeds this times the loss that it began with."""
+DIVERGED, LONGER_DIVERGED = 2.0, 50.0
+"""A probe diverges where its loss exceeds this times the loss that it began with; the second where
+nothing else was learned and there are but a few rolls, since a first loss can be low by chance."""
 
 
 def _key(record: dict[str, Any]) -> tuple[Any, ...]:
     lr = record["from"]
-    return record["kind"], record["steps"], tuple(lr) if isinstance(lr, (list, tuple)) else lr
+    limit = record.get("limit", DIVERGED)
+    return (
+        record["kind"],
+        record["steps"],
+        tuple(lr) if isinstance(lr, (list, tuple)) else lr,
+        limit,
+    )
+
+
+def _loss(record: Mapping[str, Any]) -> float:
+    return math.inf if record["loss"] is None else float(record["loss"])
+
+
+def _list(lr: Any) -> list[float]:
+    return lr if isinstance(lr, list) else [lr]
+
+
+def _size(record: Mapping[str, Any]) -> float:
+    """The highest lr of a roll's parameter groups."""
+    return max(_list(record["from"]))
+
+
+def _lr(record: Mapping[str, Any]) -> Tensor:
+    return torch.tensor(record["from"], dtype=torch.float64)
+
+
+def _words(lr: Tensor) -> str:
+    return ", ".join(f"{value:.3g}" for value in _list(lr.tolist()))
 
 
 def _readable(record: Mapping[str, Any]) -> bool:
     """Whether a line of start.jsonl is one that `_tried` wrote; another is tried again."""
     found = record.get("lr" if record.get("kind") == "zero" else "loss", "nothing")
-    sizes = {"zero": (list, type(None)), "probe": (int, float, type(None))}
+    loss = (int, float, type(None))
+    sizes = {"zero": (list, type(None)), "probe": loss, "untrained": loss}
     numbers = [record.get("gradients")]
+    batches = record.get("batches", [])
+    limit = record.get("limit")
+    if not isinstance(batches, list) or not isinstance(limit, (int, float, type(None))):
+        return False
+    numbers += batches
     for value in (record.get("from"), 0.0 if found is None else found):
         numbers += value if isinstance(value, list) else [value]
     return (

@@ -413,6 +413,13 @@ class Lookback:
         )
 
     @property
+    def owed(self) -> float:
+        """Gradient evaluations that the first hypergradient's proof takes, about at most."""
+        if not self.verified or self.check is not None:
+            return 0.0
+        return 4.0 * len(self.controls) if self.product == "none" else 20.0
+
+    @property
     def trusted(self) -> bool:
         """Whether rolls of the plain loop have not contradicted the hypergradients."""
         return self.check is None or self.check.holds

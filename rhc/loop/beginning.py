@@ -11,10 +11,9 @@ from rhc.containers import spare
 from rhc.errors import DivergedError, InputError
 from rhc.events import StartFound, StartTried
 from rhc.faults import out_of_memory
-from rhc.hypergradient import Terminal
-from rhc.loop.course import Course
+from rhc.loop.course import Budget, Course
 from rhc.loop.epochs import Epochs
-from rhc.loop.judge import at_most, held_out_loss
+from rhc.loop.judge import HeldOutLoss, at_most, held_out_loss
 from rhc.loop.records import Teller
 from rhc.loop.state import Loop
 from rhc.objective import Objective
@@ -22,7 +21,14 @@ from rhc.plant import Plant, checked_loss
 from rhc.randomness import preserved
 from rhc.run_directory import RunDirectory
 from rhc.schedule import Schedule
-from rhc.start import ADAPTIVE_GREED, GREED, PROBE_BATCHES, Start, StartSearch
+from rhc.start import (
+    ADAPTIVE_GREED,
+    FEWEST_BATCHES,
+    GREED,
+    PROBE_BATCHES,
+    Start,
+    StartSearch,
+)
 
 
 def try_first_batch(
@@ -65,6 +71,7 @@ class Beginning:
         plant: Plant,
         loop: Loop,
         course: Course,
+        budget: Budget,
         objective: Objective,
         train_loader: Iterable[Any],
         val_loader: Iterable[Any] | None,
@@ -74,6 +81,7 @@ class Beginning:
         teller: Teller,
     ) -> None:
         self.plant, self.loop, self.course, self.objective = plant, loop, course, objective
+        self.budget = budget
         self.train_loader, self.val_loader, self.accumulate = train_loader, val_loader, accumulate
         self.epochs, self.directory, self.teller = epochs, directory, teller
 
@@ -88,11 +96,13 @@ class Beginning:
             self.train_loader, isolated=True, device=loop.train.device, accumulate=self.accumulate
         )
         stream.seek(loop.train.position(0))  # the run's own first batches
-        judged = self._judged()
+        # So few that judging is cheap beside rolling.
+        count = min(PROBE_BATCHES, max(FEWEST_BATCHES, loop.steps // 5))
+        judged = self._judged(count)
+        share = held_out_loss(self.plant, judged).share if judged else count * self.accumulate
 
-        def held_out(n: int) -> tuple[Terminal, float]:
-            terminal = held_out_loss(self.plant, judged or stream.take(n, n + PROBE_BATCHES))
-            return terminal, terminal.share
+        def held_out(n: int) -> HeldOutLoss:
+            return held_out_loss(self.plant, judged or stream.take(n, n + count))
 
         def tell(record: dict[str, Any]) -> None:
             if self.directory is not None:
@@ -111,8 +121,12 @@ class Beginning:
                 held_out,
                 known,
                 tell,
-                course.warmup,
-                ADAPTIVE_GREED if adaptive else GREED,
+                self.teller.notice,
+                fixed=bool(judged),
+                share=share,
+                room=self.budget.for_search(loop),
+                warmup=course.warmup,
+                greed=ADAPTIVE_GREED if adaptive else GREED,
             )
             lr = search.find(start)
         stream.close()
@@ -122,13 +136,13 @@ class Beginning:
             raise DivergedError(
                 "no lr within its bounds keeps a short roll finite; look at the data and the loss"
             )
-        given = planned["lr"][0].tolist()
+        given = planned.window(0, 1)["lr"][0].tolist()
         loop.schedule, loop.first_lr = course.planned(loop.steps, lr), lr
         if self.epochs is not None:
             self.epochs.begin(float(lr.max()))
         self.teller.emit(StartFound(start, lr.tolist(), given, search.gradients / loop.steps))
 
-    def _judged(self) -> list[Any]:
+    def _judged(self, count: int) -> list[Any]:
         """The validation batches that probes are judged on: the run's own first ones."""
         if self.val_loader is None:
             return []
@@ -141,6 +155,6 @@ class Beginning:
         )
         if self.loop.validation is not None:
             validation.seek(self.loop.validation.position(0))
-        judged = validation.take(0, at_most(self.val_loader, PROBE_BATCHES))
+        judged = validation.take(0, at_most(self.val_loader, count))
         validation.close()
         return judged

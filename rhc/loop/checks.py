@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rhc.errors import InputError
 from rhc.hypergradient import check_steerable
@@ -38,6 +40,42 @@ def check_storable(model: nn.Module) -> None:
                 f"{name!r} is of torch.complex128, which checkpoints cannot hold; use "
                 "torch.complex64, or no directory"
             )
+
+
+_left: WeakKeyDictionary[Optimizer, tuple[list[float], list[float]]] = WeakKeyDictionary()
+"""Of optimizers that were fitted in this process: the lrs that the fit found, and that it left."""
+
+_LOW = 0.1
+"""An lr is low where a fit began with this many times as much."""
+
+
+def leave(plant: Plant) -> None:
+    """Remembers at which lr a fit leaves its optimizer."""
+    now = [float(group["lr"]) for group in plant.optimizer.param_groups]
+    _left[plant.optimizer] = (list(plant.controls.own["lr"]), now)
+
+
+def low_lr(plant: Plant, start: str) -> str | None:
+    """Says that the optimizer's lr is 0, or what an earlier fit left of it; None where it is not.
+
+    Raises InputError where a search for a start would begin at 0.
+    """
+    own = list(plant.controls.own["lr"])
+    mend = "set it anew, by group['lr'] = … for every group of optimizer.param_groups"
+    if not any(own):
+        if start != "given":
+            raise InputError(
+                f"lr is 0 in every parameter group of the optimizer, and start={start!r} leaves a "
+                f"group at 0 alone; {mend}"
+            )
+        return f"lr is 0 in every parameter group of the optimizer: nothing is learned; {mend}"
+    before, left = _left.get(plant.optimizer, ([], []))
+    if start == "given" and own == left and max(own) < _LOW * max(before):
+        return (
+            f"lr is {max(own):.3g}, where an earlier fit left the optimizer that it found at "
+            f"{max(before):.3g}; {mend}, to begin there again"
+        )
+    return None
 
 
 def grouped(plant: Plant, controls: Sequence[str], asked: Sequence[str]) -> tuple[str, ...]:

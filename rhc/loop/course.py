@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rhc.hypergradient import PRODUCT_COST
 from rhc.loop.state import Loop
 from rhc.plant import Plant
 from rhc.rewrite import Rewrite, carried
@@ -83,20 +84,38 @@ class Course:
         return torch.where(rises.view(-1, *[1] * (lr.dim() - 1)), lr[start:stop], highest)
 
 
+LOOK = 3
+"""Ways through a window that a look back at it takes: the roll, a replay, and once more."""
+
+
 class Budget:
     """What a run may cost by its law, in plain runs, and what it will."""
 
-    def __init__(self, law: Rewrite, rewriting: bool, notice: Callable[[str], None]) -> None:
-        self.law, self.rewriting, self.notice = law, rewriting, notice
+    def __init__(
+        self, law: Rewrite, window: int, rewriting: bool, notice: Callable[[str], None]
+    ) -> None:
+        self.law, self.window, self.rewriting, self.notice = law, window, rewriting, notice
         self._spent = False
 
-    def affords(self, loop: Loop, gradients: int) -> bool:
-        """Whether so many more evaluations, and plain steps to the end, are within the budget.
+    def for_search(self, loop: Loop) -> float:
+        """Evaluations that the search for a start may take: beside it there is the run itself, and
+        a look back at the first window, unless that takes more than a third of the rest."""
+        rest = (self.law.budget - 1) * loop.steps - loop.cost.gradient_equivalents
+        if not self.rewriting:
+            return rest
+        length = min(self.window, loop.steps)
+        return rest - min(LOOK * length + self._reverse_pass(loop, length), rest / 3)
 
-        The first window is looked back at anyway: of a very short run the start alone takes more.
+    def affords(self, loop: Loop, length: int, ways: int, judged: float, looks: int = 0) -> bool:
+        """Whether there is room for so many more ways through a window of `length` steps, beside
+        plain steps to the end.
+
+        judged: what the window's end is judged on, in training batches; a replay takes a third of
+        that. looks: of these ways, those that are looked back at.
         """
-        whole = loop.cost.gradient_equivalents + gradients + loop.steps - loop.step
-        if whole <= self.law.budget * loop.steps or loop.step == 0:
+        more = ways * (length + judged / 3) + looks * (self._reverse_pass(loop, length) + judged)
+        whole = loop.cost.gradient_equivalents + more + loop.steps - loop.step
+        if whole <= self.law.budget * loop.steps:
             return True
         if not self._spent:
             self._spent = True
@@ -105,6 +124,13 @@ class Budget:
                 "planned"
             )
         return False
+
+    def _reverse_pass(self, loop: Loop, length: int) -> float:
+        """Evaluations of one, at most, where memory is not short."""
+        lookback = loop.lookback
+        if lookback is None:
+            return 0.0
+        return length * PRODUCT_COST[lookback.product] + lookback.owed
 
     def projected(self, loop: Loop) -> float:
         """Of the whole run, in plain runs: the windows that will be looked back at as dear as those

@@ -132,12 +132,19 @@ class HeldOutLoss:
     share: float
 
     def __call__(self, model: nn.Module) -> Tensor:
+        return self.mean(self.each())
+
+    def each(self) -> list[Tensor]:
+        """The live model's loss on each batch, ()."""
         # Running statistics belong to the last iterate, not to the average that is judged.
-        with self.plant.evaluating():
+        with self.plant.evaluating() as model:
             batch_statistics(model)
-            pairs = zip(self.batches, self.sizes, strict=True)
-            losses = [self.plant.loss(batch)[0] * size for batch, size in pairs]
-            return torch.stack(losses).sum() / sum(self.sizes)
+            return [self.plant.loss(batch)[0] for batch in self.batches]
+
+    def mean(self, losses: Sequence[Tensor]) -> Tensor:
+        """The loss that those of the batches make, ()."""
+        weighed = [loss * size for loss, size in zip(losses, self.sizes, strict=True)]
+        return torch.stack(weighed).sum() / sum(self.sizes)
 
     def parts(self) -> list[HeldOutLoss]:
         """The loss on each batch alone."""

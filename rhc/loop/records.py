@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -29,10 +30,13 @@ PER_EXAMPLE = "example_"
 
 
 class Teller:
-    """Tells the listeners what happens."""
+    """Tells the listeners what happens.
 
-    def __init__(self, listeners: Sequence[Listener]) -> None:
-        self.listeners = listeners
+    aloud: whether notices are warnings where nobody listens; of several ranks one is enough.
+    """
+
+    def __init__(self, listeners: Sequence[Listener], *, aloud: bool = True) -> None:
+        self.listeners, self.aloud = listeners, aloud
 
     def emit(self, event: Event) -> None:
         """Tells every listener of it."""
@@ -40,7 +44,9 @@ class Teller:
             listener(event)
 
     def notice(self, message: str) -> None:
-        """Tells what a person should know."""
+        """Tells what a person should know: as a warning, where nobody listens."""
+        if self.aloud and not self.listeners:
+            warnings.warn(message, stacklevel=2)
         self.emit(Notice(message))
 
 
@@ -58,7 +64,7 @@ class Chronicle(Teller):
         directory: RunDirectory | None,
         ranks: Ranks | None,
     ) -> None:
-        super().__init__(listeners)
+        super().__init__(listeners, aloud=ranks is None or ranks.first)
         self.loop, self.directory, self.ranks = loop, directory, ranks
 
     def verb(self, verb: Verb, start: int, stop: int, attempt: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, cast
 
-from rhc.loop.course import Budget, Course
+from rhc.loop.course import LOOK, Budget, Course
 from rhc.loop.judge import HeldOutLoss, Judge
 from rhc.loop.looking import Looking
 from rhc.loop.records import Chronicle
@@ -42,9 +42,10 @@ class Rewriting:
     def rewritten(self, rolled: Attempt, window: Window) -> Attempt:
         """The best attempt that was found, or the roll itself; its end state live."""
         terminal = self.judge.terminal(window.start, window.stop)
+        length, judged = window.stop - window.start, terminal.share if terminal else 0.0
         current, scale = rolled, 1.0
         for iteration in range(self.law.iterations):
-            if iteration and not self.budget.affords(self.loop, 3 * (window.stop - window.start)):
+            if iteration and not self.budget.affords(self.loop, length, LOOK, judged, looks=1):
                 break
             if current.hypergradient is None:
                 if self.loop.lookback is not None and not self.loop.lookback.trusted:
@@ -91,7 +92,8 @@ class Rewriting:
             past["samples"] = rolled.samples
         highest = self.course.highest(self.loop, start, stop)
         for retry in range(self.law.retries + 1):
-            if retry and not self.budget.affords(self.loop, 2 * (stop - start)):
+            judged = terminal.share if terminal else 0.0
+            if retry and not self.budget.affords(self.loop, stop - start, 2, judged):
                 break
             proposal = self.law.propose(
                 rolled.schedule, h.grad, rolled.value, scale * self.law.shrink**retry, **past

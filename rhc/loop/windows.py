@@ -6,9 +6,11 @@ back at where the law and the budget want it, and rewritten. Both leave the end 
 
 from __future__ import annotations
 
+import math
+
 from rhc import stopping
 from rhc.errors import DivergedError
-from rhc.loop.course import Budget
+from rhc.loop.course import LOOK, Budget
 from rhc.loop.records import Chronicle
 from rhc.loop.rewriting import Rewriting, Twins
 from rhc.loop.rolling import Rolling
@@ -73,11 +75,11 @@ class RewrittenWindows:
         wanted = wanted and loop.passed_over == 0 and not loop.relief.blind
         wanted = wanted and (loop.lookback is None or loop.lookback.trusted)
         # Looked back at, replayed, and rolled once more.
-        looked = wanted and not twins and self._affords(3, window)
+        looked = wanted and not twins and self._affords(LOOK, window, looks=1)
         attempt = self.rolling.until_finite(window, looked=looked)
         looked = looked and attempt.hypergradient is not None  # unless memory did not suffice
         surprise = self.surprise.at(attempt)
-        if surprise is not None and not self._affords(len(law.restart) + 4, window):
+        if surprise is not None and not self._affords(len(law.restart) + 4, window, looks=1):
             surprise = None
         if surprise is not None and surprise - start > PATIENCE:
             # The window ends where the data change, and the next one begins there.
@@ -85,16 +87,21 @@ class RewrittenWindows:
         if surprise is not None and self.surprise.may_begin_anew:
             attempt = self.surprise.begun_anew(attempt, surprise, window)
         if isinstance(rewriting, Twins):
-            if self._affords(3, window):
+            if self._affords(LOOK, window):
                 attempt = rewriting.better(attempt, window)
         elif looked or surprise is not None:
             attempt = rewriting.rewritten(attempt, window)
         self._pass_over(attempt, looked=looked, surprise=surprise is not None)
         return attempt, commit
 
-    def _affords(self, times: int, window: Window) -> bool:
+    def _affords(self, ways: int, window: Window, looks: int = 0) -> bool:
         """Whether so many more ways through the window are within the budget."""
-        return self.budget.affords(self.loop, times * (window.stop - window.start))
+        start, stop = window.start, window.stop
+        judged = 0.0
+        if math.isfinite(self.law.budget):
+            terminal = self.rolling.judge.terminal(start, stop)
+            judged = 0.0 if terminal is None else terminal.share
+        return self.budget.affords(self.loop, stop - start, ways, judged, looks)
 
     def _pass_over(self, attempt: Attempt, *, looked: bool, surprise: bool) -> None:
         """Decides how many windows to pass over, by what looking back at this one was worth."""

@@ -327,7 +327,7 @@ def _starts(runs: Sequence[RunRecord]) -> list[Chart]:
         lr = number(row.get("from"))
         course = row.get("course")
         value = number(row.get("loss"))
-        if row.get("kind") == "zero" or lr is None:
+        if row.get("kind") != "probe" or lr is None:
             continue
         if value is not None:
             points.append((lr, value, number(row.get("steps")) or 0))
