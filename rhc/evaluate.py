@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rhc.batches import batch_size, loader_preserved, to_device
+from rhc.module_state import Buffers
 from rhc.objective import Average
 from rhc.plant import Plant
 
@@ -91,7 +92,8 @@ def at_average(plant: Plant, average: Average, train_loader: Iterable[Any]) -> I
         return
     parameters = plant.parameters
     live = [p.detach().clone() for p in parameters]
-    buffers = {n: b.detach().clone() for n, b in plant.model.named_buffers()}
+    buffers = Buffers(plant.model)
+    before = buffers.copies()
     device = parameters[0].device
     try:
         with torch.no_grad():
@@ -101,8 +103,7 @@ def at_average(plant: Plant, average: Average, train_loader: Iterable[Any]) -> I
     finally:
         with torch.no_grad():
             torch._foreach_copy_([p.detach() for p in parameters], live)
-            for name, b in plant.model.named_buffers():
-                b.copy_(buffers[name])
+        buffers.put(before)
 
 
 def _estimate_statistics(plant: Plant, loader: Iterable[Any], device: torch.device) -> None:

@@ -32,6 +32,8 @@ from torch import Tensor, nn
 
 from rhc import memory
 from rhc.distributed import norm_over, norms_of_wholes
+from rhc.errors import Unseen
+from rhc.hooks import Hook, through
 from rhc.hypergradient.evaluation import (
     Evaluation,
     Scratch,
@@ -60,6 +62,7 @@ from rhc.hypergradient.states import (
     Whole,
     float_tensors,
 )
+from rhc.module_state import Buffers
 from rhc.objective import Objective, average_weights
 from rhc.plant import Block, BlockState, Plant, Trajectory, checked_loss
 
@@ -139,6 +142,13 @@ AGREES = 0.01
 Smooth models stay below 1e-3 in float32; one kink crossed is off by a third and more."""
 
 
+STRETCH = 1e-3
+"""By which share a gradient is made longer and shorter to see what a hook does."""
+
+SAME_SLOPE = 0.05
+"""Largest difference of a hook's two slopes, relative to gradients: kinks of a clamp stay below."""
+
+
 class Disagreement(Exception):
     """A difference product is not the exact one. Raised where the pass can begin again."""
 
@@ -205,8 +215,12 @@ def _terminal_costate(
         value, gradients = _of_parts(plant, trajectory, objective, terminal, at)
         return value, costate, gradients
     flats = [block.flatten(at).requires_grad_() for block in blocks]
-    live = {name: b.detach() for name, b in plant.model.named_buffers()}
-    leaves = {n: live[n].clone().requires_grad_() for n in evaluation.statistics_names}
+    live = Buffers(plant.model).live()
+    leaves = {
+        n: b.detach().clone().requires_grad_()
+        for n in evaluation.statistics_names
+        if (b := live[n]) is not None
+    }
 
     def pull(value: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         weighted = objective.terminal_weight * value
@@ -243,7 +257,7 @@ def _of_parts(
     assert plant.ranks is not None
     blocks = trajectory.blocks
     modes = [(m, m.training) for m in plant.model.modules()]
-    buffers = {name: b.detach().clone() for name, b in plant.model.named_buffers()}
+    buffers = Buffers(plant.model).copies()
     with Scratch(plant, blocks) as scratch:
         try:
             scratch.place([block.flatten(at) for block in blocks], buffers)
@@ -381,7 +395,7 @@ class _Reverse:
                 source = whole if graph is None or alone is None else alone
                 before = source.take(i)
                 costate, gradient_costates = self._pull_through_optimizer(
-                    i, before, gradients, costate
+                    i, before, gradients, costate, scratch
                 )
                 theta = before.theta
                 del before
@@ -540,18 +554,26 @@ class _Reverse:
         before: Before,
         gradients: Sequence[Tensor | None],
         costate: Costate,
+        scratch: Scratch,
     ) -> tuple[Costate, list[Tensor | None]]:
         """(λ_θ and λ_h of step i but for the loss's part, λ_g), and adds to dJ/du_i."""
         values = self._values(i)
         sigma = values.get("noise", 0.0)
         steered = "noise" in self.controls
-        changed = steered or sigma != 0 or self._clips
+        hooks = self._hooks()
+        changed = steered or sigma != 0 or self._clips or bool(hooks)
         raw = transformed = list(gradients)
         if changed:
             with torch.enable_grad():
                 noise = torch.tensor(sigma, dtype=torch.float64, requires_grad=True)
                 raw = [None if g is None else g.detach().requires_grad_() for g in gradients]
-                transformed = self._transform(i, raw, noise if steered else sigma)
+                if hooks:  # they may read the parameter
+                    scratch.place(before.theta(), self.trajectory.buffers[i])
+                    if i in self.compared:
+                        self._check_hooks(hooks, raw)
+                transformed = self._transform(
+                    i, self._through_hooks(hooks, raw), noise if steered else sigma
+                )
         parameters: list[Tensor | None] = []
         optimizer: list[list[Tensor | None]] = []
         of_gradients: list[Tensor | None] = []
@@ -572,22 +594,87 @@ class _Reverse:
             pairs = [
                 (g, v)
                 for g, v in zip(transformed, of_gradients, strict=True)
-                if g is not None and v is not None
+                if g is not None and v is not None and g.requires_grad
             ]
             leaves = [g for g in raw if g is not None]
+            read = [self.plant.parameters[k] for k in hooks]
+            of_gradients = [None for _ in raw]
             if pairs:
                 pulled = torch.autograd.grad(
                     [g for g, _ in pairs],
-                    [*leaves, noise],
+                    [*leaves, noise, *read],
                     [v for _, v in pairs],
                     allow_unused=True,
                 )
                 found = list(pulled)
                 of_gradients = [None if g is None else found.pop(0) for g in raw]
-                (of_noise,) = found
+                of_noise = found.pop(0)
+                parameters = self._with_read(parameters, dict(zip(hooks, found, strict=True)))
                 if steered and of_noise is not None:
                     self.pulled["noise"][i, 0].add_(of_noise)
         return Costate(parameters, optimizer, costate.statistics), of_gradients
+
+    def _hooks(self) -> dict[int, tuple[Hook, ...]]:
+        hooks = self.trajectory.hooks
+        return {} if hooks is None else hooks.of_tensors
+
+    def _through_hooks(
+        self, hooks: Mapping[int, Sequence[Hook]], gradients: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """What hooks of parameters make of their gradients, in vectors per block."""
+        result: list[Tensor | None] = []
+        for block, g in zip(self.blocks, gradients, strict=True):
+            if g is None or not any(k in hooks for k in block.indices):
+                result.append(g)
+                continue
+            views = zip(block.indices, block.views(g), strict=True)
+            parts = [through(hooks[k], v.clone()) if k in hooks else v for k, v in views]
+            result.append(torch.cat([part.reshape(-1) for part in parts]))
+        return result
+
+    def _check_hooks(
+        self, hooks: Mapping[int, Sequence[Hook]], gradients: Sequence[Tensor | None]
+    ) -> None:
+        """Unseen where autograd does not see what a hook does, as in no_grad or on `.data`.
+
+        ⟨h(g), ∂h/∂g g⟩ by autograd and by a central difference.
+        """
+        names = self.trajectory.hooks.names if self.trajectory.hooks is not None else ()
+        for block, vector in zip(self.blocks, gradients, strict=True):
+            views = [] if vector is None else block.views(vector.detach())
+            for k, g in zip(block.indices, views, strict=bool(views)):
+                if k not in hooks:
+                    continue
+                leaf = g.clone().requires_grad_()
+                found = through(hooks[k], leaf.clone())
+                seed, slope = found.detach(), 0.0
+                if found.requires_grad:
+                    (pulled,) = torch.autograd.grad(found, leaf, seed, allow_unused=True)
+                    slope = 0.0 if pulled is None else float((pulled * g).sum())
+                with torch.no_grad():
+                    ends = [through(hooks[k], g * (1 + e)) for e in (STRETCH, -STRETCH)]
+                expected = float((seed * (ends[0] - ends[1])).sum()) / (2 * STRETCH)
+                size = float(seed.norm() * max(seed.norm(), g.norm()))
+                if not abs(slope - expected) <= SAME_SLOPE * size and math.isfinite(size):
+                    raise Unseen(
+                        f"a hook of parameter {names[k]!r} changes its gradient where autograd does "
+                        "not see it (torch.no_grad, .data, .detach()); write it in differentiable "
+                        "operations, or do without hypergradients (rewrite=False)"
+                    )
+
+    def _with_read(
+        self, parameters: Sequence[Tensor | None], found: Mapping[int, Tensor | None]
+    ) -> list[Tensor | None]:
+        """λ_θ with what came through hooks that read parameters."""
+        result = list(parameters)
+        for b, block in enumerate(self.blocks):
+            own = [found.get(k) for k in block.indices]
+            like = next((t for t in own if t is not None), None)
+            if like is not None:
+                pairs = zip(own, block.sizes, strict=True)
+                parts = [like.new_zeros(n) if t is None else t.reshape(-1) for t, n in pairs]
+                result[b] = _sum(result[b], torch.cat(parts))
+        return result
 
     def _pull_block(
         self,
@@ -733,6 +820,11 @@ class _Reverse:
 
     def segments(self, costate: Costate, segment: int) -> Adjoint:
         """Graphs of `segment` steps at a time."""
+        if self.trajectory.hooks is not None and self.trajectory.hooks.acting:
+            raise Unseen(
+                f"hooks of parameter {self.trajectory.hooks.acting!r} change its gradient, which "
+                f"needs segment 1, got {segment}; leave segment 'auto'"
+            )
         costate = self._with_share(costate, self.steps)
         self._note(self.steps, costate)
         self.end_norm = costate.parameter_norm()
@@ -753,8 +845,9 @@ class _Reverse:
         with torch.enable_grad():
             leaves = states = [_leaf_state(s) for s in trajectory.states[start]]
             statistics = first_statistics = {
-                n: trajectory.buffers[start][n].detach().clone().requires_grad_()
+                n: b.detach().clone().requires_grad_()
                 for n in costate.statistics
+                if (b := trajectory.buffers[start][n]) is not None
             }
             for i in range(start, stop):
                 rng = trajectory.rng[i]

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from rhc.errors import Unseen
 from rhc.faults import Relief, out_of_memory
 from rhc.hypergradient import Damping, Hypergradient, Lookback, Product
 from rhc.hypergradient.record import WindowRecorder
@@ -90,14 +91,24 @@ class Looking:
         """Live steps through the attempt's window, and its hypergradient unless they fail."""
         try:
             self._look_at(attempt, commit, terminal)
+        except Unseen as error:
+            self._unseen(attempt, error)
         except (RuntimeError, MemoryError, OSError) as error:
             if not out_of_memory(error) or self.plant.ranks is not None:
                 raise
             attempt.starved = True
-        if attempt.starved:  # out of the handler, whose traceback holds what there was
+        if attempt.starved and attempt.failure is None:  # out of the handler, whose traceback holds what there was
             attempt.hypergradient, attempt.trajectory, self.loop.live = None, None, None
             attempt.failure = f"out of memory; from now on {self._relieved(attempt)}"
             self.chronicle.notice(f"looking back ran {attempt.failure}")
+
+    def _unseen(self, attempt: Attempt, error: Unseen) -> None:
+        """The run goes on without looking back, and says why."""
+        self.plant.optimizer.zero_grad()
+        attempt.starved, attempt.failure = True, f"no hypergradients: {error}"
+        attempt.hypergradient, attempt.trajectory, self.loop.live = None, None, None
+        self.loop.relief = replace(self.loop.relief, blind=True)
+        self.chronicle.notice(f"from now on windows are not rewritten: {error}")
 
     def _look_at(self, attempt: Attempt, commit: int, terminal: HeldOutLoss | None) -> None:
         """`roll` where memory suffices."""
