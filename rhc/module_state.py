@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,7 +113,7 @@ def overlaps(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
         ends.setdefault(key, []).append((first, first + (last + 1) * size, name))
     for own in ends.values():
         own.sort()
-        for (_, stop, name), (start, _, other) in zip(own, own[1:], strict=False):
+        for (_, stop, name), (start, _, other) in pairwise(own):
             if start < stop:
                 return name, other
     return None
@@ -266,7 +267,8 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
     if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(x is y or _same_number(x, y) for x, y in zip(a, b))
+        pairs = zip(a, b, strict=False)
+        return len(a) == len(b) and all(x is y or _same_number(x, y) for x, y in pairs)
     try:
         return bool(np.all(a == b))
     except (TypeError, ValueError, RuntimeError):

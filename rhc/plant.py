@@ -36,7 +36,7 @@ from rhc.distributed import (
 )
 from rhc.dynamics import Dynamics, dynamics_of
 from rhc.errors import InputError, Unseen
-from rhc.hooks import Hooks
+from rhc.hooks import Hooks, watched_inside
 from rhc.module_state import Attributes, Buffers, Captured, Place, overlaps
 from rhc.noise import add_gradient_noise, drawn_noise, root_mean_square, standard_noise
 from rhc.objective import Average
@@ -262,7 +262,7 @@ class Plant:
         """
         self.controls.write(controls)
         self.forget_gradients()
-        with contextlib.nullcontext() if recorder is None else recorder.hooks.taken():
+        with contextlib.nullcontext() if recorder is None else recorder.watching():
             if backward is None:
                 loss, metrics = self.backward(batch)
             else:
@@ -596,8 +596,8 @@ class Plant:
         if found is not None:
             first, second = found
             raise Unseen(
-                f"parameters {first!r} and {second!r} share memory, so that a step of one moves the "
-                "other, which hypergradients cannot see through; give both modules the same "
+                f"parameters {first!r} and {second!r} share memory, so that a step of one moves "
+                "the other, which hypergradients cannot see through; give both modules the same "
                 "Parameter, or do without them (rewrite=False)"
             )
 
@@ -738,8 +738,16 @@ class Recorder:
         if i == 0 and self.plant.moved is None:
             trajectory.buffers[0] |= {n: p.detach().clone() for n, p in self._untrained.items()}
         self._versions = [p._version for p in self.plant.parameters]
-        self._norms = self._take_norms() if i == 0 else []
+        self._norms = self._take_norms() if self.looks_closely(i) else []
         return None
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around a step's loss and its backward pass."""
+        first = len(self.trajectory.batches) == 1
+        inside = watched_inside(self.plant.model) if first else contextlib.nullcontext()
+        with self.hooks.taken(), inside:
+            yield
 
     def _find_moved(self) -> None:
         """What the first step that was recorded has changed, and the next ones will."""
@@ -752,6 +760,10 @@ class Recorder:
                     del first[name]
             plant.moved = {n: p for n, p in self._untrained.items() if n in first}
             self._buffers.moved = plant.moved
+
+    def looks_closely(self, i: int) -> bool:
+        """Whether step i is compared by values: the first and the last one of the window."""
+        return i in (0, len(self.trajectory.schedule) - 1)
 
     def _take_norms(self) -> list[Tensor]:
         if self.plant.shared_out:
@@ -784,9 +796,9 @@ class Recorder:
         several = isinstance(trajectory.batches[-1], (MicroBatches, DrawnAsNeeded))
         if self.hooks.acting and (several or self.plant.ranks is not None):
             raise Unseen(
-                f"hooks of parameter {self.hooks.acting!r} change its gradient at every micro-batch "
-                "or rank, and hypergradients see their mean; use accumulate=1 and one process, or "
-                "do without them (rewrite=False)"
+                f"hooks of parameter {self.hooks.acting!r} change its gradient at every "
+                "micro-batch or rank, and hypergradients see their mean; use accumulate=1 and one "
+                "process, or do without them (rewrite=False)"
             )
 
     def keep(self, i: int, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -882,8 +894,8 @@ class _Scalars:
 def moved_by_loss(name: str) -> Unseen:
     """What is said where loss_fn changes a parameter that the optimizer trains."""
     return Unseen(
-        f"loss_fn changes parameter {name!r} in place (clamp_, .data, Embedding(max_norm=…)), which "
-        "hypergradients cannot see through; compute what it is to be inside the model "
+        f"loss_fn changes parameter {name!r} in place (clamp_, .data, Embedding(max_norm=…)), "
+        "which hypergradients cannot see through; compute what it is to be inside the model "
         "(torch.nn.utils.parametrize), or do without them (rewrite=False)"
     )
 

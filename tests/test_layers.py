@@ -12,8 +12,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 LAYERS = (
     {
-        "_lr_scheduler", "distributed", "errors", "files", "hooks", "memory", "module_state", "noise",
-        "randomness", "schedule", "signals", "stopping", "workload",
+        "_lr_scheduler", "distributed", "errors", "files", "hooks", "memory", "module_state",
+        "noise", "randomness", "schedule", "signals", "stopping", "workload",
     },
     {
         "advice", "batches", "checkpoint", "config", "dynamics", "events", "hindsight_config",

@@ -71,9 +71,7 @@ class Evaluation:
         self.substitution = _Substitution(plant.model)
         self.names = [name for block in blocks for name in block.names]
 
-    def substituted(
-        self, flats: Sequence[Tensor], buffers: Values
-    ) -> dict[str, Tensor | None]:
+    def substituted(self, flats: Sequence[Tensor], buffers: Values) -> dict[str, Tensor | None]:
         """name -> tensor for every parameter of the blocks and every buffer."""
         tensors = {
             name: view

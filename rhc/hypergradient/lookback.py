@@ -508,8 +508,8 @@ def _has_moved(live: Tensor, before: Sequence[Tensor | None]) -> bool:
 def _left_out(moving: Sequence[str]) -> str:
     names = ", ".join(moving[:3]) + (", …" if len(moving) > 3 else "")
     return (
-        f"buffers and parameters that are not trained, {names}, change in training and count as constants of each step: what loss_fn "
-        "reads of them (spectral_norm does) is left out of the hypergradient"
+        f"buffers or frozen parameters {names} change in training and count as constants of each "
+        "step: what loss_fn reads of them (spectral_norm does) is left out of the hypergradient"
     )
 
 

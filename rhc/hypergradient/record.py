@@ -180,8 +180,12 @@ class WindowRecorder(Recorder):
             if self.ceiling is not None and 4 * len(self.graphs) >= 3 * self.plan.graphs:
                 self.ceiling.check_growth()
         indices = (i for block in blocks for i in block.indices)
-        for index, g in zip(indices, values, strict=True):
-            plant.parameters[index].grad = g
+        close = self.looks_closely(i)
+        for index, g, leaf in zip(indices, values, graph.leaves, strict=True):
+            p = plant.parameters[index]
+            if close and not torch.equal(leaf, p) and bool(leaf.isfinite().all()):
+                raise moved_by_loss(self.hooks.names[index])
+            p.grad = g
         with torch.no_grad():
             for own, name, live, after in buffers:
                 own[name] = after if live is None or after is None else filled(live, after)

@@ -423,7 +423,8 @@ class _Reverse:
         small = 0 if self.tight else SMALL_STATES
         alone: Source | None = None
         schedule = self.trajectory.schedule
-        if chunk.graphs and product == "exact" and self.plant.slots_alone(schedule, self.controls):
+        blind = not self._hooks() and self.plant.slots_alone(schedule, self.controls)
+        if chunk.graphs and product == "exact" and blind:
             theta = partial(self._rebuilt_theta, chunk)
             fold = self.dynamics.fold
             if fold is not None and self._folds(chunk):
@@ -637,29 +638,17 @@ class _Reverse:
     ) -> None:
         """Unseen where autograd does not see what a hook does, as in no_grad or on `.data`.
 
-        ⟨h(g), ∂h/∂g g⟩ by autograd and by a central difference.
+        Derivatives along g and along θ, by autograd and by central differences.
         """
         names = self.trajectory.hooks.names if self.trajectory.hooks is not None else ()
         for block, vector in zip(self.blocks, gradients, strict=True):
             views = [] if vector is None else block.views(vector.detach())
             for k, g in zip(block.indices, views, strict=bool(views)):
-                if k not in hooks:
-                    continue
-                leaf = g.clone().requires_grad_()
-                found = through(hooks[k], leaf.clone())
-                seed, slope = found.detach(), 0.0
-                if found.requires_grad:
-                    (pulled,) = torch.autograd.grad(found, leaf, seed, allow_unused=True)
-                    slope = 0.0 if pulled is None else float((pulled * g).sum())
-                with torch.no_grad():
-                    ends = [through(hooks[k], g * (1 + e)) for e in (STRETCH, -STRETCH)]
-                expected = float((seed * (ends[0] - ends[1])).sum()) / (2 * STRETCH)
-                size = float(seed.norm() * max(seed.norm(), g.norm()))
-                if not abs(slope - expected) <= SAME_SLOPE * size and math.isfinite(size):
+                if k in hooks and not _is_seen(hooks[k], g, self.plant.parameters[k]):
                     raise Unseen(
-                        f"a hook of parameter {names[k]!r} changes its gradient where autograd does "
-                        "not see it (torch.no_grad, .data, .detach()); write it in differentiable "
-                        "operations, or do without hypergradients (rewrite=False)"
+                        f"a hook of parameter {names[k]!r} changes its gradient where autograd "
+                        "does not see it (torch.no_grad, .data, .detach()); write it in "
+                        "differentiable operations, or do without hypergradients (rewrite=False)"
                     )
 
     def _with_read(
@@ -1041,6 +1030,36 @@ class _Reverse:
                 )
                 result[b] = g + _cast(sigma, g) * scale
         return result
+
+
+def _is_seen(hooks: Sequence[Hook], g: Tensor, p: Tensor) -> bool:
+    """Whether autograd's derivatives of what hooks make of g, along g and along p, are right."""
+    leaf, data = g.clone().requires_grad_(), p.data
+
+    def made(of_g: float, of_p: float) -> Tensor:
+        with torch.no_grad():
+            p.data = data * (1 + of_p)
+            return through(hooks, g * (1 + of_g))
+
+    try:
+        along_g = (made(STRETCH, 0) - made(-STRETCH, 0)) / (2 * STRETCH)
+        along_p = (made(0, STRETCH) - made(0, -STRETCH)) / (2 * STRETCH)
+    finally:
+        p.data = data
+    found = through(hooks, leaf.clone())
+    for seed, slope in ((g, along_g), (along_g, along_g), (along_p, along_p)):
+        pulled: Sequence[Tensor | None] = (None, None)
+        if found.requires_grad:
+            pulled = torch.autograd.grad(
+                found, (leaf, p), seed, allow_unused=True, retain_graph=True
+            )
+        of, point = (pulled[1], data) if slope is along_p else (pulled[0], g)
+        expected = float((seed * slope).sum())
+        by_autograd = 0.0 if of is None else float((of * point).sum())
+        size = float(seed.norm() * max(seed.norm(), slope.norm()))
+        if math.isfinite(size) and not abs(by_autograd - expected) <= SAME_SLOPE * size:
+            return False
+    return True
 
 
 def _leaf_state(state: BlockState) -> BlockState:
