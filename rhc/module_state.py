@@ -108,9 +108,9 @@ def overlaps(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
             continue
         size = t.element_size()
         last = sum(s * (n - 1) for s, n in zip(t.stride(), t.shape, strict=True))
-        first = t.storage_offset() * size
+        first = int(t.storage_offset()) * size
         key = t.untyped_storage().data_ptr()
-        ends.setdefault(key, []).append((first, first + (last + 1) * size, name))
+        ends.setdefault(key, []).append((first, first + (int(last) + 1) * size, name))
     for own in ends.values():
         own.sort()
         for (_, stop, name), (start, _, other) in pairwise(own):
@@ -287,7 +287,7 @@ def _set_bits(generator: np.random.Generator, state: Any) -> None:
 @torch.no_grad()
 def _fill(live: Tensor, content: Tensor) -> None:
     if filled(live, content) is not live:
-        live.set_(content.clone())  # type: ignore[no-untyped-call]
+        live.data = content.clone()
 
 
 def _refill(live: Any, content: Sequence[Any]) -> None:

@@ -815,7 +815,9 @@ class Recorder:
         for i, counted in enumerate(self._counted[: len(trajectory.rng)]):
             if self.plant.counted:
                 only = counted.only(self.plant.counted)
-                trajectory.rng[i] = Found(trajectory.rng[i], only)
+                rng = trajectory.rng[i]
+                assert not isinstance(rng, Found)
+                trajectory.rng[i] = Found(rng, only)
         if trajectory.diverged is None and self.states(n):
             trajectory.states[n] = self.plant.block_states(trajectory.blocks)
 
