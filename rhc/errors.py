@@ -15,6 +15,10 @@ class InputError(ValueError):
     """
 
 
+class Unseen(InputError):
+    """A step does what a hypergradient cannot see through; a run goes on without looking back."""
+
+
 class DivergedError(RuntimeError):
     """No lr within its bounds makes the next window finite; the last checkpoint is intact."""
 

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rhc.batches import batch_size, begun, loader_preserved
 from rhc.containers import spare, to_device
+from rhc.module_state import Buffers
 from rhc.objective import Average
 from rhc.plant import Plant
 
@@ -98,7 +99,8 @@ def at_average(plant: Plant, average: Average, train_loader: Iterable[Any]) -> I
         return
     parameters = plant.parameters
     live = [p.detach().clone() for p in parameters]
-    buffers = {n: b.detach().clone() for n, b in plant.model.named_buffers()}
+    buffers = Buffers(plant.model)
+    before = buffers.copies()
     device = parameters[0].device
     swapped, plant.has_evaluation_weights = plant.has_evaluation_weights, False
     try:
@@ -110,8 +112,7 @@ def at_average(plant: Plant, average: Average, train_loader: Iterable[Any]) -> I
         plant.has_evaluation_weights = swapped
         with torch.no_grad():
             torch._foreach_copy_([p.detach() for p in parameters], live)
-            for name, b in plant.model.named_buffers():
-                b.copy_(buffers[name])
+        buffers.put(before)
 
 
 def _estimate_statistics(plant: Plant, loader: Iterable[Any], device: torch.device) -> None:

@@ -37,7 +37,9 @@ from rhc.distributed import (
     weighing,
 )
 from rhc.dynamics import Dynamics, dynamics_of
-from rhc.errors import InputError, whole_number
+from rhc.errors import InputError, Unseen, whole_number
+from rhc.hooks import Hooks, watched_inside
+from rhc.module_state import Attributes, Buffers, Captured, Place, overlaps
 from rhc.noise import add_gradient_noise, drawn_noise, root_mean_square, standard_noise
 from rhc.objective import Average
 from rhc.randomness import RandomState, RandomWatch
@@ -59,15 +61,17 @@ Backward = Callable[[], tuple[Tensor, dict[str, Tensor]]]
 class Snapshot:
     """A copy in memory of everything a step can change.
 
-    parameters, buffers: name -> tensor. slots: one dict per parameter of the optimizer. groups:
-    the optimizer's hyperparameters. rng: the global random state.
+    parameters, buffers: name -> tensor, None for a buffer that is not there yet. slots: one dict
+    per parameter of the optimizer. groups: the optimizer's hyperparameters. rng: the global random
+    state. attributes: what modules hold beside these; None where it was not looked at.
     """
 
     parameters: dict[str, Tensor]
-    buffers: dict[str, Tensor]
+    buffers: dict[str, Tensor | None]
     slots: list[dict[str, Any]]
     groups: list[dict[str, Any]]
     rng: RandomState
+    attributes: Captured | None = None
 
 
 @dataclass(frozen=True)
@@ -108,15 +112,28 @@ class BlockState:
     optimizer: Any
 
 
+@dataclass(frozen=True)
+class Found:
+    """What a step draws from, and counts by: the global random state, attributes of modules."""
+
+    rng: RandomState | None
+    attributes: Captured
+
+    def restore(self) -> None:
+        if self.rng is not None:
+            self.rng.restore()
+        self.attributes.restore()
+
+
 @dataclass
 class Trajectory:
     """What a roll leaves behind, for K steps from absolute step `start`.
 
     For a recorded roll, states: roll index -> one BlockState per block, at the indices asked for;
     slots: roll index -> the optimizer's state alone, per block, where no more was asked for;
-    gradients: per step, one flat vector per block (None where the block took no part); batches,
-    buffers and rng: as each step found them, rng None where the step draws nothing. losses,
-    metrics, gradient_norms: as observed.
+    gradients: per step, one flat vector per block (None where the block took no part), before what
+    hooks make of it; batches, buffers and rng: as each step found them, rng None where the step
+    draws nothing. hooks: of the parameters. losses, metrics, gradient_norms: as observed.
     diverged: the roll index of the first step whose loss was not finite, or above the limit.
     """
 
@@ -127,8 +144,9 @@ class Trajectory:
     states: dict[int, list[BlockState]] = field(default_factory=dict)
     slots: dict[int, list[Any]] = field(default_factory=dict)
     gradients: list[list[Tensor | None]] = field(default_factory=list)
-    buffers: list[dict[str, Tensor]] = field(default_factory=list)
-    rng: list[RandomState | None] = field(default_factory=list)
+    buffers: list[dict[str, Tensor | None]] = field(default_factory=list)
+    rng: list[RandomState | Found | None] = field(default_factory=list)
+    hooks: Hooks | None = None
     losses: list[Tensor] = field(default_factory=list)
     metrics: list[dict[str, Tensor]] = field(default_factory=list)
     gradient_norms: list[float | Tensor] = field(default_factory=list)
@@ -232,6 +250,10 @@ class Plant:
         # An attention mask of -inf is no sign of divergence.
         buffers = model.named_buffers()
         self._infinite = {n for n, b in buffers if not bool(b.isfinite().all())}
+        self.counted: list[Place] | None = None
+        """Attributes of modules that a step changes, and (moved) parameters that the optimizer does
+        not train and loss_fn does; None before a step was recorded."""
+        self.moved: dict[str, Tensor] | None = None
         self._on_cpu = all(p.device.type == "cpu" for p in self.parameters)
 
     def find_statistics(self) -> None:
@@ -263,10 +285,10 @@ class Plant:
         batch: Any,
         controls: Mapping[str, float],
         step: int,
-        keep: Callable[[], None] | None,
+        recorder: Recorder | None,
         backward: Backward | None = None,
     ) -> StepRecord:
-        """`step`, with a look at the raw gradients (`keep`) before clipping and noise.
+        """`step`, where the recorder sees the raw gradients, before hooks, clipping and noise.
 
         backward: fills the gradients in place of loss and backward.
         """
@@ -279,9 +301,9 @@ class Plant:
         self.controls.write(controls)
         if self._closure != "none":
             return self._step_by_closure(batch, controls, step)
-        observed = self._differentiate(batch, controls, step, keep, backward)
+        observed = self._differentiate(batch, controls, step, recorder, backward)
         try:
-            self.optimizer.step()
+            (self.optimizer if recorder is None else recorder.hooks).step()
         except Exception as error:
             if "closure" not in str(error).lower():
                 raise
@@ -318,19 +340,20 @@ class Plant:
         batch: Any,
         controls: Mapping[str, float],
         step: int,
-        keep: Callable[[], None] | None = None,
+        recorder: Recorder | None = None,
         backward: Backward | None = None,
     ) -> StepRecord:
         """Fills every `.grad` with what the optimizer is to step by."""
         self.forget_gradients()
-        if backward is None:
-            loss, metrics = self.backward(batch)
-        else:
-            loss, metrics = self._with_means(*backward())
+        with contextlib.nullcontext() if recorder is None else recorder.watching():
+            if backward is None:
+                loss, metrics = self.backward(batch)
+            else:
+                loss, metrics = self._with_means(*backward())
         if self._statistics and self.ranks is not None:
             self.ranks.mean_(self._statistics)
-        if keep is not None:
-            keep()
+        if recorder is not None:
+            recorder.keep_gradients()
         norm = self._transform_gradients(controls.get("noise", 0.0), step)
         # A copy: the model may go on changing what it gave, such as a counter.
         return StepRecord(loss.detach(), {k: v.detach().clone() for k, v in metrics.items()}, norm)
@@ -491,11 +514,16 @@ class Plant:
         self._settle()
         return Snapshot(
             {n: p.detach().clone() for n, p in self.model.named_parameters()},
-            {n: b.detach().clone() for n, b in self.model.named_buffers()},
+            Buffers(self.model).copies(),
             [_copied(self.optimizer.state.get(p, {})) for p in self.owned],
             [_copied(_hyperparameters(g)) for g in self.groups],
             RandomState.capture(),
+            self.attributes(),
         )
+
+    def attributes(self) -> Captured:
+        """What modules hold beside parameters and buffers: counters, generators, lists."""
+        return Attributes(self.model).capture()
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
@@ -503,8 +531,9 @@ class Plant:
         self._settle()
         for name, parameter in self.model.named_parameters():
             parameter.copy_(snapshot.parameters[name])
-        for name, buffer in self.model.named_buffers():
-            buffer.copy_(snapshot.buffers[name])
+        Buffers(self.model).put(snapshot.buffers)
+        if snapshot.attributes is not None:
+            snapshot.attributes.restore()
         for p, slots in zip(self.owned, snapshot.slots, strict=True):
             _restore_slots(self.optimizer.state, p, slots)
         for group, values in zip(self.groups, snapshot.groups, strict=True):
@@ -514,6 +543,17 @@ class Plant:
                 else:
                     group[key] = value
         snapshot.rng.restore()
+
+    @contextlib.contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Leaves what loss_fn moves beside trained parameters as it was found."""
+        buffers = Buffers(self.model, self.untrained)
+        before, attributes = buffers.copies(), self.attributes()
+        try:
+            yield
+        finally:
+            buffers.put(before)
+            attributes.restore()
 
     def _settle(self) -> None:
         if self.shared_out:
@@ -624,8 +664,7 @@ class Plant:
         for i, batch in enumerate(batches):
             backward = None if recorder is None else recorder.before(i, batch)
             step = schedule.start + i
-            keep = None if recorder is None else recorder.keep_gradients
-            observed = self._advance(batch, schedule.at(step), step, keep, backward)
+            observed = self._advance(batch, schedule.at(step), step, recorder, backward)
             if recorder is None:
                 trajectory.losses.append(observed.loss)
                 trajectory.metrics.append(observed.metrics)
@@ -661,6 +700,32 @@ class Plant:
     def dynamics(self) -> Dynamics:
         """The differentiable form of the optimizer; an InputError where there is none."""
         return dynamics_of(self.optimizer)
+
+    @property
+    def hooks(self) -> Hooks:
+        """Those of optimizer and parameters, in their order."""
+        owned = [] if self.shared_out else self.owned
+        return Hooks(self.optimizer, owned, [self._names[id(p)] for p in owned])
+
+    @property
+    def untrained(self) -> dict[str, Tensor]:
+        """The model's parameters that the optimizer leaves as they are."""
+        trained = {id(p) for p in self.owned if p.requires_grad}
+        return {n: p for n, p in self.model.named_parameters() if id(p) not in trained}
+
+    def refuse_overlaps(self) -> None:
+        """Unseen where two parameters share memory: a step of one moves the other too."""
+        if self.shared_out:
+            return
+        own = {n: p.detach() for n, p in self.model.named_parameters()}
+        found = overlaps(own)
+        if found is not None:
+            first, second = found
+            raise Unseen(
+                f"parameters {first!r} and {second!r} share memory, so that a step of one moves "
+                "the other, which hypergradients cannot see through; give both modules the same "
+                "Parameter, or do without them (rewrite=False)"
+            )
 
     def blocks(self) -> tuple[Block, ...]:
         """The optimizer's trainable parameters, grouped by what steps them alike.
@@ -711,6 +776,7 @@ class Plant:
         return (
             self.dynamics.blind
             and not decays
+            and not self.hooks.of_tensors  # which may read it
             and not any(
                 group.get("weight_decay") or group.get("amsgrad")
                 for group in self.optimizer.param_groups
@@ -772,11 +838,14 @@ class Recorder:
         self.blocks = blocks
         self.store = _Store(steps)
         self._watch: RandomWatch | None = None
-        # named_buffers() takes 50 µs a step of a small model; modules stay, buffers may not.
-        self._buffers = [
-            (f"{prefix}." if prefix else "", module._buffers)
-            for prefix, module in plant.model.named_modules()
-        ]
+        # Modules stay, buffers may not. Finding them takes 50 µs a step of a small model.
+        self._buffers = Buffers(plant.model, plant.moved)
+        self._attributes = Attributes(plant.model)
+        self._counted: list[Captured] = []
+        self._untrained = plant.untrained
+        self._versions: list[int] = []
+        self._norms: list[Tensor] = []
+        self.hooks = plant.hooks
 
     def before(self, i: int, batch: Any) -> Backward | None:
         """Called before every step; may return what is to take the place of loss and backward."""
@@ -786,18 +855,62 @@ class Recorder:
         elif self.states(i):
             trajectory.slots[i] = self.plant.block_slots(trajectory.blocks)
         trajectory.batches.append(batch)
+        trajectory.hooks = self.hooks
+        if i == 1:
+            self._find_moved()
         self._note_randomness()
-        found: dict[int, tuple[str, Tensor]] = {}
-        for prefix, buffers in self._buffers:
-            for name, buffer in buffers.items():
-                if buffer is not None:
-                    found.setdefault(id(buffer), (prefix + name, buffer))
-        trajectory.buffers.append({n: b.detach().clone() for n, b in found.values()})
+        self._counted.append(self._attributes.capture(self.plant.counted))
+        trajectory.buffers.append(self._buffers.copies())
+        if i == 0 and self.plant.moved is None:
+            trajectory.buffers[0] |= {n: p.detach().clone() for n, p in self._untrained.items()}
+        self._versions = [p._version for p in self.plant.parameters]
+        self._norms = self._take_norms() if self.looks_closely(i) else []
         return None
 
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around a step's loss and its backward pass."""
+        first = len(self.trajectory.batches) == 1
+        inside = watched_inside(self.plant.model) if first else contextlib.nullcontext()
+        with self.hooks.taken(), inside:
+            yield
+
+    def _find_moved(self) -> None:
+        """What the first step that was recorded has changed, and the next ones will."""
+        plant, first = self.plant, self.trajectory.buffers[0]
+        if plant.counted is None:
+            plant.counted = self._counted[0].moved(self._attributes.capture())
+        if plant.moved is None:
+            for name, p in self._untrained.items():
+                if torch.equal(p, first[name]):  # type: ignore[arg-type]
+                    del first[name]
+            plant.moved = {n: p for n, p in self._untrained.items() if n in first}
+            self._buffers.moved = plant.moved
+
+    def looks_closely(self, i: int) -> bool:
+        """Whether step i is compared by values: the first and the last one of the window."""
+        return i in (0, len(self.trajectory.schedule) - 1)
+
+    def _take_norms(self) -> list[Tensor]:
+        if self.plant.shared_out:
+            return []
+        return list(torch._foreach_norm([p.detach() for p in self.plant.parameters]))
+
+    def _refuse_moved(self) -> None:
+        """Unseen where loss_fn itself has moved parameters that the optimizer trains."""
+        versions = [p._version for p in self.plant.parameters]
+        moved = [a != b for a, b in zip(self._versions, versions, strict=True)]
+        if self._norms:  # what changes .data counts no versions
+            pairs = zip(self._norms, self._take_norms(), strict=True)
+            moved = [bool(b.isfinite()) and a.item() != b.item() for a, b in pairs]
+        names = [n for n, m in zip(self.hooks.names, moved, strict=True) if m]
+        if names:
+            raise moved_by_loss(names[0])
+
     def keep_gradients(self) -> None:
-        """Called with the raw gradients, before clipping and noise."""
+        """Called with the raw gradients, before hooks, clipping and noise."""
         trajectory = self.trajectory
+        self._refuse_moved()
         gradients = [p.grad for p in self.plant.parameters]
         self.plant.refuse_sparse(slots=False)
         if any(_is_split(block, gradients) for block in trajectory.blocks):
@@ -805,6 +918,14 @@ class Recorder:
             self.plant.singletons = True
             _split_blocks(trajectory)
         trajectory.gradients.append(self.keep(len(trajectory.gradients), gradients))
+        self.hooks.run()
+        several = isinstance(trajectory.batches[-1], (MicroBatches, DrawnAsNeeded))
+        if self.hooks.acting and (several or self.plant.ranks is not None):
+            raise Unseen(
+                f"hooks of parameter {self.hooks.acting!r} change its gradient at every "
+                "micro-batch or rank, and hypergradients see their mean; use accumulate=1 and one "
+                "process, or do without them (rewrite=False)"
+            )
 
     def keep(self, i: int, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The gradients of step i as they are remembered, a vector per block; [] for not."""
@@ -816,6 +937,13 @@ class Recorder:
         n = len(trajectory)
         self._note_randomness()
         trajectory.rng.pop()
+        self._find_moved()
+        for i, counted in enumerate(self._counted[: len(trajectory.rng)]):
+            if self.plant.counted:
+                only = counted.only(self.plant.counted)
+                rng = trajectory.rng[i]
+                assert not isinstance(rng, Found)
+                trajectory.rng[i] = Found(rng, only)
         if trajectory.diverged is None and self.states(n):
             trajectory.states[n] = self.plant.block_states(trajectory.blocks)
 
@@ -890,6 +1018,15 @@ class _Scalars:
             self.rooms[key] = room, list(room.unbind()[::-1])
         own = self.rooms[key][1].pop()
         return own.copy_(value)
+
+
+def moved_by_loss(name: str) -> Unseen:
+    """What is said where loss_fn changes a parameter that the optimizer trains."""
+    return Unseen(
+        f"loss_fn changes parameter {name!r} in place (clamp_, .data, Embedding(max_norm=…)), "
+        "which hypergradients cannot see through; compute what it is to be inside the model "
+        "(torch.nn.utils.parametrize), or do without them (rewrite=False)"
+    )
 
 
 def _is_split(block: Block, gradients: Sequence[Tensor | None]) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rhc.distributed import read_parts, shared_as
 from rhc.errors import InputError
+from rhc.module_state import Buffers
 from rhc.plant import Plant, Snapshot
 from rhc.randomness import RandomState, preserved
 
@@ -19,7 +20,7 @@ Tensors = dict[str, dict[str, Tensor]]
 def snapshot_to_tensors(snapshot: Snapshot) -> tuple[Tensors, dict[str, Any]]:
     """(tensors by group: model, optimizer, rng; the JSON-able rest of the optimizer)."""
     model = {f"parameter.{n}": t for n, t in snapshot.parameters.items()}
-    model |= {f"buffer.{n}": t for n, t in snapshot.buffers.items()}
+    model |= {f"buffer.{n}": t for n, t in snapshot.buffers.items() if t is not None}
     optimizer: dict[str, Tensor] = {}
     slots: list[dict[str, Any]] = []
     groups: list[dict[str, Any]] = []
@@ -64,15 +65,20 @@ def with_parts(plant: Plant, tensors: Tensors, folder: Path) -> Tensors:
 def snapshot_from_tensors(plant: Plant, tensors: Tensors, rest: Mapping[str, Any]) -> Snapshot:
     """The inverse, for `plant`; names or shapes that its model lacks are InputErrors."""
     expected: dict[str, Tensor] = {f"parameter.{n}": p for n, p in plant.model.named_parameters()}
-    expected |= {f"buffer.{n}": b for n, b in plant.model.named_buffers()}
+    buffers = Buffers(plant.model).live()
+    expected |= {f"buffer.{n}": b for n, b in buffers.items() if b is not None}
     found = tensors["model"]
     for name in expected.keys() ^ found.keys():
+        if name in found and _may_come(plant, name):
+            continue
         where = "checkpoint" if name in found else "model"
         raise InputError(
             f"{name} is in the {where} only; resume with the model that the run began with"
         )
     for name, live in expected.items():
-        if found[name].shape != live.shape or found[name].dtype != live.dtype:
+        may_grow = name.startswith("buffer.")
+        same_shape = may_grow or found[name].shape == live.shape
+        if not same_shape or found[name].dtype != live.dtype:
             raise InputError(
                 f"{name} is {tuple(found[name].shape)} of {found[name].dtype} in the checkpoint, "
                 f"{tuple(live.shape)} of {live.dtype} in the model; resume with the model that the "
@@ -111,11 +117,18 @@ def snapshot_from_tensors(plant: Plant, tensors: Tensors, rest: Mapping[str, Any
         rng.restore()  # what torch, numpy or python refuse, they refuse here
     return Snapshot(
         {n: shared_as(found[f"parameter.{n}"], p) for n, p in plant.model.named_parameters()},
-        {n: found[f"buffer.{n}"] for n, _ in plant.model.named_buffers()},
+        {n: None for n in buffers}
+        | {n.removeprefix("buffer."): b for n, b in found.items() if n.startswith("buffer.")},
         slots,
         groups,
         rng,
     )
+
+
+def _may_come(plant: Plant, name: str) -> bool:
+    """Whether it is of a buffer that a forward pass fills or registers: its module is there."""
+    module, _, _ = name.removeprefix("buffer.").rpartition(".")
+    return name.startswith("buffer.") and module in dict(plant.model.named_modules())
 
 
 def _has_dynamics(plant: Plant) -> bool:

@@ -113,7 +113,9 @@ def test_a_copy_shares_no_memory(name: str) -> None:
     for t in tensors_of(found):
         t.mul_(0)
     after = tensors_of(batch)
-    assert before and all(torch.equal(a.to_dense(), b.to_dense()) for a, b in zip(before, after))
+    assert before and all(
+        torch.equal(a.to_dense(), b.to_dense()) for a, b in zip(before, after, strict=True)
+    )
 
 
 def test_arrays_are_copied_too() -> None:

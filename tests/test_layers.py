@@ -12,8 +12,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 LAYERS = (
     {
-        "_lr_scheduler", "containers", "distributed", "errors", "files", "memory", "noise",
-        "randomness", "runner_files", "schedule", "signals", "stopping", "workload",
+        "_lr_scheduler", "containers", "distributed", "errors", "files", "hooks", "memory",
+        "module_state", "noise", "randomness", "runner_files", "schedule", "signals", "stopping",
+        "workload",
     },
     {
         "advice", "batches", "checkpoint", "config", "dynamics", "events", "hindsight_config",

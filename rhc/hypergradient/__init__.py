@@ -34,6 +34,7 @@ from rhc.hypergradient.lookback import (
 from rhc.hypergradient.plan import Plan
 from rhc.hypergradient.products import PRODUCT_COST, PRODUCTS, Product
 from rhc.hypergradient.segments import Damping, Terminal
+from rhc.module_state import Buffers
 from rhc.objective import Average, Objective
 from rhc.plant import LossFn, Plant
 from rhc.schedule import CONTROLS, Schedule, control
@@ -163,8 +164,8 @@ def hypergradient(
                 "parameters": plant.norms(),
             }
         )
-    before = plant.snapshot()
-    grads = [p.grad for p in model.parameters()]
+    before, buffers = plant.snapshot(), Buffers(model)
+    grads = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
     groups = optimizer.param_groups
     tensors = [{k: v for k, v in g.items() if isinstance(v, Tensor)} for g in groups]
@@ -198,11 +199,12 @@ def hypergradient(
     finally:
         for group, own in zip(groups, tensors, strict=True):
             group.update(own)  # the same objects, also where one was of several groups
-        plant.restore(before)
-        for p, g in zip(model.parameters(), grads, strict=True):
-            p.grad = g
+        for p, g, wanted in grads:
+            p.grad, p.requires_grad = g, wanted
         for module, training in modes:
             module.training = training
+        buffers.put(before.buffers)  # into the tensors that were there
+        plant.restore(before)
 
 
 def _weighed(batches: Sequence[Any], ranks: Ranks) -> list[Any]:

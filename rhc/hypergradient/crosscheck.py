@@ -52,6 +52,8 @@ def higher_hypergradient(
         )
     if any(group["maximize"] for group in optimizer.param_groups):
         raise InputError("engine 'higher' does not maximize; use engine 'adjoint'")
+    if plant.hooks.of_tensors:
+        raise InputError("engine 'higher' runs no hooks of parameters; use engine 'adjoint'")
     if plant.clip_norm is not None:
         raise InputError("engine 'higher' does not clip gradients; use engine 'adjoint'")
     steps = len(batches)

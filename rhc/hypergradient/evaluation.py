@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -38,6 +37,7 @@ from rhc.hypergradient.kernels import (
     light_second_order,
     moved_statistics,
 )
+from rhc.module_state import Buffers, Values
 from rhc.objective import Objective
 from rhc.plant import Block, Plant, checked_loss, mean_metrics
 
@@ -71,9 +71,7 @@ class Evaluation:
         self.substitution = _Substitution(plant.model)
         self.names = [name for block in blocks for name in block.names]
 
-    def substituted(
-        self, flats: Sequence[Tensor], buffers: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def substituted(self, flats: Sequence[Tensor], buffers: Values) -> dict[str, Tensor | None]:
         """name -> tensor for every parameter of the blocks and every buffer."""
         tensors = {
             name: view
@@ -82,14 +80,14 @@ class Evaluation:
         }
         return tensors | {
             # A clone, since forward passes update buffers in place; graph tensors are kept.
-            name: b if b.requires_grad else b.clone()
+            name: b if b is None or b.requires_grad else b.clone()
             for name, b in buffers.items()
         }
 
     def __call__(
         self,
         flats: Sequence[Tensor],
-        buffers: Mapping[str, Tensor],
+        buffers: Values,
         batch: Any,
         *,
         statistics: bool = False,
@@ -100,7 +98,7 @@ class Evaluation:
     def inside(
         self,
         flats: Sequence[Tensor],
-        buffers: Mapping[str, Tensor],
+        buffers: Values,
         batch: Any,
         then: Callable[[Evaluated], Result],
         *,
@@ -115,7 +113,7 @@ class Evaluation:
         def evaluate(model: nn.Module) -> Result:
             return then(self.of_model(model, batch, statistics=statistics, twice=True))
 
-        return self.substitution.at(self.substituted(flats, buffers), evaluate)
+        return self.substitution.at(self.substituted(flats, buffers), evaluate, whole=True)
 
     def of_model(
         self,
@@ -142,7 +140,7 @@ class Evaluation:
         self,
         terminal: Callable[[nn.Module], Tensor],
         flats: Sequence[Tensor],
-        buffers: Mapping[str, Tensor],
+        buffers: Values,
         then: Callable[[Tensor], Result],
     ) -> Result:
         """then(terminal(model)) at the given parameters; the modules' modes are left alone."""
@@ -157,20 +155,51 @@ class Evaluation:
                 module.training = training
 
 
-class _Substitution(nn.Module):
-    """The model held in a module of its own, so that functional_call can substitute its tensors."""
+class _Substitution:
+    """The model with other tensors in the places of its own.
+
+    torch.func.functional_call does this too, but puts substitutes back for good where a module
+    occurs twice (torch 2.13.0).
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
         self.model = model
 
-    def forward(self, function: Callable[[nn.Module], Result]) -> Result:
-        return function(self.model)
-
-    def at(self, tensors: Mapping[str, Tensor], function: Callable[[nn.Module], Result]) -> Result:
-        """function(model) with these tensors in place of the model's own."""
-        prefixed = {f"model.{name}": tensor for name, tensor in tensors.items()}
-        return functional_call(self, prefixed, (function,))
+    def at(
+        self,
+        tensors: Mapping[str, Tensor | None],
+        function: Callable[[nn.Module], Result],
+        *,
+        whole: bool = False,
+    ) -> Result:
+        """function(model) with these tensors; whole: they are all buffers that there are."""
+        owners = [
+            (f"{prefix}." if prefix else "", own, dict(own), own is module._buffers)
+            for prefix, module in self.model.named_modules()
+            for own in (module._parameters, module._buffers)
+        ]
+        left = dict(tensors)
+        placed: dict[int, Tensor | None] = {}
+        try:
+            for prefix, own, live, of_buffers in owners:
+                for name, t in live.items():
+                    full = prefix + name
+                    if full in left:
+                        own[name] = left.pop(full)
+                        if t is not None:
+                            placed[id(t)] = own[name]
+                    elif t is not None and id(t) in placed:
+                        own[name] = placed[id(t)]
+                    elif whole and of_buffers:
+                        del own[name]
+            for full, t in left.items():  # buffers that are not there now
+                prefix, dot, name = full.rpartition(".")
+                next(own for known, own, _, b in owners if b and known == prefix + dot)[name] = t
+            return function(self.model)
+        finally:
+            for _, own, live, _ in owners:
+                own.clear()
+                own.update(live)
 
 
 class Scratch:
@@ -185,17 +214,15 @@ class Scratch:
         self.parameters = [[plant.parameters[i] for i in block.indices] for block in blocks]
         self.leaves = [p for of_block in self.parameters for p in of_block]
         self.in_place = plant.shared_out
-        self.buffers = dict(plant.model.named_buffers())
-        self._owners = {
-            f"{prefix}.{name}" if prefix else name: (module, name)
-            for prefix, module in plant.model.named_modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        }
+        self.moved = plant.moved
+        self.hooks = plant.hooks
+        self._without = ExitStack()
 
     def __enter__(self) -> Scratch:
+        self._without.enter_context(self.hooks.taken())
+        self.buffers = Buffers(self.model, self.moved)
+        self._kept = self.buffers.copies()
         self._data = [p.data.clone() if self.in_place else p.data for p in self.leaves]
-        self._kept = {name: b.detach().clone() for name, b in self.buffers.items()}
         if self.in_place:
             settle(self.model)
         self._all = [p for p in self.model.parameters() if p.requires_grad]
@@ -211,12 +238,13 @@ class Scratch:
             self._set(p, data)
         for p, grad in zip(self._all, self._grads, strict=True):
             p.grad = grad
-        self._put(self._kept)
+        self.buffers.put(self._kept)
+        self._without.close()
 
     def place(
         self,
         flats: Sequence[Tensor],
-        buffers: Mapping[str, Tensor],
+        buffers: Values,
         leaves: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Puts θ (a vector per block) and b in; `leaves` take the place of buffers of a graph."""
@@ -225,10 +253,10 @@ class Scratch:
         for block, flat, own in zip(self.blocks, flats, self.parameters, strict=True):
             for p, values in zip(own, block.views(flat), strict=True):
                 self._set(p, values)
-        self._put(buffers)
+        self.buffers.put(buffers)
         for name, leaf in (leaves or {}).items():
-            owner, local = self._owners[name]
-            owner._buffers[local] = leaf
+            prefix, _, local = name.rpartition(".")
+            self.model.get_submodule(prefix)._buffers[local] = leaf
 
     def gradients(self) -> list[Tensor]:
         """The `.grad`s as a vector per block; 0 for parameters that have none."""
@@ -245,13 +273,6 @@ class Scratch:
             p.data.copy_(values)
         else:
             p.data = values
-
-    @torch.no_grad()
-    def _put(self, values: Mapping[str, Tensor]) -> None:
-        for name, live in self.buffers.items():
-            live.copy_(values[name])
-            owner, local = self._owners[name]
-            owner._buffers[local] = live
 
 
 def parts(batch: Any) -> Sequence[Any]:

@@ -50,6 +50,7 @@ from rhc.hypergradient.verification import (
     steps_to_cut,
     verify,
 )
+from rhc.module_state import Buffers
 from rhc.objective import Average, Objective
 from rhc.plant import Plant, StepRecord, Trajectory
 from rhc.randomness import RandomState
@@ -235,6 +236,8 @@ class Lookback:
                 sizes = self._measured_in_pieces(batch, product)
         if not self.plant.slots_alone(scheduled, self.controls):
             sizes = replace(sizes, slots=0)
+        if self.plant.hooks.of_tensors:  # every step keeps its state beside its gradient
+            sizes = replace(sizes, parameters=sizes.parameters + sizes.state)
         sizes = replace(sizes, folded=self.plant.folds(scheduled, self.controls))
         most = None if self.held or not on_cpu else FRESH_GRAPHS
         plan = make_plan(steps, product, sizes, allocated, spill=spill, graph_bytes=most)
@@ -267,7 +270,11 @@ class Lookback:
         on_step: Callable[[int, StepRecord], None] | None = None,
         limit: Callable[[float], float] = lambda first: math.inf,
     ) -> WindowRecorder:
-        """Rolls the live plant through the window; the recorder has the trajectory."""
+        """Rolls the live plant through the window; the recorder has the trajectory.
+
+        Raises Unseen where a step does what looking back cannot see through.
+        """
+        self.plant.refuse_overlaps()
         plan = self.plan(len(batches), batches[0], schedule)
         folder = None if isinstance(self.spill, bool) else Path(self.spill)
         blind = self.plant.slots_alone(schedule, self.controls)
@@ -320,10 +327,22 @@ class Lookback:
         damping: Damping | None = None,
     ) -> Hypergradient:
         """The adjoint of a roll whose end is the live state, which is put back."""
-        trajectory = recorder.trajectory
-        plan = recorder.plan
         damping = damping or self.damping
         self.plant.optimizer.zero_grad()  # the last step's gradients are on the trajectory
+        counted = self.plant.attributes()
+        try:
+            return self._look_back(recorder, average, terminal, damping)
+        finally:
+            counted.restore()
+
+    def _look_back(
+        self,
+        recorder: WindowRecorder,
+        average: Average,
+        terminal: Terminal | None,
+        damping: Damping,
+    ) -> Hypergradient:
+        trajectory, plan = recorder.trajectory, recorder.plan
         wasted, spent = 0, 0.0
         while True:
             product = self.product
@@ -467,14 +486,16 @@ class Lookback:
         return "; ".join([self.why, *more, *([self.whole] if self.whole else [])])
 
     def _moving_buffers(self, trajectory: Trajectory) -> list[str]:
-        """Buffers that training changes, beyond the statistics that are followed."""
+        """Buffers, and parameters that are not trained, that change in training, but for the
+        statistics that are followed."""
         followed = Evaluation(self.plant, trajectory.blocks, self.objective).statistics_names
         moving = [
             name
-            for name, live in self.plant.model.named_buffers()
+            for name, live in Buffers(self.plant.model, self.plant.moved).live().items()
             if name not in followed
+            and live is not None
             and live.is_floating_point()
-            and not torch.equal(live, trajectory.buffers[0][name])
+            and _has_moved(live, [buffers.get(name) for buffers in trajectory.buffers])
         ]
         if moving:
             self.notice(_left_out(moving))
@@ -556,11 +577,17 @@ class Lookback:
         return self._sizes[product]
 
 
+def _has_moved(live: Tensor, before: Sequence[Tensor | None]) -> bool:
+    """Whether it differs from its first value of the same shape: caches are filled, and grow."""
+    first = next((b for b in before if b is not None and b.shape == live.shape), live)
+    return not torch.equal(live, first)
+
+
 def _left_out(moving: Sequence[str]) -> str:
     names = ", ".join(moving[:3]) + (", …" if len(moving) > 3 else "")
     return (
-        f"buffers {names} change in training and count as constants of each step: what loss_fn "
-        "reads of them (spectral_norm does) is left out of the hypergradient"
+        f"buffers or frozen parameters {names} change in training and count as constants of each "
+        "step: what loss_fn reads of them (spectral_norm does) is left out of the hypergradient"
     )
 
 

@@ -35,7 +35,8 @@ from rhc.hypergradient.evaluation import (
     pulled_through,
 )
 from rhc.hypergradient.kernels import valueless_gradients
-from rhc.plant import Block, Plant
+from rhc.module_state import Values
+from rhc.plant import Block, Found, Plant
 from rhc.randomness import RandomState
 
 Product = Literal[
@@ -83,9 +84,9 @@ class StepPoint:
     """
 
     theta: Callable[[], Sequence[Tensor]]
-    buffers: Mapping[str, Tensor]
+    buffers: Values
     batch: Any
-    rng: RandomState | None
+    rng: RandomState | Found | None
     gradients: Sequence[Tensor | None]
     graph: KeptGraph | None = None
     owned: bool = False
@@ -561,13 +562,17 @@ def _shares(batch: Any, joint: bool, pieces: int = 1) -> list[tuple[Any, float]]
     return found
 
 
-def _restore(rng: RandomState | None) -> None:
+def _restore(rng: RandomState | Found | None) -> None:
     if rng is not None:
         rng.restore()
 
 
 def _statistics_leaves(point: StepPoint, costates: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: point.buffers[name].detach().clone().requires_grad_() for name in costates}
+    return {
+        name: b.detach().clone().requires_grad_()
+        for name in costates
+        if (b := point.buffers[name]) is not None
+    }
 
 
 def per_parameter(blocks: Sequence[Block], vectors: Sequence[Tensor | None]) -> list[Tensor | None]:

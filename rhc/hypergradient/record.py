@@ -32,6 +32,7 @@ from rhc.hypergradient.evaluation import (
 )
 from rhc.hypergradient.plan import Plan, chunk_bounds, split
 from rhc.hypergradient.products import KeptGraph
+from rhc.module_state import filled
 from rhc.objective import Objective
 from rhc.plant import (
     Backward,
@@ -40,6 +41,7 @@ from rhc.plant import (
     Plant,
     Recorder,
     Snapshot,
+    moved_by_loss,
     split_gradients,
     split_states,
 )
@@ -115,6 +117,8 @@ class WindowRecorder(Recorder):
         self.first = self._bounds[-2] if plan.chunk else plan.spilled
         every = kept_states(plan.steps, plan.segment)
         first, apart = self.first, plan.states_every or plan.steps
+        if plant.hooks.of_tensors:  # nobody else knows what they make of a gradient
+            apart = 1
         super().__init__(
             plant,
             plan.steps - first,
@@ -177,11 +181,15 @@ class WindowRecorder(Recorder):
             if self.ceiling is not None and 4 * len(self.graphs) >= 3 * self.plan.graphs:
                 self.ceiling.check_growth()
         indices = (i for block in blocks for i in block.indices)
-        for index, g in zip(indices, values, strict=True):
-            plant.parameters[index].grad = g
+        close = self.looks_closely(i)
+        for index, g, leaf in zip(indices, values, graph.leaves, strict=True):
+            p = plant.parameters[index]
+            if close and not torch.equal(leaf, p) and bool(leaf.isfinite().all()):
+                raise moved_by_loss(self.hooks.names[index])
+            p.grad = g
         with torch.no_grad():
-            for live, after in buffers:
-                live.copy_(after)
+            for own, name, live, after in buffers:
+                own[name] = after if live is None or after is None else filled(live, after)
         found = graph.evaluated
         return found.loss.detach(), {k: v.detach() for k, v in found.metrics.items()}
 
@@ -264,12 +272,14 @@ class WindowRecorder(Recorder):
         start, stop = self._bounds[k], self._bounds[k + 1]
         if not here:
             self.plant.restore(self.snapshots[start])
+        every = bool(self.plant.hooks.of_tensors)
         recorder = Recorder(
-            self.plant, stop - start, lambda i: i == 0, blocks=self.trajectory.blocks
+            self.plant, stop - start, lambda i: every or i == 0, blocks=self.trajectory.blocks
         )
         self._roll(start, stop, recorder)
         again = recorder.trajectory
-        return Chunk(start, stop, {start: again.states[0]}, again.gradients)
+        states = {start + i: own for i, own in again.states.items() if start + i < stop}
+        return Chunk(start, stop, states, again.gradients)
 
     def _roll(self, start: int, stop: int, recorder: Recorder | None) -> None:
         if stop == start:
@@ -315,6 +325,10 @@ class Survey(NamedTuple):
 _SURVEYS: WeakKeyDictionary[Plant, Survey] = WeakKeyDictionary()
 
 
+BufferAfter = tuple[dict[str, Any], str, Tensor | None, Tensor | None]
+"""Where a buffer lies, its name there, the live one, and what the step has made of it."""
+
+
 class TooMuch(Exception):
     """A graph is larger than is worth measuring."""
 
@@ -338,20 +352,17 @@ class GraphMaker:
         self._names = [name for block in self.blocks for name in block.names]
         self._recurrent = is_recurrent(model)
         self._owners: list[tuple[dict[str, Any], str, int]] = []
-        self._buffers: list[tuple[dict[str, Any], str, str, Tensor]] = []
+        self._buffers: list[tuple[str, dict[str, Any]]] = []
         for prefix, module in model.named_modules():
             for name, p in module._parameters.items():
                 if id(p) in place:
                     self._owners.append((module._parameters, name, place[id(p)]))
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    full = f"{prefix}.{name}" if prefix else name
-                    self._buffers.append((module._buffers, name, full, buffer))
+            self._buffers.append((f"{prefix}." if prefix else "", module._buffers))
 
     def __call__(
         self, batch: Any, *, inside: bool = False
-    ) -> tuple[KeptGraph, list[Tensor | None], list[tuple[Tensor, Tensor]], bool]:
-        """(graph, gradients, (buffer, value after the step) for every buffer, whether it stays).
+    ) -> tuple[KeptGraph, list[Tensor | None], list[BufferAfter], bool]:
+        """(graph, gradients, buffers after the step, whether it stays).
 
         The graph itself holds no gradient's value, since nobody reads it again.
 
@@ -372,7 +383,7 @@ class GraphMaker:
         """Of a graph that is made the first time, and dropped; TooMuch beyond `enough` bytes."""
         plant = self.evaluation.plant
         if plant not in _SURVEYS:
-            with torch.enable_grad(), preserved():
+            with torch.enable_grad(), preserved(), plant.untouched():
                 _SURVEYS[plant] = self._survey(batch, enough)
         return _SURVEYS[plant]
 
@@ -411,40 +422,57 @@ class GraphMaker:
 
     def _graph(
         self, batch: Any, flat: list[Tensor], inside: bool = False
-    ) -> tuple[KeptGraph, Sequence[Tensor | None], list[tuple[Tensor, Tensor]], bool]:
+    ) -> tuple[KeptGraph, Sequence[Tensor | None], list[BufferAfter], bool]:
         """(graph, gradients with their graph, buffers, whether it stays) at these leaves."""
         evaluation = self.evaluation
         model = evaluation.plant.model
         names = set(evaluation.statistics_names)
-        statistics = {
-            full: live.detach().clone().requires_grad_()
-            for _, _, full, live in self._buffers
-            if full in names
-        }
+        statistics: dict[str, Tensor] = {}
+        copies: dict[int, Tensor] = {}
+        buffers = [
+            (own, name, prefix + name, live)
+            for prefix, own in self._buffers
+            if own
+            for name, live in own.items()
+        ]
+        for _, _, full, live in buffers:
+            if live is not None and id(live) not in copies:
+                copies[id(live)] = live.detach().clone()
+                if full in names:
+                    statistics[full] = copies[id(live)].requires_grad_()
         visible = visible_statistics(model, update=True) if names else nullcontext()
         kernels_of_two: AbstractContextManager[None] = (
             nullcontext()
             if inside
             else double_backward(model, valued=True, recurrent=self._recurrent)
         )
+        versions = [leaf._version for leaf in flat]
         with kernels_of_two, visible, _checkpointing() as used:
             try:
                 for owner, name, n in self._owners:
                     owner[name] = flat[n]
-                for owner, name, full, live in self._buffers:
-                    owner[name] = statistics[full] if full in names else live.detach().clone()
+                for owner, name, _, live in buffers:
+                    if live is not None:
+                        owner[name] = copies[id(live)]
                 joint = bool(names) or bool(evaluation.objective.reward_weight)
                 evaluated = evaluation.of_model(
                     model, batch, statistics=bool(names), twice=True, stage=joint
                 )
+                for name, leaf, version in zip(self._names, flat, versions, strict=True):
+                    if leaf._version != version:
+                        raise moved_by_loss(name)
                 found = torch.autograd.grad(
                     evaluated.loss, flat, create_graph=True, allow_unused=True
                 )
-                after = [(live, owner[name].detach()) for owner, name, _, live in self._buffers]
+                after = [
+                    (owner, name, live, None if new is None else new.detach())
+                    for owner, name, _, live in buffers
+                    for new in (owner.get(name),)
+                ]
             finally:
                 for owner, name, n in self._owners:
                     owner[name] = self._parameters[n]
-                for owner, name, _, live in self._buffers:
+                for owner, name, _, live in buffers:
                     owner[name] = live
         edges = [None if g is None or not g.requires_grad else _edge(g) for g in found]
         return (

@@ -32,6 +32,8 @@ from torch import Tensor, nn
 
 from rhc import memory
 from rhc.distributed import norm_over, norms_of_wholes
+from rhc.errors import Unseen
+from rhc.hooks import Hook, through
 from rhc.hypergradient.evaluation import (
     Evaluation,
     Scratch,
@@ -60,6 +62,7 @@ from rhc.hypergradient.states import (
     Whole,
     float_tensors,
 )
+from rhc.module_state import Buffers
 from rhc.objective import Objective, average_weights
 from rhc.plant import Block, BlockState, Plant, Trajectory, checked_loss
 
@@ -149,6 +152,13 @@ class Cut:
     terminal: Sequence[Tensor | None]
 
 
+STRETCH = 1e-3
+"""By which share a gradient is made longer and shorter to see what a hook does."""
+
+SAME_SLOPE = 0.05
+"""Largest difference of a hook's two slopes, relative to gradients: kinks of a clamp stay below."""
+
+
 def adjoint(
     plant: Plant,
     recorder: WindowRecorder,
@@ -214,8 +224,12 @@ def _terminal_costate(
         value, gradients = _of_parts(plant, trajectory, objective, terminal, at)
         return value, costate, gradients
     flats = [block.flatten(at).requires_grad_() for block in blocks]
-    live = {name: b.detach() for name, b in plant.model.named_buffers()}
-    leaves = {n: live[n].clone().requires_grad_() for n in evaluation.statistics_names}
+    live = Buffers(plant.model).live()
+    leaves = {
+        n: b.detach().clone().requires_grad_()
+        for n in evaluation.statistics_names
+        if (b := live[n]) is not None
+    }
 
     def pull(value: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         weighted = objective.terminal_weight * value
@@ -252,7 +266,7 @@ def _of_parts(
     assert plant.ranks is not None
     blocks = trajectory.blocks
     modes = [(m, m.training) for m in plant.model.modules()]
-    buffers = {name: b.detach().clone() for name, b in plant.model.named_buffers()}
+    buffers = Buffers(plant.model).copies()
     with Scratch(plant, blocks) as scratch:
         try:
             scratch.place([block.flatten(at) for block in blocks], buffers)
@@ -400,7 +414,7 @@ class _Reverse:
                 source = whole if graph is None or alone is None else alone
                 before = source.take(i)
                 costate, gradient_costates = self._pull_through_optimizer(
-                    i, before, gradients, costate
+                    i, before, gradients, costate, scratch
                 )
                 theta = before.theta
                 del before
@@ -428,7 +442,8 @@ class _Reverse:
         small = 0 if self.tight else SMALL_STATES
         alone: Source | None = None
         schedule = self.trajectory.schedule
-        if chunk.graphs and product == "exact" and self.plant.slots_alone(schedule, self.controls):
+        blind = not self._hooks() and self.plant.slots_alone(schedule, self.controls)
+        if chunk.graphs and product == "exact" and blind:
             theta = partial(self._rebuilt_theta, chunk)
             fold = self.dynamics.fold
             if fold is not None and self._folds(chunk):
@@ -541,18 +556,26 @@ class _Reverse:
         before: Before,
         gradients: Sequence[Tensor | None],
         costate: Costate,
+        scratch: Scratch,
     ) -> tuple[Costate, list[Tensor | None]]:
         """(λ_θ and λ_h of step i but for the loss's part, λ_g), and adds to dJ/du_i."""
         values = self._values(i)
         sigma = values.get("noise", 0.0)
         steered = "noise" in self.controls
-        changed = steered or sigma != 0 or self._clips
+        hooks = self._hooks()
+        changed = steered or sigma != 0 or self._clips or bool(hooks)
         raw = transformed = list(gradients)
         if changed:
             with torch.enable_grad():
                 noise = torch.tensor(sigma, dtype=torch.float64, requires_grad=True)
                 raw = [None if g is None else g.detach().requires_grad_() for g in gradients]
-                transformed = self._transform(i, raw, noise if steered else sigma)
+                if hooks:  # they may read the parameter
+                    scratch.place(before.theta(), self.trajectory.buffers[i])
+                    if i in self.compared:
+                        self._check_hooks(hooks, raw)
+                transformed = self._transform(
+                    i, self._through_hooks(hooks, raw), noise if steered else sigma
+                )
         parameters: list[Tensor | None] = []
         optimizer: list[list[Tensor | None]] = []
         of_gradients: list[Tensor | None] = []
@@ -573,22 +596,75 @@ class _Reverse:
             pairs = [
                 (g, v)
                 for g, v in zip(transformed, of_gradients, strict=True)
-                if g is not None and v is not None
+                if g is not None and v is not None and g.requires_grad
             ]
             leaves = [g for g in raw if g is not None]
+            read = [self.plant.parameters[k] for k in hooks]
+            of_gradients = [None for _ in raw]
             if pairs:
                 pulled = torch.autograd.grad(
                     [g for g, _ in pairs],
-                    [*leaves, noise],
+                    [*leaves, noise, *read],
                     [v for _, v in pairs],
                     allow_unused=True,
                 )
                 found = list(pulled)
                 of_gradients = [None if g is None else found.pop(0) for g in raw]
-                (of_noise,) = found
+                of_noise = found.pop(0)
+                parameters = self._with_read(parameters, dict(zip(hooks, found, strict=True)))
                 if steered and of_noise is not None:
                     self.pulled["noise"][i, 0].add_(of_noise)
         return Costate(parameters, optimizer, costate.statistics), of_gradients
+
+    def _hooks(self) -> dict[int, tuple[Hook, ...]]:
+        hooks = self.trajectory.hooks
+        return {} if hooks is None else hooks.of_tensors
+
+    def _through_hooks(
+        self, hooks: Mapping[int, Sequence[Hook]], gradients: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """What hooks of parameters make of their gradients, in vectors per block."""
+        result: list[Tensor | None] = []
+        for block, g in zip(self.blocks, gradients, strict=True):
+            if g is None or not any(k in hooks for k in block.indices):
+                result.append(g)
+                continue
+            views = zip(block.indices, block.views(g), strict=True)
+            parts = [through(hooks[k], v.clone()) if k in hooks else v for k, v in views]
+            result.append(torch.cat([part.reshape(-1) for part in parts]))
+        return result
+
+    def _check_hooks(
+        self, hooks: Mapping[int, Sequence[Hook]], gradients: Sequence[Tensor | None]
+    ) -> None:
+        """Unseen where autograd does not see what a hook does, as in no_grad or on `.data`.
+
+        Derivatives along g and along θ, by autograd and by central differences.
+        """
+        names = self.trajectory.hooks.names if self.trajectory.hooks is not None else ()
+        for block, vector in zip(self.blocks, gradients, strict=True):
+            views = [] if vector is None else block.views(vector.detach())
+            for k, g in zip(block.indices, views, strict=bool(views)):
+                if k in hooks and not _is_seen(hooks[k], g, self.plant.parameters[k]):
+                    raise Unseen(
+                        f"a hook of parameter {names[k]!r} changes its gradient where autograd "
+                        "does not see it (torch.no_grad, .data, .detach()); write it in "
+                        "differentiable operations, or do without hypergradients (rewrite=False)"
+                    )
+
+    def _with_read(
+        self, parameters: Sequence[Tensor | None], found: Mapping[int, Tensor | None]
+    ) -> list[Tensor | None]:
+        """λ_θ with what came through hooks that read parameters."""
+        result = list(parameters)
+        for b, block in enumerate(self.blocks):
+            own = [found.get(k) for k in block.indices]
+            like = next((t for t in own if t is not None), None)
+            if like is not None:
+                pairs = zip(own, block.sizes, strict=True)
+                parts = [like.new_zeros(n) if t is None else t.reshape(-1) for t, n in pairs]
+                result[b] = _sum(result[b], torch.cat(parts))
+        return result
 
     def _pull_block(
         self,
@@ -734,6 +810,11 @@ class _Reverse:
 
     def segments(self, costate: Costate, segment: int) -> Adjoint:
         """Graphs of `segment` steps at a time."""
+        if self.trajectory.hooks is not None and self.trajectory.hooks.acting:
+            raise Unseen(
+                f"hooks of parameter {self.trajectory.hooks.acting!r} change its gradient, which "
+                f"needs segment 1, got {segment}; leave segment 'auto'"
+            )
         costate = self._with_share(costate, self.steps)
         self._note(self.steps, costate)
         self._keep_cut(self.steps, costate)
@@ -757,8 +838,9 @@ class _Reverse:
         with torch.enable_grad():
             leaves = states = [_leaf_state(s) for s in trajectory.states[start]]
             statistics = first_statistics = {
-                n: trajectory.buffers[start][n].detach().clone().requires_grad_()
+                n: b.detach().clone().requires_grad_()
                 for n in costate.statistics
+                if (b := trajectory.buffers[start][n]) is not None
             }
             for i in range(start, stop):
                 rng = trajectory.rng[i]
@@ -789,8 +871,8 @@ class _Reverse:
                 graded = torch.autograd.grad(
                     evaluated.loss, [flats[b] for b in active], create_graph=True
                 )
-                for b, g in zip(active, graded, strict=True):
-                    gradients[b] = g
+                for index, g in zip(active, graded, strict=True):
+                    gradients[index] = g
                 if i in self.compared:
                     self.discrepancies[i] = relative_difference(gradients, trajectory.gradients[i])
                 self.products += 1
@@ -959,6 +1041,36 @@ class _Reverse:
                 )
                 result[b] = g + _cast(sigma, g) * scale
         return result
+
+
+def _is_seen(hooks: Sequence[Hook], g: Tensor, p: Tensor) -> bool:
+    """Whether autograd's derivatives of what hooks make of g, along g and along p, are right."""
+    leaf, data = g.clone().requires_grad_(), p.data
+
+    def made(of_g: float, of_p: float) -> Tensor:
+        with torch.no_grad():
+            p.data = data * (1 + of_p)
+            return through(hooks, g * (1 + of_g))
+
+    try:
+        along_g = (made(STRETCH, 0) - made(-STRETCH, 0)) / (2 * STRETCH)
+        along_p = (made(0, STRETCH) - made(0, -STRETCH)) / (2 * STRETCH)
+    finally:
+        p.data = data
+    found = through(hooks, leaf.clone())
+    for seed, slope in ((g, along_g), (along_g, along_g), (along_p, along_p)):
+        pulled: Sequence[Tensor | None] = (None, None)
+        if found.requires_grad:
+            pulled = torch.autograd.grad(
+                found, (leaf, p), seed, allow_unused=True, retain_graph=True
+            )
+        of, point = (pulled[1], data) if slope is along_p else (pulled[0], g)
+        expected = float((seed * slope).sum())
+        by_autograd = 0.0 if of is None else float((of * point).sum())
+        size = float(seed.norm() * max(seed.norm(), slope.norm()))
+        if math.isfinite(size) and not abs(by_autograd - expected) <= SAME_SLOPE * size:
+            return False
+    return True
 
 
 def _leaf_state(state: BlockState) -> BlockState:

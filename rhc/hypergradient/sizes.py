@@ -28,6 +28,7 @@ from rhc.hypergradient.plan import FREE_GRAPHS, PIECES_COST, Sizes
 from rhc.hypergradient.products import Product, StepPoint, noting_precision, precision, pull_back
 from rhc.hypergradient.record import GraphMaker, TooMuch
 from rhc.hypergradient.support import missing_derivative
+from rhc.module_state import Buffers
 from rhc.objective import Objective
 from rhc.plant import Plant
 from rhc.randomness import RandomState
@@ -120,7 +121,8 @@ def _put_back(plant: Plant) -> Iterator[None]:
     state = plant.snapshot()
     grads = [p.grad for p in plant.model.parameters()]
     try:
-        yield
+        with plant.hooks.taken():
+            yield
     finally:
         plant.restore(state)
         for p, g in zip(plant.model.parameters(), grads, strict=True):
@@ -245,7 +247,7 @@ class _Probe:
         theta = [block.flatten(plant.parameters) for block in blocks]
         self._point = StepPoint(
             lambda: theta,
-            {n: b.detach().clone() for n, b in plant.model.named_buffers()},
+            Buffers(plant.model, plant.moved).copies(),
             batch,
             None,
             self._gradients,
@@ -312,7 +314,8 @@ def _parameter_bytes(plant: Plant) -> int:
 
 def _snapshot_bytes(plant: Plant) -> int:
     snapshot = plant.snapshot()
-    tensors = [*snapshot.parameters.values(), *snapshot.buffers.values()]
+    tensors = [*snapshot.parameters.values()]
+    tensors += [b for b in snapshot.buffers.values() if b is not None]
     tensors += [v for slots in snapshot.slots for v in slots.values() if isinstance(v, Tensor)]
     total = sum(t.numel() * t.element_size() for t in tensors)
     if not any(snapshot.slots):  # no step was taken yet, and slots are to come

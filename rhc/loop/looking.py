@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -13,6 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
+from rhc.errors import Unseen
 from rhc.faults import Relief, out_of_memory
 from rhc.hypergradient import Damping, Hypergradient, Lookback, Product
 from rhc.hypergradient.record import WindowRecorder
@@ -91,14 +93,23 @@ class Looking:
 
     def roll(self, attempt: Attempt, commit: int, terminal: HeldOutLoss | None) -> None:
         """Live steps through the attempt's window, and its hypergradient unless they fail."""
+        unseen: str | None = None
         try:
             self._look_at(attempt, commit, terminal)
+        except Unseen as error:
+            attempt.starved, unseen = True, str(error)
         except (RuntimeError, MemoryError, OSError) as error:
             if not out_of_memory(error) or self.plant.ranks is not None:
                 raise
             attempt.starved = True
         if attempt.starved:  # out of the handler, whose traceback holds what there was
             attempt.hypergradient, attempt.trajectory, self.loop.live = None, None, None
+            if unseen is not None:
+                self.plant.optimizer.zero_grad()
+                self.loop.relief = replace(self.loop.relief, blind=True)
+                attempt.failure = f"not looked back at: {unseen}"
+                self.chronicle.notice(f"windows are not rewritten from now on: {unseen}")
+                return
             attempt.failure = f"out of memory; from now on {self._relieved(attempt)}"
             self.chronicle.notice(f"looking back ran {attempt.failure}")
 
@@ -113,14 +124,13 @@ class Looking:
             return
         share = judge.remember(mean, past)
         # Where no proposal is accepted, the next window goes on from the roll's random state.
-        with preserved():
+        with preserved(), closing(recorder):
             h = self._look_back(recorder, mean, terminal, clip, share)
             attempt.first_look = h.result
             if h.result.name == "exploding" and clip is None and recorder.again:
                 h = self._look_back(recorder, mean, terminal, EXPLODING_CLIP, share)
             if self.by_batch and recorder.again:
                 attempt.samples = self._by_batch(recorder, mean, terminal, share)
-        recorder.close()
         attempt.hypergradient = h
         attempt.value = h.value + judge.penalty(attempt.schedule)
         if not math.isfinite(attempt.value):

@@ -1,0 +1,204 @@
+"""Hooks that people hang on parameters and optimizers, in steps that are to be seen through.
+
+What `Tensor.register_hook` makes of a parameter's gradient is a function of it, which is
+differentiated like clipping. Other hooks run, and where they change anything, that is said: what
+they do is no function of what a hypergradient knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import optimizer as torch_optimizer
+
+from rhc.errors import Unseen
+
+Hook = Callable[..., Any]
+
+
+class Hooks:
+    """Those of an optimizer and its parameters. names: of every parameter."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[Tensor],
+        names: Sequence[str],
+    ) -> None:
+        self.optimizer, self.parameters, self.names = optimizer, parameters, names
+        self.acting: str | None = None
+        """A parameter whose gradient some hook has changed."""
+        self.of_tensors = self._of_tensors()
+        """Index of a parameter -> its hooks of Tensor.register_hook."""
+
+    def _of_tensors(self) -> dict[int, tuple[Hook, ...]]:
+        return {i: tuple(p._backward_hooks.values()) for i, p in self._with("_backward_hooks")}
+
+    def _with(self, kind: str) -> Iterator[tuple[int, Any]]:
+        return ((i, p) for i, p in enumerate(self.parameters) if getattr(p, kind, None))
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Inside, hooks of parameters are off: backward leaves gradients as they are."""
+        kinds = ("_backward_hooks", "_post_accumulate_grad_hooks")
+        with without([getattr(p, kind) for kind in kinds for _, p in self._with(kind)]):
+            yield
+
+    def run(self) -> None:
+        """What backward would have called, on the gradients of all parameters.
+
+        Raises Unseen where a post-accumulate hook changes anything.
+        """
+        self.of_tensors = self._of_tensors()
+        with torch.no_grad():
+            for i, hooks in self.of_tensors.items():
+                p = self.parameters[i]
+                if p.grad is not None:
+                    p.grad, before = through(hooks, p.grad.clone()), p.grad
+                    if not _same(p.grad, before):
+                        self.acting = self.names[i]
+            for i, p in list(self._with("_post_accumulate_grad_hooks")):
+                hooks = tuple(p._post_accumulate_grad_hooks.values())
+                for hook in hooks if p.grad is not None else ():
+                    self._watched(
+                        hook,
+                        (p,),
+                        f"hook {_called(hook)} (register_post_accumulate_grad_hook of parameter "
+                        f"{self.names[i]!r})",
+                        "change its gradient by Tensor.register_hook, whose hooks are followed",
+                    )
+
+    def step(self) -> None:
+        """`optimizer.step()`. Raises Unseen where one of its step hooks changes anything."""
+        optimizer: Any = self.optimizer
+        common: Any = torch_optimizer
+        before = [common._global_optimizer_pre_hooks, optimizer._optimizer_step_pre_hooks]
+        after = [optimizer._optimizer_step_post_hooks, common._global_optimizer_post_hooks]
+        if not any((*before, *after)):
+            optimizer.step()
+            return
+        for hook in [hook for own in before for hook in own.values()]:
+            self._watched(
+                hook,
+                (optimizer, (optimizer,), {}),
+                f"step pre-hook {_called(hook)} of the optimizer",
+                "change gradients by Tensor.register_hook of parameters, or by clip_norm or "
+                "clip_value",
+            )
+        with without([*before, *after]):
+            optimizer.step()
+        for hook in [hook for own in after for hook in own.values()]:
+            self._watched(
+                hook,
+                (optimizer, (optimizer,), {}),
+                f"step post-hook {_called(hook)} of the optimizer",
+                "keep weights where they belong inside the model (torch.nn.utils.parametrize)",
+            )
+
+    def _watched(self, hook: Hook, arguments: tuple[Any, ...], called: str, mend: str) -> None:
+        """Calls it, and compares what was before with what is after."""
+        before = [_copied(t) for p in self.parameters for t in (p, p.grad)]
+        returned = hook(*arguments)
+        after = [t for p in self.parameters for t in (p, p.grad)]
+        same = all(_same(a, b) for a, b in zip(after, before, strict=True))
+        if not same or isinstance(returned, tuple):
+            raise Unseen(
+                f"{called} changes the step, which hypergradients cannot see through; {mend}, or "
+                "do without them (rewrite=False)"
+            )
+
+
+@contextmanager
+def watched_inside(model: nn.Module) -> Iterator[None]:
+    """Raises Unseen at the end where hooks changed gradients on their way back through the model.
+
+    Of modules, and of tensors that a forward pass inside makes: then what comes back is not the
+    derivative of what went forwards, and a second derivative takes it for that.
+    """
+    acting: list[str] = []
+
+    def watched(hook: Hook, called: str) -> Hook:
+        def run(*arguments: Any) -> Any:
+            given = arguments[-1] if len(arguments) < 3 else arguments[1]
+            before = [_copied(t) for t in _tuple(given)]
+            found = hook(*arguments)
+            after = _tuple(given if found is None else found)
+            if not all(map(_same, after, before)):
+                acting.append(f"{called} ({_called(hook)})")
+            return found
+
+        return run
+
+    places: list[tuple[MutableMapping[Any, Any], str]] = []
+    for name, module in model.named_modules():
+        of = f"a backward hook of module {name or 'model'!r}"
+        places += [(module._backward_hooks, of), (module._backward_pre_hooks, of)]
+    common: Any = torch.nn.modules.module
+    of = "a backward hook of all modules"
+    places += [(common._global_backward_hooks, of), (common._global_backward_pre_hooks, of)]
+    register = Tensor.register_hook
+
+    def noticed(t: Tensor, hook: Hook) -> Any:
+        return register(t, watched(hook, "Tensor.register_hook inside the model or loss_fn"))
+
+    with without([own for own, _ in places]) as kept:
+        for (own, of), before in zip(places, kept, strict=True):
+            own.update({key: watched(hook, of) for key, hook in before.items()})
+        Tensor.register_hook = noticed  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            Tensor.register_hook = register  # type: ignore[method-assign]
+    if acting:
+        raise Unseen(
+            f"{acting[0]} changes gradients on their way back, which hypergradients cannot see "
+            "through; change those of parameters, by their Tensor.register_hook, or do without "
+            "hypergradients (rewrite=False)"
+        )
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+@contextmanager
+def without(hooks: Sequence[MutableMapping[Any, Any]]) -> Iterator[list[dict[Any, Any]]]:
+    """Inside, these are empty; afterwards they are what they were, with what was added to them."""
+    kept = [dict(own) for own in hooks]
+    for own in hooks:
+        own.clear()
+    try:
+        yield kept
+    finally:
+        for own, before in zip(hooks, kept, strict=True):
+            added = {key: hook for key, hook in own.items() if key not in before}
+            own.clear()
+            own.update(before | added)
+
+
+def through(hooks: Sequence[Hook], gradient: Tensor) -> Tensor:
+    """What hooks of Tensor.register_hook make of a gradient, one after the other."""
+    for hook in hooks:
+        found = hook(gradient)
+        gradient = gradient if found is None else found
+    return gradient
+
+
+def _copied(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach().clone()
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    if a.layout != torch.strided or a.shape != b.shape:
+        return a.shape == b.shape
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _called(hook: Hook) -> str:
+    return str(getattr(hook, "__qualname__", type(hook).__name__)).rpartition(".")[2]
