@@ -19,6 +19,7 @@ from torch import Tensor
 from rhc.batches import StepBatches
 from rhc.hypergradient import Lookback, Terminal
 from rhc.objective import Average, Objective
+from rhc.planned_schedule import PlannedSchedule
 from rhc.plant import Plant
 from rhc.schedule import CONTROLS, Schedule, cooldown, shaped, warming
 
@@ -171,7 +172,7 @@ class StartSearch:
         self,
         plant: Plant,
         objective: Objective,
-        planned: Schedule,
+        planned: PlannedSchedule,
         stream: StepBatches,
         held_out: Callable[[int], tuple[Terminal, float]],
         known: Sequence[dict[str, Any]],
@@ -192,7 +193,7 @@ class StartSearch:
 
     def find(self, start: Start) -> Tensor | None:
         """The lr of step 0, (), or (G,) per parameter group; None where nothing is finite."""
-        base = self.planned["lr"][0]
+        base = self.planned.window(0, 1)["lr"][0]
         if start == "zero":
             base = self._zero(base)
         elif self._unchosen():

@@ -12,12 +12,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 LAYERS = (
     {
-        "_lr_scheduler", "distributed", "errors", "files", "memory", "noise", "randomness",
-        "schedule", "signals", "stopping", "workload",
+        "_lr_scheduler", "distributed", "errors", "files", "memory", "noise",
+        "planned_schedule", "randomness", "schedule", "signals", "stopping", "tape", "workload",
     },
     {
         "advice", "batches", "checkpoint", "config", "dynamics", "events", "hindsight_config",
-        "loggers", "objective", "rank_directory", "run_directory", "tape",
+        "loggers", "objective", "rank_directory", "run_directory",
     },
     {"causal", "plant", "state"},
     {"evaluate", "faults", "hindsight", "hypergradient", "planning", "rewrite", "start"},

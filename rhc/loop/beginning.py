@@ -20,7 +20,6 @@ from rhc.objective import Objective
 from rhc.plant import Plant, checked_loss
 from rhc.randomness import preserved
 from rhc.run_directory import RunDirectory
-from rhc.schedule import Schedule
 from rhc.start import ADAPTIVE_GREED, GREED, PROBE_BATCHES, Start, StartSearch
 
 
@@ -96,7 +95,7 @@ class Beginning:
                 self.directory.record_start(record)
             self.teller.emit(StartTried(record))
 
-        planned = Schedule.constant(loop.steps, course.seed, **course.own())
+        planned = course.unshaped(loop.steps)
         known = [] if self.directory is None else self.directory.starts.read()
         adaptive = "betas" in self.plant.optimizer.param_groups[0]
         with preserved():
@@ -119,7 +118,7 @@ class Beginning:
             raise DivergedError(
                 "no lr within its bounds keeps a short roll finite; look at the data and the loss"
             )
-        given = planned["lr"][0].tolist()
+        given = planned.window(0, 1)["lr"][0].tolist()
         loop.schedule, loop.first_lr = course.planned(loop.steps, lr), lr
         if self.epochs is not None:
             self.epochs.begin(float(lr.max()))
