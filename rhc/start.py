@@ -9,8 +9,10 @@ it takes the ratio from the hypergradient too. Numbers: docs/log.md.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -48,6 +50,9 @@ COOLDOWN = 0.3
 WARMUP = 0.1
 """The share of the run in which lr rises, for optimizers that divide by a second moment: without it
 a small language model ends 0.14 nats higher. With plain SGD it gains nothing (docs/log.md)."""
+
+PART = 1000
+"""Steps of a probe that are rolled at once: a roll keeps a kilobyte a step."""
 
 FEWEST = 10
 """Steps of a probe, at least: fewer say little, and cost little anyway."""
@@ -231,7 +236,7 @@ class StartSearch:
         self, own: Sequence[float], steps: int
     ) -> tuple[dict[str, Any], float]:
         frozen = torch.zeros(steps, len(own), dtype=torch.float64)
-        schedule = self._schedule(steps, frozen)
+        schedule = self._schedule(0, steps, frozen)
         # At lr 0 no Hessian takes part.
         lookback = Lookback(self.plant, self.objective, ("lr",), product="none")
         mean = Average(self.objective.average)
@@ -253,16 +258,26 @@ class StartSearch:
     def _loss_after(self, lr: Any, n: int) -> tuple[dict[str, Any], float]:
         # As long a rise as the run's, but in a short probe no more than its third.
         rise = min(self.warmup * len(self.planned) / n, 1 / 3)
-        shape = warming(n, rise) * cooldown(n, COOLDOWN)
-        lrs = shaped(torch.as_tensor(lr, dtype=torch.float64), shape)
-        trajectory = self.plant.roll(
-            self._batches(n),
-            self._schedule(n, lrs),
-            limit=lambda first: DIVERGED * first if first > 0 else math.inf,
-        )
+        highest = torch.as_tensor(lr, dtype=torch.float64)
+        losses = array("d")
+        batches, diverged = self._batches(n), False
+
+        def limit(first: float) -> float:
+            first = losses[0] if losses else first
+            return DIVERGED * first if first > 0 else math.inf
+
+        for start in range(0, n, PART):
+            stop = min(start + PART, n)
+            at = torch.arange(start, stop, dtype=torch.float64)
+            lrs = shaped(highest, warming(n, rise, at) * cooldown(n, COOLDOWN, at))
+            part = islice(batches, stop - start)
+            trajectory = self.plant.roll(part, self._schedule(start, stop, lrs), limit=limit)
+            losses.extend(float(loss) for loss in trajectory.losses)
+            diverged = trajectory.diverged is not None
+            if diverged:
+                break
         self.plant.optimizer.zero_grad()
-        losses = [float(loss) for loss in trajectory.losses]
-        if trajectory.diverged is not None or not self.plant.is_finite():
+        if diverged or not self.plant.is_finite():
             return {"loss": None, "course": _course(losses)}, len(losses)
         terminal, share = self.held_out(n)
         with torch.no_grad():
@@ -297,9 +312,9 @@ class StartSearch:
             yield from self.stream.take(start, stop)
             self.stream.release(stop)
 
-    def _schedule(self, n: int, lr: Tensor) -> Schedule:
-        values = self.planned.window(0, n).values
-        return Schedule({**values, "lr": lr}, 0, self.planned.seed)
+    def _schedule(self, start: int, stop: int, lr: Tensor) -> Schedule:
+        values = self.planned.window(start, stop).values
+        return Schedule({**values, "lr": lr}, start, self.planned.seed)
 
 
 DIVERGED = 2.0
