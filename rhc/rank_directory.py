@@ -25,6 +25,7 @@ from rhc.checkpoint import SHARDS, Checkpoint
 from rhc.distributed import Ranks, Unshared, is_shared_out, write_parts
 from rhc.errors import InputError, StorageError
 from rhc.noise import mixed_seed
+from rhc.planned_schedule import PlannedSchedule
 from rhc.randomness import RandomState, preserved, seed_everything
 from rhc.run_directory import RunDirectory
 from rhc.schedule import Schedule
@@ -54,7 +55,7 @@ class _OfRanks(RunDirectory):
     ) -> None:
         super().__init__(path, keep_checkpoints, notice)
         self.ranks = ranks
-        self._unsaved: tuple[Checkpoint, Schedule] | None = None
+        self._unsaved: tuple[Checkpoint, PlannedSchedule] | None = None
 
     def _checkpoint_of(self, step: int | None) -> Checkpoint | None:
         """The checkpoint as this rank goes on from it; an InputError where one cannot read it."""
@@ -75,7 +76,7 @@ class _OfRanks(RunDirectory):
         return replace(found, tensors=self._own(found))
 
     def _save_parts(
-        self, whole: Checkpoint, parts: Mapping[str, Tensor], schedule: Schedule
+        self, whole: Checkpoint, parts: Mapping[str, Tensor], schedule: PlannedSchedule
     ) -> Path | None:
         """Brings a checkpoint to the disk, of which each rank writes its parts; its directory.
 
@@ -129,7 +130,7 @@ class _OfRanks(RunDirectory):
         found, trouble = self.ranks.by_first(tried)
         return found, trouble
 
-    def save(self, checkpoint: Checkpoint, schedule: Schedule) -> Path | None:
+    def save(self, checkpoint: Checkpoint, schedule: PlannedSchedule) -> Path | None:
         tensors = {
             group: {name: t for name, t in own.items() if not is_shared_out([t])}
             for group, own in checkpoint.tensors.items()
@@ -147,7 +148,7 @@ class _OfRanks(RunDirectory):
             return self._save_parts(whole, parts, schedule)
         return self._save_whole(whole, schedule)
 
-    def _save_whole(self, checkpoint: Checkpoint, schedule: Schedule) -> Path | None:
+    def _save_whole(self, checkpoint: Checkpoint, schedule: PlannedSchedule) -> Path | None:
         """Brings a checkpoint to the disk that the first rank writes alone; its directory."""
         path: list[Path | None] = [None]
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rhc.errors import InputError, plain_numbers, whole_number
 from rhc.objective import Objective
+from rhc.planned_schedule import PlannedSchedule
 from rhc.schedule import CONTROLS, Schedule, Template, total_variation
 from rhc.start import WARMUP
 
@@ -438,8 +439,18 @@ def hat_functions(steps: int, knots: int) -> Tensor:
     return (1 - (place[:, None] - torch.arange(n, dtype=torch.float64)).abs()).clamp(min=0)
 
 
+def replanned(plan: PlannedSchedule, start: int, shifts: Mapping[str, Shift]) -> PlannedSchedule:
+    """The plan of the steps from `start` on shifted in raw coordinates; the same where nothing is.
+
+    shifts: as of `carried`.
+    """
+    if not any(bool(torch.as_tensor(shift).any()) for shift in shifts.values()):
+        return plan
+    return plan.changed(start, lambda values: carried(values, values.start, shifts))
+
+
 def carried(schedule: Schedule, start: int, shifts: Mapping[str, Shift]) -> Schedule:
-    """The planned schedule with its steps from `start` on shifted in raw coordinates.
+    """The schedule with its steps from `start` on shifted in raw coordinates.
 
     shifts: control -> one number, or one per parameter group. Of a control with values per group,
     a group at 0 stays there.

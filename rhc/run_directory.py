@@ -32,6 +32,7 @@ from rhc.files import (
     replace_summed,
     sealed,
 )
+from rhc.planned_schedule import PlannedSchedule
 from rhc.schedule import Schedule
 from rhc.tape import JsonLines, finite
 
@@ -63,7 +64,8 @@ class RunDirectory:
         self.saved: int | None = None
         self.trouble: OSError | None = None
         self._first: Checkpoint | None = None
-        self._late: tuple[Checkpoint, Schedule] | None = None
+        self._late: tuple[Checkpoint, PlannedSchedule] | None = None
+        self._plan: PlannedSchedule | None = None
         self._lock: int | None = None
         self._config = b""
         self._settings = ""
@@ -189,8 +191,8 @@ class RunDirectory:
 
     # Writing -------------------------------------------------------------------------------------
 
-    def save(self, checkpoint: Checkpoint, schedule: Schedule) -> Path | None:
-        """Brings tape, windows, schedule and then the checkpoint to the disk; its directory.
+    def save(self, checkpoint: Checkpoint, schedule: PlannedSchedule) -> Path | None:
+        """Brings tape, windows, the checkpoint and then the plan to the disk; its directory.
 
         None where the disk does not take them: the next call tries again.
         """
@@ -216,7 +218,7 @@ class RunDirectory:
             return path
         return None
 
-    def _save(self, checkpoint: Checkpoint, schedule: Schedule) -> Path:
+    def _save(self, checkpoint: Checkpoint, schedule: PlannedSchedule) -> Path:
         if self._first is not None and self._first is not checkpoint:
             values = self._first.values | self._told({"tape": 0, "windows": 0})
             self.checkpoints.save(replace(self._first, values=values))
@@ -227,11 +229,11 @@ class RunDirectory:
         if self._first is None:
             self.tape.flush()
             self.windows.flush()
-        self.save_schedule(schedule)
         lengths = {"tape": self.tape.length, "windows": self.windows.length}
         values = checkpoint.values | self._told(lengths)
         path = self.checkpoints.save(replace(checkpoint, values=values))
         self.saved, self._first = checkpoint.step, None
+        self._save_plan(schedule, checkpoint.step)
         return path
 
     def _told(self, lengths: Mapping[str, int]) -> dict[str, Any]:
@@ -316,7 +318,7 @@ class RunDirectory:
                 self._present()
                 self.tape.flush()
                 self.windows.flush()
-                self.save_schedule(schedule)
+                self._replace_schedule(schedule.to_json())
                 replace_summed(self.path / "result.json", plain_document(result))
                 break
             except OSError as error:
@@ -335,9 +337,18 @@ class RunDirectory:
             "again"
         )
 
-    def save_schedule(self, schedule: Schedule) -> None:
-        """Replaces schedule.json."""
-        replace_durably(self.path / "schedule.json", _document(schedule.to_json()))
+    def _save_plan(self, plan: PlannedSchedule, committed: int) -> None:
+        """Brings schedule.json up to date; what is committed stands on the tape beside it.
+
+        Not before the tape: a reader is never without a step that the document says is committed.
+        One that is there, of the same plan, does.
+        """
+        if plan is not self._plan or not (self.path / "schedule.json").exists():
+            self._replace_schedule(plan.to_json(committed))
+            self._plan = plan
+
+    def _replace_schedule(self, document: Mapping[str, Any]) -> None:
+        replace_durably(self.path / "schedule.json", _document(document))
 
     def _check_same(self, config: Mapping[str, Any]) -> bool:
         """Whether the run has other settings than before; an InputError where it is another run.

@@ -251,7 +251,7 @@ class Runner:
         """Gradient evaluations that went into a schedule that is followed: the ledger's first."""
         self.followed = schedule
         if schedule is not None:
-            plain = not self.rewriting and self.start == "given"
+            plain = not self.rewriting and self.start == "given" and planner is None
             free = plain and template is None and not self.warmup
             followed(self.plant, schedule, free=free)
         self.objective = objective or usual_objective(self.start, window)
@@ -462,13 +462,13 @@ class Runner:
             self.plant, self.loop, self.train_loader, self.val_loader, self.test_loader
         )
         if self.directory is not None:
-            self.directory.finish(self.loop.schedule, self.loop.finished)
+            self.directory.finish(self.loop.committed(), self.loop.finished)
 
     def _result(self) -> RunResult:
         loop = self.loop
         assert loop.finished is not None
         return RunResult(
-            loop.schedule,
+            loop.committed(),
             loop.finished,
             loop.tape,
             loop.windows,

@@ -253,11 +253,18 @@ class Schedule:
                 f"[{self.start}, {self.stop})"
             )
         part = slice(start - self.start, stop - self.start)
-        # Values that have been checked are not checked again: this is done for every window.
-        schedule = object.__new__(Schedule)
-        schedule.__dict__.update(
-            values={n: v[part].clone() for n, v in self.values.items()}, start=start, seed=self.seed
+        return self.of_checked(
+            {n: v[part].clone() for n, v in self.values.items()}, start, self.seed
         )
+
+    @classmethod
+    def of_checked(cls, values: Mapping[str, Tensor], start: int, seed: int) -> Schedule:
+        """A schedule of float64 values that come from one: they are not checked, nor copied.
+
+        A schedule is made for every window, which checking would take ten times as long for.
+        """
+        schedule = object.__new__(cls)
+        schedule.__dict__.update(values=values, start=start, seed=seed)
         return schedule
 
     def replaced(self, part: Schedule) -> Schedule:
@@ -413,8 +420,9 @@ class Schedule:
 
     @classmethod
     def load(cls, path: str | Path) -> Schedule:
-        """Reads what `save` wrote; errors name the file.
+        """Reads what `save` wrote, or the schedule.json of a run; errors name the file.
 
+        Where the run has not ended: what it has committed, by the tape beside, and what is planned.
         A schedule.json of a run that was altered since is taken, and a warning says so.
         """
         try:
@@ -425,6 +433,10 @@ class Schedule:
             raise InputError(f"{path} is not valid JSON ({error})") from None
         if changed:
             warnings.warn(altered(Path(path)), stacklevel=2)
+        if isinstance(document, dict) and "plan" in document:
+            from rhc.planned_schedule import of_unfinished_run
+
+            return of_unfinished_run(document, Path(path))
         return cls.from_json(document, str(path))
 
     def to_lr_scheduler(
@@ -596,40 +608,48 @@ ONE_CYCLE_UP, ONE_CYCLE_FIRST = 0.3, 0.04
 
 
 def template_factors(
-    template: Template, steps: int, fraction: float, warmup: float = 0.0
+    template: Template, steps: int, fraction: float, warmup: float = 0.0, at: Tensor | None = None
 ) -> Tensor:
-    """(steps,) factors on lr, 1 at the highest; none of them is 0, so that every step counts.
+    """Factors on lr, 1 at the highest; none of them is 0, so that every step counts.
 
     fraction: of the run, in which wsd cools down. warmup: of the run, in which lr rises linearly
-    to what the template says; 1cycle has a rise of its own.
+    to what the template says; 1cycle has a rise of its own. at: (n,) float64, the steps, of the
+    run's `steps`, to give factors for; None for all of them. A step's factor has the same bits
+    whichever others are asked for with it.
     """
+    done = _steps(steps) if at is None else at
     if template == "1cycle":
-        return _one_cycle(steps)
-    done = torch.arange(steps, dtype=torch.float64)
+        return _one_cycle(steps, done)
     if template == "wsd":
-        factors = cooldown(steps, fraction)
+        factors = cooldown(steps, fraction, done)
     elif template == "cosine":
         factors = _half_cosine(done / steps)
     elif template == "linear":
         factors = 1 - done / steps
     else:
         factors = torch.ones_like(done)
-    return factors * warming(steps, warmup)
+    return factors * warming(steps, warmup, done)
 
 
-def warming(steps: int, fraction: float) -> Tensor:
-    """(steps,) factors: linear upwards over the first `fraction` of the steps, then 1."""
+def warming(steps: int, fraction: float, at: Tensor | None = None) -> Tensor:
+    """Factors: linear upwards over the first `fraction` of the steps, then 1.
+
+    at: as of `template_factors`.
+    """
+    done = _steps(steps) if at is None else at
     n = math.floor(steps * fraction)
-    factors = torch.ones(steps, dtype=torch.float64)
-    factors[:n] = torch.arange(1, n + 1, dtype=torch.float64) / (n + 1)
-    return factors
+    return torch.where(done < n, (done + 1) / (n + 1), 1.0)
 
 
-def _one_cycle(steps: int) -> Tensor:
+def _steps(steps: int) -> Tensor:
+    return torch.arange(steps, dtype=torch.float64)
+
+
+def _one_cycle(steps: int, done: Tensor) -> Tensor:
     up = math.floor(steps * ONE_CYCLE_UP)
-    rise = 1 - _half_cosine(torch.arange(up, dtype=torch.float64) / max(up, 1))
-    fall = _half_cosine(torch.arange(steps - up, dtype=torch.float64) / (steps - up))
-    return torch.cat([ONE_CYCLE_FIRST + (1 - ONE_CYCLE_FIRST) * rise, fall])
+    rise = 1 - _half_cosine(done / max(up, 1))
+    fall = _half_cosine((done - up) / (steps - up))
+    return torch.where(done < up, ONE_CYCLE_FIRST + (1 - ONE_CYCLE_FIRST) * rise, fall)
 
 
 def _half_cosine(done: Tensor) -> Tensor:
@@ -646,13 +666,12 @@ def shaped(lr: Tensor, factors: Tensor) -> Tensor:
     return torch.where(values == 0, values, values.clamp(min=CONTROLS["lr"].lower))
 
 
-def cooldown(steps: int, fraction: float) -> Tensor:
-    """(steps,) factors: 1, then linear towards 0 over the last `fraction` of the steps.
+def cooldown(steps: int, fraction: float, at: Tensor | None = None) -> Tensor:
+    """Factors: 1, then linear towards 0 over the last `fraction` of the steps.
 
     The last factor is 1/(n + 1) of n cooling steps, not 0, so that the last step still counts.
+    at: as of `template_factors`.
     """
+    done = _steps(steps) if at is None else at
     n = math.floor(steps * fraction)
-    factors = torch.ones(steps, dtype=torch.float64)
-    if n:
-        factors[steps - n :] = torch.arange(n, 0, -1, dtype=torch.float64) / (n + 1)
-    return factors
+    return torch.where(done < steps - n, 1.0, (steps - done) / (n + 1))

@@ -13,8 +13,10 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Literal, Protocol
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from rhc.batches import StepBatches
 from rhc.hypergradient import Lookback
 from rhc.objective import Average, Objective
+from rhc.planned_schedule import PlannedSchedule
 from rhc.plant import Plant
 from rhc.schedule import CONTROLS, Schedule, cooldown, shaped, warming
 
@@ -73,6 +76,9 @@ longer than any before by this factor."""
 LONGER_STEP = 3.0
 """The factor between their lrs; less where the lr that was given and the highest that does no harm
 are near each other: then one lies between them."""
+
+PART = 1000
+"""Steps of a probe that are rolled at once: a roll keeps a kilobyte a step."""
 
 
 @dataclass(frozen=True)
@@ -227,7 +233,7 @@ class StartSearch:
         self,
         plant: Plant,
         objective: Objective,
-        planned: Schedule,
+        planned: PlannedSchedule,
         stream: StepBatches,
         held_out: Callable[[int], HeldOut],
         known: Sequence[dict[str, Any]],
@@ -445,7 +451,7 @@ class StartSearch:
         self, own: Sequence[float], steps: int
     ) -> tuple[dict[str, Any], float]:
         frozen = torch.zeros(steps, len(own), dtype=torch.float64)
-        schedule = self._schedule(steps, frozen)
+        schedule = self._schedule(0, steps, frozen)
         # At lr 0 no Hessian takes part.
         lookback = Lookback(self.plant, self.objective, ("lr",), product="none")
         mean = Average(self.objective.average)
@@ -472,17 +478,27 @@ class StartSearch:
     def _loss_after(self, lr: Any, n: int) -> tuple[dict[str, Any], float]:
         # As long a rise as the run's, but in a short probe no more than its third.
         rise = min(self.warmup * len(self.planned) / n, 1 / 3)
-        shape = warming(n, rise) * cooldown(n, COOLDOWN)
-        lrs = shaped(torch.as_tensor(lr, dtype=torch.float64), shape)
+        highest = torch.as_tensor(lr, dtype=torch.float64)
         most = self.limit
-        trajectory = self.plant.roll(
-            self._batches(n),
-            self._schedule(n, lrs),
-            limit=lambda first: most * first if most is not None and first > 0 else math.inf,
-        )
+        losses = array("d")
+        batches, diverged = self._batches(n), False
+
+        def limit(first: float) -> float:
+            first = losses[0] if losses else first
+            return most * first if most is not None and first > 0 else math.inf
+
+        for start in range(0, n, PART):
+            stop = min(start + PART, n)
+            at = torch.arange(start, stop, dtype=torch.float64)
+            lrs = shaped(highest, warming(n, rise, at) * cooldown(n, COOLDOWN, at))
+            part = islice(batches, stop - start)
+            trajectory = self.plant.roll(part, self._schedule(start, stop, lrs), limit=limit)
+            losses.extend(float(loss) for loss in trajectory.losses)
+            diverged = trajectory.diverged is not None
+            if diverged:
+                break
         self.plant.optimizer.zero_grad()
-        losses = [float(loss) for loss in trajectory.losses]
-        if trajectory.diverged is not None or not self.plant.is_finite():
+        if diverged or not self.plant.is_finite():
             return {"loss": None, "course": _course(losses)}, len(losses)
         found, cost = self._judged(n)
         return {"course": _course(losses), **found}, n + cost
@@ -547,9 +563,9 @@ class StartSearch:
             yield from self.stream.take(start, stop)
             self.stream.release(stop)
 
-    def _schedule(self, n: int, lr: Tensor) -> Schedule:
-        values = self.planned.window(0, n).values
-        return Schedule({**values, "lr": lr}, 0, self.planned.seed)
+    def _schedule(self, start: int, stop: int, lr: Tensor) -> Schedule:
+        values = self.planned.window(start, stop).values
+        return Schedule({**values, "lr": lr}, start, self.planned.seed)
 
 
 DIVERGED, LONGER_DIVERGED = 2.0, 50.0

@@ -175,13 +175,17 @@ def agreed(
 
     length: of a window at most.
     """
-    schedule = {name: values.tolist() for name, values in loop.schedule.values.items()}
     cost = {k: v for k, v in asdict(loop.cost).items() if k not in _OF_ONE_LEDGER}
     decided = [loop.step, loop.correction, loop.history, loop.in_vain, loop.passed_over]
     decided += [loop.alert, loop.regime, loop.delta, loop.upwards, cost, asdict(loop.relief)]
     committed = [row for row in loop.tape[-length:] if row["step"] >= 0]
+    names, ahead = loop.schedule.names, min(loop.step + length, loop.steps)
+    planned = loop.schedule.window(loop.step, ahead).values if loop.step < ahead else {}
     parts = {
-        "schedule": schedule,
+        "schedule": [
+            [[row[name] for name in names] for row in committed],
+            {name: values.tolist() for name, values in planned.items()},
+        ],
         "decisions": decided,
         "losses": [[row["step"], row["loss"], row["gradient_norm"]] for row in committed],
         "parameters": plant.norms(),

@@ -13,12 +13,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 LAYERS = (
     {
         "_lr_scheduler", "containers", "distributed", "errors", "files", "hooks", "memory",
-        "module_state", "noise", "randomness", "runner_files", "schedule", "signals", "stopping",
-        "workload",
+        "module_state", "noise", "planned_schedule", "randomness", "runner_files", "schedule",
+        "signals", "stopping", "tape", "workload",
     },
     {
         "advice", "batches", "checkpoint", "config", "dynamics", "events", "hindsight_config",
-        "loggers", "objective", "rank_directory", "run_directory", "tape",
+        "loggers", "objective", "rank_directory", "run_directory",
     },
     {"causal", "plant", "state"},
     {"evaluate", "faults", "hindsight", "hypergradient", "planning", "rewrite", "start"},

@@ -379,7 +379,7 @@ def test_the_directory(tmp_path: Path) -> None:
         kinds = {p.suffix for p in (directory / "checkpoints" / name).iterdir()}
         assert kinds == {".safetensors", ".json"}
         names = {p.stem for p in (directory / "checkpoints" / name).iterdir()}
-        assert {"model", "optimizer", "rng", "schedule", "manifest"} <= names
+        assert {"model", "optimizer", "rng", "manifest"} <= names
     assert result.directory == directory
 
     config = json.loads((directory / "config.json").read_text())

@@ -20,7 +20,6 @@ from rhc.objective import Objective
 from rhc.plant import Plant, checked_loss
 from rhc.randomness import preserved
 from rhc.run_directory import RunDirectory
-from rhc.schedule import Schedule
 from rhc.start import (
     ADAPTIVE_GREED,
     FEWEST_BATCHES,
@@ -109,7 +108,7 @@ class Beginning:
                 self.directory.record_start(record)
             self.teller.emit(StartTried(record))
 
-        planned = Schedule.constant(loop.steps, course.seed, **course.own())
+        planned = course.unshaped(loop.steps)
         known = [] if self.directory is None else self.directory.starts.read()
         adaptive = "betas" in self.plant.optimizer.param_groups[0]
         with preserved():

@@ -101,7 +101,7 @@ def followed(plant: Plant, schedule: Schedule, *, free: bool) -> Schedule:
     if not free:
         raise InputError(
             "a schedule that is given is followed as it is: use it with rewrite=False, and "
-            "without start, template and warmup"
+            "without start, template, warmup and planner"
         )
     if schedule.start != 0:
         raise InputError(

@@ -10,13 +10,13 @@ from rhc.loop.state import Attempt, Loop
 from rhc.loop.steps import Steps
 from rhc.memory import peak_memory
 from rhc.plant import Plant
-from rhc.rewrite import carried, faded
+from rhc.rewrite import faded, replanned
 from rhc.run_directory import RunDirectory
 from rhc.tape import finite
 
 
 class Committing:
-    """Makes attempts final: state, schedule, tape.
+    """Makes attempts final: state, tape, and the plan of what follows.
 
     carry: the share of a correction that is left after each window; None where nothing is
     rewritten. validate_every: steps from one row of the tape with validation losses to the next.
@@ -48,7 +48,7 @@ class Committing:
         chronicle.verb("commit", start, stop, attempt.number)
         if attempt.inside is not None:
             self.steps.restore(attempt.inside)
-        self._correct(attempt, start, commit)
+        self._correct(attempt, commit)
         rows = tape_rows(attempt, commit)
         first = rows[0]["loss"] if loop.reference is None else loop.reference[1]
         loop.reference = (sum(row["loss"] for row in rows) / len(rows), first)
@@ -72,12 +72,10 @@ class Committing:
             chronicle.verb("slide", start, stop, attempt.number)
         loop.cost.windows += 1
 
-    def _correct(self, attempt: Attempt, start: int, commit: int) -> None:
-        """What the attempt rewrote goes into the schedule, and what it carries on into the rest."""
+    def _correct(self, attempt: Attempt, commit: int) -> None:
+        """What the attempt's rewrite carries on goes into the plan of the rest."""
         loop, proposal = self.loop, attempt.proposal
-        if proposal is not None:
-            loop.schedule = loop.schedule.replaced(attempt.schedule.window(start, commit))
         if commit < loop.steps and self.carry is not None:
             shifts = {} if proposal is None else proposal.carry
             loop.correction, change = faded(loop.correction, shifts, self.carry)
-            loop.schedule = carried(loop.schedule, commit, change)
+            loop.schedule = replanned(loop.schedule, commit, change)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from rhc.hypergradient import PRODUCT_COST
 from rhc.loop.state import Loop
+from rhc.planned_schedule import Piece, PlannedSchedule, Shape
 from rhc.plant import Plant
-from rhc.rewrite import Rewrite, carried
-from rhc.schedule import Schedule, Template, shaped, template_factors
+from rhc.rewrite import Rewrite, replanned
+from rhc.schedule import Schedule, Template
 
 
 @dataclass(frozen=True)
@@ -39,37 +40,40 @@ class Course:
         controls = self.plant.controls
         return controls.initial | {name: controls.own[name] for name in self.per_group}
 
-    def planned(self, steps: int, lr: Tensor) -> Schedule:
+    def unshaped(self, steps: int) -> PlannedSchedule:
+        """The optimizer's own controls at every step."""
+        return PlannedSchedule((Piece(0, Schedule.constant(1, self.seed, **self.own())),), steps)
+
+    def planned(self, steps: int, lr: Tensor) -> PlannedSchedule:
         """The optimizer's own controls at every step; lr, () or (G,), in the template's shape."""
         if self.followed is not None:
             own = Schedule.constant(steps, self.seed, **self.own())
             given = self.followed.window(0, steps)
-            return Schedule({**own.values, **given.values}, 0, self.seed)
-        initial = self.own() | {"lr": lr.tolist()}
-        planned = Schedule.constant(steps, self.seed, **initial)
+            whole = Schedule({**own.values, **given.values}, 0, self.seed)
+            return PlannedSchedule((Piece(0, whole),), steps)
+        held = Schedule.constant(1, self.seed, **self.own() | {"lr": lr.tolist()})
+        shape = Shape(self.template, steps, self.cooldown, self.warmup)
         # What is not rewritten keeps the optimizer's bits.
-        factors = template_factors(self.template, steps, self.cooldown, self.warmup)
-        if self.shaped and bool((factors != 1).any()):
-            shape = shaped(planned["lr"][0], factors)
-            planned = planned.replaced(Schedule({"lr": shape}))
-        return planned
+        moves = self.shaped and not shape.flat
+        return PlannedSchedule((Piece(0, held, shape if moves else None),), steps)
 
-    def as_begun(self, loop: Loop) -> Schedule:
+    def as_begun(self, loop: Loop) -> PlannedSchedule:
         """What the run began with, from the lr that was found or given."""
         return self.planned(loop.steps, loop.first_lr)
 
-    def lengthened(self, known: Schedule, loop: Loop) -> Schedule:
-        """The schedule of a run that is resumed; planned anew from here where it has more steps."""
-        if len(known) >= loop.steps:
-            return known
-        planned = carried(self.as_begun(loop), loop.step, loop.correction)
-        return planned.replaced(known.window(0, loop.step)) if loop.step else planned
+    def lengthened(self, known: PlannedSchedule | None, loop: Loop) -> PlannedSchedule:
+        """The plan of a run that is resumed; made anew from here where it has more steps.
 
-    def begun_anew(self, loop: Loop, step: int, factor: float) -> Schedule:
+        known: the plan that it had; None where that is what it began with.
+        """
+        if known is not None and known.stop >= loop.steps:
+            return known
+        return replanned(self.as_begun(loop), loop.step, loop.correction)
+
+    def begun_anew(self, loop: Loop, step: int, factor: float) -> PlannedSchedule:
         """The plan with the template over the steps that are left, from where it began × factor."""
-        factors = template_factors(self.template, loop.steps - step, self.cooldown)
-        lr = shaped(factor * loop.first_lr, factors)
-        return loop.schedule.replaced(Schedule({"lr": lr}, step))
+        shape = Shape(self.template, loop.steps - step, self.cooldown, start=step)
+        return loop.schedule.begun_anew(step, factor * loop.first_lr, shape)
 
     def highest(self, loop: Loop, start: int, stop: int) -> Tensor:
         """What the law's bound on lr is counted from, (K,) or (K, G) of the window.
@@ -77,11 +81,11 @@ class Course:
         That is the template's highest lr, but in its warm-up the template itself: what a short
         window wins there by going faster, the run loses later (docs/log.md).
         """
-        lr = self.as_begun(loop)["lr"]
+        lr = self.as_begun(loop).window(start, stop)["lr"]
         steps = torch.arange(start, stop)
         rises = steps < self.warmup * loop.steps
         highest = loop.first_lr.expand(stop - start, *lr.shape[1:])
-        return torch.where(rises.view(-1, *[1] * (lr.dim() - 1)), lr[start:stop], highest)
+        return torch.where(rises.view(-1, *[1] * (lr.dim() - 1)), lr, highest)
 
 
 LOOK = 3

@@ -4,8 +4,9 @@ moves the rest of the schedule."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,25 +141,28 @@ class Epochs:
 
     def _follow(self, before: Plan, after: Plan) -> None:
         """Moves the rest of the schedule from one plan to the other."""
-        start, schedule = self.loop.step, self.loop.schedule
+        start, moves = self.loop.step, dict[str, Callable[[Tensor], Tensor]]()
         if start >= self.loop.steps:
             return
-        rest = schedule.window(start, schedule.stop)
-        values: dict[str, Tensor] = {}
         if after.lr != before.lr:
             ratio = after.lr / before.lr
-            values["lr"] = _rescaled("lr", rest["lr"], ratio)
+            moves["lr"] = partial(_rescaled, "lr", ratio)
             self.loop.first_lr = self.loop.first_lr * ratio
         if after.momentum != before.momentum and after.momentum and before.momentum:
             ratio = CONTROLS["momentum"].ratio(after.momentum, before.momentum)
-            values["momentum"] = _rescaled("momentum", rest["momentum"], ratio)
+            moves["momentum"] = partial(_rescaled, "momentum", ratio)
         if after.noise != before.noise:
-            values["noise"] = torch.full_like(rest["noise"], after.noise)
-        if values:
-            self.loop.schedule = schedule.replaced(Schedule(values, start))
+            moves["noise"] = partial(torch.full_like, fill_value=after.noise)
+
+        def moved(held: Schedule) -> Schedule:
+            values = {name: move(held[name]) for name, move in moves.items()}
+            return Schedule({**held.values, **values}, held.start, held.seed)
+
+        if moves:
+            self.loop.schedule = self.loop.schedule.changed(start, moved)
 
 
-def _rescaled(name: str, values: Tensor, ratio: float) -> Tensor:
+def _rescaled(name: str, ratio: float, values: Tensor) -> Tensor:
     """A control's values moved by log(ratio) in its coordinate, within its bounds; 0 stays 0."""
     known = CONTROLS[name]
     moved = torch.as_tensor(known.rescale(values, ratio)).clamp(known.lower, known.upper)

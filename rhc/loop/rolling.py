@@ -14,9 +14,9 @@ from rhc.loop.looking import Looking
 from rhc.loop.records import Chronicle
 from rhc.loop.state import Attempt, Loop, Window
 from rhc.loop.steps import Steps
+from rhc.planned_schedule import PlannedSchedule
 from rhc.plant import PATIENCE
-from rhc.rewrite import Rewrite, Shift, carried
-from rhc.schedule import Schedule
+from rhc.rewrite import Rewrite, Shift, replanned
 
 
 class Rolling:
@@ -49,7 +49,7 @@ class Rolling:
         loop, law = self.loop, self.law
         start, stop = window.start, window.stop
         number, failed = 0, None
-        for schedule, corrected, guarded in self._ladders(start):
+        for schedule, corrected, guarded in self._ladders(start, stop):
             # A loss that no lr lowers is not the lr's: if it is finite, it is let through.
             if not guarded and (failed is None or not math.isfinite(failed[1])):
                 break
@@ -73,21 +73,23 @@ class Rolling:
                 if guarded and _same_place(previous, failed):
                     break
                 shift = {"lr": math.log(law.lower_lr)}
-                loop.schedule = carried(loop.schedule, start, shift)
+                loop.schedule = replanned(loop.schedule, start, shift)
                 number += 1
         raise DivergedError(
             f"{attempt.failure}, also at lr x{law.lower_lr**law.rewinds:.0e}; "
             "look at the data and the loss of these steps"
         )
 
-    def _ladders(self, start: int) -> Iterator[tuple[Schedule, dict[str, Shift], bool]]:
+    def _ladders(
+        self, start: int, stop: int
+    ) -> Iterator[tuple[PlannedSchedule, dict[str, Shift], bool]]:
         """(schedule, correction, whether it is guarded) to roll from, each when the last failed."""
         planned, correction = self.loop.schedule, self.loop.correction
         yield planned, correction, True
-        begun_with = self.course.as_begun(self.loop)
-        first = planned.replaced(begun_with.window(start, planned.stop))
-        others = [name for name in planned.values if name != "lr"]
-        if not all(torch.equal(planned[name], first[name]) for name in others):
+        first = self.course.as_begun(self.loop)
+        here, then = planned.window(start, stop), first.window(start, stop)
+        others = [name for name in planned.names if name != "lr"]
+        if not all(torch.equal(here[name], then[name]) for name in others):
             # No lr helps: it may be what rewriting made of the others.
             self.chronicle.notice(
                 f"no lr keeps the steps from {start} on finite: all controls go back to what "

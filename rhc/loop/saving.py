@@ -19,6 +19,7 @@ from rhc.loop.looking import LookbackMaker
 from rhc.loop.records import Teller
 from rhc.loop.state import AVERAGE_DECAY, Cost, Loop
 from rhc.objective import Average
+from rhc.planned_schedule import Piece, PlannedSchedule
 from rhc.planning import EpochPlanner, joined, parted
 from rhc.plant import Plant
 from rhc.rewrite import Twin
@@ -71,7 +72,6 @@ class Saving:
     def _checkpoint(self) -> Checkpoint:
         loop, plant = self.loop, self.plant
         tensors, rest = snapshot_to_tensors(plant.snapshot())
-        tensors["schedule"] = dict(loop.schedule.values)
         average = zip(loop.average.values or [], plant.owned, strict=False)
         tensors["average"] = {str(i): placed_as(v, p) for i, (v, p) in enumerate(average)}
         tensors["train_batches"] = loop.train.position(loop.step).to_tensors()
@@ -87,6 +87,7 @@ class Saving:
             "average_count": loop.average.count,
             "first_lr": loop.first_lr.tolist(),
             "correction": loop.correction,
+            "plan": loop.schedule.to_json(loop.step) if self._replans else None,
             "twin": [loop.delta, loop.upwards],
             "patience": [loop.in_vain, loop.passed_over, loop.alert, loop.regime],
             "history": loop.history,
@@ -125,9 +126,6 @@ class Saving:
         if self.make is not None and values.get("lookback") is not None:
             loop.lookback = self.make.resumed(loop.relief, values["lookback"])
         loop.step = checkpoint.step
-        # safetensors gives names back in any order, and the tape's lines keep the schedule's.
-        values_by_name = {name: tensors["schedule"][name] for name in loop.schedule.values}
-        known = Schedule(values_by_name, 0, self.course.seed)
         owned = plant.owned
         average = [
             part_of(shared_as(tensors["average"][str(i)], owned[i]))
@@ -146,7 +144,7 @@ class Saving:
             name: tuple(shift) if isinstance(shift, list) else shift
             for name, shift in values.get("correction", {}).items()
         }
-        loop.schedule = self.course.lengthened(known, loop)
+        loop.schedule = self.course.lengthened(self._plan(checkpoint), loop)
         loop.delta, loop.upwards = values.get("twin", (Twin.first, None))
         patience = values.get("patience", (0, 0, False, 0))
         loop.in_vain, loop.passed_over, loop.alert, loop.regime = patience
@@ -164,3 +162,22 @@ class Saving:
         plant.restore(snapshot)  # now that nothing can fail any more
         loop.tape = self.directory.tape.read()
         loop.windows = self.directory.windows.read()
+
+    @property
+    def _replans(self) -> bool:
+        """Whether the plan can become another than what the run began with."""
+        return self.make is not None or self.planner is not None
+
+    def _plan(self, checkpoint: Checkpoint) -> PlannedSchedule | None:
+        """The plan as it was saved; None where it is what the run began with."""
+        if not self._replans:
+            return None
+        if "plan" in checkpoint.values:
+            source = str(self.directory.checkpoints.path(checkpoint.step))
+            return PlannedSchedule.from_json(checkpoint.values["plan"], source)[0]
+        # Of a version that kept a value for every step. safetensors gives names back in any order,
+        # and the tape's lines keep the schedule's.
+        kept = checkpoint.tensors["schedule"]
+        values = {name: kept[name] for name in self.loop.schedule.names}
+        whole = Schedule(values, 0, self.course.seed)
+        return PlannedSchedule((Piece(0, whole),), len(whole))

@@ -19,6 +19,7 @@ from rhc.batches import StepBatches
 from rhc.faults import Deviation, Relief
 from rhc.hypergradient import Hypergradient, Lookback, Outcome
 from rhc.objective import Average
+from rhc.planned_schedule import PlannedSchedule, of_tape
 from rhc.plant import Snapshot, Trajectory
 from rhc.rewrite import History, Proposal, Shift, Twin
 from rhc.schedule import Schedule
@@ -60,7 +61,7 @@ class Cost:
 class Loop:
     """Where the loop stands: everything that changes from window to window, but for the plant.
 
-    schedule: committed up to `step`, planned after it. reference: (mean loss of the last committed
+    schedule: what is planned from `step` on. reference: (mean loss of the last committed
     window, first loss of the run). average: of all committed iterates. correction: what the plan of
     the steps to come is moved by, in raw coordinates. history: what windows asked for, for the
     rewrite's rule. in_vain: looks back in a row that were not worth it; passed_over: windows still
@@ -73,7 +74,7 @@ class Loop:
     """
 
     steps: int
-    schedule: Schedule
+    schedule: PlannedSchedule
     train: StepBatches
     validation: StepBatches | None = None
     step: int = 0
@@ -105,6 +106,11 @@ class Loop:
     def seconds(self) -> float:
         """That the run has taken so far, with those before it was resumed."""
         return self.seconds_before + time.monotonic() - self.began
+
+    def committed(self) -> Schedule:
+        """The controls of the steps so far, at least one, as the tape has them."""
+        plan = self.schedule
+        return Schedule(of_tape(self.tape, plan.names, "the tape"), 0, plan.seed)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from rhc.loop.judge import Judge
 from rhc.loop.records import Chronicle
 from rhc.loop.state import Attempt, Loop, Window
 from rhc.loop.steps import Steps
+from rhc.planned_schedule import PlannedSchedule
 from rhc.rewrite import Rewrite, surprised
-from rhc.schedule import Schedule
 
 REMEMBERED = 50
 """Committed steps whose losses a window is compared with, to see whether the data changed."""
@@ -69,7 +69,7 @@ class Surprise:
         terminal = self.judge.terminal(start, stop)
         if rolled.hypergradient is None:
             self.judge.replay(rolled, window, terminal)
-        tried: list[tuple[Attempt, Schedule]] = []
+        tried: list[tuple[Attempt, PlannedSchedule]] = []
         for number, factor in enumerate(self.law.restart, start=1):
             plan = self.course.begun_anew(self.loop, step, factor)
             attempt = replace(
