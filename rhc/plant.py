@@ -9,6 +9,7 @@ adjoint needs to look back. It decides nothing.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
@@ -58,7 +59,8 @@ class Snapshot:
     """A copy in memory of everything a step can change.
 
     parameters, buffers: name -> tensor. slots: one dict per parameter of the optimizer. groups:
-    the optimizer's hyperparameters. rng: the global random state.
+    the optimizer's hyperparameters. rng: the global random state. others: what the optimizer's
+    state has under keys that are no parameters.
     """
 
     parameters: dict[str, Tensor]
@@ -66,6 +68,7 @@ class Snapshot:
     slots: list[dict[str, Any]]
     groups: list[dict[str, Any]]
     rng: RandomState
+    others: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -201,6 +204,12 @@ class Plant:
             optimizer
         ).zero_grad is torch.optim.Optimizer.zero_grad and "zero_grad" not in vars(optimizer)
         self._on_cpu = all(p.device.type == "cpu" for p in self.parameters)
+
+    @property
+    def names(self) -> list[list[str]]:
+        """The names of the optimizer's parameters, by parameter group."""
+        groups = self.optimizer.param_groups
+        return [[self._names[id(p)] for p in group["params"]] for group in groups]
 
     def find_statistics(self) -> None:
         """Looks for layers whose statistics are of this rank's rows: their means are taken."""
@@ -401,9 +410,10 @@ class Plant:
         return Snapshot(
             {n: p.detach().clone() for n, p in self.model.named_parameters()},
             {n: b.detach().clone() for n, b in self.model.named_buffers()},
-            [_copied(self.optimizer.state.get(p, {})) for p in self.owned],
+            [_copied(dict(self.optimizer.state.get(p, {}))) for p in self.owned],
             [_copied(_hyperparameters(g)) for g in self.optimizer.param_groups],
             RandomState.capture(),
+            _copied({k: v for k, v in self.optimizer.state.items() if not isinstance(k, Tensor)}),
         )
 
     @torch.no_grad()
@@ -421,7 +431,11 @@ class Plant:
                 if isinstance(group.get(key), Tensor):
                     group[key].copy_(value)
                 else:
-                    group[key] = value
+                    group[key] = _copied(value)
+        state = self.optimizer.state
+        for other in [k for k in state if not isinstance(k, Tensor)]:
+            del state[other]
+        state.update(_copied(snapshot.others))
         snapshot.rng.restore()
 
     def _settle(self) -> None:
@@ -944,8 +958,17 @@ def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in group.items() if k != "params"}
 
 
-def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in values.items()}
+def _copied(value: Any) -> Any:
+    """A copy of a tree of dicts, lists and tuples that shares no tensor with it."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) in (list, tuple):
+        return type(value)(_copied(v) for v in value)
+    if isinstance(value, dict):
+        found = copy.copy(value)
+        found.update({k: _copied(v) for k, v in value.items()})
+        return found
+    return value
 
 
 def _restore_slots(state: Any, parameter: Tensor, slots: Mapping[str, Any]) -> None:
@@ -960,4 +983,4 @@ def _restore_slots(state: Any, parameter: Tensor, slots: Mapping[str, Any]) -> N
         if isinstance(value, Tensor) and isinstance(current, Tensor):
             current.copy_(value)
         else:
-            live[key] = value.clone() if isinstance(value, Tensor) else value
+            live[key] = _copied(value)

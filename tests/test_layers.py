@@ -17,7 +17,7 @@ LAYERS = (
     },
     {
         "advice", "batches", "checkpoint", "config", "dynamics", "events", "hindsight_config",
-        "loggers", "objective", "rank_directory", "run_directory", "tape",
+        "loggers", "objective", "rank_directory", "run_directory", "tape", "trees",
     },
     {"causal", "plant", "state"},
     {"evaluate", "faults", "hindsight", "hypergradient", "planning", "rewrite", "start"},

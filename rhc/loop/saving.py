@@ -24,7 +24,7 @@ from rhc.plant import Plant
 from rhc.rewrite import Twin
 from rhc.run_directory import RunDirectory
 from rhc.schedule import Schedule
-from rhc.state import snapshot_from_tensors, snapshot_to_tensors, with_parts
+from rhc.state import adopt, places, snapshot_from_tensors, snapshot_to_tensors, with_parts
 
 
 class Saving:
@@ -70,7 +70,7 @@ class Saving:
 
     def _checkpoint(self) -> Checkpoint:
         loop, plant = self.loop, self.plant
-        tensors, rest = snapshot_to_tensors(plant.snapshot())
+        tensors, rest = snapshot_to_tensors(plant, plant.snapshot())
         tensors["schedule"] = dict(loop.schedule.values)
         average = zip(loop.average.values or [], plant.owned, strict=False)
         tensors["average"] = {str(i): placed_as(v, p) for i, (v, p) in enumerate(average)}
@@ -104,10 +104,11 @@ class Saving:
     def _load(self, checkpoint: Checkpoint) -> None:
         loop, plant = self.loop, self.plant
         tensors, values = checkpoint.tensors, checkpoint.values
+        rest = values["optimizer"]
         if checkpoint.shards:
             folder = self.directory.checkpoints.path(checkpoint.step) / SHARDS
-            tensors = with_parts(plant, tensors, folder)
-        snapshot = snapshot_from_tensors(plant, tensors, values["optimizer"])
+            tensors = with_parts(plant, tensors, rest, folder)
+        snapshot = snapshot_from_tensors(plant, tensors, rest)
         if self.planner is not None:  # before the loader is asked for this epoch's order again
             state = joined(tensors.get("controller", {}), values["controller"])
             self.planner.load_state_dict(state, place=False)
@@ -130,8 +131,9 @@ class Saving:
         known = Schedule(values_by_name, 0, self.course.seed)
         owned = plant.owned
         average = [
-            part_of(shared_as(tensors["average"][str(i)], owned[i]))
-            for i in range(len(tensors["average"]))
+            part_of(shared_as(tensors["average"][str(place)], p))
+            for place, p in zip(places(plant, rest), owned, strict=True)
+            if tensors["average"]
         ]
         device = plant.parameters[0].device
         loop.average = Average(
@@ -161,6 +163,6 @@ class Saving:
         for mean, live in zip(loop.average.values or [], plant.parameters, strict=bool(average)):
             if mean.shape != live.shape:
                 raise ValueError(f"an average of shape {tuple(mean.shape)} for {tuple(live.shape)}")
-        plant.restore(snapshot)  # now that nothing can fail any more
+        adopt(plant, tensors, rest, snapshot)  # now that nothing can fail any more
         loop.tape = self.directory.tape.read()
         loop.windows = self.directory.windows.read()
