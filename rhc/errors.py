@@ -22,3 +22,7 @@ class StorageError(RuntimeError):
     """
 
     result: object = None
+
+
+class RunWarning(UserWarning):
+    """Nothing failed, but a run is not what the caller may take it for. The message says why."""

@@ -83,15 +83,15 @@ def with_parts(plant: Plant, tensors: Tensors, rest: Mapping[str, Any], folder: 
     owned = {str(place): p for place, p in zip(places(plant, rest), plant.owned, strict=True)}
 
     def like(name: str) -> Tensor | None:
-        group, _, rest = name.partition(".")
+        group, _, path = name.partition(".")
         if group == "model":
-            return parameters.get(rest.removeprefix("parameter."))
-        return owned.get(rest.removeprefix("slot.").partition(".")[0])
+            return parameters.get(path.removeprefix("parameter."))
+        return owned.get(path.removeprefix("slot.").partition(".")[0])
 
     found = {group: dict(own) for group, own in tensors.items()}
     for name, tensor in read_parts(folder, like).items():
-        group, _, rest = name.partition(".")
-        found.setdefault(group, {})[rest] = tensor
+        group, _, path = name.partition(".")
+        found.setdefault(group, {})[path] = tensor
     return found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rhc.advice import explained
-from rhc.batches import StepBatches
+from rhc.batches import StepBatches, pristine
 from rhc.errors import DivergedError, InputError
 from rhc.events import StartFound, StartTried
 from rhc.faults import out_of_memory
@@ -32,7 +32,8 @@ def try_first_batch(
     # Streams of their own: the place of the run's is saved with the first checkpoint.
     def first(loader: Iterable[Any], name: str) -> Any:
         device = loop.train.device
-        return StepBatches(loader, isolated=True, device=device, name=name).take(0, 1)[0]
+        with pristine(loader):
+            return StepBatches(loader, isolated=True, device=device, name=name).take(0, 1)[0]
 
     batches = {"train_loader": first(train_loader, "train_loader")}
     if loop.validation is not None:
@@ -99,7 +100,7 @@ class Beginning:
         planned = Schedule.constant(loop.steps, course.seed, **course.own())
         known = [] if self.directory is None else self.directory.starts.read()
         adaptive = "betas" in self.plant.optimizer.param_groups[0]
-        with preserved():
+        with preserved(), pristine(self.train_loader):
             search = StartSearch(
                 self.plant,
                 self.objective,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -16,6 +17,7 @@ from torch import Tensor
 from rhc import stopping
 from rhc.batches import loader_preserved
 from rhc.distributed import Ranks
+from rhc.errors import RunWarning
 from rhc.evaluate import TRAIN_BATCHES, UNSIZED_BATCHES, Losses, at_average, evaluate
 from rhc.events import Event, Listener, Notice, Verb, VerbStarted, WindowAttempted
 from rhc.loop.state import Attempt, Cost, Loop
@@ -42,6 +44,11 @@ class Teller:
     def notice(self, message: str) -> None:
         """Tells what a person should know."""
         self.emit(Notice(message))
+
+    def warn(self, message: str) -> None:
+        """Tells what a person must not miss, also where nobody listens."""
+        self.notice(message)
+        warnings.warn(message, RunWarning, stacklevel=2)
 
 
 class Chronicle(Teller):
