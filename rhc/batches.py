@@ -247,10 +247,10 @@ class StepBatches:
                 _set_states(self.loader, position.generators)
             return
         with preserved(), loader_preserved(self.loader) if self.isolated else nullcontext():
-            if further:
+            if further and self.isolated:
                 here[0].restore()
                 _set_states(self.loader, here[1])
-            else:
+            elif not further:
                 drawn = 0
                 self._begin_again(position.start)
             self._skip(drawn, position.index)

@@ -84,7 +84,7 @@ class Saving:
             return []
         # A loss that is all but zero is what rounding left of the first one.
         least = 1e-6 * abs(tape[0]["loss"] or 0.0)
-        if math.isclose(found, told, rel_tol=tolerance, abs_tol=least):
+        if math.isclose(found, told, rel_tol=tolerance, abs_tol=least) or self.loop.train.differs:
             return []
         again = self._loss_after(earlier)
         if math.isclose(found, again, rel_tol=tolerance, abs_tol=least):
