@@ -143,9 +143,10 @@ class StepBatches:
     ) -> None:
         self.loader = loader
         self.resumable = resumable
-        self.besides = tuple(besides)
+        self._parts = _with_state(loader, besides) if resumable else {}
         self.differs: str | None = None
         self._expected: tuple[Tensor, ...] = ()
+        self._unsampled = SPACED
         self.accumulate = accumulate
         self.isolated = isolated
         self.device = device
@@ -264,14 +265,13 @@ class StepBatches:
         self._expected = start.first
         start.rng.restore()
         _set_states(self.loader, start.generators)
-        found = _with_state(self.loader, self.besides)
         for name, state in start.states.items():
-            if name not in found:
+            if name not in self._parts:
                 raise InputError(
                     f"{self.name} has no load_state_dict of its {name}, and the run that is "
                     "resumed had; give it the same loader"
                 )
-            found[name].load_state_dict(copy.deepcopy(state))
+            self._parts[name].load_state_dict(copy.deepcopy(state))
         _begin_epoch(self.loader, self._epoch)
         self._iterator = iter(self.loader)
 
@@ -337,7 +337,10 @@ class StepBatches:
                 batch = next(self._iterator)
             except StopIteration:
                 continue
-            if self.resumable and self._index == 0:
+            self._unsampled += 1
+            due = self._unsampled > SPACED or self._expected
+            if self.resumable and self._index == 0 and due:
+                self._unsampled = 0
                 assert self._start is not None
                 # Before the loss has it, which may change it in place.
                 self._start = replace(self._start, first=_sample(batch))
@@ -349,10 +352,7 @@ class StepBatches:
         )
 
     def _state_dicts(self) -> dict[str, Any]:
-        if not self.resumable:
-            return {}
-        found = _with_state(self.loader, self.besides)
-        return {name: copy.deepcopy(part.state_dict()) for name, part in found.items()}
+        return {name: copy.deepcopy(part.state_dict()) for name, part in self._parts.items()}
 
 
 def _with_state(loader: Any, besides: Iterable[Any] = ()) -> dict[str, Any]:
@@ -413,6 +413,10 @@ def pristine(loader: Any) -> Iterator[None]:
 SAMPLED = 64
 """Elements of each tensor of a batch by which it is known: a copy takes 3 µs, a checksum of all of
 a batch of images a millisecond."""
+
+
+SPACED = 3
+"""Batches at least between two that are known so: of epochs of one batch not every step pays."""
 
 
 def _sample(batch: Any) -> tuple[Tensor, ...]:

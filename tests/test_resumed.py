@@ -171,7 +171,7 @@ class KeptNoisy(Noisy):
 class Stream(IterableDataset[Any]):
     """Goes on from epoch to epoch."""
 
-    def __init__(self, rows: int = 40) -> None:
+    def __init__(self, rows: int = 72) -> None:
         self.at, self.rows = 0, rows
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -250,8 +250,15 @@ WAYS: dict[str, dict[str, Any]] = {
 RESUMED_AT = {"plain": 8, "accumulated": 24, "rewritten": 30}
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        pytest.param(name, way, marks=[pytest.mark.slow] if slow else [])
+        for name in KEPT
+        for way in WAYS
+        for slow in [way != "plain" and name not in ("a sampler", "a loader")]
+    ],
+)
 def test_data_with_a_state_go_on_to_the_bit(name: str, way: str, tmp_path: Path) -> None:
     make, options = KEPT[name], WAYS[way]
     expected, _ = run(tmp_path / "whole", make, **options)
