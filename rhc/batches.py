@@ -286,6 +286,7 @@ class StepBatches:
                 if drawn == 0 and again:  # a state between two epochs may be the end of the first
                     again, self._iterator = False, iter(self.loader)
                     continue
+                self._iterator = None
                 raise InputError(
                     f"{self.name} ended after {drawn} batches, but the run that is resumed was "
                     f"at batch {index} of its epoch; give it the same data"

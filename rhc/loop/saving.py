@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import asdict
 from typing import Any
@@ -66,7 +67,9 @@ class Saving:
         The first step after the checkpoint before it is looked at once more: its loss is on the
         tape, so that nothing had to be kept for this. InputError where it is of another run.
         """
-        said = self._loss_again(self.directory.earlier(checkpoint.step))
+        said: list[str] = []
+        with contextlib.suppress(InputError):  # which is raised once more if it stands in the way
+            said = self._loss_again(self.directory.earlier(checkpoint.step))
         self._taken_over(checkpoint)
         streams = (self.loop.train, self.loop.validation)
         data = [s.differs for s in streams if s is not None and s.differs is not None]
