@@ -472,7 +472,7 @@ def parsers(folder: Path) -> dict[str, tuple[Callable[[bytes], Any], list[bytes]
     model = (checkpoint / "model.safetensors").read_bytes()
     whole = store.load(step)
     plant = Plant(*make_run("adamw")[:3])
-    tensors, rest = snapshot_to_tensors(plant.snapshot())
+    tensors, rest = snapshot_to_tensors(plant, plant.snapshot())
     toml = TrainConfig().to_toml().encode()
 
     def manifest(data: bytes) -> None:

@@ -12,29 +12,40 @@ batch of 64 x 784 floats, beside a step of 420 µs of a small network, and 1.4 m
 
 from __future__ import annotations
 
+import copy
+import inspect
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from rhc.containers import Kept, copied, rows_of, to_device
 from rhc.distributed import RankLoader, Shard
 from rhc.errors import InputError
 from rhc.randomness import RandomState, preserved, seed_everything
+from rhc.trees import joined, parted, spelled, unspelled
 
 
 @dataclass(frozen=True)
 class _EpochStart:
-    """What decides an epoch's order: the random state and the loader's own generators."""
+    """What decides an epoch's order: the random state, the loader's own generators, and the state
+    of whatever has a `state_dict`, by name.
+
+    first: a sample of the epoch's first batch, by which other data are known.
+    """
 
     rng: RandomState
     generators: tuple[Tensor, ...]
+    states: Mapping[str, Any] = field(default_factory=dict)
+    first: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,12 @@ class Position:
         if self.start is not None:
             tensors |= {f"start.{k}": v for k, v in self.start.rng.to_tensors().items()}
             tensors |= {f"generator.{i}": g for i, g in enumerate(self.start.generators)}
+            tensors |= {f"first.{i}": _numbers(t) for i, t in enumerate(self.start.first)}
+        if self.start is not None and self.start.states:
+            found: dict[str, Tensor] = {}
+            states = spelled(parted(self.start.states, "state", found))
+            tensors["states"] = torch.tensor(list(json.dumps(states).encode()), dtype=torch.uint8)
+            tensors |= {name: t.clone() for name, t in found.items()}
         return tensors
 
     @classmethod
@@ -76,7 +93,12 @@ class Position:
         step, epoch, index = tensors["place"].tolist()
         start = None
         if part("start."):
-            start = _EpochStart(RandomState.from_tensors(part("start.")), states("generator."))
+            known = {}
+            if "states" in tensors:
+                text = bytes(tensors["states"].tolist()).decode()
+                known = joined(unspelled(json.loads(text)), tensors)
+            rng = RandomState.from_tensors(part("start."))
+            start = _EpochStart(rng, states("generator."), known, states("first."))
         rng = RandomState.from_tensors(part("rng."))
         return cls(step, epoch, index, start, rng, states("own."))
 
@@ -110,6 +132,9 @@ class StepBatches:
     own, so that looking ahead disturbs nothing; otherwise batches are drawn from the global random
     state exactly when they are taken, as a plain loop does. device: where tensors are moved to.
     accumulate n: step t has the loader's batches [n t, n (t + 1)), as `MicroBatches` where n > 1.
+    resumable: positions will be gone back to, maybe by another process: they keep the state of
+    loaders, samplers and datasets that have a `state_dict`, but for those in `besides`, and a
+    sample of the data. differs: once such data came back as others.
     """
 
     def __init__(
@@ -121,10 +146,17 @@ class StepBatches:
         device: torch.device | None = None,
         name: str = "train_loader",
         accumulate: int = 1,
+        resumable: bool = False,
+        besides: Iterable[Any] = (),
     ) -> None:
         # Without isolation it is iterated as by a plain loop, workers that persist included.
         self.loader = apart(loader) if isolated else loader
         self._order = _Order(self.loader)
+        self.resumable = resumable
+        self._parts = _with_state(loader, besides) if resumable else {}
+        self.differs: str | None = None
+        self._expected: tuple[Tensor, ...] = ()
+        self._unsampled = SPACED
         self.accumulate = accumulate
         self.isolated = isolated
         self.device = device
@@ -211,8 +243,16 @@ class StepBatches:
 
         Batches before it in its epoch are drawn and dropped. The global random state is left alone.
         """
+        known, drawn = self._start, self._index
+        further = (
+            self._iterator is not None
+            and known is not None
+            and position.start is not None
+            and (self._epoch, position.start.rng.same(known.rng)) == (position.epoch, True)
+            and drawn <= position.index
+        )
+        here = self._rng, self._generators
         self._kept.clear()
-        self._iterator = None
         self._next = position.step
         self._epoch, self._index, self._start = position.epoch, position.index, position.start
         self._rng, self._generators = position.rng, position.generators
@@ -224,24 +264,64 @@ class StepBatches:
                 f"that is resumed had {len(position.generators)}; give it the same loader"
             )
         if position.start is None:
+            self._iterator = None
             if not self.isolated:
                 self._order.restore(position.generators)
             return
         with preserved(), loader_preserved(self.loader) if self.isolated else nullcontext():
-            position.start.rng.restore()
-            self._order.restore(position.start.generators)
-            _begin_epoch(self.loader, position.epoch)
-            self._iterator = begun(self.loader, self)
-            for drawn in range(position.index):
-                try:
-                    next(self._iterator)
-                except StopIteration:
-                    raise InputError(
-                        f"{self.name} ended after {drawn} batches, but the run that is resumed was "
-                        f"at batch {position.index} of its epoch; give it the same data"
-                    ) from None
+            if further and self.isolated:
+                here[0].restore()
+                self._order.restore(here[1])
+            elif not further:
+                drawn = 0
+                self._begin_again(position.start)
+            self._skip(drawn, position.index)
             if self.isolated:
                 self._rng, self._generators = RandomState.capture(), self._order.states()
+        if position.index == 0 and self.isolated and self.resumable:
+            self.take(position.step, position.step + 1)  # compared before it is trained on
+
+    def _begin_again(self, start: _EpochStart) -> None:
+        """The epoch that began in `start`, before its first batch."""
+        self._expected = start.first
+        start.rng.restore()
+        self._order.restore(start.generators)
+        for name, state in start.states.items():
+            if name not in self._parts:
+                raise InputError(
+                    f"{self.name} has no load_state_dict of its {name}, and the run that is "
+                    "resumed had; give it the same loader"
+                )
+            self._parts[name].load_state_dict(copy.deepcopy(state))
+        _begin_epoch(self.loader, self._epoch)
+        self._iterator = begun(self.loader, self)
+
+    def _skip(self, drawn: int, index: int) -> None:
+        """Draws an epoch's batches from number `drawn` on and drops them, up to number `index`."""
+        again = bool(self._start and self._start.states)
+        while drawn < index:
+            assert self._iterator is not None
+            try:
+                batch = next(self._iterator)
+            except StopIteration:
+                if drawn == 0 and again:  # a state between two epochs may be the end of the first
+                    again, self._iterator = False, begun(self.loader, self)
+                    continue
+                self._iterator = None
+                raise InputError(
+                    f"{self.name} ended after {drawn} batches, but the run that is resumed was "
+                    f"at batch {index} of its epoch; give it the same data"
+                ) from None
+            if drawn == 0:
+                self._compare(_sample(batch))
+            drawn += 1
+
+    def _compare(self, first: tuple[Tensor, ...]) -> None:
+        """Notes in `differs` where the first batch of an epoch that is gone back to is another."""
+        expected, self._expected = self._expected, ()
+        found = [_numbers(t) for t in first]
+        if expected and not (len(expected) == len(found) and all(map(_alike, expected, found))):
+            self.differs = f"the first batch of epoch {self._epoch} of {self.name} is another"
 
     def _draw_until(self, stop: int, again: bool) -> None:
         while self._next < stop:
@@ -269,7 +349,9 @@ class StepBatches:
         """The loader's next batch; a copy of it, where it may be used `again`."""
         for fresh in (False, True):
             if fresh or self._iterator is None:
-                self._start = _EpochStart(RandomState.capture(), self._order.states())
+                self._start = _EpochStart(
+                    RandomState.capture(), self._order.states(), self._state_dicts()
+                )
                 _begin_epoch(self.loader, self._epoch + 1)
                 self._iterator = begun(self.loader, self)
                 self._epoch += 1
@@ -278,6 +360,14 @@ class StepBatches:
                 batch = next(self._iterator)
             except StopIteration:
                 continue
+            self._unsampled += 1
+            due = self._unsampled > SPACED or self._expected
+            if self.resumable and self._index == 0 and due:
+                self._unsampled = 0
+                assert self._start is not None
+                # Before the loss has it, which may change it in place.
+                self._start = replace(self._start, first=_sample(batch))
+                self._compare(self._start.first)
             if again:
                 return Kept(copied(to_device(batch, self.device, wait=True), self.name))
             return to_device(batch, self.device)
@@ -285,6 +375,117 @@ class StepBatches:
             f"{self.name} yields no batches; check the dataset's length, batch_size and drop_last"
             + (", and that it can be iterated more than once" if self._next else "")
         )
+
+    def _state_dicts(self) -> dict[str, Any]:
+        return {name: copy.deepcopy(part.state_dict()) for name, part in self._parts.items()}
+
+
+def _with_state(loader: Any, besides: Iterable[Any] = ()) -> dict[str, Any]:
+    """Name -> what has `state_dict` and `load_state_dict`: the loader, or parts of a DataLoader.
+
+    A StatefulDataLoader is taken for its parts, of which its state consists: iterating it begins an
+    epoch anew like any DataLoader, and what its workers draw at random is in no state of it.
+    """
+    found: dict[str, Any] = {}
+    seen = {id(part) for part in besides}
+
+    def look(name: str, part: Any) -> None:
+        if part is None or id(part) in seen:
+            return
+        seen.add(id(part))
+        if _has_state(part) and not _is_stateful_dataloader(part):
+            found[name] = part
+            return
+        below = "" if name == "loader" else f"{name}."
+        for attribute in ("batch_sampler", "sampler", "dataset"):
+            look(f"{below}{attribute}", getattr(part, attribute, None))
+        several = getattr(part, "datasets", None)
+        for i, inner in enumerate(several if isinstance(several, (list, tuple)) else ()):
+            look(f"{below}datasets.{i}", inner)
+
+    look("loader", loader.loader if isinstance(loader, RankLoader) else loader)
+    return found
+
+
+def _has_state(part: Any) -> bool:
+    functions = [getattr(part, name, None) for name in ("state_dict", "load_state_dict")]
+    if not all(map(callable, functions)):
+        return False
+    try:
+        inspect.signature(functions[0]).bind()  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # another protocol of that name
+        return False
+    return True
+
+
+def _is_stateful_dataloader(part: Any) -> bool:
+    return any(
+        kind.__module__.startswith("torchdata.stateful_dataloader") for kind in type(part).__mro__
+    )
+
+
+@contextmanager
+def pristine(loader: Any) -> Iterator[None]:
+    """Whatever of a loader has a state has it as before, when batches were drawn for a trial."""
+    states = [(part, copy.deepcopy(part.state_dict())) for part in _with_state(loader).values()]
+    try:
+        yield
+    finally:
+        for part, state in states:
+            part.load_state_dict(state)
+
+
+SAMPLED = 64
+"""Elements of each tensor of a batch by which it is known: a copy takes 3 µs, a checksum of all of
+a batch of images a millisecond."""
+
+
+SPACED = 3
+"""Batches at least between two that are known so: of epochs of one batch not every step pays."""
+
+
+def _sample(batch: Any) -> tuple[Tensor, ...]:
+    """Some elements of everything in a batch that a tensor can be made of."""
+    leaves = tree_leaves(batch.rows if isinstance(batch, Shard) else batch)
+    found = []
+    for leaf in leaves:
+        if hasattr(leaf, "__dict__") and not isinstance(leaf, Tensor):
+            found += [v for v in vars(leaf).values() if isinstance(v, Tensor)]
+        elif isinstance(leaf, str):
+            found.append(torch.tensor(list(leaf.encode()[:SAMPLED]), dtype=torch.uint8))
+        else:
+            found.append(leaf)
+    return tuple(t for leaf in found if (t := _elements(leaf)) is not None)
+
+
+def _elements(leaf: Any) -> Tensor | None:
+    if not isinstance(leaf, Tensor):
+        try:
+            leaf = torch.as_tensor(leaf)
+        except (TypeError, ValueError, RuntimeError):
+            return None
+    if leaf.layout != torch.strided or leaf.is_quantized:
+        return None
+    flat = leaf.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // SAMPLED)][: SAMPLED + 1].clone()
+
+
+def _numbers(sample: Tensor) -> Tensor:
+    """A sample on the CPU, in a type that safetensors has and that can be compared."""
+    if sample.is_complex():
+        sample = torch.view_as_real(sample)
+    return sample.cpu().to(torch.float64 if sample.is_floating_point() else torch.int64)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether they are the same, but for what other hardware rounds otherwise."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    return torch.allclose(
+        a, b, rtol=1e-3, atol=1e-4 * float(a.abs().nan_to_num().mean()), equal_nan=True
+    )
 
 
 def _begin_epoch(loader: Any, epoch: int) -> None:

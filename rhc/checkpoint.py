@@ -41,6 +41,7 @@ from rhc.files import (
     write_durably,
 )
 from rhc.tape import encode
+from rhc.trees import spelled, unspelled
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -165,7 +166,7 @@ class CheckpointStore:
     def _write(self, directory: Path, checkpoint: Checkpoint) -> None:
         """All files of a checkpoint, each read back before the next one is relied on."""
 
-        values = (encode(checkpoint.values) + "\n").encode()
+        values = (encode(spelled(checkpoint.values)) + "\n").encode()
         size = sum(t.nbytes for group in checkpoint.tensors.values() for t in group.values())
         if size >= PARALLEL:
             jobs: list[tuple[str, Callable[[], Iterable[Piece]]]] = [
@@ -247,7 +248,7 @@ class CheckpointStore:
                 continue
             if name == VALUES:
                 try:
-                    values = parsed_json(data)
+                    values = unspelled(parsed_json(data))
                 except ValueError as error:
                     raise InputError(f"{path} is damaged ({error})") from None
             else:

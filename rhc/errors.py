@@ -33,6 +33,10 @@ class StorageError(RuntimeError):
     result: object = None
 
 
+class RunWarning(UserWarning):
+    """Nothing failed, but a run is not what the caller may take it for. The message says why."""
+
+
 def whole_number(name: str, value: Any) -> int:
     """`value` as Python's int: of any type that counts (numpy's integers, a tensor of one).
 

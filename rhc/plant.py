@@ -9,6 +9,7 @@ adjoint needs to look back. It decides nothing.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import math
@@ -64,6 +65,7 @@ class Snapshot:
     parameters, buffers: name -> tensor, None for a buffer that is not there yet. slots: one dict
     per parameter of the optimizer. groups: the optimizer's hyperparameters. rng: the global random
     state. attributes: what modules hold beside these; None where it was not looked at.
+    others: what the optimizer's state has under keys that are no parameters.
     """
 
     parameters: dict[str, Tensor]
@@ -72,6 +74,7 @@ class Snapshot:
     groups: list[dict[str, Any]]
     rng: RandomState
     attributes: Captured | None = None
+    others: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -255,6 +258,12 @@ class Plant:
         not train and loss_fn does; None before a step was recorded."""
         self.moved: dict[str, Tensor] | None = None
         self._on_cpu = all(p.device.type == "cpu" for p in self.parameters)
+
+    @property
+    def names(self) -> list[list[str]]:
+        """The names of the optimizer's parameters, by parameter group."""
+        groups = self.optimizer.param_groups
+        return [[self._names[id(p)] for p in group["params"]] for group in groups]
 
     def find_statistics(self) -> None:
         """Looks for layers whose statistics are of this rank's rows: their means are taken."""
@@ -515,10 +524,11 @@ class Plant:
         return Snapshot(
             {n: p.detach().clone() for n, p in self.model.named_parameters()},
             Buffers(self.model).copies(),
-            [_copied(self.optimizer.state.get(p, {})) for p in self.owned],
+            [_copied(dict(self.optimizer.state.get(p, {}))) for p in self.owned],
             [_copied(_hyperparameters(g)) for g in self.groups],
             RandomState.capture(),
             self.attributes(),
+            _copied({k: v for k, v in self.optimizer.state.items() if not isinstance(k, Tensor)}),
         )
 
     def attributes(self) -> Captured:
@@ -541,7 +551,11 @@ class Plant:
                 if isinstance(group.get(key), Tensor):
                     group[key].copy_(value)
                 else:
-                    group[key] = value
+                    group[key] = _copied(value)
+        state = self.optimizer.state
+        for other in [k for k in state if not isinstance(k, Tensor)]:
+            del state[other]
+        state.update(_copied(snapshot.others))
         snapshot.rng.restore()
 
     @contextlib.contextmanager
@@ -1225,8 +1239,17 @@ def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in group.items() if k != "params"}
 
 
-def _copied(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in values.items()}
+def _copied(value: Any) -> Any:
+    """A copy of a tree of dicts, lists and tuples that shares no tensor with it."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) in (list, tuple):
+        return type(value)(_copied(v) for v in value)
+    if isinstance(value, dict):
+        found = copy.copy(value)
+        found.update({k: _copied(v) for k, v in value.items()})
+        return found
+    return value
 
 
 def _restore_slots(state: Any, parameter: Tensor, slots: Mapping[str, Any]) -> None:
@@ -1241,4 +1264,4 @@ def _restore_slots(state: Any, parameter: Tensor, slots: Mapping[str, Any]) -> N
         if isinstance(value, Tensor) and isinstance(current, Tensor):
             current.copy_(value)
         else:
-            live[key] = value.clone() if isinstance(value, Tensor) else value
+            live[key] = _copied(value)

@@ -75,6 +75,13 @@ class _OfRanks(RunDirectory):
         assert found is not None
         return replace(found, tensors=self._own(found))
 
+    def earlier(self, step: int) -> Checkpoint | None:
+        def found() -> int | None:
+            checkpoint = super(_OfRanks, self).earlier(step)
+            return None if checkpoint is None else checkpoint.step
+
+        return self._checkpoint_of(self.ranks.by_first(found))
+
     def _save_parts(
         self, whole: Checkpoint, parts: Mapping[str, Tensor], schedule: PlannedSchedule
     ) -> Path | None:

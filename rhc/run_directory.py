@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -37,8 +38,11 @@ from rhc.schedule import Schedule
 from rhc.tape import JsonLines, finite
 
 FILES = ("config.json", "schedule.json", "tape.jsonl", "windows.jsonl", "result.json")
-NOT_COMPARED = ("versions", "hardware", "directory", "resume", "device", "config")
+NOT_COMPARED = ("versions", "hardware", "directory", "resume", "device", "config", "code")
 """Entries of config.json that may differ when a run is continued."""
+
+MOST_OF_A_MODULE = 200
+"""Letters of a module's text in config.json."""
 
 SAFE = {
     "memory_budget": "what looking back keeps changes, and its bits may differ",
@@ -62,6 +66,10 @@ class RunDirectory:
         self.notice = notice
         self.checkpoints = CheckpointStore(path / "checkpoints", keep_checkpoints, notice)
         self.saved: int | None = None
+        self.differences: list[str] = []
+        """What shows of the code and the data that is not as it was when the run began."""
+        self.elsewhere = False
+        """Whether other versions or another machine began it, so that its bits may differ."""
         self.trouble: OSError | None = None
         self._first: Checkpoint | None = None
         self._late: tuple[Checkpoint, PlannedSchedule] | None = None
@@ -177,6 +185,14 @@ class RunDirectory:
                 f"directory {self.path} holds a run, but no checkpoint of it can be used{lost}; "
                 "start again in another --directory"
             )
+        return None
+
+    def earlier(self, step: int) -> Checkpoint | None:
+        """The newest checkpoint before that of `step` that is whole; nothing is said of others."""
+        for other in reversed(self.checkpoints.steps()):
+            if other < step:
+                with contextlib.suppress(InputError):
+                    return self.checkpoints.load(other)
         return None
 
     def close(self) -> None:
@@ -385,9 +401,14 @@ class RunDirectory:
             for key, here in new.get(part, {}).items():
                 then = began.get(key) if isinstance(began, dict) else None
                 if then != here and key != "cores":
+                    self.elsewhere = True
                     self.notice(
                         f"the run began with {key} {then}, {remark} {here}: its bits may differ"
                     )
+        if old.get("versions") == new.get(
+            "versions"
+        ):  # modules describe themselves by torch's words
+            self.differences = _differences(old.get("code") or new["code"], new["code"])
         return bool(safe)
 
 
@@ -433,6 +454,20 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+
+
+def module_text(module: torch.nn.Module) -> str:
+    """A module alone in words, `Dropout(p=0.2, inplace=False)`: the same in every process."""
+    text = f"{type(module).__name__}({module.extra_repr()})"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)[:MOST_OF_A_MODULE]
+
+
+def length(loader: Any) -> int | None:
+    """How many batches a loader says that it has; None where it does not."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def plain_document(value: Mapping[str, Any]) -> bytes:

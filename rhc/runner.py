@@ -7,6 +7,7 @@ record that evolves. `fit` reads top-down.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from rhc.advice import check_loader, check_parts
 from rhc.batches import StepBatches
 from rhc.distributed import ranks_of, synchronised, unwrapped
 from rhc.distributed.ranks import Group
-from rhc.errors import DivergedError, InputError, StorageError, whole_number
+from rhc.errors import DivergedError, InputError, RunWarning, StorageError, whole_number
 from rhc.events import Listener, RunEnded, RunStarted
 from rhc.faults import Relief, deterministic
 from rhc.hypergradient import Damping, Engine, Lookback, Product, resolve
@@ -47,7 +48,7 @@ from rhc.planning import EpochPlanner
 from rhc.plant import LossFn, Plant
 from rhc.rank_directory import directory_of
 from rhc.rewrite import Rewrite, Twin, usual_law, usual_objective, usual_template, usual_warmup
-from rhc.run_directory import hardware, versions
+from rhc.run_directory import hardware, length, module_text, versions
 from rhc.schedule import TEMPLATES, Schedule, Template
 from rhc.start import STARTS, Start
 from rhc.together import agreed, begin, check_ranks, draw_apart, loaders_of
@@ -56,6 +57,10 @@ __all__ = ["EXPLODING_CLIP", "Cost", "DivergedError", "RunResult", "Runner", "sm
 
 DEFAULT_CONTROLS = ("lr",)
 """Rewriting momentum and noise too made runs worse on all three tasks tried (docs/log.md)."""
+
+
+SHOWN = 4
+"""Differences from the run that is resumed of which a warning speaks; one is enough."""
 
 
 @dataclass(frozen=True)
@@ -513,6 +518,8 @@ class Runner:
             seed=seed if self.rewriting else None,
             device=device,
             accumulate=self.accumulate,
+            resumable=self.directory is not None,
+            besides=() if self.planner is None else self.planner.knobs,
         )
         first_lr = torch.tensor(self._course.own()["lr"], dtype=torch.float64)
         self.loop = Loop(
@@ -535,6 +542,7 @@ class Runner:
                 seed=mixed_seed(seed, 1) % 2**31,
                 device=device,
                 name="val_loader",
+                resumable=self.directory is not None,
             )
             self._streams.append(self.loop.validation)
         if self.ranks is not None:
@@ -547,10 +555,36 @@ class Runner:
                 self.loop.start_gradients = self.owed
                 self._save()
             else:
-                self._saving.load(checkpoint)
+                differs = self._saving.load(checkpoint)
                 if self.loop.step == steps:
                     self.loop.finished = self.directory.result()
+                if self.ranks is None or self.ranks.first:
+                    self._tell_of(self.directory.path, differs)
         return self.loop
+
+    def _tell_of(self, path: Path, differs: list[str]) -> None:
+        """Says of a run that is resumed what is not as it was, and that it is finished."""
+        finished = self.loop.finished is not None
+        goes_on = (
+            "it is finished: nothing was trained, and its result is returned"
+            if finished
+            else f"it goes on from step {self.loop.step} with what it is given now"
+        )
+        if differs:
+            more = f"; and {len(differs) - SHOWN} more" if len(differs) > SHOWN else ""
+            self._teller.warn(
+                f"{path} holds a run of other code or data ({'; '.join(differs[:SHOWN])}{more}); "
+                f"{goes_on}. Give what it began with, or another directory for a new run; a "
+                "sampler, dataset or loader with a state of its own needs state_dict and "
+                "load_state_dict, as for torchdata's StatefulDataLoader, and no persistent_workers"
+            )
+        elif finished:
+            warnings.warn(
+                f"{path} holds this run, and {goes_on}; give more steps to train on, or another "
+                "directory for a new run",
+                RunWarning,
+                stacklevel=2,
+            )
 
     @property
     def _moved_to(self) -> torch.device | None:
@@ -663,10 +697,25 @@ class Runner:
             "initial": self._course.own(),
             "parameters": sum(p.numel() for p in self.plant.owned),
             "device": str(self.device),
+            "code": self._code(),
             "versions": versions(),
             "hardware": hardware(self.device),
         }
         return described if self.config is None else {**described, **self.config}
+
+    def _code(self) -> dict[str, Any]:
+        """What shows of the model and the data: modules, shapes of buffers, numbers of batches."""
+        loaders = {
+            "train_loader": self.train_loader,
+            "val_loader": self.val_loader,
+            "test_loader": self.test_loader,
+        }
+        model = self.plant.model
+        return {
+            "modules": {name or "model": module_text(m) for name, m in model.named_modules()},
+            "buffers": {name: list(b.shape) for name, b in model.named_buffers()},
+            "batches": {name: length(loader) for name, loader in loaders.items()},
+        }
 
     def _unusual(self) -> dict[str, Any]:
         """Settings that are recorded where they differ from what a run without them has.

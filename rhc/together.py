@@ -41,7 +41,7 @@ from rhc.planning import EpochPlanner
 from rhc.plant import Plant
 from rhc.randomness import seed_everything
 
-_OF_ONE_RANK = ("hardware", "device", "data")
+_OF_ONE_RANK = ("hardware", "device", "data", "code")
 """Entries of config.json in which ranks may differ."""
 
 _OF_ONE_LEDGER = ("peak_memory_bytes",)

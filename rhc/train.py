@@ -10,6 +10,7 @@ import json
 import math
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from rich.text import Text
 
 from rhc.config import RECORD_VERSION, TrainConfig, parsed_bytes
 from rhc.distributed import ranks_of, synchronised
-from rhc.errors import InputError
+from rhc.errors import InputError, RunWarning
 from rhc.events import Listener
 from rhc.hypergradient import Engine, Product
 from rhc.loggers import TensorBoard, tell_run
@@ -115,7 +116,8 @@ def shown(
     assert config.steps is not None
     progress = Progress(config.short_name)
     try:
-        with display(progress, console) as listener:
+        with display(progress, console) as listener, warnings.catch_warnings():
+            warnings.simplefilter("ignore", RunWarning)  # the display says the same
             runner = build(listener)
             # N ranks do what one process does, statistics of batches included.
             with synchronised(runner.plant.model, runner.ranks, every=True):

@@ -18,7 +18,7 @@ LAYERS = (
     },
     {
         "advice", "batches", "checkpoint", "config", "dynamics", "events", "hindsight_config",
-        "loggers", "objective", "rank_directory", "run_directory",
+        "loggers", "objective", "rank_directory", "run_directory", "trees",
     },
     {"causal", "plant", "state"},
     {"evaluate", "faults", "hindsight", "hypergradient", "planning", "rewrite", "start"},

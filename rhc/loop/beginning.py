@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rhc.advice import explained
-from rhc.batches import StepBatches
+from rhc.batches import StepBatches, pristine
 from rhc.containers import spare
 from rhc.errors import DivergedError, InputError
 from rhc.events import StartFound, StartTried
@@ -38,8 +38,9 @@ def try_first_batch(
     # Streams of their own: the place of the run's is saved with the first checkpoint.
     def first(loader: Iterable[Any], name: str) -> Any:
         stream = StepBatches(loader, isolated=True, device=loop.train.device, name=name)
-        batch = spare(next(stream.lazily(0, 1)))
-        stream.close()
+        with pristine(loader):
+            batch = spare(next(stream.lazily(0, 1)))
+            stream.close()
         return batch
 
     batches = {"train_loader": first(train_loader, "train_loader")}
@@ -111,7 +112,7 @@ class Beginning:
         planned = course.unshaped(loop.steps)
         known = [] if self.directory is None else self.directory.starts.read()
         adaptive = "betas" in self.plant.optimizer.param_groups[0]
-        with preserved():
+        with preserved(), pristine(self.train_loader):
             search = StartSearch(
                 self.plant,
                 self.objective,

@@ -17,6 +17,7 @@ from torch import Tensor
 from rhc import stopping
 from rhc.batches import loader_preserved
 from rhc.distributed import Ranks
+from rhc.errors import RunWarning
 from rhc.evaluate import TRAIN_BATCHES, UNSIZED_BATCHES, Losses, at_average, evaluate
 from rhc.events import Event, Listener, Notice, Verb, VerbStarted, WindowAttempted
 from rhc.loop.state import Attempt, Cost, Loop
@@ -48,6 +49,11 @@ class Teller:
         if self.aloud and not self.listeners:
             warnings.warn(message, stacklevel=2)
         self.emit(Notice(message))
+
+    def warn(self, message: str) -> None:
+        """Tells what a person must not miss, also where nobody listens."""
+        self.notice(message)
+        warnings.warn(message, RunWarning, stacklevel=2)
 
 
 class Chronicle(Teller):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from rhc.batches import Position
+from rhc.batches import DrawnAsNeeded, MicroBatches, Position
 from rhc.checkpoint import SHARDS, Checkpoint
 from rhc.distributed import part_of, placed_as, shared_as
 from rhc.errors import InputError
@@ -25,7 +27,11 @@ from rhc.plant import Plant
 from rhc.rewrite import Twin
 from rhc.run_directory import RunDirectory
 from rhc.schedule import Schedule
-from rhc.state import snapshot_from_tensors, snapshot_to_tensors, with_parts
+from rhc.state import adopt, places, snapshot_from_tensors, snapshot_to_tensors, with_parts
+
+HERE, ELSEWHERE = 1e-4, 1e-2
+"""Relative difference of a loss that tells other code: on the machine and by the versions that the
+run had, where it has the same bits but for the kernels, and on others."""
 
 
 class Saving:
@@ -56,8 +62,52 @@ class Saving:
         if path is not None:
             self.teller.emit(CheckpointSaved(self.loop.step, path))
 
-    def load(self, checkpoint: Checkpoint) -> None:
-        """The loop and the plant as they were saved. InputError where it is of another run."""
+    def load(self, checkpoint: Checkpoint) -> list[str]:
+        """The loop and the plant as they were saved; what in code or data is not as it was then.
+
+        The first step after the checkpoint before it is looked at once more: its loss is on the
+        tape, so that nothing had to be kept for this. InputError where it is of another run.
+        """
+        said: list[str] = []
+        with contextlib.suppress(InputError):  # which is raised once more if it stands in the way
+            said = self._loss_again(self.directory.earlier(checkpoint.step))
+        self._taken_over(checkpoint)
+        streams = (self.loop.train, self.loop.validation)
+        data = [s.differs for s in streams if s is not None and s.differs is not None]
+        return [*self.directory.differences, *(data or said)]
+
+    def _loss_again(self, earlier: Checkpoint | None) -> list[str]:
+        """How the loss of the step after a checkpoint differs from the tape's, if it does."""
+        if earlier is None:
+            return []
+        step, tolerance = earlier.step, ELSEWHERE if self.directory.elsewhere else HERE
+        found = self._loss_after(earlier)
+        tape = self.loop.tape
+        told = tape[step]["loss"] if step < len(tape) and tape[step]["step"] == step else None
+        if told is None:
+            return []
+        # A loss that is all but zero is what rounding left of the first one.
+        least = 1e-6 * abs(tape[0]["loss"] or 0.0)
+        if math.isclose(found, told, rel_tol=tolerance, abs_tol=least) or self.loop.train.differs:
+            return []
+        again = self._loss_after(earlier)
+        if math.isclose(found, again, rel_tol=tolerance, abs_tol=least):
+            return [f"the loss of step {step} was {told:.6g}, is {found:.6g}"]
+        return [
+            f"the loss of step {step} was {told:.6g}, is {found:.6g} and then {again:.6g}: the "
+            "model or loss_fn has a generator or a counter of its own, which no checkpoint holds"
+        ]
+
+    def _loss_after(self, checkpoint: Checkpoint) -> float:
+        """The loss of the first step after a checkpoint, without the step."""
+        self._taken_over(checkpoint)
+        step, stream, plant = checkpoint.step, self.loop.train, self.plant
+        batch = next(stream.lazily(step, step + 1))
+        several = isinstance(batch, (MicroBatches, DrawnAsNeeded))
+        losses = [plant.loss(b)[0].detach() for b in (batch if several else [batch])]
+        return plant.value(torch.stack(losses).mean())
+
+    def _taken_over(self, checkpoint: Checkpoint) -> None:
         try:
             self._load(checkpoint)
         except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
@@ -71,7 +121,7 @@ class Saving:
 
     def _checkpoint(self) -> Checkpoint:
         loop, plant = self.loop, self.plant
-        tensors, rest = snapshot_to_tensors(plant.snapshot())
+        tensors, rest = snapshot_to_tensors(plant, plant.snapshot())
         average = zip(loop.average.values or [], plant.owned, strict=False)
         tensors["average"] = {str(i): placed_as(v, p) for i, (v, p) in enumerate(average)}
         tensors["train_batches"] = loop.train.position(loop.step).to_tensors()
@@ -105,10 +155,11 @@ class Saving:
     def _load(self, checkpoint: Checkpoint) -> None:
         loop, plant = self.loop, self.plant
         tensors, values = checkpoint.tensors, checkpoint.values
+        rest = values["optimizer"]
         if checkpoint.shards:
             folder = self.directory.checkpoints.path(checkpoint.step) / SHARDS
-            tensors = with_parts(plant, tensors, folder)
-        snapshot = snapshot_from_tensors(plant, tensors, values["optimizer"])
+            tensors = with_parts(plant, tensors, rest, folder)
+        snapshot = snapshot_from_tensors(plant, tensors, rest)
         if self.planner is not None:  # before the loader is asked for this epoch's order again
             state = joined(tensors.get("controller", {}), values["controller"])
             self.planner.load_state_dict(state, place=False)
@@ -128,8 +179,9 @@ class Saving:
         loop.step = checkpoint.step
         owned = plant.owned
         average = [
-            part_of(shared_as(tensors["average"][str(i)], owned[i]))
-            for i in range(len(tensors["average"]))
+            part_of(shared_as(tensors["average"][str(place)], p))
+            for place, p in zip(places(plant, rest), owned, strict=True)
+            if tensors["average"]
         ]
         device = plant.parameters[0].device
         loop.average = Average(
@@ -159,7 +211,7 @@ class Saving:
         for mean, live in zip(loop.average.values or [], plant.parameters, strict=bool(average)):
             if mean.shape != live.shape:
                 raise ValueError(f"an average of shape {tuple(mean.shape)} for {tuple(live.shape)}")
-        plant.restore(snapshot)  # now that nothing can fail any more
+        adopt(plant, tensors, rest, snapshot)  # now that nothing can fail any more
         loop.tape = self.directory.tape.read()
         loop.windows = self.directory.windows.read()
 

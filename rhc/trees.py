@@ -1,0 +1,103 @@
+"""Trees of plain values and tensors as what JSON and safetensors hold, and back.
+
+JSON lacks tuples, keys that are no strings, bytes, and numbers that are not finite: each is written
+as an object with one key, its kind. Nothing is pickled, so other objects are refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rhc.errors import InputError
+
+
+def parted(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` for JSON; its tensors and arrays go into `tensors`, below `name`.
+
+    InputError where something in it is neither a plain value nor a tensor or array.
+    """
+    if isinstance(value, np.generic):
+        value = np.asarray(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach()
+        return {"tensor": name}
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        tensors[name] = torch.frombuffer(
+            bytearray(value.tobytes()) or bytearray(1), dtype=torch.uint8
+        )
+        return {"array": [name, value.dtype.str, list(value.shape)]}
+    if isinstance(value, bytes):
+        return {"bytes": value.hex()}
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) for key in value):
+            return {"dict": {k: parted(v, f"{name}.{k}", tensors) for k, v in value.items()}}
+        items = enumerate(value.items())
+        return {"items": [parted(list(item), f"{name}.{i}", tensors) for i, item in items]}
+    if isinstance(value, (list, tuple, set)):
+        parts = [parted(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
+        return parts if isinstance(value, list) else {_kind(value): parts}
+    raise InputError(
+        f"{name} is a {type(value).__name__}, which no checkpoint can hold, since nothing is "
+        "pickled; let state_dict give numbers, strings, tensors, arrays, lists and dicts of them"
+    )
+
+
+def joined(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `parted`; what was never parted comes out as it is."""
+    if isinstance(value, list):
+        return [joined(v, tensors) for v in value]
+    if not isinstance(value, dict) or len(value) != 1:
+        return value
+    ((kind, content),) = value.items()
+    match kind:
+        case "tensor":
+            return tensors[content]
+        case "array":
+            name, dtype, shape = content
+            data = tensors[name].cpu().numpy().tobytes()
+            count = math.prod(shape)
+            return np.frombuffer(data, np.dtype(dtype), count).reshape(shape).copy()[()]
+        case "bytes":
+            return bytes.fromhex(content)
+        case "complex":
+            return complex(*content)
+        case "dict":
+            return {k: joined(v, tensors) for k, v in content.items()}
+        case "items":
+            return dict(joined(item, tensors) for item in content)
+        case "tuple" | "set":
+            parts = (joined(v, tensors) for v in content)
+            return tuple(parts) if kind == "tuple" else set(parts)
+    return value
+
+
+def spelled(value: Any) -> Any:
+    """`value` with {"float": "inf"} in place of every number that JSON lacks."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": repr(float(value))}
+    if isinstance(value, Mapping):
+        return {k: spelled(v) for k, v in value.items()}
+    return [spelled(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def unspelled(value: Any) -> Any:
+    """The inverse of `spelled`."""
+    if isinstance(value, dict):
+        if value.keys() == {"float"} and value["float"] in ("nan", "inf", "-inf"):
+            return float(value["float"])
+        return {k: unspelled(v) for k, v in value.items()}
+    return [unspelled(v) for v in value] if isinstance(value, list) else value
+
+
+def _kind(value: tuple[Any, ...] | set[Any]) -> str:
+    return "tuple" if isinstance(value, tuple) else "set"
