@@ -148,7 +148,7 @@ def watched_inside(model: nn.Module) -> Iterator[None]:
     with without([own for own, _ in places]) as kept:
         for (own, of), before in zip(places, kept, strict=True):
             own.update({key: watched(hook, of) for key, hook in before.items()})
-        Tensor.register_hook = noticed  # type: ignore[assignment,method-assign]
+        Tensor.register_hook = noticed  # type: ignore[method-assign]
         try:
             yield
         finally:
