@@ -273,23 +273,23 @@ STEP_HOOKS: Mapping[str, Hostile] = {
 
 
 def _scaled_output(model: nn.Module, optimizer: Any) -> None:
-    model[0].register_forward_hook(lambda m, x, y: 1.5 * y)  # type: ignore[index]
+    model[0].register_forward_hook(lambda m, x, y: 1.5 * y)
 
 
 def _scaled_input(model: nn.Module, optimizer: Any) -> None:
-    model[0].register_forward_pre_hook(lambda m, x: (x[0] * 0.5,))  # type: ignore[index]
+    model[0].register_forward_pre_hook(lambda m, x: (x[0] * 0.5,))
 
 
 def _looked_back(model: nn.Module, optimizer: Any) -> None:
-    model[2].register_full_backward_hook(lambda m, i, o: None)  # type: ignore[index]
+    model[2].register_full_backward_hook(lambda m, i, o: None)
 
 
 def _scaled_back(model: nn.Module, optimizer: Any) -> None:
-    model[2].register_full_backward_hook(lambda m, i, o: (0.5 * i[0],))  # type: ignore[index]
+    model[2].register_full_backward_hook(lambda m, i, o: (0.5 * i[0],))
 
 
 def _scaled_back_before(model: nn.Module, optimizer: Any) -> None:
-    model[2].register_full_backward_pre_hook(lambda m, o: (0.5 * o[0],))  # type: ignore[index]
+    model[2].register_full_backward_pre_hook(lambda m, o: (0.5 * o[0],))
 
 
 def _inside(m: Any, b: Batch) -> Tensor:
@@ -342,7 +342,7 @@ def tied_embedding() -> nn.Module:
             self.e, self.h = e, h
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.h(torch.tanh(self.e(x % 3)))  # type: ignore[no-any-return]
+            return self.h(torch.tanh(self.e(x % 3)))
 
     return Model()
 
@@ -378,7 +378,7 @@ def shared_list() -> nn.Module:
         def forward(self, x: Tensor) -> Tensor:
             for layer in (*self.layers, self.again, self.named["x"]):
                 x = torch.tanh(layer(x))
-            return self.head(x)  # type: ignore[no-any-return]
+            return self.head(x)
 
     return Model()
 
@@ -394,7 +394,7 @@ def shared_buffer() -> nn.Module:
 
         def forward(self, x: Tensor) -> Tensor:
             self.a.scale.mul_(0.9)
-            return self.b(torch.tanh(self.a(x) * self.b.scale))  # type: ignore[no-any-return]
+            return self.b(torch.tanh(self.a(x) * self.b.scale))
 
     return Model()
 
@@ -428,19 +428,19 @@ class WithState(nn.Module):
         self.scaled = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.tanh(self.a(x) * self.scaled(self, x)))  # type: ignore[no-any-return]
+        return self.b(torch.tanh(self.a(x) * self.scaled(self, x)))
 
 
 def _filled(m: Any, x: Tensor) -> Tensor:
     if m.cos is None or len(m.cos) < len(x):
         m.cos = torch.cos(torch.arange(len(x), dtype=x.dtype))[:, None]
-    return m.cos[: len(x)]  # type: ignore[no-any-return]
+    return m.cos[: len(x)]
 
 
 def _registered(m: Any, x: Tensor) -> Tensor:
     if not hasattr(m, "ramp"):
         m.register_buffer("ramp", torch.linspace(0.5, 1, 6, dtype=x.dtype), persistent=False)
-    return m.ramp  # type: ignore[no-any-return]
+    return m.ramp
 
 
 def _expanded(m: Any) -> None:
@@ -449,17 +449,17 @@ def _expanded(m: Any) -> None:
 
 def _count(m: Any, x: Tensor) -> Tensor:
     m.seen += 1
-    return 1 / m.seen  # type: ignore[no-any-return]
+    return 1 / m.seen
 
 
 def _mean(m: Any, x: Tensor) -> Tensor:
     m.mean.lerp_(x.detach().mean(), 0.3)
-    return 1 + m.mean  # type: ignore[no-any-return]
+    return 1 + m.mean
 
 
 def _replaced(m: Any, x: Tensor) -> Tensor:
     m.mean = 0.7 * m.mean + 0.3 * x.detach().mean()
-    return 1 + m.mean  # type: ignore[no-any-return]
+    return 1 + m.mean
 
 
 def _history(m: Any, x: Tensor) -> Tensor:
@@ -542,12 +542,12 @@ def _by_key(m: Any, x: Tensor) -> float:
 
 def _centre(m: Any, x: Tensor) -> Tensor:
     m.own.mul_(0.9).add_(0.1 * x.detach().mean())
-    return 1 + m.own  # type: ignore[no-any-return]
+    return 1 + m.own
 
 
 def _centre_anew(m: Any, x: Tensor) -> Tensor:
     m.own = 0.9 * m.own + 0.1 * x.detach().mean()
-    return 1 + m.own  # type: ignore[no-any-return]
+    return 1 + m.own
 
 
 def _lazily(m: Any, x: Tensor) -> float:
@@ -593,7 +593,7 @@ class Student(nn.Module):
         self.net, self.teacher = mlp(), mlp().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)  # type: ignore[no-any-return]
+        return self.net(x)
 
 
 def teaching(move: Callable[[Tensor, Tensor], None]) -> Callable[[Any, Batch], Tensor]:
@@ -630,7 +630,7 @@ def _boxed_by_hook(model: nn.Module, optimizer: Any) -> None:
     def clamp(module: Any, inputs: Any) -> None:
         module.weight.data.clamp_(-0.3, 0.3)
 
-    model[2].register_forward_pre_hook(clamp)  # type: ignore[index]
+    model[2].register_forward_pre_hook(clamp)
 
 
 MOVED: Mapping[str, Hostile] = {

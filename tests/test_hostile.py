@@ -105,7 +105,7 @@ def test_all_is_put_back_where_the_loss_fails() -> None:
     """Buffers that came, counters, hooks, gradients, flags, modes and generators."""
     own = made(CASES["buffers: registered in forward"])
     hook = next(own.model.parameters()).register_hook(lambda g: g)
-    own.model.counter = 3  # type: ignore[assignment]
+    own.model.counter = 3
     for p in own.model.parameters():
         p.grad = torch.ones_like(p)
     before, calls = _state(own.model, own.optimizer), []
@@ -122,7 +122,7 @@ def test_all_is_put_back_where_the_loss_fails() -> None:
         rhc.hypergradient(own.model, own.optimizer, failing, own.batches, controls={"lr": 0.1})
     assert _same(before, _state(own.model, own.optimizer))
     assert own.model.training and not hasattr(own.model, "ramp")
-    assert hook.id in next(own.model.parameters())._backward_hooks  # type: ignore[operator]
+    assert hook.id in next(own.model.parameters())._backward_hooks
 
 
 def test_the_tensors_of_buffers_stay_the_same_objects() -> None:

@@ -111,6 +111,8 @@ class Counter:
         self.at = self.taken = 0
         self.optimizer = SimpleNamespace(zero_grad=lambda: None)
         self.model = nn.Module()
+        self.hooks = SimpleNamespace(of_tensors={})
+        self.counted, self.moved, self.untrained = list[Any](), dict[str, Any](), dict[str, Any]()
 
     def snapshot(self) -> int:
         return self.at
@@ -121,7 +123,7 @@ class Counter:
     def roll(self, batches: list[int], schedule: range, *, record: Any) -> None:
         assert batches == list(schedule) and batches[0] == self.at
         if record is not None:
-            record.trajectory = SimpleNamespace(states=[self.at], gradients=batches)
+            record.trajectory = SimpleNamespace(states={0: self.at}, gradients=batches)
         self.at += len(batches)
         self.taken += len(batches)
 

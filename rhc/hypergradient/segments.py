@@ -838,9 +838,9 @@ class _Reverse:
         with torch.enable_grad():
             leaves = states = [_leaf_state(s) for s in trajectory.states[start]]
             statistics = first_statistics = {
-                n: b.detach().clone().requires_grad_()
+                n: live.detach().clone().requires_grad_()
                 for n in costate.statistics
-                if (b := trajectory.buffers[start][n]) is not None
+                if (live := trajectory.buffers[start][n]) is not None
             }
             for i in range(start, stop):
                 rng = trajectory.rng[i]
