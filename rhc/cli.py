@@ -207,9 +207,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         stopping.at_once(signal.SIGTERM)
     with stopping.handled():
         status = _status(arguments)
-    # Whoever caught a signal on the way took it for Ctrl-C.
+    # Whoever caught a signal on the way took it for Ctrl-C, and Python may have swallowed it.
     number = stopping.received()
-    status = stopping.STATUS[number] if status == 130 and number is not None else status
+    if number is not None and (status == 130 or stopping.asked()):
+        status = stopping.STATUS[number]
     if argv is None and _is_rank(arguments):
         from rhc.distributed import leave
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -286,6 +287,45 @@ def test_a_step_that_does_not_end_is_left(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(stopping.Terminated):
         runner(run._replace(loss_fn=waiting), tmp_path / "run").fit(STEPS)
     assert time.monotonic() - began < 10
+
+
+class Closing:
+    """Waits in a place where Python swallows every exception."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+
+
+def closing() -> None:
+    Closing()
+
+
+def catching() -> None:
+    with contextlib.suppress(BaseException):
+        Closing.__del__(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("swallow", [closing, catching])
+@pytest.mark.parametrize("options", [{}, {"rewrite": False}, {"start": "zero"}])
+def test_a_signal_whose_exception_is_swallowed(
+    swallow: Any, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is raised again after the step, or after the roll in search of a start."""
+    monkeypatch.setattr(stopping, "GRACE", 0.1)
+    run, calls = make_run("adamw"), []
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        calls.append(model.training)
+        if len(calls) == 5:
+            swallow()
+        return classify(model, batch)
+
+    with pytest.raises(stopping.Terminated):
+        runner(run._replace(loss_fn=loss), tmp_path / "run", **options).fit(STEPS)
+    assert len(calls) < 60 and not stopping.asked()
+    runner(make_run("adamw"), tmp_path / "run", **options).fit(STEPS)
 
 
 SCRIPT = """
