@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -24,10 +25,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rhc import InputError, Rewrite, Runner, stopping
-from rhc.errors import StorageError
+from rhc.errors import DivergedError, StorageError
 from rhc.events import CheckpointSaved, Notice, StepTaken
 from rhc.faults import Deviation, Relief, out_of_memory
 from rhc.hypergradient import Lookback
+from rhc.rewrite import Twin
 
 STEPS = 11
 LAW = Rewrite(step={"lr": 1.5, "momentum": 0.5, "noise": 4.0}, damping=1e-9)
@@ -563,6 +565,36 @@ def test_a_number_that_is_not_finite_once(kind: str, value: float, tmp_path: Pat
     rewound = [w["reason"] for w in result.windows if w["outcome"] == "rewound"]
     assert any("not finite" in reason or "the loss is" in reason for reason in rewound), rewound
     assert all(bool(p.isfinite().all()) for p in run.model.parameters())
+
+
+ENDS = {
+    "Twin": {"rewrite": Twin()},
+    "one window": {},
+    "sliding": {"stride": 2, "rewrite": Rewrite(iterations=3)},
+    "batch-error": {"rewrite": Rewrite(rule="batch-error")},
+}
+
+
+@pytest.mark.parametrize("once", [True, False])
+@pytest.mark.parametrize("name", ENDS)
+def test_a_number_that_is_not_finite_at_any_evaluation(name: str, once: bool) -> None:
+    """Of the roll, the reverse pass, the objective, a replay: once heals, for good is told."""
+    for first in range(5, 26, 4):
+        run, calls = make_run("sgd", "list", norm=False, dropout=0.0), 0
+
+        def loss_fn(model: nn.Module, batch: Any, first: int = first) -> Any:
+            nonlocal calls
+            calls += 1
+            loss, metrics = classify(model, batch)
+            bad = calls == first if once else calls >= first
+            return (loss * math.nan if bad else loss), metrics
+
+        train = runner(run._replace(loss_fn=loss_fn), None, **ENDS[name])
+        if once:
+            assert [row["step"] for row in train.fit(5).tape] == list(range(5))
+        else:
+            with pytest.raises(DivergedError, match=r"the loss is nan at step \d"):
+                train.fit(STEPS)
 
 
 # Loaders and operators ---------------------------------------------------------------------------
