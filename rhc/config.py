@@ -14,7 +14,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro.conf
 from tyro.conf import arg
@@ -53,7 +53,7 @@ TRAIN_FLAGS = {
     ),
     "files": (
         "directory config print_config",
-        "resume validate_every keep_checkpoints tensorboard plan",
+        "resume validate_every keep_checkpoints tensorboard plan trust",
     ),
 }
 """Headings of the help: the flags that are given often, and those that `--help-all` adds."""
@@ -187,6 +187,8 @@ class TrainConfig:
     """Print the settings as such a file, and exit."""
     plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print what a window will cost in time and memory, and exit."""
+    trust: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Run the file that --config names. Wherever it lies: it may be somebody else's."""
 
     # Checks ---------------------------------------------------------------------------------------
 
@@ -356,8 +358,9 @@ class TrainConfig:
     # Records --------------------------------------------------------------------------------------
 
     def to_record(self) -> dict[str, Any]:
-        """All settings as flat JSON values."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        """All settings as flat JSON values; trust is for one command alone."""
+        names = [f.name for f in fields(self) if f.name != "trust"]
+        return {name: _plain(getattr(self, name)) for name in names}
 
     @classmethod
     def from_record(cls, values: Mapping[str, Any], source: str) -> TrainConfig:
@@ -365,17 +368,7 @@ class TrainConfig:
 
         Raises InputError for an unknown name or a value of another type, naming `source`.
         """
-        hints = typing.get_type_hints(cls)
-        given: dict[str, Any] = {}
-        for key, value in values.items():
-            name = key.replace("-", "_")
-            if name not in hints:
-                raise InputError(
-                    f"{source}: unknown setting {key!r}; {_nearest(name, list(hints))}"
-                    "`rhc train --help` lists them"
-                )
-            given[name] = _typed(name, hints[name], value, source)
-        return cls(**given)
+        return from_record(cls, values, source)
 
     @classmethod
     def from_run(cls, record: Mapping[str, Any], path: Path) -> TrainConfig:
@@ -468,6 +461,29 @@ def parsed_bytes(text: str) -> int:
             "--memory-budget 2GiB"
         )
     return size
+
+
+Settings = TypeVar("Settings")
+
+
+def from_record(kind: type[Settings], values: Mapping[str, Any], source: str) -> Settings:
+    """A dataclass of settings from names and JSON values; what is absent has its default.
+
+    Raises InputError for an unknown name or a value of another type, naming `source`. trust is
+    said on the command line alone.
+    """
+    hints = typing.get_type_hints(kind)
+    hints.pop("trust", None)
+    given: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in hints:
+            raise InputError(
+                f"{source}: unknown setting {key!r}; {_nearest(name, list(hints))}"
+                "`rhc train --help` lists them"
+            )
+        given[name] = _typed(name, hints[name], value, source)
+    return kind(**given)
 
 
 def _one_of(argument: str, value: str, known: Sequence[str], remark: str = "") -> None:

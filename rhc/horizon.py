@@ -105,7 +105,7 @@ def _recorded(config: HypergradientConfig) -> Iterator[_Recorded]:
     """The run of a directory at its step 0, its batches on a shelf."""
     directory = config.directory
     record = read_record(directory)
-    old = config_of(directory)
+    old = config_of(directory, trust=config.trust)
     old = replace(old, data=config.data or old.data, device=config.device or old.device).checked()
     sizes = Sizes(record.get("batch_size"), record.get("width"))
     schedule = Schedule.load(directory / "schedule.json")

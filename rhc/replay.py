@@ -27,7 +27,7 @@ from rhc.runner import DivergedError, Runner
 from rhc.schedule import CONTROLS, Schedule
 from rhc.summary import RUNS, read_record
 from rhc.train import built_optimizer, config_of, device_of, recorded, shown
-from rhc.workload import Workload, load_runner
+from rhc.workload import Workload, load_runner, refuse_strange
 
 _OF_THE_SOURCE = (
     *("optimizer", "lr", "momentum", "weight_decay", "nesterov", "clip_norm", "clip_value"),
@@ -147,6 +147,8 @@ def plain_run(config: TrainConfig, sizes: Sizes) -> PlainRun:
 def replay(config: ReplayConfig, console: Console) -> int:
     """Trains by the schedule that is named, and returns the exit status."""
     source = _Source.read(config.schedule)
+    if config.run is None and source.run is not None:
+        refuse_strange(source.run, source.path.with_name("config.json"), trust=config.trust)
     name = config.run or source.run
     if name is None:
         raise InputError(
@@ -206,10 +208,12 @@ def replay(config: ReplayConfig, console: Console) -> int:
     return follow(run, schedule, directory, record, console)
 
 
-def resume_replay(directory: Path, data: Path | None, device: str | None, console: Console) -> int:
+def resume_replay(
+    directory: Path, data: Path | None, device: str | None, console: Console, *, trust: bool
+) -> int:
     """Continues the replay in `directory`, and returns the exit status."""
     old = read_record(directory)
-    config = config_of(directory)
+    config = config_of(directory, trust=trust)
     config = replace(config, data=data or config.data, device=device or config.device)
     sizes = Sizes(old.get("batch_size"), old.get("width"))
     schedule = Schedule.load(directory / "schedule.json")
@@ -316,7 +320,7 @@ class _Source:
         record = read_record(path.parent) if beside.exists() else {}
         if path.name != "schedule.json" or "run" not in record:
             return cls(path, schedule, None, {}, Sizes(), None)
-        old = config_of(path.parent)
+        old = config_of(path.parent, trust=True)  # for its settings: what it names is not run here
         settings = {name: getattr(old, name) for name in _OF_THE_SOURCE}
         if settings["data"] is not None and not settings["data"].exists():
             del settings["data"]

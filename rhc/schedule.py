@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from rhc.errors import InputError
+from rhc.errors import InputError, plain
 from rhc.files import altered, read_document
 
 if TYPE_CHECKING:
@@ -419,7 +419,7 @@ class Schedule:
         except ValueError as error:
             raise InputError(f"{path} is not valid JSON ({error})") from None
         if changed:
-            warnings.warn(altered(Path(path)), stacklevel=2)
+            warnings.warn(plain(altered(Path(path))), stacklevel=2)
         return cls.from_json(document, str(path))
 
     def to_lr_scheduler(

@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from rhc.causal import Gains
-from rhc.config import RECORD_VERSION, TrainConfig
-from rhc.errors import InputError
+from rhc.config import RECORD_VERSION, TrainConfig, from_record
+from rhc.errors import InputError, plain
 from rhc.events import Event, RunStarted
 from rhc.files import replace_durably, replace_summed, sealed
 from rhc.hindsight import USUAL_GAINS, Pass, Smoother, Tape, held_out, reward_of, smooth
@@ -27,7 +27,7 @@ from rhc.schedule import Schedule, Template, shaped, template_factors
 from rhc.summary import RUNS, print_result
 from rhc.tape import finite
 from rhc.train import device_of
-from rhc.workload import Goal
+from rhc.workload import Goal, refuse_strange
 
 COPIED = ("schedule.json", "tape.jsonl", "windows.jsonl")
 """Files of the best run that the whole has too."""
@@ -66,7 +66,7 @@ def smooth_run(config: SmoothConfig, console: Console) -> int:
             return 130
         except DivergedError as error:
             what = str(error).partition(";")[0]
-            print(f"rhc: error: {what}; begin at a lower --lr", file=sys.stderr)
+            print(plain(f"rhc: error: {what}; begin at a lower --lr"), file=sys.stderr)
             return 1
         finish(directory, runs, best)
     found = read_json(result)
@@ -260,10 +260,14 @@ def _document(value: dict[str, Any]) -> bytes:
     return sealed(finite(value))
 
 
-def resume_smooth(record: dict[str, Any], directory: Path, console: Console) -> int:
+def resume_smooth(
+    record: dict[str, Any], directory: Path, console: Console, *, trust: bool
+) -> int:
     """Goes on with the smoothing that `directory` holds, and returns the exit status."""
+    path, own = directory / "config.json", record["smooth"]
+    if not isinstance(own, dict):
+        raise InputError(f"{path}: smooth must be an object, got {own!r}; mend it there")
     names = {name: record[name] for name in PlainSettings.__dataclass_fields__ if name in record}
-    if names.get("data") is not None:
-        names["data"] = Path(names["data"])
-    config = SmoothConfig(**names, **record["smooth"])
+    config = from_record(SmoothConfig, {**names, **own}, str(path))
+    refuse_strange(config.run, path, trust=trust)
     return smooth_run(replace(config, directory=directory).checked(), console)

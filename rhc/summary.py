@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rhc.errors import InputError
+from rhc.errors import InputError, plain
 from rhc.files import altered, parsed_json, read_document, read_regular
 from rhc.progress import duration, one_number, sparkline
 from rhc.tape import MOST_BYTES
@@ -64,7 +64,7 @@ def read_record(
 
 @functools.cache
 def _warned(sentence: str) -> None:
-    print(f"rhc: warning: {sentence}", file=sys.stderr)
+    print(plain(f"rhc: warning: {sentence}"), file=sys.stderr)
 
 
 def read_result(directory: Path, told: Callable[[str], None] | None = None) -> dict[str, Any]:

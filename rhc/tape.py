@@ -25,10 +25,13 @@ from rhc.errors import InputError
 from rhc.files import (
     CLOSED_ON_EXEC,
     NO_LINK,
+    cut,
+    opened_regular,
     parsed_json,
     read_regular,
     replace_durably,
     sync_directory,
+    unshare,
     write_all,
 )
 
@@ -41,11 +44,15 @@ _SUM = 9
 
 @dataclass(frozen=True)
 class Intact:
-    """How much of a file can be trusted: bytes, lines, and why it is no more."""
+    """How much of a file can be trusted: bytes, lines, and why it is no more.
+
+    damaged: there are whole lines behind these; False where a last one was never finished.
+    """
 
     length: int
     lines: int
     fault: str
+    damaged: bool = True
 
 
 class JsonLines:
@@ -147,7 +154,7 @@ class JsonLines:
         A file without checksums, of a run before there were any, is taken at its word.
         """
         if not self.path.exists():
-            return Intact(0, 0, f"{self.path} is missing")
+            return Intact(0, 0, f"{self.path} is missing", damaged=False)
         try:
             data = read_regular(self.path, MOST_BYTES)
             sums = read_regular(self.sums, MOST_BYTES) if self.sums.exists() else None
@@ -176,14 +183,17 @@ class JsonLines:
                     )
                     return Intact(length, lines, fault)
             length, lines = end + 1, lines + 1
-        return Intact(length, lines, f"{self.path} has {length} bytes of whole lines")
+        fault = f"{self.path} has {length} bytes of whole lines"
+        return Intact(length, lines, fault, damaged=False)
 
     def truncate(self, length: int) -> None:
         """Cuts the file back to `length` bytes, which must be whole lines that are intact."""
         if not self.path.exists():
             self.length = self.lines = 0
             return
-        with open(self.path, "rb") as file:
+        unshare(self.path)
+        unshare(self.sums)
+        with opened_regular(self.path) as file:
             kept = file.read(length)
         if len(kept) < length:
             raise InputError(
@@ -192,14 +202,14 @@ class JsonLines:
             )
         self.lines = kept.count(b"\n")
         if os.stat(self.path).st_size > length:
-            os.truncate(self.path, length)
+            cut(self.path, length)
         self.length = length
         whole = _SUM * self.lines
         if not self.sums.exists():
             rows = kept.splitlines()
             replace_durably(self.sums, b"".join(b"%08x\n" % zlib.crc32(row) for row in rows))
         elif os.stat(self.sums).st_size > whole:
-            os.truncate(self.sums, whole)
+            cut(self.sums, whole)
 
     # Reading -------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict
 from typing import Any
 
@@ -95,6 +96,7 @@ class Saving:
             "singletons": plant.singletons,
             "lookback": None if loop.lookback is None else loop.lookback.state(),
             "cost": asdict(loop.cost),
+            "start_gradients": loop.start_gradients,
             "seconds": loop.seconds(),
         }
         if self.planner is not None:
@@ -155,9 +157,12 @@ class Saving:
         loop.reference = None if reference is None else (reference[0], reference[1])
         loop.cost = Cost(**values["cost"])
         loop.seconds_before = float(values["seconds"])
-        if loop.step:
-            tried = self.directory.starts.read()
-            loop.start_gradients = sum(record["gradients"] for record in tried)
+        if "start_gradients" in values:
+            loop.start_gradients = float(values["start_gradients"])
+        elif loop.step:  # of a run before checkpoints had it
+            with contextlib.suppress(InputError):
+                tried = self.directory.starts.read()
+                loop.start_gradients = sum(record["gradients"] for record in tried)
         for mean, live in zip(loop.average.values or [], plant.parameters, strict=bool(average)):
             if mean.shape != live.shape:
                 raise ValueError(f"an average of shape {tuple(mean.shape)} for {tuple(live.shape)}")
