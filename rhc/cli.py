@@ -244,6 +244,14 @@ def _status(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("rhc: stopped", file=sys.stderr)
         return 130
+    except (MemoryError, RuntimeError) as error:
+        from rhc.faults import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        what = str(error).partition("\n")[0] or type(error).__name__
+        print(plain(f"rhc: error: memory does not suffice ({what}); lower a size"), file=sys.stderr)
+        return 2
     except SystemExit as stop:  # tyro's way to end after --help
         return int(stop.code or 0)
     except OSError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import types
 import typing
@@ -37,6 +38,27 @@ PRODUCTS = (
 """Those of rhc.hypergradient.products, which imports torch; a test holds the two together."""
 DEVICES = ("auto", "cpu", "cuda")
 RESUMES = ("auto", "never")
+
+
+MOST_STEPS = 50_000_000
+"""Of a run: it is planned step by step, which takes 8 bytes for every control of each."""
+
+MOST = {
+    **dict.fromkeys(("steps", "window"), MOST_STEPS),
+    **dict.fromkeys(("accumulate", "objective_batches", "width"), 10**5),
+    "batch_size": 10**8,
+    # A run may have begun on a larger machine.
+    "threads": max(256, 4 * (os.cpu_count() or 1)),
+    "jobs": 1024,
+    "seeds": 10**5,
+}
+"""Of settings that memory goes by: more is a slip of the finger, or somebody's joke."""
+
+
+def check_most(name: str, value: Any) -> None:
+    """An InputError where a setting is beyond `MOST`."""
+    if value is not None and value > MOST.get(name, value):
+        raise InputError(f"{name} must be ≤ {MOST[name]}, got {value}; lower {_flag(name)}")
 
 
 TRAIN_FLAGS = {
@@ -219,6 +241,7 @@ class TrainConfig:
                 raise InputError(
                     f"{name} must be ≥ {least}, got {value}; try {_flag(name)} {example}"
                 )
+            check_most(name, value)
         if self.seed >= 2**32:
             raise InputError(f"seed must be below 2**32, got {self.seed}; try --seed 0")
         if self.stride is not None and not 1 <= self.stride <= self.window:

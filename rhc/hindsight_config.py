@@ -19,6 +19,7 @@ from rhc.config import (
     PRODUCTS,
     RESUMES,
     TEMPLATES,
+    check_most,
     checked_choice,
     parsed_bytes,
 )
@@ -40,6 +41,7 @@ def _check_least(settings: Any, *names: str) -> None:
                 f"{name} must be ≥ 1, got {value}; leave --{name.replace('_', '-')} out for the "
                 "usual one"
             )
+        check_most(name, value)
 
 
 def check_seed(seed: int) -> None:

@@ -19,6 +19,7 @@ from torch import nn
 from rhc import stopping
 from rhc.advice import check_loader, check_parts
 from rhc.batches import StepBatches
+from rhc.config import check_most
 from rhc.distributed import ranks_of, synchronised, unwrapped
 from rhc.distributed.ranks import Group
 from rhc.errors import DivergedError, InputError, StorageError
@@ -342,6 +343,7 @@ class Runner:
         """
         if not isinstance(steps, int) or steps < 1:
             raise InputError(f"steps must be a whole number ≥ 1, got {steps!r}; try steps=1000")
+        check_most("steps", steps)
         if self.followed is not None and len(self.followed) < steps:
             raise InputError(
                 f"the schedule has {len(self.followed)} steps, fewer than the run's {steps}; "

@@ -13,10 +13,11 @@ from typing import Any
 from rich.console import Console
 
 from rhc.causal import Gains
+from rhc.checkpoint import removed
 from rhc.config import RECORD_VERSION, TrainConfig, from_record
 from rhc.errors import InputError, plain
 from rhc.events import Event, RunStarted
-from rhc.files import replace_durably, replace_summed, sealed
+from rhc.files import refuse_links, replace_durably, replace_summed, sealed
 from rhc.hindsight import USUAL_GAINS, Pass, Smoother, Tape, held_out, reward_of, smooth
 from rhc.hindsight_config import PlainSettings, SmoothConfig
 from rhc.progress import Progress, display
@@ -200,6 +201,7 @@ def open_directory(directory: Path, record: dict[str, Any]) -> None:
     path = directory / "config.json"
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        refuse_links(directory)
         if not path.exists():
             if any(directory.iterdir()):
                 raise InputError(
@@ -230,7 +232,8 @@ def finish(directory: Path, runs: list[Pass], best: int) -> None:
     path, record = runs[best].result
     for name in COPIED:
         replace_durably(directory / name, (path / name).read_bytes())
-    shutil.copytree(path / "checkpoints", directory / "checkpoints", dirs_exist_ok=True)
+    removed(directory / "checkpoints")  # of an attempt that was killed
+    shutil.copytree(path / "checkpoints", directory / "checkpoints")
     costs = [run.result[1]["cost"] for run in runs]
     total = {
         name: max(c[name] for c in costs)
@@ -260,9 +263,7 @@ def _document(value: dict[str, Any]) -> bytes:
     return sealed(finite(value))
 
 
-def resume_smooth(
-    record: dict[str, Any], directory: Path, console: Console, *, trust: bool
-) -> int:
+def resume_smooth(record: dict[str, Any], directory: Path, console: Console, *, trust: bool) -> int:
     """Goes on with the smoothing that `directory` holds, and returns the exit status."""
     path, own = directory / "config.json", record["smooth"]
     if not isinstance(own, dict):

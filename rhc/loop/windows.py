@@ -75,7 +75,7 @@ class RewrittenWindows:
     def _gone_through(self, window: Window) -> tuple[Attempt, int]:
         """`go_through`; the attempt has failed where a way that was finite no longer is."""
         loop, law, rewriting = self.loop, self.law, self.rewriting
-        start, stop, commit = window.start, window.stop, window.commit
+        start, commit = window.start, window.commit
         twins = isinstance(rewriting, Twins)
         wanted = loop.alert or start < law.until * loop.steps
         wanted = wanted and loop.passed_over == 0 and not loop.relief.blind
