@@ -45,7 +45,7 @@ from rhc.compare import (
 )
 from rhc.config import check_most
 from rhc.errors import InputError
-from rhc.files import cut, parsed_json, refuse_links, replace_durably, unshare
+from rhc.files import NUMBER_OR_NONE, cut, parsed_json, refuse_links, replace_durably, unshare
 from rhc.launchers import PROCESSES, launched, parsed_launcher
 from rhc.schedule import CONTROLS
 from rhc.tape import encode, finite
@@ -358,6 +358,13 @@ def _row(record: Any) -> Row | None:
     ):
         return None
     row = {f.name: record[f.name] for f in fields(Row) if f.name in record}
+    points = [p for p in row["curve"] if isinstance(p, list) and len(p) == 2]
+    columns = [*points, *row["course"].values()]
+    numbers = all(
+        isinstance(c, list) and all(type(v) in NUMBER_OR_NONE for v in c) for c in columns
+    )
+    if len(points) < len(row["curve"]) or not numbers:
+        return None
     worst = -math.inf if row.get("higher") else math.inf
     for name, value in (("score", worst), ("validation", math.inf)):
         row[name] = value if row[name] is None else row[name]

@@ -155,7 +155,7 @@ class _Source:
                 warmup=None,
                 **REWRITING,
             )
-            run = plain_run(plain, Sizes(record.get("batch_size"), record.get("width")))
+            run = plain_run(plain, Sizes.of(record, path / "config.json"))
         example = Example(str(path), rows, schedule, start_lr)
         return cls(example, run, _loss_of(result.get("val_loss"), rows))
 
@@ -163,7 +163,7 @@ class _Source:
 def _loss_of(validation: float | None, rows: Sequence[Any]) -> float:
     if validation is not None:
         return validation
-    losses = [math.inf if row["loss"] is None else float(row["loss"]) for row in rows]
+    losses = [math.inf if row.get("loss") is None else float(row["loss"]) for row in rows]
     return statistics.fmean(losses)
 
 

@@ -232,6 +232,41 @@ def _depth(raw: bytes) -> int:
     return deepest
 
 
+Kinds = Mapping[str, tuple[type, ...]]
+"""Entry of a JSON object -> the types that it may have; where it may be missing, NoneType too."""
+
+NUMBER = (int, float)
+NUMBER_OR_NONE = (int, float, type(None))
+
+
+def misfit(record: Mapping[str, Any], kinds: Kinds) -> str | None:
+    """What is wrong with an object that was read, in a clause; None where all is of its kind."""
+    for name, known in kinds.items():
+        value = record.get(name)
+        if type(value) not in known:
+            words = " or ".join(_WORDS[kind] for kind in known)
+            return f"{name} must be {words}, got {str(json.dumps(value))[:60]}"
+    return None
+
+
+def check_kinds(record: Mapping[str, Any], kinds: Kinds, source: Path | str) -> None:
+    """An InputError that names `source` where an entry is of another kind."""
+    fault = misfit(record, kinds)
+    if fault is not None:
+        raise InputError(f"{source} is damaged: {fault}; restore it")
+
+
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+    type(None): "nothing",
+}
+
+
 SEAL = "sha256"
 """The last entry of a document that says whether anything was altered since it was written."""
 

@@ -21,11 +21,12 @@ from rich.console import Console
 from rhc.config import TrainConfig
 from rhc.errors import InputError
 from rhc.events import Listener
+from rhc.files import check_kinds
 from rhc.hindsight_config import ReplayConfig
 from rhc.randomness import seed_everything
 from rhc.runner import DivergedError, Runner
 from rhc.schedule import CONTROLS, Schedule
-from rhc.summary import RUNS, read_record
+from rhc.summary import RUNS, read_record, rows_of
 from rhc.train import built_optimizer, config_of, device_of, recorded, shown
 from rhc.workload import Workload, load_runner, refuse_strange
 
@@ -44,6 +45,12 @@ class Sizes:
 
     batch_size: int | None = None
     width: int | None = None
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], path: Path) -> Sizes:
+        """Those that config.json, which is at `path`, says a run was asked for."""
+        check_kinds(record, dict.fromkeys(_SIZES, (int, type(None))), path)
+        return cls(*(record.get(name) for name in ("batch_size", "width")))
 
     def given(self) -> dict[str, int]:
         """Those that are asked for."""
@@ -215,10 +222,10 @@ def resume_replay(
     old = read_record(directory)
     config = config_of(directory, trust=trust)
     config = replace(config, data=data or config.data, device=device or config.device)
-    sizes = Sizes(old.get("batch_size"), old.get("width"))
+    sizes = Sizes.of(old, directory / "config.json")
     schedule = Schedule.load(directory / "schedule.json")
     run = plain_run(config.checked(), sizes)
-    record = {"command": "replay", "replay": old["replay"], "data": old.get("data")}
+    record = {"command": "replay", "replay": old.get("replay"), "data": old.get("data")}
     return follow(run, schedule, directory, record, console)
 
 
@@ -324,9 +331,8 @@ class _Source:
         settings = {name: getattr(old, name) for name in _OF_THE_SOURCE}
         if settings["data"] is not None and not settings["data"].exists():
             del settings["data"]
-        sizes = Sizes(record.get("batch_size"), record.get("width"))
-        tape = path.parent / "tape.jsonl"
-        rows = tape.read_bytes().count(b"\n") if tape.exists() else 0
+        sizes = Sizes.of(record, beside)
+        rows = len(rows_of(path.parent / "tape.jsonl"))
         return cls(path, schedule, old.run, settings, sizes, rows if rows < len(schedule) else None)
 
     def remarks(self, config: TrainConfig) -> list[str]:

@@ -35,7 +35,7 @@ from rhc.files import (
     write_durably,
 )
 from rhc.schedule import Schedule
-from rhc.tape import JsonLines, finite
+from rhc.tape import JsonLines, finite, misfit_of_result
 
 FILES = ("config.json", "schedule.json", "tape.jsonl", "windows.jsonl", "result.json")
 NOT_COMPARED = ("versions", "hardware", "directory", "resume", "device", "config")
@@ -316,6 +316,9 @@ class RunDirectory:
             found = read_json(path, faults.append)
         except InputError as error:
             faults.append(str(error))
+        else:
+            if fault := misfit_of_result(found):
+                faults.append(f"{path} is damaged ({fault})")
         if faults:
             self.notice(f"{faults[0]}; it is made again")
             return None

@@ -17,7 +17,14 @@ from rhc.checkpoint import removed
 from rhc.config import RECORD_VERSION, TrainConfig, from_record
 from rhc.errors import InputError, plain
 from rhc.events import Event, RunStarted
-from rhc.files import refuse_links, replace_durably, replace_summed, sealed
+from rhc.files import (
+    NUMBER,
+    check_kinds,
+    refuse_links,
+    replace_durably,
+    replace_summed,
+    sealed,
+)
 from rhc.hindsight import USUAL_GAINS, Pass, Smoother, Tape, held_out, reward_of, smooth
 from rhc.hindsight_config import PlainSettings, SmoothConfig
 from rhc.progress import Progress, display
@@ -25,7 +32,7 @@ from rhc.replay import PlainRun, Sizes, plain_run
 from rhc.run_directory import hardware, plain_document, read_json, versions
 from rhc.runner import DivergedError
 from rhc.schedule import Schedule, Template, shaped, template_factors
-from rhc.summary import RUNS, print_result
+from rhc.summary import RUNS, print_result, read_result
 from rhc.tape import finite
 from rhc.train import device_of
 from rhc.workload import Goal, refuse_strange
@@ -70,9 +77,13 @@ def smooth_run(config: SmoothConfig, console: Console) -> int:
             print(plain(f"rhc: error: {what}; begin at a lower --lr"), file=sys.stderr)
             return 1
         finish(directory, runs, best)
-    found = read_json(result)
+    found = read_result(directory)
+    check_kinds(found, {"passes": (list,)}, result)
     console.print()
     for row in found["passes"]:
+        if not isinstance(row, dict):
+            raise InputError(f"{result} is damaged: a pass is no object; restore it")
+        check_kinds(row, {"pass": (int,), "held_out": NUMBER, "kept": (bool,)}, result)
         name = "probe" if row["pass"] == 0 else f"pass {row['pass']}"
         kept = "  kept" if row["kept"] else ""
         console.print(f"{name:<8}  held-out loss {row['held_out']:.5g}{kept}", highlight=False)
@@ -265,10 +276,9 @@ def _document(value: dict[str, Any]) -> bytes:
 
 def resume_smooth(record: dict[str, Any], directory: Path, console: Console, *, trust: bool) -> int:
     """Goes on with the smoothing that `directory` holds, and returns the exit status."""
-    path, own = directory / "config.json", record["smooth"]
-    if not isinstance(own, dict):
-        raise InputError(f"{path}: smooth must be an object, got {own!r}; mend it there")
+    path = directory / "config.json"
+    check_kinds(record, {"smooth": (dict,)}, path)
     names = {name: record[name] for name in PlainSettings.__dataclass_fields__ if name in record}
-    config = from_record(SmoothConfig, {**names, **own}, str(path))
+    config = from_record(SmoothConfig, {**names, **record["smooth"]}, str(path))
     refuse_strange(config.run, path, trust=trust)
     return smooth_run(replace(config, directory=directory).checked(), console)

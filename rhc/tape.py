@@ -25,7 +25,12 @@ from rhc.errors import InputError
 from rhc.files import (
     CLOSED_ON_EXEC,
     NO_LINK,
+    NUMBER,
+    NUMBER_OR_NONE,
+    Kinds,
+    check_kinds,
     cut,
+    misfit,
     opened_regular,
     parsed_json,
     read_regular,
@@ -34,6 +39,53 @@ from rhc.files import (
     unshare,
     write_all,
 )
+
+KINDS: Mapping[str, Kinds] = {
+    "tape.jsonl": {
+        "step": (int,),
+        **dict.fromkeys(("loss", "gradient_norm"), NUMBER_OR_NONE),
+        "reward": (*NUMBER_OR_NONE, list),
+    },
+    "windows.jsonl": {
+        **dict.fromkeys(("start", "stop"), (int,)),
+        "outcome": (str,),
+        "reason": (str, type(None)),
+        **dict.fromkeys(
+            ("attempt", "objective_before", "objective_after", "smoothness"), NUMBER_OR_NONE
+        ),
+    },
+}
+"""What the lines of a file must have for those who read them, by its name."""
+
+RESULT: Mapping[str, Kinds] = {
+    "": {
+        "cost": (dict,),
+        **{
+            f"{prefix}{name}_loss": NUMBER_OR_NONE
+            for prefix in ("", "average_")
+            for name in ("train", "val", "test")
+        },
+        **dict.fromkeys(("test_accuracy", "wall_seconds"), NUMBER_OR_NONE),
+        "average_metrics": (dict, type(None)),
+    },
+    "cost": dict.fromkeys(
+        ("plain_run_equivalents", "windows", "rejected_windows", "rewound_windows"), NUMBER
+    ),
+    "average_metrics": {"test": (dict, type(None))},
+}
+"""What result.json must have, and the objects in it, for those who show it."""
+
+
+def misfit_of_result(record: Mapping[str, Any]) -> str | None:
+    """What is wrong with a result.json, in a clause; None where it is what a run writes."""
+    for name, kinds in RESULT.items():
+        part = record if not name else record.get(name) or {}
+        if fault := misfit(part, kinds):
+            return f"{name}.{fault}" if name else fault
+    test = (record.get("average_metrics") or {}).get("test") or {}
+    fault = misfit(test, {"accuracy": NUMBER_OR_NONE})
+    return fault and f"average_metrics.test.{fault}"
+
 
 MOST_BYTES = 2**34
 """Of such a file: more is not read."""
@@ -228,6 +280,9 @@ class JsonLines:
                 row = parsed_json(line)
                 if not isinstance(row, dict):
                     raise ValueError(f"{type(row).__name__} in place of an object")
+                check_kinds(row, KINDS.get(self.path.name, {}), f"{self.path}, line {number},")
+            except InputError:
+                raise
             except ValueError as error:
                 raise InputError(f"{self.path}, line {number}: not JSON ({error})") from None
             rows.append(row)

@@ -16,9 +16,10 @@ from rich.text import Text
 
 from rhc.errors import InputError
 from rhc.events import Committed, RunEnded, RunStarted, StartTried, WindowAttempted
-from rhc.files import opened_regular, parsed_json
+from rhc.files import misfit, opened_regular, parsed_json
 from rhc.progress import LiveDisplay, Progress, Screen, one_number, tried
 from rhc.summary import print_result, read_record, read_result
+from rhc.tape import KINDS
 
 LEAVE = "Ctrl-C ends the watching alone"
 MOST_EARLIER = 8
@@ -267,7 +268,7 @@ class _Tail:
                 row = parsed_json(line)
             except ValueError:
                 continue
-            if isinstance(row, dict):
+            if isinstance(row, dict) and not misfit(row, KINDS.get(self.path.name, {})):
                 yield row
 
 

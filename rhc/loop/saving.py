@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from rhc.batches import Position
-from rhc.checkpoint import SHARDS, Checkpoint
+from rhc.checkpoint import SHARDS, VALUES, Checkpoint
 from rhc.distributed import part_of, placed_as, shared_as
 from rhc.errors import InputError
 from rhc.events import CheckpointSaved
 from rhc.faults import Deviation, Relief
+from rhc.files import NUMBER, check_kinds
 from rhc.loop.course import Course
 from rhc.loop.judge import JudgedOn
 from rhc.loop.looking import LookbackMaker
@@ -26,6 +27,16 @@ from rhc.rewrite import Twin
 from rhc.run_directory import RunDirectory
 from rhc.schedule import Schedule
 from rhc.state import snapshot_from_tensors, snapshot_to_tensors, with_parts
+
+_KINDS = {
+    **dict.fromkeys(("optimizer", "cost"), (dict,)),
+    **dict.fromkeys(("correction", "history", "relief", "deviation"), (dict, type(None))),
+    **dict.fromkeys(("reference", "twin", "patience"), (list, type(None))),
+    "average_count": (int,),
+    "seconds": NUMBER,
+    "singletons": (bool,),
+}
+"""Of values.json: what later steps would trip over."""
 
 
 class Saving:
@@ -60,7 +71,10 @@ class Saving:
         """The loop and the plant as they were saved. InputError where it is of another run."""
         try:
             self._load(checkpoint)
-        except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        except (
+            *(LookupError, TypeError, ValueError, ArithmeticError, RuntimeError),
+            *(AttributeError, AssertionError),
+        ) as error:
             if isinstance(error, InputError):
                 raise
             path = self.directory.checkpoints.path(checkpoint.step)
@@ -106,6 +120,9 @@ class Saving:
     def _load(self, checkpoint: Checkpoint) -> None:
         loop, plant = self.loop, self.plant
         tensors, values = checkpoint.tensors, checkpoint.values
+        path = self.directory.checkpoints.path(checkpoint.step) / VALUES
+        check_kinds(values, _KINDS, path)
+        check_kinds(values["cost"], dict.fromkeys(values["cost"], NUMBER), path)
         if checkpoint.shards:
             folder = self.directory.checkpoints.path(checkpoint.step) / SHARDS
             tensors = with_parts(plant, tensors, folder)
