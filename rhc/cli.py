@@ -295,7 +295,7 @@ def _dispatch(arguments: list[str]) -> int:
         below = _defaults(rest)
         default = below if below.config is None else replace(below, run="")
     config = _parsed(name, command, rest, default)
-    if below is not None and not config.run:  # it is not named on the command line
+    if below is not None and below.config is not None and not config.run:  # RUN is not given
         refuse_strange(below.run, below.config, trust=config.trust)
         config = replace(config, run=below.run)
     if isinstance(run := getattr(config, "run", None), str):
