@@ -204,6 +204,15 @@ class CheckpointStore:
         good = [step for step in self.steps() if step not in self._damaged]
         self._clear(step for step in self.steps() if step not in good[-keep:])
 
+    def tidy(self, *, ended: bool) -> None:
+        """Removes what a process left that died while it saved. An OSError leaves the rest.
+
+        ended: the run is, and its checkpoints stay as they are; else those beyond the newest `keep`
+        go as well.
+        """
+        good = [] if ended else [step for step in self.steps() if step not in self._damaged]
+        self._clear(good[: -self.keep])
+
     def _clear(self, steps: Iterable[int]) -> None:
         for leftover in [*self.root.glob(".removing-*"), *self.root.glob(".writing-*")]:
             removed(leftover)

@@ -25,7 +25,7 @@ from tyro.conf import arg
 
 from rhc import __version__, stopping
 from rhc.config import TRAIN_FLAGS, TrainConfig, field_kind
-from rhc.errors import InputError, StorageError
+from rhc.errors import InputError, StorageError, plain
 from rhc.hindsight_config import (
     DISTILL,
     DISTILL_FLAGS,
@@ -41,7 +41,7 @@ from rhc.hindsight_config import (
     SmoothConfig,
 )
 from rhc.usage import Groups, page
-from rhc.workload import with_function
+from rhc.workload import refuse_strange, with_function
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class ResumeConfig:
         str | None, arg(metavar="NAME", help_behavior_hint="(default: as before)")
     ] = None
     """Where to go on: cpu, cuda or auto."""
+    trust: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Run the file that DIR names. Wherever it lies: it may be somebody else's."""
 
 
 @dataclass(frozen=True)
@@ -207,9 +209,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         stopping.at_once(signal.SIGTERM)
     with stopping.handled():
         status = _status(arguments)
-    # Whoever caught a signal on the way took it for Ctrl-C.
+    # Whoever caught a signal on the way took it for Ctrl-C, and Python may have swallowed it.
     number = stopping.received()
-    status = stopping.STATUS[number] if status == 130 and number is not None else status
+    if number is not None and (status == 130 or stopping.asked()):
+        status = stopping.STATUS[number]
     if argv is None and _is_rank(arguments):
         from rhc.distributed import leave
 
@@ -233,14 +236,22 @@ def _status(arguments: list[str]) -> int:
         sys.stdout.flush()
         return status
     except InputError as error:
-        print(f"rhc: error: {error}", file=sys.stderr)
+        print(plain(f"rhc: error: {error}"), file=sys.stderr)
         return 2
     except StorageError as error:
-        print(f"rhc: error: {error}", file=sys.stderr)
+        print(plain(f"rhc: error: {error}"), file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         print("rhc: stopped", file=sys.stderr)
         return 130
+    except (MemoryError, RuntimeError) as error:
+        from rhc.faults import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        what = str(error).partition("\n")[0] or type(error).__name__
+        print(plain(f"rhc: error: memory does not suffice ({what}); lower a size"), file=sys.stderr)
+        return 2
     except SystemExit as stop:  # tyro's way to end after --help
         return int(stop.code or 0)
     except OSError as error:
@@ -279,8 +290,14 @@ def _dispatch(arguments: list[str]) -> int:
     if {"-h", "--help", "--help-all"} & set(rest):
         print(_help(name, whole="--help-all" in rest))
         return 0
-    default = _defaults(rest) if command.flags is TrainConfig else tyro.MISSING_NONPROP
+    default, below = tyro.MISSING_NONPROP, None
+    if command.flags is TrainConfig:
+        below = _defaults(rest)
+        default = below if below.config is None else replace(below, run="")
     config = _parsed(name, command, rest, default)
+    if below is not None and below.config is not None and not config.run:  # RUN is not given
+        refuse_strange(below.run, below.config, trust=config.trust)
+        config = replace(config, run=below.run)
     if isinstance(run := getattr(config, "run", None), str):
         config = replace(config, run=with_function(run))
     return command.act(config)
@@ -329,7 +346,9 @@ def _defaults(arguments: Sequence[str]) -> TrainConfig:
         flag, given, value = token.partition("=")
         if flag == "--config":
             path = value if given else next(iter(arguments[place + 1 :]), None)
-    return TrainConfig.from_file(Path(path)) if path and path[:2] != "--" else TrainConfig()
+    if not path or path[:2] == "--":
+        return TrainConfig()
+    return replace(TrainConfig.from_file(Path(path)), config=Path(path))
 
 
 def _parsed(name: str, command: Command, arguments: list[str], default: Any) -> Any:
@@ -424,7 +443,9 @@ def _resume(config: ResumeConfig) -> int:
     if record.get("command") == "replay":
         from rhc.replay import resume_replay
 
-        return resume_replay(config.directory, config.data, config.device, Screen())
+        return resume_replay(
+            config.directory, config.data, config.device, Screen(), trust=config.trust
+        )
     if "pass" in record:
         raise InputError(
             f"directory {config.directory} is one run of {config.directory.parent}; resume that"
@@ -432,10 +453,10 @@ def _resume(config: ResumeConfig) -> int:
     if record.get("command") == "smooth":
         from rhc.smooth import resume_smooth
 
-        return resume_smooth(record, config.directory, Screen())
+        return resume_smooth(record, config.directory, Screen(), trust=config.trust)
     from rhc.train import config_of, train
 
-    recorded = config_of(config.directory)
+    recorded = config_of(config.directory, trust=config.trust)
     moved = None if config.data is None else recorded.data
     settings = replace(
         recorded,
@@ -465,7 +486,7 @@ def _inspect(config: InspectConfig) -> int:
 def _report(config: ReportConfig) -> int:
     from rhc.report import write_report
 
-    print(write_report(config.directories, config.output))
+    print(plain(str(write_report(config.directories, config.output))))
     return 0
 
 
@@ -477,7 +498,7 @@ def _watch(config: WatchConfig) -> int:
     if screen.animated:
         watch_live(config.directory, screen)
     else:
-        watch(config.directory, lambda line: print(line, flush=True))
+        watch(config.directory, lambda line: print(plain(line), flush=True))
     return 0
 
 
@@ -639,7 +660,7 @@ COMMANDS = {
         "Go on after a stop:  rhc resume runs/digits-1a2b3c4d",
         "Continue a run that was stopped, at its newest checkpoint, bit for bit.\n\n"
         "example:\n  rhc resume runs/digits-1a2b3c4d",
-        {"arguments": ("directory", ""), "what is changed": ("steps data device", "")},
+        {"arguments": ("directory", ""), "what is changed": ("steps data device", "trust")},
     ),
     "replay": Command(
         ReplayConfig,

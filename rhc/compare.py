@@ -32,11 +32,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rhc.causal import AdaptiveRL, Bounds
+from rhc.config import check_most
 from rhc.containers import spare
 from rhc.errors import InputError
 from rhc.evaluate import evaluate
 from rhc.events import Committed, Event
 from rhc.hindsight import DistilledScheduler, Pass, Policy, Smoother, held_out, reward_of, smooth
+from rhc.hindsight_config import check_seed
 from rhc.objective import Objective
 from rhc.planning import VALUES, Always, EpochPlanner, FreshSeeds, Gains
 from rhc.planning.planner import STEERED
@@ -1132,12 +1134,14 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def parsed_seeds(text: str) -> list[int]:
     """`100-109` is ten seeds; a number N is N of them, from 100 on."""
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
-    seeds: list[int] = []
+    match = re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", text.strip())
+    seeds = range(0)
     if match is not None and match[2] is None:
-        seeds = list(range(100, 100 + int(match[1])))
+        seeds = range(100, 100 + int(match[1]))
     elif match is not None:
-        seeds = list(range(int(match[1]), int(match[2]) + 1))
+        seeds = range(int(match[1]), int(match[2]) + 1)
     if not seeds:
         raise InputError(f"seeds must be N or FIRST-LAST, got {text!r}; try 100-109")
-    return seeds
+    check_most("seeds", len(seeds))
+    check_seed(seeds[-1])
+    return list(seeds)

@@ -43,8 +43,9 @@ from rhc.compare import (
     table,
     tuned,
 )
+from rhc.config import check_most
 from rhc.errors import InputError
-from rhc.files import parsed_json
+from rhc.files import NUMBER_OR_NONE, cut, parsed_json, refuse_links, replace_durably, unshare
 from rhc.launchers import PROCESSES, launched, parsed_launcher
 from rhc.schedule import CONTROLS
 from rhc.tape import encode, finite
@@ -115,6 +116,9 @@ def print_comparison(
         raise InputError(f"steps must be ≥ 1, got {steps}; try --steps 1000")
     if jobs < 1:
         raise InputError(f"jobs must be ≥ 1, got {jobs}; try --jobs 2")
+    sizes = {"steps": steps, "jobs": jobs, "width": width, "batch_size": batch_size}
+    for name, value in sizes.items():
+        check_most(name, value)
     if parsed_launcher(launcher)[0] != PROCESSES and directory is None:
         raise InputError(f"launcher {launcher} needs a folder for its files; give a directory")
     if target is not None and not math.isfinite(target):
@@ -182,9 +186,10 @@ def print_comparison(
         "failures": [asdict(failure) for failure in bench.failures],
     }
     text = json.dumps(finite(document), indent=1) + "\n"
-    for path in filter(None, (output, bench.folder and bench.folder / RESULT)):
-        path.write_text(text, encoding="utf-8")
+    if output is not None:
+        output.write_text(text, encoding="utf-8")
     if bench.folder is not None:
+        replace_durably(bench.folder / RESULT, text.encode())
         console.print(f"rows and {RESULT} are in {bench.folder}", highlight=False, style="dim")
     return 0
 
@@ -227,8 +232,16 @@ class Bench:
         if directory is not None:
             if directory.exists() and not directory.is_dir():
                 raise InputError(f"directory {directory} is a file; give --directory a folder")
-            directory.mkdir(parents=True, exist_ok=True)
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                refuse_links(directory)
+            except OSError as error:
+                raise InputError(
+                    f"directory {directory} cannot be written ({error.strerror}); choose another "
+                    "--directory"
+                ) from None
             self._file = directory / ROWS
+            unshare(self._file)
             for record in _read(self._file):
                 row = _row(record.get("row")) if record.get("task") == self._identity else None
                 if row is not None:
@@ -315,7 +328,7 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
     data = path.read_bytes()
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
-        os.truncate(path, whole)
+        cut(path, whole)
     for line in data[:whole].splitlines():
         try:
             record = parsed_json(line)
@@ -345,6 +358,13 @@ def _row(record: Any) -> Row | None:
     ):
         return None
     row = {f.name: record[f.name] for f in fields(Row) if f.name in record}
+    points = [p for p in row["curve"] if isinstance(p, list) and len(p) == 2]
+    columns = [*points, *row["course"].values()]
+    numbers = all(
+        isinstance(c, list) and all(type(v) in NUMBER_OR_NONE for v in c) for c in columns
+    )
+    if len(points) < len(row["curve"]) or not numbers:
+        return None
     worst = -math.inf if row.get("higher") else math.inf
     for name, value in (("score", worst), ("validation", math.inf)):
         row[name] = value if row[name] is None else row[name]
@@ -461,9 +481,18 @@ def serve() -> None:
     """A worker: reads a cell a line from stdin and writes its row, or why there is none."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a run prints must not come between the answers
-    for line in sys.stdin:
-        answers.write(answered(line) + "\n")
+    asked: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(asked,), daemon=True).start()
+    while True:
+        answers.write(answered(asked.get()) + "\n")
         answers.flush()
+
+
+def _listen(asked: queue.SimpleQueue[str]) -> None:
+    """Ends this process, whatever it trains, when the one that asks it is gone."""
+    for line in sys.stdin:
+        asked.put(line)
+    os._exit(0)
 
 
 def answered(line: str) -> str:

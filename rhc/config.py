@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro.conf
 from tyro.conf import arg
@@ -39,6 +40,27 @@ DEVICES = ("auto", "cpu", "cuda")
 RESUMES = ("auto", "never")
 
 
+MOST_STEPS = 50_000_000
+"""Of a run: it is planned step by step, which takes 8 bytes for every control of each."""
+
+MOST = {
+    **dict.fromkeys(("steps", "window"), MOST_STEPS),
+    **dict.fromkeys(("accumulate", "objective_batches", "width"), 10**5),
+    "batch_size": 10**8,
+    # A run may have begun on a larger machine.
+    "threads": max(256, 4 * (os.cpu_count() or 1)),
+    "jobs": 1024,
+    "seeds": 10**5,
+}
+"""Of settings that memory goes by: more is a slip of the finger, or somebody's joke."""
+
+
+def check_most(name: str, value: Any) -> None:
+    """An InputError where a setting is beyond `MOST`."""
+    if value is not None and value > MOST.get(name, value):
+        raise InputError(f"{name} must be ≤ {MOST[name]}, got {value}; lower {_flag(name)}")
+
+
 TRAIN_FLAGS = {
     "what is trained": ("run data steps seed device", "threads deterministic"),
     "the optimizer": (
@@ -53,7 +75,7 @@ TRAIN_FLAGS = {
     ),
     "files": (
         "directory config print_config",
-        "resume validate_every keep_checkpoints tensorboard plan",
+        "resume validate_every keep_checkpoints tensorboard plan trust",
     ),
 }
 """Headings of the help: the flags that are given often, and those that `--help-all` adds."""
@@ -187,6 +209,8 @@ class TrainConfig:
     """Print the settings as such a file, and exit."""
     plan: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print what a window will cost in time and memory, and exit."""
+    trust: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Run the file that --config names. Wherever it lies: it may be somebody else's."""
 
     # Checks ---------------------------------------------------------------------------------------
 
@@ -217,6 +241,7 @@ class TrainConfig:
                 raise InputError(
                     f"{name} must be ≥ {least}, got {value}; try {_flag(name)} {example}"
                 )
+            check_most(name, value)
         if self.seed >= 2**32:
             raise InputError(f"seed must be below 2**32, got {self.seed}; try --seed 0")
         if self.stride is not None and not 1 <= self.stride <= self.window:
@@ -356,8 +381,9 @@ class TrainConfig:
     # Records --------------------------------------------------------------------------------------
 
     def to_record(self) -> dict[str, Any]:
-        """All settings as flat JSON values."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        """All settings as flat JSON values; trust is for one command alone."""
+        names = [f.name for f in fields(self) if f.name != "trust"]
+        return {name: _plain(getattr(self, name)) for name in names}
 
     @classmethod
     def from_record(cls, values: Mapping[str, Any], source: str) -> TrainConfig:
@@ -365,17 +391,7 @@ class TrainConfig:
 
         Raises InputError for an unknown name or a value of another type, naming `source`.
         """
-        hints = typing.get_type_hints(cls)
-        given: dict[str, Any] = {}
-        for key, value in values.items():
-            name = key.replace("-", "_")
-            if name not in hints:
-                raise InputError(
-                    f"{source}: unknown setting {key!r}; {_nearest(name, list(hints))}"
-                    "`rhc train --help` lists them"
-                )
-            given[name] = _typed(name, hints[name], value, source)
-        return cls(**given)
+        return from_record(cls, values, source)
 
     @classmethod
     def from_run(cls, record: Mapping[str, Any], path: Path) -> TrainConfig:
@@ -468,6 +484,29 @@ def parsed_bytes(text: str) -> int:
             "--memory-budget 2GiB"
         )
     return size
+
+
+Settings = TypeVar("Settings")
+
+
+def from_record(kind: type[Settings], values: Mapping[str, Any], source: str) -> Settings:
+    """A dataclass of settings from names and JSON values; what is absent has its default.
+
+    Raises InputError for an unknown name or a value of another type, naming `source`. trust is
+    said on the command line alone.
+    """
+    hints = typing.get_type_hints(kind)
+    hints.pop("trust", None)
+    given: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in hints:
+            raise InputError(
+                f"{source}: unknown setting {key!r}; {_nearest(name, list(hints))}"
+                "`rhc train --help` lists them"
+            )
+        given[name] = _typed(name, hints[name], value, source)
+    return kind(**given)
 
 
 def _one_of(argument: str, value: str, known: Sequence[str], remark: str = "") -> None:

@@ -39,7 +39,7 @@ from rhc.train import built_optimizer, config_of
 def distill(config: DistillConfig, console: Console) -> int:
     """Fits a policy to the runs, writes it, and returns the exit status."""
     _check_output(config.output)
-    sources = [_Source.read(path, config.data) for path in config.directories]
+    sources = [_Source.read(path, config.data, config.trust) for path in config.directories]
     examples = [source.example for source in sources]
     form = form_of(examples, config.controls, gradient_norm=config.gradient_norms)
     learned, held = _split(sources, config.held_out, config.seed)
@@ -135,7 +135,7 @@ class _Source:
     loss: float
 
     @classmethod
-    def read(cls, path: Path, data: Path | None) -> _Source:
+    def read(cls, path: Path, data: Path | None, trust: bool) -> _Source:
         record = read_record(path)
         result_path = path / "result.json"
         if not result_path.exists():
@@ -145,7 +145,7 @@ class _Source:
         schedule = Schedule.load(path / "schedule.json")
         run, start_lr = None, None
         if "run" in record:
-            config = config_of(path)
+            config = config_of(path, trust=trust)
             config = replace(config, data=data or config.data).checked()
             start_lr = config.lr
             plain = replace(
@@ -155,7 +155,7 @@ class _Source:
                 warmup=None,
                 **REWRITING,
             )
-            run = plain_run(plain, Sizes(record.get("batch_size"), record.get("width")))
+            run = plain_run(plain, Sizes.of(record, path / "config.json"))
         example = Example(str(path), rows, schedule, start_lr)
         return cls(example, run, _loss_of(result.get("val_loss"), rows))
 
@@ -163,7 +163,7 @@ class _Source:
 def _loss_of(validation: float | None, rows: Sequence[Any]) -> float:
     if validation is not None:
         return validation
-    losses = [math.inf if row["loss"] is None else float(row["loss"]) for row in rows]
+    losses = [math.inf if row.get("loss") is None else float(row["loss"]) for row in rows]
     return statistics.fmean(losses)
 
 

@@ -1,10 +1,23 @@
 """Exceptions that a person can act on: bad arguments, files and settings; a run that diverged; a
-disk that failed. And the checks of settings that are numbers."""
+disk that failed. And the checks of settings that are numbers; what of a text may reach a
+terminal."""
 
 from __future__ import annotations
 
 import operator
+import re
 from typing import Any
+
+_COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Control characters but for tabs and ends of lines, and those that turn the order of a line."""
+
+
+def plain(text: str) -> str:
+    """The text with what a terminal would obey written out: `\\x1b[2J` does not clear the screen.
+
+    For whatever comes from a file or a path: these may be somebody else's.
+    """
+    return _COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class InputError(ValueError):

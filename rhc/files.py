@@ -8,16 +8,18 @@ their names in that module, so that a fault can be put in the place of any of th
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
 import re
 import stat
+import sys
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rhc.errors import InputError
 
@@ -28,6 +30,12 @@ MOST_TOML_BYTES = 2**20
 
 MOST_DEPTH = 64
 """Of nested lists and objects; rhc writes six at most."""
+
+OWN = re.compile(
+    r"\.?[a-z]+(-\d+)?\.(json|jsonl|html|id)(\.crc32)?|\.lock|\.writing-.*|"
+    r"checkpoints|tensorboard|jobs|pass-\d+"
+)
+"""Names that rhc writes, removes or makes in a directory of its own."""
 
 CLOSED_ON_EXEC = getattr(os, "O_CLOEXEC", 0)
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
@@ -94,26 +102,68 @@ def make_directory(path: Path) -> None:
         sync_directory(directory.parent)
 
 
+def refuse_links(directory: Path) -> None:
+    """An OSError that names it, where something that rhc writes in a directory is a link.
+
+    What it points to would be written, emptied or removed, wherever that is. The directory itself
+    may be a link, and so may what else lies there. A pipe or a device is refused alike.
+    """
+    with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
+        for entry in entries:
+            usual = entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)
+            if usual or not OWN.fullmatch(entry.name):
+                continue
+            mend = "remove it"
+            if entry.is_symlink():
+                mend += ", or put what it points to in its place, or link the whole directory"
+            kind = "a link" if entry.is_symlink() else "no regular file"
+            raise OSError(errno.ELOOP, f"{entry.name} is {kind}: {mend}", entry.path)
+
+
+def cut(path: Path, length: int) -> None:
+    """Cuts a file back to `length` bytes; a link is not followed."""
+    descriptor = os.open(path, os.O_WRONLY | CLOSED_ON_EXEC | NO_LINK)
+    try:
+        os.ftruncate(descriptor, length)
+    finally:
+        os.close(descriptor)
+
+
+def unshare(path: Path) -> None:
+    """Makes a file one of its own that has another name too (a hard link): only it is changed."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.stat(path, follow_symlinks=False).st_nlink > 1:
+            replace_durably(path, read_regular(path, sys.maxsize))
+
+
 # Reading -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def opened_regular(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, to be read; OSError or ValueError otherwise.
+
+    A link is not followed, a pipe or device not opened to wait for it.
+    """
+    flags = os.O_RDONLY | CLOSED_ON_EXEC | NO_LINK | getattr(os, "O_NONBLOCK", 0)
+    with open(os.open(path, flags), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is not a regular file")
+        yield file
 
 
 def read_regular(path: Path, most: int, *, exactly: int | None = None) -> bytes:
     """The content of a regular file of at most `most` bytes; OSError or ValueError otherwise.
 
-    A link is not followed, a pipe or device not opened to wait for it. exactly: the size that it
-    must have; another is a ValueError before anything is read.
+    exactly: the size that it must have; another is a ValueError before anything is read.
     """
-    flags = os.O_RDONLY | CLOSED_ON_EXEC | NO_LINK | getattr(os, "O_NONBLOCK", 0)
-    with open(os.open(path, flags), "rb", buffering=0) as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("it is not a regular file")
-        size = found.st_size
+    with opened_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         if exactly is not None and size != exactly:
             raise ValueError(f"it has {size} bytes in place of {exactly}")
         if size > most:
             raise ValueError(f"it has {size} bytes, more than the {most} that are read")
-        data = file.readall()
+        data = file.read()
     if exactly is not None and len(data) != exactly:
         raise ValueError(f"it gave {len(data)} bytes in place of {exactly}")
     return data
@@ -180,6 +230,41 @@ def _depth(raw: bytes) -> int:
             if deepest > MOST_DEPTH:
                 break
     return deepest
+
+
+Kinds = Mapping[str, tuple[type, ...]]
+"""Entry of a JSON object -> the types that it may have; where it may be missing, NoneType too."""
+
+NUMBER = (int, float)
+NUMBER_OR_NONE = (int, float, type(None))
+
+
+def misfit(record: Mapping[str, Any], kinds: Kinds) -> str | None:
+    """What is wrong with an object that was read, in a clause; None where all is of its kind."""
+    for name, known in kinds.items():
+        value = record.get(name)
+        if type(value) not in known:
+            words = " or ".join(_WORDS[kind] for kind in known)
+            return f"{name} must be {words}, got {str(json.dumps(value))[:60]}"
+    return None
+
+
+def check_kinds(record: Mapping[str, Any], kinds: Kinds, source: Path | str) -> None:
+    """An InputError that names `source` where an entry is of another kind."""
+    fault = misfit(record, kinds)
+    if fault is not None:
+        raise InputError(f"{source} is damaged: {fault}; restore it")
+
+
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+    type(None): "nothing",
+}
 
 
 SEAL = "sha256"

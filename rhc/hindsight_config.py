@@ -19,6 +19,7 @@ from rhc.config import (
     PRODUCTS,
     RESUMES,
     TEMPLATES,
+    check_most,
     checked_choice,
     parsed_bytes,
 )
@@ -40,6 +41,7 @@ def _check_least(settings: Any, *names: str) -> None:
                 f"{name} must be ≥ 1, got {value}; leave --{name.replace('_', '-')} out for the "
                 "usual one"
             )
+        check_most(name, value)
 
 
 def check_seed(seed: int) -> None:
@@ -94,6 +96,8 @@ class ReplayConfig:
     """auto continues the run that is there, never refuses it."""
     keep_checkpoints: Annotated[int, arg(metavar="N")] = 3
     """Newest checkpoints that are kept."""
+    trust: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Run the file that DIR names. Wherever it lies: it may be somebody else's."""
 
     def checked(self) -> ReplayConfig:
         """These settings if they make sense by themselves; an InputError otherwise."""
@@ -228,6 +232,8 @@ class HypergradientConfig:
     """Where the same data are now. If they were moved."""
     device: Annotated[str | None, _unset("as before", "NAME")] = None
     """Where to compute: cpu, cuda or auto."""
+    trust: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Run the file that DIR names. Wherever it lies: it may be somebody else's."""
 
     def checked(self) -> HypergradientConfig:
         """These settings if they make sense by themselves; an InputError otherwise."""
@@ -286,6 +292,8 @@ class DistillConfig:
     """Seed of the fit and of the split."""
     data: Annotated[Path | None, _unset("as before", "DIR")] = None
     """Where the runs' data are now. If they were moved."""
+    trust: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Run the file that a DIR names. Wherever it lies: it may be somebody else's."""
 
     def checked(self) -> DistillConfig:
         """These settings if they make sense by themselves; an InputError otherwise."""
@@ -315,7 +323,7 @@ examples:
 DISTILL_FLAGS = {
     "arguments": ("directories output", ""),
     "the policy": ("kind controls", "every gradient_norms"),
-    "its fit": ("rounds seed data", "per_round held_out"),
+    "its fit": ("rounds seed data", "per_round held_out trust"),
 }
 
 HYPERGRADIENT = """\
@@ -329,7 +337,7 @@ examples:
 
 HYPERGRADIENT_FLAGS = {
     "what is looked back at": ("directory controls steps data device", ""),
-    "how": ("product memory_budget", "average stage_weight objective_batches discount "
+    "how": ("product memory_budget", "trust average stage_weight objective_batches discount "
             "costate_clip"),
     "rewriting it": ("passes knots output", "step"),
 }  # fmt: skip
@@ -366,6 +374,6 @@ examples:
 REPLAY_FLAGS = {
     "what is trained": ("schedule run data seed device", "threads optimizer"),
     "another length or size": ("steps stretch batch_size width rescale", ""),
-    "files": ("directory", "resume keep_checkpoints"),
+    "files": ("directory", "resume keep_checkpoints trust"),
 }
 """Headings of the help, as in `rhc.config.TRAIN_FLAGS`."""

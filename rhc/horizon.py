@@ -106,9 +106,9 @@ def _recorded(config: HypergradientConfig) -> Iterator[_Recorded]:
     """The run of a directory at its step 0, its batches on a shelf."""
     directory = config.directory
     record = read_record(directory)
-    old = config_of(directory)
+    old = config_of(directory, trust=config.trust)
     old = replace(old, data=config.data or old.data, device=config.device or old.device).checked()
-    sizes = Sizes(record.get("batch_size"), record.get("width"))
+    sizes = Sizes.of(record, directory / "config.json")
     schedule = Schedule.load(directory / "schedule.json")
     rows = JsonLines(directory / "tape.jsonl").read()
     if not rows:
@@ -161,7 +161,7 @@ def _recorded(config: HypergradientConfig) -> Iterator[_Recorded]:
             None if config.memory_budget is None else parsed_bytes(config.memory_budget),
             config.discount,
         )
-        losses = [math.nan if r["loss"] is None else float(r["loss"]) for r in rows[:steps]]
+        losses = [math.nan if r.get("loss") is None else float(r["loss"]) for r in rows[:steps]]
         yield _Recorded(episode, schedule.window(0, steps), old, sizes, losses)
 
 

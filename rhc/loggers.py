@@ -34,6 +34,7 @@ from rhc.events import (
     StartFound,
     WindowAttempted,
 )
+from rhc.files import read_regular, replace_durably
 
 
 class Logger(Protocol):
@@ -423,7 +424,8 @@ def _known(settings: Mapping[str, Any], service: str) -> str | None:
     if not settings.get("directory"):
         return None
     try:
-        name = (Path(settings["directory"]) / f"{service}.id").read_text(encoding="utf-8").strip()
+        path = Path(settings["directory"]) / f"{service}.id"
+        name = read_regular(path, 2**10).decode().strip()
     except (OSError, ValueError):
         return None
     return name or None
@@ -433,4 +435,4 @@ def _know(settings: Mapping[str, Any], service: str, name: Any) -> None:
     """Keeps the id for a run that is resumed; without it that begins a run of the service anew."""
     if settings.get("directory") and isinstance(name, str):
         with contextlib.suppress(OSError):
-            (Path(settings["directory"]) / f"{service}.id").write_text(name, encoding="utf-8")
+            replace_durably(Path(settings["directory"]) / f"{service}.id", name.encode())

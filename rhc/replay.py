@@ -21,13 +21,14 @@ from rich.console import Console
 from rhc.config import TrainConfig
 from rhc.errors import InputError
 from rhc.events import Listener
+from rhc.files import check_kinds
 from rhc.hindsight_config import ReplayConfig
 from rhc.randomness import seed_everything
 from rhc.runner import DivergedError, Runner
 from rhc.schedule import CONTROLS, Schedule
-from rhc.summary import RUNS, read_record
+from rhc.summary import RUNS, read_record, rows_of
 from rhc.train import built_optimizer, config_of, device_of, recorded, shown
-from rhc.workload import Workload, load_runner
+from rhc.workload import Workload, load_runner, refuse_strange
 
 _OF_THE_SOURCE = (
     *("optimizer", "lr", "momentum", "weight_decay", "nesterov", "clip_norm", "clip_value"),
@@ -44,6 +45,12 @@ class Sizes:
 
     batch_size: int | None = None
     width: int | None = None
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], path: Path) -> Sizes:
+        """Those that config.json, which is at `path`, says a run was asked for."""
+        check_kinds(record, dict.fromkeys(_SIZES, (int, type(None))), path)
+        return cls(*(record.get(name) for name in ("batch_size", "width")))
 
     def given(self) -> dict[str, int]:
         """Those that are asked for."""
@@ -147,6 +154,8 @@ def plain_run(config: TrainConfig, sizes: Sizes) -> PlainRun:
 def replay(config: ReplayConfig, console: Console) -> int:
     """Trains by the schedule that is named, and returns the exit status."""
     source = _Source.read(config.schedule)
+    if config.run is None and source.run is not None:
+        refuse_strange(source.run, source.path.with_name("config.json"), trust=config.trust)
     name = config.run or source.run
     if name is None:
         raise InputError(
@@ -206,15 +215,17 @@ def replay(config: ReplayConfig, console: Console) -> int:
     return follow(run, schedule, directory, record, console)
 
 
-def resume_replay(directory: Path, data: Path | None, device: str | None, console: Console) -> int:
+def resume_replay(
+    directory: Path, data: Path | None, device: str | None, console: Console, *, trust: bool
+) -> int:
     """Continues the replay in `directory`, and returns the exit status."""
     old = read_record(directory)
-    config = config_of(directory)
+    config = config_of(directory, trust=trust)
     config = replace(config, data=data or config.data, device=device or config.device)
-    sizes = Sizes(old.get("batch_size"), old.get("width"))
+    sizes = Sizes.of(old, directory / "config.json")
     schedule = Schedule.load(directory / "schedule.json")
     run = plain_run(config.checked(), sizes)
-    record = {"command": "replay", "replay": old["replay"], "data": old.get("data")}
+    record = {"command": "replay", "replay": old.get("replay"), "data": old.get("data")}
     return follow(run, schedule, directory, record, console)
 
 
@@ -319,13 +330,12 @@ class _Source:
         record = read_record(path.parent) if beside.exists() else {}
         if path.name != "schedule.json" or "run" not in record:
             return cls(path, schedule, None, {}, Sizes(), None)
-        old = config_of(path.parent)
+        old = config_of(path.parent, trust=True)  # for its settings: what it names is not run here
         settings = {name: getattr(old, name) for name in _OF_THE_SOURCE}
         if settings["data"] is not None and not settings["data"].exists():
             del settings["data"]
-        sizes = Sizes(record.get("batch_size"), record.get("width"))
-        tape = path.parent / "tape.jsonl"
-        rows = tape.read_bytes().count(b"\n") if tape.exists() else 0
+        sizes = Sizes.of(record, beside)
+        rows = len(rows_of(path.parent / "tape.jsonl"))
         return cls(path, schedule, old.run, settings, sizes, rows if rows < len(schedule) else None)
 
     def remarks(self, config: TrainConfig) -> list[str]:

@@ -29,13 +29,15 @@ from rhc.files import (
     NO_LINK,
     make_directory,
     read_json,
+    refuse_links,
     replace_durably,
     replace_summed,
     sealed,
+    write_durably,
 )
 from rhc.planned_schedule import PlannedSchedule
 from rhc.schedule import Schedule
-from rhc.tape import JsonLines, finite
+from rhc.tape import JsonLines, finite, misfit_of_result
 
 FILES = ("config.json", "schedule.json", "tape.jsonl", "windows.jsonl", "result.json")
 NOT_COMPARED = ("versions", "hardware", "directory", "resume", "device", "config", "code")
@@ -90,9 +92,10 @@ class RunDirectory:
         """
         try:
             make_directory(self.path)
+            refuse_links(self.path)
             probe = self.path / ".writing-probe"
-            probe.write_bytes(b"")
-            probe.unlink()
+            write_durably(probe, b"", wait=False)
+            os.unlink(probe)
         except OSError as error:
             raise InputError(
                 f"directory {self.path} cannot be written ({error.strerror}); choose another "
@@ -147,7 +150,7 @@ class RunDirectory:
             if "config.json" not in present or changed:
                 replace_durably(self.path / "config.json", _document(config))
             self._config = (self.path / "config.json").read_bytes()
-            self.starts.truncate(self.starts.intact().length)
+            self._take_starts(0 if checkpoint is None else checkpoint.step)
             self.tape.truncate(int(lengths.get("tape", 0)))
             self.windows.truncate(int(lengths.get("windows", 0)))
             self.tape.flush()
@@ -157,8 +160,22 @@ class RunDirectory:
                 f"directory {self.path} cannot be written ({error.strerror}); make room there, or "
                 "choose another --directory"
             ) from None
+        with contextlib.suppress(OSError):  # what is left over can wait
+            self.checkpoints.tidy(ended="result.json" in present and not longer)
         self.saved = None if checkpoint is None else checkpoint.step
         return checkpoint
+
+    def _take_starts(self, step: int) -> None:
+        """Cuts start.jsonl back to what can be trusted of it, and says if that is not all.
+
+        Nothing is cut once the run is under way: nothing is tried any more.
+        """
+        found = self.starts.intact()
+        if found.damaged:
+            then = "what was tried for a start is not needed any more"
+            self.notice(f"{found.fault}: {then if step else 'from there on it is tried again'}")
+        if not step:
+            self.starts.truncate(found.length)
 
     def _newest(self) -> Checkpoint | None:
         """The newest checkpoint that can be continued: whole, and with all lines that it saw."""
@@ -284,6 +301,7 @@ class RunDirectory:
     def _present(self) -> None:
         """Puts back what somebody removed, and makes sure that nobody else writes here."""
         make_directory(self.path)
+        refuse_links(self.path)
         config = self.path / "config.json"
         if not config.exists():
             replace_durably(config, self._config)
@@ -316,6 +334,9 @@ class RunDirectory:
             found = read_json(path, faults.append)
         except InputError as error:
             faults.append(str(error))
+        else:
+            if fault := misfit_of_result(found):
+                faults.append(f"{path} is damaged ({fault})")
         if faults:
             self.notice(f"{faults[0]}; it is made again")
             return None

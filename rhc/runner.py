@@ -20,6 +20,7 @@ from torch import nn
 from rhc import stopping
 from rhc.advice import check_loader, check_parts
 from rhc.batches import StepBatches
+from rhc.config import check_most
 from rhc.distributed import ranks_of, synchronised, unwrapped
 from rhc.distributed.ranks import Group
 from rhc.errors import DivergedError, InputError, RunWarning, StorageError, whole_number
@@ -362,6 +363,7 @@ class Runner:
         steps = whole_number("steps", steps)
         if steps < 1:
             raise InputError(f"steps must be a whole number ≥ 1, got {steps}; try steps=1000")
+        check_most("steps", steps)
         if self.followed is not None and len(self.followed) < steps:
             raise InputError(
                 f"the schedule has {len(self.followed)} steps, fewer than the run's {steps}; "

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from rhc.errors import InputError, whole_number
+from rhc.errors import InputError, plain, whole_number
 from rhc.files import altered, read_document
 
 if TYPE_CHECKING:
@@ -170,8 +170,9 @@ class Schedule:
                 "per step"
             )
         for name, v in values.items():
-            if not torch.isfinite(v).all():
-                at = (~torch.isfinite(v)).nonzero()[0].tolist()
+            finite = v.float().isfinite()  # as a step takes it
+            if not finite.all():
+                at = (~finite).nonzero()[0].tolist()
                 raise InputError(
                     f"schedule values must be finite, got {name}={float(v[tuple(at)])} at step "
                     f"{self.start + at[0]}"
@@ -432,7 +433,7 @@ class Schedule:
         except ValueError as error:
             raise InputError(f"{path} is not valid JSON ({error})") from None
         if changed:
-            warnings.warn(altered(Path(path)), stacklevel=2)
+            warnings.warn(plain(altered(Path(path))), stacklevel=2)
         if isinstance(document, dict) and "plan" in document:
             from rhc.planned_schedule import of_unfinished_run
 

@@ -13,10 +13,18 @@ from typing import Any
 from rich.console import Console
 
 from rhc.causal import Gains
-from rhc.config import RECORD_VERSION, TrainConfig
-from rhc.errors import InputError
+from rhc.checkpoint import removed
+from rhc.config import RECORD_VERSION, TrainConfig, from_record
+from rhc.errors import InputError, plain
 from rhc.events import Event, RunStarted
-from rhc.files import replace_durably, replace_summed, sealed
+from rhc.files import (
+    NUMBER,
+    check_kinds,
+    refuse_links,
+    replace_durably,
+    replace_summed,
+    sealed,
+)
 from rhc.hindsight import USUAL_GAINS, Pass, Smoother, Tape, held_out, reward_of, smooth
 from rhc.hindsight_config import PlainSettings, SmoothConfig
 from rhc.progress import Progress, display
@@ -24,10 +32,10 @@ from rhc.replay import PlainRun, Sizes, plain_run
 from rhc.run_directory import hardware, plain_document, read_json, versions
 from rhc.runner import DivergedError
 from rhc.schedule import Schedule, Template, shaped, template_factors
-from rhc.summary import RUNS, print_result
+from rhc.summary import RUNS, print_result, read_result
 from rhc.tape import finite
 from rhc.train import device_of
-from rhc.workload import Goal
+from rhc.workload import Goal, refuse_strange
 
 COPIED = ("schedule.json", "tape.jsonl", "windows.jsonl")
 """Files of the best run that the whole has too."""
@@ -66,12 +74,16 @@ def smooth_run(config: SmoothConfig, console: Console) -> int:
             return 130
         except DivergedError as error:
             what = str(error).partition(";")[0]
-            print(f"rhc: error: {what}; begin at a lower --lr", file=sys.stderr)
+            print(plain(f"rhc: error: {what}; begin at a lower --lr"), file=sys.stderr)
             return 1
         finish(directory, runs, best)
-    found = read_json(result)
+    found = read_result(directory)
+    check_kinds(found, {"passes": (list,)}, result)
     console.print()
     for row in found["passes"]:
+        if not isinstance(row, dict):
+            raise InputError(f"{result} is damaged: a pass is no object; restore it")
+        check_kinds(row, {"pass": (int,), "held_out": NUMBER, "kept": (bool,)}, result)
         name = "probe" if row["pass"] == 0 else f"pass {row['pass']}"
         kept = "  kept" if row["kept"] else ""
         console.print(f"{name:<8}  held-out loss {row['held_out']:.5g}{kept}", highlight=False)
@@ -200,6 +212,7 @@ def open_directory(directory: Path, record: dict[str, Any]) -> None:
     path = directory / "config.json"
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        refuse_links(directory)
         if not path.exists():
             if any(directory.iterdir()):
                 raise InputError(
@@ -230,7 +243,8 @@ def finish(directory: Path, runs: list[Pass], best: int) -> None:
     path, record = runs[best].result
     for name in COPIED:
         replace_durably(directory / name, (path / name).read_bytes())
-    shutil.copytree(path / "checkpoints", directory / "checkpoints", dirs_exist_ok=True)
+    removed(directory / "checkpoints")  # of an attempt that was killed
+    shutil.copytree(path / "checkpoints", directory / "checkpoints")
     costs = [run.result[1]["cost"] for run in runs]
     total = {
         name: max(c[name] for c in costs)
@@ -260,10 +274,11 @@ def _document(value: dict[str, Any]) -> bytes:
     return sealed(finite(value))
 
 
-def resume_smooth(record: dict[str, Any], directory: Path, console: Console) -> int:
+def resume_smooth(record: dict[str, Any], directory: Path, console: Console, *, trust: bool) -> int:
     """Goes on with the smoothing that `directory` holds, and returns the exit status."""
+    path = directory / "config.json"
+    check_kinds(record, {"smooth": (dict,)}, path)
     names = {name: record[name] for name in PlainSettings.__dataclass_fields__ if name in record}
-    if names.get("data") is not None:
-        names["data"] = Path(names["data"])
-    config = SmoothConfig(**names, **record["smooth"])
+    config = from_record(SmoothConfig, {**names, **record["smooth"]}, str(path))
+    refuse_strange(config.run, path, trust=trust)
     return smooth_run(replace(config, directory=directory).checked(), console)

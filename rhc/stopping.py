@@ -2,7 +2,9 @@
 
 The first signal is remembered, and `check`, which the Runner calls between steps, raises what it
 means. Where no step ends within GRACE seconds (a long reverse pass, a loader that waits), and at a
-second signal, it is raised in the middle: also that loses nothing that was saved.
+second signal, it is raised in the middle: also that loses nothing that was saved. Python swallows
+what is raised inside some callbacks (`__del__`, after a fork), so that a signal counts as answered
+only when its exception has left the run: until then every `check` raises it again.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class Terminated(KeyboardInterrupt, SystemExit):
 @dataclass
 class _State:
     """owner: of the handlers. waiting: how many runs wait for the end of a step. received: first
-    signal of all, which the exit status tells; asked: one that no run has answered yet."""
+    signal of all, which the exit status tells; asked: one that nothing has ended by yet."""
 
     owner: int = 0
     waiting: int = 0
@@ -68,6 +70,9 @@ def handled() -> Iterator[None]:
         _state.received = _state.asked = None
     try:
         yield
+    except KeyboardInterrupt:
+        _state.asked = None  # it has been acted on
+        raise
     finally:
         if os.getpid() == _state.owner:
             for number, handler in before.items():
@@ -92,24 +97,23 @@ def at_steps() -> Iterator[None]:
             yield
         except Exception:
             # A terminal's Ctrl-C goes to the loader's workers too, and their death is an error.
-            _answer()
+            check()
             raise
         finally:
             _state.waiting -= 1
-            if _state.timer is not None:
-                _state.timer.cancel()
-                _state.timer = None
-        _answer()
+            _insist_no_more()
+        check()
 
 
 def check() -> None:
     """Raises KeyboardInterrupt or Terminated if a signal came."""
     if _state.asked is not None:
-        _answer()
+        _insist_no_more()
+        raise _meaning(_state.asked)
 
 
 def asked() -> bool:
-    """Whether a signal came that has not been answered."""
+    """Whether a signal came that nothing has ended by yet."""
     return _state.asked is not None
 
 
@@ -127,12 +131,6 @@ def received() -> int | None:
     return _state.received
 
 
-def _answer() -> None:
-    number, _state.asked = _state.asked, None
-    if number is not None:
-        raise _meaning(number)
-
-
 def _meaning(number: int) -> BaseException:
     return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
 
@@ -143,14 +141,14 @@ def _received(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         return
-    first, _state.received = _state.received is None, _state.received or number
-    if _state.waiting and _state.asked is None and (first or _state.timer is None):
-        _state.asked = number
+    first, _state.asked = _state.asked is None, number
+    _state.received = _state.received or number
+    if _state.waiting and first:
         _state.timer = threading.Timer(GRACE, _insist, (number,))
         _state.timer.daemon = True
         _state.timer.start()
         return
-    _state.asked = None
+    _insist_no_more()  # nor while the run is being left
     _hurry_loaders()
     raise _meaning(number)
 
@@ -160,6 +158,12 @@ def _hurry_loaders() -> None:
     loading: Any = sys.modules.get("torch.utils.data._utils")
     if loading is not None and hasattr(loading, "MP_STATUS_CHECK_INTERVAL"):
         loading.MP_STATUS_CHECK_INTERVAL = 0.5
+
+
+def _insist_no_more() -> None:
+    timer, _state.timer = _state.timer, None
+    if timer is not None:
+        timer.cancel()
 
 
 def _insist(number: int) -> None:

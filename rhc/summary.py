@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rhc.errors import InputError
-from rhc.files import altered, parsed_json, read_document, read_regular
+from rhc.errors import InputError, plain
+from rhc.files import altered, misfit, parsed_json, read_document, read_regular
 from rhc.progress import duration, one_number, sparkline
-from rhc.tape import MOST_BYTES
+from rhc.tape import KINDS, MOST_BYTES, misfit_of_result
 from rhc.workload import available_runners
 
 RUNS = Path("runs")
@@ -64,25 +64,13 @@ def read_record(
 
 @functools.cache
 def _warned(sentence: str) -> None:
-    print(f"rhc: warning: {sentence}", file=sys.stderr)
+    print(plain(f"rhc: warning: {sentence}"), file=sys.stderr)
 
 
 def read_result(directory: Path, told: Callable[[str], None] | None = None) -> dict[str, Any]:
     """result.json of a run that has ended; an InputError where it is not what a run writes."""
     record = read_record(directory, "result.json", told)
-    losses = [f"{prefix}{n}_loss" for prefix in ("", "average_") for n in ("train", "val", "test")]
-    counts = ("plain_run_equivalents", "windows", "rejected_windows", "rewound_windows")
-    cost, averaged = record.get("cost"), record.get("average_metrics") or {}
-    test = averaged.get("test") or {} if isinstance(averaged, dict) else None
-    objects = {"cost": cost, "average_metrics": averaged, "average_metrics.test": test}
-    fault = next((f"{n} is no object" for n, v in objects.items() if not isinstance(v, dict)), None)
-    if isinstance(cost, dict) and isinstance(test, dict):
-        values = {name: record.get(name) for name in (*losses, "test_accuracy", "wall_seconds")}
-        values["average_metrics.test.accuracy"] = test.get("accuracy")
-        found = {name: v for name, v in values.items() if v is not None}
-        found |= {f"cost.{name}": cost.get(name) for name in counts}
-        wrong = (n for n, v in found.items() if type(v) not in (int, float))
-        fault = fault or next((f"{name} is no number" for name in wrong), None)
+    fault = misfit_of_result(record)
     if fault is not None:
         raise InputError(
             f"{directory / 'result.json'} is damaged: {fault}; restore it, or remove it and resume "
@@ -236,7 +224,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     for line in data.splitlines():
         try:
             row = parsed_json(line)
-            if not isinstance(row, dict):
+            if not isinstance(row, dict) or misfit(row, KINDS.get(path.name, {})):
                 break
             rows.append(row)
         except ValueError:

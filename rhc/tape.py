@@ -25,12 +25,67 @@ from rhc.errors import InputError
 from rhc.files import (
     CLOSED_ON_EXEC,
     NO_LINK,
+    NUMBER,
+    NUMBER_OR_NONE,
+    Kinds,
+    check_kinds,
+    cut,
+    misfit,
+    opened_regular,
     parsed_json,
     read_regular,
     replace_durably,
     sync_directory,
+    unshare,
     write_all,
 )
+
+KINDS: Mapping[str, Kinds] = {
+    "tape.jsonl": {
+        "step": (int,),
+        **dict.fromkeys(("loss", "gradient_norm"), NUMBER_OR_NONE),
+        "reward": (*NUMBER_OR_NONE, list),
+    },
+    "windows.jsonl": {
+        **dict.fromkeys(("start", "stop"), (int,)),
+        "outcome": (str,),
+        "reason": (str, type(None)),
+        **dict.fromkeys(
+            ("attempt", "objective_before", "objective_after", "smoothness"), NUMBER_OR_NONE
+        ),
+    },
+}
+"""What the lines of a file must have for those who read them, by its name."""
+
+RESULT: Mapping[str, Kinds] = {
+    "": {
+        "cost": (dict,),
+        **{
+            f"{prefix}{name}_loss": NUMBER_OR_NONE
+            for prefix in ("", "average_")
+            for name in ("train", "val", "test")
+        },
+        **dict.fromkeys(("test_accuracy", "wall_seconds"), NUMBER_OR_NONE),
+        "average_metrics": (dict, type(None)),
+    },
+    "cost": dict.fromkeys(
+        ("plain_run_equivalents", "windows", "rejected_windows", "rewound_windows"), NUMBER
+    ),
+    "average_metrics": {"test": (dict, type(None))},
+}
+"""What result.json must have, and the objects in it, for those who show it."""
+
+
+def misfit_of_result(record: Mapping[str, Any]) -> str | None:
+    """What is wrong with a result.json, in a clause; None where it is what a run writes."""
+    for name, kinds in RESULT.items():
+        part = record if not name else record.get(name) or {}
+        if fault := misfit(part, kinds):
+            return f"{name}.{fault}" if name else fault
+    test = (record.get("average_metrics") or {}).get("test") or {}
+    fault = misfit(test, {"accuracy": NUMBER_OR_NONE})
+    return fault and f"average_metrics.test.{fault}"
+
 
 MOST_BYTES = 2**34
 """Of such a file: more is not read."""
@@ -41,11 +96,15 @@ _SUM = 9
 
 @dataclass(frozen=True)
 class Intact:
-    """How much of a file can be trusted: bytes, lines, and why it is no more."""
+    """How much of a file can be trusted: bytes, lines, and why it is no more.
+
+    damaged: there are whole lines behind these; False where a last one was never finished.
+    """
 
     length: int
     lines: int
     fault: str
+    damaged: bool = True
 
 
 class JsonLines:
@@ -147,7 +206,7 @@ class JsonLines:
         A file without checksums, of a run before there were any, is taken at its word.
         """
         if not self.path.exists():
-            return Intact(0, 0, f"{self.path} is missing")
+            return Intact(0, 0, f"{self.path} is missing", damaged=False)
         try:
             data = read_regular(self.path, MOST_BYTES)
             sums = read_regular(self.sums, MOST_BYTES) if self.sums.exists() else None
@@ -176,14 +235,17 @@ class JsonLines:
                     )
                     return Intact(length, lines, fault)
             length, lines = end + 1, lines + 1
-        return Intact(length, lines, f"{self.path} has {length} bytes of whole lines")
+        fault = f"{self.path} has {length} bytes of whole lines"
+        return Intact(length, lines, fault, damaged=False)
 
     def truncate(self, length: int) -> None:
         """Cuts the file back to `length` bytes, which must be whole lines that are intact."""
         if not self.path.exists():
             self.length = self.lines = 0
             return
-        with open(self.path, "rb") as file:
+        unshare(self.path)
+        unshare(self.sums)
+        with opened_regular(self.path) as file:
             kept = file.read(length)
         if len(kept) < length:
             raise InputError(
@@ -192,14 +254,14 @@ class JsonLines:
             )
         self.lines = kept.count(b"\n")
         if os.stat(self.path).st_size > length:
-            os.truncate(self.path, length)
+            cut(self.path, length)
         self.length = length
         whole = _SUM * self.lines
         if not self.sums.exists():
             rows = kept.splitlines()
             replace_durably(self.sums, b"".join(b"%08x\n" % zlib.crc32(row) for row in rows))
         elif os.stat(self.sums).st_size > whole:
-            os.truncate(self.sums, whole)
+            cut(self.sums, whole)
 
     # Reading -------------------------------------------------------------------------------------
 
@@ -218,6 +280,9 @@ class JsonLines:
                 row = parsed_json(line)
                 if not isinstance(row, dict):
                     raise ValueError(f"{type(row).__name__} in place of an object")
+                check_kinds(row, KINDS.get(self.path.name, {}), f"{self.path}, line {number},")
+            except InputError:
+                raise
             except ValueError as error:
                 raise InputError(f"{self.path}, line {number}: not JSON ({error})") from None
             rows.append(row)

@@ -33,7 +33,7 @@ from rhc.distributed import (
     is_shared_out,
     joined,
 )
-from rhc.errors import InputError
+from rhc.errors import InputError, plain
 from rhc.loop import Loop
 from rhc.noise import mixed_seed
 from rhc.objective import Objective
@@ -65,11 +65,11 @@ def as_rank(command: Callable[[], int]) -> int:
         except InputError as error:
             if ranks.first:
                 raise
-            print(f"rhc: error: rank {ranks.rank}: {error}", file=sys.stderr)
+            print(plain(f"rhc: error: rank {ranks.rank}: {error}"), file=sys.stderr)
             return 2
         except RanksDiffer as error:
             if ranks.first:
-                print(f"rhc: error: {error}", file=sys.stderr)
+                print(plain(f"rhc: error: {error}"), file=sys.stderr)
             return 1
         except RuntimeError as error:
             if not _disconnected(error):

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from rhc.config import RECORD_VERSION, TrainConfig, parsed_bytes
 from rhc.distributed import ranks_of, synchronised
-from rhc.errors import InputError, RunWarning
+from rhc.errors import InputError, RunWarning, plain
 from rhc.events import Listener
 from rhc.hypergradient import Engine, Product
 from rhc.loggers import TensorBoard, tell_run
@@ -34,7 +34,7 @@ from rhc.runner import DivergedError, Runner
 from rhc.schedule import CONTROLS, Template, control
 from rhc.start import Start
 from rhc.summary import RUNS, print_result, read_record, read_result, rows_of
-from rhc.workload import Workload, load_runner, optimizer_of
+from rhc.workload import Workload, load_runner, optimizer_of, refuse_strange
 
 NOT_HASHED = (
     *("directory", "resume", "device", "keep_checkpoints", "tensorboard"),
@@ -129,7 +129,7 @@ def shown(
             raise
         return status
     except DivergedError as error:
-        print(f"rhc: error: {told(error)}", file=sys.stderr)
+        print(plain(f"rhc: error: {told(error)}"), file=sys.stderr)
         return 1
     assert progress.result is not None
     if not progress.started:
@@ -168,11 +168,16 @@ def _report(console: Console, directory: Path) -> None:
     console.print(Text.assemble(("report    ", "dim"), text), soft_wrap=True)
 
 
-def config_of(directory: Path) -> TrainConfig:
-    """The settings of the run in `directory`, from its config.json, to continue it."""
+def config_of(directory: Path, *, trust: bool) -> TrainConfig:
+    """The settings of the run in `directory`, from its config.json, to continue it.
+
+    trust: whether they may name any file to run, see `rhc.workload.refuse_strange`.
+    """
     record = read_record(directory)
     path = directory / "config.json"
-    return replace(TrainConfig.from_run(record, path), directory=directory)
+    config = replace(TrainConfig.from_run(record, path), directory=directory)
+    refuse_strange(config.run, path, trust=trust)
+    return config
 
 
 # Checks -------------------------------------------------------------------------------------------

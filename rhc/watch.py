@@ -16,9 +16,10 @@ from rich.text import Text
 
 from rhc.errors import InputError
 from rhc.events import Committed, RunEnded, RunStarted, StartTried, WindowAttempted
-from rhc.files import parsed_json
+from rhc.files import misfit, opened_regular, parsed_json
 from rhc.progress import LiveDisplay, Progress, Screen, one_number, tried
 from rhc.summary import print_result, read_record, read_result
+from rhc.tape import KINDS
 
 LEAVE = "Ctrl-C ends the watching alone"
 MOST_EARLIER = 8
@@ -248,16 +249,17 @@ class _Tail:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         try:
-            with open(self.path, "rb") as file:
+            with opened_regular(self.path.resolve()) as file:
                 if file.seek(0, 2) < self.at:
                     self.at = 0  # a resumed run cut it back
                 file.seek(self.at)
                 data = file.read()
         except FileNotFoundError:
             return
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise InputError(
-                f"{self.path} cannot be read ({error.strerror}); give a directory that you may read"
+                f"{self.path} cannot be read ({reason}); give a directory that you may read"
             ) from None
         whole = data[: data.rfind(b"\n") + 1]
         self.at += len(whole)
@@ -266,7 +268,7 @@ class _Tail:
                 row = parsed_json(line)
             except ValueError:
                 continue
-            if isinstance(row, dict):
+            if isinstance(row, dict) and not misfit(row, KINDS.get(self.path.name, {})):
                 yield row
 
 

@@ -254,6 +254,27 @@ def with_function(name: str) -> str:
     return f"{name}:{Path(name).stem}" if name.endswith(".py") else name
 
 
+def refuse_strange(run: str, path: Path, *, trust: bool) -> None:
+    """An InputError where the settings in `path` name a file to run that is not the person's own.
+
+    Settings may come from somebody else. A file of the current folder is run, unless it lies in the
+    run's directory that names it; so is whatever is named as RUN, or where `trust` says so.
+    """
+    name, separator, _ = with_function(run).rpartition(":")
+    if trust or not separator or not name.endswith(".py"):
+        return
+    file, where = Path(name).resolve(), ""
+    if path.suffix == ".json" and file.is_relative_to(path.parent.resolve()):
+        where = "in the run's own directory"
+    elif not file.is_relative_to(Path.cwd().resolve()):
+        where = "outside the current folder"
+    if where:
+        raise InputError(
+            f"{path} names the file {file}, {where}, which would be run: look at it, then say "
+            "--trust, or name it as RUN of rhc train or replay"
+        )
+
+
 def _installed_function(name: str) -> Callable[..., Any]:
     runners = available_runners()
     if name in runners:

@@ -483,8 +483,10 @@ def test_resume_from_elsewhere_with_moved_data(
     (tmp_path / "data").rename(tmp_path / "moved")
     monkeypatch.chdir(tmp_path / "elsewhere")
     refused = call("resume ../run")
+    assert refused.status == 2 and "outside the current folder" in refused.err
+    refused = call("resume ../run --trust")
     assert refused.status == 2 and "give --data" in refused.err
-    assert call("resume ../run --data ../moved").status == 0
+    assert call("resume ../run --data ../moved --trust").status == 0
 
 
 def broken_run(tmp_path: Path, config: str | None) -> None:
@@ -1166,3 +1168,123 @@ def test_help_is_there_at_once() -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(spent) < 0.5
+
+
+# What somebody else wrote -------------------------------------------------------------------------
+
+
+def of_a_stranger(folder: Path) -> None:
+    """A run's directory with a file beside it that its config.json names."""
+    folder.mkdir()
+    (folder / "payload.py").write_text(
+        "from pathlib import Path\nPath('OWNED').touch()\ndef f(**k): raise SystemExit(0)\n"
+    )
+    documents = {
+        "config": {"format": "rhc.run", "version": 1, "run": f"{folder.name}/payload.py:f",
+                   "optimizer": "sgd", "lr": 0.1, "steps": 2, "window": 2, "trust": True},
+        "schedule": {"format": "rhc.schedule", "version": 1, "start": 0,
+                     "controls": {"lr": {"values": [0.1] * 2}}},
+        "result": {"status": "finished", "steps": 2, "cost": dict.fromkeys(
+            ("plain_run_equivalents", "windows", "rejected_windows", "rewound_windows"), 1)},
+    }  # fmt: skip
+    for name, document in documents.items():
+        (folder / f"{name}.json").write_text(json.dumps(document))
+    row = {"loss": 1.0, "lr": 0.1, "gradient_norm": 1.0}
+    lines = [json.dumps({"step": step, **row}) for step in range(2)]
+    (folder / "tape.jsonl").write_text("".join(f"{line}\n" for line in lines))
+
+
+STRANGERS = (
+    "train --config stranger/config.json --directory out",
+    "resume stranger",
+    "replay stranger --directory out",
+    "hypergradient stranger",
+    "distill stranger -o policy",
+)
+
+
+@pytest.mark.parametrize("command", STRANGERS)
+def test_a_run_directory_names_no_code_that_is_run(
+    command: str, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_a_stranger(tmp_path / "stranger")
+    refused = call(command)
+    assert refused.status == 2 and not (tmp_path / "OWNED").exists()
+    names = "stranger/config.json names the file", "in the run's own directory", "--trust"
+    assert all(part in refused.err for part in names), refused.err
+    # Nor from outside of the current folder, by way of a link or not.
+    config = json.loads((tmp_path / "stranger/config.json").read_text())
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/link.py").symlink_to(tmp_path / "stranger/payload.py")
+    (tmp_path / "stranger").rename(tmp_path / "here/stranger")
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("../own.py:own", "link.py:f"):
+        config["run"] = name
+        Path("stranger/config.json").write_text(json.dumps(config))
+        assert call(command).status == 2
+
+
+@pytest.mark.parametrize("command", STRANGERS)
+def test_a_run_directory_that_is_trusted(command: str, call: Call, tmp_path: Path) -> None:
+    of_a_stranger(tmp_path / "stranger")
+    (tmp_path / "stranger/config.json").write_text(
+        (tmp_path / "stranger/config.json").read_text().replace(', "trust": true', "")
+    )
+    call(f"{command} --trust")
+    assert (tmp_path / "OWNED").exists()
+
+
+def test_a_file_that_is_named_as_run_is_run(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/mine.py").write_text(OWN_RUNNERS)
+    line = "train run/mine.py:own --steps 4 --window 2 --lr 0.1 --start given --directory run"
+    assert call(line).status == 0
+    assert call(line).status == 0
+    assert call("resume run").status == 2
+    assert call("train run/mine.py:own --config run/config.json --directory again").status == 0
+    assert call("replay run run/mine.py:own --directory other").status == 0
+
+
+ESCAPES = "\x1b]0;pwned\x07\x1b[2J\x9b31m\u202egnikcah"
+
+
+@pytest.mark.parametrize("command", ["inspect", "watch", "resume", "report"])
+def test_nothing_from_a_file_commands_the_terminal(
+    command: str, call: Call, tmp_path: Path
+) -> None:
+    of_a_stranger(tmp_path / "stranger")
+    config = json.loads((tmp_path / "stranger/config.json").read_text())
+    text = json.dumps(config | {"run": f"digits{ESCAPES}", "optimizer": ESCAPES})
+    (tmp_path / "stranger/config.json").write_text(text)
+    row = {"start": 0, "stop": 2, "outcome": f"rewound{ESCAPES}", "reason": ESCAPES}
+    (tmp_path / "stranger/windows.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "stranger").rename(tmp_path / f"a{ESCAPES[:8]}")
+    shown = call(f"{command} 'a{ESCAPES[:8]}'")
+    assert not set(shown.out + shown.err) & set(ESCAPES[:2] + "\x07\x9b\u202e") - {"]"}
+    if command in ("inspect", "watch"):
+        assert r"\x1b[2J\x9b31m\u202egnikcah" in shown.out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *("train --steps 1000000000000000000", "train --steps 1000000000"),
+        *("train --threads 1000000000", "train --window 1000000000", "train --accumulate 1000000"),
+        *("train --objective-batches 1000000000", "smooth --steps 1000000000"),
+        *("compare --seeds 0-999999999", "compare --jobs 100000", "compare --width 1000000"),
+        *("compare --steps 1000000000", "smooth --threads 100000"),
+    ],
+)
+def test_a_size_beyond_reason(flags: str, call: Call) -> None:
+    refused = call(flags)
+    assert refused.status == 2 and refused.err.count("\n") == 1
+    assert re.search(r"must be ≤ \d+, got \d+; lower --", refused.err), refused.err
+
+
+def test_memory_that_does_not_suffice_is_a_sentence(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "large.py").write_text(
+        "import torch\ndef large(*, seed, data): torch.empty(2**60, dtype=torch.uint8)\n"
+    )
+    refused = call("train large.py")
+    assert refused.status == 2 and "memory does not suffice" in refused.err
+    assert refused.err.count("\n") == 1

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from rhc import compare as comparing
@@ -32,6 +37,7 @@ from rhc.compare import (
     summarise,
     tuned,
 )
+from rhc.comparison import Bench
 from rhc.errors import InputError
 from rhc.hindsight.distill import Example, form_of, lesson
 from rhc.hindsight.policy import fitted
@@ -455,3 +461,37 @@ def test_help_names_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     families = ("adaptive-", "planner-", "step-")
     wanted = {name for name in METHODS if not name.startswith(families)} - {"oracle-cosine"}
     assert {name for name in wanted if name not in shown} == set()
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="needs /proc")
+def test_a_worker_ends_with_the_process_that_asks_it(tmp_path: Path) -> None:
+    """Whatever it trains: its parent was killed, and nobody waits for the row."""
+    (tmp_path / "slow.py").write_text(
+        "from pathlib import Path\nimport os, time\n"
+        "def slow(*, seed, data): Path('begun').write_text(str(os.getpid())); time.sleep(60)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", "from pathlib import Path; from rhc.comparison import _Worker, Task;"
+         " _Worker().run(Task('slow.py:slow'), ('cosine', 0.1, 0))"],
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    end = time.monotonic() + 60
+    while not (tmp_path / "begun").exists() or not (tmp_path / "begun").read_text():
+        assert time.monotonic() < end and parent.poll() is None
+        time.sleep(0.05)
+    worker = Path("/proc", (tmp_path / "begun").read_text())
+    parent.kill()
+    parent.wait()
+    while worker.exists() and "Z" not in (worker / "stat").read_text().split()[2]:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "comparison.json"])
+def test_a_link_among_the_rows_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / name).symlink_to(tmp_path / "precious")
+    with pytest.raises(InputError, match=f"{name} is a link"):
+        Bench(Console(file=io.StringIO()), Task("digits"), tmp_path / "rows", 1)
+    assert (tmp_path / "precious").read_text() == "precious"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -23,10 +25,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rhc import InputError, Rewrite, Runner, stopping
-from rhc.errors import StorageError
+from rhc.errors import DivergedError, StorageError
 from rhc.events import CheckpointSaved, Notice, StepTaken
 from rhc.faults import Deviation, Relief, out_of_memory
 from rhc.hypergradient import Lookback
+from rhc.rewrite import Twin
 
 STEPS = 11
 LAW = Rewrite(step={"lr": 1.5, "momentum": 0.5, "noise": 4.0}, damping=1e-9)
@@ -288,6 +291,45 @@ def test_a_step_that_does_not_end_is_left(tmp_path: Path, monkeypatch: pytest.Mo
     assert time.monotonic() - began < 10
 
 
+class Closing:
+    """Waits in a place where Python swallows every exception."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+
+
+def closing() -> None:
+    Closing()
+
+
+def catching() -> None:
+    with contextlib.suppress(BaseException):
+        Closing.__del__(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("swallow", [closing, catching])
+@pytest.mark.parametrize("options", [{}, {"rewrite": False}, {"start": "zero"}])
+def test_a_signal_whose_exception_is_swallowed(
+    swallow: Any, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is raised again after the step, or after the roll in search of a start."""
+    monkeypatch.setattr(stopping, "GRACE", 0.1)
+    run, calls = make_run("adamw"), []
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        calls.append(model.training)
+        if len(calls) == 5:
+            swallow()
+        return classify(model, batch)
+
+    with pytest.raises(stopping.Terminated):
+        runner(run._replace(loss_fn=loss), tmp_path / "run", **options).fit(STEPS)
+    assert len(calls) < 60 and not stopping.asked()
+    runner(make_run("adamw"), tmp_path / "run", **options).fit(STEPS)
+
+
 SCRIPT = """
 import sys, time, pathlib
 import torch
@@ -523,6 +565,36 @@ def test_a_number_that_is_not_finite_once(kind: str, value: float, tmp_path: Pat
     rewound = [w["reason"] for w in result.windows if w["outcome"] == "rewound"]
     assert any("not finite" in reason or "the loss is" in reason for reason in rewound), rewound
     assert all(bool(p.isfinite().all()) for p in run.model.parameters())
+
+
+ENDS = {
+    "Twin": {"rewrite": Twin()},
+    "one window": {},
+    "sliding": {"stride": 2, "rewrite": Rewrite(iterations=3)},
+    "batch-error": {"rewrite": Rewrite(rule="batch-error")},
+}
+
+
+@pytest.mark.parametrize("once", [True, False])
+@pytest.mark.parametrize("name", ENDS)
+def test_a_number_that_is_not_finite_at_any_evaluation(name: str, once: bool) -> None:
+    """Of the roll, the reverse pass, the objective, a replay: once heals, for good is told."""
+    for first in range(5, 26, 4):
+        run, calls = make_run("sgd", "list", norm=False, dropout=0.0), 0
+
+        def loss_fn(model: nn.Module, batch: Any, first: int = first) -> Any:
+            nonlocal calls
+            calls += 1
+            loss, metrics = classify(model, batch)
+            bad = calls == first if once else calls >= first
+            return (loss * math.nan if bad else loss), metrics
+
+        train = runner(run._replace(loss_fn=loss_fn), None, **ENDS[name])
+        if once:
+            assert [row["step"] for row in train.fit(5).tape] == list(range(5))
+        else:
+            with pytest.raises(DivergedError, match=r"the loss is nan at step \d"):
+                train.fit(STEPS)
 
 
 # Loaders and operators ---------------------------------------------------------------------------

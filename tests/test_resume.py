@@ -39,6 +39,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from rhc import InputError, Objective, Rewrite, Runner, Schedule
+from rhc.checkpoint import Checkpoint, CheckpointStore
+from rhc.errors import StorageError
 from rhc.events import CheckpointSaved, Notice, RunStarted, StepTaken
 
 STEPS = 11
@@ -758,3 +760,153 @@ def test_sigkill_at_random_moments(
     for directory in directories:
         assert unequal(expected, final(directory)) == [], phases
     assert re.search(r'"noise": [^0]|"noise": 0\.0*[1-9]', expected["files"]["tape.jsonl"].decode())
+
+
+# Links, litter, and what somebody else sealed -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.json", "schedule.json", "tape.jsonl", ".tape.jsonl.crc32", "windows.jsonl"),
+        *("start.jsonl", "result.json", ".lock", ".writing-probe", "wandb.id", "report.html"),
+        *("checkpoints", "tensorboard"),
+    ],
+)
+@pytest.mark.parametrize("dangling", [False, True])
+def test_what_is_written_through_a_link_is_refused(
+    name: str, dangling: bool, tmp_path: Path
+) -> None:
+    """And nothing outside is written, emptied, removed or made."""
+    runner(make_run("adamw"), tmp_path / "run").fit(STEPS)
+    folder = name in ("checkpoints", "tensorboard")
+    outside, inside = tmp_path / "outside", tmp_path / "run" / name
+    outside.mkdir()
+    if inside.exists():
+        inside.rename(outside / name)
+    elif folder:
+        (outside / name).mkdir()
+    else:
+        (outside / name).write_text("precious")
+    if folder:
+        (outside / name / ".removing-8").mkdir()
+    inside.symlink_to(outside / ("missing" if dangling else name))
+    before = contents(outside)
+    with pytest.raises(InputError, match=rf"{re.escape(name)} is a link: remove it, or put"):
+        runner(make_run("adamw"), tmp_path / "run").fit(STEPS + 4)
+    assert contents(outside) == before
+
+
+def test_a_link_that_appears_while_it_trains(tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    notices: list[str] = []
+
+    def listener(event: Any) -> None:
+        if isinstance(event, Notice):
+            notices.append(event.message)
+        store = tmp_path / "run/checkpoints"
+        if isinstance(event, StepTaken) and event.step == 5 and not store.is_symlink():
+            store.rename(tmp_path / "run/others")
+            store.symlink_to(tmp_path / "outside")
+
+    with pytest.raises(StorageError, match="checkpoints is a link"):
+        runner(make_run("adamw"), tmp_path / "run", listener).fit(STEPS)
+    assert list((tmp_path / "outside").iterdir()) == []
+    assert any("checkpoints is a link" in text for text in notices)
+
+
+def test_the_directory_itself_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    first = runner(make_run("adamw"), tmp_path / "run").fit(STEPS)
+    (tmp_path / "run/notes").symlink_to(tmp_path)  # a person's own
+    assert runner(make_run("adamw"), tmp_path / "run").fit(STEPS).record == first.record
+    runner(make_run("adamw"), tmp_path / "run").fit(STEPS + 4)
+    assert (tmp_path / "disk/result.json").exists()
+
+
+def test_a_file_with_two_names_is_changed_under_one(tmp_path: Path) -> None:
+    """As in a copy by `cp -al`."""
+    runner(make_run("adamw"), tmp_path / "run").fit(STEPS)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy", copy_function=os.link)
+    before = contents(tmp_path / "copy")
+    runner(make_run("adamw"), tmp_path / "run").fit(STEPS + 4)
+    assert contents(tmp_path / "copy") == before
+
+
+def test_what_a_killed_removal_left_goes(tmp_path: Path) -> None:
+    runner(make_run("adamw"), tmp_path / "run").fit(STEPS)
+    store = tmp_path / "run/checkpoints"
+    kept = sorted(p.name for p in store.iterdir())
+    for name in (".removing-00000004", ".writing-window-00000008"):
+        shutil.copytree(store / kept[0], store / name)
+    runner(make_run("adamw"), tmp_path / "run").fit(STEPS)
+    assert sorted(p.name for p in store.iterdir()) == kept
+
+
+@pytest.mark.parametrize("name", ["start.jsonl", ".start.jsonl.crc32"])
+def test_a_damaged_line_of_the_search_is_told(name: str, tmp_path: Path) -> None:
+    """Where the run is under way nothing is lost by it; before, it is tried again."""
+    whole = make_run("adamw")
+    options: dict[str, Any] = {"window": 4, "keep_checkpoints": 9}
+    expected = Runner(*whole, directory=tmp_path / "run", **options).fit(STEPS)
+    for stopped in ("late", "early"):
+        shutil.copytree(tmp_path / "run", tmp_path / stopped)
+        (tmp_path / stopped / "result.json").unlink()
+        for step in (STEPS, 8, 4) if stopped == "early" else (STEPS,):
+            shutil.rmtree(tmp_path / stopped / f"checkpoints/window-{step:08d}")
+        path = tmp_path / stopped / name
+        path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+        before, notices = (tmp_path / stopped / "start.jsonl").read_bytes(), []
+
+        def listener(event: Any, notices: list[str] = notices) -> None:
+            if isinstance(event, Notice):
+                notices.append(event.message)
+
+        again = make_run("adamw")
+        go_on = Runner(*again, directory=tmp_path / stopped, listeners=[listener], **options)
+        found = go_on.fit(STEPS)
+        words = "not needed any more" if stopped == "late" else "tried again"
+        assert any("start.jsonl, line 1," in text and words in text for text in notices), notices
+        assert unequal(state_of(whole), state_of(again)) == []
+        assert (
+            found.record["cost"]["plain_run_equivalents"]
+            == (expected.record["cost"]["plain_run_equivalents"])
+        )
+        if stopped == "late":
+            assert (tmp_path / stopped / "start.jsonl").read_bytes() == before
+
+
+KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a loss": ("tape.jsonl", {"loss": "x"}, 'line 1, is damaged: loss must be .* got "x"'),
+    "a step": ("tape.jsonl", {"step": None}, "step must be a whole number, got null"),
+    "an outcome": ("windows.jsonl", {"outcome": []}, r"outcome must be a string, got \[\]"),
+    "a ledger": ("values.json", {"cost": {"windows": "3"}}, "windows must be a whole number"),
+    "a correction": ("values.json", {"correction": [1]}, "correction must be an object or nothing"),
+    "patience": ("values.json", {"patience": {}}, "patience must be a list"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_values_of_another_kind_that_somebody_sealed(name: str, tmp_path: Path) -> None:
+    file, change, message = KINDS[name]
+    runner(make_run("adamw"), tmp_path / "run").fit(STEPS)
+    (tmp_path / "run/result.json").unlink()
+    path = tmp_path / "run" / file
+    store = CheckpointStore(tmp_path / "run/checkpoints", keep=1)
+    newest = store.load(store.steps()[-1])
+    values = newest.values
+    if file == "values.json":
+        values |= change
+    else:
+        rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+        rows[0] |= change
+        lines = [json.dumps(row).encode() for row in rows]
+        path.write_bytes(b"".join(line + b"\n" for line in lines))
+        sums = b"".join(b"%08x\n" % zlib.crc32(line) for line in lines)
+        path.with_name(f".{file}.crc32").write_bytes(sums)
+        values["lengths"][file.removesuffix(".jsonl")] = path.stat().st_size
+    store.save(Checkpoint(newest.step, newest.tensors, values))
+    with pytest.raises(InputError, match=message) as raised:
+        runner(make_run("adamw"), tmp_path / "run").fit(STEPS + 4)
+    assert file in str(raised.value)

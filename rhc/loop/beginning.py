@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from rhc import stopping
 from rhc.advice import explained
 from rhc.batches import StepBatches, pristine
 from rhc.containers import spare
@@ -108,6 +109,8 @@ class Beginning:
             if self.directory is not None:
                 self.directory.record_start(record)
             self.teller.emit(StartTried(record))
+            if self.plant.ranks is None:  # ranks stop together, when a window is done
+                stopping.check()
 
         planned = course.unshaped(loop.steps)
         known = [] if self.directory is None else self.directory.starts.read()

@@ -133,7 +133,8 @@ class Looking:
                 attempt.samples = self._by_batch(recorder, mean, terminal, share)
         attempt.hypergradient = h
         attempt.value = h.value + judge.penalty(attempt.schedule)
-        if not math.isfinite(attempt.value):
+        by_batch = all(bool(g.isfinite().all()) for g in attempt.samples.values())
+        if not (math.isfinite(attempt.value) and by_batch):
             steps = f"[{attempt.schedule.start}, {attempt.schedule.stop})"
             attempt.failure = f"the objective is not finite at steps {steps}"
 

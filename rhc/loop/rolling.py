@@ -80,6 +80,13 @@ class Rolling:
             "look at the data and the loss of these steps"
         )
 
+    def after(self, attempt: Attempt, window: Window) -> Attempt:
+        """The window rolled anew, where the attempt failed when its steps were taken once more."""
+        self.chronicle.record(attempt, "rewound", attempt.failure)
+        self.steps.restore(window.before)
+        self.loop.cost.rewound_windows += 1
+        return self.until_finite(window, looked=False)
+
     def _ladders(
         self, start: int, stop: int
     ) -> Iterator[tuple[PlannedSchedule, dict[str, Shift], bool]]:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from rhc.batches import DrawnAsNeeded, MicroBatches, Position
-from rhc.checkpoint import SHARDS, Checkpoint
+from rhc.checkpoint import SHARDS, VALUES, Checkpoint
 from rhc.distributed import part_of, placed_as, shared_as
 from rhc.errors import InputError
 from rhc.events import CheckpointSaved
 from rhc.faults import Deviation, Relief
+from rhc.files import NUMBER, check_kinds
 from rhc.loop.course import Course
 from rhc.loop.judge import JudgedOn
 from rhc.loop.looking import LookbackMaker
@@ -32,6 +33,16 @@ from rhc.state import adopt, places, snapshot_from_tensors, snapshot_to_tensors,
 HERE, ELSEWHERE = 1e-4, 1e-2
 """Relative difference of a loss that tells other code: on the machine and by the versions that the
 run had, where it has the same bits but for the kernels, and on others."""
+
+_KINDS = {
+    **dict.fromkeys(("optimizer", "cost"), (dict,)),
+    **dict.fromkeys(("correction", "history", "relief", "deviation"), (dict, type(None))),
+    **dict.fromkeys(("reference", "twin", "patience"), (list, type(None))),
+    "average_count": (int,),
+    "seconds": NUMBER,
+    "singletons": (bool,),
+}
+"""Of values.json: what later steps would trip over."""
 
 
 class Saving:
@@ -110,7 +121,10 @@ class Saving:
     def _taken_over(self, checkpoint: Checkpoint) -> None:
         try:
             self._load(checkpoint)
-        except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        except (
+            *(LookupError, TypeError, ValueError, ArithmeticError, RuntimeError),
+            *(AttributeError, AssertionError),
+        ) as error:
             if isinstance(error, InputError):
                 raise
             path = self.directory.checkpoints.path(checkpoint.step)
@@ -146,6 +160,7 @@ class Saving:
             "singletons": plant.singletons,
             "lookback": None if loop.lookback is None else loop.lookback.state(),
             "cost": asdict(loop.cost),
+            "start_gradients": loop.start_gradients,
             "seconds": loop.seconds(),
         }
         if self.planner is not None:
@@ -155,6 +170,9 @@ class Saving:
     def _load(self, checkpoint: Checkpoint) -> None:
         loop, plant = self.loop, self.plant
         tensors, values = checkpoint.tensors, checkpoint.values
+        path = self.directory.checkpoints.path(checkpoint.step) / VALUES
+        check_kinds(values, _KINDS, path)
+        check_kinds(values["cost"], dict.fromkeys(values["cost"], NUMBER), path)
         rest = values["optimizer"]
         if checkpoint.shards:
             folder = self.directory.checkpoints.path(checkpoint.step) / SHARDS
@@ -205,9 +223,12 @@ class Saving:
         loop.reference = None if reference is None else (reference[0], reference[1])
         loop.cost = Cost(**values["cost"])
         loop.seconds_before = float(values["seconds"])
-        if loop.step:
-            tried = self.directory.starts.read()
-            loop.start_gradients = sum(record["gradients"] for record in tried)
+        if "start_gradients" in values:
+            loop.start_gradients = float(values["start_gradients"])
+        elif loop.step:  # of a run before checkpoints had it
+            with contextlib.suppress(InputError):
+                tried = self.directory.starts.read()
+                loop.start_gradients = sum(record["gradients"] for record in tried)
         for mean, live in zip(loop.average.values or [], plant.parameters, strict=bool(average)):
             if mean.shape != live.shape:
                 raise ValueError(f"an average of shape {tuple(mean.shape)} for {tuple(live.shape)}")

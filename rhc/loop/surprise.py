@@ -46,7 +46,7 @@ class Surprise:
         if self.law.surprise is None or attempt.trajectory is None:
             return None
         first = max(self.loop.regime, self.loop.step - REMEMBERED)
-        before = [float(row["loss"]) for row in self.loop.tape[first:]]
+        before = [row["loss"] for row in self.loop.tape[first:] if row.get("loss") is not None]
         losses = torch.stack(attempt.trajectory.losses).double().tolist()
         at = surprised(before, losses, self.law.surprise)
         return None if at is None else attempt.schedule.start + at

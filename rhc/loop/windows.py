@@ -68,8 +68,16 @@ class RewrittenWindows:
 
     def go_through(self, start: int, stop: int, commit: int) -> tuple[Attempt, int]:
         """(the attempt to commit, the step up to which). DivergedError where no lr is finite."""
-        loop, law, rewriting = self.loop, self.law, self.rewriting
         window = Window(start, stop, commit, self.steps.here())
+        attempt, until = self._gone_through(window)
+        if attempt.failure is not None:
+            return self.rolling.after(attempt, window), commit
+        return attempt, until
+
+    def _gone_through(self, window: Window) -> tuple[Attempt, int]:
+        """`go_through`; the attempt has failed where a way that was finite no longer is."""
+        loop, law, rewriting = self.loop, self.law, self.rewriting
+        start, commit = window.start, window.commit
         twins = isinstance(rewriting, Twins)
         wanted = loop.alert or start < law.until * loop.steps
         wanted = wanted and loop.passed_over == 0 and not loop.relief.blind

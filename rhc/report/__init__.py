@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rhc.errors import InputError
+from rhc.files import write_durably
 from rhc.report.records import RunRecord, read_run
 
 __all__ = ["missing_packages", "page_of", "write_report"]
@@ -39,17 +40,18 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> Pat
     InputError where a directory holds no run, a package is missing or the page cannot be written.
     """
     page = page_of(directories)
+    given = output is not None
     if output is None:
         output = directories[0] / "report.html" if len(directories) == 1 else Path("report.html")
     if output.is_dir():
         raise InputError(f"output {output} is a directory; give -o the name of a file")
     try:
-        if output.exists() and not output.is_file():  # a pipe or a device keeps being one
+        if given and output.exists() and not output.is_file():  # a pipe or a device stays one
             output.write_bytes(page.encode("utf-8", "replace"))
             return output
         # Whole or not at all; it can be made again, so nothing waits for the disk.
         fresh = output.with_name(f".{output.name}.{os.getpid()}")
-        fresh.write_bytes(page.encode("utf-8", "replace"))
+        write_durably(fresh, page.encode("utf-8", "replace"), wait=False)
         os.replace(fresh, output)
     except OSError as error:
         raise InputError(
