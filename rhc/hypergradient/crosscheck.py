@@ -86,7 +86,7 @@ def higher_hypergradient(
             loss, metrics = checked_loss(plant.loss_fn(functional, batch))
             losses.append(loss.detach())
             try:
-                check_twice(plant, loss)
+                check_twice(loss)
             except OnceDifferentiable as error:
                 raise unsupported(error, plant, batch, "exact") or error from error
             stage = objective.stage(loss, metrics)

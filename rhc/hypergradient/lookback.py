@@ -21,6 +21,7 @@ from rhc import memory
 from rhc.errors import InputError
 from rhc.hypergradient.evaluation import (
     Evaluation,
+    functions_of,
     has_statistics,
 )
 from rhc.hypergradient.kernels import matrices
@@ -48,6 +49,7 @@ from rhc.hypergradient.verification import (
     hooks,
     is_double,
     steps_to_cut,
+    try_product,
     verify,
 )
 from rhc.module_state import Buffers
@@ -211,6 +213,7 @@ class Lookback:
         self.moving: list[str] | None = None
         self.whole = ""  # why no product takes batches in parts any more
         self._sizes: dict[str, Sizes] = {}
+        self._tried: set[type] = set()
 
     # Plan and roll -------------------------------------------------------------------------------
 
@@ -403,6 +406,8 @@ class Lookback:
                 break
             wasted += found.hessian_products
             spent += found.equivalents
+        if outcome.usable and self.verified:
+            spent += self._try_functions(trajectory)
         if outcome.usable and self.check is not None and not self.check.holds:
             outcome = Outcome("inconsistent", self.check.sentence(), trajectory.start)
         if found.undivided is not None:
@@ -511,6 +516,25 @@ class Lookback:
         self.why = f"exact products did not hold: {check.sentence()}"
         self.notice(f"product forward-difference: {self.why}")
         return True
+
+    def _try_functions(self, trajectory: Trajectory) -> float:
+        """Tries the product with every custom Function that was met the first time, wherever in a
+        window; what that cost."""
+        new = [
+            (cls, batch)
+            for cls, batch in functions_of(self.plant).items()
+            if cls not in self._tried
+        ]
+        cost = 0.0
+        for cls, batch in new:
+            self._tried.add(cls)
+            if self.plant.ranks is not None or self.check is None or not self.check.holds:
+                continue
+            apart, taken = try_product(self.plant, self.product, trajectory.blocks, batch)
+            cost += taken
+            if apart > max(self.check.tolerance, 1e-4):
+                self._keep(replace(self.check, hessian=apart, of_what=cls.__name__), trajectory)
+        return cost
 
     def _keep(self, check: Disagreements, trajectory: Trajectory) -> None:
         """Remembers what was found, for the windows to come and, if it holds, for other calls."""

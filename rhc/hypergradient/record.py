@@ -25,6 +25,7 @@ from rhc.files import write_all
 from rhc.hypergradient import kernels
 from rhc.hypergradient.evaluation import (
     Evaluation,
+    OnceDifferentiable,
     double_backward,
     graph_nodes,
     is_recurrent,
@@ -174,7 +175,13 @@ class WindowRecorder(Recorder):
         plant, blocks = self.plant, self.trajectory.blocks
         if self._make_graph is None or self._make_graph.blocks is not blocks:
             self._make_graph = GraphMaker(Evaluation(plant, blocks, self.objective))
-        graph, values, buffers, steady = self._make_graph(batch, inside=self._inside)
+        try:
+            graph, values, buffers, steady = self._make_graph(batch, inside=self._inside)
+        except OnceDifferentiable:  # which the reverse pass will meet again, and answer to
+            before = self.trajectory.rng[-1]
+            if before is not None:
+                before.restore()
+            return plant.backward(batch)
         if steady:
             self.graphs[i] = graph
             # Earlier, what is free would be the room of the next graphs, from the window before.
@@ -408,8 +415,13 @@ class GraphMaker:
                     raise TooMuch
             return t.detach()  # the tensor itself could hold the node that holds it
 
-        with saved_tensors_hooks(pack, lambda t: t):
-            _, found, _, steady = self._graph(batch, leaves)
+        try:
+            with saved_tensors_hooks(pack, lambda t: t):
+                _, found, _, steady = self._graph(batch, leaves)
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):  # torch.func has none
+                raise
+            return Survey(0, frozenset(self._names), False)
         read = frozenset(name for pointer, name in place.items() if pointer in seen)
         size = sum(seen.values())
         for node in graph_nodes([g for g in found if g is not None]):

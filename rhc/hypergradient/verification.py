@@ -45,6 +45,7 @@ from rhc.hypergradient.products import (
 )
 from rhc.hypergradient.segments import Costate, Cut, Terminal, kernels_for
 from rhc.hypergradient.states import float_tensors
+from rhc.module_state import Buffers
 from rhc.objective import Objective
 from rhc.plant import Block, Plant, Snapshot, Trajectory, checked_loss
 from rhc.randomness import RandomState, preserved
@@ -68,7 +69,8 @@ class Disagreements:
     """Relative disagreements of a hypergradient with the plain loop, beyond rounding.
 
     of: per control, |difference − predicted| / the larger of both. terminal: of the terminal loss
-    with its gradient. hessian: of the product with differences of gradients. not_the_step: in
+    with its gradient. hessian: of the product with differences of gradients; of_what: the custom
+    Function that it was tried with, if it was for one. not_the_step: in
     words, how the step that was rolled differs from the plain loop's; "" where it does not.
     tolerance: what is put up with. cost: in gradient evaluations, without terminals: terminal
     losses that were taken.
@@ -77,6 +79,7 @@ class Disagreements:
     of: dict[str, float]
     terminal: float = 0.0
     hessian: float = 0.0
+    of_what: str = ""
     not_the_step: str = ""
     tolerance: float = 0.05
     cost: float = 0.0
@@ -85,8 +88,8 @@ class Disagreements:
     @property
     def _all(self) -> dict[str, float]:
         found = {f"dJ/d({name})": apart for name, apart in self.of.items()}
-        named = {"the terminal loss's gradient": self.terminal, "the Hessian product": self.hessian}
-        return found | named
+        product = "the Hessian product" + (f" of {self.of_what}" if self.of_what else "")
+        return found | {"the terminal loss's gradient": self.terminal, product: self.hessian}
 
     @property
     def finite(self) -> bool:
@@ -199,7 +202,7 @@ def verify(
             of[name] = _of_control(rolls, name, g[: cut.k], eps, tolerance)
         if hessian and product != "none" and own > 1e-10 and eps < _COARSE:
             batch = trajectory.batches[min(cut.k, len(trajectory) - 1)]
-            of_hessian, cost = _of_product(plant, product, trajectory.blocks, batch, cut.costate)
+            of_hessian, cost = try_product(plant, product, trajectory.blocks, batch, cut.costate)
             rolls.cost += cost
     finally:
         plant.restore(end)
@@ -207,7 +210,7 @@ def verify(
     if plant.ranks is not None:  # one verdict for all
         of, of_terminal = plant.ranks.share([of, of_terminal])
     strange = "" if eps > _COARSE else rolls.not_the_step
-    return Disagreements(of, of_terminal, of_hessian, strange, tolerance, rolls.cost, terminals)
+    return Disagreements(of, of_terminal, of_hessian, "", strange, tolerance, rolls.cost, terminals)
 
 
 def is_double(plant: Plant) -> bool:
@@ -477,12 +480,17 @@ def _taken(plant: Plant, terminal: Terminal) -> float:
 # The product --------------------------------------------------------------------------------------
 
 
-def _of_product(
-    plant: Plant, product: Product, blocks: Sequence[Block], batch: Any, costate: Costate
+def try_product(
+    plant: Plant,
+    product: Product,
+    blocks: Sequence[Block],
+    batch: Any,
+    costate: Costate | None = None,
 ) -> tuple[float, float]:
     """(How far ⟨Bᵀv, w⟩ is from differences of plain gradients in float64, gradient evaluations).
 
-    0 where that says nothing: the model or loss_fn does not compute in float64, or not smoothly.
+    costate: v; in a direction of its own without. 0 where that says nothing: the model or loss_fn
+    does not compute in float64, or not smoothly. The live state is used, and put back.
     """
     ours = parts(batch)[0]
     ours = ours.opened() if isinstance(ours, Kept) else ours
@@ -491,23 +499,26 @@ def _of_product(
     if few < rows:
         ours = shard(ours, rows, 0, rows // few).rows
     size = 2 * min(1.0, few / rows) / len(parts(batch))  # float64 takes twice as long
+    before = plant.snapshot()
     try:
         with in_double(plant.model), noting_precision(plant) as coarsest:
-            ours = _doubled(ours)
-            found, count = _projected(plant, product, blocks, ours, costate)
+            found, count = _projected(plant, product, blocks, _doubled(ours), costate)
             return (found if coarsest() < 1e-10 else 0.0), count * size
     except Exception:  # code that is bound to float32; what is wrong with it, others say
         return 0.0, 0.0
+    finally:
+        plant.restore(before)
 
 
 def _projected(
-    plant: Plant, product: Product, blocks: Sequence[Block], batch: Any, costate: Costate
+    plant: Plant, product: Product, blocks: Sequence[Block], batch: Any, costate: Costate | None
 ) -> tuple[float, int]:
     """(The relative disagreement, gradient evaluations), of a plant that is in float64."""
     evaluation = Evaluation(plant, blocks, Objective(loss_weight=0.0, terminal_weight=1.0))
-    buffers = {n: b.detach().clone() for n, b in plant.model.named_buffers()}
+    buffers = Buffers(plant.model).copies()
     theta = [block.flatten(plant.parameters) for block in blocks]
     rng = RandomState.capture()
+    draw = torch.Generator().manual_seed(0)
     with Scratch(plant, blocks) as scratch:
 
         def gradient(flats: Sequence[Tensor]) -> list[Tensor | None]:
@@ -524,17 +535,19 @@ def _projected(
         known = gradient(theta)
         length = _norm(theta)
         w = [None if g is None else g / _norm(known) * length for g in known]
+        along: Sequence[Tensor | None] = [
+            torch.randn(t.shape, generator=draw, dtype=torch.float64).to(t.device) for t in theta
+        ]
+        if costate is not None and any(t is not None and t.any() for t in costate.parameters):
+            along = costate.parameters
         v: list[Tensor | None] = [
             None if g is None or t is None else t.double()
-            for g, t in zip(known, costate.parameters, strict=True)
+            for g, t in zip(known, along, strict=True)
         ]
-        if not any(t is not None and bool((t != 0).any()) for t in v):
-            return 0.0, 1
-        pulls = [False, True] if product == "forward-difference" else [False]
         point = StepPoint(lambda: theta, buffers, batch, rng, known)
         sides = []
         with kernels_for(product, plant.model):
-            for again in pulls:
+            for again in (False, True) if product == "forward-difference" else (False,):
                 pulled = pull_back(product, evaluation, scratch, point, v, {}, again=again)
                 sides.append(_inner(pulled.parameters, w))
         predicted = sum(sides) / len(sides)
@@ -545,7 +558,7 @@ def _projected(
                 for s in (distance, -distance)
             )
             differences.append((_inner(v, there) - _inner(v, back)) / (2 * distance))
-            if abs(differences[-1] - predicted) <= 0.01 * abs(predicted):
+            if abs(differences[-1] - predicted) <= 1e-5 * abs(predicted):
                 return 0.0, PRODUCT_COST[product] + 1 + 2 * len(differences)
     first, second = differences
     apart = abs(second - predicted) / max(abs(second), abs(predicted), 1e-300)
