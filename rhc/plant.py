@@ -881,13 +881,14 @@ class Recorder:
         self._norms = self._take_norms() if self.looks_closely(i) else []
         return None
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self) -> contextlib.AbstractContextManager[Any]:
         """Around a step's loss and its backward pass."""
-        first = len(self.trajectory.batches) == 1
-        inside = watched_inside(self.plant.model) if first else contextlib.nullcontext()
-        with self.hooks.taken(), inside:
-            yield
+        if len(self.trajectory.batches) > 1:
+            return self.hooks.taken()
+        stack = contextlib.ExitStack()
+        stack.enter_context(self.hooks.taken())
+        stack.enter_context(watched_inside(self.plant.model))
+        return stack
 
     def _find_moved(self) -> None:
         """What the first step that was recorded has changed, and the next ones will."""

@@ -124,7 +124,9 @@ def hypergradient(
     running statistics of BatchNorm and InstanceNorm are treated as constants of each step, and
     those statistics are followed for a terminal that reads them (in eval mode), not for a loss_fn
     that does. The singular vectors of spectral_norm are such constants, though they depend on the
-    weights: expect an error of 1e-4 to 1e-3. `why` names buffers that training changes.
+    weights: expect an error of 1e-4 to 1e-3. `why` names buffers, and frozen parameters, that
+    training changes. Hooks of parameters (Tensor.register_hook) are followed; hooks that change a
+    step otherwise, and a loss_fn that moves trained parameters, are InputErrors.
     """
     accumulate, seed = whole_number("accumulate", accumulate), whole_number("seed", seed)
     segment = segment if segment == "auto" else whole_number("segment", segment)
