@@ -52,7 +52,7 @@ from rhc.hypergradient.verification import (
     try_product,
     verify,
 )
-from rhc.module_state import Buffers
+from rhc.module_state import Buffers, Captured
 from rhc.objective import Average, Objective
 from rhc.plant import Plant, StepRecord, Trajectory
 from rhc.randomness import RandomState
@@ -334,7 +334,7 @@ class Lookback:
         self.plant.optimizer.zero_grad()  # the last step's gradients are on the trajectory
         counted = self.plant.attributes()
         try:
-            return self._look_back(recorder, average, terminal, damping)
+            return self._look_back(recorder, average, terminal, damping, counted)
         finally:
             counted.restore()
 
@@ -344,6 +344,7 @@ class Lookback:
         average: Average,
         terminal: Terminal | None,
         damping: Damping,
+        counted: Captured,
     ) -> Hypergradient:
         trajectory, plan = recorder.trajectory, recorder.plan
         wasted, spent = 0, 0.0
@@ -382,7 +383,9 @@ class Lookback:
             outcome = _outcome(found, trajectory, end, damping)
             if beginning is None or rng is None or found.cut is None or not outcome.usable:
                 break
-            rng.restore()  # a terminal loss that draws is taken again as it was
+            # A terminal loss that draws or counts is taken again as it was.
+            rng.restore()
+            counted.restore()
             check = verify(
                 self.plant,
                 beginning,

@@ -39,6 +39,7 @@ _NO_DERIVATIVE = (
     re.compile(r"function (\w+) has no backward|(\w+) is not differentiable twice"),
     re.compile(r"does not have a (jvp) formula|implement the (jvp)"),
     re.compile(r"(double backwards?) (?:is )?not (?:supported|implemented)"),
+    re.compile(r"(ZeroTensors) are immutable"),
 )
 
 _NAMES = {

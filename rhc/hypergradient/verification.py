@@ -189,6 +189,7 @@ def verify(
                 shares,
                 own,
                 tolerance,
+                end,
             )
         if not precision_known(plant):
             plant.restore(beginning)
@@ -436,6 +437,7 @@ def _of_terminal(
     shares: Sequence[float],
     eps: float,
     tolerance: float,
+    end: Snapshot,
 ) -> tuple[float, int]:
     """(The disagreement of the terminal loss with its gradient, along it; losses taken).
 
@@ -454,6 +456,7 @@ def _of_terminal(
         distance = share * level / square
         sides = []
         for sign in (distance, -distance):
+            plant.restore(end)
             with torch.no_grad():
                 for p, m, v in zip(live, mean, along, strict=True):
                     p.copy_(m if v is None else m + sign * v.to(m.dtype))
