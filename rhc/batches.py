@@ -445,8 +445,11 @@ SPACED = 3
 
 
 def _sample(batch: Any) -> tuple[Tensor, ...]:
-    """Some elements of everything in a batch that a tensor can be made of."""
-    leaves = tree_leaves(batch.rows if isinstance(batch, Shard) else batch)
+    """Some elements of everything in a batch that a tensor can be made of.
+
+    None of a rank's rows, which are others with another number of ranks.
+    """
+    leaves = [] if isinstance(batch, Shard) else tree_leaves(batch)
     found = []
     for leaf in leaves:
         if hasattr(leaf, "__dict__") and not isinstance(leaf, Tensor):

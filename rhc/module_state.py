@@ -99,6 +99,14 @@ def filled(live: Tensor, value: Tensor) -> Tensor:
     return value.clone()
 
 
+def _memory(t: Tensor) -> int:
+    """Where its memory begins; a number of its own where it has none to be asked for (FSDP's)."""
+    try:
+        return t.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return id(t)
+
+
 @torch.no_grad()
 def overlaps(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
     """The names of two tensors that share memory, if any do."""
@@ -109,7 +117,7 @@ def overlaps(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
         size = t.element_size()
         last = sum(s * (n - 1) for s, n in zip(t.stride(), t.shape, strict=True))
         first = int(t.storage_offset()) * size
-        key = t.untyped_storage().data_ptr()
+        key = _memory(t)
         ends.setdefault(key, []).append((first, first + (int(last) + 1) * size, name))
     for own in ends.values():
         own.sort()
@@ -164,7 +172,7 @@ class Attributes:
     def __init__(self, model: nn.Module) -> None:
         self._holders = [vars(module) for module in model.modules()]
         held = [*model.parameters(), *model.buffers()]
-        self._memory = {t.untyped_storage().data_ptr() for t in held if t.layout == torch.strided}
+        self._memory = {_memory(t) for t in held}
         # A tensor larger than all parameters is data.
         self._largest = max(2**20, sum(p.nbytes for p in model.parameters()))
 
@@ -222,7 +230,7 @@ class Attributes:
             or value.grad_fn is not None  # made anew in every forward pass
             or value.layout != torch.strided
             or value.nbytes > self._largest
-            or value.untyped_storage().data_ptr() in self._memory
+            or _memory(value) in self._memory
         ):
             return None
         return Held(value, value.detach().clone(), _fill)

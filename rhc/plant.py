@@ -912,7 +912,12 @@ class Recorder:
         return list(torch._foreach_norm([p.detach() for p in self.plant.parameters]))
 
     def _refuse_moved(self) -> None:
-        """Unseen where loss_fn itself has moved parameters that the optimizer trains."""
+        """Unseen where loss_fn itself has moved parameters that the optimizer trains.
+
+        Not of parts that are shared out, which FSDP itself writes.
+        """
+        if self.plant.shared_out:
+            return
         versions = [p._version for p in self.plant.parameters]
         moved = [a != b for a, b in zip(self._versions, versions, strict=True)]
         if self._norms:  # what changes .data counts no versions

@@ -479,7 +479,8 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 def module_text(module: torch.nn.Module) -> str:
     """A module alone in words, `Dropout(p=0.2, inplace=False)`: the same in every process."""
-    text = f"{type(module).__name__}({module.extra_repr()})"
+    # FSDP gives a module a class of its own, made of the one that it had.
+    text = f"{type(module).__name__.removeprefix('FSDP')}({module.extra_repr()})"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)[:MOST_OF_A_MODULE]
 
 

@@ -228,7 +228,10 @@ def _weighed(batches: Sequence[Any], ranks: Ranks) -> list[Any]:
 
 def _steps(batches: Sequence[Any], accumulate: int) -> list[Any]:
     """One batch per step."""
-    batches = [kept(batch) for batch in batches]  # the caller's own stay as they are
+    batches = [  # the caller's own stay as they are
+        MicroBatches(map(kept, batch)) if isinstance(batch, MicroBatches) else kept(batch)
+        for batch in batches
+    ]
     if not batches:
         raise InputError("batches is empty; give one batch per step of the window")
     if accumulate == 1:

@@ -11,7 +11,7 @@ import torch
 
 from rhc.batches import DrawnAsNeeded, MicroBatches, Position
 from rhc.checkpoint import SHARDS, VALUES, Checkpoint
-from rhc.distributed import part_of, placed_as, shared_as
+from rhc.distributed import part_of, placed_as, settle, shared_as
 from rhc.errors import InputError
 from rhc.events import CheckpointSaved
 from rhc.faults import Deviation, Relief
@@ -116,6 +116,8 @@ class Saving:
         batch = next(stream.lazily(step, step + 1))
         several = isinstance(batch, (MicroBatches, DrawnAsNeeded))
         losses = [plant.loss(b)[0].detach() for b in (batch if several else [batch])]
+        if plant.shared_out:
+            settle(plant.model)
         return plant.value(torch.stack(losses).mean())
 
     def _taken_over(self, checkpoint: Checkpoint) -> None:
