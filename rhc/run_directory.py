@@ -479,8 +479,9 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 def module_text(module: torch.nn.Module) -> str:
     """A module alone in words, `Dropout(p=0.2, inplace=False)`: the same in every process."""
-    # FSDP gives a module a class of its own, made of the one that it had.
-    text = f"{type(module).__name__.removeprefix('FSDP')}({module.extra_repr()})"
+    # FSDP gives a module a class of its own, made of the one that it had; ranks share statistics.
+    kind = re.sub(r"^FSDP|(?<=BatchNorm)[123]d$|^Sync(?=BatchNorm)", "", type(module).__name__)
+    text = f"{kind}({module.extra_repr()})"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)[:MOST_OF_A_MODULE]
 
 
