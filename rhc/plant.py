@@ -201,6 +201,7 @@ class Plant:
         self.controls = OptimizerControls(optimizer)
         self._hold()
         self.singletons = False
+        self._holds_gradients = False
         self._statistics: list[Tensor] = []
         self.find_statistics()
         self._plain_zero_grad = type(
@@ -273,10 +274,20 @@ class Plant:
     # One step ------------------------------------------------------------------------------------
 
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss, metrics) of the live model on a batch; a loss that cannot be used is an error."""
+        """(loss, metrics) of the live model on a batch; a loss that cannot be used is an error.
+
+        One that holds gradients is evaluated with grad also where that is off.
+        """
+        if self._holds_gradients and not torch.is_grad_enabled():
+            with torch.enable_grad():
+                loss, metrics = self.loss(batch)
+            return loss.detach(), {name: value.detach() for name, value in metrics.items()}
         try:
             result = self.loss_fn(self.model, batch)
         except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            if not torch.is_grad_enabled() and _wants_grad(error):
+                self._holds_gradients = True
+                return self.loss(batch)
             if not isinstance(error, InputError) and has_mend(error):
                 raise InputError(explained(error, "", self.model, batch)) from error
             raise  # for whoever debugs it; memory is for the Runner
@@ -563,10 +574,12 @@ class Plant:
         """Leaves what loss_fn moves beside trained parameters as it was found."""
         buffers = Buffers(self.model, self.untrained)
         before, attributes = buffers.copies(), self.attributes()
+        counts = _counts(buffers.live())
         try:
             yield
         finally:
-            buffers.put(before)
+            if _counts(buffers.live()) != counts:  # else they may be leaves of a graph
+                buffers.put(before)
             attributes.restore()
 
     def _settle(self) -> None:
@@ -602,12 +615,14 @@ class Plant:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
-        """The model in eval mode; leaves modes, buffers and the random state as they were found."""
+        """The model in eval mode; leaves all that it holds and the random state as they were."""
         modes = [(m, m.training) for m in self.model.modules()]
         rng = RandomState.capture()
         self.model.eval()
+        # What a graph was made of must stay; its evaluation has buffers of its own.
+        alone = contextlib.nullcontext() if torch.is_grad_enabled() else self.untouched()
         try:
-            with self._evaluation_weights():
+            with alone, self._evaluation_weights():
                 yield self.model
         finally:
             for module, training in modes:
@@ -1163,6 +1178,20 @@ def _fill_gradients(loss: Tensor) -> None:
             "the graph of loss_fn's result was gone through before: leave backward() to the "
             "Runner, and .detach() what the model or loss_fn keeps from one batch to the next"
         ) from error
+
+
+def _wants_grad(error: Exception) -> bool:
+    """Whether it is of code that needs gradients of what has none under no_grad."""
+    words = ("does not require grad", "doesn't require gradient")
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+
+
+def _counts(tensors: Mapping[str, Tensor | None]) -> dict[str, tuple[int, int]]:
+    """Name -> (which tensor it is, how often it was changed)."""
+    return {
+        name: (id(t), 0 if t is None or t.is_inference() else t._version)
+        for name, t in tensors.items()
+    }
 
 
 def _finite_norms(tensors: list[Tensor], order: float) -> bool:

@@ -297,7 +297,7 @@ class Runner:
                 memory_budget,
                 spill,
                 Damping(discount, costate_clip),
-                self._teller.notice,
+                self._teller.tell,
             )
             self._lookback = self._lookbacks(Relief())
         elif self.start == "zero":
@@ -430,7 +430,7 @@ class Runner:
             )
         )
         if loop.step == 0 and self._low_lr is not None:
-            self._teller.notice(self._low_lr)
+            self._teller.tell(self._low_lr)
         if loop.step == 0 and self.start != "given":
             self._beginning.find(self.start)
         while loop.step < steps:

@@ -658,7 +658,7 @@ def test_steps_that_are_not_the_same_again(tmp_path: Path) -> None:
 
     events: list[Any] = []
     run = make_run("sgd", dropout=0.0)._replace(loss_fn=loss_fn)
-    result = runner(run, tmp_path, events.append, product="none").fit(STEPS)
+    result = runner(run, tmp_path, events.append, rewrite=Twin()).fit(STEPS)
     (notice,) = [n for n in notices_of(events) if "taken again" in n]
     assert "by no operator that torch names" in notice
     assert 1e-6 < result.record["replay"]["largest"] < 1

@@ -159,7 +159,7 @@ def test_a_shelf_gives_batches_back_and_is_gone_afterwards(tmp_path: Path) -> No
         again = handle.batch(torch.device("cpu"))
         assert torch.equal(again["x"], batch["x"])
         assert again["more"][1:] == ("text", None)
-        assert handle.size == 3
+        assert handle.batch_size == 3
         first = torch.rand(2)
         seen: list[Any] = []
         loss_fn = shelved(lambda model, b: seen.append((b, torch.rand(2))), torch.device("cpu"))

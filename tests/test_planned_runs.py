@@ -109,7 +109,7 @@ class TestPPO:
     def test_the_first_step_of_a_rollout_is_a_policy_gradient(self) -> None:
         """At a ratio of 1 nothing is clipped: the gradient of the surrogate is −E[Â ∇ log π]."""
         runner = ppo()
-        loss_fn: Any = runner.plant.loss_fn
+        loss_fn: Any = runner.plant.loss_fn.__wrapped__  # type: ignore[attr-defined]
         model: Any = runner.plant.model
         loss_fn.entropy.value = 1e-4
         batch = next(iter(runner.train_loader))
@@ -132,7 +132,7 @@ class TestPPO:
     def test_generalised_advantages(self) -> None:
         """λ = 1: returns to the end of the rollout minus the value, with its value at the end."""
         runner = ppo()
-        loss_fn: Any = runner.plant.loss_fn
+        loss_fn: Any = runner.plant.loss_fn.__wrapped__  # type: ignore[attr-defined]
         loss_fn.gae_lambda.bounds = type(loss_fn.gae_lambda.bounds)(gae_lambda=(0.0, 1.0))
         loss_fn.gae_lambda.value = 1.0
         played = loss_fn._rollout(runner.plant.model, 5)

@@ -40,6 +40,7 @@ from rhc.events import (
     WindowAttempted,
 )
 from rhc.hypergradient import Damping, Lookback, Outcome
+from rhc.loop import looking
 from rhc.rewrite import Proposal
 from rhc.runner import EXPLODING_CLIP, DivergedError, smoothness
 from rhc.schedule import total_variation
@@ -438,7 +439,7 @@ def test_tape_and_windows(stride: int, tmp_path: Path) -> None:
         accepted = w["outcome"] == "accepted"
         assert accepted == (w["objective_after"] < w["objective_before"])
         assert (w["reason"] is None) == accepted
-        assert w["reason"] in (None, "the objective did not fall")
+        assert w["reason"] is None or w["reason"].startswith("the objective did not fall")
         assert w["before"].keys() == w["after"].keys() == result.schedule.values.keys()
         assert w["predicted_change"] < 0
         length = w["stop"] - w["start"]
@@ -1095,8 +1096,15 @@ def test_verbs_without_rewriting(tmp_path: Path) -> None:
 @pytest.mark.parametrize("product", ["exact", "forward-difference", "central-difference"])
 @pytest.mark.parametrize("lr", [0.05, 10.0])
 @pytest.mark.parametrize("stride", [8, 5])
-def test_the_ledger(product: str, lr: float, stride: int) -> None:
-    """Every step that was taken, the objective's batches per look back, and the products."""
+def test_the_ledger(product: str, lr: float, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step that was taken, the objective's batches per look back, and the products.
+
+    Without the proof of the first hypergradient, whose steps depend on what it finds.
+    """
+    made = looking.Lookback
+    monkeypatch.setattr(
+        looking, "Lookback", lambda *parts, **own: made(*parts, **{**own, "verified": False})
+    )
     taken: list[int] = []
     result = fit(
         in_order(lr=lr, norm=False),

@@ -240,8 +240,16 @@ def _terminal_costate(
             return plant.ranks.value(value), found
         return value.detach(), found
 
-    with visible_statistics(plant.model, update=False):
-        value, pulled = evaluation.terminal(terminal, flats, {**live, **leaves}, pull)
+    try:
+        with visible_statistics(plant.model, update=False):
+            value, pulled = evaluation.terminal(terminal, flats, {**live, **leaves}, pull)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise Unseen(
+            "the terminal loss cannot be differentiated: its batches change in place what the model "
+            "has read before, such as a buffer; write a new tensor there, or judge by one batch"
+        ) from error
     for name, p in zip(leaves, pulled[len(flats) :], strict=True):
         if p is not None:
             costate.statistics[name] = p

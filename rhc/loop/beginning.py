@@ -124,7 +124,7 @@ class Beginning:
                 held_out,
                 known,
                 tell,
-                self.teller.notice,
+                self.teller.tell,
                 fixed=bool(judged),
                 share=share,
                 room=self.budget.for_search(loop),

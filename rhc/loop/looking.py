@@ -108,7 +108,7 @@ class Looking:
                 self.plant.optimizer.zero_grad()
                 self.loop.relief = replace(self.loop.relief, blind=True)
                 attempt.failure = f"not looked back at: {unseen}"
-                self.chronicle.notice(f"windows are not rewritten from now on: {unseen}")
+                self.chronicle.tell(f"windows are not rewritten from now on: {unseen}")
                 return
             attempt.failure = f"out of memory; from now on {self._relieved(attempt)}"
             self.chronicle.notice(f"looking back ran {attempt.failure}")

@@ -33,7 +33,7 @@ PER_EXAMPLE = "example_"
 class Teller:
     """Tells the listeners what happens.
 
-    aloud: whether notices are warnings where nobody listens; of several ranks one is enough.
+    aloud: whether what is told is a warning where nobody listens; of several ranks one is enough.
     """
 
     def __init__(self, listeners: Sequence[Listener], *, aloud: bool = True) -> None:
@@ -45,10 +45,14 @@ class Teller:
             listener(event)
 
     def notice(self, message: str) -> None:
+        """Tells what happens, in words."""
+        self.emit(Notice(message))
+
+    def tell(self, message: str) -> None:
         """Tells what a person should know: as a warning, where nobody listens."""
         if self.aloud and not self.listeners:
-            warnings.warn(message, stacklevel=2)
-        self.emit(Notice(message))
+            warnings.warn(message, RunWarning, stacklevel=2)
+        self.notice(message)
 
     def warn(self, message: str) -> None:
         """Tells what a person must not miss, also where nobody listens."""

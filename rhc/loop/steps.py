@@ -150,4 +150,4 @@ class Steps:
         self.loop.cost.gradients(2)
         apart = float(((before[1] - seen[1]).abs() / before[1].abs().clamp(min=1e-30)).max())
         self.loop.deviation = found or Deviation(apart, ())
-        self.chronicle.notice(self.loop.deviation.sentence())
+        self.chronicle.tell(self.loop.deviation.sentence())
