@@ -247,8 +247,9 @@ def _terminal_costate(
         if "modified by an inplace operation" not in str(error):
             raise
         raise Unseen(
-            "the terminal loss cannot be differentiated: its batches change in place what the model "
-            "has read before, such as a buffer; write a new tensor there, or judge by one batch"
+            "the terminal loss cannot be differentiated: its batches change in place what the "
+            "model has read before, such as a buffer; write a new tensor there, or judge by one "
+            "batch"
         ) from error
     for name, p in zip(leaves, pulled[len(flats) :], strict=True):
         if p is not None:
