@@ -479,3 +479,21 @@ def test_buffers_that_are_filled_and_grow(tmp_path: Path) -> None:
     expected, _ = run(tmp_path / "whole", model=Remembering)
     run(tmp_path / "run", None, 8, model=Remembering)
     assert run(tmp_path / "run", model=Remembering, seed=5) == (expected, [])
+
+
+class Sometimes(DataLoader[Any]):
+    """As accelerate's loaders, whose state is there only where it was asked for."""
+
+    def state_dict(self) -> Any:
+        return self.state_that_was_asked_for  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: Any) -> None:
+        raise AssertionError
+
+
+def test_a_loader_whose_state_is_not_there_has_none(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = network()
+    loader = Sometimes(TensorDataset(X, Y), BATCH)
+    runner = Runner(model, sgd(model), cross_entropy, loader, loader, window=4, directory=tmp_path)
+    assert math.isfinite(runner.fit(8).train_loss)
