@@ -186,7 +186,8 @@ def test_checkpoints_hold_buffers_that_come_and_grow() -> None:
         own, fresh = made(CASES[name]), made(CASES[name])
         for batch in own.batches:
             own.loss(own.model, batch).backward()
-        stored = snapshot_to_tensors(Plant(own.model, own.optimizer, own.loss).snapshot())
+        trained = Plant(own.model, own.optimizer, own.loss)
+        stored = snapshot_to_tensors(trained, trained.snapshot())
         plant = Plant(fresh.model, fresh.optimizer, fresh.loss)
         plant.restore(snapshot_from_tensors(plant, *stored))
         for n, b in own.model.named_buffers():
