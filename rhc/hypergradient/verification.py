@@ -58,7 +58,7 @@ _COARSE = 1e-4
 """A machine epsilon above this is reduced precision (bfloat16, float16)."""
 
 _ROWS = 4
-"""Of a batch, at least, that the product is tried on; a quarter of a larger one."""
+"""Of a batch, at least, that the product is tried on; an eighth of a larger one."""
 
 _AT_ZERO = {"noise": 0.1, "weight_decay": 0.01}
 """How far a control of 0, whose coordinate is a logarithm, is moved by a step of 1."""
@@ -507,7 +507,7 @@ def try_product(
     ours = parts(batch)[0]
     ours = ours.opened() if isinstance(ours, Kept) else ours
     rows = batch_size(ours)
-    few = max(_ROWS, rows // 4)
+    few = max(_ROWS, rows // 8)
     if few < rows:
         ours = shard(ours, rows, 0, rows // few).rows
     size = 2 * min(1.0, few / rows) / len(parts(batch))  # float64 takes twice as long
@@ -530,7 +530,6 @@ def _projected(
     buffers = Buffers(plant.model).copies()
     theta = [block.flatten(plant.parameters) for block in blocks]
     rng = RandomState.capture()
-    draw = torch.Generator().manual_seed(0)
     with Scratch(plant, blocks) as scratch:
 
         def gradient(flats: Sequence[Tensor]) -> list[Tensor | None]:
@@ -544,18 +543,13 @@ def _projected(
             there = [any(p.grad is not None for p in own) for own in scratch.parameters]
             return [g if some else None for g, some in zip(scratch.gradients(), there, strict=True)]
 
-        known = gradient(theta)
+        exact = product in ("exact", "forward-over-reverse")
+        # A difference goes from the gradient here; to an exact product any direction will do.
+        known = [t.double() for t in theta] if exact else gradient(theta)
         length = _norm(theta)
         w = [None if g is None else g / _norm(known) * length for g in known]
-        along: Sequence[Tensor | None] = [
-            torch.randn(t.shape, generator=draw, dtype=torch.float64).to(t.device) for t in theta
-        ]
-        if costate is not None and any(t is not None and t.any() for t in costate.parameters):
-            along = costate.parameters
-        v: list[Tensor | None] = [
-            None if g is None or t is None else t.double()
-            for g, t in zip(known, along, strict=True)
-        ]
+        v: list[Tensor | None] = [t if t is None else t.double() for t in along(costate, theta)]
+        v = [None if g is None else t for g, t in zip(known, v, strict=True)]
         point = StepPoint(lambda: theta, buffers, batch, rng, known)
         sides = []
         with kernels_for(product, plant.model):
@@ -571,12 +565,20 @@ def _projected(
             )
             differences.append((_inner(v, there) - _inner(v, back)) / (2 * distance))
             if abs(differences[-1] - predicted) <= 1e-5 * abs(predicted):
-                return 0.0, PRODUCT_COST[product] + 1 + 2 * len(differences)
+                return 0.0, PRODUCT_COST[product] + (not exact) + 2 * len(differences)
     first, second = differences
     apart = abs(second - predicted) / max(abs(second), abs(predicted), 1e-300)
     # Where the differences have not settled, they say nothing.
     settled = abs(first - second) <= 0.02 * max(abs(first), abs(second))
     return apart if settled else 0.0, PRODUCT_COST[product] + 5
+
+
+def along(costate: Costate | None, theta: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """The costate of the parameters, or a direction of its own where there is none."""
+    if costate is not None and any(t is not None and bool(t.any()) for t in costate.parameters):
+        return costate.parameters
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(t.shape, generator=draw, dtype=torch.float64).to(t.device) for t in theta]
 
 
 @contextmanager
