@@ -26,7 +26,7 @@ import torch
 from models import CASES
 
 import rhc
-from rhc.compare import Task, interval, parsed_seeds, run
+from rhc.compare.methods import Task, interval, parsed_seeds, run
 from runners.drifting_sine import Waves
 
 PLATEAU = 0.5

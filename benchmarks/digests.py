@@ -1,6 +1,7 @@
 """Digests of short runs of everything: what a change that must not move numbers is held against.
 
-    git worktree add /tmp/before REV && PYTHONPATH=/tmp/before python benchmarks/digests.py before.json
+    git worktree add /tmp/before REV
+    PYTHONPATH=/tmp/before python benchmarks/digests.py before.json
     python benchmarks/digests.py after.json --against before.json
 
 Every case leaves files; of each its digest is kept, without what differs between two equal runs
@@ -68,7 +69,7 @@ CASES: dict[str, str] = {
 
 PROGRAMS = {
     "twins": """
-from rhc.rewrite import Twin
+from rhc.loop.update_rule import Twin
 run(rewrite=Twin(), start="given", template="constant", window=10, directory="run").fit(steps=30)
 """,
     "planner": """
@@ -99,7 +100,8 @@ models = {
     "conv": lambda: nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 4, 3), nn.BatchNorm1d(4),
                                   nn.Tanh(), nn.Flatten(), nn.Linear(16, 3)),
     "lstm": lambda: Last(nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 3)),
-    "attention": lambda: Last(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), nn.Linear(6, 3)),
+    "attention": lambda: Last(
+        nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), nn.Linear(6, 3)),
 }
 class Last(nn.Module):
     def __init__(self, inner, head):
@@ -127,8 +129,10 @@ for model_name, model in models.items():
         if model_name == "mlp":
             settings += [dict(product=p) for p in ("none", "forward-difference",
                          "central-difference", "forward-over-reverse")]
-            settings += [dict(product="exact", segment=3), dict(product="exact", memory_budget=4000),
-                         dict(product="exact", clip_norm=0.3), dict(average=0.5, discount=0.9, costate_clip=2.0)]
+            settings += [dict(product="exact", segment=3),
+                         dict(product="exact", memory_budget=4000),
+                         dict(product="exact", clip_norm=0.3),
+                         dict(average=0.5, discount=0.9, costate_clip=2.0)]
         if name in ("nadam", "radam", "adamax", "rmsprop", "adagrad", "nesterov"):
             settings = settings[:2]
         for setting in settings:
@@ -137,9 +141,12 @@ for model_name, model in models.items():
             o = optimizer(m.parameters())
             batches = [(torch.randn(8, 6), torch.randint(3, (8,))) for _ in range(8)]
             held = (torch.randn(8, 6), torch.randint(3, (8,)))
-            controls = {"lr": torch.full((8,), o.param_groups[0]["lr"]), "noise": torch.full((8,), 0.1)}
-            h = rhc.hypergradient(m, o, loss_fn, batches, controls=controls, terminal=lambda mm: loss_fn(mm, held), verify=False, **setting)
-            found[f"{model_name} {name} {setting}"] = [float(h.value), *(v for n in sorted(h.grad) for v in h.grad[n].flatten().tolist())]
+            lr = torch.full((8,), o.param_groups[0]["lr"])
+            h = rhc.hypergradient(
+                m, o, loss_fn, batches, controls={"lr": lr, "noise": torch.full((8,), 0.1)},
+                terminal=lambda mm: loss_fn(mm, held), verify=False, **setting)
+            values = [v for n in sorted(h.grad) for v in h.grad[n].flatten().tolist()]
+            found[f"{model_name} {name} {setting}"] = [float(h.value), *values]
 open("numbers.json", "w").write(json.dumps(found))
 """,
 }

@@ -28,13 +28,13 @@ import torch
 from models import gpt, text_loss
 from torch import Tensor, nn
 
-from rhc import memory
-from rhc.batches import batch_size
 from rhc.distributed import Ranks, joined, leave, shard
 from rhc.hypergradient import Lookback
-from rhc.objective import Average, Objective
-from rhc.plant import Plant, Snapshot
 from rhc.schedule import Schedule
+from rhc.training import memory
+from rhc.training.batches import batch_size
+from rhc.training.objective import Average, Objective
+from rhc.training.plant import Plant, Snapshot
 
 SIZES: dict[str, dict[str, int]] = {
     "1m": {"layers": 3, "width": 128, "context": 64, "heads": 4, "vocabulary": 65},

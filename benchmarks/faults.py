@@ -44,16 +44,16 @@ from faulty_disk import FaultyDisk
 from runs import files, make_run, seed_everything, state_of, unequal
 
 from rhc import InputError, Rewrite, Runner
-from rhc.checkpoint import Checkpoint, CheckpointStore, _sealed, _tensors
-from rhc.config import TrainConfig
 from rhc.errors import StorageError
 from rhc.events import CheckpointSaved, StepTaken, VerbStarted
-from rhc.files import parsed_json, parsed_toml, read_json
 from rhc.hypergradient import Lookback
-from rhc.plant import Plant
 from rhc.schedule import Schedule
-from rhc.state import snapshot_from_tensors, snapshot_to_tensors
-from rhc.tape import JsonLines
+from rhc.settings import TrainConfig
+from rhc.storage.checkpoint import Checkpoint, CheckpointStore, _sealed, _tensors
+from rhc.storage.files import parsed_json, parsed_toml, read_json
+from rhc.storage.jsonl import JsonLines
+from rhc.training.plant import Plant
+from rhc.training.snapshot import snapshot_from_tensors, snapshot_to_tensors
 
 KILLED_STEPS = 14
 """Of the run that is killed: five windows."""
@@ -348,7 +348,7 @@ def _survived(
             saved.append(event.step)
 
     run: Any = None
-    with disk, mock.patch("rhc.run_directory.time.sleep"):  # between its last attempts
+    with disk, mock.patch("rhc.storage.run_directory.time.sleep"):  # between its last attempts
         try:
             run, _ = _small(directory, listener=listener)
             kind = OUTCOMES[0]
@@ -458,12 +458,13 @@ def fuzz(count: int, seed: int, only: str = "") -> bool:
 def parsers(folder: Path) -> dict[str, tuple[Callable[[bytes], Any], list[bytes]]]:
     """Every reader of what may come from somebody else, and inputs to begin with."""
     run = folder / "run"
-    from rhc import comparison, start
+    from rhc.compare import pool as comparison
     from rhc.hindsight.features import Form
     from rhc.hindsight.policy import Policy, _blank
-    from rhc.progress import one_number
+    from rhc.loop import lr_search as start
+    from rhc.report.live import one_number
     from rhc.report.records import read_run
-    from rhc.summary import _course, read_result, rows_of
+    from rhc.report.text import _course, read_result, rows_of
     from runners.data import read_idx
 
     store = CheckpointStore(run / "checkpoints")
@@ -741,9 +742,9 @@ def _instrument(engine: Any) -> None:
     import tomllib._parser  # type: ignore[import-not-found]
     import types
 
-    import rhc.files
+    import rhc.storage.files
 
-    for module in (rhc.files, json.decoder, tomllib._parser, sys.modules["rhc.schedule"]):
+    for module in (rhc.storage.files, json.decoder, tomllib._parser, sys.modules["rhc.schedule"]):
         for function in list(vars(module).values()):
             if isinstance(function, types.FunctionType):
                 engine.instrument_func(function)

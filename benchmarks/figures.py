@@ -16,7 +16,7 @@ import torch
 from matplotlib import pyplot as plt
 from outcome import REPORTING, SWEPT, WORKLOADS
 
-from rhc.compare import METHODS, Row, Task, interval, runner_of
+from rhc.compare.methods import METHODS, Row, Task, interval, runner_of
 
 matplotlib.use("Agg")
 DOCS = Path(__file__).parents[1] / "docs"

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from rhc.compare import METHODS, Row, Task, cells, run, summarise, table
+from rhc.compare.methods import METHODS, Row, Task, cells, run, summarise, table
 
 SWEPT = ("constant", "cosine", "linear", "1cycle", "wsd")
 LRS = {"sgd": (0.003, 0.01, 0.03, 0.1, 0.3), "adam": (0.0003, 0.001, 0.003, 0.01, 0.03)}

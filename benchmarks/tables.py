@@ -16,7 +16,7 @@ from pathlib import Path
 
 from outcome import REPORTING, SWEPT, Results
 
-from rhc.compare import METHODS, Row, Task, interval
+from rhc.compare.methods import METHODS, Row, Task, interval
 
 DOCS = Path(__file__).parents[1] / "docs"
 TITLES = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rhc.cli import COMMANDS, _help
+from rhc.cli.main import COMMANDS, _help
 
 PAGE = Path(__file__).parent / "commands.md"
 

@@ -28,12 +28,12 @@ from rich.console import Console
 from rich.text import Text
 
 import rhc
+import rhc.cli.train
 import rhc.report
-import rhc.train
-from rhc.cli import main as command
+from rhc.cli.main import main as command
 from rhc.events import Event, StartFound, StepTaken
-from rhc.progress import Progress, found, frame, heading
 from rhc.report.charts import INK, OUTCOMES, charts_of
+from rhc.report.live import Progress, found, frame, heading
 from rhc.report.records import read_run
 
 PICTURES = Path(__file__).parent / "pictures"
@@ -140,7 +140,7 @@ def terminal(path: Path) -> None:
 
         yield listener
 
-    original, rhc.train.display = rhc.train.display, watched  # type: ignore[assignment]
+    original, rhc.train.display = rhc.cli.train.display, watched  # type: ignore[assignment]
     try:
         if command(["train", "--window", "50"]):
             raise SystemExit("the run failed")

@@ -12,29 +12,35 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _MODULES = {
-    "AdaptiveRL": "rhc.causal",
-    "Bounds": "rhc.causal",
-    "Gains": "rhc.causal",
+    "AdaptiveRL": "rhc.schedulers",
+    "Bounds": "rhc.schedulers",
+    "Gains": "rhc.schedulers",
     "InputError": "rhc.errors",
     "Control": "rhc.schedule",
     "CONTROLS": "rhc.schedule",
     "Schedule": "rhc.schedule",
     "total_variation": "rhc.schedule",
-    "HeldOutBatches": "rhc.objective",
-    "Objective": "rhc.objective",
-    "Plant": "rhc.plant",
-    "register_dynamics": "rhc.dynamics",
+    "HeldOutBatches": "rhc.training.objective",
+    "Objective": "rhc.training.objective",
+    "Plant": "rhc.training.plant",
+    "register_dynamics": "rhc.optimizers",
     "DistilledScheduler": "rhc.hindsight",
     "Hypergradient": "rhc.hypergradient",
     "hypergradient": "rhc.hypergradient",
-    "Rewrite": "rhc.rewrite",
-    "Twin": "rhc.rewrite",
-    "EpochPlanner": "rhc.planning",
-    "LossSampler": "rhc.planning",
-    "plan_next_epoch": "rhc.planning",
+    "Rewrite": "rhc.loop.update_rule",
+    "Twin": "rhc.loop.update_rule",
+    "EpochPlanner": "rhc.schedulers",
+    "LossSampler": "rhc.schedulers",
+    "plan_next_epoch": "rhc.schedulers",
     "Runner": "rhc.runner",
     "RunResult": "rhc.runner",
     "Workload": "rhc.workload",
+}
+
+_FOLDERS = {
+    "optimizers": "rhc.optimizers",
+    "loggers": "rhc.report.loggers",
+    "schedulers": "rhc.schedulers",
 }
 
 __all__ = [
@@ -65,17 +71,16 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from rhc.causal import AdaptiveRL, Bounds, Gains
-    from rhc.dynamics import register_dynamics
     from rhc.errors import InputError
     from rhc.hindsight import DistilledScheduler
     from rhc.hypergradient import Hypergradient, hypergradient
-    from rhc.objective import HeldOutBatches, Objective
-    from rhc.planning import EpochPlanner, LossSampler, plan_next_epoch
-    from rhc.plant import Plant
-    from rhc.rewrite import Rewrite, Twin
+    from rhc.loop.update_rule import Rewrite, Twin
+    from rhc.optimizers import register_dynamics
     from rhc.runner import Runner, RunResult
     from rhc.schedule import CONTROLS, Control, Schedule, total_variation
+    from rhc.schedulers import AdaptiveRL, Bounds, EpochPlanner, Gains, LossSampler, plan_next_epoch
+    from rhc.training.objective import HeldOutBatches, Objective
+    from rhc.training.plant import Plant
     from rhc.workload import Workload
 
 
@@ -84,7 +89,7 @@ def __getattr__(name: str) -> Any:
         "dynamics",
         "loggers",
         "planning",
-    ):  # modules of names of their own: rhc.dynamics.lion
+    ):  # modules of names of their own: rhc.optimizers.lion
         return importlib.import_module(f"rhc.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module 'rhc' has no attribute {name!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from rhc.cli import main
+from rhc.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,42 +17,49 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from rhc import stopping
-from rhc.advice import check_loader, check_parts
-from rhc.batches import StepBatches
-from rhc.config import check_most
 from rhc.distributed import ranks_of, synchronised, unwrapped
+from rhc.distributed.directory import directory_of
 from rhc.distributed.ranks import Group
 from rhc.errors import DivergedError, InputError, RunWarning, StorageError, whole_number
 from rhc.events import Listener, RunEnded, RunStarted
-from rhc.faults import Relief, deterministic
 from rhc.hypergradient import Damping, Engine, Lookback, Product, resolve
-from rhc.loggers import Logger, Logging, listeners_of
 from rhc.loop import Cost, Loop
-from rhc.loop.beginning import Beginning, try_first_batch
+from rhc.loop.agreement import agreed, begin, check_ranks, draw_apart, loaders_of
+from rhc.loop.base_schedule import Budget, Course
+from rhc.loop.checkpointing import Saving
 from rhc.loop.checks import check_storable, followed, grouped, leave, low_lr, steered
 from rhc.loop.committing import Committing
-from rhc.loop.course import Budget, Course
 from rhc.loop.epochs import Epochs, epoch_steps
-from rhc.loop.judge import Judge, JudgedOn
-from rhc.loop.looking import EXPLODING_CLIP, LookbackMaker, Looking
+from rhc.loop.lr_search import STARTS, Start
 from rhc.loop.records import Chronicle, Teller, Validation, final_result, smoothness
+from rhc.loop.reverse_passes import EXPLODING_CLIP, LookbackMaker, Looking
 from rhc.loop.rewriting import Rewriting, Twins
 from rhc.loop.rolling import Rolling
-from rhc.loop.saving import Saving
+from rhc.loop.shift import Surprise
+from rhc.loop.start import Beginning, try_first_batch
 from rhc.loop.steps import Steps
-from rhc.loop.surprise import Surprise
+from rhc.loop.update_rule import (
+    Rewrite,
+    Twin,
+    usual_law,
+    usual_objective,
+    usual_template,
+    usual_warmup,
+)
+from rhc.loop.window_objective import Judge, JudgedOn
 from rhc.loop.windows import PlainWindows, RewrittenWindows
-from rhc.noise import mixed_seed
-from rhc.objective import HeldOutBatches, Objective
-from rhc.planning import EpochPlanner
-from rhc.plant import LossFn, Plant
-from rhc.rank_directory import directory_of
-from rhc.rewrite import Rewrite, Twin, usual_law, usual_objective, usual_template, usual_warmup
-from rhc.run_directory import hardware, length, module_text, versions
+from rhc.report.loggers import Logger, Logging, listeners_of
+from rhc.rng import mixed_seed
 from rhc.schedule import TEMPLATES, Schedule, Template
-from rhc.start import STARTS, Start
-from rhc.together import agreed, begin, check_ranks, draw_apart, loaders_of
+from rhc.schedulers import EpochPlanner
+from rhc.settings import check_most
+from rhc.storage.run_directory import hardware, length, module_text, versions
+from rhc.training import interrupts as stopping
+from rhc.training.batches import StepBatches
+from rhc.training.diagnostics import check_loader, check_parts
+from rhc.training.objective import HeldOutBatches, Objective
+from rhc.training.plant import LossFn, Plant
+from rhc.training.recovery import Relief, deterministic
 
 __all__ = ["EXPLODING_CLIP", "Cost", "DivergedError", "RunResult", "Runner", "smoothness"]
 
@@ -110,23 +117,20 @@ class Runner:
     on, K where None. controls: what is rewritten, of lr, momentum, noise and weight_decay; None for
     lr. per_group: those of them with a value per parameter group as well as per
     step; the groups of the others keep their ratios. rewrite: False for the plain loop, bit for
-    bit; a `Rewrite` for another law than `rhc.rewrite.usual_law`. objective: what a window is
-    judged by. engine, product, segment: as in `rhc.hypergradient`; but where the start is looked
+    bit; a `Rewrite` for another law than `rhc.loop.update_rule.usual_law`. objective: what a window
+    is judged by. engine, product, segment: as in `rhc.hypergradient`; but where the start is looked
     for, product "auto" is "none": exact products cost half a run there, and gain nothing
-    (docs/outcome.md).
-    start: where lr starts: "given", as the optimizer has it; "probe" takes that for a first guess
-    and finds a factor on it by short rolls (and the ratio of parameter groups, where they all have
-    the same lr); "zero" needs no guess, and finds every parameter
-    group's own lr. Where short rolls learn nothing that tells lrs apart, longer ones are taken, and
-    then the optimizer's own lr. None for "probe" with rewriting, else "given".
-    template: the shape of lr over the run that is rewritten, or followed: "constant", "cosine",
-    "linear", "wsd" (constant, then linear over the law's cooldown), "1cycle". None, where
-    the start is looked for: "cosine", with an Adam "linear"; where it is given: "wsd" with
-    rewriting, "constant" without.
-    schedule: followed as it is where nothing is rewritten, in place of a template; a control that
-    it lacks stays as the optimizer has it.
-    warmup: fraction of the run in which lr rises linearly to the template. None for
-    `rhc.start.WARMUP` where the start of an Adam is looked for, else 0.
+    (docs/outcome.md). start: where lr starts: "given", as the optimizer has it; "probe" takes that
+    for a first guess and finds a factor on it by short rolls (and the ratio of parameter groups,
+    where they all have the same lr); "zero" needs no guess, and finds every parameter group's own
+    lr. Where short rolls learn nothing that tells lrs apart, longer ones are taken, and then the
+    optimizer's own lr. None for "probe" with rewriting, else "given". template: the shape of lr
+    over the run that is rewritten, or followed: "constant", "cosine", "linear", "wsd" (constant,
+    then linear over the law's cooldown), "1cycle". None, where the start is looked for: "cosine",
+    with an Adam "linear"; where it is given: "wsd" with rewriting, "constant" without. schedule:
+    followed as it is where nothing is rewritten, in place of a template; a control that it lacks
+    stays as the optimizer has it. warmup: fraction of the run in which lr rises linearly to the
+    template. None for `rhc.loop.lr_search.WARMUP` where the start of an Adam is looked for, else 0.
     memory_budget: bytes that looking back may take beyond plain training; spill: whether states may
     go to disk for it (True: to the system's temporary folder; or a folder). discount γ ≤ 1: the
     costate is multiplied by it at every step backwards; costate_clip: its largest norm, as a
@@ -136,17 +140,15 @@ class Runner:
     validate_every n: after the window in which every n-th step falls, the loss and the metrics of
     val_loader go into the tape, as val_loss and val_…; a batch costs a third of a gradient.
     deterministic: only operators that give the same bits again, during a fit; torch raises where it
-    has none.
-    directory: of the run; None keeps everything in memory. seed: of the gradient noise.
+    has none. directory: of the run; None keeps everything in memory. seed: of the gradient noise.
     planner: plans every epoch from the one before, on top of the template; see `rhc.EpochPlanner`,
-    which is built without the optimizer here. Windows end where epochs do.
-    listeners: told of every event of `rhc.events`. logger: one or several of `rhc.loggers`, told of
-    what is committed.
-    process_group: the ranks that train this model together; "auto" takes the default process group
-    where it has several, None this process alone. Every rank builds the same Runner; each takes its
-    rows of every batch, so that all together do what one process does with these loaders, or, with
-    a DistributedSampler, its own batches (docs/scaling.md).
-    Raises InputError for settings that cannot be used, before anything is touched.
+    which is built without the optimizer here. Windows end where epochs do. listeners: told of every
+    event of `rhc.events`. logger: one or several of `rhc.report.loggers`, told of what is
+    committed. process_group: the ranks that train this model together; "auto" takes the default
+    process group where it has several, None this process alone. Every rank builds the same Runner;
+    each takes its rows of every batch, so that all together do what one process does with these
+    loaders, or, with a DistributedSampler, its own batches (docs/scaling.md). Raises InputError for
+    settings that cannot be used, before anything is touched.
     """
 
     def __init__(

@@ -62,7 +62,7 @@ class Plannable:
     """What an epoch planner can drive in a run beside its optimizer."""
 
     names: tuple[str, ...]
-    """Of the values that there are knobs for, see `rhc.planning.VALUES`."""
+    """Of the values that there are knobs for, see `rhc.schedulers.VALUES`."""
     build: Callable[[Workload, Sequence[str]], tuple[Workload, list[Any]]]
     """(the workload, some of the names) -> the same run with these knobs, and the knobs."""
     epoch_steps: int | None = None

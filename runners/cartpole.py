@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rhc.causal import ZScored
 from rhc.errors import InputError
+from rhc.schedulers import ZScored
 from rhc.workload import Goal, Workload
 
 STEPS, EPISODES = 300, 4

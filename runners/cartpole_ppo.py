@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rhc.errors import InputError
-from rhc.planning import ClipRange, Entropy, GaeLambda
+from rhc.schedulers import ClipRange, Entropy, GaeLambda
 from rhc.workload import Goal, Plannable, Workload
 
 ENVIRONMENTS, LENGTH = 8, 200

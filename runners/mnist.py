@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rhc.causal import HeldOut
 from rhc.errors import InputError
+from rhc.schedulers import HeldOut
 from rhc.workload import Workload
 from runners.data import read_idx, split, tensor_loader
 from runners.planned import PLANNABLE

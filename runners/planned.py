@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
-from rhc.planning import Augmentation, LossSampler
+from rhc.schedulers import Augmentation, LossSampler
 from rhc.workload import Plannable, Workload
 
 STRENGTH, MOVED = 0.5, 0.25

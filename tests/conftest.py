@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from rhc.cli import main
+from rhc.cli.main import main
 
 # A deadline is an asserted timing, and a busy machine fails it.
 settings.register_profile("rhc", deadline=None)

@@ -1,7 +1,7 @@
 """A file system layer that fails on demand, in the place of the functions of `os` that rhc calls.
 
-No root, no LD_PRELOAD: `rhc.files`, `rhc.tape` and `rhc.checkpoint` reach the disk through these
-names alone, and so do `pathlib` and `shutil` where they change anything.
+No root, no LD_PRELOAD: `rhc.storage.files`, `rhc.storage.jsonl` and `rhc.storage.checkpoint` reach
+the disk through these names alone, and so do `pathlib` and `shutil` where they change anything.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from rhc.noise import standard_noise
+from rhc.rng import standard_noise
 
 
 class Problem(NamedTuple):

@@ -33,7 +33,7 @@ import rhc.runner
 from rhc.distributed import leave, ranks_of, whole_of
 from rhc.errors import InputError
 from rhc.events import Committed, Notice
-from rhc.plant import Plant
+from rhc.training.plant import Plant
 
 STEPS = 5
 STEP = {"lr": 1.0, "noise": 3.0, "momentum": 0.1}

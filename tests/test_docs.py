@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from rhc.cli import COMMANDS, _defaults, _parsed, main
-from rhc.config import TrainConfig
+from rhc.cli.main import COMMANDS, _defaults, _parsed, main
+from rhc.settings import TrainConfig
 from rhc.workload import load_runner
 
 ROOT = Path(__file__).parents[1]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+FILES = {path.name: path for path in TESTS.rglob("test_*.py")}
 TEXT = (TESTS.parent / "docs" / "reliability.md").read_text(encoding="utf-8")
 NAME = re.compile(r"(?P<slow>\*slow\*\s+)?`(?P<file>test_\w+\.py)?::(?P<test>test_\w+)`")
 
@@ -32,7 +33,7 @@ def promises(text: str) -> dict[str, list[tuple[str, str, bool]]]:
 
 def known(file: str) -> dict[str, bool]:
     """The tests of a file, and whether all of their cases are slow."""
-    tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
+    tree = ast.parse(FILES[file].read_text(encoding="utf-8"))
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
     return {
         f.name: any(ast.unparse(d) == "pytest.mark.slow" for d in f.decorator_list)
@@ -46,7 +47,7 @@ def test_a_promise_is_held(promise: str) -> None:
     held_by = promises(TEXT)[promise]
     assert held_by, f"no test holds: {promise}"
     for file, test, slow in held_by:
-        assert (TESTS / file).is_file(), f"{promise}: there is no tests/{file}"
+        assert file in FILES, f"{promise}: there is no {file} in tests/"
         tests = known(file)
         assert test in tests, f"{promise}: there is no {file}::{test}"
         assert slow or not tests[test], f"{promise}: {file}::{test} is slow, and not said to be"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from rhc.errors import InputError
-from rhc.rewrite import Rewrite
+from rhc.loop.update_rule import Rewrite
 from rhc.workload import Workload, available_runners, load_runner, runner_summary
 from runners.char_lm import char_lm
 from runners.data import read_idx, split, tensor_loader

@@ -22,7 +22,7 @@ from torch import Tensor
 from rhc.distributed.ranks import Ranks
 from rhc.distributed.sharing import placed_as
 from rhc.errors import InputError
-from rhc.files import sync_directory, sync_file
+from rhc.storage.files import sync_directory, sync_file
 
 Sums = dict[str, tuple[int, str]]
 """Name of a file -> (bytes, SHA-256)."""

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rhc.errors import InputError, StorageError
-from rhc.randomness import RandomState
+from rhc.rng import RandomState
 
 Group = dist.ProcessGroup | None | Literal["auto"]
 """A process group; None for this process alone; "auto" for the default group of several, if any."""

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rhc.causal import AdaptiveRL
-from rhc.causal.laws import Bounds, Cap, Controls, lowered, updated
-from rhc.causal.scheduler import NoiseOn
 from rhc.errors import InputError, whole_number
 from rhc.hindsight.features import STEERED, Form, Observer, names_differ, raw, stepped
 from rhc.hindsight.policy import LIMIT, Lesson, Policy
 from rhc.schedule import Schedule
-from rhc.signals import is_usable, observed, trends
+from rhc.schedulers import AdaptiveRL
+from rhc.schedulers.adaptive import NoiseOn
+from rhc.schedulers.laws import Bounds, Cap, Controls, lowered, updated
+from rhc.schedulers.signals import is_usable, observed, trends
 
 VARIES = 1e-6
 """A control whose coordinate moves by less than this in a run is not steered there."""

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from rhc.causal.laws import Controls
 from rhc.schedule import CONTROLS
-from rhc.signals import Average, Signals, Smoothing, is_usable, observed, trends
+from rhc.schedulers.laws import Controls
+from rhc.schedulers.signals import Average, Signals, Smoothing, is_usable, observed, trends
 
 SCALES: Mapping[str, Smoothing] = {
     "fast": Smoothing(loss=0.1, reward=0.1, variance=0.05),

@@ -21,8 +21,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from rhc.errors import InputError
-from rhc.files import MOST_JSON_BYTES, parsed_json, read_regular, replace_durably
 from rhc.hindsight.features import STEERED, Form
+from rhc.storage.files import MOST_JSON_BYTES, parsed_json, read_regular, replace_durably
 
 VERSION = 1
 KINDS = ("gru", "laws")

@@ -3,9 +3,9 @@
 A probe leaves a tape of losses, rewards and gradient norms. With all of it there, a trend at step t
 is the mean of what comes after minus the mean of what came before, weighted exponentially both
 ways, so that it lags behind nothing (zero phase); and what is large or small is judged by the whole
-tape. The bounded laws of `rhc.causal.laws`, walked along these trends, give the schedule that the
-run is trained with again. Nothing is differentiated: it serves rewards that have no gradient, and
-models without second derivatives.
+tape. The bounded laws of `rhc.schedulers.laws`, walked along these trends, give the schedule that
+the run is trained with again. Nothing is differentiated: it serves rewards that have no gradient,
+and models without second derivatives.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from rhc.causal.laws import Bounds, Cap, Controls, Gains, lowered, updated
 from rhc.errors import InputError
 from rhc.schedule import CONTROLS, Schedule
-from rhc.signals import Smoothing, Trends, is_usable
+from rhc.schedulers.laws import Bounds, Cap, Controls, Gains, lowered, updated
+from rhc.schedulers.signals import Smoothing, Trends, is_usable
 from rhc.workload import Goal
 
 USUAL_GAINS = Gains(
@@ -302,7 +302,7 @@ def _centred(values: Sequence[float], beta: float) -> list[float]:
 
 
 def _plateaus(losses: Sequence[float], smoothing: Smoothing, marks: range) -> list[float]:
-    """P of `rhc.signals.plateau` at the marks, from means that look both ways."""
+    """P of `rhc.schedulers.signals.plateau` at the marks, from means that look both ways."""
     mean = _centred(losses, smoothing.loss)
     change = [*(b - a for a, b in pairwise(mean)), 0.0]
     moved = _centred(change, smoothing.loss)

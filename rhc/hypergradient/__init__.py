@@ -19,25 +19,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rhc.batches import MicroBatches, batch_size
 from rhc.containers import kept
 from rhc.distributed import Ranks, Shard, Unshared, ranks_of, synchronised, unwrapped
 from rhc.distributed.ranks import Group
 from rhc.errors import InputError, whole_number
-from rhc.hypergradient.lookback import (
+from rhc.hypergradient.hvp import PRODUCT_COST, PRODUCTS, Product
+from rhc.hypergradient.memory_plan import Plan
+from rhc.hypergradient.reverse_pass import (
     SAME_GRADIENT,
     Hypergradient,
     Lookback,
     Outcome,
     stage_sum,
 )
-from rhc.hypergradient.plan import Plan
-from rhc.hypergradient.products import PRODUCT_COST, PRODUCTS, Product
 from rhc.hypergradient.segments import Damping, Terminal
-from rhc.module_state import Buffers
-from rhc.objective import Average, Objective
-from rhc.plant import LossFn, Plant
 from rhc.schedule import CONTROLS, Schedule, control
+from rhc.training.batches import MicroBatches, batch_size
+from rhc.training.module_state import Buffers
+from rhc.training.objective import Average, Objective
+from rhc.training.plant import LossFn, Plant
 
 __all__ = [
     "ENGINES",

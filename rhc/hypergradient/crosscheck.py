@@ -17,10 +17,10 @@ from torch import Tensor
 from rhc.errors import InputError
 from rhc.hypergradient.evaluation import OnceDifferentiable, check_twice, double_backward
 from rhc.hypergradient.support import unsupported
-from rhc.noise import root_mean_square, standard_noise
-from rhc.objective import Objective, average_weights
-from rhc.plant import Plant, checked_loss
+from rhc.rng import root_mean_square, standard_noise
 from rhc.schedule import Schedule
+from rhc.training.objective import Objective, average_weights
+from rhc.training.plant import Plant, checked_loss
 
 if TYPE_CHECKING:
     from rhc.hypergradient import Hypergradient

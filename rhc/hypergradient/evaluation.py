@@ -28,7 +28,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from rhc.batches import MicroBatches
 from rhc.distributed import SyncBatchNorm, settle
 from rhc.hypergradient.kernels import (
     LEAST_VALUED,
@@ -38,9 +37,10 @@ from rhc.hypergradient.kernels import (
     light_second_order,
     moved_statistics,
 )
-from rhc.module_state import Buffers, Values
-from rhc.objective import Objective
-from rhc.plant import Block, Plant, checked_loss, mean_metrics
+from rhc.training.batches import MicroBatches
+from rhc.training.module_state import Buffers, Values
+from rhc.training.objective import Objective
+from rhc.training.plant import Block, Plant, checked_loss, mean_metrics
 
 Result = TypeVar("Result")
 

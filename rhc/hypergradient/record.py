@@ -19,9 +19,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from rhc import memory
 from rhc.containers import tensors_of
-from rhc.files import write_all
 from rhc.hypergradient import kernels
 from rhc.hypergradient.evaluation import (
     Evaluation,
@@ -31,11 +29,14 @@ from rhc.hypergradient.evaluation import (
     is_recurrent,
     visible_statistics,
 )
-from rhc.hypergradient.plan import Plan, chunk_bounds, split
-from rhc.hypergradient.products import KeptGraph
-from rhc.module_state import filled
-from rhc.objective import Objective
-from rhc.plant import (
+from rhc.hypergradient.hvp import KeptGraph
+from rhc.hypergradient.memory_plan import Plan, chunk_bounds, split
+from rhc.rng import preserved
+from rhc.storage.files import write_all
+from rhc.training import memory
+from rhc.training.module_state import filled
+from rhc.training.objective import Objective
+from rhc.training.plant import (
     Backward,
     Block,
     BlockState,
@@ -46,7 +47,6 @@ from rhc.plant import (
     split_gradients,
     split_states,
 )
-from rhc.randomness import preserved
 
 
 def kept_states(steps: int, segment: int) -> Callable[[int], bool]:

@@ -30,10 +30,8 @@ import torch
 import torchopt
 from torch import Tensor, nn
 
-from rhc import memory
 from rhc.distributed import norm_over, norms_of_wholes
 from rhc.errors import Unseen
-from rhc.hooks import Hook, through
 from rhc.hypergradient.evaluation import (
     Evaluation,
     Scratch,
@@ -42,7 +40,7 @@ from rhc.hypergradient.evaluation import (
     gradients_by_backward,
     visible_statistics,
 )
-from rhc.hypergradient.products import (
+from rhc.hypergradient.hvp import (
     KEPT_COST,
     PRODUCT_COST,
     NotAMean,
@@ -62,9 +60,11 @@ from rhc.hypergradient.states import (
     Whole,
     float_tensors,
 )
-from rhc.module_state import Buffers
-from rhc.objective import Objective, average_weights
-from rhc.plant import Block, BlockState, Plant, Trajectory, checked_loss
+from rhc.training import memory
+from rhc.training.hooks import Hook, through
+from rhc.training.module_state import Buffers
+from rhc.training.objective import Objective, average_weights
+from rhc.training.plant import Block, BlockState, Plant, Trajectory, checked_loss
 
 Terminal = Callable[[nn.Module], Tensor]
 Scalar = float | Tensor

@@ -12,10 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from rhc import memory
-from rhc.batches import batch_size
 from rhc.containers import tensors_of
-from rhc.faults import out_of_memory
 from rhc.hypergradient.evaluation import (
     Evaluation,
     Scratch,
@@ -23,15 +20,18 @@ from rhc.hypergradient.evaluation import (
     parts,
     visible_statistics,
 )
+from rhc.hypergradient.hvp import Product, StepPoint, noting_precision, precision, pull_back
 from rhc.hypergradient.kernels import matrices
-from rhc.hypergradient.plan import FREE_GRAPHS, PIECES_COST, Sizes
-from rhc.hypergradient.products import Product, StepPoint, noting_precision, precision, pull_back
+from rhc.hypergradient.memory_plan import FREE_GRAPHS, PIECES_COST, Sizes
 from rhc.hypergradient.record import GraphMaker, TooMuch
 from rhc.hypergradient.support import missing_derivative
-from rhc.module_state import Buffers
-from rhc.objective import Objective
-from rhc.plant import Plant
-from rhc.randomness import RandomState
+from rhc.rng import RandomState
+from rhc.training import memory
+from rhc.training.batches import batch_size
+from rhc.training.module_state import Buffers
+from rhc.training.objective import Objective
+from rhc.training.plant import Plant
+from rhc.training.recovery import out_of_memory
 
 NEVER = 1 << 62
 """Bytes of a graph that cannot be kept."""

@@ -13,8 +13,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from rhc.dynamics import Fold
-from rhc.plant import BlockState
+from rhc.optimizers import Fold
+from rhc.training.plant import BlockState
 
 States = TypeVar("States", bound=Sequence[Any])
 

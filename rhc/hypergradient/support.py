@@ -26,8 +26,8 @@ from rhc.hypergradient.evaluation import (
     mean_loss,
     once_differentiable_function,
 )
-from rhc.hypergradient.products import Product
-from rhc.plant import Plant
+from rhc.hypergradient.hvp import Product
+from rhc.training.plant import Plant
 
 _NO_DERIVATIVE = (
     re.compile(r"derivative for (?:aten::)?(\S+) is not implemented"),

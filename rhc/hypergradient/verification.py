@@ -29,11 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rhc.batches import MicroBatches, batch_size
 from rhc.containers import Kept, mapped
 from rhc.distributed import shard
 from rhc.hypergradient.evaluation import Evaluation, Scratch, parts
-from rhc.hypergradient.products import (
+from rhc.hypergradient.hvp import (
     PRODUCT_COST,
     Product,
     StepPoint,
@@ -45,11 +44,12 @@ from rhc.hypergradient.products import (
 )
 from rhc.hypergradient.segments import Costate, Cut, Terminal, kernels_for
 from rhc.hypergradient.states import float_tensors
-from rhc.module_state import Buffers
-from rhc.objective import Objective
-from rhc.plant import Block, Plant, Snapshot, Trajectory, checked_loss
-from rhc.randomness import RandomState, preserved
+from rhc.rng import RandomState, preserved
 from rhc.schedule import CONTROLS
+from rhc.training.batches import MicroBatches, batch_size
+from rhc.training.module_state import Buffers
+from rhc.training.objective import Objective
+from rhc.training.plant import Block, Plant, Snapshot, Trajectory, checked_loss
 
 MOST_STEPS = 4
 """Steps that are rolled to either side."""

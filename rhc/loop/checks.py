@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from rhc.errors import InputError
 from rhc.hypergradient import check_steerable
-from rhc.plant import Plant
 from rhc.schedule import CONTROLS, Schedule, control
+from rhc.training.plant import Plant
 
 
 def steered(plant: Plant, asked: Sequence[str] | None, usual: Sequence[str]) -> tuple[str, ...]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from rhc.events import Committed
-from rhc.loop.course import Budget
+from rhc.loop.base_schedule import Budget
 from rhc.loop.epochs import Epochs
 from rhc.loop.records import Chronicle, Validation, tape_rows
 from rhc.loop.state import Attempt, Loop
 from rhc.loop.steps import Steps
-from rhc.memory import peak_memory
-from rhc.plant import Plant
-from rhc.rewrite import faded, replanned
-from rhc.run_directory import RunDirectory
-from rhc.tape import finite
+from rhc.loop.update_rule import faded, replanned
+from rhc.storage.jsonl import finite
+from rhc.storage.run_directory import RunDirectory
+from rhc.training.memory import peak_memory
+from rhc.training.plant import Plant
 
 
 class Committing:

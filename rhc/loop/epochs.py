@@ -16,10 +16,10 @@ from rhc.errors import InputError
 from rhc.events import EpochPlanned, Intervened
 from rhc.loop.records import PER_EXAMPLE, Teller, Validation
 from rhc.loop.state import Attempt, Loop
-from rhc.planning import EpochPlanner, Plan
-from rhc.plant import Plant
 from rhc.schedule import CONTROLS, Schedule
-from rhc.tape import finite
+from rhc.schedulers import EpochPlanner, Plan
+from rhc.storage.jsonl import finite
+from rhc.training.plant import Plant
 
 
 def epoch_steps(

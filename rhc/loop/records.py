@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rhc import stopping
-from rhc.batches import loader_preserved
 from rhc.distributed import Ranks
 from rhc.errors import RunWarning
-from rhc.evaluate import TRAIN_BATCHES, UNSIZED_BATCHES, Losses, at_average, evaluate
 from rhc.events import Event, Listener, Notice, Verb, VerbStarted, WindowAttempted
 from rhc.loop.state import Attempt, Cost, Loop
-from rhc.plant import Plant
-from rhc.randomness import preserved
-from rhc.run_directory import RunDirectory
-from rhc.tape import finite
+from rhc.rng import preserved
+from rhc.storage.jsonl import finite
+from rhc.storage.run_directory import RunDirectory
+from rhc.training import interrupts as stopping
+from rhc.training.batches import loader_preserved
+from rhc.training.evaluate import TRAIN_BATCHES, UNSIZED_BATCHES, Losses, at_average, evaluate
+from rhc.training.plant import Plant
 
 PER_EXAMPLE = "example_"
 """Metrics that begin so have a value per example: they are a LossSampler's, and not of the tape."""

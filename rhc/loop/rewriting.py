@@ -1,7 +1,7 @@
 """Rewriting a window: propose, replay, compare, again while that is worth it.
 
-The law proposes (`rhc.rewrite`); what is kept is decided here, on the same batches, noise and
-objective data.
+The law proposes (`rhc.loop.update_rule`); what is kept is decided here, on the same batches, noise
+and objective data.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, cast
 
-from rhc.loop.course import LOOK, Budget, Course
-from rhc.loop.judge import HeldOutLoss, Judge
-from rhc.loop.looking import Looking
+from rhc.loop.base_schedule import LOOK, Budget, Course
 from rhc.loop.records import Chronicle
+from rhc.loop.reverse_passes import Looking
 from rhc.loop.state import Attempt, Loop, Window
 from rhc.loop.steps import Steps
-from rhc.rewrite import Rewrite, Twin, added, remembered
+from rhc.loop.update_rule import Rewrite, Twin, added, remembered
+from rhc.loop.window_objective import HeldOutLoss, Judge
 
 
 class Rewriting:

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 import torch
 
 from rhc.errors import DivergedError
-from rhc.loop.course import Course
-from rhc.loop.judge import Judge
-from rhc.loop.looking import Looking
+from rhc.loop.base_schedule import Course
 from rhc.loop.records import Chronicle
+from rhc.loop.reverse_passes import Looking
 from rhc.loop.state import Attempt, Loop, Window
 from rhc.loop.steps import Steps
-from rhc.planned_schedule import PlannedSchedule
-from rhc.plant import PATIENCE
-from rhc.rewrite import Rewrite, Shift, replanned
+from rhc.loop.update_rule import Rewrite, Shift, replanned
+from rhc.loop.window_objective import Judge
+from rhc.schedule.planned import PlannedSchedule
+from rhc.training.plant import PATIENCE
 
 
 class Rolling:

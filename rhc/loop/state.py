@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rhc.batches import StepBatches
-from rhc.faults import Deviation, Relief
 from rhc.hypergradient import Hypergradient, Lookback, Outcome
-from rhc.objective import Average
-from rhc.planned_schedule import PlannedSchedule, of_tape
-from rhc.plant import Snapshot, Trajectory
-from rhc.rewrite import History, Proposal, Shift, Twin
+from rhc.loop.update_rule import History, Proposal, Shift, Twin
 from rhc.schedule import Schedule
+from rhc.schedule.planned import PlannedSchedule, of_tape
+from rhc.training.batches import StepBatches
+from rhc.training.objective import Average
+from rhc.training.plant import Snapshot, Trajectory
+from rhc.training.recovery import Deviation, Relief
 
 AVERAGE_EVERY = 5
 """The average behind the `average_…` results is of every fifth committed iterate, counted from the

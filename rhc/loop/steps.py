@@ -11,14 +11,14 @@ from dataclasses import replace
 import torch
 
 from rhc.events import StepTaken, Verb
-from rhc.faults import Deviation, replay_deviation
 from rhc.hypergradient import Lookback
 from rhc.hypergradient.record import WindowRecorder
 from rhc.loop.records import Chronicle
 from rhc.loop.state import AVERAGE_EVERY, Attempt, Loop, Moment, Window
-from rhc.objective import Average
-from rhc.plant import Plant, StepRecord
-from rhc.randomness import preserved
+from rhc.rng import preserved
+from rhc.training.objective import Average
+from rhc.training.plant import Plant, StepRecord
+from rhc.training.recovery import Deviation, replay_deviation
 
 DIVERGED = 4.0
 """A window counts as diverged where its loss exceeds this times the loss that it began with, and

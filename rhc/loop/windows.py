@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 
-from rhc import stopping
 from rhc.errors import DivergedError
-from rhc.loop.course import LOOK, Budget
+from rhc.loop.base_schedule import LOOK, Budget
 from rhc.loop.records import Chronicle
 from rhc.loop.rewriting import Rewriting, Twins
 from rhc.loop.rolling import Rolling
+from rhc.loop.shift import Surprise
 from rhc.loop.state import Attempt, Loop, Window
 from rhc.loop.steps import Steps
-from rhc.loop.surprise import Surprise
-from rhc.plant import PATIENCE
-from rhc.rewrite import Rewrite
+from rhc.loop.update_rule import Rewrite
+from rhc.training import interrupts as stopping
+from rhc.training.plant import PATIENCE
 
 
 class PlainWindows:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rhc.errors import InputError
-from rhc.files import write_durably
 from rhc.report.records import RunRecord, read_run
+from rhc.storage.files import write_durably
 
 __all__ = ["missing_packages", "page_of", "write_report"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rhc.errors import InputError
-from rhc.files import parsed_json, read_document, read_regular
-from rhc.tape import MOST_BYTES
+from rhc.storage.files import parsed_json, read_document, read_regular
+from rhc.storage.jsonl import MOST_BYTES
 
 CONTROLS = ("lr", "momentum", "noise", "weight_decay")
 _NO_METRIC = {"step", "loss", "val_loss", "gradient_norm", "planning", *CONTROLS}

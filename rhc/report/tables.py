@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from rhc import __version__
-from rhc.config import TrainConfig
 from rhc.report.charts import groups_of, interval
 from rhc.report.records import RunRecord, entry, number
+from rhc.settings import TrainConfig
 
 _DECIDED = {
     "steps", "stride", "optimizer", "lr", "weight_decay", "controls", "start", "template", "warmup",

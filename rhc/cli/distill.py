@@ -1,0 +1,283 @@
+"""`rhc distill`: reads runs, fits a policy, lets it steer and corrects it, and says how it did."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice, repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from rhc.cli.replay import PlainRun, Sizes, plain_run
+from rhc.cli.train import built_optimizer, config_of
+from rhc.errors import InputError
+from rhc.hindsight.distill import (
+    DistilledScheduler,
+    Example,
+    form_of,
+    lesson,
+    target,
+)
+from rhc.hindsight.features import Form
+from rhc.hindsight.policy import Lesson, Policy, error, fitted
+from rhc.report.text import read_record, read_result
+from rhc.schedule import Schedule
+from rhc.settings import REWRITING
+from rhc.settings.commands import DistillConfig
+from rhc.storage.jsonl import JsonLines
+from rhc.training.evaluate import evaluate
+from rhc.training.plant import Plant
+
+
+def distill(config: DistillConfig, console: Console) -> int:
+    """Fits a policy to the runs, writes it, and returns the exit status."""
+    _check_output(config.output)
+    sources = [_Source.read(path, config.data, config.trust) for path in config.directories]
+    examples = [source.example for source in sources]
+    form = form_of(examples, config.controls, gradient_norm=config.gradient_norms)
+    learned, held = _split(sources, config.held_out, config.seed)
+    console.print(
+        f"{len(learned)} runs to learn from, {len(held)} held out; steering "
+        f"{', '.join(form.steered)} every {config.every} steps by {len(form.names)} features",
+        highlight=False,
+    )
+    if not held:
+        console.print(
+            "note      none is held out of so few, and the policy is judged where it learned",
+            highlight=False,
+            soft_wrap=True,
+        )
+    lessons = _lessons(learned, form, config.every)
+    judged_by = _lessons(held, form, config.every)
+    steerable = [source for source in learned if source.run is not None]
+    judges = [s for s in held if s.run is not None] or steerable[: max(1, config.per_round // 2)]
+    spent, best = 0.0, None
+    rounds = config.rounds if steerable else 0
+    if rounds < config.rounds:
+        console.print("note      none of the runs can be trained again here, so that no round is")
+    draw = random.Random(config.seed)
+    unseen = judged_by if any(bool(x.targets.any()) for x in judged_by) else lessons
+    for number in range(rounds + 1):
+        policy = fitted(config.kind, form, config.every, lessons, judged_by, seed=config.seed)
+        driven = [drive(source, policy) for source in judges]
+        spent += len(driven)
+        # Without a run that can be trained again, the moves themselves are all there is.
+        score = statistics.fmean(d.apart for d in driven) if driven else error(policy, unseen)
+        console.print(
+            f"round {number}   off by {error(policy, unseen):.3f} of the moves; "
+            + (f"steering ends {100 * score:+.1f} % from the runs' own losses" if driven else ""),
+            highlight=False,
+            soft_wrap=True,
+        )
+        if best is None or score < best[0]:
+            best = (score, policy, number, driven)
+        if number < rounds:
+            chosen = draw.sample(steerable, min(config.per_round, len(steerable)))
+            for source in chosen:
+                lessons += drive(source, policy).lessons
+                spent += 1
+    assert best is not None
+    score, policy, number, driven = best
+    notes: dict[str, Any] = {
+        "runs": [source.example.name for source in learned],
+        "held_out": [source.example.name for source in held],
+        "round": number,
+        "plain_runs_spent": spent,
+        "ends_from_the_runs_own": score if driven else None,
+        "fallbacks": sum(d.fallbacks for d in driven),
+    }
+    replace(policy, notes=notes).save(config.output)
+    for d in driven:
+        own = "held out" if held else "learned from"
+        console.print(
+            f"{d.name}, {own}: loss {d.loss:.5g} where the run's own is {d.own:.5g}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if config.kind == "laws":
+        _print_gains(console, policy)
+    console.print(f"cost      {spent:.0f} plain runs; the policy itself costs one", highlight=False)
+    console.print(f"policy    {config.output}", highlight=False, soft_wrap=True)
+    console.print(
+        f'use       rhc.DistilledScheduler.load("{config.output}", optimizer, steps=T)',
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _check_output(folder: Path) -> None:
+    """A folder that holds something else than a policy is not written into."""
+    other = folder.exists() and not (folder / "policy.json").exists()
+    if other and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"output {folder} holds something that is no policy; choose another -o")
+
+
+# Runs ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A run to learn from. run: how it can be trained again; None where a script made it.
+
+    loss: what it ended with on validation data, or its mean training loss.
+    """
+
+    example: Example
+    run: PlainRun | None
+    loss: float
+
+    @classmethod
+    def read(cls, path: Path, data: Path | None, trust: bool) -> _Source:
+        record = read_record(path)
+        result_path = path / "result.json"
+        if not result_path.exists():
+            raise InputError(f"run {path} has not ended; resume it first: rhc resume {path}")
+        result = read_result(path)
+        rows = JsonLines(path / "tape.jsonl").read()
+        schedule = Schedule.load(path / "schedule.json")
+        run, start_lr = None, None
+        if "run" in record:
+            config = config_of(path, trust=trust)
+            config = replace(config, data=data or config.data).checked()
+            start_lr = config.lr
+            plain = replace(
+                config,
+                rewrite=False,
+                template=None,
+                warmup=None,
+                **REWRITING,
+            )
+            run = plain_run(plain, Sizes.of(record, path / "config.json"))
+        example = Example(str(path), rows, schedule, start_lr)
+        return cls(example, run, _loss_of(result.get("val_loss"), rows))
+
+
+def _loss_of(validation: float | None, rows: Sequence[Any]) -> float:
+    if validation is not None:
+        return validation
+    losses = [math.inf if row.get("loss") is None else float(row["loss"]) for row in rows]
+    return statistics.fmean(losses)
+
+
+def _split(
+    sources: Sequence[_Source], share: float, seed: int
+) -> tuple[list[_Source], list[_Source]]:
+    """(to learn from, held out): whole runs, never steps of one."""
+    count = int(share * len(sources)) or (1 if share and len(sources) >= 3 else 0)
+    order = list(range(len(sources)))
+    random.Random(seed).shuffle(order)
+    held = set(order[:count])
+    return (
+        [s for i, s in enumerate(sources) if i not in held],
+        [s for i, s in enumerate(sources) if i in held],
+    )
+
+
+def _lessons(sources: Sequence[_Source], form: Form, every: int) -> list[Lesson]:
+    """Every run twice: its length known, and not."""
+    return [
+        lesson(source.example, form, every, known=known)
+        for source in sources
+        for known in (True, False)
+    ]
+
+
+# Steering -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Driven:
+    """A run that a policy steered. loss: its validation loss, or mean training loss; own: that of
+    the run that was written with hindsight. lessons: where it went, and what was right there."""
+
+    name: str
+    loss: float
+    own: float
+    fallbacks: int
+    lessons: list[Lesson]
+
+    @property
+    def apart(self) -> float:
+        """How far above the run's own loss it ended, as a share of it."""
+        if not math.isfinite(self.loss):
+            return 10.0
+        return (self.loss - self.own) / max(abs(self.own), 1e-12)
+
+
+def drive(source: _Source, policy: Policy) -> Driven:
+    """Trains the run's workload once more, steered by the policy."""
+    run, example = source.run, source.example
+    assert run is not None
+    config, workload = run.config, run.workload()
+    model, steps = workload.model, len(example.rows)
+    optimizer = built_optimizer(config, workload)
+    plant = Plant(
+        model,
+        optimizer,
+        workload.loss_fn,
+        seed=config.seed,
+        clip_norm=config.clip_norm,
+        clip_value=config.clip_value,
+    )
+    features: list[list[float]] = []
+    targets: list[list[float]] = []
+    losses: list[float] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is outside: that is what this is to find out
+        scheduler = DistilledScheduler(optimizer, policy, steps=steps, seed=config.seed)
+        batches = chain.from_iterable(repeat(workload.train_loader))
+        for step in range(steps):
+            optimizer.zero_grad()
+            found = [plant.loss(b) for b in islice(batches, config.accumulate)]
+            loss = torch.stack([x for x, _ in found]).mean()
+            metrics = found[-1][1]
+            loss.backward()
+            if config.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+            if config.clip_value is not None:
+                torch.nn.utils.clip_grad_value_(model.parameters(), config.clip_value)
+            optimizer.step()
+            reward = metrics.get("reward") if policy.form.reward else None
+            before = scheduler.controls
+            scheduler.step(loss, reward)
+            losses.append(float(loss.detach()))
+            done = step + 1
+            if done % policy.every == 0 and done < steps:
+                features.append(scheduler.seen)
+                targets.append(target(example, policy.form, done, policy.every, before))
+            if not math.isfinite(losses[-1]):
+                break
+        scheduler.close()
+    held = evaluate(plant, workload.val_loader)
+    finite = len(losses) == steps and math.isfinite(losses[-1])
+    validation = None if held is None else held.loss
+    loss_value = _loss_of(validation, [{"loss": x} for x in losses]) if finite else math.inf
+    lessons = []
+    if features and bool(torch.tensor(features).isfinite().all()):
+        lessons.append(Lesson(example.name, torch.tensor(features), torch.tensor(targets)))
+    return Driven(example.name, loss_value, source.loss, scheduler.fallbacks, lessons)
+
+
+def _print_gains(console: Console, policy: Policy) -> None:
+    """The laws, term by term, in nats or logits per unit of the feature."""
+    network = policy.network
+    weights = network.linear.weight / network.scale
+    constants = network.linear.bias - weights @ network.mean
+    for number, name in enumerate(policy.form.steered):
+        terms = sorted(
+            zip(policy.form.names, weights[number].tolist(), strict=True), key=lambda t: -abs(t[1])
+        )
+        shown = "  ".join(f"{value:+.3f} {what}" for what, value in terms[:8])
+        console.print(
+            f"law       Δ{name} = {float(constants[number]):+.3f}  {shown} …",
+            highlight=False,
+            soft_wrap=True,
+        )

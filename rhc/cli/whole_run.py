@@ -1,0 +1,387 @@
+"""`rhc hypergradient`: a recorded run as one window, looked back at, and rewritten as a whole.
+
+The run is rolled again from its seed: the same weights, batches and dropout as it had, so that the
+derivatives are those of what was recorded. Where another machine rounds otherwise, the rolled
+losses are not the recorded ones, and that is said.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from rhc.cli.replay import Sizes, follow, plain_run
+from rhc.cli.train import built_optimizer, config_of, device_of
+from rhc.containers import copied, spare
+from rhc.errors import InputError
+from rhc.hindsight.whole_run import EXPLODING_CLIP, Episode, Outer, Shelf, improved, shelved
+from rhc.hypergradient import Hypergradient
+from rhc.report.live import one_number, sparkline
+from rhc.report.text import RUNS, read_record
+from rhc.rng import RandomState, preserved, seed_everything
+from rhc.schedule import CONTROLS, Schedule, control
+from rhc.settings import TrainConfig, parsed_bytes
+from rhc.settings.commands import HypergradientConfig
+from rhc.storage.files import replace_durably
+from rhc.storage.jsonl import JsonLines, finite
+from rhc.storage.run_directory import read_json
+from rhc.training import memory
+from rhc.training.batches import StepBatches
+from rhc.training.plant import Plant
+from rhc.workload import Workload, load_runner
+
+NAME = "hypergradient.json"
+
+
+def hypergradient_of(config: HypergradientConfig, console: Console) -> int:
+    """Looks back at the run, writes what came out, and returns the exit status."""
+    with _recorded(config) as recorded:
+        episode, schedule = recorded.episode, recorded.schedule
+        asked = config.controls or tuple(episode.steerable(schedule))
+        _check(asked, episode, schedule)
+        steps = episode.steps
+        console.print(
+            f"{config.directory}: {steps} steps, looking back at all of them by {', '.join(asked)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        device = episode.plant.parameters[0].device
+        memory.reset_peak(device)
+        before = memory.current_peak(device)
+        h = episode.look_back(schedule, config.costate_clip)
+        peak = max(0, memory.current_peak(device) - before)
+        document = _document(config, recorded, h, asked, peak)
+        replace_durably(config.directory / NAME, (json.dumps(document) + "\n").encode())
+        _print(console, document, config.directory / NAME)
+        if not config.passes:
+            return 0
+        if not h.result.usable and h.result.name != "exploding":
+            raise InputError(
+                f"the schedule cannot be rewritten from a hypergradient that is {h.result.name}: "
+                f"{h.result.message}"
+            )
+        better, done = improved(
+            episode,
+            schedule,
+            passes=config.passes,
+            knots=config.knots or steps,
+            controls=asked,
+            step=config.step,
+            tell=lambda number, outer: _tell(console, number, outer),
+            first=h,
+        )
+        spent = episode.spent / steps
+    return _trained(config, recorded, better, done, spent, console)
+
+
+# The recorded run ---------------------------------------------------------------------------------
+
+
+@dataclass
+class _Recorded:
+    """A run that can be rolled again.
+
+    config, sizes: what it was trained with. losses: those of its tape.
+    """
+
+    episode: Episode
+    schedule: Schedule
+    config: TrainConfig
+    sizes: Sizes
+    losses: list[float]
+
+
+@contextmanager
+def _recorded(config: HypergradientConfig) -> Iterator[_Recorded]:
+    """The run of a directory at its step 0, its batches on a shelf."""
+    directory = config.directory
+    record = read_record(directory)
+    old = config_of(directory, trust=config.trust)
+    old = replace(old, data=config.data or old.data, device=config.device or old.device).checked()
+    sizes = Sizes.of(record, directory / "config.json")
+    schedule = Schedule.load(directory / "schedule.json")
+    rows = JsonLines(directory / "tape.jsonl").read()
+    if not rows:
+        raise InputError(f"directory {directory} has committed no step yet; resume the run first")
+    steps = len(rows) if config.steps is None else config.steps
+    if steps > len(rows):
+        raise InputError(
+            f"directory {directory} has {len(rows)} committed steps, got steps {steps}; give "
+            f"--steps {len(rows)} or fewer"
+        )
+    device = device_of(old.device)
+    sizes.check(old.run)
+    seed_everything(old.seed)
+    workload = load_runner(old.run)(seed=old.seed, data=old.data, **sizes.given())
+    old = old.resolved(workload, torch.get_num_threads())
+    torch.set_num_threads(old.threads or torch.get_num_threads())
+    workload.model.to(device)
+    optimizer = built_optimizer(old, workload)
+    isolated = record.get("rewrite", False) is not False
+    # As Runner._begin does: a rewriting run draws its batches from a stream of their own.
+    seed = int(torch.randint(2**31, ())) if isolated else 0
+    stream = StepBatches(
+        workload.train_loader,
+        isolated=isolated,
+        seed=seed,
+        device=None if device.type == "cpu" else device,
+    )
+    judged: list[Any] = []
+    if workload.val_loader is not None:
+        with preserved():
+            judged = list(islice(iter(workload.val_loader), config.objective_batches))
+    weight = config.stage_weight
+    if weight is None:
+        weight = 0.0 if judged else 1 / steps
+    with Shelf() as shelf:
+        handles = _shelve(shelf, stream, old, workload, optimizer, schedule, steps)
+        episode = Episode(
+            workload.model,
+            optimizer,
+            shelved(workload.loss_fn, device),
+            handles,
+            judged,
+            weight,
+            config.average or None,
+            old.accumulate,
+            old.clip_norm,
+            old.clip_value,
+            old.seed,
+            config.product,
+            None if config.memory_budget is None else parsed_bytes(config.memory_budget),
+            config.discount,
+        )
+        losses = [math.nan if r.get("loss") is None else float(r["loss"]) for r in rows[:steps]]
+        yield _Recorded(episode, schedule.window(0, steps), old, sizes, losses)
+
+
+def _shelve(
+    shelf: Shelf,
+    stream: StepBatches,
+    config: TrainConfig,
+    workload: Workload,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    steps: int,
+) -> list[Any]:
+    """Handles on the run's batches, `accumulate` of them a step.
+
+    A plain loop draws batches and dropout from one random state in turn. Where the model draws, the
+    run is therefore trained once more, to see each batch and the state that its loss began with.
+    """
+    plant = Plant(
+        workload.model,
+        optimizer,
+        workload.loss_fn,
+        seed=config.seed,
+        clip_norm=config.clip_norm,
+        clip_value=config.clip_value,
+    )
+    n = config.accumulate
+    if stream.isolated or not _draws(plant, workload):
+        # Nothing else draws meanwhile, so that the order of drawing does not matter.
+        after = RandomState.capture()
+        handles = [
+            shelf.put(number, batch) for number, batch in enumerate(stream.lazily(0, steps * n))
+        ]
+        if stream.isolated:
+            after.restore()
+        return handles
+    before, handles = plant.snapshot(), []
+    seen: list[tuple[Any, RandomState]] = []
+    plain = plant.loss_fn
+
+    def watched(model: torch.nn.Module, batch: Any) -> Any:
+        seen.append((copied(batch), RandomState.capture()))
+        return plain(model, batch)
+
+    plant.loss_fn = watched
+    steps_of = StepBatches(
+        workload.train_loader, isolated=False, device=stream.device, accumulate=n
+    )
+    for step, batch in enumerate(steps_of.lazily(0, steps)):
+        plant.step(batch, schedule.at(step), step)
+        for micro, state in seen:
+            handles.append(shelf.put(len(handles), micro, state))
+        seen.clear()
+    plant.restore(before)
+    return handles
+
+
+def _draws(plant: Plant, workload: Workload) -> bool:
+    """Whether the loss draws from the global random state."""
+    before = plant.snapshot()
+    with preserved(), torch.no_grad():
+        batch = spare(next(iter(workload.train_loader)))
+        state = RandomState.capture()
+        plant.loss(batch)
+        drew = not RandomState.capture().same(state)
+    plant.restore(before)
+    return drew
+
+
+def _check(asked: tuple[str, ...], episode: Episode, schedule: Schedule) -> None:
+    possible = episode.steerable(schedule)
+    for name in asked:
+        control(name)
+        if name not in possible:
+            raise InputError(
+                f"control {name!r} is 0 in this run, where it has no derivative of use; choose of "
+                f"{', '.join(possible)}"
+            )
+
+
+# What is written and shown ------------------------------------------------------------------------
+
+
+def _document(
+    config: HypergradientConfig,
+    recorded: _Recorded,
+    h: Hypergradient,
+    asked: tuple[str, ...],
+    peak: int,
+) -> dict[str, Any]:
+    """hypergradient.json. grad: dJ/du in natural units; log_grad: by log u, logit for momentum."""
+    episode, schedule = recorded.episode, recorded.schedule
+    apart = [abs(a - b) for a, b in zip(h.losses.tolist(), recorded.losses, strict=True)]
+    document: dict[str, Any] = {
+        "format": "rhc.hypergradient",
+        "version": 1,
+        "start": 0,
+        "steps": episode.steps,
+        "value": h.value,
+        "terminal": h.terminal,
+        "objective": {
+            "batches": len(episode.judged),
+            "stage_weight": episode.stage_weight,
+            "average": episode.average,
+        },
+        "grad": {name: h.grad[name].tolist() for name in asked},
+        "raw_grad": {
+            name: (h.grad[name] * CONTROLS[name].slope(schedule[name])).tolist() for name in asked
+        },
+        "costate_norms": h.costate_norms.tolist(),
+        "losses": h.losses.tolist(),
+        "furthest_from_tape": max(apart) if all(map(math.isfinite, apart)) else None,
+        "result": {"name": h.result.name, "message": h.result.message, "step": h.result.step},
+        "product": h.product,
+        "why": h.why,
+        "segment": h.segment,
+        "hessian_products": h.hessian_products,
+        "plain_run_equivalents": episode.spent / episode.steps,
+        "memory_budget": episode.memory_budget,
+        "peak_memory_bytes": peak,
+        "discount": config.discount,
+        "costate_clip": config.costate_clip,
+        "plan": [] if h.plan is None else h.plan.lines(),
+    }
+    found: dict[str, Any] = finite(document)
+    return found
+
+
+def _print(console: Console, document: dict[str, Any], path: Path) -> None:
+    def line(label: str, text: str) -> None:
+        console.print(f"{label:<10}{text}", highlight=False, soft_wrap=True)
+
+    apart = document["furthest_from_tape"]
+    if apart != 0:
+        line("note", f"rolled losses differ from the tape by up to {apart}")
+    result = document["result"]
+    line("J", f"{document['value']}")
+    line("result", f"{result['name']}: {result['message']}")
+    line("costate", f"|dJ/ds|, log scale, first to last step: {_course(document['costate_norms'])}")
+    for name, values in document["raw_grad"].items():
+        numbers = [one_number(v) or 0.0 for v in values]
+        total = sum(sum(v) if isinstance(v, list) else (v or 0.0) for v in values)
+        size = max(1, len(numbers) // 10)
+        tenths = [sum(numbers[i : i + size]) for i in range(0, len(numbers), size)][:10]
+        shown = " ".join(f"{x:+.2g}" for x in tenths)
+        line(
+            name, f"dJ/d{'logit' if name == 'momentum' else 'log'} {total:+.4g}; by tenths {shown}"
+        )
+    line(
+        "cost",
+        f"{document['plain_run_equivalents']:.2f} plain runs, {document['hessian_products']} "
+        f"Hessian products ({document['product']}), peak {document['peak_memory_bytes'] / 1e6:.0f} "
+        "MB above what was there",
+    )
+    line("file", f"{path}")
+
+
+def _course(norms: list[float | None]) -> str:
+    """A sparkline of log norms in 40 means."""
+    known = [n or 0.0 for n in norms]
+    size = max(1, -(-len(known) // 40))
+    parts = [known[i : i + size] for i in range(0, len(known), size)]
+    means = [math.exp(sum(math.log(n) for n in p) / len(p)) if all(p) else 0.0 for p in parts]
+    first, last = (f"{n:.2g}" if n else "0" for n in (norms[0], norms[-1]))
+    return f"{first} {sparkline(means)} {last}"
+
+
+def _tell(console: Console, number: int, outer: Outer) -> None:
+    what = "kept" if outer.accepted else "not kept"
+    clipped = f"; costates exploded and were clipped to {EXPLODING_CLIP:g}" * outer.clipped
+    console.print(
+        f"pass {number + 1}    J {outer.before:.6g} -> {outer.value:.6g}  {what} after "
+        f"{outer.tried} tries{clipped}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+# The run that it ends with ------------------------------------------------------------------------
+
+
+def _trained(
+    config: HypergradientConfig,
+    recorded: _Recorded,
+    schedule: Schedule,
+    done: list[Outer],
+    spent: float,
+    console: Console,
+) -> int:
+    """Trains by the rewritten schedule, with what everything cost, and returns the status."""
+    old = recorded.config
+    run = plain_run(
+        TrainConfig(
+            run=old.run,
+            steps=len(schedule),
+            optimizer=old.optimizer,
+            lr=old.lr,
+            momentum=old.momentum,
+            weight_decay=old.weight_decay,
+            nesterov=old.nesterov,
+            clip_norm=old.clip_norm,
+            clip_value=old.clip_value,
+            accumulate=old.accumulate,
+            seed=old.seed,
+            data=old.data,
+            device=old.device,
+            threads=old.threads,
+        ),
+        recorded.sizes,
+    )
+    digest = hashlib.sha256(
+        json.dumps([run.config.to_record(), schedule.digest()], sort_keys=True).encode()
+    ).hexdigest()[:8]
+    directory = config.output or RUNS / f"{old.short_name}-horizon-{digest}"
+    record = {
+        "command": "replay",
+        "replay": {"schedule": str(config.directory), "passes": len(done), "spent": spent},
+    }
+    status = follow(run, schedule, directory, record, console, spent=spent)
+    if status == 0:
+        result = read_json(directory / "result.json")
+        total = result["cost"]["plain_run_equivalents"]
+        console.print(f"in all    {total:.2f} plain runs", highlight=False)
+    return status

@@ -1,0 +1,541 @@
+"""`rhc compare`: many runs, in parallel, kept on disk as they end, and the table of what they gave.
+
+A cell is (method, lr, seed). Its row is appended to rows.jsonl of the comparison's directory when
+it is done, and is not computed again while what is trained is the same. A cell that cannot be run
+says why in one sentence, and the others go on. Worker processes are this file's `serve` and speak
+JSON, a line for a cell and a line for its row: nothing is pickled, and one that is killed costs one
+cell.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rhc import __version__
+from rhc.compare.launchers import PROCESSES, launched, parsed_launcher
+from rhc.compare.methods import (
+    ABLATIONS,
+    METHODS,
+    Line,
+    Row,
+    Task,
+    cells,
+    check_files,
+    costs,
+    known,
+    parsed_seeds,
+    run,
+    share_of_gain,
+    summarise,
+    table,
+    tuned,
+)
+from rhc.errors import InputError
+from rhc.schedule import CONTROLS
+from rhc.settings import check_most
+from rhc.storage.files import (
+    NUMBER_OR_NONE,
+    cut,
+    parsed_json,
+    refuse_links,
+    replace_durably,
+    unshare,
+)
+from rhc.storage.jsonl import encode, finite
+
+Cell = tuple[str, float | None, int]
+
+GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+"""What `--tune` chooses from where no lrs are given."""
+
+PATHS = ("data", "schedule", "policy")
+"""Fields of a Task that are paths."""
+
+CONTENTS = ("schedule.json", "policy.json", "weights.safetensors")
+
+ROWS, RESULT = "rows.jsonl", "comparison.json"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell that could not be run, and why, in a sentence."""
+
+    method: str
+    lr: float | None
+    seed: int
+    why: str
+
+
+def print_comparison(
+    console: Console,
+    run: str,
+    *,
+    methods: Sequence[str],
+    lrs: Sequence[float],
+    seeds: str,
+    versus: str | None = None,
+    steps: int | None = None,
+    data: Path | None = None,
+    output: Path | None = None,
+    directory: Path | None = None,
+    jobs: int = 1,
+    launcher: str = PROCESSES,
+    ablations: bool = False,
+    tune: str | None = None,
+    target: float | None = None,
+    schedule: Path | None = None,
+    policy: Path | None = None,
+    oracle: str | None = None,
+    width: int | None = None,
+    batch_size: int | None = None,
+) -> int:
+    """Runs everything, says how it goes, prints the tables, writes the files; the exit status.
+
+    Returns 1 where nothing could be run, else 0. Raises InputError for what cannot be used.
+    """
+    if ablations:
+        methods = ABLATIONS if not methods else [*methods, *ABLATIONS]
+    methods = methods or USUAL_METHODS
+    reference = versus or ("adaptive" if ablations else methods[-1])
+    names = list(dict.fromkeys([*methods, *([oracle] if oracle else []), reference]))
+    chosen = parsed_seeds(seeds)
+    for name in names:
+        known(name)
+    for lr in lrs:
+        CONTROLS["lr"].check(lr)
+    if data is not None and not data.exists():
+        raise InputError(f"data {data} does not exist; give --data an existing folder")
+    if steps is not None and steps < 1:
+        raise InputError(f"steps must be ≥ 1, got {steps}; try --steps 1000")
+    if jobs < 1:
+        raise InputError(f"jobs must be ≥ 1, got {jobs}; try --jobs 2")
+    sizes = {"steps": steps, "jobs": jobs, "width": width, "batch_size": batch_size}
+    for name, value in sizes.items():
+        check_most(name, value)
+    if parsed_launcher(launcher)[0] != PROCESSES and directory is None:
+        raise InputError(f"launcher {launcher} needs a folder for its files; give a directory")
+    if target is not None and not math.isfinite(target):
+        raise InputError(f"target must be a finite number, got {target}")
+    if output is not None and not output.parent.is_dir():
+        raise InputError(f"output {output} is in no folder; make {output.parent} first")
+    tuning = [] if tune is None else parsed_seeds(tune)
+    if tuning and set(tuning) & set(chosen):
+        raise InputError(
+            f"tune {tune} and seeds {seeds} have seeds in common: choose on seeds that are not "
+            "reported, such as --tune 0-2"
+        )
+    task = Task(run, data, steps, schedule, policy, width, batch_size)
+    check_files(task, names)
+    if oracle == reference:
+        raise InputError(
+            f"oracle and versus are both {oracle}, so that there is no gain; give another --versus"
+        )
+    goal = task.workload(chosen[0]).goal  # what is wrong with the run itself is said here, once
+    bench = Bench(console, task, directory, jobs, launcher)
+
+    grid: Sequence[float | None] = list(lrs)
+    if tuning:
+        grid = grid or list(GRID)
+        trial = bench.rows([c for c in cells(names, grid, tuning) if METHODS[c[0]].needs_lr])
+        best, spent = tuned(trial)
+        for name, lr in best.items():
+            console.print(
+                f"{name}: lr {lr:g}, the best of {', '.join(f'{a:g}' for a in grid)} on seeds "
+                f"{tune}, for {spent[name]:.0f} plain runs",
+                highlight=False,
+            )
+        wanted = [c for n in names for c in cells([n], [best.get(n)], chosen)]
+        wanted = [c for c in wanted if not METHODS[c[0]].needs_lr or c[0] in best]
+    else:
+        spent = {}
+        wanted = list(cells(names, grid, chosen))
+    rows = bench.rows(wanted)
+    if not rows:
+        console.print("nothing could be run", style="bold", highlight=False)
+        return 1
+    if target is None and goal is not None:
+        target = goal.target
+    lines = summarise(rows, reference, target=target, tuning=spent)
+    console.print()
+    console.print(table(lines))
+    console.print()
+    console.print(costs(lines))
+    if oracle is not None:
+        console.print()
+        for name in names:
+            if name not in (oracle, reference):
+                console.print(share_of_gain(rows, reference, oracle, name), highlight=False)
+    console.print(f"\n{_explained(rows, reference, len(chosen))}", highlight=False, style="dim")
+    document = {
+        "format": "rhc.comparison",
+        "version": 2,
+        "run": run,
+        "steps": steps,
+        "versus": reference,
+        "target": lines[0].target,
+        "grid": list(grid) if tuning else None,
+        "rows": [asdict(row) for row in rows],
+        "lines": [asdict(line) for line in lines],
+        "failures": [asdict(failure) for failure in bench.failures],
+    }
+    text = json.dumps(finite(document), indent=1) + "\n"
+    if output is not None:
+        output.write_text(text, encoding="utf-8")
+    if bench.folder is not None:
+        replace_durably(bench.folder / RESULT, text.encode())
+        console.print(f"rows and {RESULT} are in {bench.folder}", highlight=False, style="dim")
+    return 0
+
+
+USUAL_METHODS = ("rhc", "zero-probe-cosine", "cosine")
+
+
+def _explained(rows: Sequence[Row], reference: str, seeds: int) -> str:
+    best = "higher is better" if rows[0].higher else "lower is better"
+    return (
+        "score: of the run's goal where it has one, else the test loss of the final weights or the "
+        f"mean of the metric tracking, {best}; 95 %: bootstrap over {seeds} seeds; apart: paired "
+        f"difference to {reference}; steps: mean of the seeds that reach the target, which is that "
+        f"of the run, of --target, or what {reference} ends with give or take 5 %; gradients: "
+        "evaluations a run; cost: in plain runs, tuning: of choosing the lr"
+    )
+
+
+class Bench:
+    """Runs cells, tells each row as it comes, and keeps the rows of earlier times.
+
+    directory: where rows are kept; None keeps them in memory alone.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        task: Task,
+        directory: Path | None,
+        jobs: int,
+        launcher: str = PROCESSES,
+    ) -> None:
+        self.console, self.task, self.jobs = console, task, jobs
+        self.launcher = launcher
+        self.folder = directory
+        self.failures: list[Failure] = []
+        self._kept: dict[Cell, Row] = {}
+        self._file: Path | None = None
+        self._identity = _identity(task)
+        if directory is not None:
+            if directory.exists() and not directory.is_dir():
+                raise InputError(f"directory {directory} is a file; give --directory a folder")
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+                refuse_links(directory)
+            except OSError as error:
+                raise InputError(
+                    f"directory {directory} cannot be written ({error.strerror}); choose another "
+                    "--directory"
+                ) from None
+            self._file = directory / ROWS
+            unshare(self._file)
+            for record in _read(self._file):
+                row = _row(record.get("row")) if record.get("task") == self._identity else None
+                if row is not None:
+                    self._kept[row.method, row.lr, row.seed] = row
+
+    def rows(self, wanted: Sequence[Cell]) -> list[Row]:
+        """The rows of these cells in their order, without those that failed."""
+        missing = [cell for cell in wanted if cell not in self._kept]
+        if self.folder is not None and len(missing) < len(wanted):
+            self.console.print(
+                f"{len(wanted) - len(missing)} of {len(wanted)} rows are already in "
+                f"{self.folder / ROWS}",
+                highlight=False,
+                style="dim",
+            )
+        jobs = min(self.jobs, len(missing))
+        found = _in_processes(self.task, missing, jobs) if jobs > 1 else _here(self.task, missing)
+        if self.launcher != PROCESSES and missing:
+            assert self.folder is not None
+            found = _launched(self.launcher, self.task, missing, jobs, self.folder)
+        for outcome in found:
+            if isinstance(outcome, Failure):
+                self._fail(outcome)
+                continue
+            self._kept[outcome.method, outcome.lr, outcome.seed] = outcome
+            if self._file is not None:
+                with self._file.open("a", encoding="utf-8") as file:
+                    file.write(encode({"task": self._identity, "row": asdict(outcome)}) + "\n")
+            self._tell(outcome)
+        return [self._kept[cell] for cell in wanted if cell in self._kept]
+
+    def _tell(self, row: Row) -> None:
+        ended = f"{row.score:.4g}" if math.isfinite(row.score) else "diverged"
+        self.console.print(
+            f"{_named(row.method, row.lr)} seed {row.seed}: {ended}, cost {row.cost:.2f}",
+            highlight=False,
+        )
+
+    def _fail(self, failure: Failure) -> None:
+        """Says why, once for all seeds that fail alike."""
+        alike = [f for f in self.failures if (f.method, f.why) == (failure.method, failure.why)]
+        if not alike:
+            self.console.print(
+                f"{_named(failure.method, failure.lr)} is left out: {failure.why}", highlight=False
+            )
+        self.failures.append(failure)
+
+
+def _named(method: str, lr: float | None) -> str:
+    return method if lr is None else f"{method} lr {lr:g}"
+
+
+def _identity(task: Task) -> dict[str, Any]:
+    """What rows must have in common to be compared: a file's runner with what the file holds."""
+    path, separator, _ = task.run.rpartition(":")
+    source = None
+    if separator and Path(path).is_file():
+        source = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    data = None if task.data is None else str(task.data.resolve())
+    return {
+        "run": task.run,
+        "data": data,
+        "steps": task.steps,
+        "source": source,
+        "rhc": __version__,
+        **{n: v for n in ("width", "batch_size") if (v := getattr(task, n)) is not None},
+        **{n: v for n in ("schedule", "policy") if (v := _content(getattr(task, n))) is not None},
+    }
+
+
+def _content(path: Path | None) -> str | None:
+    """What tells a schedule or a policy from another one."""
+    if path is None:
+        return None
+    files = sorted(p for p in path.glob("*") if p.name in CONTENTS) if path.is_dir() else [path]
+    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:16]
+
+
+def _read(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file; a line that a kill cut short is cut off, and one that is damaged is not
+    taken: its cell is run again."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        cut(path, whole)
+    for line in data[:whole].splitlines():
+        try:
+            record = parsed_json(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield record
+
+
+_NUMBER = (int, float)
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "method": (str,),
+    "seed": (int,),
+    "cost": _NUMBER,
+    "curve": (list,),
+    "course": (dict,),
+    "higher": (bool,),
+    **dict.fromkeys(("lr", "score", "validation"), (*_NUMBER, type(None))),
+    **dict.fromkeys(("test_loss", "test_accuracy", "average_test_loss"), (*_NUMBER, type(None))),
+}
+
+
+def _row(record: Any) -> Row | None:
+    """A row as it was before JSON, which has no infinities; None for what is no row."""
+    if not isinstance(record, dict) or not all(
+        name in record and isinstance(record[name], kinds) for name, kinds in _FIELDS.items()
+    ):
+        return None
+    row = {f.name: record[f.name] for f in fields(Row) if f.name in record}
+    points = [p for p in row["curve"] if isinstance(p, list) and len(p) == 2]
+    columns = [*points, *row["course"].values()]
+    numbers = all(
+        isinstance(c, list) and all(type(v) in NUMBER_OR_NONE for v in c) for c in columns
+    )
+    if len(points) < len(row["curve"]) or not numbers:
+        return None
+    worst = -math.inf if row.get("higher") else math.inf
+    for name, value in (("score", worst), ("validation", math.inf)):
+        row[name] = value if row[name] is None else row[name]
+    return Row(**row)
+
+
+# Running ------------------------------------------------------------------------------------------
+
+
+def _attempted(task: Task, cell: Cell) -> Row | Failure:
+    try:
+        return run(task, *cell)
+    except InputError as error:
+        return Failure(*cell, str(error))
+    except Exception as error:  # one method of many: the others go on
+        first = (str(error).strip().splitlines() or ["without a message"])[0]
+        return Failure(*cell, f"{type(error).__name__}: {first}")
+
+
+def _here(task: Task, wanted: Sequence[Cell]) -> Iterator[Row | Failure]:
+    for cell in wanted:
+        yield _attempted(task, cell)
+
+
+def _in_processes(task: Task, wanted: Sequence[Cell], jobs: int) -> Iterator[Row | Failure]:
+    """Outcomes in the order in which they come."""
+    waiting: queue.SimpleQueue[Cell] = queue.SimpleQueue()
+    for cell in wanted:
+        waiting.put(cell)
+    outcomes: queue.SimpleQueue[Row | Failure | BaseException] = queue.SimpleQueue()
+    with _workers(jobs) as workers:
+        for worker in workers:
+            threading.Thread(
+                target=_attend, args=(worker, task, waiting, outcomes), daemon=True
+            ).start()
+        for _ in wanted:
+            outcome = outcomes.get()
+            if isinstance(outcome, BaseException):
+                raise outcome
+            yield outcome
+
+
+def _attend(
+    worker: _Worker, task: Task, waiting: queue.SimpleQueue[Cell], outcomes: queue.SimpleQueue[Any]
+) -> None:
+    """Hands a worker one cell after the other, until none is waiting."""
+    try:
+        while True:
+            cell = waiting.get_nowait()
+            outcomes.put(worker.run(task, cell))
+    except queue.Empty:
+        return
+    except BaseException as error:
+        outcomes.put(error)
+
+
+class _Worker:
+    """A process that runs cells, begun anew where it dies."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+        self.closed = False
+
+    def run(self, task: Task, cell: Cell) -> Row | Failure:
+        if self.process is None or self.process.poll() is not None:
+            self.process = _begin()
+        process = self.process
+        assert process.stdin is not None and process.stdout is not None
+        method, lr, seed = cell
+        try:
+            process.stdin.write(_asked(task, cell) + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except OSError:
+            answer = ""
+        if not answer:
+            status = process.wait()
+            return Failure(
+                method, lr, seed, f"its process ended with status {status}; run it with --jobs 1"
+            )
+        return _understood(cell, answer)
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+@contextmanager
+def _workers(count: int) -> Iterator[list[_Worker]]:
+    workers = [_Worker() for _ in range(count)]
+    try:
+        yield workers
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def _begin() -> subprocess.Popen[str]:
+    # A process of its own session is not reached by Ctrl-C, after which the parent kills it; and
+    # torch's threads would fight over the cores that the other workers use.
+    return subprocess.Popen(
+        [sys.executable, "-c", "from rhc.compare.pool import serve; serve()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+    )
+
+
+def serve() -> None:
+    """A worker: reads a cell a line from stdin and writes its row, or why there is none."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what a run prints must not come between the answers
+    asked: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(asked,), daemon=True).start()
+    while True:
+        answers.write(answered(asked.get()) + "\n")
+        answers.flush()
+
+
+def _listen(asked: queue.SimpleQueue[str]) -> None:
+    """Ends this process, whatever it trains, when the one that asks it is gone."""
+    for line in sys.stdin:
+        asked.put(line)
+    os._exit(0)
+
+
+def answered(line: str) -> str:
+    """Runs the cell of a line, and says its row, or why there is none: JSON to JSON."""
+    asked = json.loads(line)
+    task = asked["task"]
+    paths = {n: None if task[n] is None else Path(task[n]) for n in PATHS}
+    method, lr, seed = asked["cell"]
+    outcome = _attempted(Task(**{**task, **paths}), (method, lr, seed))
+    if isinstance(outcome, Failure):
+        return encode({"why": outcome.why})
+    return encode({"row": asdict(outcome)})
+
+
+def _asked(task: Task, cell: Cell) -> str:
+    plain = {n: str(v) if isinstance(v, Path) else v for n, v in asdict(task).items()}
+    return encode({"task": plain, "cell": list(cell)})
+
+
+def _understood(cell: Cell, answer: str) -> Row | Failure:
+    record = json.loads(answer)
+    row = None if "why" in record else _row(record["row"])
+    return Failure(*cell, record.get("why", "it gave no row")) if row is None else row
+
+
+def _launched(
+    launcher: str, task: Task, wanted: Sequence[Cell], jobs: int, folder: Path
+) -> Iterator[Row | Failure]:
+    """Outcomes of an engine's processes, in the order in which they come."""
+    lines = [_asked(task, cell) for cell in wanted]
+    for index, answer in launched(launcher, answered, lines, jobs, folder):
+        if isinstance(answer, Exception):
+            first = (str(answer).strip().splitlines() or ["without a message"])[0]
+            yield Failure(*wanted[index], f"{launcher}: {type(answer).__name__}: {first}")
+        else:
+            yield _understood(wanted[index], answer)
+
+
+__all__ = ["Bench", "Failure", "Line", "answered", "print_comparison", "serve"]

@@ -1,0 +1,307 @@
+"""The whole run as one window: exact dJ/du_t at every step, and schedules that are improved by it.
+
+Thousands of steps need three things that a window does not: batches on disk, since the optimizer's
+states are not all that grows with the run; a plan for memory, which is the engine's; and few
+degrees of freedom, since a schedule with one value per step fits the objective's data and not the
+task. So the outer passes move knots, between which the logarithm (or logit) is linear.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from rhc.containers import copied, kept, to_device
+from rhc.errors import InputError
+from rhc.hypergradient import Hypergradient, Product, hypergradient
+from rhc.hypergradient.evaluation import visible_statistics
+from rhc.loop.update_rule import Rewrite
+from rhc.rng import RandomState
+from rhc.schedule import CONTROLS, Schedule
+from rhc.training.batches import MicroBatches, batch_size
+from rhc.training.evaluate import batch_statistics
+from rhc.training.objective import Average
+from rhc.training.plant import LossFn, Plant
+
+EXPLODING_CLIP = 10.0
+"""Where costates explode, they are taken again clipped to this times their norm at the end."""
+
+
+class Shelf:
+    """Batches in files, one each, so that a run of any length holds one in memory.
+
+    A handle stands for its batch until `loss_fn` is called with it. rng: the random state that a
+    plain loop's step began with, where the model draws (dropout) from what the loader draws from.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="rhc-batches-", dir=folder))
+
+    def put(self, number: int, batch: Any, rng: RandomState | None = None) -> Handle:
+        """A handle on the batch, which need not be kept."""
+        leaves, form = _pytree.tree_flatten(batch)
+        tensors = {
+            str(i): leaf.detach().cpu().contiguous()
+            for i, leaf in enumerate(leaves)
+            if isinstance(leaf, Tensor)
+        }
+        rest = [None if isinstance(leaf, Tensor) else copied(leaf) for leaf in leaves]
+        path = self.folder / f"{number:08d}.safetensors"
+        # Leaves of one tensor's memory would be refused, and they are small beside the run.
+        save_file({name: t.clone() for name, t in tensors.items()}, path)
+        return Handle(path, form, rest, batch_size(batch), rng)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Handle:
+    """A batch on a shelf, of which `batch` gives a new copy each time."""
+
+    path: Path
+    form: Any
+    rest: list[Any]
+    batch_size: int
+    rng: RandomState | None
+
+    def __deepcopy__(self, memo: Any) -> Handle:
+        return self
+
+    def batch(self, device: torch.device) -> Any:
+        """What was put there."""
+        tensors = load_file(self.path)
+        rest = enumerate(self.rest)
+        leaves = [tensors[str(i)] if str(i) in tensors else copied(leaf) for i, leaf in rest]
+        return to_device(_pytree.tree_unflatten(leaves, self.form), device)
+
+
+def shelved(loss_fn: LossFn, device: torch.device) -> LossFn:
+    """`loss_fn`, for handles and for batches."""
+
+    def loss(model: nn.Module, batch: Any) -> Any:
+        if not isinstance(batch, Handle):
+            return loss_fn(model, batch)
+        if batch.rng is not None:
+            batch.rng.restore()
+        return loss_fn(model, batch.batch(device))
+
+    return loss
+
+
+@dataclass
+class Episode:
+    """A run of T steps that can be rolled and looked back at again and again, from its step 0.
+
+    model, optimizer: as they are at step 0, which they are left at. batches: one per step, or
+    `accumulate` of them. J = stage_weight · Σ ℓ_t + the mean loss on `judged`, at the end or at the
+    average of the iterates with decay `average`; without `judged`, the sum alone.
+    spent: gradient evaluations so far.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss_fn: LossFn
+    batches: Sequence[Any]
+    judged: Sequence[Any] = ()
+    stage_weight: float = 0.0
+    average: float | None = None
+    accumulate: int = 1
+    clip_norm: float | None = None
+    clip_value: float | None = None
+    seed: int = 0
+    product: Product | str = "exact"
+    memory_budget: int | None = None
+    discount: float = 1.0
+    spent: float = field(default=0.0, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.judged and not self.stage_weight:
+            raise InputError(
+                "the objective is empty: give batches to judge by, or a weight to the stage losses"
+            )
+        self.plant = Plant(
+            self.model,
+            self.optimizer,
+            self.loss_fn,
+            seed=self.seed,
+            clip_norm=self.clip_norm,
+            clip_value=self.clip_value,
+        )
+        self.beginning = self.plant.snapshot()
+
+    @property
+    def steps(self) -> int:
+        return len(self.batches) // self.accumulate
+
+    def steerable(self, schedule: Schedule) -> list[str]:
+        """The controls of a schedule that dJ/du can be taken by: those that are not 0 throughout,
+        and momentum where it is 0 at no step."""
+        found = []
+        for name, values in schedule.values.items():
+            positive = values > 0
+            if bool(positive.all() if name == "momentum" else positive.any()):
+                found.append(name)
+        return found
+
+    def look_back(self, schedule: Schedule, costate_clip: float | None = None) -> Hypergradient:
+        """J of the schedule and its derivative by every control of every step."""
+        values = {n: schedule[n][: self.steps] for n in self.steerable(schedule)}
+        self.plant.restore(self.beginning)
+        h = hypergradient(
+            self.model,
+            self.optimizer,
+            self.loss_fn,
+            self.batches,
+            controls=values,
+            terminal=self.terminal if self.judged else None,
+            stage_weight=self.stage_weight,
+            average=self.average,
+            product=self.product,  # type: ignore[arg-type]
+            seed=self.seed,
+            clip_norm=self.clip_norm,
+            clip_value=self.clip_value,
+            accumulate=self.accumulate,
+            memory_budget=self.memory_budget,
+            discount=self.discount,
+            costate_clip=costate_clip,
+        )
+        self.plant.restore(self.beginning)
+        self.spent += self.steps + h.gradient_equivalents - bool(self.judged) + self._share
+        return h
+
+    def value(self, schedule: Schedule) -> float:
+        """J of the schedule by a plain roll on the same data; infinite where it is not finite."""
+        batches: Iterable[Any] = [kept(batch) for batch in self.batches]
+        if self.accumulate > 1:
+            batches = map(MicroBatches, zip(*[iter(batches)] * self.accumulate, strict=True))
+        self.plant.restore(self.beginning)
+        mean = Average(self.average)
+        part = schedule.window(0, self.steps)
+        trajectory = self.plant.roll(batches, part, average=mean)
+        self.spent += len(trajectory)
+        if trajectory.diverged is not None:
+            self.plant.restore(self.beginning)
+            return math.inf
+        total = self.stage_weight * sum(float(x.double()) for x in trajectory.losses)
+        if self.judged and mean.values is not None:
+            with torch.no_grad():
+                parameters = [p.detach() for p in self.plant.parameters]
+                torch._foreach_copy_(parameters, [v.clone() for v in mean.values])
+                with visible_statistics(self.model, update=False):
+                    total += float(self.terminal(self.model))
+            self.spent += self._share / 3
+        self.plant.restore(self.beginning)
+        return total if math.isfinite(total) else math.inf
+
+    def terminal(self, model: nn.Module) -> Tensor:
+        """The mean loss on the data that the run is judged by, in eval mode."""
+        device = self.plant.parameters[0].device
+        with self.plant.evaluating():
+            if self.average is not None:  # running statistics are the last iterate's
+                batch_statistics(model)
+            batches = [kept(to_device(b, device)) for b in self.judged]
+            sizes = [batch_size(b) for b in batches]
+            losses = [self.plant.loss(b)[0] * n for b, n in zip(batches, sizes, strict=True)]
+            return torch.stack(losses).sum() / sum(sizes)
+
+    @property
+    def _share(self) -> float:
+        """The size of the judging data beside a training batch."""
+        if not self.judged:
+            return 0.0
+        size = batch_size(self.batches[0])
+        return sum(batch_size(b) for b in self.judged) / max(1, size * self.accumulate)
+
+
+# Outer passes -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outer:
+    """One outer pass. value: J after it; before: J before it. accepted: whether the schedule moved.
+
+    clipped: whether costates exploded, and were taken again with a clip. tried: replays.
+    """
+
+    before: float
+    value: float
+    accepted: bool
+    tried: int
+    outcome: str
+    clipped: bool
+
+
+def improved(
+    episode: Episode,
+    schedule: Schedule,
+    *,
+    passes: int,
+    knots: int,
+    controls: Sequence[str] = ("lr",),
+    step: float = 0.3,
+    tell: Callable[[int, Outer], None] = lambda number, outer: None,
+    first: Hypergradient | None = None,
+) -> tuple[Schedule, list[Outer]]:
+    """(the schedule after up to `passes` rewrites along whole-run hypergradients, what they did).
+
+    knots: degrees of freedom per control, shared by the steps between them (piecewise log-linear);
+    as many as there are steps for one per step. step: largest move of a knot, in nats or logits.
+    A rewrite is kept where J falls on the same data; else it is tried again at 0.3 of the step,
+    twice. The passes end where none is kept, or where the hypergradient is of no use; costates that
+    explode are taken again with a clip. first: the hypergradient of `schedule`, where it is known.
+    """
+    if passes < 1:
+        raise InputError(f"passes must be ≥ 1, got {passes}")
+    if not 1 <= knots <= episode.steps:
+        raise InputError(
+            f"knots must be in [1, {episode.steps}] for {episode.steps} steps, got {knots}"
+        )
+    law = Rewrite(step={name: step for name in CONTROLS}, knots=knots, cooldown=0.0)
+    schedule = schedule.window(0, episode.steps)
+    done: list[Outer] = []
+    scale = 1.0
+    for number in range(passes):
+        h = first if first is not None and number == 0 else episode.look_back(schedule)
+        clipped = h.result.name == "exploding"
+        if clipped:
+            h = episode.look_back(schedule, EXPLODING_CLIP)
+        if not h.result.usable:
+            done.append(Outer(h.value, h.value, False, 0, h.result.name, clipped))
+            tell(number, done[-1])
+            break
+        gradient = {name: h.grad[name] for name in controls if name in h.grad}
+        outer = Outer(h.value, h.value, False, 0, h.result.name, clipped)
+        for retry in range(3):
+            proposed = law.propose(schedule, gradient, h.value, scale * 0.3**retry).schedule
+            value = episode.value(proposed)
+            outer = replace(outer, tried=retry + 1)
+            if value < h.value:
+                schedule = proposed
+                outer = replace(outer, value=value, accepted=True)
+                scale = min(scale * 0.3**retry * 1.5, 4.0)
+                break
+        done.append(outer)
+        tell(number, outer)
+        if not outer.accepted:
+            break
+    return schedule, done

@@ -1,0 +1,230 @@
+"""What a Runner does beside its loop where ranks train together: begin alike, and stay alike.
+
+The loop itself is the same on all ranks, because everything that it decides from is a mean over
+them. Here is what makes that so at the beginning, and what looks after every window whether it
+still is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
+from typing import Any, TextIO
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rhc.distributed import (
+    RankLoader,
+    Ranks,
+    RanksDiffer,
+    SyncBatchNorm,
+    Unshared,
+    is_shared_out,
+    joined,
+)
+from rhc.errors import InputError, plain
+from rhc.loop import Loop
+from rhc.rng import mixed_seed, seed_everything
+from rhc.schedulers import EpochPlanner
+from rhc.training import interrupts as stopping
+from rhc.training.batches import batch_size
+from rhc.training.objective import Objective
+from rhc.training.plant import Plant
+
+_OF_ONE_RANK = ("hardware", "device", "data", "code")
+"""Entries of config.json in which ranks may differ."""
+
+_OF_ONE_LEDGER = ("peak_memory_bytes",)
+
+
+def as_rank(command: Callable[[], int]) -> int:
+    """The exit status of a command that torchrun runs on every rank; the first one shows it.
+
+    1 where the others are gone or differ: torchrun starts all again if it may, and the run goes on
+    from its last checkpoint.
+    """
+    with joined() as ranks:
+        assert ranks is not None
+        try:
+            with open(os.devnull, "w") as nowhere, _silent(None if ranks.first else nowhere):
+                return command()
+        except Unshared:
+            if ranks.first:
+                raise
+            return 2
+        except InputError as error:
+            if ranks.first:
+                raise
+            print(plain(f"rhc: error: rank {ranks.rank}: {error}"), file=sys.stderr)
+            return 2
+        except RanksDiffer as error:
+            if ranks.first:
+                print(plain(f"rhc: error: {error}"), file=sys.stderr)
+            return 1
+        except RuntimeError as error:
+            if not _disconnected(error):
+                raise
+            print(
+                f"rhc: error: rank {ranks.rank} has lost another rank; look at what that one said "
+                "last, and start again to go on from the last checkpoint",
+                file=sys.stderr,
+            )
+            return 1
+
+
+@contextmanager
+def _silent(nowhere: TextIO | None) -> Iterator[None]:
+    if nowhere is None:
+        yield
+        return
+    with redirect_stdout(nowhere):
+        yield
+
+
+def _disconnected(error: RuntimeError) -> bool:
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(
+        sign in text for sign in ("Connection closed by peer", "Connection reset", "gloo/transport")
+    )
+
+
+def check_ranks(planner: EpochPlanner | None, objective: Objective | None) -> None:
+    """An InputError for settings that ranks together cannot do."""
+    if planner is not None and planner.samples:
+        raise InputError(
+            "a LossSampler sees the examples of one process only; leave it out of the planner, or "
+            "train with one process"
+        )
+    if objective is not None and objective.reward_weight and objective.reward is not None:
+        raise InputError(
+            "objective.reward is a function of one process's loss and metrics, which is not the "
+            "mean over ranks; return metrics['reward'] from loss_fn instead"
+        )
+
+
+def loaders_of(ranks: Ranks, *loaders: Iterable[Any] | None) -> list[Any]:
+    """The train, validation and test loaders as this rank sees them."""
+    names = ("train_loader", "val_loader", "test_loader")
+    return [
+        None if loader is None else RankLoader(loader, ranks, batch_size, name)
+        for loader, name in zip(loaders, names, strict=True)
+    ]
+
+
+def begin(
+    ranks: Ranks,
+    plant: Plant,
+    description: Mapping[str, Any],
+    notice: Callable[[str], None],
+    *,
+    wrapped: bool,
+) -> None:
+    """Makes sure that all ranks begin alike: settings, versions, parameters, random state.
+
+    description: what the run's numbers depend on. wrapped: whether the model came in a
+    DistributedDataParallel.
+    """
+    described = {k: v for k, v in description.items() if k not in _OF_ONE_RANK}
+    shapes = {n: [list(p.shape), str(p.dtype)] for n, p in plant.model.named_parameters()}
+    ranks.check_same(
+        {
+            **described,
+            "model": shapes,
+            "slots": [sorted(plant.optimizer.state.get(p, {})) for p in plant.parameters],
+        }
+    )
+    ranks.broadcast_(
+        [t for t in (*plant.model.parameters(), *plant.model.buffers()) if not is_shared_out([t])]
+    )
+    ranks.share_random_state()
+    if wrapped:
+        notice(
+            "the module inside DistributedDataParallel is trained, and its gradients are averaged "
+            "here: so products with the Hessian can be averaged too"
+        )
+    plant.find_statistics()
+    own = _own_statistics(plant.model)
+    if own:
+        notice(
+            f"{own} normalises by the rows of each rank alone: N ranks are not one process with "
+            "all rows; torch.nn.SyncBatchNorm.convert_sync_batchnorm makes them one"
+        )
+
+
+def draw_apart(ranks: Ranks) -> None:
+    """From here on every rank draws what is random inside the model by itself (dropout)."""
+    seed = int(torch.initial_seed() % 2**31)
+    if not ranks.first:
+        seed_everything(mixed_seed(seed, ranks.rank) % 2**31)
+
+
+def agreed(
+    ranks: Ranks, plant: Plant, loop: Loop, length: int, notice: Callable[[str], None]
+) -> bool:
+    """Whether some rank is being stopped; RanksDiffer where the window ended differently.
+
+    length: of a window at most.
+    """
+    cost = {k: v for k, v in asdict(loop.cost).items() if k not in _OF_ONE_LEDGER}
+    decided = [loop.step, loop.correction, loop.history, loop.in_vain, loop.passed_over]
+    decided += [loop.alert, loop.regime, loop.delta, loop.upwards, cost, asdict(loop.relief)]
+    committed = [row for row in loop.tape[-length:] if row["step"] >= 0]
+    names, ahead = loop.schedule.names, min(loop.step + length, loop.steps)
+    planned = loop.schedule.window(loop.step, ahead).values if loop.step < ahead else {}
+    parts = {
+        "schedule": [
+            [[row[name] for name in names] for row in committed],
+            {name: values.tolist() for name, values in planned.items()},
+        ],
+        "decisions": decided,
+        "losses": [[row["step"], row["loss"], row["gradient_norm"]] for row in committed],
+        "parameters": plant.norms(),
+    }
+    window = loop.cost.windows - 1
+    now = time.monotonic()
+    since, waited_before, known = _CLOCK.get(ranks, (loop.began, 0.0, frozenset[int]()))
+    stop, waited = ranks.agree(
+        {name: json.dumps(part, default=str).encode() for name, part in parts.items()},
+        f"window {window} (up to step {loop.step})",
+        stopping.asked(),
+        ranks.traffic.seconds - waited_before,
+    )
+    slow = straggler(waited, now - since)
+    if slow is not None and slow not in known:
+        notice(
+            f"rank {slow} keeps the others waiting, {max(waited):.2g} of {now - since:.2g} s in "
+            f"window {window}: look at its machine, its data and who else computes there"
+        )
+        known |= {slow}
+    _CLOCK[ranks] = time.monotonic(), ranks.traffic.seconds, known
+    return stop
+
+
+_CLOCK: WeakKeyDictionary[Ranks, tuple[float, float, frozenset[int]]] = WeakKeyDictionary()
+"""When the last window ended, what had been waited until then, and whom a notice has named."""
+
+
+def straggler(waited: Sequence[float], seconds: float) -> int | None:
+    """The rank that hardly waits while each of the others waits half of the time."""
+    least, *others = sorted(waited)
+    if least < 0.1 * seconds and others[0] > 0.5 * seconds:
+        return list(waited).index(least)
+    return None
+
+
+def _own_statistics(model: nn.Module) -> str | None:
+    """The first layer with statistics of one rank's rows."""
+    for name, module in model.named_modules():
+        together = isinstance(module, (SyncBatchNorm, nn.SyncBatchNorm))
+        if isinstance(module, _BatchNorm) and not together:
+            return f"{name or 'the model'} ({type(module).__name__})"
+    return None

@@ -1,0 +1,183 @@
+"""A stock transformation of torchopt as the dynamics of an optimizer, steered by its lr alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchopt.base import GradientTransformation
+
+from rhc.errors import InputError
+from rhc.optimizers.base import Dynamics, Group, control_value
+from rhc.optimizers.transformations import Scalar
+
+
+class StockState(NamedTuple):
+    """fresh: whether no step has been taken. The rest: up to eight leaves of torchopt's state.
+
+    A fixed number, because the engine rebuilds a state from its slots by position.
+    """
+
+    fresh: bool
+    slot0: Any = None
+    slot1: Any = None
+    slot2: Any = None
+    slot3: Any = None
+    slot4: Any = None
+    slot5: Any = None
+    slot6: Any = None
+    slot7: Any = None
+
+
+def from_torchopt(
+    transformation: Callable[[dict[str, Any]], GradientTransformation],
+    slots: Mapping[str, str],
+    *,
+    elementwise: bool = True,
+) -> Dynamics:
+    """The dynamics θ ← θ − α T(g) of an optimizer whose direction T is a stock torchopt one.
+
+    transformation: param group -> T, without the lr and with descent's sign left to the lr: what
+    torchopt.transform offers (`trace`, `scale_by_adam`, `scale_by_rms`, …), or a torchopt.chain of
+    such. It is called with a copy of the group in which the values of the step stand. slots: field
+    of T's state -> the name of the slot in optimizer.state[p] that holds the same, for every field
+    that there is; a step count may be a tensor or a number.
+
+        class SmoothedRMSprop(torch.optim.Optimizer): ...   # its step: scale_by_rms, then trace
+
+        rhc.register_dynamics(
+            SmoothedRMSprop,
+            rhc.optimizers.from_torchopt(
+                lambda group: torchopt.chain(
+                    torchopt.transform.scale_by_rms(group["alpha"], group["eps"]),
+                    torchopt.transform.trace(group["momentum"]),
+                ),
+                slots={"nu": "square_avg", "trace": "momentum_buffer"},
+            ),
+        )
+
+    lr and noise can be steered; the others are numbers to torchopt. Not covered: roots of a zero
+    second moment without `eps_root`, where torchopt's slope is infinite. Raises InputError, at the
+    first use, where slots and T's state do not match.
+    """
+    if not callable(transformation):
+        raise InputError(
+            f"transformation must be a function of the param group, got "
+            f"{type(transformation).__name__}; write lambda group: torchopt.transform.…"
+        )
+
+    def stock_of(group: Group, controls: Mapping[str, Scalar]) -> GradientTransformation:
+        own = dict(group)
+        for name, value in controls.items():
+            if name == "momentum" and "betas" in own:
+                own["betas"] = (value, *own["betas"][1:])
+            elif name != "lr":
+                own[name] = value
+        made = transformation(own)
+        if not isinstance(made, GradientTransformation):
+            raise InputError(
+                f"transformation must return a torchopt GradientTransformation, got "
+                f"{type(made).__name__}"
+            )
+        return made
+
+    def step(
+        group: Group, controls: Mapping[str, Scalar], shapes: Sequence[torch.Size]
+    ) -> GradientTransformation:
+        stock = stock_of(group, controls)
+        lr = control_value(group, controls, "lr")
+
+        def update(
+            updates: Tensor, state: StockState, *, params: Any = None, inplace: bool = False
+        ) -> tuple[Tensor, StockState]:
+            with torch.no_grad():
+                one = torch.zeros(1, dtype=params.dtype, device=params.device)
+                skeleton = stock.init(one)
+                if not state.fresh:
+                    # torchopt's `trace` keeps its first call in a closure: let that pass.
+                    stock.update(one, skeleton, params=one, inplace=False)
+            before = _filled(skeleton, iter(state[1:]))
+            # inplace is torchopt's default, and would write into the graph.
+            direction, after = stock.update(updates, before, params=params, inplace=False)
+            return -lr * direction, StockState(False, *(leaf for _, leaf in _leaves(after)))
+
+        return GradientTransformation(lambda params: _fresh(stock, params), update)
+
+    def state(
+        states: Sequence[Mapping[str, Any]], params: Sequence[Tensor], group: Group
+    ) -> StockState:
+        flat = torch.cat([p.detach().reshape(-1) for p in params])
+        begin = stock_of(group, {}).init(flat)
+        named = _leaves(begin)
+        _check_slots(slots, [name for name, _ in named])
+        if any(s.get(slot) is None for s in states for slot in slots.values()):
+            return StockState(True, *(leaf for _, leaf in named))
+        return StockState(
+            False, *(_live(leaf, [s[slots[name]] for s in states]) for name, leaf in named)
+        )
+
+    return Dynamics("a torchopt transformation", step, state, elementwise, controls=("lr",))
+
+
+def _fresh(stock: GradientTransformation, params: Tensor) -> StockState:
+    return StockState(True, *(leaf for _, leaf in _leaves(stock.init(params))))
+
+
+def _leaves(node: Any, name: str = "") -> list[tuple[str, Any]]:
+    """(field, value) of everything in nested tuples and NamedTuples that is neither."""
+    if not isinstance(node, tuple):
+        return [(name, node)]
+    names = getattr(node, "_fields", [name] * len(node))
+    return [leaf for n, child in zip(names, node, strict=True) for leaf in _leaves(child, n)]
+
+
+def _filled(node: Any, leaves: Iterator[Any]) -> Any:
+    """`node` with its leaves replaced, in order."""
+    if not isinstance(node, tuple):
+        return next(leaves)
+    children = [_filled(child, leaves) for child in node]
+    return type(node)(*children) if hasattr(node, "_fields") else tuple(children)
+
+
+def _live(leaf: Any, values: Sequence[Any]) -> Any:
+    """The live optimizer's values in the form of `leaf`: a vector, or one number for all."""
+    if isinstance(leaf, Tensor) and leaf.dim() == 1:
+        return torch.cat([v.detach().reshape(-1) for v in values])
+    if any(float(v) != float(values[0]) for v in values):
+        raise InputError(
+            f"parameters that step together have different counts, {sorted(map(float, values))}; "
+            "keep the count in optimizer.state[p]['step'], by which they are told apart"
+        )
+    if isinstance(leaf, Tensor):
+        return torch.as_tensor(values[0]).detach().to(leaf.device, leaf.dtype, copy=True)
+    return type(leaf)(values[0])
+
+
+def _check_slots(slots: Mapping[str, str], fields: Sequence[str]) -> None:
+    there = ", ".join(dict.fromkeys(fields)) or "none"
+    if len(fields) > len(StockState._fields) - 1:
+        raise InputError(
+            f"the transformation's state has {len(fields)} fields, more than the "
+            f"{len(StockState._fields) - 1} that from_torchopt takes; write the transformation and "
+            "its state as functions for register_dynamics"
+        )
+    for name in slots:
+        if name not in fields:
+            raise InputError(
+                f"slots names {name!r}, which the transformation's state does not have; its fields "
+                f"are: {there}"
+            )
+    for name, count in Counter(fields).items():
+        if name not in slots:
+            raise InputError(
+                f"slots does not say where the optimizer keeps {name!r} of the transformation's "
+                f"state; name the slot of optimizer.state[p] for each of: {there}"
+            )
+        if count > 1:
+            raise InputError(
+                f"{name!r} occurs {count} times in the transformation's state; write the "
+                "transformation and its state as functions for register_dynamics"
+            )

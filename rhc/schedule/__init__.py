@@ -1,0 +1,40 @@
+"""Schedules: the controls, their values at every step, and the shapes that lr begins with."""
+
+from rhc.schedule.controls import (
+    CONTROLS,
+    Control,
+    Scalar,
+    control,
+)
+from rhc.schedule.of_optimizer import OptimizerControls, parameters_of
+from rhc.schedule.schedule import SCHEDULE_VERSION, Schedule, total_variation
+from rhc.schedule.templates import (
+    ONE_CYCLE_FIRST,
+    ONE_CYCLE_UP,
+    TEMPLATES,
+    Template,
+    cooldown,
+    shaped,
+    template_factors,
+    warming,
+)
+
+__all__ = [
+    "CONTROLS",
+    "ONE_CYCLE_FIRST",
+    "ONE_CYCLE_UP",
+    "SCHEDULE_VERSION",
+    "TEMPLATES",
+    "Control",
+    "OptimizerControls",
+    "Scalar",
+    "Schedule",
+    "Template",
+    "control",
+    "cooldown",
+    "parameters_of",
+    "shaped",
+    "template_factors",
+    "total_variation",
+    "warming",
+]

@@ -1,0 +1,106 @@
+"""What is steered, within which bounds, and where an optimizer has it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from rhc.errors import InputError
+
+if TYPE_CHECKING:
+    pass
+
+Scalar = float | Tensor
+
+
+@dataclass(frozen=True)
+class Control:
+    """One steered quantity: its unconstrained coordinate and its bounds in natural units.
+
+    `zero` says whether exactly 0 is allowed beside [lower, upper]. 0 has no finite coordinate, so
+    `to_raw(0)` is the coordinate of `lower`, and `from_raw` returns 0 at or below it: a law can
+    leave 0 and can come back to it.
+    """
+
+    name: str
+    coordinate: Literal["log", "logit"]
+    lower: float
+    upper: float
+    zero: bool = False
+
+    def to_raw(self, natural: Tensor) -> Tensor:
+        """Unconstrained coordinate of `natural` (any shape), clipped to the bounds; float64."""
+        clipped = natural.to(torch.float64).clamp(self.lower, self.upper)
+        return clipped.log() if self.coordinate == "log" else clipped.logit()
+
+    def from_raw(self, raw: Tensor) -> Tensor:
+        """Natural value of `raw` (any shape), within the bounds (or exactly 0 if allowed)."""
+        raw = raw.to(torch.float64)
+        natural = raw.exp() if self.coordinate == "log" else raw.sigmoid()
+        natural = natural.clamp(self.lower, self.upper)
+        if self.zero:
+            lowest = self.to_raw(torch.tensor(self.lower, dtype=torch.float64))
+            natural = torch.where(raw <= lowest, torch.zeros_like(natural), natural)
+        return natural
+
+    def slope(self, natural: Tensor) -> Tensor:
+        """d natural / d raw: the factor that turns dJ/d natural into dJ/d raw.
+
+        α for a log coordinate, μ(1 − μ) for a logit; at 0 the slope of `lower`, see the class.
+        """
+        clipped = natural.to(torch.float64).clamp(self.lower, self.upper)
+        return clipped if self.coordinate == "log" else clipped * (1 - clipped)
+
+    def rescale(self, value: Scalar, ratio: float) -> Scalar:
+        """`value` moved by log(ratio) in its unconstrained coordinate; ratio 1 returns it as it is.
+
+        A factor for lr, noise and weight decay; a factor of the odds μ/(1 − μ) for momentum.
+        """
+        if ratio == 1.0:
+            return value
+        if self.coordinate == "log":
+            return value * ratio
+        return value * ratio / (1 - value + value * ratio)
+
+    def ratio(self, value: float, reference: float) -> float:
+        """The ratio for which `rescale(reference, ratio) == value`; 1 where both are equal."""
+        if value == reference:
+            return 1.0
+        if self.coordinate == "log":
+            return value / reference
+        return value * (1 - reference) / (reference * (1 - value))
+
+    def check(self, value: float, argument: str | None = None) -> None:
+        """Raises InputError unless `value` is within the bounds (or 0 where that is allowed)."""
+        if (self.zero and value == 0) or self.lower <= value <= self.upper:
+            return
+        zero = "0 or " if self.zero else ""
+        raise InputError(
+            f"{argument or self.name} must be {zero}in [{self.lower:g}, {self.upper:g}], "
+            f"got {value:g}; choose a value within these bounds"
+        )
+
+
+CONTROLS: Mapping[str, Control] = {
+    control.name: control
+    for control in (
+        Control("lr", "log", 1e-8, 10.0),
+        Control("momentum", "logit", 0.01, 0.995, zero=True),
+        Control("noise", "log", 1e-4, 1.0, zero=True),
+        Control("weight_decay", "log", 1e-7, 1.0, zero=True),
+    )
+}
+
+
+def control(name: str) -> Control:
+    """The control called `name`; an unknown name is an InputError that says which exist."""
+    if name in CONTROLS:
+        return CONTROLS[name]
+    near = difflib.get_close_matches(name, CONTROLS, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise InputError(f"unknown control {name!r}: {hint}there are: {', '.join(CONTROLS)}")

@@ -1,0 +1,152 @@
+"""Where a torch.optim optimizer has its controls, and how they are set in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rhc.errors import InputError
+
+if TYPE_CHECKING:
+    pass
+
+from rhc.schedule.controls import CONTROLS, Scalar
+from rhc.schedule.schedule import Schedule
+
+
+class OptimizerControls:
+    """The controls of a torch.optim.Optimizer: reads them, writes them, keeps groups' ratios.
+
+    Where a schedule has one value for a control, it is that of the *reference* group, the first
+    whose value is not 0, and every other group follows at the ratio it had when this object was
+    made (in the unconstrained coordinate: a factor for lr and weight decay, of the odds for
+    momentum). A group at 0 stays at 0: biases without weight decay keep being without. Where it
+    has one per group, each group takes its own. Groups that are added later follow at the ratio
+    that they have when they are taken up.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self._parted: set[str] = set()
+        groups = optimizer.param_groups
+        self.available = tuple(
+            name for name in CONTROLS if name == "noise" or _read(groups[0], name) is not None
+        )
+        self.adopt({n: [float(_read(g, n) or 0.0) for g in groups] for n in self.available})
+
+    def adopt(self, own: Mapping[str, list[float]]) -> None:
+        """Takes `own`, control -> the value of every group, as where the ratios come from."""
+        self.own = {name: list(values) for name, values in own.items()}
+        self.initial: dict[str, float] = {}
+        self.ratios: dict[str, list[float]] = {}
+        for name, values in own.items():
+            reference = next((v for v in values if v != 0), 0.0)
+            self.initial[name] = reference
+            self.ratios[name] = [
+                1.0 if reference == 0 else CONTROLS[name].ratio(v, reference) for v in values
+            ]
+
+    def take_up(self) -> None:
+        """Takes up groups that were added since."""
+        groups = self.optimizer.param_groups
+        for name, own in self.own.items():
+            if len(own) >= len(groups):
+                return
+            lead = next((i for i, value in enumerate(own) if value != 0), None)
+            now = 0.0 if lead is None else float(_read(groups[lead], name) or 0.0)
+            initial, known = self.initial[name], CONTROLS[name]
+            for group in groups[len(own) :]:
+                value = float(_read(group, name) or 0.0)
+                reference = now or initial
+                ratio = known.ratio(value, reference) if reference else 1.0
+                own.append(float(known.rescale(initial, ratio)) if now else value)
+                self.ratios[name].append(ratio)
+
+    def part(self, names: Iterable[str]) -> None:
+        """Gives every group a tensor of its own for these controls.
+
+        `torch.optim.Adam(groups, lr=torch.tensor(0.1))` is one tensor for all groups, which could
+        only have the last one's value.
+        """
+        for name in names:
+            seen: set[int] = set()
+            for group in self.optimizer.param_groups:
+                value = group.get(name)
+                if isinstance(value, Tensor):
+                    if value.data_ptr() in seen:
+                        group[name] = value.clone()
+                    seen.add(value.data_ptr())
+            self._parted.add(name)
+
+    def check_groups(self, schedule: Schedule) -> None:
+        """An InputError where `schedule` has values for another number of parameter groups."""
+        if schedule.groups is not None:
+            self._check_number(schedule.groups)
+
+    def _check_number(self, groups: int) -> None:
+        have = len(self.optimizer.param_groups)
+        if groups != have:
+            raise InputError(
+                f"the schedule has values for {groups} parameter groups, the optimizer "
+                f"has {have}; use it with the groups that it was made for"
+            )
+
+    def group_value(self, name: str, group: int, value: Scalar | tuple[float, ...]) -> Scalar:
+        """What parameter group number `group` gets when the schedule says `value`.
+
+        value: a number, or one per group: a tuple, or a tensor (G,). Of a tensor, a group at 0
+        gets the number 0: it is not steered, and without momentum there is no buffer.
+        """
+        if isinstance(value, (tuple, list)):
+            if group >= len(value):  # it was added later
+                self._check_number(len(value))
+            return value[group]
+        if isinstance(value, Tensor) and value.dim() == 1:
+            return value[group] if float(value[group].detach()) else 0.0
+        if not isinstance(value, Tensor) and value == self.initial[name]:
+            return self.own[name][group]  # to the bit, which a ratio does not give back
+        return CONTROLS[name].rescale(value, self.ratios[name][group])
+
+    def group_slope(self, name: str, group: int, value: float | Sequence[float]) -> float:
+        """d(the group's value) / d(the schedule's value): 1 where every group has its own."""
+        if isinstance(value, Sequence):
+            return 1.0
+        ratio = self.ratios[name][group]
+        if CONTROLS[name].coordinate == "log":
+            return ratio
+        return ratio / (1 - value + value * ratio) ** 2
+
+    def write(self, values: Mapping[str, float | tuple[float, ...]]) -> None:
+        """Sets every control but noise in every parameter group.
+
+        values: as `Schedule.at` gives them, a number or one per group.
+        """
+        self.take_up()
+        self.part(n for n, v in values.items() if type(v) is tuple and n not in self._parted)
+        for index, group in enumerate(self.optimizer.param_groups):
+            for name, value in values.items():
+                if name != "noise":
+                    _write(group, name, self.group_value(name, index, value))
+
+
+def _read(group: Mapping[str, Any], name: str) -> float | None:
+    if name == "momentum" and "betas" in group:
+        return float(group["betas"][0])
+    return None if name not in group else float(group[name])
+
+
+def _write(group: dict[str, Any], name: str, value: Scalar) -> None:
+    if name == "momentum" and "betas" in group:
+        group["betas"] = (value, *group["betas"][1:])
+    elif isinstance(group[name], Tensor):
+        group[name].fill_(value)
+    else:
+        group[name] = value
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All parameters of the optimizer in the order of its groups: the order of the noise."""
+    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,0 +1,195 @@
+"""Knobs: small objects with a value, which a planner drives and a user can drive alone.
+
+    knob = Entropy(0.01)
+    loss = policy_loss - knob.value * entropy
+    ...
+    knob.update(stats)          # alone; or EpochPlanner(…, knobs=[knob])
+
+A knob has the `name` of its value in a `Plan`, a `value` that can be set, and a state.
+`rhc.schedulers.LossSampler` is one too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rhc.errors import InputError
+from rhc.schedulers.plan import PlanBounds, PlanGains, next_value
+from rhc.schedulers.statistics import EpochStats
+
+
+@runtime_checkable
+class Knob(Protocol):
+    """What a planner can drive: `name` is one of `rhc.schedulers.VALUES`."""
+
+    name: str
+
+    @property
+    def value(self) -> float: ...
+
+    @value.setter
+    def value(self, value: float) -> None: ...
+
+
+class Value:
+    """A number within bounds, moved by the law of its name."""
+
+    name: ClassVar[str]
+
+    def __init__(
+        self,
+        value: float,
+        *,
+        bounds: tuple[float, float] | None = None,
+        gains: PlanGains | None = None,
+    ) -> None:
+        usual = getattr(PlanBounds(), self.name)
+        self.bounds = PlanBounds(**{self.name: usual if bounds is None else bounds})
+        self.gains = gains or PlanGains()
+        low, high = getattr(self.bounds, self.name)
+        if not low <= value <= high:
+            raise InputError(
+                f"{self.name} must be in [{low:g}, {high:g}], got {value:g}; give other bounds for "
+                "more room"
+            )
+        self._value = float(value)
+
+    @property
+    def value(self) -> float:
+        return self._value
+
+    @value.setter
+    def value(self, value: float) -> None:
+        low, high = getattr(self.bounds, self.name)
+        self._value = min(max(float(value), low), high)
+
+    def update(self, stats: EpochStats) -> float:
+        """The value of the next epoch; without a planner."""
+        self.value = next_value(self.name, self.value, stats, self.gains, self.bounds)
+        return self.value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.value = float(state["value"])
+
+
+class Entropy(Value):
+    """The coefficient of the entropy bonus: up on a plateau, down while returns improve."""
+
+    name = "entropy"
+
+    def __init__(self, value: float = 0.01, **settings: Any) -> None:
+        super().__init__(value, **settings)
+
+
+class ClipRange(Value):
+    """PPO's ε: up on a plateau, down while returns fall."""
+
+    name = "clip_range"
+
+    def __init__(self, value: float = 0.2, **settings: Any) -> None:
+        super().__init__(value, **settings)
+
+
+class GaeLambda(Value):
+    """λ of the generalised advantage: up on a plateau (less bias), down where the loss swings more
+    than usual (less variance)."""
+
+    name = "gae_lambda"
+
+    def __init__(self, value: float = 0.95, **settings: Any) -> None:
+        super().__init__(value, **settings)
+
+
+class Augmentation(Value):
+    """The strength of an augmentation: up on a plateau that is calm, down where validation worsens.
+
+    transform: (batch, strength in [0, 1]) -> batch, applied by calling the knob in a training loop;
+    None for `shifted`, for images. In eval mode, that is with `training=False`, and at strength 0
+    it returns the batch itself and draws nothing.
+    """
+
+    name = "augmentation"
+
+    def __init__(
+        self,
+        value: float = 0.0,
+        transform: Callable[[Tensor, float], Tensor] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(value, **settings)
+        self.transform = transform or shifted
+
+    def __call__(self, batch: Tensor, training: bool = True) -> Tensor:
+        if not training or self.value == 0:
+            return batch
+        return self.transform(batch, self.value)
+
+
+class Beta1(Value):
+    """Adam's β1, or SGD's momentum, of all groups of an optimizer: up while the reward improves,
+    down where the loss rises."""
+
+    name = "momentum"
+
+    def __init__(self, optimizer: torch.optim.Optimizer, **settings: Any) -> None:
+        self.optimizer = optimizer
+        group = optimizer.param_groups[0]
+        if "betas" not in group and not group.get("momentum"):
+            raise InputError(
+                f"{type(optimizer).__name__} has neither betas nor momentum to steer; build it "
+                "with momentum > 0, or leave this knob out"
+            )
+        value = group["betas"][0] if "betas" in group else group["momentum"]
+        super().__init__(float(value), **settings)
+
+    @property
+    def value(self) -> float:
+        return self._value
+
+    @value.setter
+    def value(self, value: float) -> None:
+        low, high = self.bounds.momentum
+        self._value = min(max(float(value), low), high)
+        for group in self.optimizer.param_groups:
+            if "betas" in group:
+                group["betas"] = (self._value, *group["betas"][1:])
+            else:
+                group["momentum"] = self._value
+
+
+def shifted(images: Tensor, strength: float) -> Tensor:
+    """Images moved by whole pixels, each by its own random offset, up to 4 · strength of them.
+
+    images: (B, H, W), (B, C, H, W), or (B, n²) square ones in a row. What comes in from outside has
+    the value of the corner. Draws from torch's global generator.
+    """
+    flat = images.dim() == 2
+    side = round(images.shape[-1] ** 0.5)
+    if flat and side * side != images.shape[-1]:
+        raise InputError(
+            f"rows of {images.shape[-1]} values are no square images; give Augmentation a "
+            "transform of your own"
+        )
+    shape = images.shape
+    stack = images.reshape(len(images), -1, *((side, side) if flat else shape[-2:]))
+    reach = max(1, round(4 * strength))
+    height, width = stack.shape[-2:]
+    padded = F.pad(stack, (reach, reach, reach, reach), value=float(images.reshape(-1)[0]))
+    # At small strengths only some of the images move, so that the strength acts continuously.
+    moves = torch.rand(len(images)) < min(1.0, 4 * strength)
+    rows, columns = torch.randint(0, 2 * reach + 1, (2, len(images)))
+    rows, columns = torch.where(moves, rows, reach), torch.where(moves, columns, reach)
+    at_row = (rows[:, None] + torch.arange(height)).to(images.device)
+    at_column = (columns[:, None] + torch.arange(width)).to(images.device)
+    batch = torch.arange(len(images), device=images.device)
+    # Advanced indices around a slice come first: (B, H, W, C).
+    picked = padded[batch[:, None, None], :, at_row[:, :, None], at_column[:, None, :]]
+    return picked.permute(0, 3, 1, 2).reshape(shape)

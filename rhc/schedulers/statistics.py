@@ -1,0 +1,304 @@
+"""What an epoch has taught: trends, variance, plateau score and generalisation pulse.
+
+Pure, as `rhc.schedulers.signals`: `seen` takes one committed step, `closed` ends an epoch. A tape
+that is read again gives the numbers that the run itself saw (`epochs_of`). All trends are free of
+units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from rhc.schedulers.signals import (
+    Average,
+    ChangePoint,
+    ChangeTest,
+    Signals,
+    Smoothing,
+    changed,
+    is_usable,
+    observed,
+    plateau,
+)
+
+SCALE = 0.3
+"""Weight of the newest epoch in the usual size of a change."""
+
+FALLEN = 0.5
+"""A return counts as worse where its trend is below −this: single epochs of returns are noise."""
+
+
+@dataclass(frozen=True)
+class EpochStats:
+    """Epoch `epoch` (from 0) of `steps` finite losses.
+
+    loss ℓ_e, reward r_e: means, None where there was none; loss_change Δℓ_e, reward_change Δr_e:
+    since the epoch before, 0 in the first. loss_trend, reward_trend Δ̃ℓ_e, Δ̃r_e in [−1, 1]: the
+    change over its usual size, or over two standard errors where these are larger.
+    gradient_rms: root mean square of the gradient's norm. variance v_e: mean of (ℓ − ℓ̄)², ℓ̄ the
+    running mean; variance_ratio: v_e over its usual value, 1 in the first epoch. plateau P_e in
+    [0, 1]: mean plateau score of the steps. validation: the loss on held-out data at the end;
+    validation_change Δval: over the epoch, the generalisation pulse; validation_trend in [−1, 1].
+    worse, better: epochs in a row, up to this one, that ended with a higher, or lower, validation
+    loss; without one, with a reward that fell or rose clearly. source: of the reward. drifts:
+    upward changes of the loss's level, or downward ones of the reward's. ignored: losses, rewards
+    and validation losses that were not finite.
+    """
+
+    epoch: int = 0
+    steps: int = 0
+    loss: float | None = None
+    loss_change: float = 0.0
+    loss_trend: float = 0.0
+    reward: float | None = None
+    reward_change: float = 0.0
+    reward_trend: float = 0.0
+    gradient_rms: float | None = None
+    variance: float = 0.0
+    variance_ratio: float = 1.0
+    plateau: float = 0.0
+    validation: float | None = None
+    validation_change: float = 0.0
+    validation_trend: float = 0.0
+    worse: int = 0
+    better: int = 0
+    source: str = "validation"
+    drifts: int = 0
+    ignored: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """For the tape."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Running count, mean and sum of squared distances (Welford 1962)."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def updated(self, value: float) -> Tally:
+        count = self.count + 1
+        apart = value - self.mean
+        mean = self.mean + apart / count
+        return Tally(count, mean, self.squares + apart * (value - mean))
+
+    @property
+    def error(self) -> float:
+        """Variance of the mean of values that are independent; 0 with fewer than two."""
+        return self.squares / (self.count - 1) / self.count if self.count > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Course:
+    """One quantity over the epochs: its last level, that level's error, the usual |change|."""
+
+    level: float | None = None
+    error: float = 0.0
+    size: Average = field(default_factory=Average)
+
+    def moved(self, level: float, error: float = 0.0) -> tuple[Course, float, float]:
+        """(the course after an epoch that ended at `level`, the change, its trend)."""
+        if self.level is None:
+            return Course(level, error, self.size), 0.0, 0.0
+        change = level - self.level
+        size = self.size.updated(abs(change), SCALE)
+        noise = 2 * math.sqrt(error + self.error)
+        scale = max(size.value, noise)
+        trend = min(max(change / scale, -1.0), 1.0) if scale > 0 else 0.0
+        return Course(level, error, size), change, trend
+
+
+@dataclass(frozen=True)
+class EpochState:
+    """State of the statistics: what goes on over epochs, and what the present one has had."""
+
+    signals: Signals = field(default_factory=Signals)
+    loss_level: ChangePoint = field(default_factory=ChangePoint)
+    reward_level: ChangePoint = field(default_factory=ChangePoint)
+    loss: Course = Course()
+    reward: Course = Course()
+    validation: Course = Course()
+    usual_variance: Average = field(default_factory=Average)
+    epoch: int = 0
+    worse: int = 0
+    better: int = 0
+    losses: Tally = Tally()
+    rewards: Tally = Tally()
+    spread: float = 0.0
+    plateaus: float = 0.0
+    squared_norms: float = 0.0
+    norms: int = 0
+    drifts: int = 0
+    ignored: int = 0
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> EpochState:
+        """The inverse of `asdict`."""
+        values: dict[str, Any] = dict(record)
+        for name, kind in (("usual_variance", Average), ("losses", Tally), ("rewards", Tally)):
+            values[name] = kind(**values[name])
+        for name in ("loss_level", "reward_level"):  # tuples, which JSON makes lists of
+            level = ChangePoint(*values[name])
+            values[name] = level._replace(newest=tuple(level.newest))
+        for name in ("loss", "reward", "validation"):
+            values[name] = Course(**{**values[name], "size": Average(**values[name]["size"])})
+        signals: dict[str, Any] = {
+            name: Average(**value) if isinstance(value, Mapping) else value
+            for name, value in values["signals"].items()
+        }
+        values["signals"] = Signals(**signals)
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How steps are smoothed and watched. drift None: changes of level are not looked for."""
+
+    smoothing: Smoothing = field(default_factory=Smoothing)
+    drift: ChangeTest | None = field(default_factory=ChangeTest)
+
+
+def seen(
+    state: EpochState,
+    loss: float | None,
+    reward: float | None = None,
+    gradient_norm: float | None = None,
+    watch: Watch | None = None,
+) -> tuple[EpochState, bool]:
+    """(the state after one committed step, whether the level of loss or reward has worsened there).
+
+    What is not finite is counted and left out; None was not observed.
+    """
+    watch = watch or _WATCH
+    drifted = False
+    lost = sum(x is not None and not is_usable(x) for x in (loss, reward))
+    values: dict[str, Any] = {}
+    if loss is not None and is_usable(loss):
+        signals = observed(state.signals, loss, None, watch.smoothing)
+        apart = float(loss) - signals.loss.value
+        values |= {
+            "signals": signals,
+            "losses": state.losses.updated(float(loss)),
+            "spread": state.spread + apart * apart,
+            "plateaus": state.plateaus + plateau(signals),
+        }
+        if watch.drift is not None:
+            values["loss_level"], drifted = changed(state.loss_level, loss, watch.drift)
+    if reward is not None and is_usable(reward):
+        values["rewards"] = state.rewards.updated(float(reward))
+        if watch.drift is not None:
+            values["reward_level"], fallen = changed(state.reward_level, -reward, watch.drift)
+            drifted = drifted or fallen
+    if gradient_norm is not None and is_usable(gradient_norm):
+        values["squared_norms"] = state.squared_norms + float(gradient_norm) ** 2
+        values["norms"] = state.norms + 1
+    return replace(
+        state, **values, drifts=state.drifts + drifted, ignored=state.ignored + lost
+    ), drifted
+
+
+_WATCH = Watch()
+
+
+def closed(
+    state: EpochState,
+    validation: float | None = None,
+    reward: float | None = None,
+    source: str = "validation",
+) -> tuple[EpochStats, EpochState]:
+    """(what the epoch that ends here was like, the state with which the next one begins).
+
+    validation: loss on data that was not trained on, at the end of the epoch. reward: of the epoch
+    as a whole, in place of the mean of its steps' rewards. source: where the reward comes from;
+    with "validation" it is the fall of the validation loss.
+    """
+    values: dict[str, Any] = {"epoch": state.epoch + 1, "losses": Tally(), "rewards": Tally()}
+    values |= dict.fromkeys(("spread", "plateaus", "squared_norms"), 0.0)
+    values |= dict.fromkeys(("norms", "drifts", "ignored"), 0)
+    steps, ignored = state.losses.count, state.ignored
+    stats: dict[str, Any] = {"epoch": state.epoch, "steps": steps, "source": source}
+    if steps:
+        variance = state.spread / steps
+        usual = state.usual_variance
+        values["loss"], change, trend = state.loss.moved(state.losses.mean, variance / steps)
+        values["usual_variance"] = usual.updated(variance, SCALE)
+        stats |= {
+            "loss": state.losses.mean,
+            "loss_change": change,
+            "loss_trend": trend,
+            "variance": variance,
+            "variance_ratio": min(variance / usual.value, 1e3) if usual.value > 0 else 1.0,
+            "plateau": state.plateaus / steps,
+        }
+    if state.norms:
+        stats["gradient_rms"] = math.sqrt(state.squared_norms / state.norms)
+    worse = better = False
+    if validation is not None and is_usable(validation):
+        values["validation"], change, trend = state.validation.moved(float(validation))
+        worse, better = change > 0, change < 0
+        stats |= {
+            "validation": float(validation),
+            "validation_change": change,
+            "validation_trend": trend,
+        }
+    elif validation is not None:
+        worse, ignored = True, ignored + 1
+        stats |= {"validation_trend": 1.0}
+    if source == "validation":
+        found = stats.get("validation")
+        stats |= {
+            "reward": None if found is None else -found,
+            "reward_change": -stats.get("validation_change", 0.0),
+            "reward_trend": -stats.get("validation_trend", 0.0),
+        }
+    else:
+        level, error = (state.rewards.mean, state.rewards.error) if reward is None else (reward, 0)
+        if reward is not None and not is_usable(reward):
+            ignored += 1
+        elif reward is not None or state.rewards.count:
+            values["reward"], change, trend = state.reward.moved(float(level), error)
+            stats |= {"reward": float(level), "reward_change": change, "reward_trend": trend}
+            if validation is None:
+                worse, better = trend <= -FALLEN, trend >= FALLEN
+    values["worse"] = state.worse + 1 if worse else 0
+    values["better"] = state.better + 1 if better else 0
+    stats |= {"worse": values["worse"], "better": values["better"]}
+    stats |= {"drifts": state.drifts, "ignored": ignored}
+    return EpochStats(**stats), replace(state, **values)
+
+
+def epochs_of(
+    tape: Iterable[Mapping[str, Any]],
+    epoch_steps: int | None = None,
+    *,
+    reward: str | None = None,
+    source: str = "validation",
+    watch: Watch | None = None,
+) -> list[EpochStats]:
+    """The statistics of every whole epoch on a tape, as the run's own planner saw them.
+
+    tape: its lines, as `RunResult.tape` or tape.jsonl have them. epoch_steps: steps of an epoch;
+    None for the marks that a planner has left on the tape, with the validation losses of then.
+    reward: the metric that is one.
+    """
+    state, found = EpochState(), []
+    for number, row in enumerate(tape, 1):
+        state, _ = seen(
+            state,
+            math.nan if row.get("loss") is None else row["loss"],
+            None if reward is None else row.get(reward),
+            row.get("gradient_norm"),
+            watch,
+        )
+        mark = (row.get("planning") or {}).get("epoch")
+        if number % epoch_steps == 0 if epoch_steps else mark is not None:
+            validation = None if mark is None else mark.get("validation")
+            stats, state = closed(state, validation, None, source)
+            found.append(stats)
+    return found

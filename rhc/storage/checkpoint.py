@@ -1,0 +1,460 @@
+"""Checkpoints: a directory of safetensors with a manifest, which is there whole or not at all.
+
+Everything is written into a temporary directory and fsynced, the manifest (sizes and SHA-256) last,
+and read back; then the directory is renamed, and only then are older ones removed. A directory that
+does not match its manifest is passed over with a notice, and the one before it is used. Nothing is
+pickled, and nothing that a stranger may have put there is trusted (docs/reliability.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from rhc.errors import InputError
+from rhc.storage.files import (
+    CLOSED_ON_EXEC,
+    MOST_JSON_BYTES,
+    NO_LINK,
+    make_directory,
+    parsed_json,
+    read_regular,
+    sync_directory,
+    sync_file,
+    write_all,
+    write_durably,
+)
+from rhc.storage.jsonl import encode
+from rhc.storage.trees import spelled, unspelled
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+VALUES = "values.json"
+_PREFIX = "window-"
+SHARDS = "shards"
+"""The folder of a checkpoint that has files of every rank, by torch.distributed.checkpoint."""
+
+_SHARD = re.compile(rf"{SHARDS}/shard-[0-9]{{5}}-model-[0-9]{{5}}-of-[0-9]{{5}}\.safetensors")
+_NAME = re.compile(rf"[A-Za-z0-9_]{{1,64}}\.safetensors|values\.json|{_SHARD.pattern}")
+
+MOST_FILES = 64
+MOST_SHARDS = 4096
+MOST_MANIFEST_BYTES = 2**20
+MOST_HEADER_BYTES = 32 * 2**20
+"""Of the JSON part of a safetensors file: 100 bytes a tensor."""
+
+MOST_TENSOR_BYTES = 2**40
+
+PARALLEL = 32 * 2**20
+"""Bytes from which the files of a checkpoint are hashed and written by several threads."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """step: committed steps. tensors: group -> name -> tensor. values: the JSON part.
+
+    shards: (bytes, SHA-256) of the files of what is shared out, by name, which the ranks write into
+    the folder that `CheckpointStore.prepare` gives them, and read by themselves.
+    """
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    values: dict[str, Any]
+    shards: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in `root`; the `keep` newest ones stay.
+
+    most_bytes: a checkpoint whose manifest says more is refused before it is read.
+    """
+
+    def __init__(
+        self, root: Path, keep: int = 3, notice: Callable[[str], None] = lambda message: None
+    ) -> None:
+        if keep < 1:
+            raise InputError(f"keep_checkpoints must be ≥ 1, got {keep}")
+        self.root = root
+        self.keep = keep
+        self.notice = notice
+        self.most_bytes = MOST_TENSOR_BYTES
+        self._damaged: set[int] = set()
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of `step` is."""
+        return self.root / f"{_PREFIX}{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint directory, valid or not, ascending."""
+        if not self.root.is_dir():
+            return []
+        names = [p.name[len(_PREFIX) :] for p in self.root.iterdir() if p.name.startswith(_PREFIX)]
+        steps = sorted(int(n) for n in names if n.isascii() and n.isdecimal() and len(n) < 19)
+        return [step for step in steps if os.path.lexists(self.path(step))]
+
+    # Saving --------------------------------------------------------------------------------------
+
+    def prepare(self, step: int) -> Path:
+        """An empty folder for the shards of the checkpoint of `step`, which is to be saved next."""
+        temporary = self._temporary(step)
+        make_directory(self.root)
+        removed(temporary)
+        make_directory(temporary / SHARDS)
+        return temporary / SHARDS
+
+    def _temporary(self, step: int) -> Path:
+        return self.root / f".writing-{self.path(step).name}"
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """Writes a checkpoint, returns its directory, and removes those older than the newest n.
+
+        An OSError leaves the checkpoints that there were as they were.
+        """
+        final = self.path(checkpoint.step)
+        temporary = self._temporary(checkpoint.step)
+        make_directory(self.root)
+        try:
+            if not checkpoint.shards:
+                removed(temporary)
+                os.mkdir(temporary)
+            self._write(temporary, checkpoint)
+            gone = self.root / f".removing-{checkpoint.step:08d}"
+            removed(gone)
+            if os.path.lexists(final):  # it could not be used, or it is written a second time
+                os.rename(final, gone)
+            os.rename(temporary, final)
+            sync_directory(self.root)
+        except BaseException:
+            # Leftovers take room from the next attempt; a process that dies leaves them to it.
+            with contextlib.suppress(OSError):
+                removed(temporary)
+            raise
+        self._damaged.discard(checkpoint.step)
+        with contextlib.suppress(OSError):  # the checkpoint is there; what is old can wait
+            self._retire(self.keep)
+        return final
+
+    def make_room(self) -> bool:
+        """Removes all but the newest checkpoint that can be used; whether there were any others."""
+        if not self.root.is_dir():
+            return False
+        before = self.steps()
+        good = (s for s in reversed(before) if s not in self._damaged and self._whole(s))
+        valid = next(good, None)
+        if valid is None:
+            return False
+        with contextlib.suppress(OSError):
+            self._clear(step for step in before if step != valid)
+        return self.steps() != before
+
+    def _write(self, directory: Path, checkpoint: Checkpoint) -> None:
+        """All files of a checkpoint, each read back before the next one is relied on."""
+
+        values = (encode(spelled(checkpoint.values)) + "\n").encode()
+        size = sum(t.nbytes for group in checkpoint.tensors.values() for t in group.values())
+        if size >= PARALLEL:
+            jobs: list[tuple[str, Callable[[], Iterable[Piece]]]] = [
+                (f"{group}.safetensors", lambda tensors=tensors: _pieces(tensors))  # type: ignore[misc]
+                for group, tensors in checkpoint.tensors.items()
+            ]
+            jobs.append((VALUES, lambda: [values]))
+            with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+                files = list(pool.map(lambda job: _streamed(directory / job[0], job[1]), jobs))
+        else:
+            small = {f"{g}.safetensors": _serialised(t) for g, t in checkpoint.tensors.items()}
+            small[VALUES] = values
+            files = []
+            for name, data in small.items():
+                write_durably(directory / name, data, wait=False)
+                files.append((name, len(data), hashlib.sha256(data).hexdigest()))
+            for name, data in small.items():
+                sync_file(directory / name)
+                _read_back(directory / name, [data])
+        manifest = {
+            "format": "rhc.checkpoint",
+            "version": FORMAT_VERSION,
+            "step": checkpoint.step,
+            "torch": torch.__version__,
+            "files": {name: {"bytes": n, "sha256": digest} for name, n, digest in files}
+            | {n: {"bytes": size, "sha256": d} for n, (size, d) in checkpoint.shards.items()},
+        }
+        data = _sealed(manifest)
+        write_durably(directory / MANIFEST, data)
+        _read_back(directory / MANIFEST, [data])
+        sync_directory(directory)
+
+    def _retire(self, keep: int) -> None:
+        """Removes what is damaged or left over, and all but the newest `keep`."""
+        good = [step for step in self.steps() if step not in self._damaged]
+        self._clear(step for step in self.steps() if step not in good[-keep:])
+
+    def tidy(self, *, ended: bool) -> None:
+        """Removes what a process left that died while it saved. An OSError leaves the rest.
+
+        ended: the run is, and its checkpoints stay as they are; else those beyond the newest `keep`
+        go as well.
+        """
+        good = [] if ended else [step for step in self.steps() if step not in self._damaged]
+        self._clear(good[: -self.keep])
+
+    def _clear(self, steps: Iterable[int]) -> None:
+        for leftover in [*self.root.glob(".removing-*"), *self.root.glob(".writing-*")]:
+            removed(leftover)
+        for step in list(steps):
+            # Renamed first: a half-removed directory never looks like a checkpoint.
+            gone = self.root / f".removing-{step:08d}"
+            os.rename(self.path(step), gone)
+            removed(gone)
+            self._damaged.discard(step)
+
+    # Loading -------------------------------------------------------------------------------------
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint that matches its manifest, or None."""
+        return next(self.usable(), None)
+
+    def usable(self) -> Iterator[Checkpoint]:
+        """The checkpoints that match their manifests, newest first; a notice of each other."""
+        for step in reversed(self.steps()):
+            try:
+                yield self.load(step)
+            except InputError as error:
+                self.pass_over(step, str(error))
+
+    def pass_over(self, step: int, why: str) -> None:
+        """Says that a checkpoint is not used; it is removed when others have taken its place."""
+        self._damaged.add(step)
+        self.notice(f"{why}; passing over this checkpoint")
+
+    def load(self, step: int, share: tuple[int, int] = (0, 1)) -> Checkpoint:
+        """Reads one checkpoint; whatever does not match its manifest is an InputError.
+
+        Shards are not read, but compared with the manifest: every n-th from the r-th on, where
+        share is (r, n), since n ranks look at them together.
+        """
+        directory = self.path(step)
+        tensors: dict[str, dict[str, Tensor]] = {}
+        values: Any = None
+        for name, data in self._contents(step, share):
+            path = directory / name
+            if _SHARD.fullmatch(name):
+                continue
+            if name == VALUES:
+                try:
+                    values = unspelled(parsed_json(data))
+                except ValueError as error:
+                    raise InputError(f"{path} is damaged ({error})") from None
+            else:
+                tensors[path.stem] = _tensors(path, data)
+        if not isinstance(values, dict):
+            raise InputError(f"{directory / VALUES} is missing or no JSON object")
+        files = self._manifest(step)
+        shards = {name: sums for name, sums in files.items() if _SHARD.fullmatch(name)}
+        return Checkpoint(step, tensors, values, shards)
+
+    def _contents(self, step: int, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[str, bytes]]:
+        """(name, content) of every file, checked against the manifest."""
+        directory = self.path(step)
+        files = self._manifest(step)
+        if sum(size for size, _ in files.values()) > self.most_bytes:
+            raise InputError(
+                f"{directory / MANIFEST} lists more than {self.most_bytes} bytes, far more than "
+                "this model needs"
+            )
+        shards = sorted(name for name in files if _SHARD.fullmatch(name))
+        self._check_folder(directory / SHARDS, shards)
+        others = set(shards) - set(shards[share[0] :: share[1]])
+        for name, (size, digest) in files.items():
+            if name in others:
+                continue
+            path = directory / name
+            most = MOST_JSON_BYTES if name == VALUES else MOST_TENSOR_BYTES
+            try:
+                data = read_regular(path, most, exactly=size)
+            except OSError as error:
+                raise InputError(f"{path} cannot be read ({error.strerror})") from None
+            except ValueError as error:
+                raise InputError(
+                    f"{path} does not match its manifest: it was truncated or altered ({error})"
+                ) from None
+            if hashlib.sha256(data).hexdigest() != digest:
+                raise InputError(f"{path} does not match its manifest: it was truncated or altered")
+            yield name, data
+
+    def _check_folder(self, folder: Path, names: Sequence[str]) -> None:
+        """An InputError unless a folder, not a link, has these shards and nothing else."""
+        if not names:
+            return
+        try:
+            real = stat.S_ISDIR(os.lstat(folder).st_mode)
+            there = sorted(f"{SHARDS}/{path.name}" for path in folder.iterdir()) if real else []
+        except OSError as error:
+            raise InputError(f"{folder} cannot be read ({error.strerror})") from None
+        if there != list(names):
+            raise InputError(
+                f"{folder} does not match its manifest: it has {len(there)} files for {len(names)}"
+            )
+
+    def _manifest(self, step: int) -> dict[str, tuple[int, str]]:
+        """name -> (bytes, SHA-256) of every file of a checkpoint."""
+        directory = self.path(step)
+        path = directory / MANIFEST
+        try:
+            if not stat.S_ISDIR(os.lstat(directory).st_mode):
+                raise ValueError("its directory is a link")
+            data = read_regular(path, MOST_MANIFEST_BYTES)
+            manifest = parsed_json(data)
+            if manifest["format"] != "rhc.checkpoint" or manifest["version"] != FORMAT_VERSION:
+                raise ValueError(f"version {manifest['version']}")
+            files = {
+                str(k): (int(v["bytes"]), str(v["sha256"])) for k, v in manifest["files"].items()
+            }
+            # A manifest of before it had a digest of its own has none of this.
+            if set(manifest) != _UNSEALED and data != _sealed(manifest):
+                raise ValueError("it does not match its own digest")
+            if int(manifest["step"]) != step:
+                raise ValueError(f"step {manifest['step']}")
+            shards = sum(bool(_SHARD.fullmatch(name)) for name in files)
+            if shards > MOST_SHARDS or len(files) - shards > MOST_FILES:
+                raise ValueError(f"{len(files)} files")
+            if any(size < 0 for size, _ in files.values()):
+                raise ValueError("a negative size")
+        except OSError as error:
+            raise InputError(f"{path} is damaged ({error.strerror})") from None
+        except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is damaged ({error})") from None
+        for name in files:
+            if not _NAME.fullmatch(name):
+                raise InputError(
+                    f"{path} names {name[:80]!r}, outside its directory or not of a checkpoint"
+                )
+        return files
+
+    def _whole(self, step: int) -> bool:
+        """Whether a checkpoint matches its manifest."""
+        try:
+            return all(True for _ in self._contents(step))
+        except InputError:
+            return False
+
+
+_UNSEALED = {"format", "version", "step", "torch", "files"}
+
+
+def _sealed(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest as it is written, with the SHA-256 of what is before that."""
+    plain = {key: value for key, value in manifest.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+    return (json.dumps({**plain, "sha256": digest}, indent=1) + "\n").encode()
+
+
+def removed(path: Path) -> None:
+    """Removes a directory and what is in it; nothing where there is none."""
+    if os.path.islink(path) or path.is_file():
+        os.unlink(path)
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def _serialised(tensors: Mapping[str, Tensor]) -> bytes:
+    return save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+
+
+Piece = bytes | memoryview
+
+_PIECE = 2**20
+"""Bytes that are hashed, written and compared at once: what stays in the processor's cache. A
+gigabyte at once takes three times as long, of which most is the system's work with its memory."""
+
+_TYPES = {
+    **{torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16"},
+    **{torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32"},
+    **{torch.float64: "F64", torch.int64: "I64"},
+}
+"""Names of safetensors, in the order that it sorts by, from the last to the first."""
+
+
+def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[Piece]:
+    """The bytes of `safetensors.torch.save`, without a copy of the tensors' content.
+
+    Types that are rarer than those of `_TYPES` are left to it.
+    """
+    if not all(t.dtype in _TYPES for t in tensors.values()):
+        yield _serialised(tensors)
+        return
+    rank = {dtype: number for number, dtype in enumerate(_TYPES)}
+    names = sorted(tensors, key=lambda name: (-rank[tensors[name].dtype], name))
+    header, at = dict[str, Any](), 0
+    for name in names:
+        t = tensors[name]
+        place = [at, at := at + t.nbytes]
+        shape = list(t.shape)
+        header[name] = {"dtype": _TYPES[t.dtype], "shape": shape, "data_offsets": place}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        yield flat.view(torch.uint8).numpy().data
+
+
+def _streamed(path: Path, content: Callable[[], Iterable[Piece]]) -> tuple[str, int, str]:
+    """Writes a file, waits for the disk and reads it back; (its name, its bytes, its SHA-256)."""
+    digest, size = hashlib.sha256(), 0
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | CLOSED_ON_EXEC
+    descriptor = os.open(path, flags, 0o644)
+    try:
+        for piece in _cut(content()):
+            digest.update(piece)
+            write_all(descriptor, piece)
+            size += len(piece)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    _read_back(path, content())
+    return path.name, size, digest.hexdigest()
+
+
+def _cut(pieces: Iterable[Piece]) -> Iterator[memoryview]:
+    for piece in pieces:
+        view = memoryview(piece)
+        for at in range(0, len(view), _PIECE):
+            yield view[at : at + _PIECE]
+
+
+def _read_back(path: Path, content: Iterable[Piece]) -> None:
+    """An OSError unless the file gives back what was written."""
+    with open(os.open(path, os.O_RDONLY | CLOSED_ON_EXEC | NO_LINK), "rb", buffering=0) as file:
+        same = all(file.read(len(piece)) == bytes(piece) for piece in _cut(content))
+        same = same and not file.read(1)
+    if not same:
+        raise OSError(errno.EIO, "it reads back other than it was written", str(path))
+
+
+def _tensors(path: Path, data: bytes) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; an InputError where it is none."""
+    size = int.from_bytes(data[:8], "little")
+    if size > min(MOST_HEADER_BYTES, len(data)):
+        raise InputError(
+            f"{path} is damaged: its header claims {size} bytes of the file's {len(data)}"
+        )
+    try:
+        return load_tensors(data)
+    except Exception as error:  # of a parser in Rust, and of what it gives to torch
+        raise InputError(f"{path} is damaged ({error})") from None

@@ -1,0 +1,146 @@
+"""Losses of a model over whole loaders, without a trace: modes, buffers, randomness stay."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rhc.containers import spare, to_device
+from rhc.training.batches import batch_size, begun, loader_preserved
+from rhc.training.module_state import Buffers
+from rhc.training.objective import Average
+from rhc.training.plant import Plant
+
+TRAIN_BATCHES = 200
+"""The training loss is taken over at most this many batches of train_loader."""
+UNSIZED_BATCHES = 1000
+"""Of a loader without a length, which may have no end."""
+
+
+class Losses(NamedTuple):
+    """Means over examples: loss, and every metric that loss_fn returned. NaN without data."""
+
+    loss: float
+    metrics: dict[str, float]
+
+
+@torch.no_grad()
+def evaluate(
+    plant: Plant, loader: Iterable[Any] | None, *, most: int | None = None
+) -> Losses | None:
+    """Mean loss and metrics in eval mode over (the first `most` batches of) a loader.
+
+    most: by default all of them, of a loader without a length the first `UNSIZED_BATCHES`.
+    """
+    if loader is None:
+        return None
+    unsized = most is None and not _has_length(loader)
+    most = UNSIZED_BATCHES if unsized else most
+    drawn = 0
+    device = plant.parameters[0].device
+    count, total = 0, 0.0
+    sums: dict[str, tuple[float, float]] = {}
+    with plant.evaluating(), loader_preserved(loader):
+        _draw_alike(plant)
+        for batch in islice(begun(loader), most):
+            moved = to_device(batch, None if device.type == "cpu" else device)
+            n = batch_size(moved)
+            loss, metrics = plant.loss(spare(moved))  # a list yields it again
+            drawn += 1
+            count += n
+            total += n * float(loss)
+            for name, value in metrics.items():
+                value_sum, rows = sums.get(name, (0.0, 0.0))
+                sums[name] = value_sum + n * float(value.double().mean()), rows + n
+    if unsized and drawn == most:
+        warnings.warn(
+            f"a loader without a length has not ended after {most} batches: its figures are of "
+            "these; give one that ends, or has a length, for all of it",
+            stacklevel=2,
+        )
+    if plant.ranks is not None:
+        names = sorted({name for own in plant.ranks.gather_json(list(sums)) for name in own})
+        pairs = [x for name in names for x in sums.get(name, (0.0, 0.0))]
+        whole, total, *rest = plant.ranks.sums([count, total, *pairs])
+        count = int(whole)
+        sums = dict(zip(names, zip(rest[::2], rest[1::2], strict=True), strict=True))
+    if not count:
+        return Losses(math.nan, {})
+    # A metric may be missing at some of the batches.
+    return Losses(total / count, {name: value / rows for name, (value, rows) in sums.items()})
+
+
+def _has_length(loader: Any) -> bool:
+    try:
+        return len(loader) >= 0
+    except (TypeError, NotImplementedError):  # of a DataLoader over an IterableDataset
+        return False
+
+
+def _draw_alike(plant: Plant) -> None:
+    """Ranks have random states of their own, and must draw the same batches to share their rows."""
+    if plant.ranks is not None:
+        plant.ranks.share_random_state()
+
+
+@contextmanager
+def at_average(plant: Plant, average: Average, train_loader: Iterable[Any]) -> Iterator[None]:
+    """The model at its averaged weights, with BatchNorm statistics estimated anew for them."""
+    if average.values is None:
+        yield
+        return
+    parameters = plant.parameters
+    live = [p.detach().clone() for p in parameters]
+    buffers = Buffers(plant.model)
+    before = buffers.copies()
+    device = parameters[0].device
+    swapped, plant.has_evaluation_weights = plant.has_evaluation_weights, False
+    try:
+        with torch.no_grad():
+            torch._foreach_copy_([p.detach() for p in parameters], average.values)
+            _estimate_statistics(plant, train_loader, device)
+        yield
+    finally:
+        plant.has_evaluation_weights = swapped
+        with torch.no_grad():
+            torch._foreach_copy_([p.detach() for p in parameters], live)
+        buffers.put(before)
+
+
+def _estimate_statistics(plant: Plant, loader: Iterable[Any], device: torch.device) -> None:
+    """As torch.optim.swa_utils.update_bn, but through loss_fn, which knows what a batch is."""
+    layers = [
+        m for m in plant.model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None
+    ]
+    if not layers:
+        return
+    momenta = [m.momentum for m in layers]
+    with plant.evaluating(), loader_preserved(loader):
+        _draw_alike(plant)
+        for m in layers:
+            m.reset_running_stats()
+            m.momentum = None  # a plain mean over all batches
+            m.train()
+        for batch in islice(begun(loader), TRAIN_BATCHES):
+            plant.loss(spare(to_device(batch, None if device.type == "cpu" else device)))
+    if plant.ranks is not None:
+        plant.ranks.mean_(
+            [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
+        )
+    for m, momentum in zip(layers, momenta, strict=True):
+        m.momentum = momentum
+
+
+def batch_statistics(model: nn.Module) -> None:
+    """Switches BatchNorm layers to the statistics of the batch, in a model that is in eval mode."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.training = True

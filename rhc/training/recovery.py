@@ -1,0 +1,192 @@
+"""What goes wrong while a run trains, and what is done about it: decided here, done by the Runner.
+
+Memory that does not suffice for looking back, and steps that are not the same when they are taken
+again. Stopping is in `stopping`, the disk in `run_directory`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rhc.distributed import part_of
+from rhc.training.plant import Plant
+
+# Memory ------------------------------------------------------------------------------------------
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: of CUDA, of torch on a CPU, of Python."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    told = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc")
+    return isinstance(error, (RuntimeError, OSError)) and any(words in text for words in told)
+
+
+@dataclass(frozen=True)
+class Relief:
+    """What looking back has to do without since memory did not suffice; None for nothing.
+
+    memory_budget: bytes, for segments of one step at that. product: in place of the one asked for.
+    longest: steps of a window. blind: windows are not looked back at any more.
+    """
+
+    memory_budget: int | None = None
+    product: str | None = None
+    longest: int | None = None
+    blind: bool = False
+
+    def more(self, window: int, product: str, predicted: int | None) -> tuple[Relief, str]:
+        """(the next relief, what it is in words).
+
+        First smaller segments, by half of the memory that the last plan wanted (`predicted`, None
+        where that could not be said); then difference products; then windows of half the length.
+        """
+        if self.memory_budget is None and predicted is not None:
+            budget = max(1, predicted // 2)
+            return replace(self, memory_budget=budget), f"smaller segments, within {budget} bytes"
+        if self.product is None and product in ("exact", "forward-over-reverse"):
+            return replace(self, product="forward-difference"), "difference products"
+        length = min(window, self.longest or window) // 2
+        if length >= 2:
+            return replace(self, longest=length), f"windows of {length} steps"
+        return replace(self, blind=True), "no looking back"
+
+    def to_json(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return dict(vars(self))
+
+
+# Steps that are taken again ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """Two steps from one state that ended differently.
+
+    largest: of any tensor's difference, relative to its largest element; inf where one is not
+    finite. operators: that torch knows to be non-deterministic, as far as it says so.
+    """
+
+    largest: float
+    operators: tuple[str, ...]
+
+    def sentence(self) -> str:
+        """What a person should know of it."""
+        if self.operators:
+            blamed = f"by {', '.join(self.operators)}"
+            mend = "ask for deterministic operators (--deterministic, Runner(deterministic=True))"
+        else:
+            blamed = "by no operator that torch names"
+            mend = (
+                "look for state that is in no parameter, buffer or global random generator of "
+                "torch, numpy or python"
+            )
+        return (
+            f"a step that is taken again differs by {self.largest:.2g} of the largest element, "
+            f"{blamed}: replay and resume are equal up to that, not to the bit; {mend}"
+        )
+
+
+def replay_deviation(
+    plant: Plant, batch: Any, controls: Mapping[str, Any], step: int
+) -> Deviation | None:
+    """How a step differs from itself taken again; None where it is equal to the bit.
+
+    Two gradient evaluations; the plant is left as it was found.
+    """
+    before = plant.snapshot()
+    ends = []
+    try:
+        for _ in range(2):
+            observed = plant.step(batch, controls, step)
+            ends.append([observed.loss.clone(), *_state(plant)])
+            plant.restore(before)
+        same = all(_equal(a, b) for a, b in zip(*ends, strict=True))
+        if plant.ranks is not None:  # what follows takes further steps, on all ranks or on none
+            same = plant.ranks.sums([float(not same)])[0] == 0
+        if same:
+            return None
+        largest = max(_relative(a, b) for a, b in zip(*ends, strict=True))
+        return Deviation(largest, _blamed(plant, batch, controls, step))
+    finally:
+        plant.optimizer.zero_grad()
+        plant.restore(before)
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Only deterministic operators inside, where wanted; torch raises where there is none.
+
+    What is global is then as it was found. cuBLAS looks at its variable when it is first used.
+    """
+    if not wanted:
+        yield
+        return
+    was, only = _deterministic()
+    benchmark, name = torch.backends.cudnn.benchmark, "CUBLAS_WORKSPACE_CONFIG"
+    variable = os.environ.get(name)
+    try:
+        os.environ.setdefault(name, ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was, warn_only=only)
+        torch.backends.cudnn.benchmark = benchmark
+        if variable is None:
+            os.environ.pop(name, None)
+
+
+def _deterministic() -> tuple[bool, bool]:
+    """Whether torch refuses other operators, and whether it only warns of them."""
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+
+
+def _state(plant: Plant) -> list[Tensor]:
+    tensors = [*plant.model.parameters(), *plant.model.buffers()]
+    return [part_of(t.detach()).clone() for t in tensors]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return bool(torch.equal(a, b)) or bool(torch.equal(a.isnan(), b.isnan()) and _same(a, b))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Of tensors with NaNs in the same places."""
+    return bool((a.isnan() | (a == b)).all())
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    if not a.numel() or _equal(a, b):
+        return 0.0
+    found = float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp(min=1e-30))
+    return found if math.isfinite(found) else math.inf
+
+
+def _blamed(plant: Plant, batch: Any, controls: Mapping[str, Any], step: int) -> tuple[str, ...]:
+    """The operators of a step that torch warns of."""
+    was, only = _deterministic()
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            plant.step(batch, controls, step)
+    finally:
+        torch.use_deterministic_algorithms(was, warn_only=only)
+    pattern = re.compile(r"([\w.:]+) does not have a deterministic implementation")
+    found = [m[1] for w in caught if (m := pattern.search(str(w.message)))]
+    return tuple(dict.fromkeys(found))

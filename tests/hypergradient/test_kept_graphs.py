@@ -1,0 +1,216 @@
+"""Graphs that the roll keeps copy what they read again of θ, and no more; or they say so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+import rhc
+from rhc.hypergradient import segments
+from rhc.hypergradient.evaluation import Evaluation
+from rhc.hypergradient.record import GraphMaker, WindowRecorder
+from rhc.hypergradient.reverse_pass import Lookback
+from rhc.schedule import Schedule
+from rhc.training.objective import Average, Objective
+from rhc.training.plant import Plant
+
+STEPS = 4
+
+
+class KeepsOnItself(Function):
+    """x Wᵀ, with W where no hook and no count of changes sees it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.x, ctx.w = x, w
+        return x @ w.t()
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor, Tensor]:
+        return gy @ ctx.w, gy.t() @ ctx.x
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def batches(late: bool) -> list[tuple[Tensor, bool]]:
+    torch.manual_seed(1)
+    return [(torch.randn(6, 5, dtype=torch.float64), late and i >= 2) for i in range(STEPS)]
+
+
+def plain(model: nn.Module, batch: tuple[Tensor, bool]) -> Tensor:
+    x, late = batch
+    loss = model(x).square().mean()
+    # The first layer's weight is otherwise read by nobody in a backward pass.
+    return loss + (model[0].weight ** 3).sum() if late else loss  # type: ignore[index]
+
+
+def through_a_function(model: nn.Module, batch: tuple[Tensor, bool]) -> Tensor:
+    first, tanh, last = model  # type: ignore[misc]
+    return last(tanh(KeepsOnItself.apply(batch[0], first.weight))).square().mean()
+
+
+def by_steps(loss_fn: Any, late: bool, segment: int) -> Tensor:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.8)
+    found = rhc.hypergradient(
+        model,
+        optimizer,
+        loss_fn,
+        batches(late),
+        controls={"lr": 0.3, "momentum": 0.8},
+        terminal=lambda m: m(torch.ones(1, 5, dtype=torch.float64)).square().sum(),
+        product="exact",
+        segment=segment,
+    )
+    assert found.plan is not None and (segment > 1 or found.plan.graphs == STEPS)
+    return torch.cat([found.grad["lr"], found.grad["momentum"]])
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "late"), [(plain, False), (plain, True), (through_a_function, False)]
+)
+def test_kept_graphs_give_what_one_graph_of_the_window_gives(loss_fn: Any, late: bool) -> None:
+    torch.testing.assert_close(
+        by_steps(loss_fn, late, 1), by_steps(loss_fn, late, STEPS), rtol=1e-10, atol=1e-12
+    )
+
+
+def made(loss_fn: Any) -> tuple[nn.Sequential, GraphMaker, list[Tensor]]:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    plant = Plant(model, optimizer, loss_fn)
+    objective = Objective(loss_weight=1.0, terminal_weight=0.0)
+    make_graph = GraphMaker(Evaluation(plant, plant.blocks(), objective))
+    return model, make_graph, make_graph(batches(False)[0])[0].leaves
+
+
+def test_only_what_a_graph_reads_is_copied() -> None:
+    model, make_graph, leaves = made(plain)
+    assert make_graph.survey(batches(False)[0]).read == {"2.weight"}
+    shared = [
+        leaf.data_ptr() == p.data_ptr() for leaf, p in zip(leaves, model.parameters(), strict=True)
+    ]
+    assert shared == [True, True, False, True]
+
+
+def test_all_is_copied_where_a_function_of_the_user_may_keep_it() -> None:
+    _, make_graph, _ = made(through_a_function)
+    assert make_graph.survey(batches(False)[0]).read == {"0.weight", "0.bias", "2.weight", "2.bias"}
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_of_a_state_only_the_optimizers_is_kept_where_nothing_reads_more(
+    kind: Any, decay: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a graph, θ is read by weight decay alone; the hypergradient is the same to the bit."""
+    kept = []
+
+    def back() -> Tensor:
+        model = network()
+        # Without Nesterov's, SGD's state takes the place of the gradient, to rounding.
+        options = {"momentum": 0.8, "nesterov": True} if kind is torch.optim.SGD else {}
+        optimizer = kind(model.parameters(), lr=0.1, weight_decay=decay, **options)
+        plant = Plant(model, optimizer, plain)
+        lookback = Lookback(plant, Objective(loss_weight=1.0), ("lr", "momentum"), product="exact")
+        schedule = Schedule({"lr": [0.1] * 9, "momentum": [0.8] * 9})
+        recorder = lookback.roll(batches(False)[:1] * 9, schedule)
+        kept.append(len(recorder.trajectory.slots))
+        return torch.cat(list(lookback.look_back(recorder, Average(None), None).grad.values()))
+
+    found = back()
+    monkeypatch.setattr(Plant, "slots_alone", lambda self, scheduled, controls: False)
+    assert torch.equal(back(), found)
+    assert kept[1] == 0 and (kept[0] > 0) == (decay == 0)
+
+
+# States in the place of gradients ----------------------------------------------------------------
+
+
+def rolled(
+    noise: float = 0.0, momentum: float = 0.8, **options: Any
+) -> tuple[Lookback, WindowRecorder]:
+    model = network()
+    clip = {k: options.pop(k) for k in ("clip_norm", "clip_value") if k in options}
+    optimizer = torch.optim.SGD(model.parameters(), **{"lr": 0.3, "momentum": 0.8} | options)
+    optimizer.zero_grad()
+    plain(model, batches(False)[0]).backward()
+    optimizer.step()  # so that the first state has a buffer
+    plant = Plant(model, optimizer, plain, **clip)
+    lookback = Lookback(plant, Objective(loss_weight=1.0), ("lr", "momentum"), product="exact")
+    values = {"lr": [0.3] * STEPS, "momentum": [0.8, 0.8, momentum, 0.8], "noise": [noise] * STEPS}
+    return lookback, lookback.roll(batches(False), Schedule(values))
+
+
+def looked_back(lookback: Lookback, recorder: WindowRecorder) -> Tensor:
+    return torch.cat(list(lookback.look_back(recorder, Average(None), None).grad.values()))
+
+
+def unfolded(*arguments: Any, **options: Any) -> Tensor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segments._Reverse, "_folds", lambda *_: False)
+        return looked_back(*rolled(*arguments, **options))
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_momentum_takes_the_place_of_gradients_and_they_come_back(maximize: bool) -> None:
+    lookback, recorder = rolled(maximize=maximize)
+    assert list(recorder.trajectory.states) == [0] and not recorder.trajectory.slots
+    before = [g.clone() for (g,) in recorder.trajectory.gradients]
+    found = looked_back(lookback, recorder)
+    torch.testing.assert_close(found, unfolded(maximize=maximize), rtol=1e-12, atol=1e-14)
+    for (g,), expected in zip(recorder.trajectory.gradients, before, strict=True):
+        torch.testing.assert_close(g, expected, rtol=1e-12, atol=1e-14)
+    again = looked_back(lookback, recorder)  # without graphs: they are used up
+    torch.testing.assert_close(again, found, rtol=1e-12, atol=1e-14)
+
+
+def test_gradients_come_back_where_looking_back_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    lookback, recorder = rolled()
+    before = [g.clone() for (g,) in recorder.trajectory.gradients]
+    through = segments._Reverse._pull_through_gradient
+
+    def fails(self: Any, i: int, *rest: Any) -> Any:
+        if i == 1:
+            raise KeyboardInterrupt
+        return through(self, i, *rest)
+
+    monkeypatch.setattr(segments._Reverse, "_pull_through_gradient", fails)
+    with pytest.raises(KeyboardInterrupt):
+        looked_back(lookback, recorder)
+    for (g,), expected in zip(recorder.trajectory.gradients, before, strict=True):
+        torch.testing.assert_close(g, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"nesterov": True},
+        {"dampening": 0.3},
+        {"weight_decay": 0.1},
+        {"clip_norm": 0.5},
+        {"clip_value": 0.1},
+        {"noise": 0.1},
+        {"momentum": 0.0},
+    ],
+    ids=str,
+)
+def test_gradients_stay_where_they_are_read(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is planned to lie in their place, and what is found at the window's end, agree."""
+
+    def never(*_: Any) -> None:
+        raise AssertionError
+
+    lookback, recorder = rolled(**options)
+    assert recorder.plan.graphs == STEPS and recorder.plan.states_every > 0
+    monkeypatch.setattr(segments, "Folded", never)
+    assert torch.equal(looked_back(lookback, recorder), unfolded(**options))

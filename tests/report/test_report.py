@@ -1,0 +1,266 @@
+"""The report: what it shows of whole, unfinished and damaged runs, and in a browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rhc.cli.main import main
+from rhc.report.charts import INK, NIGHT, charts_of
+from rhc.report.records import read_run, thinned
+
+pytest.importorskip("jinja2", reason="the extra `report` is not installed")
+
+ATTACK = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>"
+
+
+def written(directory: Path, steps: int = 100, *, seed: int = 0, name: str = "digits") -> Path:
+    """A run's directory as the Runner writes it, with every kind of row."""
+    directory.mkdir(parents=True)
+    config = {"run": name, "steps": steps, "window": 50, "controls": ["lr"], "seed": seed}
+    (directory / "config.json").write_text(json.dumps(config))
+    rows: list[dict[str, Any]] = []
+    for step in range(steps):
+        loss = math.exp(-3 * step / steps) + 0.1 * math.sin(step + seed)
+        lr = 0.1 * (1 - step / steps)
+        rows.append({"step": step, "loss": 0.2 + loss, "lr": lr, "momentum": 0.9, name: step})
+    rows[7]["planning"] = {"interventions": [{"kind": "drift", "reason": name}]}
+    _lines(directory / "tape.jsonl", rows)
+    attempts = []
+    for start in range(0, steps, 50):
+        for attempt, outcome in ((0, "rewound"), (1, "accepted"), (2, "rejected")):
+            attempts.append(
+                {"window": start // 50, "start": start, "stop": start + 50, "attempt": attempt,
+                 "outcome": outcome, "reason": name, "objective_before": 1.0,
+                 "objective_after": 0.9, "before": {"lr": 0.1}, "after": {"lr": 0.2},
+                 "hypergradient": {"lr": [-0.1] * 50}, "costate_norms": [0.5] * 50,
+                 "product": "none"}
+            )  # fmt: skip
+    _lines(directory / "windows.jsonl", attempts)
+    start = [{"kind": "probe", "steps": 3, "from": 0.1, "loss": 1.0, "course": [3.0, 2.0, 1.0],
+              "gradients": 3.0}]  # fmt: skip
+    _lines(directory / "start.jsonl", start)
+    cost = {"plain_run_equivalents": 2.5}
+    result = {"steps": steps, "val_loss": 0.3, "test_loss": 0.3 + seed, "cost": cost}
+    (directory / "result.json").write_text(json.dumps(result))
+    (directory / "schedule.json").write_text("{}")
+    whole = {
+        "start": 0,
+        "costate_norms": [1.0] * steps,
+        "raw_grad": {"lr": [-0.1, 0.0] * (steps // 2)},
+    }
+    (directory / "hypergradient.json").write_text(json.dumps(whole))
+    return directory
+
+
+def _lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+CHARTS = {"losses", "metric-0", "control-lr", "objectives", "starts", "courses", "changes", "heat",
+          "costates", "whole", "events", "cost"}  # fmt: skip
+
+
+def test_peaks_outlive_thinning() -> None:
+    values = [0.0] * 100_000
+    values[54_321] = 1.0
+    steps, kept = thinned(range(100_000), values, 1000)
+    assert len(kept) <= 1002 and kept[steps.index(54_321)] == 1.0
+
+
+def test_the_window_is_shown_as_it_was_committed(tmp_path: Path) -> None:
+    run = read_run(written(tmp_path / "run"))
+    assert [row["outcome"] for row in run.kept] == ["accepted", "accepted"]
+    assert run.events == [(7, "drift", "digits")]
+
+
+def test_what_a_run_wrote_is_text(tmp_path: Path) -> None:
+    written(tmp_path / "run", name=ATTACK)
+    assert main(["report", str(tmp_path / "run")]) == 0
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<script>document.title" not in page and "<img src=x" not in page
+    assert "&lt;/script&gt;" in page
+
+
+def test_unfinished_and_damaged_runs_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = written(tmp_path / "run")
+    (directory / "result.json").unlink()
+    (directory / "windows.jsonl").write_bytes(
+        b'{"outcome": 3}\n{"start": [], "outcome": "x"}\n\xff'
+    )
+    with open(directory / "tape.jsonl", "a") as tape:
+        tape.write("nonsense\n")
+    (directory / "start.jsonl").write_text('{"kind": 1, "from": "x", "course": {}}\n[]\n')
+    assert main(["report", str(directory), "-o", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "unfinished, 100 of 100 steps" in page
+    assert "tape.jsonl is damaged at line 101" in page
+    (directory / "config.json").write_text("{")
+    assert main(["report", str(directory), "-o", str(tmp_path / "page.html")]) == 0
+    assert "config.json cannot be read" in (tmp_path / "page.html").read_text()
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("given", ["nowhere", "empty", "file", "output"])
+def test_what_is_no_run_is_one_sentence(
+    given: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    arguments = ["report", str(tmp_path / given)]
+    if given == "output":
+        arguments = ["report", str(written(tmp_path / "run")), "-o", str(tmp_path / "empty")]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("rhc: error: ") and error.count("\n") == 1 and given[:5] in error
+
+
+def test_seeds_share_a_line(tmp_path: Path) -> None:
+    runs = [str(written(tmp_path / f"run-{seed}", seed=seed)) for seed in range(3)]
+    assert main(["report", *runs, "-o", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "run-0 and 2 further seeds" in page and "3 of 3" in page and "1.3 [0.3" in page
+
+
+def test_a_missing_package_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rhc.report.PACKAGES", {"no_such_package": "no_such_package"})
+    assert main(["report", str(written(tmp_path / "run"))]) == 2
+    assert "pip install 'rhc[report]'" in capsys.readouterr().err
+
+
+# In a browser -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium without a network."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    driver = shutil.which("chromedriver")
+    if driver is None:
+        pytest.skip("chromedriver is not installed")
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    chrome = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    chrome.execute_cdp_cmd("Network.enable", {})
+    chrome.execute_cdp_cmd(
+        "Network.emulateNetworkConditions",
+        {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0},
+    )
+    yield chrome
+    chrome.quit()
+
+
+def _opened(browser: Any, page: Path, width: int) -> set[str]:
+    """Keys of the charts that are drawn, on a screen of this width."""
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600},
+    )
+    browser.get(page.as_uri())
+    browser.set_script_timeout(60)
+    browser.execute_async_script(
+        "const done = arguments[0], all = document.querySelectorAll('.chart').length;"
+        "(function wait() { document.querySelectorAll('.chart .main-svg:first-child').length < all"
+        " ? setTimeout(wait, 20) : done(); })()"
+    )
+    drawn = "[...document.querySelectorAll('.chart')].filter(c => c.querySelector('.main-svg'))"
+    return set(browser.execute_script(f"return {drawn}.map(c => c.dataset.key)"))
+
+
+@pytest.mark.parametrize("width", [320, 1440])
+def test_every_chart_is_drawn_offline(browser: Any, tmp_path: Path, width: int) -> None:
+    main(["report", str(written(tmp_path / "run", name=ATTACK))])
+    assert _opened(browser, tmp_path / "run" / "report.html", width) == CHARTS
+    assert browser.get_log("browser") == []
+    # Had any of it been markup, the title would be another, and an image would be there.
+    assert browser.title == f"{ATTACK} – rhc report" or ATTACK not in browser.title
+    assert browser.title != "owned"
+    assert browser.execute_script("return document.images.length") == 0
+    assert ATTACK in browser.execute_script("return document.body.textContent")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert not browser.execute_script(
+        "return [...document.querySelectorAll('.chart')].filter(c => !c.ariaLabel).length"
+    )
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(320, "light"), (1440, "dark")])
+def test_everyone_can_read_it(browser: Any, tmp_path: Path, width: int, scheme: str) -> None:
+    """axe-core: contrast, alternative text, keyboard, landmarks; on a dark screen too."""
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    axe = pytest.importorskip("axe_core_python.selenium", reason="axe-core-python is missing")
+    runs = [written(tmp_path / f"run-{seed}", seed=seed) for seed in range(2)]
+    for given in (runs[:1], runs):
+        page = tmp_path / "page.html"
+        main(["report", *map(str, given), "-o", str(page)])
+        assert _opened(browser, page, width)
+        found = axe.Axe().run(browser)
+        assert len(found["passes"]) > 20
+        assert [(v["id"], v["nodes"][0]["html"]) for v in found["violations"]] == []
+        colour = "return getComputedStyle(document.querySelector('{}')).{}"
+        page = browser.execute_script(colour.format("html", "backgroundColor"))
+        chart = browser.execute_script(colour.format(".main-svg", "backgroundColor"))
+        assert page == chart == {"dark": "rgb(17, 24, 39)"}.get(scheme, "rgb(255, 255, 255)")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_inks_stand_out_from_light_and_dark_pages() -> None:
+    """4.5 to 1, by the formula of WCAG: axe does not look into charts."""
+
+    def luminance(ink: str) -> float:
+        parts = [int(ink[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    def contrast(one: str, other: str) -> float:
+        low, high = sorted(map(luminance, (one, other)))
+        return (high + 0.05) / (low + 0.05)
+
+    assert all(contrast(ink, "#ffffff") >= 4.5 for ink in INK)
+    assert all(contrast(NIGHT[ink], NIGHT["#ffffff"]) >= 4.5 for ink in INK)
+
+
+def test_validation_while_it_trains_is_a_curve(tmp_path: Path) -> None:
+    directory = written(tmp_path / "run")
+    rows = [json.loads(line) for line in (directory / "tape.jsonl").read_text().splitlines()]
+    for step in (49, 99):
+        rows[step] |= {"val_loss": 1.0 / step, "val_accuracy": 0.5}
+    _lines(directory / "tape.jsonl", rows)
+    charts = {chart.title: chart for chart in charts_of([read_run(directory)])}
+    (curve,) = (t for t in charts["Losses"].figure["data"] if t["name"] == "validation")
+    assert curve["x"] == [49.0, 99.0]
+    assert "Metric: val_accuracy" in charts and "Metric: val_loss" not in charts
+
+
+def test_few_attempts_stand_for_many(tmp_path: Path) -> None:
+    """Of thousands of windows those are drawn that moved J furthest; the counts are of all."""
+    directory = written(tmp_path / "run", 50_000)
+    rows = [json.loads(line) for line in (directory / "windows.jsonl").read_text().splitlines()]
+    rows[1501]["objective_after"] = -5.0
+    _lines(directory / "windows.jsonl", rows)
+    (chart,) = (c for c in charts_of([read_run(directory)]) if c.key == "objectives")
+    drawn = [t for t in chart.figure["data"] if t["mode"] == "markers" and t["name"] == "accepted"]
+    assert len(drawn[0]["x"]) <= 250 and -5.0 in drawn[0]["y"]
+    assert "1000 accepted" in chart.alternative
+
+
+def test_a_long_run_makes_a_page_of_the_same_size(tmp_path: Path) -> None:
+    began = time.process_time()
+    main(["report", str(written(tmp_path / "long", 100_000)), "-o", str(tmp_path / "long.html")])
+    assert time.process_time() - began < 60  # a hang, not a timing
+    main(["report", str(written(tmp_path / "short", 100)), "-o", str(tmp_path / "short.html")])
+    long, short = ((tmp_path / f"{n}.html").stat().st_size for n in ("long", "short"))
+    assert long < 2_000_000 and long - short < 500_000

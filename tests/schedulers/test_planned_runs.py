@@ -1,0 +1,299 @@
+"""Runs whose epochs are planned: the ready-made ones, `rhc compare`, and other people's loops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import rhc
+from rhc.cli.main import main
+from rhc.compare.methods import EVERYTHING, METHODS, PLANNED, Task, run
+from rhc.rng import seed_everything
+from rhc.schedulers import EpochPlanner, FreshSeeds, hf_callback, lightning_callback
+from rhc.workload import Workload, load_runner, optimizer_of
+
+
+def digits(names: tuple[str, ...], seed: int = 0) -> tuple[Workload, list[Any]]:
+    pytest.importorskip("sklearn")
+    seed_everything(seed)
+    workload = load_runner("digits")(seed=seed)
+    assert workload.plannable is not None
+    return workload.plannable.build(workload, names)
+
+
+class TestKnobsOfReadyMadeRuns:
+    def test_without_knobs_the_run_is_the_same(self) -> None:
+        workload, knobs = digits(())
+        assert knobs == [] and workload.loss_fn is load_runner("digits")(seed=0).loss_fn
+
+    def test_a_sampler_without_strength_leaves_the_loss_as_it_is(self) -> None:
+        workload, _ = digits(("sampling",))
+        plain, _ = digits(())
+        batch = next(iter(workload.train_loader))
+        weighted, metrics = workload.loss_fn(workload.model, batch)
+        loss, _ = plain.loss_fn(workload.model, batch[:2])
+        assert weighted.item() == pytest.approx(loss.item(), rel=1e-6)
+        assert torch.equal(metrics["example_index"], batch[2])
+        workload.model.eval()
+        assert "example_index" not in workload.loss_fn(workload.model, batch)[1]
+
+    def test_augmentation_moves_training_images_only(self) -> None:
+        workload, (augmentation,) = digits(("augmentation",))
+        augmentation.value = 1.0
+        batch = next(iter(workload.train_loader))
+        seen: list[Tensor] = []
+        workload.model.register_forward_pre_hook(lambda m, x: seen.append(x[0]))
+        workload.loss_fn(workload.model, batch)
+        workload.model.eval()
+        workload.loss_fn(workload.model, batch)
+        assert not torch.equal(seen[0], batch[0]) and torch.equal(seen[1], batch[0])
+
+
+def ppo(
+    names: tuple[str, ...] = (), directory: Path | None = None, listener: Any = None
+) -> rhc.Runner:
+    pytest.importorskip("gymnasium")
+    seed_everything(0)
+    workload = load_runner("cartpole_ppo")(seed=0)
+    assert workload.plannable is not None
+    workload, knobs = workload.plannable.build(workload, names)
+    return rhc.Runner(
+        workload.model,
+        optimizer_of("adam", workload.model.parameters(), 1e-3),
+        workload.loss_fn,
+        workload.train_loader,
+        workload.val_loader,
+        rewrite=False,
+        window=15,
+        directory=directory,
+        planner=EpochPlanner(
+            steer=("lr", "noise"), knobs=knobs, reward=FreshSeeds("fresh_return"), epoch_steps=40
+        ),
+        listeners=[] if listener is None else [listener],
+    )
+
+
+class TestPPO:
+    def test_returns_rise_and_the_knobs_move(self) -> None:
+        runner = ppo(("entropy", "clip_range", "gae_lambda"))
+        result = runner.fit(240)
+        returns = [row["fresh_return"] for row in result.tape if "fresh_return" in row]
+        assert len(returns) == 12 and sum(returns[-3:]) > 2 * sum(returns[:3])
+        assert runner.planner is not None and runner.planner.plan is not None
+        plan = runner.planner.plan
+        assert plan.entropy != 0.01 and len(runner.planner.history) == 6
+        assert runner.planner.history[-1].source == "fresh seeds"
+
+    @pytest.mark.parametrize("stop", [7, 31])
+    def test_a_run_that_is_stopped_within_a_rollout_ends_bit_for_bit(
+        self, stop: int, tmp_path: Path
+    ) -> None:
+        from runs import FILES, Stop, stop_at_step
+
+        names = ("entropy", "clip_range", "gae_lambda")
+        ppo(names, tmp_path / "straight").fit(60)
+        with pytest.raises(Stop):
+            ppo(names, tmp_path / "stopped", stop_at_step(stop)).fit(60)
+        ppo(names, tmp_path / "stopped").fit(60)
+        for name in FILES:
+            ours, theirs = (tmp_path / which / name for which in ("stopped", "straight"))
+            assert ours.read_bytes() == theirs.read_bytes(), name
+
+    def test_the_first_step_of_a_rollout_is_a_policy_gradient(self) -> None:
+        """At a ratio of 1 nothing is clipped: the gradient of the surrogate is −E[Â ∇ log π]."""
+        runner = ppo()
+        loss_fn: Any = runner.plant.loss_fn.__wrapped__  # type: ignore[attr-defined]
+        model: Any = runner.plant.model
+        loss_fn.entropy.value = 1e-4
+        batch = next(iter(runner.train_loader))
+        loss, metrics = loss_fn(model, batch)
+        loss.backward()
+        played = loss_fn._kept
+        generator = torch.Generator().manual_seed(int(batch["rollout"][0]) * 4)
+        rows = torch.randperm(len(played.actions), generator=generator).tensor_split(5)[0]
+        a = played.advantages[rows]
+        a = (a - a.mean()) / (a.std() + 1e-6)
+        logits = model(played.observations[rows])[:, 0]
+        sign = torch.where(played.actions[rows], 1.0, -1.0)
+        log_pi = nn.functional.logsigmoid(sign * logits)
+        p = torch.sigmoid(logits)
+        entropy = nn.functional.binary_cross_entropy(p, p)
+        wanted = torch.autograd.grad(-(a * log_pi).mean() - 1e-4 * entropy, model.policy[0].weight)
+        assert torch.allclose(model.policy[0].weight.grad, wanted[0], rtol=1e-3, atol=1e-6)
+        assert loss.item() == pytest.approx(1 - float(metrics["return"]) / 200)
+
+    def test_generalised_advantages(self) -> None:
+        """λ = 1: returns to the end of the rollout minus the value, with its value at the end."""
+        runner = ppo()
+        loss_fn: Any = runner.plant.loss_fn.__wrapped__  # type: ignore[attr-defined]
+        loss_fn.gae_lambda.bounds = type(loss_fn.gae_lambda.bounds)(gae_lambda=(0.0, 1.0))
+        loss_fn.gae_lambda.value = 1.0
+        played = loss_fn._rollout(runner.plant.model, 5)
+        # Of an episode that ends with its pole fallen k steps later, the return is 1 − γᵏ.
+        k = torch.log(1 - played.returns.double().clamp(max=1 - 1e-9)) / math.log(0.99)
+        whole = (k - k.round()).abs() < 1e-2
+        assert float(whole.double().mean()) > 0.6
+
+    def test_judging_leaves_the_model_as_it_is(self) -> None:
+        runner = ppo()
+        model: Any = runner.plant.model
+        before = [b.clone() for b in model.buffers()]
+        batch = next(iter(runner.val_loader or ()))
+        model.eval()
+        first = runner.plant.loss_fn(model, batch)[0]
+        runner.plant.loss_fn(model, next(iter(runner.train_loader)))
+        assert float(first) == float(runner.plant.loss_fn(model, batch)[0])
+        assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+
+    def test_data_are_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(rhc.InputError, match="takes no data"):
+            load_runner("cartpole_ppo")(data=tmp_path)
+
+
+class TestCompare:
+    def test_every_planned_value_has_a_method_of_its_own(self) -> None:
+        for name in EVERYTHING:
+            assert METHODS[f"planner-{name.replace('_', '-')}"].plans is not None
+        assert set(PLANNED) <= set(EVERYTHING)
+
+    @pytest.mark.parametrize("method", ["planner", "planner-all", "planner-preset"])
+    def test_a_planned_run_costs_a_plain_one_and_its_validation(self, method: str) -> None:
+        pytest.importorskip("sklearn")
+        row = run(Task("digits", None, 60), method, 0.05, 0)
+        assert math.isfinite(row.score) and 1 < row.cost < 1.1
+
+    def test_a_planner_that_plans_nothing_is_the_run_without_it(self) -> None:
+        pytest.importorskip("sklearn")
+        task = Task("digits", None, 60)
+        without = run(task, "constant", 0.05, 0)
+        assert run(task, "planner-failsafe", 0.05, 0).score == without.score
+        assert run(task, "planner-lr", 0.05, 0).score != without.score
+
+    def test_at_the_command_line(self, capsys: pytest.CaptureFixture[str]) -> None:
+        pytest.importorskip("sklearn")
+        line = "compare digits --methods planner --versus constant --seeds 2 --steps 40"
+        assert main(line.split()) == 0
+        assert "planner" in capsys.readouterr().out
+
+
+def regression() -> tuple[TensorDataset, TensorDataset]:
+    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+    y = x.sum(1, keepdim=True)
+    return TensorDataset(x[:48], y[:48]), TensorDataset(x[48:], y[48:])
+
+
+class TestOtherLoops:
+    @pytest.mark.parametrize(
+        "make, module", [(lightning_callback, "lightning"), (hf_callback, "transformers")]
+    )
+    def test_what_is_not_installed_is_named(
+        self, make: Callable[..., Any], module: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import sys
+
+        for name in (module, "lightning.pytorch", "pytorch_lightning"):
+            monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(rhc.InputError, match=f"pip install {module}"):
+            make(EpochPlanner())
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_lightning(self, tmp_path: Path) -> None:
+        lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+
+        class Module(lightning.LightningModule):  # type: ignore[misc,name-defined]
+            def __init__(self) -> None:
+                super().__init__()
+                torch.manual_seed(0)
+                self.model = nn.Linear(3, 1)
+
+            def training_step(self, batch: Any, index: int) -> Tensor:
+                return nn.functional.mse_loss(self.model(batch[0]), batch[1])
+
+            def validation_step(self, batch: Any, index: int) -> None:
+                self.log("val_loss", nn.functional.mse_loss(self.model(batch[0]), batch[1]))
+
+            def configure_optimizers(self) -> Any:
+                optimizer = torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.5)
+                scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.99**t)
+                return [optimizer], [scheduler]
+
+        train, val = regression()
+
+        def trained(epochs: int, checkpoint: Any = None) -> tuple[EpochPlanner, Any, Any]:
+            planner, module = EpochPlanner(steer=("lr", "momentum")), Module()
+            trainer = lightning.Trainer(
+                max_epochs=epochs, callbacks=[lightning_callback(planner)], logger=False,
+                enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+                default_root_dir=tmp_path, enable_checkpointing=False,
+            )  # fmt: skip
+            trainer.fit(
+                module, DataLoader(train, 8), DataLoader(val, 8), ckpt_path=checkpoint,
+                **({"weights_only": False} if checkpoint else {}),
+            )  # fmt: skip
+            return planner, module, trainer
+
+        straight, module, trainer = trained(6)
+        assert [e.steps for e in straight.history] == [6] * 6
+        assert straight.plan is not None and straight.plan.lr != 0.02
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        assert lr == pytest.approx(straight.plan.lr * 0.99**6)
+        _, _, half = trained(3)
+        half.save_checkpoint(tmp_path / "half.ckpt")
+        resumed, again, _ = trained(6, tmp_path / "half.ckpt")
+        assert resumed.plan == straight.plan
+        assert torch.equal(again.model.weight, module.model.weight)
+
+    @pytest.mark.filterwarnings("ignore")
+    def test_the_hugging_face_trainer(self, tmp_path: Path) -> None:
+        transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+        pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.linear = nn.Linear(3, 1)
+
+            def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+                found = self.linear(x)
+                return {"loss": nn.functional.mse_loss(found, labels), "logits": found}
+
+        train, val = ([{"x": x, "labels": y} for x, y in data] for data in regression())
+
+        def trained(epochs: int, resume: bool = False) -> tuple[EpochPlanner, Any]:
+            torch.manual_seed(0)
+            planner = EpochPlanner(steer=("lr", "momentum"))
+            trainer = transformers.Trainer(
+                Model(),
+                transformers.TrainingArguments(
+                    output_dir=str(tmp_path / ("a" if epochs == 6 and not resume else "b")),
+                    num_train_epochs=6, eval_strategy="epoch", save_strategy="epoch",
+                    logging_steps=1, per_device_train_batch_size=8, learning_rate=0.02,
+                    use_cpu=True, report_to=[], disable_tqdm=True,
+                ),
+                train_dataset=train, eval_dataset=val, callbacks=[hf_callback(planner)],
+            )  # fmt: skip
+            if epochs < 6:
+
+                class StopThere(transformers.TrainerCallback):  # type: ignore[misc,name-defined]
+                    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                        control.should_training_stop = state.epoch >= epochs
+
+                trainer.add_callback(StopThere())
+            trainer.train(resume_from_checkpoint=resume)
+            return planner, trainer
+
+        straight, trainer = trained(6)
+        assert [e.steps for e in straight.history] == [6] * 6
+        assert straight.plan is not None and straight.plan.lr != 0.02
+        assert straight.plan.first_lr == 0.02
+        trained(3)
+        resumed, again = trained(6, resume=True)
+        assert resumed.plan == straight.plan
+        assert torch.equal(again.model.linear.weight, trainer.model.linear.weight)
