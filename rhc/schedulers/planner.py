@@ -350,7 +350,8 @@ class EpochPlanner(BeforeSteps):
         return {
             "steer": list(self.steer),
             "knobs": [knob.name for knob in self.knobs],
-            "law": repr(self.law),
+            # As runs have recorded it: the class names were Bounds and Gains.
+            "law": repr(self.law).replace("PlanBounds(", "Bounds(").replace("PlanGains(", "Gains("),
             "reward": self.reward.source,
             "drift": self.drift,
             "epoch_steps": self.epoch_steps,
