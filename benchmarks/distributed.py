@@ -29,7 +29,7 @@ from models import gpt, text_loss
 from torch import Tensor, nn
 
 from rhc.distributed import Ranks, joined, leave, shard
-from rhc.hypergradient import Lookback
+from rhc.hypergradient import ReversePass
 from rhc.schedule import Schedule
 from rhc.training import memory
 from rhc.training.batches import batch_size
@@ -129,7 +129,7 @@ def measured(arguments: argparse.Namespace, ranks: Ranks | None) -> dict[str, An
     run("replay", lambda: plant.roll(batches, schedule))
     objective = Objective(average=0.99)
     budget = int(arguments.budget * peaks["plain"]) or None
-    lookback = Lookback(
+    reverse_pass = ReversePass(
         plant,
         objective,
         ("lr",),
@@ -137,13 +137,13 @@ def measured(arguments: argparse.Namespace, ranks: Ranks | None) -> dict[str, An
         memory_budget=budget,
         spill=True if arguments.spill is None else arguments.spill,
     )
-    plan = lookback.plan(steps, batches[0])
+    plan = reverse_pass.plan(steps, batches[0])
 
     def look() -> Any:
         mean = Average(objective.average)
-        recorder = lookback.roll(batches, schedule, average=mean)
+        recorder = reverse_pass.roll(batches, schedule, average=mean)
         try:
-            return lookback.look_back(recorder, mean, lambda model: plant.loss(held_out)[0])
+            return reverse_pass.differentiate(recorder, mean, lambda model: plant.loss(held_out)[0])
         finally:
             recorder.close()
 

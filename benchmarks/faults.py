@@ -46,7 +46,7 @@ from runs import files, make_run, seed_everything, state_of, unequal
 from rhc import InputError, Rewrite, Runner
 from rhc.errors import StorageError
 from rhc.events import CheckpointSaved, StepTaken, VerbStarted
-from rhc.hypergradient import Lookback
+from rhc.hypergradient import ReversePass
 from rhc.schedule import Schedule
 from rhc.settings import TrainConfig
 from rhc.storage.checkpoint import Checkpoint, CheckpointStore, _sealed, _tensors
@@ -155,15 +155,15 @@ def _train(directory: Path, pipe: int, change: int | None) -> None:
         elif isinstance(event, StepTaken) and event.step % 5 == 0:
             say("in a roll or replay")
 
-    look_back = Lookback.look_back
+    look_back = ReversePass.differentiate
 
-    def looking(self: Lookback, *args: Any, **options: Any) -> Any:
+    def looking(self: ReversePass, *args: Any, **options: Any) -> Any:
         say("reverse pass")
         found = look_back(self, *args, **options)
         say("rewrite")
         return found
 
-    Lookback.look_back = looking  # type: ignore[method-assign]
+    ReversePass.differentiate = looking  # type: ignore[method-assign]
     run = killed_run.make(0)
 
     class Loading:

@@ -22,7 +22,7 @@ from rhc.distributed.directory import directory_of
 from rhc.distributed.ranks import Group
 from rhc.errors import DivergedError, InputError, RunWarning, StorageError, whole_number
 from rhc.events import Listener, RunEnded, RunStarted
-from rhc.hypergradient import Damping, Engine, Lookback, Product, resolve
+from rhc.hypergradient import Damping, Engine, Product, ReversePass, resolve
 from rhc.loop import Cost, Loop
 from rhc.loop.agreement import agreed, begin, check_ranks, draw_apart, loaders_of
 from rhc.loop.base_schedule import Budget, Course
@@ -32,7 +32,7 @@ from rhc.loop.committing import Committing
 from rhc.loop.epochs import Epochs, epoch_steps
 from rhc.loop.lr_search import STARTS, Start
 from rhc.loop.records import Chronicle, Teller, Validation, final_result, smoothness
-from rhc.loop.reverse_passes import EXPLODING_CLIP, LookbackMaker, Looking
+from rhc.loop.reverse_passes import EXPLODING_CLIP, Looking, ReversePassMaker
 from rhc.loop.rewriting import Rewriting, Twins
 from rhc.loop.rolling import Rolling
 from rhc.loop.shift import Surprise
@@ -279,8 +279,8 @@ class Runner:
         self.costate_clip = costate_clip
         self.spill = spill
         self.controls: tuple[str, ...] = ()
-        self._lookbacks: LookbackMaker | None = None
-        self._lookback: Lookback | None = None
+        self._reverse_passes: ReversePassMaker | None = None
+        self._reverse_pass: ReversePass | None = None
         if self.rewriting:
             if engine != "adjoint":
                 raise InputError(
@@ -290,7 +290,7 @@ class Runner:
             resolve(window, segment, product, engine, self.plant)
             named = (controls,) if isinstance(controls, str) else controls
             self.controls = steered(self.plant, named, DEFAULT_CONTROLS)
-            self._lookbacks = LookbackMaker(
+            self._reverse_passes = ReversePassMaker(
                 self.plant,
                 self.objective,
                 self.controls,
@@ -301,7 +301,7 @@ class Runner:
                 Damping(discount, costate_clip),
                 self._teller.tell,
             )
-            self._lookback = self._lookbacks(Relief())
+            self._reverse_pass = self._reverse_passes(Relief())
         elif self.start == "zero":
             self.plant.refuse_complex()
         self.per_group = grouped(self.plant, self.controls, per_group)
@@ -489,7 +489,7 @@ class Runner:
 
         Nothing is trained or written; model, optimizer and random states are left as they were.
         """
-        if self._lookbacks is None:
+        if self._reverse_passes is None:
             raise InputError("a plan is of looking back; turn rewriting on to have one")
         stream = StepBatches(
             self.train_loader, isolated=True, device=self._moved_to, accumulate=self.accumulate
@@ -498,10 +498,12 @@ class Runner:
             (batch,) = stream.take(0, 1)
         finally:
             stream.close()
-        lookback = self._lookbacks(Relief() if self._before is None else self._before.relief)
+        reverse_pass = self._reverse_passes(
+            Relief() if self._before is None else self._before.relief
+        )
         return [
-            *lookback.plan(self.window, batch, self.controls).lines(),
-            f"product: {lookback.why}",
+            *reverse_pass.plan(self.window, batch, self.controls).lines(),
+            f"product: {reverse_pass.why}",
         ]
 
     # Begin ---------------------------------------------------------------------------------------
@@ -531,7 +533,7 @@ class Runner:
             self._course.planned(steps, first_lr),
             train,
             first_lr=first_lr,
-            lookback=self.lookback,
+            reverse_pass=self.reverse_pass,
         )
         self._streams = [train]
         self._furnish()
@@ -601,9 +603,9 @@ class Runner:
         return getattr(self, "loop", None)
 
     @property
-    def lookback(self) -> Lookback | None:
+    def reverse_pass(self) -> ReversePass | None:
         # What looks back at windows, where they are rewritten; a fit may replace it.
-        return self._lookback if self._before is None else self._before.lookback
+        return self._reverse_pass if self._before is None else self._before.reverse_pass
 
     # Rooms ---------------------------------------------------------------------------------------
 
@@ -633,8 +635,8 @@ class Runner:
         )
         self._windows: PlainWindows | RewrittenWindows = (
             PlainWindows(loop, steps, chronicle, alone=self.ranks is None)
-            if self._lookbacks is None
-            else self._rewritten(self._lookbacks, steps, chronicle)
+            if self._reverse_passes is None
+            else self._rewritten(self._reverse_passes, steps, chronicle)
         )
         self._committing = Committing(
             plant,
@@ -657,12 +659,12 @@ class Runner:
                 course,
                 self._judged_on,
                 self.planner,
-                self._lookbacks,
+                self._reverse_passes,
                 teller,
             )
 
     def _rewritten(
-        self, lookbacks: LookbackMaker, steps: Steps, chronicle: Chronicle
+        self, reverse_passes: ReversePassMaker, steps: Steps, chronicle: Chronicle
     ) -> RewrittenWindows:
         """The room of the windows that are rewritten, and those beside it."""
         plant, loop, law = self.plant, self.loop, self.law
@@ -670,7 +672,7 @@ class Runner:
         penalty = partial(law.penalty, controls=self.controls)
         by_batch, steers_lr = law.rule == "batch-error", "lr" in self.controls
         judge = Judge(plant, loop, steps, self.objective, penalty, self._judged_on)
-        looking = Looking(plant, loop, steps, judge, lookbacks, chronicle, by_batch=by_batch)
+        looking = Looking(plant, loop, steps, judge, reverse_passes, chronicle, by_batch=by_batch)
         rolling = Rolling(loop, law, self.window, course, steps, judge, looking, chronicle)
         surprise = Surprise(loop, law, course, steps, judge, chronicle, steers_lr=steers_lr)
         rewriting = (

@@ -1,10 +1,7 @@
 """Exact hypergradients dJ/du_t of a window, for every step and control, in one call.
 
-`hypergradient` is the public edge: it checks its arguments once, rolls, looks back, and leaves
-model, optimizer and random state as it found them. `lookback` decides, `plan` says what the roll
-keeps, by what `sizes` has measured, and `record` keeps it, `segments` is the engine, `products` the
-Hessian products with their `kernels`, `support` says what a model cannot do, `crosscheck` is an
-independent engine on `higher`.
+`hypergradient` is the public edge: it checks its arguments once, rolls, differentiates, and leaves
+model, optimizer and random state as it found them.
 """
 
 from __future__ import annotations
@@ -28,8 +25,8 @@ from rhc.hypergradient.memory_plan import Plan
 from rhc.hypergradient.reverse_pass import (
     SAME_GRADIENT,
     Hypergradient,
-    Lookback,
     Outcome,
+    ReversePass,
     stage_sum,
 )
 from rhc.hypergradient.segments import Damping, Terminal
@@ -47,10 +44,10 @@ __all__ = [
     "Damping",
     "Engine",
     "Hypergradient",
-    "Lookback",
     "Outcome",
     "Plan",
     "Product",
+    "ReversePass",
     "Terminal",
     "check_steerable",
     "hypergradient",
@@ -181,7 +178,7 @@ def hypergradient(
                 return higher_hypergradient(
                     plant, batches, schedule, objective, tuple(controls), terminal
                 )
-            lookback = Lookback(
+            reverse_pass = ReversePass(
                 plant,
                 objective,
                 tuple(controls),
@@ -193,9 +190,9 @@ def hypergradient(
                 verified=verify == "auto",
             )
             mean = Average(objective.average)
-            recorder = lookback.roll(batches, schedule, average=mean)
+            recorder = reverse_pass.roll(batches, schedule, average=mean)
             try:
-                return lookback.look_back(recorder, mean, terminal)
+                return reverse_pass.differentiate(recorder, mean, terminal)
             finally:
                 recorder.close()
     finally:

@@ -1,6 +1,6 @@
 """Rolling windows and looking back at them, with everything that is decided on the way.
 
-`rhc.hypergradient` uses a `Lookback` once, a Runner for all its windows: which product is taken
+`rhc.hypergradient` uses a `ReversePass` once, a Runner for all its windows: which product is taken
 (`auto`), what the roll keeps (`plan`), and what became of it (`Outcome`).
 """
 
@@ -144,7 +144,7 @@ class Hypergradient:
     check: dict[str, float] = field(default_factory=dict)
 
 
-class Lookback:
+class ReversePass:
     """Rolls windows of a plant and looks back at them.
 
     segment, product, memory_budget (bytes beyond plain training), spill (False; True for the
@@ -320,9 +320,9 @@ class Lookback:
         work = sizes.plain + dict(sizes.pieces or ()).get(plan.pieces, sizes.product)
         return memory.Ceiling(whole - int((1 - HEAP) * plan.budget), work=work)
 
-    # Look back -----------------------------------------------------------------------------------
+    # Differentiate -------------------------------------------------------------------------------
 
-    def look_back(
+    def differentiate(
         self,
         recorder: WindowRecorder,
         average: Average,
@@ -334,11 +334,11 @@ class Lookback:
         self.plant.optimizer.zero_grad()  # the last step's gradients are on the trajectory
         counted = self.plant.attributes()
         try:
-            return self._look_back(recorder, average, terminal, damping, counted)
+            return self._differentiate(recorder, average, terminal, damping, counted)
         finally:
             counted.restore()
 
-    def _look_back(
+    def _differentiate(
         self,
         recorder: WindowRecorder,
         average: Average,

@@ -131,10 +131,10 @@ class Budget:
 
     def _reverse_pass(self, loop: Loop, length: int) -> float:
         """Evaluations of one, at most, where memory is not short."""
-        lookback = loop.lookback
-        if lookback is None:
+        reverse_pass = loop.reverse_pass
+        if reverse_pass is None:
             return 0.0
-        return length * PRODUCT_COST[lookback.product] + lookback.owed
+        return length * PRODUCT_COST[reverse_pass.product] + reverse_pass.owed
 
     def projected(self, loop: Loop) -> float:
         """Of the whole run, in plain runs: the windows that will be looked back at as dear as those

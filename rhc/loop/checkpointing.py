@@ -14,7 +14,7 @@ from rhc.errors import InputError
 from rhc.events import CheckpointSaved
 from rhc.loop.base_schedule import Course
 from rhc.loop.records import Teller
-from rhc.loop.reverse_passes import LookbackMaker
+from rhc.loop.reverse_passes import ReversePassMaker
 from rhc.loop.state import AVERAGE_DECAY, Cost, Loop
 from rhc.loop.update_rule import Twin
 from rhc.loop.window_objective import JudgedOn
@@ -54,7 +54,7 @@ _KINDS = {
 class Saving:
     """Brings the loop's state to the run's directory, and takes it over from there.
 
-    make: of the lookback, where windows are rewritten.
+    make: of the reverse_pass, where windows are rewritten.
     Writes in the loop: all of it, when it loads.
     """
 
@@ -66,7 +66,7 @@ class Saving:
         course: Course,
         judged_on: JudgedOn,
         planner: EpochPlanner | None,
-        make: LookbackMaker | None,
+        make: ReversePassMaker | None,
         teller: Teller,
     ) -> None:
         self.plant, self.loop, self.directory, self.course = plant, loop, directory, course
@@ -166,7 +166,7 @@ class Saving:
             "relief": loop.relief.to_json(),
             "deviation": loop.deviation and asdict(loop.deviation),
             "singletons": plant.singletons,
-            "lookback": None if loop.lookback is None else loop.lookback.state(),
+            "lookback": None if loop.reverse_pass is None else loop.reverse_pass.state(),
             "cost": asdict(loop.cost),
             "start_gradients": loop.start_gradients,
             "seconds": loop.seconds(),
@@ -201,7 +201,7 @@ class Saving:
         if deviation is not None:
             loop.deviation = Deviation(deviation["largest"], tuple(deviation["operators"]))
         if self.make is not None and values.get("lookback") is not None:
-            loop.lookback = self.make.resumed(loop.relief, values["lookback"])
+            loop.reverse_pass = self.make.resumed(loop.relief, values["lookback"])
         loop.step = checkpoint.step
         owned = plant.owned
         average = [

@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from rhc.hypergradient import Lookback
+from rhc.hypergradient import ReversePass
 from rhc.schedule import CONTROLS, Schedule, cooldown, shaped, warming
 from rhc.schedule.planned import PlannedSchedule
 from rhc.training.batches import StepBatches
@@ -453,12 +453,12 @@ class StartSearch:
         frozen = torch.zeros(steps, len(own), dtype=torch.float64)
         schedule = self._schedule(0, steps, frozen)
         # At lr 0 no Hessian takes part.
-        lookback = Lookback(self.plant, self.objective, ("lr",), product="none")
+        reverse_pass = ReversePass(self.plant, self.objective, ("lr",), product="none")
         mean = Average(self.objective.average)
         terminal = self.held_out(steps)
-        recorder = lookback.roll(list(self._batches(steps)), schedule, average=mean)
+        recorder = reverse_pass.roll(list(self._batches(steps)), schedule, average=mean)
         try:
-            h = lookback.look_back(recorder, mean, terminal)
+            h = reverse_pass.differentiate(recorder, mean, terminal)
         finally:
             recorder.close()
         groups = self.plant.optimizer.param_groups

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rhc.errors import Unseen
-from rhc.hypergradient import Damping, Hypergradient, Lookback, Product
+from rhc.hypergradient import Damping, Hypergradient, Product, ReversePass
 from rhc.hypergradient.record import WindowRecorder
 from rhc.loop.records import Chronicle
 from rhc.loop.state import Attempt, Loop
@@ -33,8 +33,8 @@ times the norm at its end, unless the run has a costate_clip of its own."""
 
 
 @dataclass(frozen=True)
-class LookbackMaker:
-    """Makes `Lookback`s of a run, as it asks for them and memory suffices."""
+class ReversePassMaker:
+    """Makes `ReversePass`s of a run, as it asks for them and memory suffices."""
 
     plant: Plant
     objective: Objective
@@ -48,9 +48,9 @@ class LookbackMaker:
 
     def __call__(
         self, relief: Relief, product: Product | None = None, *, verified: bool = True
-    ) -> Lookback:
+    ) -> ReversePass:
         """relief: what has to be done without. product: in any case."""
-        return Lookback(
+        return ReversePass(
             self.plant,
             self.objective,
             self.controls,
@@ -63,7 +63,7 @@ class LookbackMaker:
             notice=self.notice,
         )
 
-    def resumed(self, relief: Relief, state: Mapping[str, Any]) -> Lookback:
+    def resumed(self, relief: Relief, state: Mapping[str, Any]) -> ReversePass:
         """One that goes on from another's state."""
         made = self(relief)
         made.load_state(state)
@@ -74,7 +74,7 @@ class Looking:
     """Rolls windows and looks back at them; the hypergradient and its J are left in the attempt.
 
     by_batch: whether also by each batch of the objective alone.
-    Writes in the loop: cost, live, lookback, relief.
+    Writes in the loop: cost, live, relief, reverse_pass.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Looking:
         loop: Loop,
         steps: Steps,
         judge: Judge,
-        make: LookbackMaker,
+        make: ReversePassMaker,
         chronicle: Chronicle,
         *,
         by_batch: bool,
@@ -117,7 +117,7 @@ class Looking:
         """`roll` where memory suffices."""
         judge, clip = self.judge, self.make.damping.clip
         mean, past = Average(judge.objective.average), judge.past()
-        recorder = self.steps.run(attempt, commit, mean, self.loop.lookback)
+        recorder = self.steps.run(attempt, commit, mean, self.loop.reverse_pass)
         assert recorder is not None
         if attempt.failure is not None:
             recorder.close()
@@ -150,10 +150,10 @@ class Looking:
 
         past: the share of steps before the window in `mean`, which no control of it moves.
         """
-        lookback, damping = self.loop.lookback, replace(self.make.damping, clip=clip)
-        assert lookback is not None
-        lookback.objective = self._over_the_window(past)
-        h = lookback.look_back(recorder, mean, terminal, damping)
+        reverse_pass, damping = self.loop.reverse_pass, replace(self.make.damping, clip=clip)
+        assert reverse_pass is not None
+        reverse_pass.objective = self._over_the_window(past)
+        h = reverse_pass.differentiate(recorder, mean, terminal, damping)
         if past and terminal is not None:
             h = replace(h, value=h.value + self._weight * past * h.terminal)
         self.loop.cost.hessian_products += h.hessian_products
@@ -175,11 +175,11 @@ class Looking:
         """control -> dJ/du by each batch of the objective alone, at H = 0: (n, K) or (n, K, G)."""
         if terminal is None or len(terminal.batches) < 2:
             return {}
-        lookback = self.make(self.loop.relief, "none", verified=False)
-        lookback.objective = self._over_the_window(past)
+        reverse_pass = self.make(self.loop.relief, "none", verified=False)
+        reverse_pass.objective = self._over_the_window(past)
         found = []
         for part in terminal.parts():
-            h = lookback.look_back(recorder, mean, part, self.make.damping)
+            h = reverse_pass.differentiate(recorder, mean, part, self.make.damping)
             self.loop.cost.gradient_equivalents += h.gradient_equivalents - 1
             found.append(h.grad)
         # One more pass over the objective's data.
@@ -188,8 +188,8 @@ class Looking:
 
     def _relieved(self, attempt: Attempt) -> str:
         """Makes looking back do with less memory, and says in words how."""
-        lookback = self.loop.lookback
-        assert lookback is not None
+        reverse_pass = self.loop.reverse_pass
+        assert reverse_pass is not None
         self.plant.optimizer.zero_grad()
         # What an exception cut off is in cycles: without this the next plain step failed as well.
         gc.collect()
@@ -198,14 +198,14 @@ class Looking:
             torch.cuda.empty_cache()
         try:
             schedule = attempt.schedule
-            plan = lookback.plan(len(schedule), next(iter(attempt.batches)), schedule)
+            plan = reverse_pass.plan(len(schedule), next(iter(attempt.batches)), schedule)
             predicted, product = plan.predicted_bytes, str(plan.product)
         except (RuntimeError, MemoryError, OSError) as error:
             if not out_of_memory(error):
                 raise
-            predicted, product = None, lookback.product
+            predicted, product = None, reverse_pass.product
         self.loop.relief, words = self.loop.relief.more(len(attempt.schedule), product, predicted)
-        state = lookback.state()
+        state = reverse_pass.state()
         state = state | {"product": self.loop.relief.product or state["product"]}
-        self.loop.lookback = self.make.resumed(self.loop.relief, state)
+        self.loop.reverse_pass = self.make.resumed(self.loop.relief, state)
         return words

@@ -48,7 +48,7 @@ class Rewriting:
             if iteration and not self.budget.affords(self.loop, length, LOOK, judged, looks=1):
                 break
             if current.hypergradient is None:
-                if self.loop.lookback is not None and not self.loop.lookback.trusted:
+                if self.loop.reverse_pass is not None and not self.loop.reverse_pass.trusted:
                     break
                 self.steps.back_to(window, current, "roll")
                 again = current.emptied()

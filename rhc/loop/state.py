@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rhc.hypergradient import Hypergradient, Lookback, Outcome
+from rhc.hypergradient import Hypergradient, Outcome, ReversePass
 from rhc.loop.update_rule import History, Proposal, Shift, Twin
 from rhc.schedule import Schedule
 from rhc.schedule.planned import PlannedSchedule, of_tape
@@ -70,7 +70,7 @@ class Loop:
     relief: what memory did not suffice for; checked: whether a step was taken again, seen: its
     first loss and gradient; deviation: how it differed.
     first_lr: () or (G,), that the template begins with. live: the attempt whose end the plant
-    stands at. lookback: what looks back at windows, where they are rewritten.
+    stands at. reverse_pass: what looks back at windows, where they are rewritten.
     """
 
     steps: int
@@ -99,7 +99,7 @@ class Loop:
     deviation: Deviation | None = None
     first_lr: Tensor = field(default_factory=lambda: torch.tensor(0.0))
     live: Attempt | None = None
-    lookback: Lookback | None = None
+    reverse_pass: ReversePass | None = None
     began: float = field(default_factory=time.monotonic)
     seconds_before: float = 0.0
 

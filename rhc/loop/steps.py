@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from rhc.events import StepTaken, Verb
-from rhc.hypergradient import Lookback
+from rhc.hypergradient import ReversePass
 from rhc.hypergradient.record import WindowRecorder
 from rhc.loop.records import Chronicle
 from rhc.loop.state import AVERAGE_EVERY, Attempt, Loop, Moment, Window
@@ -41,7 +41,7 @@ class Steps:
         attempt: Attempt,
         commit: int,
         mean: Average | None,
-        recording: Lookback | None = None,
+        recording: ReversePass | None = None,
     ) -> WindowRecorder | None:
         """Live steps through the attempt's window; keeps the moment at `commit` if it is inside.
 

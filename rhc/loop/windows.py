@@ -81,7 +81,7 @@ class RewrittenWindows:
         twins = isinstance(rewriting, Twins)
         wanted = loop.alert or start < law.until * loop.steps
         wanted = wanted and loop.passed_over == 0 and not loop.relief.blind
-        wanted = wanted and (loop.lookback is None or loop.lookback.trusted)
+        wanted = wanted and (loop.reverse_pass is None or loop.reverse_pass.trusted)
         # Looked back at, replayed, and rolled once more.
         looked = wanted and not twins and self._affords(LOOK, window, looks=1)
         attempt = self.rolling.until_finite(window, looked=looked)

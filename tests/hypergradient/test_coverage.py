@@ -935,7 +935,7 @@ def test_torch_is_left_as_it_was() -> None:
 
 
 def test_what_is_given_up_is_told() -> None:
-    """Lookback's notices, which a Runner sends on as events."""
+    """ReversePass's notices, which a Runner sends on as events."""
     torch.manual_seed(0)
     model = Bend(once=True)
     rows = torch.utils.data.TensorDataset(torch.randn(24, 4), torch.randint(0, 3, (24,)))

@@ -36,7 +36,7 @@ from torch.optim import SGD, Adam, Optimizer, Rprop
 
 import rhc
 from rhc import InputError, Objective, Plant, Schedule
-from rhc.hypergradient import Hypergradient, Lookback, segments
+from rhc.hypergradient import Hypergradient, ReversePass, segments
 from rhc.hypergradient import hvp as products
 from rhc.hypergradient.hvp import PRODUCTS
 from rhc.hypergradient.states import Rebuilt
@@ -358,9 +358,9 @@ def test_reward_of_the_metrics_counts_in_the_stage_cost(product: Any) -> None:
         torch.manual_seed(5)
         fresh = setting.copy()
         plant = Plant(fresh.problem.model, fresh.optimizer, rewarded)
-        back = Lookback(plant, objective, tuple(controls), segment=segment, product=product)
+        back = ReversePass(plant, objective, tuple(controls), segment=segment, product=product)
         schedule = Schedule(controls, start=10)  # of which the noise is a function
-        return back.look_back(back.roll(fresh.batches, schedule), Average(None), None)
+        return back.differentiate(back.roll(fresh.batches, schedule), Average(None), None)
 
     expected = differences(lambda c: found(c).value, setting.controls)
     for segment in SEGMENTS if product == "exact" else (1,):

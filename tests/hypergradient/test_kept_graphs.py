@@ -13,7 +13,7 @@ import rhc
 from rhc.hypergradient import segments
 from rhc.hypergradient.evaluation import Evaluation
 from rhc.hypergradient.record import GraphMaker, WindowRecorder
-from rhc.hypergradient.reverse_pass import Lookback
+from rhc.hypergradient.reverse_pass import ReversePass
 from rhc.schedule import Schedule
 from rhc.training.objective import Average, Objective
 from rhc.training.plant import Plant
@@ -119,11 +119,15 @@ def test_of_a_state_only_the_optimizers_is_kept_where_nothing_reads_more(
         options = {"momentum": 0.8, "nesterov": True} if kind is torch.optim.SGD else {}
         optimizer = kind(model.parameters(), lr=0.1, weight_decay=decay, **options)
         plant = Plant(model, optimizer, plain)
-        lookback = Lookback(plant, Objective(loss_weight=1.0), ("lr", "momentum"), product="exact")
+        reverse_pass = ReversePass(
+            plant, Objective(loss_weight=1.0), ("lr", "momentum"), product="exact"
+        )
         schedule = Schedule({"lr": [0.1] * 9, "momentum": [0.8] * 9})
-        recorder = lookback.roll(batches(False)[:1] * 9, schedule)
+        recorder = reverse_pass.roll(batches(False)[:1] * 9, schedule)
         kept.append(len(recorder.trajectory.slots))
-        return torch.cat(list(lookback.look_back(recorder, Average(None), None).grad.values()))
+        return torch.cat(
+            list(reverse_pass.differentiate(recorder, Average(None), None).grad.values())
+        )
 
     found = back()
     monkeypatch.setattr(Plant, "slots_alone", lambda self, scheduled, controls: False)
@@ -136,7 +140,7 @@ def test_of_a_state_only_the_optimizers_is_kept_where_nothing_reads_more(
 
 def rolled(
     noise: float = 0.0, momentum: float = 0.8, **options: Any
-) -> tuple[Lookback, WindowRecorder]:
+) -> tuple[ReversePass, WindowRecorder]:
     model = network()
     clip = {k: options.pop(k) for k in ("clip_norm", "clip_value") if k in options}
     optimizer = torch.optim.SGD(model.parameters(), **{"lr": 0.3, "momentum": 0.8} | options)
@@ -144,13 +148,15 @@ def rolled(
     plain(model, batches(False)[0]).backward()
     optimizer.step()  # so that the first state has a buffer
     plant = Plant(model, optimizer, plain, **clip)
-    lookback = Lookback(plant, Objective(loss_weight=1.0), ("lr", "momentum"), product="exact")
+    reverse_pass = ReversePass(
+        plant, Objective(loss_weight=1.0), ("lr", "momentum"), product="exact"
+    )
     values = {"lr": [0.3] * STEPS, "momentum": [0.8, 0.8, momentum, 0.8], "noise": [noise] * STEPS}
-    return lookback, lookback.roll(batches(False), Schedule(values))
+    return reverse_pass, reverse_pass.roll(batches(False), Schedule(values))
 
 
-def looked_back(lookback: Lookback, recorder: WindowRecorder) -> Tensor:
-    return torch.cat(list(lookback.look_back(recorder, Average(None), None).grad.values()))
+def looked_back(reverse_pass: ReversePass, recorder: WindowRecorder) -> Tensor:
+    return torch.cat(list(reverse_pass.differentiate(recorder, Average(None), None).grad.values()))
 
 
 def unfolded(*arguments: Any, **options: Any) -> Tensor:
@@ -161,19 +167,19 @@ def unfolded(*arguments: Any, **options: Any) -> Tensor:
 
 @pytest.mark.parametrize("maximize", [False, True])
 def test_momentum_takes_the_place_of_gradients_and_they_come_back(maximize: bool) -> None:
-    lookback, recorder = rolled(maximize=maximize)
+    reverse_pass, recorder = rolled(maximize=maximize)
     assert list(recorder.trajectory.states) == [0] and not recorder.trajectory.slots
     before = [g.clone() for (g,) in recorder.trajectory.gradients]
-    found = looked_back(lookback, recorder)
+    found = looked_back(reverse_pass, recorder)
     torch.testing.assert_close(found, unfolded(maximize=maximize), rtol=1e-12, atol=1e-14)
     for (g,), expected in zip(recorder.trajectory.gradients, before, strict=True):
         torch.testing.assert_close(g, expected, rtol=1e-12, atol=1e-14)
-    again = looked_back(lookback, recorder)  # without graphs: they are used up
+    again = looked_back(reverse_pass, recorder)  # without graphs: they are used up
     torch.testing.assert_close(again, found, rtol=1e-12, atol=1e-14)
 
 
 def test_gradients_come_back_where_looking_back_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    lookback, recorder = rolled()
+    reverse_pass, recorder = rolled()
     before = [g.clone() for (g,) in recorder.trajectory.gradients]
     through = segments._Reverse._pull_through_gradient
 
@@ -184,7 +190,7 @@ def test_gradients_come_back_where_looking_back_fails(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(segments._Reverse, "_pull_through_gradient", fails)
     with pytest.raises(KeyboardInterrupt):
-        looked_back(lookback, recorder)
+        looked_back(reverse_pass, recorder)
     for (g,), expected in zip(recorder.trajectory.gradients, before, strict=True):
         torch.testing.assert_close(g, expected, rtol=1e-12, atol=1e-14)
 
@@ -210,7 +216,7 @@ def test_gradients_stay_where_they_are_read(
     def never(*_: Any) -> None:
         raise AssertionError
 
-    lookback, recorder = rolled(**options)
+    reverse_pass, recorder = rolled(**options)
     assert recorder.plan.graphs == STEPS and recorder.plan.states_every > 0
     monkeypatch.setattr(segments, "Folded", never)
-    assert torch.equal(looked_back(lookback, recorder), unfolded(**options))
+    assert torch.equal(looked_back(reverse_pass, recorder), unfolded(**options))

@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 
 import rhc
 from rhc import InputError, Runner
-from rhc.hypergradient import Hypergradient, Lookback, Plan
+from rhc.hypergradient import Hypergradient, Plan, ReversePass
 from rhc.hypergradient.memory_plan import (
     Sizes,
     chunk_bounds,
@@ -438,8 +438,8 @@ def test_every_plan_gives_the_same_hypergradient(
     expected = look_back(chosen, steps, segment=steps)  # the unrolled graph remembers nothing else
     before = all_of(chosen)
     for plan in plans(steps):
-        monkeypatch.setattr(Lookback, "plan", lambda *given, plan=plan: plan)
-        monkeypatch.setattr(Lookback, "_divide_no_more", lambda *given: None)
+        monkeypatch.setattr(ReversePass, "plan", lambda *given, plan=plan: plan)
+        monkeypatch.setattr(ReversePass, "_divide_no_more", lambda *given: None)
         found = look_back(chosen, steps, spill=tmp_path)
         assert found.plan == plan
         assert_same(found, expected, plan)
@@ -561,21 +561,21 @@ def test_a_loss_that_is_no_mean_later_on_is_noticed(monkeypatch: pytest.MonkeyPa
     found = []
     for tight in (False, True):
         before = plant.snapshot()
-        lookback = Lookback(
+        reverse_pass = ReversePass(
             plant, Objective(loss_weight=1.0, terminal_weight=0.0), list(START),
             product="exact", memory_budget=10**9, notice=notices.append,
         )  # fmt: skip
-        lookback._measured(batches[0], "exact")
-        assert lookback._measured_in_pieces(batches[0], "exact").pieces
+        reverse_pass._measured(batches[0], "exact")
+        assert reverse_pass._measured_in_pieces(batches[0], "exact").pieces
         if tight:
             plan = Plan(4, "exact", kept=4, pieces=2)
-            monkeypatch.setattr(lookback, "plan", lambda *given, plan=plan: plan)
-        recorder = lookback.roll(batches, Schedule(steady, seed=0))
-        found.append(lookback.look_back(recorder, Average(None), None))
+            monkeypatch.setattr(reverse_pass, "plan", lambda *given, plan=plan: plan)
+        recorder = reverse_pass.roll(batches, Schedule(steady, seed=0))
+        found.append(reverse_pass.differentiate(recorder, Average(None), None))
         plant.restore(before)
     assert len(notices) == 1 and "step 2 is not the mean of its rows' losses" in notices[0]
-    assert lookback._measured(batches[0], "exact").pieces == ()
-    assert measure_pieces(plant, batches[0], lookback.objective) == ()
+    assert reverse_pass._measured(batches[0], "exact").pieces == ()
+    assert measure_pieces(plant, batches[0], reverse_pass.objective) == ()
     assert "not the mean of its rows' losses" in found[1].why
     for control, expected in found[0].grad.items():
         assert relative_error(found[1].grad[control], expected) < SAME
@@ -672,7 +672,7 @@ def test_blocks_that_split_under_way(
     expected = look_back(chosen, 7, segment=7)
     before = all_of(chosen)
     for plan in plans(7):
-        monkeypatch.setattr(Lookback, "plan", lambda *given, plan=plan: plan)
+        monkeypatch.setattr(ReversePass, "plan", lambda *given, plan=plan: plan)
         found = look_back(chosen, 7, spill=tmp_path)
         assert_same(found, expected, plan)
         assert_identical(before, everything(chosen.problem.model, chosen.optimizer))
@@ -691,7 +691,7 @@ KINDS = {
 def test_nothing_is_left_on_disk(
     kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(Lookback, "plan", lambda *given: KINDS[kind])
+    monkeypatch.setattr(ReversePass, "plan", lambda *given: KINDS[kind])
     look_back(SETTINGS["clipped AdamW"](), 8, spill=tmp_path / "made")
     assert [f for f in tmp_path.rglob("*") if f.name != "made"] == []
 
@@ -701,7 +701,7 @@ def test_an_exception_leaves_no_file_and_puts_everything_back(
     kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Wherever the loss is evaluated: in the roll, in a product, when steps are rolled again."""
-    monkeypatch.setattr(Lookback, "plan", lambda *given: KINDS[kind])
+    monkeypatch.setattr(ReversePass, "plan", lambda *given: KINDS[kind])
     chosen = SETTINGS["clipped AdamW"]()
     before = all_of(chosen)
     last = 8 + 8 - KINDS[kind].graphs + KINDS[kind].recomputed
@@ -726,7 +726,7 @@ def test_an_exception_leaves_no_file_and_puts_everything_back(
 def test_a_window_that_diverges_is_an_outcome_under_every_plan(
     step: int, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(Lookback, "plan", lambda *given: KINDS[kind])
+    monkeypatch.setattr(ReversePass, "plan", lambda *given: KINDS[kind])
     chosen = SETTINGS["clipped AdamW"]()
     worst = fixed_batches(chosen.problem, 8)[step]
 

@@ -39,7 +39,7 @@ from rhc.events import (
     VerbStarted,
     WindowAttempted,
 )
-from rhc.hypergradient import Damping, Lookback, Outcome
+from rhc.hypergradient import Damping, Outcome, ReversePass
 from rhc.loop import reverse_passes as looking
 from rhc.loop.update_rule import Proposal
 from rhc.runner import EXPLODING_CLIP, DivergedError, smoothness
@@ -480,25 +480,25 @@ def test_smoothness_where_there_is_none() -> None:
 
 
 class Looks:
-    """Stands in for `Lookback.look_back`: the real one, whose outcome goes by a list of names.
+    """In place of `ReversePass.differentiate`: the real one, whose outcome goes by a list of names.
 
     asked: the damping that each look was asked for.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, names: list[str]) -> None:
         self.asked: list[Damping] = []
-        real = Lookback.look_back
+        real = ReversePass.differentiate
 
         def look_back(
-            lookback: Lookback, recorder: Any, average: Any, terminal: Any, damping: Damping
+            reverse_pass: ReversePass, recorder: Any, average: Any, terminal: Any, damping: Damping
         ) -> Any:
             self.asked.append(damping)
-            h = real(lookback, recorder, average, terminal, Damping())
+            h = real(reverse_pass, recorder, average, terminal, Damping())
             name = names.pop(0) if names else "successful"
             step = recorder.trajectory.start + 3
             return h if name == "successful" else replace(h, result=Outcome(name, "so", step))
 
-        monkeypatch.setattr(Lookback, "look_back", look_back)
+        monkeypatch.setattr(ReversePass, "differentiate", look_back)
 
 
 def test_vanishing_costates_are_rewritten_from(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1101,9 +1101,9 @@ def test_the_ledger(product: str, lr: float, stride: int, monkeypatch: pytest.Mo
 
     Without the proof of the first hypergradient, whose steps depend on what it finds.
     """
-    made = looking.Lookback
+    made = looking.ReversePass
     monkeypatch.setattr(
-        looking, "Lookback", lambda *parts, **own: made(*parts, **{**own, "verified": False})
+        looking, "ReversePass", lambda *parts, **own: made(*parts, **{**own, "verified": False})
     )
     taken: list[int] = []
     result = fit(

@@ -27,7 +27,7 @@ from torch import nn
 from rhc import InputError, Rewrite, Runner
 from rhc.errors import DivergedError, StorageError
 from rhc.events import CheckpointSaved, Notice, StepTaken
-from rhc.hypergradient import Lookback
+from rhc.hypergradient import ReversePass
 from rhc.loop.update_rule import Twin
 from rhc.training import interrupts as stopping
 from rhc.training.recovery import Deviation, Relief, out_of_memory
@@ -417,15 +417,15 @@ def test_out_of_memory_in_the_reverse_pass(
     fails: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every rung is recorded, the run goes on, and one that is stopped keeps what it gave up."""
-    look_back, count = Lookback.look_back, [0]
+    look_back, count = ReversePass.differentiate, [0]
 
-    def failing(self: Lookback, *args: Any, **options: Any) -> Any:
+    def failing(self: ReversePass, *args: Any, **options: Any) -> Any:
         count[0] += 1
         if count[0] <= fails:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return look_back(self, *args, **options)
 
-    monkeypatch.setattr(Lookback, "look_back", failing)
+    monkeypatch.setattr(ReversePass, "differentiate", failing)
     events: list[Any] = []
     run = make_run("adamw")
     law = replace(LAW, until=1.0, patience=None)
@@ -490,10 +490,10 @@ def test_memory_that_really_ends(megabytes: int, segment: str, tmp_path: Path) -
 
 
 def test_another_error_in_the_reverse_pass_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(self: Lookback, *args: Any, **options: Any) -> Any:
+    def failing(self: ReversePass, *args: Any, **options: Any) -> Any:
         raise RuntimeError("a kernel of mine")
 
-    monkeypatch.setattr(Lookback, "look_back", failing)
+    monkeypatch.setattr(ReversePass, "differentiate", failing)
     with pytest.raises(RuntimeError, match="a kernel of mine"):
         runner(make_run("adamw"), None).fit(STEPS)
 
