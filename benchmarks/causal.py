@@ -26,7 +26,9 @@ import torch
 from models import CASES
 
 import rhc
-from rhc.compare.methods import Task, interval, parsed_seeds, run
+from rhc.compare.pool import parsed_seeds
+from rhc.compare.runs import Task, run
+from rhc.compare.statistics import interval
 from runners.drifting_sine import Waves
 
 PLATEAU = 0.5

@@ -14,9 +14,11 @@ from pathlib import Path
 import matplotlib
 import torch
 from matplotlib import pyplot as plt
+from methods import ALL as METHODS
 from outcome import REPORTING, SWEPT, WORKLOADS
 
-from rhc.compare.methods import METHODS, Row, Task, interval, runner_of
+from rhc.compare.runs import Row, Task, runner_of
+from rhc.compare.statistics import interval
 
 matplotlib.use("Agg")
 DOCS = Path(__file__).parents[1] / "docs"

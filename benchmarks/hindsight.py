@@ -24,7 +24,8 @@ from typing import Any
 import torch
 
 from rhc.cli.main import main as rhc
-from rhc.compare.methods import Row, Task, interval, run, share_of_gain
+from rhc.compare.runs import Row, Task, run
+from rhc.compare.statistics import interval, share_of_gain
 
 TUNING, LESSONS, REPORTING = (0, 1), tuple(range(8)), tuple(range(100, 110))
 REFERENCE, ORACLE = "constant", "smooth"

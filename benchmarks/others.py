@@ -17,7 +17,7 @@ from outcome import LRS, SWEPT, TUNING, Results
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rhc.compare.methods import Task
+from rhc.compare.runs import Task
 from rhc.workload import Workload
 from runners.data import split, tensor_loader
 from runners.digits import _load, cross_entropy

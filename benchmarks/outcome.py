@@ -18,9 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from methods import ALL as METHODS
 from rich.console import Console
 
-from rhc.compare.methods import METHODS, Row, Task, cells, run, summarise, table
+from rhc.compare.methods import cells
+from rhc.compare.runs import Row, Task, run
+from rhc.compare.statistics import summarise, table
 
 SWEPT = ("constant", "cosine", "linear", "1cycle", "wsd")
 LRS = {"sgd": (0.003, 0.01, 0.03, 0.1, 0.3), "adam": (0.0003, 0.001, 0.003, 0.01, 0.03)}

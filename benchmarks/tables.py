@@ -14,9 +14,11 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
+from methods import ALL as METHODS
 from outcome import REPORTING, SWEPT, Results
 
-from rhc.compare.methods import METHODS, Row, Task, interval
+from rhc.compare.runs import Row, Task
+from rhc.compare.statistics import interval
 
 DOCS = Path(__file__).parents[1] / "docs"
 TITLES = {

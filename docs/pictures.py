@@ -140,12 +140,12 @@ def terminal(path: Path) -> None:
 
         yield listener
 
-    original, rhc.train.display = rhc.cli.train.display, watched  # type: ignore[assignment]
+    original, rhc.cli.train.display = rhc.cli.train.display, watched  # type: ignore[assignment]
     try:
         if command(["train", "--window", "50"]):
             raise SystemExit("the run failed")
     finally:
-        rhc.train.display = original
+        rhc.cli.train.display = original
     console.save_svg(str(path), title="rhc train")
 
 

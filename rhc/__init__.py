@@ -85,12 +85,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in (
-        "dynamics",
-        "loggers",
-        "planning",
-    ):  # modules of names of their own: rhc.optimizers.lion
-        return importlib.import_module(f"rhc.{name}")
+    if name in _FOLDERS:  # of names of their own: rhc.optimizers.lion
+        return importlib.import_module(_FOLDERS[name])
     if name not in _MODULES:
         raise AttributeError(f"module 'rhc' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES[name]), name)

@@ -295,7 +295,7 @@ def _function_in_file(path: Path, function_name: str, name: str) -> Callable[...
         raise InputError(
             f"runner {name!r}: there is no file {path} in {Path.cwd()}: correct the path"
         )
-    module = _import_file(path.resolve())
+    module = module_of_file(path.resolve())
     function = getattr(module, function_name, None)
     if not inspect.isroutine(function):
         hint = f"; a script that trains by itself is run by: python {path}"
@@ -313,7 +313,7 @@ def _function_in_file(path: Path, function_name: str, name: str) -> Callable[...
     return function
 
 
-def _import_file(path: Path) -> ModuleType:
+def module_of_file(path: Path) -> ModuleType:
     """The module in that file; its folder joins sys.path, as in `python path/to/file.py`."""
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))

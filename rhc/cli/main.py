@@ -629,15 +629,13 @@ all methods:
   step  on-plateau  adamw-cosine     other schedulers; adamw: at its own lr
   schedule-free  prodigy             optimizers without a schedule (packages)
   adaptive  adaptive-…               AdaptiveRL; parts of it, see --ablations
-  template-race  random-search       the best of several runs, by validation
-  lars-cosine  twin                  other ratios; other steering
+  random-search                      the best of several runs, by validation
+  twin                               rhc without gradients
   smooth  smooth-3                   the two-pass smoother, from an lr
   replay  distilled                  the schedule, the policy that are given
   search-cosine-2  search-cosine-4   random lrs for a cosine, best by validation
-  no-rewrite  no-anew  no-hessian  no-average  no-accept  greedy
-  every-window  all-controls         rhc with a part changed
-  exact-hessian  memory  step-…      rhc with a part put in
-  planner  planner-…                 epochs planned from the tape; its knobs"""
+  planner                            epochs planned from the tape
+  FILE.py:NAME                       NAME of the METHODS of that file"""
 
 COMPARE_FLAGS = {
     "what is trained": ("run data steps", "batch_size width"),

@@ -1,17 +1,23 @@
 """Where the runs of a comparison are computed: processes here, or an engine that is there already.
 
-A launcher takes lines of JSON, one per run, and gives their answers as they come; what a line means
-is `rhc.compare.pool`'s business. submitit hands runs to Slurm where there is one, else to processes
-of this machine; ray to the cluster that RAY_ADDRESS names, else to one that it begins here. Both
-are optional: pip install 'rhc[submitit]', 'rhc[ray]'.
+A launcher takes lines of JSON, one per run, and gives their answers as they come. submitit hands
+runs to Slurm where there is one, else to processes of this machine; ray to the cluster that
+RAY_ADDRESS names, else to one that it begins here. Both are optional: pip install 'rhc[submitit]',
+'rhc[ray]'.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import queue
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,69 +55,177 @@ def parsed_launcher(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def launched(
-    launcher: str, answer: Answer, lines: Sequence[str], jobs: int, folder: Path
+    launcher: str, answer: Answer, lines: Sequence[str], jobs: int, folder: Path | None
 ) -> Iterator[tuple[int, str | Exception]]:
     """(index of a line, its answer or why there is none), in the order in which they come.
 
-    answer: a function of a module that the engine's processes can import. jobs: how many at once.
+    answer: a function of a module that other processes can import. jobs: how many at once.
     """
     name, options = parsed_launcher(launcher)
-    begin = {"submitit": _by_submitit, "ray": _by_ray}[name]
+    begin = {PROCESSES: _by_processes, "submitit": _by_submitit, "ray": _by_ray}[name]
     return begin(answer, lines, jobs, folder, options)
 
 
+def _by_processes(
+    answer: Answer, lines: Sequence[str], jobs: int, folder: Path | None, options: dict[str, Any]
+) -> Iterator[tuple[int, str | Exception]]:
+    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    workers = [_Worker(answer) for _ in range(jobs)]
+    for worker in workers:
+        idle.put(worker)
+
+    def asked(line: str) -> str:
+        worker = idle.get()
+        try:
+            return worker.ask(line)
+        finally:
+            idle.put(worker)
+
+    threads = ThreadPoolExecutor(jobs)
+    try:
+        waiting = {threads.submit(asked, line): index for index, line in enumerate(lines)}
+        for future in as_completed(waiting):
+            error = future.exception()
+            if error is not None and not isinstance(error, Exception):
+                raise error
+            yield waiting[future], error or future.result()
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.close()
+
+
+class _Worker:
+    """A process that answers lines, begun anew where it dies.
+
+    They speak JSON, a line for a cell and a line for its row: nothing is pickled, and a worker that
+    is killed costs one cell.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        self.process: subprocess.Popen[str] | None = None
+
+    def ask(self, line: str) -> str:
+        if self.process is None or self.process.poll() is not None:
+            self.process = self._begin()
+        process = self.process
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except OSError:
+            answer = ""
+        if not answer:
+            status = process.wait()
+            raise RuntimeError(f"its process ended with status {status}; run it with --jobs 1")
+        return answer
+
+    def _begin(self) -> subprocess.Popen[str]:
+        # A process of its own session is not reached by Ctrl-C, after which the parent kills it;
+        # and torch's threads would fight over the cores that the other workers use.
+        module, name = self.answer.__module__, self.answer.__qualname__
+        code = f"from {__name__} import serve; from {module} import {name}; serve({name})"
+        return subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+        )
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+
+def serve(answer: Answer) -> None:
+    """A worker: reads lines from stdin and writes their answers, while its parent is there."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what a run prints must not come between the answers
+    asked: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            asked.put(line)
+        os._exit(0)  # whatever it trains: the one that asks is gone
+
+    threading.Thread(target=listen, daemon=True).start()
+    while True:
+        answers.write(answer(asked.get()) + "\n")
+        answers.flush()
+
+
 def _by_submitit(
-    answer: Answer, lines: Sequence[str], jobs: int, folder: Path, options: dict[str, Any]
+    answer: Answer, lines: Sequence[str], jobs: int, folder: Path | None, options: dict[str, Any]
 ) -> Iterator[tuple[int, str | Exception]]:
     submitit: Any = importlib.import_module("submitit")
+    assert folder is not None
     executor = submitit.AutoExecutor(folder=folder / "jobs")
     executor.update_parameters(**{"timeout_min": 24 * 60, "name": "rhc", **options})
-    waiting = list(enumerate(lines))[::-1]
-    running: dict[int, Any] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                index, line = waiting.pop()
-                running[index] = executor.submit(answer, line)
-            done = [index for index, job in running.items() if job.done()]
-            for index in done:
-                job = running.pop(index)
-                try:
-                    yield index, job.result()
-                except Exception as error:  # of that one run, or of the engine
-                    yield index, error
-            if not done:
-                time.sleep(0.2)
-    finally:
-        for job in running.values():
-            job.cancel()
+
+    def done(running: Sequence[Any]) -> list[Any]:
+        found = [job for job in running if job.done()]
+        if not found:
+            time.sleep(0.2)
+        return found
+
+    begin = partial(executor.submit, answer)
+    yield from _answers(
+        lines, jobs, begin, done, lambda job: job.result(), lambda job: job.cancel()
+    )
 
 
 def _by_ray(
-    answer: Answer, lines: Sequence[str], jobs: int, folder: Path, options: dict[str, Any]
+    answer: Answer, lines: Sequence[str], jobs: int, folder: Path | None, options: dict[str, Any]
 ) -> Iterator[tuple[int, str | Exception]]:
     ray: Any = importlib.import_module("ray")
-    here = "RAY_ADDRESS" not in os.environ
     began = not ray.is_initialized()
     if began:
-        local = {"num_cpus": jobs, "include_dashboard": False} if here else {"address": "auto"}
+        here = {"num_cpus": jobs, "include_dashboard": False}
+        local = {"address": "auto"} if "RAY_ADDRESS" in os.environ else here
         ray.init(log_to_driver=False, **local)
     remote = ray.remote(num_cpus=1, **options)(answer)
+    try:
+        yield from _answers(
+            lines,
+            jobs,
+            remote.remote,
+            lambda running: ray.wait(list(running), num_returns=1)[0],
+            ray.get,
+            partial(ray.cancel, force=True),
+        )
+    finally:
+        if began:
+            ray.shutdown()
+
+
+def _answers(
+    lines: Sequence[str],
+    jobs: int,
+    begin: Callable[[str], Any],
+    done: Callable[[Sequence[Any]], Sequence[Any]],
+    result: Callable[[Any], str],
+    cancel: Callable[[Any], None],
+) -> Iterator[tuple[int, str | Exception]]:
+    """Answers of an engine: `jobs` lines at once, each a job that it begins and ends."""
     waiting = list(enumerate(lines))[::-1]
     running: dict[Any, int] = {}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 index, line = waiting.pop()
-                running[remote.remote(line)] = index
-            for reference in ray.wait(list(running), num_returns=1)[0]:
-                index = running.pop(reference)
+                running[begin(line)] = index
+            for job in done(list(running)):
+                index = running.pop(job)
                 try:
-                    yield index, ray.get(reference)
-                except Exception as error:
+                    yield index, result(job)
+                except Exception as error:  # of that one run, or of the engine
                     yield index, error
     finally:
-        for reference in running:
-            ray.cancel(reference, force=True)
-        if began:
-            ray.shutdown()
+        for job in running:
+            cancel(job)

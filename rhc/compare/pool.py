@@ -2,9 +2,7 @@
 
 A cell is (method, lr, seed). Its row is appended to rows.jsonl of the comparison's directory when
 it is done, and is not computed again while what is trained is the same. A cell that cannot be run
-says why in one sentence, and the others go on. Worker processes are this file's `serve` and speak
-JSON, a line for a cell and a line for its row: nothing is pickled, and one that is killed costs one
-cell.
+says why in one sentence, and the others go on.
 """
 
 from __future__ import annotations
@@ -12,13 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import queue
-import subprocess
-import sys
-import threading
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,26 +20,13 @@ from rich.console import Console
 
 from rhc import __version__
 from rhc.compare.launchers import PROCESSES, launched, parsed_launcher
-from rhc.compare.methods import (
-    ABLATIONS,
-    METHODS,
-    Line,
-    Row,
-    Task,
-    cells,
-    check_files,
-    costs,
-    known,
-    parsed_seeds,
-    run,
-    share_of_gain,
-    summarise,
-    table,
-    tuned,
-)
+from rhc.compare.methods import ABLATIONS, cells, method_of
+from rhc.compare.runs import Row, Task, check_files, run
+from rhc.compare.statistics import costs, share_of_gain, summarise, table, tuned
 from rhc.errors import InputError
 from rhc.schedule import CONTROLS
 from rhc.settings import check_most
+from rhc.settings.commands import check_seed
 from rhc.storage.files import (
     NUMBER_OR_NONE,
     cut,
@@ -114,7 +94,7 @@ def print_comparison(
     names = list(dict.fromkeys([*methods, *([oracle] if oracle else []), reference]))
     chosen = parsed_seeds(seeds)
     for name in names:
-        known(name)
+        method_of(name)
     for lr in lrs:
         CONTROLS["lr"].check(lr)
     if data is not None and not data.exists():
@@ -145,12 +125,12 @@ def print_comparison(
             f"oracle and versus are both {oracle}, so that there is no gain; give another --versus"
         )
     goal = task.workload(chosen[0]).goal  # what is wrong with the run itself is said here, once
-    bench = Bench(console, task, directory, jobs, launcher)
+    pool = WorkerPool(console, task, directory, jobs, launcher)
 
     grid: Sequence[float | None] = list(lrs)
     if tuning:
         grid = grid or list(GRID)
-        trial = bench.rows([c for c in cells(names, grid, tuning) if METHODS[c[0]].needs_lr])
+        trial = pool.rows([c for c in cells(names, grid, tuning) if method_of(c[0]).needs_lr])
         best, spent = tuned(trial)
         for name, lr in best.items():
             console.print(
@@ -159,11 +139,11 @@ def print_comparison(
                 highlight=False,
             )
         wanted = [c for n in names for c in cells([n], [best.get(n)], chosen)]
-        wanted = [c for c in wanted if not METHODS[c[0]].needs_lr or c[0] in best]
+        wanted = [c for c in wanted if not method_of(c[0]).needs_lr or c[0] in best]
     else:
         spent = {}
         wanted = list(cells(names, grid, chosen))
-    rows = bench.rows(wanted)
+    rows = pool.rows(wanted)
     if not rows:
         console.print("nothing could be run", style="bold", highlight=False)
         return 1
@@ -190,14 +170,14 @@ def print_comparison(
         "grid": list(grid) if tuning else None,
         "rows": [asdict(row) for row in rows],
         "lines": [asdict(line) for line in lines],
-        "failures": [asdict(failure) for failure in bench.failures],
+        "failures": [asdict(failure) for failure in pool.failures],
     }
     text = json.dumps(finite(document), indent=1) + "\n"
     if output is not None:
         output.write_text(text, encoding="utf-8")
-    if bench.folder is not None:
-        replace_durably(bench.folder / RESULT, text.encode())
-        console.print(f"rows and {RESULT} are in {bench.folder}", highlight=False, style="dim")
+    if pool.folder is not None:
+        replace_durably(pool.folder / RESULT, text.encode())
+        console.print(f"rows and {RESULT} are in {pool.folder}", highlight=False, style="dim")
     return 0
 
 
@@ -215,7 +195,22 @@ def _explained(rows: Sequence[Row], reference: str, seeds: int) -> str:
     )
 
 
-class Bench:
+def parsed_seeds(text: str) -> list[int]:
+    """`100-109` is ten seeds; a number N is N of them, from 100 on."""
+    match = re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", text.strip())
+    seeds = range(0)
+    if match is not None and match[2] is None:
+        seeds = range(100, 100 + int(match[1]))
+    elif match is not None:
+        seeds = range(int(match[1]), int(match[2]) + 1)
+    if not seeds:
+        raise InputError(f"seeds must be N or FIRST-LAST, got {text!r}; try 100-109")
+    check_most("seeds", len(seeds))
+    check_seed(seeds[-1])
+    return list(seeds)
+
+
+class WorkerPool:
     """Runs cells, tells each row as it comes, and keeps the rows of earlier times.
 
     directory: where rows are kept; None keeps them in memory alone.
@@ -265,11 +260,7 @@ class Bench:
                 style="dim",
             )
         jobs = min(self.jobs, len(missing))
-        found = _in_processes(self.task, missing, jobs) if jobs > 1 else _here(self.task, missing)
-        if self.launcher != PROCESSES and missing:
-            assert self.folder is not None
-            found = _launched(self.launcher, self.task, missing, jobs, self.folder)
-        for outcome in found:
+        for outcome in _outcomes(self.launcher, self.task, missing, jobs, self.folder):
             if isinstance(outcome, Failure):
                 self._fail(outcome)
                 continue
@@ -282,18 +273,14 @@ class Bench:
 
     def _tell(self, row: Row) -> None:
         ended = f"{row.score:.4g}" if math.isfinite(row.score) else "diverged"
-        self.console.print(
-            f"{_named(row.method, row.lr)} seed {row.seed}: {ended}, cost {row.cost:.2f}",
-            highlight=False,
-        )
+        what = _named(row.method, row.lr)
+        self.console.print(f"{what} seed {row.seed}: {ended}, cost {row.cost:.2f}", highlight=False)
 
     def _fail(self, failure: Failure) -> None:
         """Says why, once for all seeds that fail alike."""
-        alike = [f for f in self.failures if (f.method, f.why) == (failure.method, failure.why)]
-        if not alike:
-            self.console.print(
-                f"{_named(failure.method, failure.lr)} is left out: {failure.why}", highlight=False
-            )
+        if (failure.method, failure.why) not in {(f.method, f.why) for f in self.failures}:
+            what = _named(failure.method, failure.lr)
+            self.console.print(f"{what} is left out: {failure.why}", highlight=False)
         self.failures.append(failure)
 
 
@@ -381,125 +368,30 @@ def _row(record: Any) -> Row | None:
 # Running ------------------------------------------------------------------------------------------
 
 
-def _attempted(task: Task, cell: Cell) -> Row | Failure:
-    try:
-        return run(task, *cell)
-    except InputError as error:
-        return Failure(*cell, str(error))
-    except Exception as error:  # one method of many: the others go on
-        first = (str(error).strip().splitlines() or ["without a message"])[0]
-        return Failure(*cell, f"{type(error).__name__}: {first}")
-
-
-def _here(task: Task, wanted: Sequence[Cell]) -> Iterator[Row | Failure]:
-    for cell in wanted:
-        yield _attempted(task, cell)
-
-
-def _in_processes(task: Task, wanted: Sequence[Cell], jobs: int) -> Iterator[Row | Failure]:
-    """Outcomes in the order in which they come."""
-    waiting: queue.SimpleQueue[Cell] = queue.SimpleQueue()
-    for cell in wanted:
-        waiting.put(cell)
-    outcomes: queue.SimpleQueue[Row | Failure | BaseException] = queue.SimpleQueue()
-    with _workers(jobs) as workers:
-        for worker in workers:
-            threading.Thread(
-                target=_attend, args=(worker, task, waiting, outcomes), daemon=True
-            ).start()
-        for _ in wanted:
-            outcome = outcomes.get()
-            if isinstance(outcome, BaseException):
-                raise outcome
-            yield outcome
-
-
-def _attend(
-    worker: _Worker, task: Task, waiting: queue.SimpleQueue[Cell], outcomes: queue.SimpleQueue[Any]
-) -> None:
-    """Hands a worker one cell after the other, until none is waiting."""
-    try:
-        while True:
-            cell = waiting.get_nowait()
-            outcomes.put(worker.run(task, cell))
-    except queue.Empty:
+def _outcomes(
+    launcher: str, task: Task, wanted: Sequence[Cell], jobs: int, folder: Path | None
+) -> Iterator[Row | Failure]:
+    """Rows, or why there are none, in the order in which they come."""
+    if not wanted or (jobs == 1 and launcher == PROCESSES):
+        yield from (_attempted(task, cell) for cell in wanted)
         return
-    except BaseException as error:
-        outcomes.put(error)
+    lines = [asked(task, cell) for cell in wanted]
+    for index, answer in launched(launcher, answered, lines, jobs, folder):
+        if isinstance(answer, str):
+            record = json.loads(answer)
+            row = None if "why" in record else _row(record["row"])
+            why = record.get("why", "it gave no row")
+        else:
+            row, why = None, _sentence(answer)
+            if launcher != PROCESSES:
+                why = f"{launcher}: {type(answer).__name__}: {why}"
+        yield Failure(*wanted[index], why) if row is None else row
 
 
-class _Worker:
-    """A process that runs cells, begun anew where it dies."""
-
-    def __init__(self) -> None:
-        self.process: subprocess.Popen[str] | None = None
-        self.closed = False
-
-    def run(self, task: Task, cell: Cell) -> Row | Failure:
-        if self.process is None or self.process.poll() is not None:
-            self.process = _begin()
-        process = self.process
-        assert process.stdin is not None and process.stdout is not None
-        method, lr, seed = cell
-        try:
-            process.stdin.write(_asked(task, cell) + "\n")
-            process.stdin.flush()
-            answer = process.stdout.readline()
-        except OSError:
-            answer = ""
-        if not answer:
-            status = process.wait()
-            return Failure(
-                method, lr, seed, f"its process ended with status {status}; run it with --jobs 1"
-            )
-        return _understood(cell, answer)
-
-    def close(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-
-
-@contextmanager
-def _workers(count: int) -> Iterator[list[_Worker]]:
-    workers = [_Worker() for _ in range(count)]
-    try:
-        yield workers
-    finally:
-        for worker in workers:
-            worker.close()
-
-
-def _begin() -> subprocess.Popen[str]:
-    # A process of its own session is not reached by Ctrl-C, after which the parent kills it; and
-    # torch's threads would fight over the cores that the other workers use.
-    return subprocess.Popen(
-        [sys.executable, "-c", "from rhc.compare.pool import serve; serve()"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-        start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
-    )
-
-
-def serve() -> None:
-    """A worker: reads a cell a line from stdin and writes its row, or why there is none."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a run prints must not come between the answers
-    asked: queue.SimpleQueue[str] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(asked,), daemon=True).start()
-    while True:
-        answers.write(answered(asked.get()) + "\n")
-        answers.flush()
-
-
-def _listen(asked: queue.SimpleQueue[str]) -> None:
-    """Ends this process, whatever it trains, when the one that asks it is gone."""
-    for line in sys.stdin:
-        asked.put(line)
-    os._exit(0)
+def asked(task: Task, cell: Cell) -> str:
+    """A cell as a line of JSON."""
+    plain = {n: str(v) if isinstance(v, Path) else v for n, v in asdict(task).items()}
+    return encode({"task": plain, "cell": list(cell)})
 
 
 def answered(line: str) -> str:
@@ -514,28 +406,14 @@ def answered(line: str) -> str:
     return encode({"row": asdict(outcome)})
 
 
-def _asked(task: Task, cell: Cell) -> str:
-    plain = {n: str(v) if isinstance(v, Path) else v for n, v in asdict(task).items()}
-    return encode({"task": plain, "cell": list(cell)})
+def _attempted(task: Task, cell: Cell) -> Row | Failure:
+    try:
+        return run(task, *cell)
+    except InputError as error:
+        return Failure(*cell, str(error))
+    except Exception as error:  # one method of many: the others go on
+        return Failure(*cell, f"{type(error).__name__}: {_sentence(error)}")
 
 
-def _understood(cell: Cell, answer: str) -> Row | Failure:
-    record = json.loads(answer)
-    row = None if "why" in record else _row(record["row"])
-    return Failure(*cell, record.get("why", "it gave no row")) if row is None else row
-
-
-def _launched(
-    launcher: str, task: Task, wanted: Sequence[Cell], jobs: int, folder: Path
-) -> Iterator[Row | Failure]:
-    """Outcomes of an engine's processes, in the order in which they come."""
-    lines = [_asked(task, cell) for cell in wanted]
-    for index, answer in launched(launcher, answered, lines, jobs, folder):
-        if isinstance(answer, Exception):
-            first = (str(answer).strip().splitlines() or ["without a message"])[0]
-            yield Failure(*wanted[index], f"{launcher}: {type(answer).__name__}: {first}")
-        else:
-            yield _understood(wanted[index], answer)
-
-
-__all__ = ["Bench", "Failure", "Line", "answered", "print_comparison", "serve"]
+def _sentence(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["without a message"])[0]

@@ -20,24 +20,12 @@ from rich.console import Console
 from torch import nn
 
 from rhc.cli.main import main
-from rhc.compare import methods as comparing
 from rhc.compare import pool as comparison
-from rhc.compare.methods import (
-    ABLATIONS,
-    METHODS,
-    Driver,
-    Row,
-    Task,
-    compare,
-    interval,
-    parsed_seeds,
-    run,
-    running_means,
-    share_of_gain,
-    summarise,
-    tuned,
-)
-from rhc.compare.pool import Bench
+from rhc.compare import runs as comparing
+from rhc.compare.methods import ABLATIONS, METHODS, Driver, method_of
+from rhc.compare.pool import WorkerPool, parsed_seeds
+from rhc.compare.runs import Row, Task, compare, run, running_means
+from rhc.compare.statistics import interval, share_of_gain, summarise, tuned
 from rhc.errors import InputError
 from rhc.hindsight.distill import Example, form_of, lesson
 from rhc.hindsight.policy import fitted
@@ -82,12 +70,19 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
     return Task(f"{path}:make")
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+TABLES = Path(__file__).parents[2] / "benchmarks" / "methods.py"
+
+OF_TABLES = [f"{TABLES}:{n}" for n in ("template-race", "lars-cosine", "no-average", "planner-all")]
+"""Methods of a file."""
+
+
+@pytest.mark.parametrize("name", [*METHODS, *OF_TABLES], ids=lambda name: Path(name).name)
 def test_every_method_runs_and_says_what_it_cost(task: Task, name: str, tmp_path: Path) -> None:
     if name in PACKAGES:
         pytest.importorskip(PACKAGES[name])
-    lr = 0.05 if METHODS[name].needs_lr else None
-    if METHODS[name].replays or METHODS[name].distilled:
+    method = method_of(name)
+    lr = 0.05 if method.needs_lr else None
+    if method.replays or method.distilled:
         task = replace(task, schedule=tmp_path / "s.json", policy=tmp_path / "p")
         decays = Schedule({"lr": torch.linspace(0.1, 0.001, 40)})
         decays.save(tmp_path / "s.json")
@@ -97,20 +92,20 @@ def test_every_method_runs_and_says_what_it_cost(task: Task, name: str, tmp_path
     row = run(task, name, lr, 0)
     assert (row.method, row.lr, row.seed) == (name, lr, 0)
     assert math.isfinite(row.score) and row.score == row.test_loss
-    settings = METHODS[name].settings
+    settings = method.settings
     plain = settings.get("rewrite") is False and settings["start"] == "given"
     assert row.curve[-1][0] == 30 and math.isfinite(row.curve[-1][1] or math.nan)
-    driven = METHODS[name].drives is not None or METHODS[name].distilled
+    driven = method.drives is not None or method.distilled
     assert set(row.course) >= {"lr"} or driven
-    if METHODS[name].searches:
-        assert row.cost == pytest.approx(METHODS[name].searches)
-    elif METHODS[name].races:
-        assert row.cost > len(METHODS[name].races)
-    elif METHODS[name].smooths:
-        assert row.cost == METHODS[name].smooths + 1
-    elif METHODS[name].plans is not None:
+    if len(method.trials) > 1 and plain:
+        assert row.cost == pytest.approx(len(method.trials))
+    elif len(method.trials) > 1:
+        assert row.cost > len(method.trials)
+    elif method.smooths:
+        assert row.cost == method.smooths + 1
+    elif method.plans is not None:
         assert 1 <= row.cost < 1.1  # epochs are judged on held-out data
-    elif plain or METHODS[name].drives is not None or METHODS[name].distilled:
+    elif plain or driven:
         assert row.cost == 1
     else:
         assert row.cost > 1
@@ -187,9 +182,9 @@ def test_lars_and_the_oracle_set_the_ratio_of_the_groups(
         return optimizer
 
     monkeypatch.setattr(comparing, "optimizer_of", optimizer_of)
-    run(task, "oracle-cosine", 0.05, 0)
+    run(task, f"{TABLES}:oracle-cosine", 0.05, 0)
     assert made[-1] == pytest.approx([0.05, 0.005])
-    run(task, "lars-cosine", None, 0)
+    run(task, f"{TABLES}:lars-cosine", None, 0)
     workload = task.workload(0)
     workload.loss_fn(workload.model, next(iter(workload.train_loader))).backward()
     ratios = []
@@ -458,8 +453,8 @@ def test_the_ablations_differ_from_what_they_ablate() -> None:
 def test_help_names_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "--help-all"]) == 0
     shown = capsys.readouterr().out
-    families = ("adaptive-", "planner-", "step-")
-    wanted = {name for name in METHODS if not name.startswith(families)} - {"oracle-cosine"}
+    families = ("adaptive-", "planner-")
+    wanted = {name for name in METHODS if not name.startswith(families)}
     assert {name for name in wanted if name not in shown} == set()
 
 
@@ -472,8 +467,9 @@ def test_a_worker_ends_with_the_process_that_asks_it(tmp_path: Path) -> None:
     )
     parent = subprocess.Popen(
         [sys.executable, "-c",
-         "from pathlib import Path; from rhc.compare.pool import _Worker, Task;"
-         " _Worker().run(Task('slow.py:slow'), ('cosine', 0.1, 0))"],
+         "from rhc.compare.launchers import _Worker; from rhc.compare.pool import asked, answered;"
+         "from rhc.compare.runs import Task;"
+         " _Worker(answered).ask(asked(Task('slow.py:slow'), ('cosine', 0.1, 0)))"],
         cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     end = time.monotonic() + 60
@@ -494,5 +490,5 @@ def test_a_link_among_the_rows_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / name).symlink_to(tmp_path / "precious")
     with pytest.raises(InputError, match=f"{name} is a link"):
-        Bench(Console(file=io.StringIO()), Task("digits"), tmp_path / "rows", 1)
+        WorkerPool(Console(file=io.StringIO()), Task("digits"), tmp_path / "rows", 1)
     assert (tmp_path / "precious").read_text() == "precious"

@@ -1,0 +1,451 @@
+"""One method on one seed: what it ends with, and what it cost.
+
+Every number comes from a run of its own; the cost counts everything that was spent on the way to
+it: the lr search, reverse passes, replays, objectives, and the runs that a race or a search
+throws away. Seeds 0 to 9 are for choosing, 100 and more for reporting.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import random
+import statistics
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice, repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rhc.compare.methods import Method, cells, distilled, method_of
+from rhc.errors import InputError
+from rhc.events import Committed, Event
+from rhc.hindsight import Pass, Policy, Smoother, held_out, reward_of, smooth
+from rhc.rng import preserved, seed_everything
+from rhc.runner import DivergedError, Runner, RunResult
+from rhc.schedule import Schedule
+from rhc.training.evaluate import evaluate
+from rhc.training.plant import Plant
+from rhc.workload import Goal, Workload, load_runner, optimizer_of
+
+TRACKING = Goal("tracking", over=50, last=False)
+"""Of workloads without a goal whose steps all have this metric."""
+
+EVERY = 50
+"""Steps between two points of a run's curve, at most a twentieth of the run where nothing is
+rewritten; the window of a Runner that rewrites, which commits that often."""
+
+JUDGED_BATCHES = 8
+"""Batches of held-out data behind a point of the curve, at most."""
+
+POINTS = 100
+"""Points of a run's course that are kept, at most."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one method ended with on one seed; a run that diverges for good has infinite losses.
+
+    score: what methods are compared by, that of the workload's goal where it has one, else the
+    mean over all steps of the metric "tracking" where there is one, else the test loss of the final
+    weights. higher: whether a higher score is better. validation: what races and searches choose
+    by. cost: in plain runs.
+    curve: (steps taken, value), of what the score is about: the metric's running mean, or else the
+    loss on held-out data. course: columns of numbers over the run, for pictures: "step" and
+    whatever the method steers.
+    """
+
+    method: str
+    lr: float | None
+    seed: int
+    score: float
+    test_loss: float | None
+    test_accuracy: float | None
+    average_test_loss: float | None
+    validation: float
+    cost: float
+    higher: bool = False
+    gradient_evaluations: float | None = None
+    curve: Sequence[Sequence[float | None]] = ()
+    course: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+
+    def steps_to(self, target: float) -> int | None:
+        """Steps after which the curve first reaches the target; None where it never does."""
+        for step, value in self.curve:
+            if value is not None and (value >= target if self.higher else value <= target):
+                return int(step or 0)
+        return None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained: a runner's name, its data, and the steps of every run.
+
+    schedule, policy: files of the methods that use one. width, batch_size: for runs that have other
+    ones; None for the run's own.
+    """
+
+    run: str
+    data: Path | None = None
+    steps: int | None = None
+    schedule: Path | None = None
+    policy: Path | None = None
+    width: int | None = None
+    batch_size: int | None = None
+
+    def workload(self, seed: int) -> Workload:
+        seed_everything(seed)
+        sizes = {"width": self.width, "batch_size": self.batch_size}
+        given = {name: size for name, size in sizes.items() if size is not None}
+        workload = load_runner(self.run)(seed=seed, data=self.data, **given)
+        if workload.threads is not None:
+            torch.set_num_threads(workload.threads)
+        return workload
+
+
+def compare(
+    task: Task,
+    methods: Sequence[str],
+    lrs: Sequence[float | None],
+    seeds: Sequence[int],
+    tell: Callable[[Row], None] = lambda row: None,
+) -> list[Row]:
+    """All methods on all seeds; those that need an lr from each of `lrs`, or the workload's own."""
+    for name in methods:
+        method_of(name)
+    rows = []
+    for name, lr, seed in cells(methods, lrs, seeds):
+        rows.append(run(task, name, lr, seed))
+        tell(rows[-1])
+    return rows
+
+
+def run(task: Task, name: str, lr: float | None, seed: int) -> Row:
+    """One method on one seed."""
+    method = method_of(name)
+    if method.smooths:
+        best = _smoothed(task, method, lr, seed)
+    elif method.distilled:
+        best = _driven(task, replace(method, drives=distilled(_policy(task))), lr, seed)
+    elif method.drives is not None:
+        best = _driven(task, method, lr, seed)
+    else:
+        draws = random.Random(seed)
+        more = {"schedule": _schedule(task, seed)} if method.replays else {}
+        tried = [_one(task, method, lr, seed, draws, **more, **trial) for trial in method.trials]
+        best = min(tried, key=lambda found: found["validation"])
+        # The lr search is the same every time, and is paid for once.
+        start = tried[0]["start"]
+        best["cost"] = start + sum(found["cost"] - start for found in tried)
+    del best["start"]
+    return Row(name, lr, seed, **best)
+
+
+def _one(
+    task: Task,
+    method: Method,
+    lr: float | None,
+    seed: int,
+    draws: random.Random,
+    **more: Any,
+) -> dict[str, Any]:
+    runner, workload, steps = _prepared(task, method, lr, seed, draws, **more)
+    try:
+        return _fitted(runner, workload, steps)[0]
+    except DivergedError:
+        cost = runner.loop.cost
+        return _diverged(
+            workload.goal,
+            max(cost.gradient_equivalents / steps, 1.0),
+            cost.gradient_evaluations,
+            runner.loop.start_gradients / steps,
+        )
+
+
+def _fitted(runner: Runner, workload: Workload, steps: int) -> tuple[dict[str, Any], RunResult]:
+    """A Runner's run to its end, as the fields of a row. Raises DivergedError."""
+    points: list[tuple[int, float | None]] = []
+
+    def judge(event: Event) -> None:
+        if isinstance(event, Committed) and workload.goal is None:
+            points.append((event.stop, _judged(runner.plant, workload.val_loader)))
+
+    runner.listeners.append(judge)
+    result = runner.fit(steps)
+    record = result.record
+    found = _found(
+        workload.goal,
+        [row["loss"] for row in result.tape],
+        lambda name: [row.get(name) for row in result.tape],
+        points,
+        validation=record["val_loss"],
+        test=record["test_loss"],
+        train=record["train_loss"],
+    )
+    return found | {
+        "test_accuracy": record["test_accuracy"],
+        "average_test_loss": record["average_test_loss"],
+        "cost": record["cost"]["plain_run_equivalents"],
+        "gradient_evaluations": record["cost"]["gradient_evaluations"],
+        "course": _course(result.tape),
+        "start": runner.loop.start_gradients / steps,
+    }, result
+
+
+def _smoothed(task: Task, method: Method, lr: float | None, seed: int) -> dict[str, Any]:
+    """The run that the smoother keeps, and what all of its runs cost."""
+    goal = task.workload(seed).goal
+
+    def train(number: int, schedule: Schedule | None) -> Pass:
+        found, result = _fitted(*_prepared(task, method, lr, seed, schedule=schedule))
+        judged = held_out(result.record, result.tape, goal)
+        return Pass(result.schedule, result.tape, judged, found)
+
+    try:
+        runs, best = smooth(train, Smoother(), method.smooths, reward_of(goal))
+    except DivergedError:
+        return _diverged(goal, 1.0, None, 0.0)
+    spent = {
+        name: sum(run.result[name] for run in runs) for name in ("cost", "gradient_evaluations")
+    }
+    return {**runs[best].result, **spent}
+
+
+def check_files(task: Task, names: Sequence[str]) -> None:
+    """Raises InputError unless the task has what the methods need, and nothing that none needs."""
+    methods = [method_of(name) for name in names]
+    if any(method.replays for method in methods):
+        _schedule(task, 0)
+    elif task.schedule is not None:
+        raise InputError("--schedule is for the method replay; name it too, or leave it out")
+    if any(method.distilled for method in methods):
+        _policy(task)
+    elif task.policy is not None:
+        raise InputError("--policy is for the method distilled; name it too, or leave it out")
+    known_sizes = inspect.signature(load_runner(task.run)).parameters
+    for name in ("width", "batch_size"):
+        size = getattr(task, name)
+        if size is not None and (name not in known_sizes or size < 1):
+            raise InputError(
+                f"run {task.run!r} cannot have {name} {size}; leave --{name.replace('_', '-')} out"
+            )
+
+
+def _schedule(task: Task, seed: int) -> Schedule:
+    """The task's schedule, of the run's length."""
+    if task.schedule is None:
+        raise InputError("method replay follows a schedule; give --schedule DIR or FILE")
+    given = task.schedule
+    schedule = Schedule.load(given / "schedule.json" if given.is_dir() else given)
+    return schedule.stretched(task.steps or task.workload(seed).steps)
+
+
+def _policy(task: Task) -> Policy:
+    if task.policy is None:
+        raise InputError("method distilled needs a policy; give --policy FOLDER of rhc distill")
+    return Policy.load(task.policy)
+
+
+def _driven(task: Task, method: Method, lr: float | None, seed: int) -> dict[str, Any]:
+    """A plain loop whose scheduler is told every loss; nothing is rewound."""
+    workload = task.workload(seed)
+    model, steps = workload.model, task.steps or workload.steps
+    name = method.optimizer or workload.optimizer
+    first = _first_lr(workload, name, lr)
+    parameters: Any = workload.parameter_groups
+    if parameters is None:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+    goal, every = workload.goal, _every(steps)
+    assert method.drives is not None
+    losses: list[float] = []
+    metrics: dict[str, list[float]] = {}
+    points: list[tuple[int, float | None]] = []
+    course: list[dict[str, float | None]] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an lr outside the bounds is part of the comparison
+        driver = method.drives(workload, name, parameters, first, steps)
+        plant = Plant(model, driver.optimizer, workload.loss_fn, seed=seed)
+        reward = workload.reward if driver.rewarded else None
+        for step, batch in enumerate(
+            islice(chain.from_iterable(repeat(workload.train_loader)), steps), 1
+        ):
+            driver.mode(True)
+            outcome = workload.loss_fn(model, batch)
+            loss, seen = outcome if isinstance(outcome, tuple) else (outcome, {})
+            driver.optimizer.zero_grad()
+            loss.backward()
+            driver.optimizer.step()
+            driver.step(loss, None if reward is None else reward(model, step, seen))
+            losses.append(float(loss))
+            for key, value in seen.items():
+                metrics.setdefault(key, []).append(float(value))
+            if step % every == 0 or step == steps:
+                driver.mode(False)
+                points.append((step, None if goal else _judged(plant, workload.val_loader)))
+            if driver.course is not None:
+                course.append({"step": step - 1, "loss": losses[-1], **driver.course()})
+    driver.mode(False)
+    test = evaluate(plant, workload.test_loader)
+    judged = evaluate(plant, workload.val_loader)
+    forward = getattr(reward, "forward_passes", 0.0)
+    found = _found(
+        goal,
+        losses,
+        lambda name: metrics.get(name, []),
+        points,
+        validation=None if judged is None else judged.loss,
+        test=None if test is None else test.loss,
+        train=losses[-1],
+    )
+    return found | {
+        "test_accuracy": None if test is None else test.metrics.get("accuracy"),
+        "average_test_loss": None,
+        "cost": 1.0 + forward / 3 / steps,
+        "gradient_evaluations": float(steps),
+        "course": _course(course),
+        "start": 0.0,
+    }
+
+
+def _found(
+    goal: Goal | None,
+    losses: Sequence[float | None],
+    metric: Callable[[str], Sequence[float | None]],
+    points: Sequence[tuple[int, float | None]],
+    *,
+    validation: float | None,
+    test: float | None,
+    train: float | None,
+) -> dict[str, Any]:
+    """Score, curve and what a search chooses by, of a run that went to its end."""
+    tracked = [value for value in metric(TRACKING.metric) if value is not None]
+    if goal is None and len(tracked) == len(losses):
+        goal = TRACKING
+    higher = goal is not None and goal.higher
+    if validation is None:
+        validation = statistics.fmean(_finite(loss) for loss in losses)
+    curve = points
+    score = train if test is None else test
+    if goal is not None:
+        values = [_finite(value, higher) for value in metric(goal.metric)]
+        curve = running_means(values, goal.over)
+        score = statistics.fmean(values[-goal.over :] if goal.last else values)
+    elif all(value is None for _, value in points):
+        curve = running_means([_finite(loss) for loss in losses], _every(len(losses)))
+    return {
+        "score": _finite(score, higher),
+        "test_loss": test,
+        "validation": _finite(validation),
+        "higher": higher,
+        "curve": [(step, value) for step, value in curve],
+    }
+
+
+def running_means(values: Sequence[float], over: int) -> list[tuple[int, float | None]]:
+    """(steps taken, mean of the last `over` values) at every tenth step from `over` on, and at the
+    last; over all values where there are fewer."""
+    over = max(1, min(over, len(values)))
+    sums = np.cumsum([0.0, *values])
+    every = 10 if len(values) - over >= 100 else 1
+    steps = sorted({*range(over, len(values) + 1, every), len(values)})
+    with np.errstate(invalid="ignore"):
+        means = [float((sums[step] - sums[step - over]) / over) for step in steps]
+    return [(s, m if math.isfinite(m) else None) for s, m in zip(steps, means, strict=True)]
+
+
+def _judged(plant: Plant, loader: Any) -> float | None:
+    """The loss on held-out data; the run that goes on afterwards is the same."""
+    with preserved():
+        losses = evaluate(plant, loader, most=JUDGED_BATCHES)
+    return None if losses is None or not math.isfinite(losses.loss) else losses.loss
+
+
+def _course(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+    """Columns of what is a number, or absent, in all rows, at no more than POINTS steps; of a
+    control that differs by parameter group, the largest."""
+    kept = rows[:: math.ceil(len(rows) / POINTS)] if rows else []
+    names = dict.fromkeys(chain.from_iterable(kept))
+    columns = {name: [_largest(row.get(name)) for row in kept] for name in names}
+    return {
+        name: [None if x is None else float(f"{x:.6g}") for x in column]
+        for name, column in columns.items()
+        if all(isinstance(x, int | float | None) for x in column)
+    }
+
+
+def _largest(value: Any) -> Any:
+    return max(value) if isinstance(value, list | tuple) and value else value
+
+
+def runner_of(
+    task: Task, method: Method, lr: float | None, seed: int, **more: Any
+) -> tuple[Runner, int]:
+    """A Runner that is about to train the task by `method`, and its steps. more: settings of it."""
+    runner, _, steps = _prepared(task, method, lr, seed, **more)
+    return runner, steps
+
+
+def _prepared(
+    task: Task,
+    method: Method,
+    lr: float | None,
+    seed: int,
+    draws: random.Random | None = None,
+    **more: Any,
+) -> tuple[Runner, Workload, int]:
+    workload = task.workload(seed)
+    if method.plans is not None:
+        workload, more["planner"] = method.plans(workload)
+    name = method.optimizer or workload.optimizer
+    first = _first_lr(workload, name, lr)
+    groups: list[dict[str, Any]] = workload.parameter_groups or [
+        {"params": [p for p in workload.model.parameters() if p.requires_grad]}
+    ]
+    if method.groups is not None:
+        groups = method.groups(workload, groups, first, draws or random.Random(seed))
+    steps = task.steps or workload.steps
+    plain = {} if method.settings.get("rewrite", True) else {"window": _every(steps)}
+    runner = Runner(
+        workload.model,
+        optimizer_of(name, groups, first),
+        workload.loss_fn,
+        workload.train_loader,
+        workload.val_loader,
+        test_loader=workload.test_loader,
+        seed=seed,
+        **{**plain, **method.settings, **more},
+    )
+    return runner, workload, steps
+
+
+def _every(steps: int) -> int:
+    return max(1, min(EVERY, steps // 20))
+
+
+def _first_lr(workload: Workload, optimizer: str, lr: float | None) -> float:
+    """The lr that is given, or the workload's own for that optimizer, or torch's."""
+    return workload.lr.get(optimizer, 1e-3) if lr is None else lr
+
+
+def _diverged(
+    goal: Goal | None, cost: float, gradients: float | None, start: float
+) -> dict[str, Any]:
+    higher = goal is not None and goal.higher
+    return {
+        **dict.fromkeys(("test_loss", "test_accuracy", "average_test_loss")),
+        "score": -math.inf if higher else math.inf,
+        "validation": math.inf,
+        "higher": higher,
+        "cost": cost,
+        "gradient_evaluations": gradients,
+        "start": start,
+    }
+
+
+def _finite(value: float | None, higher: bool = False) -> float:
+    worst = -math.inf if higher else math.inf
+    return worst if value is None or not math.isfinite(value) else value
