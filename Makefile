@@ -27,7 +27,7 @@ train: install
 	$(VENV)/bin/rhc train --window 50
 
 test: install
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -q -n auto
 
 lint: install
 	$(VENV)/bin/ruff check .

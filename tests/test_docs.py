@@ -152,8 +152,9 @@ def test_the_notebook_ends_with_the_report() -> None:
     assert "srcdoc" in shown["data"]["text/html"] and "Plotly" in shown["data"]["text/html"]
 
 
-def test_every_flag_is_in_the_documentation() -> None:
-    script = ROOT / "docs" / "commands.py"
+@pytest.mark.parametrize("name", ["commands", "house"])
+def test_what_scripts_draw_is_current(name: str) -> None:
+    script = ROOT / "docs" / f"{name}.py"
     found = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
 
