@@ -1,9 +1,8 @@
 """What batches are made of: moved, copied and counted, whatever containers people put them in.
 
-The conventions are those of the loops that people come from: what has a method `.to` moves by it,
-as in accelerate's `send_to_device`; mappings, sequences and named tuples are rebuilt as torch's own
-`pin_memory` rebuilds them, dataclasses field by field as Lightning does. For `torch.utils._pytree`
-dataclasses, PackedSequence and BatchEncoding would be leaves.
+What has a method `.to` moves by it, as in accelerate's `send_to_device`; mappings, sequences and
+named tuples are rebuilt as torch's `pin_memory` rebuilds them, dataclasses field by field as
+Lightning does. For `torch.utils._pytree` dataclasses, PackedSequence and BatchEncoding are leaves.
 """
 
 from __future__ import annotations
@@ -32,15 +31,12 @@ NO_DATA = (nn.Module, nn.Parameter, Dataset, DataLoader)
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """A batch that is used several times: every use has a copy of its own, and `batch` stays.
-
-    A loss may pop, scale or fill what it is given, as a plain loop allows.
-    """
+    """A batch that is used several times: a loss may pop, scale or fill its own copy of it."""
 
     batch: Any
 
     def opened(self) -> Any:
-        """The batch for one use."""
+        """A copy of the batch, for one use."""
         return copied(self.batch)
 
 
@@ -80,25 +76,23 @@ def to_device(batch: Any, device: torch.device | None, *, wait: bool = False) ->
 
 def mapped(function: Callable[[Any], Any], value: Any) -> Any:
     """The same container with function(part) in the place of every part; a leaf as it is."""
+    kind: Any = type(value)
+    made: Any
     if isinstance(value, PLAIN):
         return value
-    made: Any
     if isinstance(value, MutableMapping):
         made = copy.copy(value)  # a defaultdict, or with attributes of its own
         made.update({k: function(v) for k, v in value.items()})
         return made
     if isinstance(value, Mapping):
-        return type(value)({k: function(v) for k, v in value.items()})  # type: ignore[call-arg]
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(function(v) for v in value))
+        return kind({k: function(v) for k, v in value.items()})
     if isinstance(value, (list, tuple)):
-        return type(value)(function(v) for v in value)
+        parts = [function(v) for v in value]
+        return kind(*parts) if hasattr(value, "_fields") else kind(parts)
     if is_dataclass(value) and not isinstance(value, type):
         made = copy.copy(value)
-        for field in fields(value):
-            if hasattr(value, field.name):
-                # Also where it is frozen.
-                object.__setattr__(made, field.name, function(getattr(value, field.name)))
+        for name in (field.name for field in fields(value) if hasattr(value, field.name)):
+            object.__setattr__(made, name, function(getattr(value, name)))  # also a frozen one
         return made
     return value
 
@@ -107,21 +101,19 @@ def mapped(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def copied(batch: Any, name: str = "batches") -> Any:
-    """A batch that shares no memory with this one: what is done to either leaves the other alone.
+    """A batch that shares no memory with this one; `name` says where it comes from in errors.
 
-    What occurs twice in it, or overlaps, does so in the copy. Modules, parameters and datasets are
-    not its own, and stay the same objects. name: of where it comes from, for the InputError where
-    it cannot be copied.
-
-    By `copy.deepcopy` but for tensors, of which that would copy the whole storage: of a slice of a
-    dataset, all of it.
+    By `copy.deepcopy`, but for tensors, of which that would copy the whole storage: of a slice of a
+    dataset, all of it. Modules, parameters and datasets stay the same objects. Raises InputError
+    where it cannot be copied.
     """
-    parts = {id(part): part for part in _parts(batch)}  # held, so that no id is given out again
-    tensors = [p for p in parts.values() if not isinstance(p, NO_DATA)]
-    copies = {id(t): own for t, own in zip(tensors, _clones(tensors, name), strict=True)}
+    memo: dict[int, Any] = {}
+    tensors: dict[int, Tensor] = {}  # held, so that no id is given out again
+    for part in _parts(batch):
+        (memo if isinstance(part, NO_DATA) else tensors)[id(part)] = part
     try:
-        return copy.deepcopy(batch, {**parts, **copies})
-    except (MemoryError, torch.OutOfMemoryError):
+        return copy.deepcopy(batch, memo | _clones(tensors, name))
+    except (MemoryError, torch.OutOfMemoryError, InputError):
         raise
     except Exception as error:
         raise InputError(
@@ -149,15 +141,11 @@ def _parts(value: Any) -> Iterator[Any]:
     stack, seen = [value], set[int]()
     while stack:
         part = stack.pop()
-        if isinstance(part, PLAIN):
-            continue
         if isinstance(part, (Tensor, *NO_DATA)):
             yield part
-            continue
-        if id(part) in seen:
-            continue
-        seen.add(id(part))
-        stack.extend(reversed(_inside(part)))
+        elif not isinstance(part, PLAIN) and id(part) not in seen:
+            seen.add(id(part))
+            stack.extend(reversed(_inside(part)))
 
 
 def _inside(value: Any) -> Sequence[Any]:
@@ -170,75 +158,37 @@ def _inside(value: Any) -> Sequence[Any]:
         return list(value)
     if isinstance(value, (type, ModuleType)) or hasattr(value, "__deepcopy__"):
         return ()
-    slots = [n for c in type(value).__mro__ for n in _named(c.__dict__.get("__slots__", ()))]
-    held = [getattr(value, name, None) for name in slots if name != "__dict__"]
-    return [*held, *getattr(value, "__dict__", {}).values()]
+    held = list(getattr(value, "__dict__", {}).values())
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        names = (slots,) if isinstance(slots, str) else slots
+        held += [getattr(value, name, None) for name in names if name != "__dict__"]
+    return held
 
 
-def _named(slots: Any) -> Sequence[str]:
-    return (slots,) if isinstance(slots, str) else tuple(slots)
+def _clones(tensors: Mapping[int, Tensor], name: str) -> dict[int, Tensor]:
+    """By id, a copy of every tensor that does not share most of its storage with others of them.
 
-
-def _clones(tensors: Sequence[Tensor], name: str) -> list[Tensor]:
-    """A copy of every tensor; those that overlap are views of one copy."""
-    for tensor in tensors:
+    Those are left to deepcopy, which copies a storage once: they overlap in the copy too.
+    """
+    of_storage: dict[int, list[Tensor]] = {}
+    for tensor in tensors.values():
         if tensor.grad_fn is not None:
             raise InputError(
                 f"a tensor of shape {tuple(tensor.shape)} in a batch of {name} hangs on a graph "
                 f"({tensor.grad_fn.name()}), which can be gone through once only; .detach() it, or "
                 "compute it in loss_fn"
             )
-    alone = len({_storage(t) for t in tensors}) == len(tensors)
-    clones = [t.detach().clone() for t in tensors] if alone else _apart(tensors)
-    for tensor, clone in zip(tensors, clones, strict=True):
-        if tensor.requires_grad:
-            clone.requires_grad_()
+        plain = type(tensor) is Tensor and tensor.layout is torch.strided
+        key = (plain and tensor.untyped_storage().data_ptr()) or id(tensor)
+        of_storage.setdefault(key, []).append(tensor)
+    clones = {}
+    for group in of_storage.values():
+        shared = len(group) > 1 and group[0].untyped_storage().nbytes()
+        if not shared or shared > 2 * sum(t.nbytes for t in group):
+            for t in group:
+                clones[id(t)] = t.detach().clone().requires_grad_(t.requires_grad)
     return clones
-
-
-def _storage(t: Tensor) -> int:
-    """Where its memory is; a number of its own where it has none that can be shared."""
-    plain = type(t) is Tensor and t.layout is torch.strided
-    return (plain and t.untyped_storage().data_ptr()) or id(t)
-
-
-def _apart(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of several tensors, as views of one copy where they overlap."""
-    clones: dict[int, Tensor] = {}
-    for group in _overlapping(tensors):
-        extents = [_extent(tensors[i]) for i in group]
-        first, stop = min(e[0] for e in extents), max(e[1] for e in extents)
-        # Columns of one wide matrix reach over all of it.
-        if len(group) > 1 and stop - first <= 2 * sum(tensors[i].numel() for i in group):
-            room = tensors[group[0]].detach().as_strided((stop - first,), (1,), first).clone()
-            for i in group:
-                t = tensors[i]
-                clones[i] = room.as_strided(t.shape, t.stride(), t.storage_offset() - first)
-    return [clones[i] if i in clones else t.detach().clone() for i, t in enumerate(tensors)]
-
-
-def _overlapping(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """Groups of tensors that reach into each other's part of one storage."""
-    of_storage: dict[Any, list[int]] = {}
-    for i, t in enumerate(tensors):
-        of_storage.setdefault((_storage(t), t.dtype), []).append(i)
-    groups: list[list[int]] = []
-    for members in of_storage.values():
-        stop = 0
-        extents = {i: _extent(tensors[i]) for i in members if len(members) > 1}
-        for i in sorted(extents, key=lambda i: extents[i]):
-            first, end = extents[i]
-            if first >= stop:
-                groups.append([])
-            groups[-1].append(i)
-            stop = max(stop, end)
-    return groups
-
-
-def _extent(t: Tensor) -> tuple[int, int]:
-    """(first, last + 1) element of its storage that it reaches."""
-    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    return int(t.storage_offset()), int(t.storage_offset() + last + 1)
 
 
 # Counting -----------------------------------------------------------------------------------------
@@ -254,17 +204,18 @@ def rows_of(batch: Any) -> int:
     found = list(_lengths(batch))
     if not found and _is_single(batch):
         return 1
-    count = Counter(found).most_common(1)
-    if not count or 2 * count[0][1] <= len(found):
-        taken = found[0] if found else 1
-        seen = f" among {', '.join(map(str, dict.fromkeys(found)))}" if found else ""
-        warnings.warn(
-            f"the rows of a batch (a {type(batch).__name__}) cannot be counted for sure{seen}: it "
-            f"weighs as {taken} in means over batches; give it an attribute batch_size",
-            stacklevel=2,
-        )
-        return taken
-    return count[0][0]
+    if found:
+        rows, votes = Counter(found).most_common(1)[0]
+        if 2 * votes > len(found):
+            return rows
+    taken = found[0] if found else 1
+    seen = f" among {', '.join(map(str, dict.fromkeys(found)))}" if found else ""
+    warnings.warn(
+        f"the rows of a batch (a {type(batch).__name__}) cannot be counted for sure{seen}: it "
+        f"weighs as {taken} in means over batches; give it an attribute batch_size",
+        stacklevel=2,
+    )
+    return taken
 
 
 def _lengths(value: Any) -> Iterator[int]:
@@ -277,14 +228,14 @@ def _lengths(value: Any) -> Iterator[int]:
     elif isinstance(value, PackedSequence):
         yield int(value.batch_sizes[0])
     elif isinstance(value, Tensor) or hasattr(value, "__array__"):
-        shape: Any = getattr(value, "shape", ())
-        if len(shape):
-            yield int(shape[0])
+        yield from getattr(value, "shape", ())[:1]
     elif type(value) is list and value and may_be_examples(value):
-        inside = [n for part in value for n in _lengths(part)]
-        sure = all(any(_is_single(part) for part in _inside(v)) for v in value)
-        yield from [len(value)] * (1 if sure else max(1, len(inside)))
-        yield from () if sure else inside
+        if all(any(map(_is_single, _inside(v))) for v in value):
+            yield len(value)
+        else:  # or a list of parts: neither has most of the votes
+            inside = [n for part in value for n in _lengths(part)]
+            yield from [len(value)] * max(1, len(inside))
+            yield from inside
     elif isinstance(value, (list, tuple)) and value and all(isinstance(v, PLAIN) for v in value):
         yield len(value)
     else:

@@ -22,8 +22,8 @@ from rhc.rng import preserved
 from rhc.storage.jsonl import finite
 from rhc.storage.run_directory import RunDirectory
 from rhc.training import interrupts as stopping
-from rhc.training.batches import loader_preserved
 from rhc.training.evaluate import TRAIN_BATCHES, UNSIZED_BATCHES, Losses, at_average, evaluate
+from rhc.training.loaders import loader_preserved
 from rhc.training.plant import Plant
 
 PER_EXAMPLE = "example_"

@@ -24,8 +24,9 @@ from rhc.loop.window_objective import HeldOutLoss, at_most, held_out_loss
 from rhc.rng import preserved
 from rhc.storage.run_directory import RunDirectory
 from rhc.training import interrupts as stopping
-from rhc.training.batches import StepBatches, pristine
+from rhc.training.batches import StepBatches
 from rhc.training.diagnostics import explained
+from rhc.training.loaders import pristine
 from rhc.training.objective import Objective
 from rhc.training.plant import Plant, checked_loss
 from rhc.training.recovery import out_of_memory

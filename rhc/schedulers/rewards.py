@@ -21,7 +21,8 @@ from torch import nn
 from rhc.containers import spare
 from rhc.errors import InputError, whole_number
 from rhc.rng import preserved
-from rhc.training.batches import batch_size, begun, loader_preserved
+from rhc.training.batches import batch_size
+from rhc.training.loaders import begun, loader_preserved
 
 
 class HeldOut:

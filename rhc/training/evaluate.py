@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rhc.containers import spare, to_device
-from rhc.training.batches import batch_size, begun, loader_preserved
+from rhc.training.batches import batch_size
+from rhc.training.loaders import begun, loader_preserved
 from rhc.training.module_state import Buffers
 from rhc.training.objective import Average
 from rhc.training.plant import Plant

@@ -1,0 +1,255 @@
+"""What a loader is known by: what decides its order, its place in a pass, samples of its data."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
+
+from rhc.distributed import RankLoader, Shard
+from rhc.errors import InputError
+
+# Order -------------------------------------------------------------------------------------------
+
+
+class LoaderOrder:
+    """What decides a loader's order beside the global random state: private generators, and the
+    counters of what has a `set_epoch`, by which accelerate's samplers seed theirs."""
+
+    def __init__(self, loader: Any) -> None:
+        sampler = getattr(loader, "sampler", None)
+        batch_sampler = getattr(loader, "batch_sampler", None)
+        inner = [getattr(part, "sampler", None) for part in (sampler, batch_sampler)]
+        holders = (loader, sampler, inner[0], batch_sampler, inner[1])
+        generators = [getattr(holder, "generator", None) for holder in holders]
+        self.generators = list({g: g for g in generators if isinstance(g, torch.Generator)})
+        self.counters = [
+            (holder, name)
+            for holder in {id(h): h for h in holders}.values()
+            if callable(getattr(holder, "set_epoch", None))
+            for name in ("epoch", "iteration")
+            if isinstance(getattr(holder, "__dict__", {}).get(name), int)
+        ]
+
+    def states(self) -> tuple[Tensor, ...]:
+        """All of them, generators first."""
+        counted = [torch.tensor(getattr(holder, name)) for holder, name in self.counters]
+        return (*(g.get_state() for g in self.generators), *counted)
+
+    def restore(self, states: tuple[Tensor, ...]) -> None:
+        """Puts back what `states` gave; counters stay where there are none, as in old runs."""
+        for generator, state in zip(self.generators, states, strict=False):
+            generator.set_state(state)
+        counted = states[len(self.generators) :]
+        for (holder, name), count in zip(self.counters, counted, strict=False):
+            setattr(holder, name, int(count))
+
+
+@contextmanager
+def loader_preserved(loader: Any) -> Iterator[None]:
+    """Iterating inside leaves the loader's private generators and counters as they were found."""
+    order = LoaderOrder(loader)
+    states = order.states()
+    try:
+        yield
+    finally:
+        order.restore(states)
+
+
+def stateful_parts(loader: Any, besides: Iterable[Any] = ()) -> dict[str, Any]:
+    """Name -> what has `state_dict` and `load_state_dict`: the loader, or parts of a DataLoader.
+
+    A StatefulDataLoader is taken for its parts, of which its state consists: iterating it begins an
+    epoch anew like any DataLoader, and what its workers draw at random is in no state of it.
+    """
+    found: dict[str, Any] = {}
+    seen = {id(None), *map(id, besides)}
+
+    def look(part: Any, name: str, prefix: str) -> None:
+        if id(part) in seen:
+            return
+        seen.add(id(part))
+        if _has_state(part):
+            found[name] = part
+            return
+        for attribute in ("batch_sampler", "sampler", "dataset"):
+            below = prefix + attribute
+            look(getattr(part, attribute, None), below, f"{below}.")
+        several = getattr(part, "datasets", None)
+        for i, inner in enumerate(several if isinstance(several, (list, tuple)) else ()):
+            look(inner, f"{prefix}datasets.{i}", f"{prefix}datasets.{i}.")
+
+    look(loader.loader if isinstance(loader, RankLoader) else loader, "loader", "")
+    return found
+
+
+def _has_state(part: Any) -> bool:
+    functions = [getattr(part, name, None) for name in ("state_dict", "load_state_dict")]
+    modules = [kind.__module__ for kind in type(part).__mro__]
+    if not all(map(callable, functions)) or any("stateful_dataloader" in m for m in modules):
+        return False
+    try:
+        inspect.signature(part.state_dict).bind()
+        part.state_dict()
+    except (TypeError, ValueError):  # another protocol of that name
+        return False
+    except (AttributeError, NotImplementedError):  # accelerate's loaders have one only at times
+        return False
+    return True
+
+
+@contextmanager
+def pristine(loader: Any) -> Iterator[None]:
+    """Whatever of a loader has a state has it as before, when batches were drawn for a trial."""
+    states = [(part, copy.deepcopy(part.state_dict())) for part in stateful_parts(loader).values()]
+    try:
+        yield
+    finally:
+        for part, state in states:
+            part.load_state_dict(state)
+
+
+# Passes ------------------------------------------------------------------------------------------
+
+
+class Pass:
+    """A pass over a loader during which others may want to iterate it."""
+
+    lasting: ClassVar[WeakSet[Pass]] = WeakSet()
+
+    def __init__(self, loader: Any, name: str) -> None:
+        self.loader, self.name = loader, name
+        self.held = _held(loader)
+        self.iterator = begun(loader)
+        Pass.lasting.add(self)
+
+    def __next__(self) -> Any:
+        return next(self.iterator)
+
+
+def begun(loader: Any) -> Iterator[Any]:
+    """A new iterator of a loader.
+
+    Raises InputError where a pass that lasts would lose its place by it: iterated twice, an object
+    that is its own iterator has one place.
+    """
+    # By name, since the frames of an error would keep a pass from ending.
+    moved = [p.name for p in Pass.lasting if p.loader is loader and p.held != _held(loader)]
+    own = apart(loader) if any(p.loader is loader for p in Pass.lasting) else loader
+    iterator = iter(own)
+    place = _place(own, iterator)
+    lost = moved or [p.name for p in Pass.lasting if _place(p.loader, p.iterator) is place]
+    if lost:
+        raise InputError(
+            f"{lost[0]} is iterated a second time before a pass over it has ended, and its "
+            f"{type(loader if moved else place).__name__} keeps its place in itself: let each "
+            "__iter__ return an iterator with a place of its own, or give train_loader and "
+            "val_loader objects of their own, and leave validate_every out"
+        )
+    return iterator
+
+
+def _held(loader: Any) -> list[Any]:
+    """What an object of one's own holds, for comparison; a pass that changes it has no other beside
+    it. Of torch's loaders nothing, whose passes know their place."""
+    if isinstance(loader, (DataLoader, RankLoader)):
+        return []
+    held: list[Any] = []
+    for name, value in getattr(loader, "__dict__", {}).items():
+        held.append((name, id(value), getattr(value, "_version", None)))
+        if isinstance(value, list):
+            held += map(id, value)
+        elif isinstance(value, np.ndarray) and value.ndim == 1:
+            held.append(hash(value.tobytes()))
+    return held
+
+
+def _place(loader: Any, iterator: Any) -> Any:
+    """What knows how far a pass has come: the iterator, or a dataset that is its own."""
+    dataset = getattr(loader, "dataset", None)
+    own = hasattr(dataset, "__next__") and not getattr(loader, "num_workers", 0)
+    return dataset if own else iterator
+
+
+def apart(loader: Any) -> Any:
+    """The loader with workers of its own, where a DataLoader in it has some that persist.
+
+    These have one place for all that iterate it. Datasets and samplers are the same objects.
+    """
+    inside = getattr(loader, "__dict__", {})
+    within = {k: v for k, v in inside.items() if isinstance(v, (DataLoader, RankLoader))}
+    changed = {k: own for k, v in within.items() if (own := apart(v)) is not v}
+    if isinstance(loader, DataLoader) and inside.get("persistent_workers"):
+        changed["_iterator"] = None
+    if not changed:
+        return loader
+    own = object.__new__(type(loader))  # accelerate's loaders cannot be copied by `copy`
+    own.__dict__.update(inside, **changed)
+    return own
+
+
+# Data --------------------------------------------------------------------------------------------
+
+SAMPLED = 64
+"""Elements of each tensor of a batch by which it is known: a copy takes 3 µs, a checksum of all of
+a batch of images a millisecond."""
+
+
+def sample(batch: Any) -> tuple[Tensor, ...]:
+    """Some elements of everything in a batch that a tensor can be made of.
+
+    None of a rank's rows, which are others with another number of ranks.
+    """
+    leaves = [] if isinstance(batch, Shard) else tree_leaves(batch)
+    found: list[Any] = []
+    for leaf in leaves:
+        if hasattr(leaf, "__dict__") and not isinstance(leaf, Tensor):
+            found += [v for v in vars(leaf).values() if isinstance(v, Tensor)]
+        elif isinstance(leaf, str):
+            found.append(torch.tensor(list(leaf.encode()[:SAMPLED]), dtype=torch.uint8))
+        else:
+            found.append(leaf)
+    return tuple(t for leaf in found if (t := _elements(leaf)) is not None)
+
+
+def _elements(leaf: Any) -> Tensor | None:
+    try:
+        t = torch.as_tensor(leaf)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if t.layout != torch.strided or t.is_quantized:
+        return None
+    flat = t.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // SAMPLED)][: SAMPLED + 1].clone()
+
+
+def numbers(sampled: Tensor) -> Tensor:
+    """A sample on the CPU, in a type that safetensors has and that can be compared."""
+    if sampled.is_complex():
+        sampled = torch.view_as_real(sampled)
+    return sampled.cpu().to(torch.float64 if sampled.is_floating_point() else torch.int64)
+
+
+def alike(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
+    """Whether two samples are the same, but for what other hardware rounds otherwise."""
+    if len(first) != len(second):
+        return False
+    return all(map(_close, map(numbers, first), map(numbers, second)))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    least = 1e-4 * float(a.abs().nan_to_num().mean())
+    return torch.allclose(a, b, rtol=1e-3, atol=least, equal_nan=True)
