@@ -34,7 +34,8 @@ from rhc.schedule import Schedule
 from rhc.training import memory
 from rhc.training.batches import batch_size
 from rhc.training.objective import Average, Objective
-from rhc.training.plant import Plant, Snapshot
+from rhc.training.plant import Plant
+from rhc.training.snapshot import Snapshot
 
 SIZES: dict[str, dict[str, int]] = {
     "1m": {"layers": 3, "width": 128, "context": 64, "heads": 4, "vocabulary": 65},

@@ -57,8 +57,9 @@ from rhc.storage.run_directory import hardware, length, module_text, versions
 from rhc.training import interrupts as stopping
 from rhc.training.batches import StepBatches
 from rhc.training.diagnostics import check_loader, check_parts
+from rhc.training.losses import LossFn
 from rhc.training.objective import HeldOutBatches, Objective
-from rhc.training.plant import LossFn, Plant
+from rhc.training.plant import Plant
 from rhc.training.recovery import Relief, deterministic
 
 __all__ = ["EXPLODING_CLIP", "Cost", "DivergedError", "RunResult", "Runner", "smoothness"]

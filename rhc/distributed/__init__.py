@@ -2,14 +2,16 @@
 
 Data parallel: every rank holds the whole model and the whole optimizer, and sees its own rows of
 every batch. Gradients, products with the Hessian, losses and metrics are averaged as they arise;
-everything that follows from them is then the same on all ranks, to the bit, and needs no word
-between them. `ranks` is the group and its means, `shards` says whose rows are whose, `batch_norm`
-takes statistics over the rows of all ranks. `sharing` is for parameters of which each rank holds a
-part, and `parts` for their files. rank_directory.py is the run's directory that the first rank
-writes.
+everything that follows from them is then the same on all ranks, to the bit, without a word between
+them. `ranks` is the group and its means, `parallel` what a plant exchanges, `shards` says whose
+rows are whose, `batch_norm` takes statistics over the rows of all ranks. Where FSDP leaves each
+rank a part of every parameter, `dtensors` converts them and `parts` has their files. `directory` is
+the run's directory, which the first rank writes.
 """
 
 from rhc.distributed.batch_norm import SyncBatchNorm, synchronised
+from rhc.distributed.dtensors import is_dtensor, local_part, placed_as, shared_as, whole_of
+from rhc.distributed.parallel import OneProcess, parallel_of
 from rhc.distributed.parts import read_parts, write_parts
 from rhc.distributed.ranks import (
     Ranks,
@@ -22,39 +24,24 @@ from rhc.distributed.ranks import (
     unwrapped,
 )
 from rhc.distributed.shards import RankLoader, Shard, shard, weighing
-from rhc.distributed.sharing import (
-    cut_as,
-    is_shared_out,
-    norm_over,
-    norms_of_wholes,
-    part_of,
-    parts_of,
-    placed_as,
-    settle,
-    shared_as,
-    whole_of,
-)
 
 __all__ = [
+    "OneProcess",
     "RankLoader",
     "Ranks",
     "RanksDiffer",
     "Shard",
     "SyncBatchNorm",
     "Unshared",
-    "cut_as",
-    "is_shared_out",
+    "is_dtensor",
     "joined",
     "launched",
     "leave",
-    "norm_over",
-    "norms_of_wholes",
-    "part_of",
-    "parts_of",
+    "local_part",
+    "parallel_of",
     "placed_as",
     "ranks_of",
     "read_parts",
-    "settle",
     "shard",
     "shared_as",
     "synchronised",

@@ -9,34 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rhc.distributed.ranks import Ranks
+from rhc.distributed.ranks import Ranks, SumOverRanks
 
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-
-class _Sum(Function):
-    """y = Σ_r x_r on every rank. Of J = mean_r J_r, R ∂J/∂x_r = Σ_s ∂J_s/∂y: a sum again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks = ranks
-        return ranks.sum(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Sum.apply(gradient, ctx.ranks), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return ctx.ranks.sum(tangent)
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -74,7 +55,7 @@ class SyncBatchNorm(_BatchNorm):
             row if rank == self.ranks.rank else torch.zeros_like(row)
             for rank in range(self.ranks.size)
         ]
-        found = _Sum.apply(torch.stack(rows), self.ranks)
+        found = SumOverRanks.apply(torch.stack(rows), self.ranks)
         counts = found[:, -1:].detach()
         means, variances = found[:, :-1].chunk(2, dim=1)
         total = counts.sum()

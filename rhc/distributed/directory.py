@@ -21,7 +21,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from rhc.distributed import Ranks, Unshared, is_shared_out, write_parts
+from rhc.distributed import Ranks, Unshared, is_dtensor, write_parts
 from rhc.errors import InputError, StorageError
 from rhc.rng import RandomState, mixed_seed, preserved, seed_everything
 from rhc.storage.checkpoint import SHARDS, Checkpoint
@@ -136,14 +136,14 @@ class _OfRanks(RunDirectory):
 
     def save(self, checkpoint: Checkpoint, schedule: Plan) -> Path | None:
         tensors = {
-            group: {name: t for name, t in own.items() if not is_shared_out([t])}
+            group: {name: t for name, t in own.items() if not is_dtensor(t)}
             for group, own in checkpoint.tensors.items()
         }
         parts = {
             f"{group}.{name}": t
             for group, own in checkpoint.tensors.items()
             for name, t in own.items()
-            if is_shared_out([t])
+            if is_dtensor(t)
         }
         tensors[GROUP] = self._gathered(checkpoint)
         whole = replace(checkpoint, tensors=tensors)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rhc.distributed.dtensors import is_dtensor, placed_as
 from rhc.distributed.ranks import Ranks
-from rhc.distributed.sharing import placed_as
 from rhc.errors import InputError
 from rhc.storage.files import sync_directory, sync_file
 
@@ -91,7 +91,7 @@ def read_parts(folder: Path, like: Callable[[str], Any]) -> dict[str, Tensor]:
 
 def _room(size: torch.Size, dtype: torch.dtype, like: Any) -> Any:
     """An empty tensor of this size, shared out as `like` is if that has the size too."""
-    if not hasattr(like, "device_mesh") or like.shape != size:
+    if not is_dtensor(like) or like.shape != size:
         return torch.empty(size, dtype=dtype)
     return placed_as(torch.empty_like(like.detach().to_local(), dtype=dtype), like)
 

@@ -16,13 +16,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from rhc.errors import InputError, StorageError
 from rhc.rng import RandomState
@@ -47,11 +48,12 @@ class Unshared(InputError):
 
 @dataclass
 class Traffic:
-    """What has gone between ranks. elements: of all-reduced tensors; calls: collectives; seconds:
-    that this rank waited for others, where the host waits (not on an accelerator)."""
+    """What this rank has sent: elements of all-reduced tensors, and seconds waited for others.
+
+    On an accelerator the host does not wait.
+    """
 
     elements: int = 0
-    calls: int = 0
     seconds: float = 0.0
 
 
@@ -82,90 +84,47 @@ class Ranks:
         """The mean over ranks of each tensor, in new memory; all ranks give the same shapes."""
         result: list[Tensor | None] = [None] * len(tensors)
         pending = []
-        for indices in _buckets(tensors):
+        for indices in buckets(tensors):
             flat = torch.cat([tensors[i].detach().reshape(-1) for i in indices])
-            pending.append((indices, flat, self._begun(flat)))
+            pending.append((indices, flat, self.begin(flat)))
         for indices, flat, work in pending:
-            self._finished(work, flat)
+            self.finish(work, flat)
             parts = flat.split([tensors[i].numel() for i in indices])
             for i, part in zip(indices, parts, strict=True):
                 result[i] = part.view(tensors[i].shape)
         return [t for t in result if t is not None]
 
-    def averaged(
-        self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]
-    ) -> list[Tensor | None]:
-        """Means where a rank may have None for zero, of tensors that are shaped as `like`."""
-        return list(
-            self.means(
-                [
-                    torch.zeros_like(b) if a is None else a
-                    for a, b in zip(tensors, like, strict=True)
-                ]
-            )
-        )
-
-    def mean_(self, tensors: Sequence[Tensor]) -> None:
-        """Every tensor becomes its mean over ranks, in place."""
-        if tensors:
-            with torch.no_grad():
-                torch._foreach_copy_(list(tensors), self.means(tensors))
-
     def value(self, number: Tensor) -> Tensor:
         """The mean over ranks of a scalar, detached."""
         flat = number.detach().double().reshape(1).clone()
-        self._finished(self._begun(flat), flat)
+        self.finish(self.begin(flat), flat)
         return flat.to(number.dtype).reshape(())
 
     def sums(self, numbers: Sequence[float]) -> list[float]:
         """The sum over ranks of each number."""
-        flat = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        self._count(flat)
-        dist.all_reduce(flat, group=self.group)
-        return [float(x) for x in flat.tolist()]
+        found = self.sum(torch.tensor(numbers, dtype=torch.float64, device=self.device))
+        return [float(x) for x in found.tolist()]
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks, in new memory."""
         flat = tensor.detach().contiguous().clone()
-        self._count(flat)
-        began = time.monotonic()
-        dist.all_reduce(flat, group=self.group)
-        self.traffic.seconds += time.monotonic() - began
+        self._wait(self.begin(flat))
         return flat
 
-    def _begun(self, flat: Tensor) -> Any:
-        self._count(flat)
+    def begin(self, flat: Tensor) -> Any:
+        """Begins to sum a tensor over ranks, in place; what `finish` waits for."""
+        self.traffic.elements += flat.numel()
         return dist.all_reduce(flat, group=self.group, async_op=True)
 
-    def _finished(self, work: Any, flat: Tensor) -> None:
+    def finish(self, work: Any, flat: Tensor) -> None:
+        """Waits for the sum, and makes it the mean."""
+        self._wait(work)
+        flat.div_(self.size)
+
+    def _wait(self, work: Any) -> None:
         began = time.monotonic()
         work.wait()
         self.traffic.seconds += time.monotonic() - began
-        flat.div_(self.size)
-
-    def _count(self, flat: Tensor) -> None:
-        self.traffic.elements += flat.numel()
-        self.traffic.calls += 1
-
-    # Gradients -----------------------------------------------------------------------------------
-
-    @contextmanager
-    def gradients(self, parameters: Sequence[Tensor], times: int = 1) -> Iterator[Gradients]:
-        """What averages every `.grad` that arises inside, each bucket as soon as it is full.
-
-        times: how often each gradient is added to. `Gradients.end` must be called after it.
-        """
-        gradients = Gradients(self, parameters, times)
-        handles = [
-            p.register_post_accumulate_grad_hook(gradients.note)
-            for p in parameters
-            if p.requires_grad and p.is_leaf
-        ]
-        try:
-            yield gradients
-        finally:
-            for handle in handles:
-                handle.remove()
 
     # Words ---------------------------------------------------------------------------------------
 
@@ -214,7 +173,7 @@ class Ranks:
         """Every tensor becomes the first rank's, in place."""
         source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
         with torch.no_grad():
-            for indices in _buckets(tensors):
+            for indices in buckets(tensors):
                 flat = torch.cat([tensors[i].detach().reshape(-1) for i in indices])
                 dist.broadcast(flat, source, group=self.group)
                 parts = flat.split([tensors[i].numel() for i in indices])
@@ -271,80 +230,21 @@ class Ranks:
         return bool(found[:, -2].any()), [1e-6 * w for w in found[:, -1].tolist()]
 
 
-@dataclass
-class Gradients:
-    """The means of `.grad`s, which begin while the backward pass still goes on.
+class SumOverRanks(Function):
+    """y = Σ_r x_r on every rank. Of J = mean_r J_r, R ∂J/∂x_r = Σ_s ∂J_s/∂y: a sum again."""
 
-    Buckets are filled in reverse order of the parameters, as gradients arise, and sent in that
-    order on every rank. A parameter that took part on no rank keeps its None; one that did on some
-    rank gets the mean, with 0 for the others.
-    """
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.sum(x)
 
-    ranks: Ranks
-    parameters: Sequence[Tensor]
-    times: int
-    _buckets: list[list[int]] = field(default_factory=list)
-    _missing: list[int] = field(default_factory=list)
-    _begun: list[tuple[Tensor, Any]] = field(default_factory=list)
-    _place: dict[int, int] = field(default_factory=dict)
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return SumOverRanks.apply(gradient, ctx.ranks), None
 
-    def __post_init__(self) -> None:
-        wanted = [i for i, p in enumerate(self.parameters) if p.requires_grad]
-        order = wanted[::-1]
-        found = _buckets([self.parameters[i] for i in order])
-        self._buckets = [[order[k] for k in bucket] for bucket in found]
-        self._missing = [self.times * len(bucket) for bucket in self._buckets]
-        for b, bucket in enumerate(self._buckets):
-            for i in bucket:
-                self._place[id(self.parameters[i])] = b
-
-    def note(self, parameter: Tensor) -> None:
-        """A gradient has been added to; called by autograd."""
-        self._missing[self._place[id(parameter)]] -= 1
-        while len(self._begun) < len(self._buckets) and self._missing[len(self._begun)] == 0:
-            self._send()
-
-    def _send(self) -> None:
-        bucket = [self.parameters[i] for i in self._buckets[len(self._begun)]]
-        with torch.no_grad():
-            flat = torch.cat(
-                [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in bucket]
-            )
-        self._begun.append((flat, self.ranks._begun(flat)))
-
-    def end(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Writes the means into every `.grad`; (mean loss, mean metrics where they are numbers)."""
-        names = [name for name, value in metrics.items() if value.numel() == 1]
-        takes_part = [float(p.grad is not None) for p in self.parameters]
-        device = loss.device
-        few = torch.cat(
-            [
-                torch.stack([x.detach().to(device, torch.float64).reshape(()) for x in numbers])
-                for numbers in [[loss, *(metrics[name] for name in names)]]
-            ]
-            + [torch.tensor(takes_part, dtype=torch.float64, device=device)]
-        )
-        work = self.ranks._begun(few)
-        while len(self._begun) < len(self._buckets):
-            self._send()
-        self.ranks._finished(work, few)
-        # Asking an accelerator would make the host wait, and there is nothing to ask if all do.
-        parts = [bool(x) for x in takes_part]
-        if not all(parts):
-            parts = [x > 0 for x in few[1 + len(names) :].tolist()]
-        for indices, (flat, sent) in zip(self._buckets, self._begun, strict=True):
-            self.ranks._finished(sent, flat)
-            sizes = [self.parameters[i].numel() for i in indices]
-            for i, part in zip(indices, flat.split(sizes), strict=True):
-                p = self.parameters[i]
-                # Not in place: of one row, a bias's gradient is what its layer's graph has saved.
-                p.grad = part.view(p.shape) if parts[i] else None
-        means = dict(metrics)
-        for k, name in enumerate(names):
-            value = metrics[name]
-            dtype = value.dtype if value.is_floating_point() else torch.float64
-            means[name] = few[1 + k].to(dtype).reshape(value.shape)
-        return few[0].to(loss.dtype), means
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return ctx.ranks.sum(tangent)
 
 
 # Joining ------------------------------------------------------------------------------------------
@@ -432,9 +332,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 # Helpers ------------------------------------------------------------------------------------------
 
 
-def _buckets(tensors: Sequence[Tensor]) -> list[list[int]]:
+def buckets(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Indices of tensors that travel together: same type and device, up to BUCKET_BYTES."""
-    buckets: list[list[int]] = []
+    found: list[list[int]] = []
     open_: dict[Any, tuple[list[int], int]] = {}
     for i, t in enumerate(tensors):
         kind = (t.dtype, t.device)
@@ -444,9 +344,9 @@ def _buckets(tensors: Sequence[Tensor]) -> list[list[int]]:
             bucket.append(i)
             open_[kind] = bucket, filled + size
         else:
-            buckets.append([i])
-            open_[kind] = buckets[-1], size
-    return buckets
+            found.append([i])
+            open_[kind] = found[-1], size
+    return found
 
 
 def _differences(first: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -31,8 +31,9 @@ from rhc.rng import RandomState
 from rhc.schedule import CONTROLS, Schedule
 from rhc.training.batches import MicroBatches, batch_size
 from rhc.training.evaluate import batch_statistics
+from rhc.training.losses import LossFn
 from rhc.training.objective import Average
-from rhc.training.plant import LossFn, Plant
+from rhc.training.plant import Plant
 
 EXPLODING_CLIP = 10.0
 """Where costates explode, they are taken again clipped to this times their norm at the end."""

@@ -32,9 +32,10 @@ from rhc.hypergradient.reverse_pass import (
 from rhc.hypergradient.segments import Damping, Terminal
 from rhc.schedule import CONTROLS, Schedule, control
 from rhc.training.batches import MicroBatches, batch_size
+from rhc.training.losses import LossFn
 from rhc.training.module_state import Buffers
 from rhc.training.objective import Average, Objective
-from rhc.training.plant import LossFn, Plant
+from rhc.training.plant import Plant
 
 __all__ = [
     "ENGINES",
@@ -160,7 +161,7 @@ def hypergradient(
                 "schedule": schedule.digest(),
                 "settings": [str(x) for x in (segment, product, seed, clip_norm, clip_value)],
                 "terminal": terminal is not None,
-                "parameters": plant.norms(),
+                "parameters": plant.parallel.parameter_norms(),
             }
         )
     before, buffers = plant.snapshot(), Buffers(model)

@@ -19,8 +19,9 @@ from rhc.hypergradient.evaluation import OnceDifferentiable, check_twice, double
 from rhc.hypergradient.support import unsupported
 from rhc.rng import root_mean_square, standard_noise
 from rhc.schedule import Schedule
+from rhc.training.losses import checked_loss
 from rhc.training.objective import Objective, average_weights
-from rhc.training.plant import Plant, checked_loss
+from rhc.training.plant import Plant
 
 if TYPE_CHECKING:
     from rhc.hypergradient import Hypergradient

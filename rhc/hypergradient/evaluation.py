@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from rhc.distributed import SyncBatchNorm, settle
+from rhc.distributed import SyncBatchNorm
 from rhc.hypergradient.kernels import (
     LEAST_VALUED,
     LEAST_VALUELESS,
@@ -38,9 +38,11 @@ from rhc.hypergradient.kernels import (
     moved_statistics,
 )
 from rhc.training.batches import MicroBatches
+from rhc.training.losses import checked_loss, mean_metrics
 from rhc.training.module_state import Buffers, Values
 from rhc.training.objective import Objective
-from rhc.training.plant import Block, Plant, checked_loss, mean_metrics
+from rhc.training.plant import Plant
+from rhc.training.trajectory import Block
 
 Result = TypeVar("Result")
 
@@ -214,7 +216,8 @@ class Scratch:
         self.blocks = blocks
         self.parameters = [[plant.parameters[i] for i in block.indices] for block in blocks]
         self.leaves = [p for of_block in self.parameters for p in of_block]
-        self.in_place = plant.shared_out
+        self.in_place = plant.parallel.sharded
+        self.settle = plant.parallel.settle
         self.moved = plant.moved
         self.hooks = plant.hooks
         self._without = ExitStack()
@@ -224,8 +227,7 @@ class Scratch:
         self.buffers = Buffers(self.model, self.moved)
         self._kept = self.buffers.copies()
         self._data = [p.data.clone() if self.in_place else p.data for p in self.leaves]
-        if self.in_place:
-            settle(self.model)
+        self.settle()
         self._all = [p for p in self.model.parameters() if p.requires_grad]
         self._grads = [p.grad for p in self._all]
         for p in self._all:
@@ -233,8 +235,7 @@ class Scratch:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.in_place:
-            settle(self.model)
+        self.settle()
         for p, data in zip(self.leaves, self._data, strict=True):
             self._set(p, data)
         for p, grad in zip(self._all, self._grads, strict=True):
@@ -249,8 +250,7 @@ class Scratch:
         leaves: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Puts θ (a vector per block) and b in; `leaves` take the place of buffers of a graph."""
-        if self.in_place:
-            settle(self.model)
+        self.settle()
         for block, flat, own in zip(self.blocks, flats, self.parameters, strict=True):
             for p, values in zip(own, block.views(flat), strict=True):
                 self._set(p, values)

@@ -37,7 +37,8 @@ from rhc.hypergradient.kernels import valueless_gradients
 from rhc.rng import RandomState
 from rhc.training.batches import batch_size
 from rhc.training.module_state import Values
-from rhc.training.plant import Block, Found, Plant
+from rhc.training.plant import Plant
+from rhc.training.trajectory import Block, HiddenState
 
 Product = Literal[
     "exact", "forward-over-reverse", "forward-difference", "central-difference", "none"
@@ -86,7 +87,7 @@ class StepPoint:
     theta: Callable[[], Sequence[Tensor]]
     buffers: Values
     batch: Any
-    rng: RandomState | Found | None
+    rng: RandomState | HiddenState | None
     gradients: Sequence[Tensor | None]
     graph: KeptGraph | None = None
     owned: bool = False
@@ -227,7 +228,7 @@ def _exact(
             raise NotAMean
     if evaluation.plant.ranks is not None:
         like = [*wanted, *(scratch.leaves if compare else ())]
-        total = evaluation.plant.averaged([*total, *(found if compare else ())], like)
+        total = evaluation.plant.parallel.means([*total, *(found if compare else ())], like)
         total, found = total[: len(wanted)], total[len(wanted) :]
     discrepancy = 0.0
     if compare:
@@ -268,7 +269,7 @@ def _kept(
     total: list[Tensor | None] = [None] * len(wanted)
     if outputs:
         total = pulled_through(outputs, wanted, output_seeds)
-    total = evaluation.plant.averaged(total, wanted)
+    total = evaluation.plant.parallel.means(total, wanted)
     return _result(evaluation, point, blocks, total, statistics, joint, 0.0, into)
 
 
@@ -359,7 +360,7 @@ def _forward_over_reverse(
             found = evaluation.substitution.at(named, gradient)
             moved = [None if g is None else forward_ad.unpack_dual(g).tangent for g in found]
             total = [_sum(a, b) for a, b in zip(total, moved, strict=True)]
-    total = evaluation.plant.averaged(total, scratch.leaves)
+    total = evaluation.plant.parallel.means(total, scratch.leaves)
     return _per_block(blocks, total, only=point.gradients)
 
 
@@ -387,8 +388,8 @@ def _difference(
     result: list[Tensor | None] = [None] * len(direction) if into is None else list(into)
     if not moved or not active:
         return result
-    length = evaluation.plant.norm([v for v in direction if v is not None])
-    size = evaluation.plant.norm([point.flats[i] for i in moved])
+    length = evaluation.plant.parallel.norm([v for v in direction if v is not None])
+    size = evaluation.plant.parallel.norm([point.flats[i] for i in moved])
 
     def evaluate(scale: Tensor) -> None:
         """Fills the `.grad`s at θ + scale v."""
@@ -518,7 +519,7 @@ def _first_order(
     evaluated = evaluation.of_model(scratch.model, point.batch, statistics=bool(statistics))
     _add_first_order(outputs, seeds, evaluated, statistics_costates)
     total = gradients_by_backward(outputs, wanted, seeds, scratch.model)
-    total = evaluation.plant.averaged(total, wanted)
+    total = evaluation.plant.parallel.means(total, wanted)
     return _result(evaluation, point, scratch.blocks, total, statistics, True, 0.0)
 
 
@@ -562,7 +563,7 @@ def _shares(batch: Any, joint: bool, pieces: int = 1) -> list[tuple[Any, float]]
     return found
 
 
-def _restore(rng: RandomState | Found | None) -> None:
+def _restore(rng: RandomState | HiddenState | None) -> None:
     if rng is not None:
         rng.restore()
 

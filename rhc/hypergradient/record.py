@@ -36,17 +36,10 @@ from rhc.storage.files import write_all
 from rhc.training import memory
 from rhc.training.module_state import filled
 from rhc.training.objective import Objective
-from rhc.training.plant import (
-    Backward,
-    Block,
-    BlockState,
-    Plant,
-    Recorder,
-    Snapshot,
-    moved_by_loss,
-    split_gradients,
-    split_states,
-)
+from rhc.training.plant import Plant
+from rhc.training.recorder import Backward, Recorder, moved_by_loss
+from rhc.training.snapshot import Snapshot
+from rhc.training.trajectory import Block, BlockState, split_gradients, split_states
 
 
 def kept_states(steps: int, segment: int) -> Callable[[int], bool]:
@@ -225,7 +218,7 @@ class WindowRecorder(Recorder):
         elif self.first:
             trajectory.states.clear()
             trajectory.gradients.clear()
-            self.store.rooms.clear()
+            self.rows.clear()
             live = self.plant.snapshot()
             try:
                 yield from self._again(0, len(self._bounds) - 1, self.plan.snapshots - 1, True)

@@ -56,7 +56,8 @@ from rhc.schedule import Schedule
 from rhc.training import memory
 from rhc.training.module_state import Buffers, Captured
 from rhc.training.objective import Average, Objective
-from rhc.training.plant import Plant, StepRecord, Trajectory
+from rhc.training.plant import Plant
+from rhc.training.trajectory import StepRecord, Trajectory
 
 SAME_GRADIENT = 0.01
 """Largest relative difference between a step's gradient and the same computed again. Other kernels
@@ -185,12 +186,12 @@ class ReversePass:
             raise InputError(
                 f"segment must be 1 where ranks train together, got {segment}; leave segment 'auto'"
             )
-        if plant.shared_out and objective.reward_weight:
+        if plant.parallel.sharded and objective.reward_weight:
             raise InputError(
                 "rewards are not there for parameters that are shared out (fully_shard); judge "
                 "windows by losses"
             )
-        if plant.shared_out and has_statistics(plant.model):
+        if plant.parallel.sharded and has_statistics(plant.model):
             raise InputError(
                 "running statistics of BatchNorm are not followed where parameters are shared out "
                 "(fully_shard); normalise otherwise, or leave fully_shard out"
@@ -207,7 +208,7 @@ class ReversePass:
         self.notice = notice
         self.automatic = product == "auto"
         self.product, self.why = self._first_choice(product)
-        self.exact_fails = plant.shared_out
+        self.exact_fails = plant.parallel.sharded
         self.verified = verified
         self.check: Disagreements | None = None
         self.moving: list[str] | None = None
@@ -475,14 +476,14 @@ class ReversePass:
     # Which product -------------------------------------------------------------------------------
 
     def _first_choice(self, product: Product | Literal["auto"]) -> tuple[Product, str]:
-        if self.plant.shared_out and product in ("exact", "forward-over-reverse"):
+        if self.plant.parallel.sharded and product in ("exact", "forward-over-reverse"):
             raise InputError(
                 f"product {product!r} needs second derivatives, which parameters that are shared "
                 "out (fully_shard) have not; use 'auto', or a difference"
             )
         if product != "auto":
             return product, "as asked"
-        if self.plant.shared_out:
+        if self.plant.parallel.sharded:
             return "forward-difference", "no exact product: parameters are shared out"
         return "exact", "right to rounding"
 

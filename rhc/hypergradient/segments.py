@@ -30,7 +30,6 @@ import torch
 import torchopt
 from torch import Tensor, nn
 
-from rhc.distributed import norm_over, norms_of_wholes
 from rhc.errors import Unseen
 from rhc.hypergradient.evaluation import (
     Evaluation,
@@ -62,9 +61,11 @@ from rhc.hypergradient.states import (
 )
 from rhc.training import memory
 from rhc.training.hooks import Hook, through
+from rhc.training.losses import checked_loss
 from rhc.training.module_state import Buffers
 from rhc.training.objective import Objective, average_weights
-from rhc.training.plant import Block, BlockState, Plant, Trajectory, checked_loss
+from rhc.training.plant import Plant
+from rhc.training.trajectory import Block, BlockState, Trajectory
 
 Terminal = Callable[[nn.Module], Tensor]
 Scalar = float | Tensor
@@ -220,7 +221,7 @@ def _terminal_costate(
     if terminal is None or objective.terminal_weight == 0:
         return None, costate, [None] * len(blocks)
     at = plant.parameters if average is None else average
-    if plant.shared_out:
+    if plant.parallel.sharded:
         value, gradients = _of_parts(plant, trajectory, objective, terminal, at)
         return value, costate, gradients
     flats = [block.flatten(at).requires_grad_() for block in blocks]
@@ -235,10 +236,7 @@ def _terminal_costate(
         weighted = objective.terminal_weight * value
         wanted = [*flats, *leaves.values()]
         found = gradients_by_backward([weighted], wanted, [None], plant.model)
-        if plant.ranks is not None:
-            found = plant.averaged(found, wanted)
-            return plant.ranks.value(value), found
-        return value.detach(), found
+        return plant.parallel.value(value), plant.parallel.means(found, wanted)
 
     try:
         with visible_statistics(plant.model, update=False):
@@ -281,14 +279,14 @@ def _of_parts(
             scratch.place([block.flatten(at) for block in blocks], buffers)
             value = checked_loss(terminal(plant.model), "terminal")[0]
             (objective.terminal_weight * value).backward()
-            plant.take_parts()
+            plant.parallel.take_gradients()
             gradients: list[Tensor | None] = [*scratch.gradients()]
         finally:
             for p in plant.parameters:
                 p.grad = None
             for module, training in modes:
                 module.training = training
-    return plant.ranks.value(value), gradients
+    return plant.parallel.value(value), gradients
 
 
 class _Reverse:
@@ -347,10 +345,9 @@ class _Reverse:
     def _adjoint(self) -> Adjoint:
         schedule = self.trajectory.schedule
         gradient = {}
-        norms = self.norms.cpu()
-        if self.plant.shared_out and self.plant.ranks is not None:
-            self.pulled = {n: self.plant.ranks.sum(room) for n, room in self.pulled.items()}
-            norms = norm_over(self.plant.ranks, self.norms).cpu()
+        parallel = self.plant.parallel
+        self.pulled = {n: parallel.sum_of_parts(room) for n, room in self.pulled.items()}
+        norms = parallel.norm_of_parts(self.norms).cpu()
         for name, room in self.pulled.items():
             total = room.cpu()
             gradient[name] = total if schedule[name].dim() == 2 else total.sum(1)
@@ -533,8 +530,7 @@ class _Reverse:
                 self.norms[i, part] = _euclidean(norms)
 
     def _parameter_norm(self, costate: Costate) -> Tensor:
-        own, ranks = costate.parameter_norm(), self.plant.ranks
-        return norm_over(ranks, own) if self.plant.shared_out and ranks is not None else own
+        return self.plant.parallel.norm_of_parts(costate.parameter_norm())
 
     def _damped(self, costate: Costate) -> Costate:
         discount, clip = self.damping.discount, self.damping.clip
@@ -1028,21 +1024,19 @@ class _Reverse:
             result = [None if g is None else g.clamp(-clip, clip) for g in result]
         if self.plant.clip_norm is not None:
             present = [g for g in gradients if g is not None]
-            norms = [torch.linalg.vector_norm(g) for g in present]
-            if self.plant.shared_out and self.plant.ranks is not None:
-                norms = list(norms_of_wholes(self.plant.ranks, present))
+            norms = self.plant.parallel.norms(present)
             total = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
             scale = (self.plant.clip_norm / (total + 1e-6)).clamp(max=1.0)
             result = [None if g is None else g * scale.to(g.device, g.dtype) for g in result]
         if not isinstance(sigma, Tensor) and sigma == 0:
             return result
-        noise = self.plant.noise(self.trajectory.start + i)
+        noise = self.plant.parallel.noise(self.plant.seed, self.trajectory.start + i)
         parts: list[Tensor | None] = [None] * len(noise)
         for block, g in zip(self.blocks, result, strict=True):
             if g is not None:
                 for v, p in zip(block.views(g), block.indices, strict=True):
                     parts[p] = v
-        rms = self.plant.root_mean_squares(parts)
+        rms = self.plant.parallel.root_mean_squares(parts)
         for b, (block, g) in enumerate(zip(self.blocks, result, strict=True)):
             if g is not None:
                 scale = torch.cat(

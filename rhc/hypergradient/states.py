@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from torch import Tensor
 
 from rhc.optimizers import Fold
-from rhc.training.plant import BlockState
+from rhc.training.trajectory import BlockState
 
 States = TypeVar("States", bound=Sequence[Any])
 

@@ -47,9 +47,12 @@ from rhc.hypergradient.states import float_tensors
 from rhc.rng import RandomState, preserved
 from rhc.schedule import CONTROLS
 from rhc.training.batches import MicroBatches, batch_size
+from rhc.training.losses import checked_loss
 from rhc.training.module_state import Buffers
 from rhc.training.objective import Objective
-from rhc.training.plant import Block, Plant, Snapshot, Trajectory, checked_loss
+from rhc.training.plant import Plant
+from rhc.training.snapshot import Snapshot
+from rhc.training.trajectory import Block, Trajectory
 
 MOST_STEPS = 4
 """Steps that are rolled to either side."""
@@ -177,7 +180,7 @@ def verify(
     of_terminal, of_hessian, terminals = 0.0, 0.0, 0
     eps, end = own, plant.snapshot()
     try:
-        if terminal is not None and not plant.shared_out:
+        if terminal is not None and not plant.parallel.sharded:
             of_terminal, terminals = _of_terminal(
                 plant,
                 trajectory,
@@ -209,7 +212,7 @@ def verify(
             rolls.cost += cost
     finally:
         plant.restore(end)
-        plant.forget_gradients()
+        plant.optimizer.zero_grad()
     if plant.ranks is not None:  # one verdict for all
         of, of_terminal = plant.ranks.share([of, of_terminal])
     strange = "" if eps > _COARSE else rolls.not_the_step
@@ -419,9 +422,7 @@ class _Rolls:
         total = sum(float(t @ v) for t, v in known)
         if costate is not None and not self.size:
             self.size = math.sqrt(sum(float((t * v).square().sum()) for t, v in known))
-        if self.plant.shared_out and self.plant.ranks is not None:
-            (total,) = self.plant.ranks.sums([total])
-        return total
+        return float(self.plant.parallel.sum_of_parts(torch.tensor(total, dtype=torch.float64)))
 
     def _double(self, vector: Tensor) -> Tensor:
         """The vector in float64, made once."""
@@ -450,7 +451,7 @@ def _of_terminal(
 
     shares: of the loss's value, which the distances should change it by.
     """
-    square = float(plant.norm([g for g in gradient if g is not None])) ** 2
+    square = float(plant.parallel.norm([g for g in gradient if g is not None])) ** 2
     level = abs(objective.terminal_weight * value)
     if not square > 0 or not level > 0 or not math.isfinite(square * level):
         return 0.0, 0

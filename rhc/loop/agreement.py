@@ -28,7 +28,7 @@ from rhc.distributed import (
     RanksDiffer,
     SyncBatchNorm,
     Unshared,
-    is_shared_out,
+    is_dtensor,
     joined,
 )
 from rhc.errors import InputError, plain
@@ -143,7 +143,7 @@ def begin(
         }
     )
     ranks.broadcast_(
-        [t for t in (*plant.model.parameters(), *plant.model.buffers()) if not is_shared_out([t])]
+        [t for t in (*plant.model.parameters(), *plant.model.buffers()) if not is_dtensor(t)]
     )
     ranks.share_random_state()
     if wrapped:
@@ -151,7 +151,7 @@ def begin(
             "the module inside DistributedDataParallel is trained, and its gradients are averaged "
             "here: so products with the Hessian can be averaged too"
         )
-    plant.find_statistics()
+    plant.parallel.find_statistics()
     own = _own_statistics(plant.model)
     if own:
         notice(
@@ -187,7 +187,7 @@ def agreed(
         ],
         "decisions": decided,
         "losses": [[row["step"], row["loss"], row["gradient_norm"]] for row in committed],
-        "parameters": plant.norms(),
+        "parameters": plant.parallel.parameter_norms(),
     }
     window = loop.cost.windows - 1
     now = time.monotonic()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rhc.distributed import part_of, placed_as, settle, shared_as
+from rhc.distributed import local_part, placed_as, shared_as
 from rhc.errors import InputError
 from rhc.events import CheckpointSaved
 from rhc.loop.base_schedule import Course
@@ -122,8 +122,7 @@ class Saving:
         batch = next(stream.lazily(step, step + 1))
         several = isinstance(batch, (MicroBatches, DrawnAsNeeded))
         losses = [plant.loss(b)[0].detach() for b in (batch if several else [batch])]
-        if plant.shared_out:
-            settle(plant.model)
+        plant.parallel.settle()
         return plant.value(torch.stack(losses).mean())
 
     def _taken_over(self, checkpoint: Checkpoint) -> None:
@@ -205,7 +204,7 @@ class Saving:
         loop.step = checkpoint.step
         owned = plant.owned
         average = [
-            part_of(shared_as(tensors["average"][str(place)], p))
+            local_part(shared_as(tensors["average"][str(place)], p))
             for place, p in zip(places(plant, rest), owned, strict=True)
             if tensors["average"]
         ]

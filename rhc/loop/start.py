@@ -27,8 +27,9 @@ from rhc.training import interrupts as stopping
 from rhc.training.batches import StepBatches
 from rhc.training.diagnostics import explained
 from rhc.training.loaders import pristine
+from rhc.training.losses import checked_loss
 from rhc.training.objective import Objective
-from rhc.training.plant import Plant, checked_loss
+from rhc.training.plant import Plant
 from rhc.training.recovery import out_of_memory
 
 

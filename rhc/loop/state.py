@@ -21,8 +21,9 @@ from rhc.schedule import Schedule
 from rhc.schedule.planned import PlannedSchedule, of_tape
 from rhc.training.batches import StepBatches
 from rhc.training.objective import Average
-from rhc.training.plant import Snapshot, Trajectory
 from rhc.training.recovery import Deviation, Relief
+from rhc.training.snapshot import Snapshot
+from rhc.training.trajectory import Trajectory
 
 AVERAGE_EVERY = 5
 """The average behind the `average_…` results is of every fifth committed iterate, counted from the

@@ -17,8 +17,9 @@ from rhc.loop.records import Chronicle
 from rhc.loop.state import AVERAGE_EVERY, Attempt, Loop, Moment, Window
 from rhc.rng import preserved
 from rhc.training.objective import Average
-from rhc.training.plant import Plant, StepRecord
+from rhc.training.plant import Plant
 from rhc.training.recovery import Deviation, replay_deviation
+from rhc.training.trajectory import StepRecord
 
 DIVERGED = 4.0
 """A window counts as diverged where its loss exceeds this times the loss that it began with, and

@@ -18,7 +18,8 @@ from rhc.schedule import Schedule
 from rhc.training.batches import MicroBatches, batch_size
 from rhc.training.evaluate import batch_statistics
 from rhc.training.objective import Average, Objective
-from rhc.training.plant import Plant, Trajectory
+from rhc.training.plant import Plant
+from rhc.training.trajectory import Trajectory
 
 
 class Judge:

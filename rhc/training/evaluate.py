@@ -50,7 +50,7 @@ def evaluate(
     count, total = 0, 0.0
     sums: dict[str, tuple[float, float]] = {}
     with plant.evaluating(), loader_preserved(loader):
-        _draw_alike(plant)
+        plant.parallel.share_random_state()
         for batch in islice(begun(loader), most):
             moved = to_device(batch, None if device.type == "cpu" else device)
             n = batch_size(moved)
@@ -67,16 +67,14 @@ def evaluate(
             "these; give one that ends, or has a length, for all of it",
             stacklevel=2,
         )
-    if plant.ranks is not None:
-        names = sorted({name for own in plant.ranks.gather_json(list(sums)) for name in own})
-        pairs = [x for name in names for x in sums.get(name, (0.0, 0.0))]
-        whole, total, *rest = plant.ranks.sums([count, total, *pairs])
-        count = int(whole)
-        sums = dict(zip(names, zip(rest[::2], rest[1::2], strict=True), strict=True))
-    if not count:
+    names = plant.parallel.union(sums)
+    pairs = [x for name in names for x in sums.get(name, (0.0, 0.0))]
+    rows, total, *rest = plant.parallel.sums([count, total, *pairs])
+    if not rows:
         return Losses(math.nan, {})
     # A metric may be missing at some of the batches.
-    return Losses(total / count, {name: value / rows for name, (value, rows) in sums.items()})
+    means = zip(names, rest[::2], rest[1::2], strict=True)
+    return Losses(total / rows, {name: value / own_rows for name, value, own_rows in means})
 
 
 def _has_length(loader: Any) -> bool:
@@ -84,12 +82,6 @@ def _has_length(loader: Any) -> bool:
         return len(loader) >= 0
     except (TypeError, NotImplementedError):  # of a DataLoader over an IterableDataset
         return False
-
-
-def _draw_alike(plant: Plant) -> None:
-    """Ranks have random states of their own, and must draw the same batches to share their rows."""
-    if plant.ranks is not None:
-        plant.ranks.share_random_state()
 
 
 @contextmanager
@@ -125,17 +117,16 @@ def _estimate_statistics(plant: Plant, loader: Iterable[Any], device: torch.devi
         return
     momenta = [m.momentum for m in layers]
     with plant.evaluating(), loader_preserved(loader):
-        _draw_alike(plant)
+        plant.parallel.share_random_state()
         for m in layers:
             m.reset_running_stats()
             m.momentum = None  # a plain mean over all batches
             m.train()
         for batch in islice(begun(loader), TRAIN_BATCHES):
             plant.loss(spare(to_device(batch, None if device.type == "cpu" else device)))
-    if plant.ranks is not None:
-        plant.ranks.mean_(
-            [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
-        )
+    plant.parallel.mean_(
+        [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
+    )
     for m, momentum in zip(layers, momenta, strict=True):
         m.momentum = momentum
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rhc.distributed import part_of
 from rhc.training.plant import Plant
 
 # Memory ------------------------------------------------------------------------------------------
@@ -113,9 +112,7 @@ def replay_deviation(
             ends.append([observed.loss.clone(), *_state(plant)])
             plant.restore(before)
         same = all(_equal(a, b) for a, b in zip(*ends, strict=True))
-        if plant.ranks is not None:  # what follows takes further steps, on all ranks or on none
-            same = plant.ranks.sums([float(not same)])[0] == 0
-        if same:
+        if plant.parallel.all(same):  # else further steps follow, on all ranks or on none
             return None
         largest = max(_relative(a, b) for a, b in zip(*ends, strict=True))
         return Deviation(largest, _blamed(plant, batch, controls, step))
@@ -158,7 +155,7 @@ def _deterministic() -> tuple[bool, bool]:
 
 def _state(plant: Plant) -> list[Tensor]:
     tensors = [*plant.model.parameters(), *plant.model.buffers()]
-    return [part_of(t.detach()).clone() for t in tensors]
+    return [plant.parallel.local(t.detach()).clone() for t in tensors]
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -1,50 +1,156 @@
-"""A snapshot as named tensors and JSON, and back, checked against the model that takes it."""
+"""A copy of everything a step can change: in memory, as named tensors and JSON, and back."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from rhc.distributed import read_parts, shared_as
 from rhc.errors import InputError
 from rhc.rng import RandomState, preserved
 from rhc.storage.trees import joined, parted
-from rhc.training.module_state import Buffers
-from rhc.training.plant import Plant, Snapshot
+from rhc.training.module_state import Attributes, Buffers, Captured
+
+if TYPE_CHECKING:
+    from rhc.training.plant import Plant
 
 Tensors = dict[str, dict[str, Tensor]]
+"""Group (model, optimizer, rng, …) -> name -> tensor."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy in memory of everything a step can change.
+
+    parameters, buffers: by name, None for a buffer that is not there yet. slots: one dict per
+    parameter of the optimizer. groups: the optimizer's hyperparameters. rng: the global random
+    state. attributes: what modules hold besides tensors; None in one that came from a checkpoint.
+    others: what the optimizer's state has under keys that are no parameters.
+    """
+
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor | None]
+    slots: list[dict[str, Any]]
+    groups: list[dict[str, Any]]
+    rng: RandomState
+    attributes: Captured | None = None
+    others: dict[Any, Any] = field(default_factory=dict)
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        model: nn.Module,
+        optimizer: Optimizer,
+        parameters: Sequence[Tensor],
+        groups: Sequence[Mapping[str, Any]],
+    ) -> Snapshot:
+        """The state now; `optimizer.state_dict()` would alias the live tensors.
+
+        parameters, groups: the optimizer's, as far as they are known.
+        """
+        state = optimizer.state
+        return cls(
+            {n: p.detach().clone() for n, p in model.named_parameters()},
+            Buffers(model).copies(),
+            [_copied(dict(state.get(p, {}))) for p in parameters],
+            [_copied({k: v for k, v in g.items() if k != "params"}) for g in groups],
+            RandomState.capture(),
+            Attributes(model).capture(),
+            _copied({k: v for k, v in state.items() if not isinstance(k, Tensor)}),
+        )
+
+    @torch.no_grad()
+    def put(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        parameters: Sequence[Tensor],
+        groups: Sequence[dict[str, Any]],
+    ) -> None:
+        """Puts the state back, in place; the snapshot stays usable."""
+        for name, parameter in model.named_parameters():
+            parameter.copy_(self.parameters[name])
+        Buffers(model).put(self.buffers)
+        if self.attributes is not None:
+            self.attributes.restore()
+        state = optimizer.state
+        for p, slots in zip(parameters, self.slots, strict=True):
+            if slots:
+                live = state[p]
+                for key in live.keys() - slots.keys():
+                    del live[key]
+                _put(live, slots)
+            else:
+                state.pop(p, None)
+        for group, values in zip(groups, self.groups, strict=True):
+            _put(group, values)
+        for key in [k for k in state if not isinstance(k, Tensor)]:
+            del state[key]
+        state.update(_copied(self.others))
+        self.rng.restore()
+
+
+def _copied(value: Any) -> Any:
+    """A copy of a tree of dicts, lists and tuples that shares no tensor with it."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) in (list, tuple):
+        return type(value)(_copied(v) for v in value)
+    if isinstance(value, dict):
+        found = copy.copy(value)
+        found.update({k: _copied(v) for k, v in value.items()})
+        return found
+    return value
+
+
+def _put(live: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Tensors keep their memory, which others may share; everything else is copied."""
+    for key, value in values.items():
+        if isinstance(value, Tensor) and isinstance(live.get(key), Tensor):
+            live[key].copy_(value)
+        else:
+            live[key] = _copied(value)
+
+
+# Checkpoints --------------------------------------------------------------------------------------
 
 
 def snapshot_to_tensors(plant: Plant, snapshot: Snapshot) -> tuple[Tensors, dict[str, Any]]:
-    """(tensors by group: model, optimizer, rng; the JSON-able rest of the optimizer).
+    """(tensors by group: model, optimizer, rng; the rest of the optimizer, for JSON).
 
     InputError where the optimizer's state has what no checkpoint can hold.
     """
     model = {f"parameter.{n}": t for n, t in snapshot.parameters.items()}
     model |= {f"buffer.{n}": t for n, t in snapshot.buffers.items() if t is not None}
-    optimizer: dict[str, Tensor] = {}
-    rest: dict[str, Any] = {"names": plant.names}
-    for name, prefix, records in (
-        ("slots", "slot", snapshot.slots),
-        ("groups", "group", snapshot.groups),
-    ):
-        rest[name] = [
-            {key: parted(v, f"{prefix}.{i}.{key}", optimizer) for key, v in record.items()}
-            for i, record in enumerate(records)
+    tensors: dict[str, Tensor] = {}
+
+    def records(prefix: str, values: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {key: parted(v, f"{prefix}.{i}.{key}", tensors) for key, v in record.items()}
+            for i, record in enumerate(values)
         ]
-    rest["others"] = parted(snapshot.others, "others", optimizer)
-    rest["own"] = parted(_own_entries(plant.optimizer), "own", optimizer)
-    tensors = {"model": model, "optimizer": optimizer, "rng": snapshot.rng.to_tensors()}
-    return tensors, rest
+
+    rest = {
+        "names": plant.names,
+        "slots": records("slot", snapshot.slots),
+        "groups": records("group", snapshot.groups),
+        "others": parted(snapshot.others, "others", tensors),
+        "own": parted(_own_entries(plant.optimizer), "own", tensors),
+    }
+    return {"model": model, "optimizer": tensors, "rng": snapshot.rng.to_tensors()}, rest
 
 
-def _own_entries(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What a class of its own adds to `state_dict()`, beside the state and the groups."""
-    if type(optimizer).state_dict is torch.optim.Optimizer.state_dict:
+def _own_entries(optimizer: Optimizer) -> dict[str, Any]:
+    """What a class of its own adds to `state_dict()`, besides the state and the groups."""
+    if type(optimizer).state_dict is Optimizer.state_dict:
         return {}
     found = optimizer.state_dict()
     return {k: v for k, v in found.items() if k not in ("state", "param_groups")}
@@ -63,7 +169,7 @@ def places(plant: Plant, rest: Mapping[str, Any]) -> list[int]:
             "optimizer that the run began with"
         )
     now = plant.names
-    began = rest.get("names", now)  # checkpoints of before know the order alone
+    began = rest.get("names", now)  # old checkpoints know the order alone
     for index, (were, are) in enumerate(zip(began, now, strict=True)):
         for name in are:
             if name not in were:
@@ -78,7 +184,7 @@ def places(plant: Plant, rest: Mapping[str, Any]) -> list[int]:
 def with_parts(plant: Plant, tensors: Tensors, rest: Mapping[str, Any], folder: Path) -> Tensors:
     """A checkpoint's tensors, and those of which ranks have written their parts into `folder`.
 
-    This process gets its parts as its model is shared out, or the whole where it is not.
+    This process gets its parts as its model is sharded, or the whole where it is not.
     """
     parameters = dict(plant.model.named_parameters())
     owned = {str(place): p for place, p in zip(places(plant, rest), plant.owned, strict=True)}
@@ -97,54 +203,11 @@ def with_parts(plant: Plant, tensors: Tensors, rest: Mapping[str, Any], folder: 
 
 
 def snapshot_from_tensors(plant: Plant, tensors: Tensors, rest: Mapping[str, Any]) -> Snapshot:
-    """The inverse, for `plant`; names or shapes that its model lacks are InputErrors.
-
-    Buffers may have another shape, and those that are None another value: a forward pass fills
-    them, and lets them grow.
-    """
-    expected: dict[str, Tensor] = {f"parameter.{n}": p for n, p in plant.model.named_parameters()}
-    buffers = Buffers(plant.model).live()
-    expected |= {f"buffer.{n}": b for n, b in buffers.items() if b is not None}
-    found = tensors["model"]
-    for name in expected.keys() ^ found.keys():
-        if name in found and _may_come(plant, name):
-            continue
-        where = "checkpoint" if name in found else "model"
-        raise InputError(
-            f"{name} is in the {where} only; resume with the model that the run began with"
-        )
-    for name, live in expected.items():
-        may_grow = name.startswith("buffer.")
-        same_shape = may_grow or found[name].shape == live.shape
-        if not same_shape or found[name].dtype != live.dtype:
-            raise InputError(
-                f"{name} is {tuple(found[name].shape)} of {found[name].dtype} in the checkpoint, "
-                f"{tuple(live.shape)} of {live.dtype} in the model; resume with the model that the "
-                "run began with"
-            )
+    """The inverse of `snapshot_to_tensors`; names or shapes that the model lacks: InputError."""
+    found, buffers = tensors["model"], Buffers(plant.model).live()
+    _check_model(plant.model, found, buffers)
     order = places(plant, rest)
-    known = _has_dynamics(plant)
-    groups_of = [g for g in plant.optimizer.param_groups for _ in g["params"]]
-    placed: dict[str, Tensor] = {}
-    for name, value in tensors["optimizer"].items():
-        kind, _, path = name.partition(".")
-        placed[name] = value
-        if kind != "slot":
-            continue
-        index, _, key = path.partition(".")
-        here = order.index(int(index))
-        owner, group = plant.owned[here], groups_of[here]
-        if known and value.numel() != 1 and value.shape != owner.shape:
-            raise InputError(
-                f"the optimizer's {key} of parameter {index} is {tuple(value.shape)} in the "
-                f"checkpoint, its parameter {tuple(owner.shape)}; resume with the optimizer that "
-                "the run began with"
-            )
-        # torch keeps the step count on the CPU unless asked otherwise.
-        if key != "step":
-            placed[name] = shared_as(value.to(owner.device), owner)
-        elif group.get("capturable") or group.get("fused"):
-            placed[name] = value.to(owner.device)
+    placed = _on_their_devices(plant, tensors["optimizer"], order)
     slots, groups = (
         [{key: joined(v, placed) for key, v in record.items()} for record in rest[name]]
         for name in ("slots", "groups")
@@ -158,7 +221,7 @@ def snapshot_from_tensors(plant: Plant, tensors: Tensors, rest: Mapping[str, Any
         rng.restore()  # what torch, numpy or python refuse, they refuse here
     return Snapshot(
         {n: shared_as(found[f"parameter.{n}"], p) for n, p in plant.model.named_parameters()},
-        {n: None for n in buffers}
+        dict.fromkeys(buffers)
         | {n.removeprefix("buffer."): b for n, b in found.items() if n.startswith("buffer.")},
         [slots[place] for place in order],
         groups,
@@ -167,16 +230,79 @@ def snapshot_from_tensors(plant: Plant, tensors: Tensors, rest: Mapping[str, Any
     )
 
 
-def _may_come(plant: Plant, name: str) -> bool:
-    """Whether it is of a buffer that a forward pass fills or registers: its module is there."""
-    module, _, _ = name.removeprefix("buffer.").rpartition(".")
-    return name.startswith("buffer.") and module in dict(plant.model.named_modules())
+def _check_model(
+    model: nn.Module, found: Mapping[str, Tensor], buffers: Mapping[str, Tensor | None]
+) -> None:
+    """InputError where a checkpoint's model is another.
+
+    Buffers may have another shape, and those that are None or not yet registered a value: a forward
+    pass fills them, and lets them grow.
+    """
+    expected: dict[str, Tensor] = {f"parameter.{n}": p for n, p in model.named_parameters()}
+    expected |= {f"buffer.{n}": b for n, b in buffers.items() if b is not None}
+    modules = dict(model.named_modules())
+    for name in expected.keys() ^ found.keys():
+        module = name.removeprefix("buffer.").rpartition(".")[0]
+        if name in found and name.startswith("buffer.") and module in modules:
+            continue
+        where = "checkpoint" if name in found else "model"
+        raise InputError(
+            f"{name} is in the {where} only; resume with the model that the run began with"
+        )
+    for name, live in expected.items():
+        value = found[name]
+        same_shape = name.startswith("buffer.") or value.shape == live.shape
+        if not same_shape or value.dtype != live.dtype:
+            raise InputError(
+                f"{name} is {tuple(value.shape)} of {value.dtype} in the checkpoint, "
+                f"{tuple(live.shape)} of {live.dtype} in the model; resume with the model that the "
+                "run began with"
+            )
+
+
+def _on_their_devices(
+    plant: Plant, tensors: Mapping[str, Tensor], order: Sequence[int]
+) -> dict[str, Tensor]:
+    """The optimizer's tensors, its slots where their parameters are.
+
+    order: where the checkpoint has each parameter. InputError for slots of another shape.
+    """
+    known = _has_dynamics(plant)
+    groups = [g for g in plant.optimizer.param_groups for _ in g["params"]]
+    placed = dict(tensors)
+    for name, value in tensors.items():
+        kind, _, path = name.partition(".")
+        if kind != "slot":
+            continue
+        index, _, key = path.partition(".")
+        here = order.index(int(index))
+        owner, group = plant.owned[here], groups[here]
+        if known and value.numel() != 1 and value.shape != owner.shape:
+            raise InputError(
+                f"the optimizer's {key} of parameter {index} is {tuple(value.shape)} in the "
+                f"checkpoint, its parameter {tuple(owner.shape)}; resume with the optimizer that "
+                "the run began with"
+            )
+        # torch keeps the step count on the CPU unless asked otherwise.
+        if key != "step":
+            placed[name] = shared_as(value.to(owner.device), owner)
+        elif group.get("capturable") or group.get("fused"):
+            placed[name] = value.to(owner.device)
+    return placed
+
+
+def _has_dynamics(plant: Plant) -> bool:
+    """Whether slots are known to be numbers, or of the parameter's shape."""
+    try:
+        return bool(plant.dynamics)
+    except InputError:
+        return False
 
 
 def _complete(
     slots: list[dict[str, Any]], groups: list[dict[str, Any]], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Of a checkpoint of before: its tensors have no place in the JSON, and tuples are lists."""
+    """Of an old checkpoint, whose tensors have no place in the JSON, and whose tuples are lists."""
     for group in groups:
         group |= {k: tuple(v) for k, v in group.items() if isinstance(v, list)}
     for name, value in tensors.items():
@@ -196,11 +322,3 @@ def adopt(plant: Plant, tensors: Tensors, rest: Mapping[str, Any], snapshot: Sna
         state = dict(enumerate(snapshot.slots)) | snapshot.others
         optimizer.load_state_dict({"state": state, "param_groups": groups, **own})
     plant.restore(snapshot)
-
-
-def _has_dynamics(plant: Plant) -> bool:
-    """Whether it is an optimizer whose slots are numbers, or have the parameter's shape."""
-    try:
-        return bool(plant.dynamics)
-    except InputError:
-        return False

@@ -42,7 +42,7 @@ from rhc.hypergradient.hvp import PRODUCTS
 from rhc.hypergradient.states import Rebuilt
 from rhc.optimizers import SGDState
 from rhc.training.objective import Average
-from rhc.training.plant import BlockState
+from rhc.training.trajectory import BlockState
 
 STEPS = 7
 SEGMENTS = (1, 3, 7)

@@ -49,7 +49,8 @@ from rhc.hypergradient.sizes import Measured, _with_product, measure_pieces
 from rhc.schedule import Schedule
 from rhc.training import memory
 from rhc.training.objective import Average, Objective
-from rhc.training.plant import Plant, Trajectory
+from rhc.training.plant import Plant
+from rhc.training.trajectory import Trajectory
 
 SAME = 1e-12
 """Plans differ in the order of float64 roundings (1e-16 each), over up to 30 steps."""

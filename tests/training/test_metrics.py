@@ -16,8 +16,8 @@ import rhc
 from rhc import InputError
 from rhc.hypergradient.evaluation import mean_loss
 from rhc.training.batches import MicroBatches
+from rhc.training.losses import checked_loss
 from rhc.training.objective import Objective
-from rhc.training.plant import checked_loss
 
 
 class Counting(nn.Module):

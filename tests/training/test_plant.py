@@ -275,7 +275,7 @@ def test_gradients_are_kept_alike_in_slabs_of_any_size(
     for slab in (2**24, None):
         plant, batches = make_plant()
         size = sum(p.numel() * p.element_size() for p in plant.parameters)
-        monkeypatch.setattr("rhc.training.plant.SLAB", rows * size if slab is None else slab)
+        monkeypatch.setattr("rhc.training.recorder.SLAB", rows * size if slab is None else slab)
         schedule = Schedule(steered(plant.optimizer, STEPS)).window(0, 7)
         trajectory = plant.roll(batches[:7], schedule, record=lambda i: i == 0)
         kept.append([g for step in trajectory.gradients for g in step if g is not None])

@@ -1,0 +1,60 @@
+"""DTensors, as FSDP2's fully_shard makes of parameters: a rank's part, and the whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+
+def is_dtensor(value: Any) -> bool:
+    return hasattr(value, "device_mesh")
+
+
+def local_part(value: Any) -> Any:
+    """The rank's own part of a DTensor; anything else as it is."""
+    return value.detach().to_local() if is_dtensor(value) else value
+
+
+def whole_of(value: Any) -> Any:
+    """A DTensor's whole tensor, anything else as it is. All ranks must ask, for all get it."""
+    return value.full_tensor() if is_dtensor(value) else value
+
+
+def placed_as(part: Any, like: Any) -> Any:
+    """This rank's part of a tensor, as a DTensor like `like`; as it is where that is none."""
+    if not (is_dtensor(like) and isinstance(part, Tensor)):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
+def shared_as(whole: Any, like: Any) -> Any:
+    """A whole tensor as a DTensor like `like`; as it is where shapes differ or that is none."""
+    if not (isinstance(whole, Tensor) and is_dtensor(like)):
+        return whole
+    if is_dtensor(whole) or whole.shape != like.shape:
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    moved = whole.to(like.device)
+    return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def part_like(whole: Tensor, like: Any) -> Tensor:
+    """This rank's part of a whole tensor, cut as the DTensor `like` is, in new memory."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sizes, offsets = compute_local_shape_and_global_offset(
+        like.shape, like.device_mesh, like.placements
+    )
+    places = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
+    return whole[places].clone()

@@ -1,0 +1,166 @@
+"""What a roll leaves behind for the reverse pass: states, gradients and losses, by step.
+
+Parameters that step alike form a `Block`, for which one vector stands.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
+
+from rhc.rng import RandomState
+from rhc.schedule import Schedule
+from rhc.training.hooks import Hooks
+from rhc.training.module_state import Captured
+
+
+@dataclass(frozen=True)
+class Block:
+    """Parameters that step together.
+
+    group: index of the parameter group. indices: positions in the optimizer's parameter order.
+    """
+
+    group: int
+    indices: tuple[int, ...]
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    sizes: tuple[int, ...]
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """A vector of the concatenated elements, seen in the parameters' shapes."""
+        if len(self.sizes) == 1:
+            return [flat.view(self.shapes[0])]
+        return list(_unflatten_dense_tensors(flat, _templates(self.shapes)))
+
+    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The concatenated elements of one tensor per parameter of the optimizer: always a copy."""
+        return torch.cat([tensors[i].detach().reshape(-1) for i in self.indices])
+
+    def is_split_by(self, gradients: Sequence[Tensor | None]) -> bool:
+        """Whether some, but not all, of its parameters have a gradient."""
+        missing = sum(gradients[i] is None for i in self.indices)
+        return 0 < missing < len(self.indices)
+
+    def singles(self) -> list[Block]:
+        """A block for every parameter."""
+        members = zip(self.indices, self.names, self.shapes, self.sizes, strict=True)
+        return [Block(self.group, (i,), (n,), (shape,), (size,)) for i, n, shape, size in members]
+
+
+@functools.cache
+def _templates(shapes: tuple[torch.Size, ...]) -> list[Tensor]:
+    """Tensors of these shapes without any memory."""
+    return [torch.empty(shape, device="meta") for shape in shapes]
+
+
+@dataclass
+class BlockState:
+    """θ and the optimizer's state of one block, flattened: everything that Φ maps."""
+
+    parameters: Tensor
+    optimizer: Any
+
+
+@dataclass(frozen=True)
+class HiddenState:
+    """What a step reads and moves besides tensors: random state, attributes of modules.
+
+    rng: None where the step draws nothing.
+    """
+
+    rng: RandomState | None
+    attributes: Captured
+
+    def restore(self) -> None:
+        if self.rng is not None:
+            self.rng.restore()
+        self.attributes.restore()
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step observed: loss and metrics before the update, and the raw gradient's norm.
+
+    gradient_norm: a tensor where a number would make the host wait for an accelerator.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    gradient_norm: float | Tensor
+
+
+@dataclass
+class Trajectory:
+    """A roll of K steps from absolute step `start`.
+
+    losses, metrics, gradient_norms: as observed. diverged: the roll index of the first step whose
+    loss was not finite, or above the limit.
+
+    Of a recorded roll: states: roll index -> one BlockState per block, where the whole state was
+    kept; slots: the optimizer's state alone, where no more was kept. gradients: per step one vector
+    per block, before parameter hooks, None without a gradient. batches, buffers, rng: as each step
+    found them; rng None where it draws nothing. hooks: of the parameters.
+    """
+
+    start: int
+    schedule: Schedule
+    blocks: tuple[Block, ...]
+    batches: list[Any] = field(default_factory=list)
+    states: dict[int, list[BlockState]] = field(default_factory=dict)
+    slots: dict[int, list[Any]] = field(default_factory=dict)
+    gradients: list[list[Tensor | None]] = field(default_factory=list)
+    buffers: list[dict[str, Tensor | None]] = field(default_factory=list)
+    rng: list[RandomState | HiddenState | None] = field(default_factory=list)
+    hooks: Hooks | None = None
+    losses: list[Tensor] = field(default_factory=list)
+    metrics: list[dict[str, Tensor]] = field(default_factory=list)
+    gradient_norms: list[float | Tensor] = field(default_factory=list)
+    diverged: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.losses)
+
+    def split_blocks(self) -> None:
+        """Makes every parameter a block of its own, also in what was recorded so far."""
+        for i, states in self.states.items():
+            self.states[i] = split_states(self.blocks, states)
+        self.slots.clear()  # can be recomputed from the states
+        self.gradients = [split_gradients(self.blocks, g) for g in self.gradients]
+        self.blocks = tuple(single for block in self.blocks for single in block.singles())
+
+
+def split_gradients(
+    blocks: Sequence[Block], gradients: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients recorded for `blocks`, one for every parameter of them."""
+    return [
+        part
+        for block, g in zip(blocks, gradients, strict=False)  # [] where they were not kept
+        for part in ([None] * len(block.sizes) if g is None else g.split(block.sizes))
+    ]
+
+
+def split_states(blocks: Sequence[Block], states: Sequence[BlockState]) -> list[BlockState]:
+    """States recorded for `blocks`, one for every parameter of them."""
+    result = []
+    for block, state in zip(blocks, states, strict=True):
+        total = sum(block.sizes)
+        slots = [
+            v.split(block.sizes)
+            if isinstance(v, Tensor) and v.shape == (total,)
+            else [v] * len(block.sizes)
+            for v in state.optimizer
+        ]
+        kind = type(state.optimizer)
+        result += [
+            BlockState(part, kind(*(slot[i] for slot in slots)))
+            for i, part in enumerate(state.parameters.split(block.sizes))
+        ]
+    return result
