@@ -464,7 +464,8 @@ def parsers(folder: Path) -> dict[str, tuple[Callable[[bytes], Any], list[bytes]
     from rhc.loop import lr_search as start
     from rhc.report.live import one_number
     from rhc.report.records import read_run
-    from rhc.report.text import _course, read_result, rows_of
+    from rhc.report.text import _course, rows_of
+    from rhc.storage.run_files import read_result
     from runners.data import read_idx
 
     store = CheckpointStore(run / "checkpoints")

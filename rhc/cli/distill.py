@@ -27,11 +27,11 @@ from rhc.hindsight.distill import (
 )
 from rhc.hindsight.features import Form
 from rhc.hindsight.policy import Lesson, Policy, error, fitted
-from rhc.report.text import read_record, read_result
 from rhc.schedule import Schedule
 from rhc.settings import REWRITING
 from rhc.settings.commands import DistillConfig
-from rhc.storage.jsonl import JsonLines
+from rhc.storage.jsonl import read_rows
+from rhc.storage.run_files import read_record, read_result
 from rhc.training.evaluate import evaluate
 from rhc.training.plant import Plant
 
@@ -141,7 +141,7 @@ class _Source:
         if not result_path.exists():
             raise InputError(f"run {path} has not ended; resume it first: rhc resume {path}")
         result = read_result(path)
-        rows = JsonLines(path / "tape.jsonl").read()
+        rows = read_rows(path / "tape.jsonl")
         schedule = Schedule.load(path / "schedule.json")
         run, start_lr = None, None
         if "run" in record:

@@ -431,7 +431,7 @@ def _train(config: TrainConfig) -> int:
 
 
 def _resume(config: ResumeConfig) -> int:
-    from rhc.report.text import read_record
+    from rhc.storage.run_files import read_record
 
     record = read_record(config.directory)  # what is no run is said before torch is imported
     from rhc.report.live import Screen
@@ -528,7 +528,7 @@ def _smooth(config: SmoothConfig) -> int:
 
 def _hypergradient(config: HypergradientConfig) -> int:
     config = config.checked()
-    from rhc.report.text import read_record
+    from rhc.storage.run_files import read_record
 
     read_record(config.directory)  # what is no run is said before torch is imported
     from rhc.cli.whole_run import hypergradient_of

@@ -21,13 +21,14 @@ from rich.console import Console
 from rhc.cli.train import built_optimizer, config_of, device_of, recorded, shown
 from rhc.errors import InputError
 from rhc.events import Listener
-from rhc.report.text import RUNS, read_record, rows_of
 from rhc.rng import seed_everything
 from rhc.runner import DivergedError, Runner
 from rhc.schedule import CONTROLS, Schedule
 from rhc.settings import TrainConfig
 from rhc.settings.commands import ReplayConfig
 from rhc.storage.files import check_kinds
+from rhc.storage.jsonl import read_lines
+from rhc.storage.run_files import RUNS, read_record
 from rhc.workload import Workload, load_runner, refuse_strange
 
 _OF_THE_SOURCE = (
@@ -335,7 +336,7 @@ class _Source:
         if settings["data"] is not None and not settings["data"].exists():
             del settings["data"]
         sizes = Sizes.of(record, beside)
-        rows = len(rows_of(path.parent / "tape.jsonl"))
+        rows = sum(1 for _ in read_lines(path.parent / "tape.jsonl"))
         return cls(path, schedule, old.run, settings, sizes, rows if rows < len(schedule) else None)
 
     def remarks(self, config: TrainConfig) -> list[str]:

@@ -18,23 +18,26 @@ from rhc.errors import InputError, plain
 from rhc.events import Event, RunStarted
 from rhc.hindsight import USUAL_GAINS, Pass, Smoother, Tape, held_out, reward_of, smooth
 from rhc.report.live import Progress, display
-from rhc.report.text import RUNS, print_result, read_result
+from rhc.report.text import print_result
 from rhc.runner import DivergedError
 from rhc.schedule import Schedule, Template, shaped, template_factors
 from rhc.schedulers import Gains
 from rhc.settings import RECORD_VERSION, TrainConfig, from_record
 from rhc.settings.commands import PlainSettings, SmoothConfig
-from rhc.storage.checkpoint import removed
 from rhc.storage.files import (
     NUMBER,
     check_kinds,
+    finite,
+    plain_document,
+    read_json,
     refuse_links,
+    remove,
     replace_durably,
     replace_summed,
     sealed,
 )
-from rhc.storage.jsonl import finite
-from rhc.storage.run_directory import hardware, plain_document, read_json, versions
+from rhc.storage.run_directory import hardware, versions
+from rhc.storage.run_files import RUNS, read_result
 from rhc.workload import Goal, refuse_strange
 
 COPIED = ("schedule.json", "tape.jsonl", "windows.jsonl")
@@ -218,7 +221,7 @@ def open_directory(directory: Path, record: dict[str, Any]) -> None:
                 raise InputError(
                     f"directory {directory} holds something else; choose another --directory"
                 )
-            replace_durably(path, _document(record))
+            replace_durably(path, sealed(record))
             return
     except OSError as error:
         raise InputError(
@@ -243,7 +246,7 @@ def finish(directory: Path, runs: list[Pass], best: int) -> None:
     path, record = runs[best].result
     for name in COPIED:
         replace_durably(directory / name, (path / name).read_bytes())
-    removed(directory / "checkpoints")  # of an attempt that was killed
+    remove(directory / "checkpoints")  # of an attempt that was killed
     shutil.copytree(path / "checkpoints", directory / "checkpoints")
     costs = [run.result[1]["cost"] for run in runs]
     total = {
@@ -268,10 +271,6 @@ def finish(directory: Path, runs: list[Pass], best: int) -> None:
         ],
     }
     replace_summed(directory / "result.json", plain_document(result))
-
-
-def _document(value: dict[str, Any]) -> bytes:
-    return sealed(finite(value))
 
 
 def resume_smooth(record: dict[str, Any], directory: Path, console: Console, *, trust: bool) -> int:

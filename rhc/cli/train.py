@@ -28,11 +28,12 @@ from rhc.loop.lr_search import Start
 from rhc.loop.update_rule import Rewrite, usual_law, usual_objective, usual_template, usual_warmup
 from rhc.report.live import Progress, display
 from rhc.report.loggers import TensorBoard, tell_run
-from rhc.report.text import RUNS, print_result, read_record, read_result, rows_of
+from rhc.report.text import print_result, rows_of
 from rhc.rng import seed_everything
 from rhc.runner import DivergedError, Runner
 from rhc.schedule import CONTROLS, Template, control
 from rhc.settings import RECORD_VERSION, TrainConfig, parsed_bytes
+from rhc.storage.run_files import RUNS, read_record, read_result
 from rhc.training.objective import Objective
 from rhc.workload import Workload, load_runner, optimizer_of, refuse_strange
 

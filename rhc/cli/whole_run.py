@@ -27,14 +27,13 @@ from rhc.errors import InputError
 from rhc.hindsight.whole_run import EXPLODING_CLIP, Episode, Outer, Shelf, improved, shelved
 from rhc.hypergradient import Hypergradient
 from rhc.report.live import one_number, sparkline
-from rhc.report.text import RUNS, read_record
 from rhc.rng import RandomState, preserved, seed_everything
 from rhc.schedule import CONTROLS, Schedule, control
 from rhc.settings import TrainConfig, parsed_bytes
 from rhc.settings.commands import HypergradientConfig
-from rhc.storage.files import replace_durably
-from rhc.storage.jsonl import JsonLines, finite
-from rhc.storage.run_directory import read_json
+from rhc.storage.files import finite, read_json, replace_durably
+from rhc.storage.jsonl import read_rows
+from rhc.storage.run_files import RUNS, read_record
 from rhc.training import memory
 from rhc.training.batches import StepBatches
 from rhc.training.plant import Plant
@@ -110,7 +109,7 @@ def _recorded(config: HypergradientConfig) -> Iterator[_Recorded]:
     old = replace(old, data=config.data or old.data, device=config.device or old.device).checked()
     sizes = Sizes.of(record, directory / "config.json")
     schedule = Schedule.load(directory / "schedule.json")
-    rows = JsonLines(directory / "tape.jsonl").read()
+    rows = read_rows(directory / "tape.jsonl")
     if not rows:
         raise InputError(f"directory {directory} has committed no step yet; resume the run first")
     steps = len(rows) if config.steps is None else config.steps

@@ -28,14 +28,16 @@ from rhc.schedule import CONTROLS
 from rhc.settings import check_most
 from rhc.settings.commands import check_seed
 from rhc.storage.files import (
+    NUMBER,
     NUMBER_OR_NONE,
     cut,
-    parsed_json,
+    misfit,
+    plain_document,
     refuse_links,
     replace_durably,
     unshare,
 )
-from rhc.storage.jsonl import encode, finite
+from rhc.storage.jsonl import encode, read_lines
 
 Cell = tuple[str, float | None, int]
 
@@ -172,11 +174,11 @@ def print_comparison(
         "lines": [asdict(line) for line in lines],
         "failures": [asdict(failure) for failure in pool.failures],
     }
-    text = json.dumps(finite(document), indent=1) + "\n"
+    content = plain_document(document)
     if output is not None:
-        output.write_text(text, encoding="utf-8")
+        output.write_bytes(content)
     if pool.folder is not None:
-        replace_durably(pool.folder / RESULT, text.encode())
+        replace_durably(pool.folder / RESULT, content)
         console.print(f"rows and {RESULT} are in {pool.folder}", highlight=False, style="dim")
     return 0
 
@@ -317,39 +319,28 @@ def _content(path: Path | None) -> str | None:
 def _read(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file; a line that a kill cut short is cut off, and one that is damaged is not
     taken: its cell is run again."""
-    if not path.exists():
-        return
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
+    lines = list(read_lines(path))
+    whole = lines[-1].stop if lines else 0
+    if path.exists() and path.stat().st_size > whole:
         cut(path, whole)
-    for line in data[:whole].splitlines():
-        try:
-            record = parsed_json(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            yield record
+    yield from (line.row for line in lines if line.row is not None)
 
 
-_NUMBER = (int, float)
-_FIELDS: dict[str, tuple[type, ...]] = {
+_FIELDS = {
     "method": (str,),
     "seed": (int,),
-    "cost": _NUMBER,
+    "cost": NUMBER,
     "curve": (list,),
     "course": (dict,),
     "higher": (bool,),
-    **dict.fromkeys(("lr", "score", "validation"), (*_NUMBER, type(None))),
-    **dict.fromkeys(("test_loss", "test_accuracy", "average_test_loss"), (*_NUMBER, type(None))),
+    **dict.fromkeys(("lr", "score", "validation"), NUMBER_OR_NONE),
+    **dict.fromkeys(("test_loss", "test_accuracy", "average_test_loss"), NUMBER_OR_NONE),
 }
 
 
 def _row(record: Any) -> Row | None:
     """A row as it was before JSON, which has no infinities; None for what is no row."""
-    if not isinstance(record, dict) or not all(
-        name in record and isinstance(record[name], kinds) for name, kinds in _FIELDS.items()
-    ):
+    if not isinstance(record, dict) or _FIELDS.keys() - record or misfit(record, _FIELDS):
         return None
     row = {f.name: record[f.name] for f in fields(Row) if f.name in record}
     points = [p for p in row["curve"] if isinstance(p, list) and len(p) == 2]

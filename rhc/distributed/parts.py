@@ -22,7 +22,7 @@ from torch import Tensor
 from rhc.distributed.dtensors import is_dtensor, placed_as
 from rhc.distributed.ranks import Ranks
 from rhc.errors import InputError
-from rhc.storage.files import sync_directory, sync_file
+from rhc.storage.files import sync
 
 Sums = dict[str, tuple[int, str]]
 """Name of a file -> (bytes, SHA-256)."""
@@ -102,7 +102,7 @@ def _settled(folder: Path, prefix: str, tensors: Mapping[str, Any]) -> Sums:
 
     sums: Sums = {}
     for path in sorted(folder.glob(f"{prefix}*.safetensors")):
-        sync_file(path)
+        sync(path)
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 part = tensors[name].detach().to_local().cpu()
@@ -114,7 +114,7 @@ def _settled(folder: Path, prefix: str, tensors: Mapping[str, Any]) -> Sums:
                 digest.update(piece)
                 size += len(piece)
         sums[path.name] = size, digest.hexdigest()
-    sync_directory(folder)
+    sync(folder)
     return sums
 
 

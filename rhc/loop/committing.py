@@ -9,7 +9,7 @@ from rhc.loop.records import Chronicle, Validation, tape_rows
 from rhc.loop.state import Attempt, Loop
 from rhc.loop.steps import Steps
 from rhc.loop.update_rule import faded, replanned
-from rhc.storage.jsonl import finite
+from rhc.storage.files import finite
 from rhc.storage.run_directory import RunDirectory
 from rhc.training.memory import peak_memory
 from rhc.training.plant import Plant

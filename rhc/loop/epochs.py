@@ -18,7 +18,7 @@ from rhc.loop.records import PER_EXAMPLE, Teller, Validation
 from rhc.loop.state import Attempt, Loop
 from rhc.schedule import CONTROLS, Schedule
 from rhc.schedulers import EpochPlanner, Plan
-from rhc.storage.jsonl import finite
+from rhc.storage.files import finite
 from rhc.training.plant import Plant
 
 

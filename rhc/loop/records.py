@@ -19,7 +19,7 @@ from rhc.errors import RunWarning
 from rhc.events import Event, Listener, Notice, Verb, VerbStarted, WindowAttempted
 from rhc.loop.state import Attempt, Cost, Loop
 from rhc.rng import preserved
-from rhc.storage.jsonl import finite
+from rhc.storage.files import finite
 from rhc.storage.run_directory import RunDirectory
 from rhc.training import interrupts as stopping
 from rhc.training.evaluate import TRAIN_BATCHES, UNSIZED_BATCHES, Losses, at_average, evaluate

@@ -5,11 +5,9 @@ Reads a run's directory as a person would, file by file, and needs no torch.
 
 from __future__ import annotations
 
-import functools
 import shlex
-import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,66 +15,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rhc.errors import InputError, plain
+from rhc.errors import InputError
 from rhc.report.live import duration, one_number, sparkline
-from rhc.storage.files import altered, misfit, parsed_json, read_document, read_regular
-from rhc.storage.jsonl import KINDS, MOST_BYTES, misfit_of_result
+from rhc.storage.jsonl import read_lines
+from rhc.storage.run_files import RUNS, read_record, read_result
 from rhc.workload import available_runners
-
-RUNS = Path("runs")
-"""Where `rhc train` puts its runs, below the current folder."""
-
-
-def read_record(
-    directory: Path, name: str = "config.json", told: Callable[[str], None] | None = None
-) -> dict[str, Any]:
-    """A JSON object of a run's directory; where there is none, an InputError says what to give.
-
-    told: what is done with the sentence about one that was altered; None to print it once.
-    """
-    path = directory / name
-    try:
-        record, changed = read_document(path)
-    except FileNotFoundError:
-        raise InputError(
-            f"directory {directory} is no run: it has no {name}; give a directory that `rhc runs` "
-            "lists"
-        ) from None
-    except OSError as error:
-        raise InputError(
-            f"directory {directory}: {name} cannot be read ({error.strerror}); give the directory "
-            "of a run"
-        ) from None
-    except ValueError as error:
-        raise InputError(
-            f"{path} is damaged: it is not valid JSON ({error}); restore it, or begin the run anew "
-            "in another --directory"
-        ) from None
-    if not isinstance(record, dict):
-        raise InputError(
-            f"{path} is damaged: it holds {type(record).__name__}, not an object; restore it, or "
-            "begin the run anew in another --directory"
-        )
-    if changed:
-        (told or _warned)(altered(path))
-    return record
-
-
-@functools.cache
-def _warned(sentence: str) -> None:
-    print(plain(f"rhc: warning: {sentence}"), file=sys.stderr)
-
-
-def read_result(directory: Path, told: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """result.json of a run that has ended; an InputError where it is not what a run writes."""
-    record = read_record(directory, "result.json", told)
-    fault = misfit_of_result(record)
-    if fault is not None:
-        raise InputError(
-            f"{directory / 'result.json'} is damaged: {fault}; restore it, or remove it and resume "
-            "the run"
-        )
-    return record
 
 
 def print_result(
@@ -212,24 +155,8 @@ def _committed(directory: Path) -> int:
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a tape; one that is being written is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    try:
-        data = read_regular(path.resolve(), MOST_BYTES)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path} cannot be read ({reason}); restore it") from None
-    for line in data.splitlines():
-        try:
-            row = parsed_json(line)
-            if not isinstance(row, dict) or misfit(row, KINDS.get(path.name, {})):
-                break
-            rows.append(row)
-        except ValueError:
-            break
-    return rows
+    """The rows of a file up to the first that is damaged."""
+    return [line.row for line in read_lines(path) if line.row is not None]
 
 
 def _course(values: list[float]) -> str:

@@ -17,9 +17,9 @@ from rich.text import Text
 from rhc.errors import InputError
 from rhc.events import Committed, RunEnded, RunStarted, StartTried, WindowAttempted
 from rhc.report.live import LiveDisplay, Progress, Screen, one_number, tried
-from rhc.report.text import print_result, read_record, read_result
+from rhc.report.text import print_result
 from rhc.storage.files import misfit, opened_regular, parsed_json
-from rhc.storage.jsonl import KINDS
+from rhc.storage.run_files import ROWS, read_record, read_result
 
 LEAVE = "Ctrl-C ends the watching alone"
 MOST_EARLIER = 8
@@ -268,7 +268,7 @@ class _Tail:
                 row = parsed_json(line)
             except ValueError:
                 continue
-            if isinstance(row, dict) and not misfit(row, KINDS.get(self.path.name, {})):
+            if isinstance(row, dict) and not misfit(row, ROWS.get(self.path.name, {})):
                 yield row
 
 

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from rhc.errors import InputError
 from rhc.schedule import TEMPLATES, Schedule, Template, shaped, template_factors
-from rhc.storage.files import parsed_json, read_regular
-from rhc.storage.jsonl import MOST_BYTES, JsonLines
+from rhc.storage.jsonl import JsonLines, read_rows
 
 PLAN_VERSION = 2
 """Of a schedule.json that holds a plan; version 1 has a value for every step."""
@@ -230,8 +229,7 @@ def of_unfinished_run(document: Mapping[str, Any], path: Path) -> Schedule:
     committed = min(found.lines, plan.stop)
     parts: list[Mapping[str, Tensor]] = []
     if committed:
-        lines = read_regular(tape.path, MOST_BYTES).splitlines()[:committed]
-        parts.append(of_tape([parsed_json(line) for line in lines], plan.names, str(tape.path)))
+        parts.append(of_tape(read_rows(tape.path, committed), plan.names, str(tape.path)))
     if committed < plan.stop:
         parts.append(plan.window(committed, plan.stop).values)
     values = {name: torch.cat([part[name] for part in parts]) for name in plan.names}

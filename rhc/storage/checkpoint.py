@@ -1,8 +1,8 @@
 """Checkpoints: a directory of safetensors with a manifest, which is there whole or not at all.
 
-Everything is written into a temporary directory and fsynced, the manifest (sizes and SHA-256) last,
-and read back; then the directory is renamed, and only then are older ones removed. A directory that
-does not match its manifest is passed over with a notice, and the one before it is used. Nothing is
+All files are written into a temporary directory, fsynced and read back, the manifest (sizes and
+SHA-256) last; then the directory is renamed, and only then are older ones removed. A directory that
+does not match its manifest is left out with a notice, and the one before it is used. Nothing is
 pickled, and nothing that a stranger may have put there is trusted (docs/reliability.md).
 """
 
@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
 import re
-import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,11 +32,13 @@ from rhc.storage.files import (
     CLOSED_ON_EXEC,
     MOST_JSON_BYTES,
     NO_LINK,
+    created,
     make_directory,
     parsed_json,
     read_regular,
-    sync_directory,
-    sync_file,
+    remove,
+    sealed,
+    sync,
     write_all,
     write_durably,
 )
@@ -48,7 +50,7 @@ MANIFEST = "manifest.json"
 VALUES = "values.json"
 _PREFIX = "window-"
 SHARDS = "shards"
-"""The folder of a checkpoint that has files of every rank, by torch.distributed.checkpoint."""
+"""The folder of a checkpoint with files of every rank, by torch.distributed.checkpoint."""
 
 _SHARD = re.compile(rf"{SHARDS}/shard-[0-9]{{5}}-model-[0-9]{{5}}-of-[0-9]{{5}}\.safetensors")
 _NAME = re.compile(rf"[A-Za-z0-9_]{{1,64}}\.safetensors|values\.json|{_SHARD.pattern}")
@@ -57,7 +59,7 @@ MOST_FILES = 64
 MOST_SHARDS = 4096
 MOST_MANIFEST_BYTES = 2**20
 MOST_HEADER_BYTES = 32 * 2**20
-"""Of the JSON part of a safetensors file: 100 bytes a tensor."""
+"""The largest JSON part of a safetensors file that is read; it has 100 bytes a tensor."""
 
 MOST_TENSOR_BYTES = 2**40
 
@@ -67,23 +69,21 @@ PARALLEL = 32 * 2**20
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """step: committed steps. tensors: group -> name -> tensor. values: the JSON part.
-
-    shards: (bytes, SHA-256) of the files of what is shared out, by name, which the ranks write into
-    the folder that `CheckpointStore.prepare` gives them, and read by themselves.
-    """
+    """A state of a run on disk."""
 
     step: int
+    """Committed steps."""
     tensors: dict[str, dict[str, Tensor]]
+    """Group -> name -> tensor."""
     values: dict[str, Any]
+    """The JSON part."""
     shards: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Name -> (bytes, SHA-256) of the files that the ranks write into the folder of
+    `CheckpointStore.prepare`, and read by themselves."""
 
 
 class CheckpointStore:
-    """The checkpoints of one run, in `root`; the `keep` newest ones stay.
-
-    most_bytes: a checkpoint whose manifest says more is refused before it is read.
-    """
+    """The checkpoints of one run, in `root`; the `keep` newest ones stay."""
 
     def __init__(
         self, root: Path, keep: int = 3, notice: Callable[[str], None] = lambda message: None
@@ -94,6 +94,7 @@ class CheckpointStore:
         self.keep = keep
         self.notice = notice
         self.most_bytes = MOST_TENSOR_BYTES
+        """A checkpoint whose manifest says more is refused before it is read."""
         self._damaged: set[int] = set()
 
     def path(self, step: int) -> Path:
@@ -114,7 +115,7 @@ class CheckpointStore:
         """An empty folder for the shards of the checkpoint of `step`, which is to be saved next."""
         temporary = self._temporary(step)
         make_directory(self.root)
-        removed(temporary)
+        remove(temporary)
         make_directory(temporary / SHARDS)
         return temporary / SHARDS
 
@@ -131,23 +132,24 @@ class CheckpointStore:
         make_directory(self.root)
         try:
             if not checkpoint.shards:
-                removed(temporary)
+                remove(temporary)
                 os.mkdir(temporary)
             self._write(temporary, checkpoint)
             gone = self.root / f".removing-{checkpoint.step:08d}"
-            removed(gone)
-            if os.path.lexists(final):  # it could not be used, or it is written a second time
+            remove(gone)
+            if os.path.lexists(final):  # it is damaged, or saved a second time
                 os.rename(final, gone)
             os.rename(temporary, final)
-            sync_directory(self.root)
+            sync(self.root)
         except BaseException:
-            # Leftovers take room from the next attempt; a process that dies leaves them to it.
+            # A leftover would take room from the next attempt.
             with contextlib.suppress(OSError):
-                removed(temporary)
+                remove(temporary)
             raise
         self._damaged.discard(checkpoint.step)
         with contextlib.suppress(OSError):  # the checkpoint is there; what is old can wait
-            self._retire(self.keep)
+            good = [step for step in self.steps() if step not in self._damaged]
+            self._clear(step for step in self.steps() if step not in good[-self.keep :])
         return final
 
     def make_room(self) -> bool:
@@ -164,63 +166,60 @@ class CheckpointStore:
         return self.steps() != before
 
     def _write(self, directory: Path, checkpoint: Checkpoint) -> None:
-        """All files of a checkpoint, each read back before the next one is relied on."""
-
+        """All files of a checkpoint, each read back before the manifest names it."""
         values = (encode(spelled(checkpoint.values)) + "\n").encode()
+        contents: dict[str, Callable[[], Iterable[Piece]]] = {
+            f"{group}.safetensors": functools.partial(_pieces, tensors)
+            for group, tensors in checkpoint.tensors.items()
+        }
+        contents[VALUES] = lambda: [values]
+
+        def written(name: str) -> tuple[int, str]:
+            return _write_pieces(directory / name, contents[name]())
+
+        def confirmed(name: str) -> None:
+            sync(directory / name)
+            _read_back(directory / name, contents[name]())
+
         size = sum(t.nbytes for group in checkpoint.tensors.values() for t in group.values())
-        if size >= PARALLEL:
-            jobs: list[tuple[str, Callable[[], Iterable[Piece]]]] = [
-                (f"{group}.safetensors", lambda tensors=tensors: _pieces(tensors))  # type: ignore[misc]
-                for group, tensors in checkpoint.tensors.items()
-            ]
-            jobs.append((VALUES, lambda: [values]))
-            with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-                files = list(pool.map(lambda job: _streamed(directory / job[0], job[1]), jobs))
-        else:
-            small = {f"{g}.safetensors": _serialised(t) for g, t in checkpoint.tensors.items()}
-            small[VALUES] = values
-            files = []
-            for name, data in small.items():
-                write_durably(directory / name, data, wait=False)
-                files.append((name, len(data), hashlib.sha256(data).hexdigest()))
-            for name, data in small.items():
-                sync_file(directory / name)
-                _read_back(directory / name, [data])
+        threads = min(4, os.cpu_count() or 1) if size >= PARALLEL else 0
+        with ThreadPoolExecutor(threads) if threads else contextlib.nullcontext() as pool:
+            each = map if pool is None else pool.map
+            files = dict(zip(contents, each(written, contents), strict=True))
+            # The first fsync waits for all of them.
+            list(each(confirmed, contents))
         manifest = {
             "format": "rhc.checkpoint",
             "version": FORMAT_VERSION,
             "step": checkpoint.step,
             "torch": torch.__version__,
-            "files": {name: {"bytes": n, "sha256": digest} for name, n, digest in files}
-            | {n: {"bytes": size, "sha256": d} for n, (size, d) in checkpoint.shards.items()},
+            "files": {
+                name: {"bytes": size, "sha256": digest}
+                for name, (size, digest) in (files | checkpoint.shards).items()
+            },
         }
         data = _sealed(manifest)
         write_durably(directory / MANIFEST, data)
         _read_back(directory / MANIFEST, [data])
-        sync_directory(directory)
-
-    def _retire(self, keep: int) -> None:
-        """Removes what is damaged or left over, and all but the newest `keep`."""
-        good = [step for step in self.steps() if step not in self._damaged]
-        self._clear(step for step in self.steps() if step not in good[-keep:])
+        sync(directory)
 
     def tidy(self, *, ended: bool) -> None:
-        """Removes what a process left that died while it saved. An OSError leaves the rest.
+        """Removes what a process left that died while it saved; an OSError leaves the rest.
 
-        ended: the run is, and its checkpoints stay as they are; else those beyond the newest `keep`
-        go as well.
+        ended: whether the run has ended, so that its checkpoints stay; else those beyond the newest
+        `keep` go as well.
         """
         good = [] if ended else [step for step in self.steps() if step not in self._damaged]
         self._clear(good[: -self.keep])
 
     def _clear(self, steps: Iterable[int]) -> None:
         for leftover in [*self.root.glob(".removing-*"), *self.root.glob(".writing-*")]:
-            removed(leftover)
+            remove(leftover)
         for step in list(steps):
             # Renamed first: a half-removed directory never looks like a checkpoint.
             gone = self.root / f".removing-{step:08d}"
             os.rename(self.path(step), gone)
-            removed(gone)
+            remove(gone)
             self._damaged.discard(step)
 
     # Loading -------------------------------------------------------------------------------------
@@ -230,14 +229,14 @@ class CheckpointStore:
         return next(self.usable(), None)
 
     def usable(self) -> Iterator[Checkpoint]:
-        """The checkpoints that match their manifests, newest first; a notice of each other."""
+        """The checkpoints that match their manifests, newest first; a notice of all others."""
         for step in reversed(self.steps()):
             try:
                 yield self.load(step)
             except InputError as error:
-                self.pass_over(step, str(error))
+                self.leave_out(step, str(error))
 
-    def pass_over(self, step: int, why: str) -> None:
+    def leave_out(self, step: int, why: str) -> None:
         """Says that a checkpoint is not used; it is removed when others have taken its place."""
         self._damaged.add(step)
         self.notice(f"{why}; passing over this checkpoint")
@@ -249,29 +248,30 @@ class CheckpointStore:
         share is (r, n), since n ranks look at them together.
         """
         directory = self.path(step)
+        files = self._manifest(step)
         tensors: dict[str, dict[str, Tensor]] = {}
         values: Any = None
-        for name, data in self._contents(step, share):
+        for name, data in self._contents(step, files, share):
             path = directory / name
             if _SHARD.fullmatch(name):
                 continue
-            if name == VALUES:
-                try:
-                    values = unspelled(parsed_json(data))
-                except ValueError as error:
-                    raise InputError(f"{path} is damaged ({error})") from None
-            else:
+            if name != VALUES:
                 tensors[path.stem] = _tensors(path, data)
+                continue
+            try:
+                values = unspelled(parsed_json(data))
+            except ValueError as error:
+                raise InputError(f"{path} is damaged ({error})") from None
         if not isinstance(values, dict):
             raise InputError(f"{directory / VALUES} is missing or no JSON object")
-        files = self._manifest(step)
         shards = {name: sums for name, sums in files.items() if _SHARD.fullmatch(name)}
         return Checkpoint(step, tensors, values, shards)
 
-    def _contents(self, step: int, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[str, bytes]]:
-        """(name, content) of every file, checked against the manifest."""
+    def _contents(
+        self, step: int, files: Mapping[str, tuple[int, str]], share: tuple[int, int] = (0, 1)
+    ) -> Iterator[tuple[str, bytes]]:
+        """(name, content) of every file, checked against the manifest's sizes and digests."""
         directory = self.path(step)
-        files = self._manifest(step)
         if sum(size for size, _ in files.values()) > self.most_bytes:
             raise InputError(
                 f"{directory / MANIFEST} lists more than {self.most_bytes} bytes, far more than "
@@ -285,16 +285,15 @@ class CheckpointStore:
                 continue
             path = directory / name
             most = MOST_JSON_BYTES if name == VALUES else MOST_TENSOR_BYTES
+            altered = f"{path} does not match its manifest: it was truncated or altered"
             try:
                 data = read_regular(path, most, exactly=size)
             except OSError as error:
                 raise InputError(f"{path} cannot be read ({error.strerror})") from None
             except ValueError as error:
-                raise InputError(
-                    f"{path} does not match its manifest: it was truncated or altered ({error})"
-                ) from None
+                raise InputError(f"{altered} ({error})") from None
             if hashlib.sha256(data).hexdigest() != digest:
-                raise InputError(f"{path} does not match its manifest: it was truncated or altered")
+                raise InputError(altered)
             yield name, data
 
     def _check_folder(self, folder: Path, names: Sequence[str]) -> None:
@@ -325,7 +324,7 @@ class CheckpointStore:
             files = {
                 str(k): (int(v["bytes"]), str(v["sha256"])) for k, v in manifest["files"].items()
             }
-            # A manifest of before it had a digest of its own has none of this.
+            # Manifests had no digest of their own at first.
             if set(manifest) != _UNSEALED and data != _sealed(manifest):
                 raise ValueError("it does not match its own digest")
             if int(manifest["step"]) != step:
@@ -337,7 +336,7 @@ class CheckpointStore:
                 raise ValueError("a negative size")
         except OSError as error:
             raise InputError(f"{path} is damaged ({error.strerror})") from None
-        except (ArithmeticError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ArithmeticError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is damaged ({error})") from None
         for name in files:
             if not _NAME.fullmatch(name):
@@ -349,7 +348,7 @@ class CheckpointStore:
     def _whole(self, step: int) -> bool:
         """Whether a checkpoint matches its manifest."""
         try:
-            return all(True for _ in self._contents(step))
+            return all(True for _ in self._contents(step, self._manifest(step)))
         except InputError:
             return False
 
@@ -359,44 +358,30 @@ _UNSEALED = {"format", "version", "step", "torch", "files"}
 
 def _sealed(manifest: Mapping[str, Any]) -> bytes:
     """The manifest as it is written, with the SHA-256 of what is before that."""
-    plain = {key: value for key, value in manifest.items() if key != "sha256"}
-    digest = hashlib.sha256(json.dumps(plain).encode()).hexdigest()
-    return (json.dumps({**plain, "sha256": digest}, indent=1) + "\n").encode()
-
-
-def removed(path: Path) -> None:
-    """Removes a directory and what is in it; nothing where there is none."""
-    if os.path.islink(path) or path.is_file():
-        os.unlink(path)
-    elif path.exists():
-        shutil.rmtree(path)
-
-
-def _serialised(tensors: Mapping[str, Tensor]) -> bytes:
-    return save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    return sealed(manifest, indent=None)
 
 
 Piece = bytes | memoryview
 
 _PIECE = 2**20
-"""Bytes that are hashed, written and compared at once: what stays in the processor's cache. A
-gigabyte at once takes three times as long, of which most is the system's work with its memory."""
+"""Bytes that are hashed, written and compared at once, so that they stay in the processor's cache.
+A gigabyte at once takes three times as long."""
 
 _TYPES = {
     **{torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16"},
     **{torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32"},
     **{torch.float64: "F64", torch.int64: "I64"},
 }
-"""Names of safetensors, in the order that it sorts by, from the last to the first."""
+"""The names of safetensors, in the reverse of the order that it sorts by."""
 
 
 def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[Piece]:
-    """The bytes of `safetensors.torch.save`, without a copy of the tensors' content.
+    """The bytes of `safetensors.torch.save`, which is left to types that `_TYPES` lacks.
 
-    Types that are rarer than those of `_TYPES` are left to it.
+    It would copy the content of all tensors.
     """
     if not all(t.dtype in _TYPES for t in tensors.values()):
-        yield _serialised(tensors)
+        yield save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
         return
     rank = {dtype: number for number, dtype in enumerate(_TYPES)}
     names = sorted(tensors, key=lambda name: (-rank[tensors[name].dtype], name))
@@ -414,21 +399,15 @@ def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[Piece]:
         yield flat.view(torch.uint8).numpy().data
 
 
-def _streamed(path: Path, content: Callable[[], Iterable[Piece]]) -> tuple[str, int, str]:
-    """Writes a file, waits for the disk and reads it back; (its name, its bytes, its SHA-256)."""
+def _write_pieces(path: Path, content: Iterable[Piece]) -> tuple[int, str]:
+    """Writes a file without waiting for the disk; (its bytes, its SHA-256)."""
     digest, size = hashlib.sha256(), 0
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | CLOSED_ON_EXEC
-    descriptor = os.open(path, flags, 0o644)
-    try:
-        for piece in _cut(content()):
+    with created(path) as descriptor:
+        for piece in _cut(content):
             digest.update(piece)
             write_all(descriptor, piece)
             size += len(piece)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    _read_back(path, content())
-    return path.name, size, digest.hexdigest()
+    return size, digest.hexdigest()
 
 
 def _cut(pieces: Iterable[Piece]) -> Iterator[memoryview]:

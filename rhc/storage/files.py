@@ -1,8 +1,8 @@
-"""Files of a run: written durably, and read within limits, whoever wrote them.
+"""Files written durably, and files and JSON documents read within limits, whoever wrote them.
 
-Everything that a run keeps goes through the few functions of `os` that are called here, and by
-their names in that module, so that a fault can be put in the place of any of them
-(benchmarks/faults.py). Reading trusts nothing: a file from a stranger may be huge, deep or no file.
+All writing goes through the few functions of `os` that are called here, by their names in that
+module, so that benchmarks/faults.py can put a fault in the place of any of them. A file from a
+stranger may be huge, deeply nested, a link or a pipe.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
 import sys
 import zlib
@@ -24,12 +25,12 @@ from typing import Any, BinaryIO
 from rhc.errors import InputError
 
 MOST_JSON_BYTES = 256 * 2**20
-"""Of a JSON document: the tape of a million steps is smaller."""
+"""The largest JSON document that is read; the tape of a million steps is smaller."""
 
 MOST_TOML_BYTES = 2**20
 
 MOST_DEPTH = 64
-"""Of nested lists and objects; rhc writes six at most."""
+"""How deep lists and objects may be nested; rhc writes six levels at most."""
 
 OWN = re.compile(
     r"\.?[a-z]+(-\d+)?\.(json|jsonl|html|id)(\.crc32)?|\.lock|\.writing-.*|"
@@ -44,18 +45,25 @@ NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 # Writing -----------------------------------------------------------------------------------------
 
 
-def write_durably(path: Path, data: bytes | memoryview, *, wait: bool = True) -> None:
+def write_durably(path: Path, data: bytes, *, wait: bool = True) -> None:
     """Writes a file and returns when its content is on disk; a link in its place is replaced.
 
-    wait: False leaves the waiting to a later `sync_file`: the first of several does it for all.
+    wait: False leaves waiting to a later `sync`.
     """
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | CLOSED_ON_EXEC, 0o644)
-    try:
+    with created(path) as descriptor:
         write_all(descriptor, data)
         if wait:
             os.fsync(descriptor)
+
+
+@contextlib.contextmanager
+def created(path: Path) -> Iterator[int]:
+    """The descriptor of a new file, to be written to; an OSError where there is one already."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | CLOSED_ON_EXEC, 0o644)
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)
 
@@ -73,21 +81,16 @@ def replace_durably(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".writing-{path.name}")
     write_durably(temporary, data)
     os.replace(temporary, path)
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
-def sync_file(path: Path) -> None:
+def sync(path: Path) -> None:
     """Returns when the content of a file, or the names in a directory, are on disk."""
     descriptor = os.open(path, os.O_RDONLY | CLOSED_ON_EXEC)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sync_directory(path: Path) -> None:
-    """Makes the names in a directory durable."""
-    sync_file(path)
 
 
 def make_directory(path: Path) -> None:
@@ -99,14 +102,22 @@ def make_directory(path: Path) -> None:
     for directory in reversed(missing):
         with contextlib.suppress(FileExistsError):
             os.mkdir(directory)
-        sync_directory(directory.parent)
+        sync(directory.parent)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a directory and what is in it; nothing where there is none."""
+    if os.path.islink(path) or path.is_file():
+        os.unlink(path)
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def refuse_links(directory: Path) -> None:
-    """An OSError that names it, where something that rhc writes in a directory is a link.
+    """Raises an OSError where something that rhc writes in a directory is a link, pipe or device.
 
-    What it points to would be written, emptied or removed, wherever that is. The directory itself
-    may be a link, and so may what else lies there. A pipe or a device is refused alike.
+    What a link points to would be written, emptied or removed, wherever that is. The directory
+    itself may be a link, and so may files that are not rhc's.
     """
     with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
         for entry in entries:
@@ -130,13 +141,18 @@ def cut(path: Path, length: int) -> None:
 
 
 def unshare(path: Path) -> None:
-    """Makes a file one of its own that has another name too (a hard link): only it is changed."""
+    """Breaks a hard link, so that a change of this file changes no other."""
     with contextlib.suppress(FileNotFoundError):
         if os.stat(path, follow_symlinks=False).st_nlink > 1:
             replace_durably(path, read_regular(path, sys.maxsize))
 
 
 # Reading -----------------------------------------------------------------------------------------
+
+
+def reason(error: OSError | ValueError) -> str:
+    """Why a file could not be read or written, without its name."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 @contextlib.contextmanager
@@ -170,17 +186,16 @@ def read_regular(path: Path, most: int, *, exactly: int | None = None) -> bytes:
 
 
 _LONG_NUMBER = re.compile(rb"[0-9]{300}|[eE]\+?0*[1-9][0-9]{2}")
-"""In every number of 10³⁰⁰ and more."""
+"""Matches within every number of 1e300 or more."""
 
 _BRACKETS = re.compile(rb'[\[\]{}"\\]')
-"""Nothing else decides how deep JSON is nested."""
+"""The characters that decide how deep JSON is nested."""
 
 
 def parsed_json(data: bytes | str) -> Any:
-    """A JSON document of bounded size and depth; whatever else is a ValueError.
+    """A JSON document of bounded size and depth; anything else is a ValueError.
 
-    NaN and infinities, which JSON lacks, are refused like any other word, and numbers that no float
-    holds (1e400) like infinities.
+    NaN, infinities and numbers that no float holds (1e400) are refused.
     """
     raw = data.encode() if isinstance(data, str) else bytes(data)
     if len(raw) > MOST_JSON_BYTES:
@@ -188,13 +203,13 @@ def parsed_json(data: bytes | str) -> Any:
     depth = _depth(raw)
     if depth > MOST_DEPTH:
         raise ValueError(f"it is nested more than {MOST_DEPTH} deep")
-    # Only where one may be: the parser of numbers in C is not slowed down.
+    # These hooks replace the parser of numbers in C, which is faster, only where it might overflow.
     hooks: dict[str, Any] = {}
     if _LONG_NUMBER.search(raw):
         hooks = {"parse_float": _finite, "parse_int": lambda text: int(_finite(text) and text)}
     try:
         return json.loads(raw.decode("utf-8"), parse_constant=_no_constant, **hooks)
-    except RecursionError:  # pragma: no cover: the depth has been looked at
+    except RecursionError:  # pragma: no cover: the depth is checked above
         raise ValueError("it is nested too deep") from None
 
 
@@ -232,29 +247,16 @@ def _depth(raw: bytes) -> int:
     return deepest
 
 
-Kinds = Mapping[str, tuple[type, ...]]
-"""Entry of a JSON object -> the types that it may have; where it may be missing, NoneType too."""
+# What a document must have -----------------------------------------------------------------------
+
+Kinds = Mapping[str, "tuple[type, ...] | Kinds"]
+"""Entry of a JSON object -> the types that it may have, or the entries of an object in it.
+
+Where an entry may be missing or null, its types include NoneType; an object in it always may.
+"""
 
 NUMBER = (int, float)
 NUMBER_OR_NONE = (int, float, type(None))
-
-
-def misfit(record: Mapping[str, Any], kinds: Kinds) -> str | None:
-    """What is wrong with an object that was read, in a clause; None where all is of its kind."""
-    for name, known in kinds.items():
-        value = record.get(name)
-        if type(value) not in known:
-            words = " or ".join(_WORDS[kind] for kind in known)
-            return f"{name} must be {words}, got {str(json.dumps(value))[:60]}"
-    return None
-
-
-def check_kinds(record: Mapping[str, Any], kinds: Kinds, source: Path | str) -> None:
-    """An InputError that names `source` where an entry is of another kind."""
-    fault = misfit(record, kinds)
-    if fault is not None:
-        raise InputError(f"{source} is damaged: {fault}; restore it")
-
 
 _WORDS = {
     int: "a whole number",
@@ -267,17 +269,60 @@ _WORDS = {
 }
 
 
+def misfit(record: Mapping[str, Any], kinds: Kinds, within: str = "") -> str | None:
+    """What is wrong with an object that was read, in a clause; None where all is of its kind."""
+    for name, known in kinds.items():
+        value = record.get(name)
+        types = (dict, type(None)) if isinstance(known, Mapping) else known
+        if type(value) not in types:
+            words = " or ".join(_WORDS[kind] for kind in types)
+            return f"{within}{name} must be {words}, got {str(json.dumps(value))[:60]}"
+        if isinstance(known, Mapping):
+            fault = misfit(value or {}, known, f"{within}{name}.")
+            if fault is not None:
+                return fault
+    return None
+
+
+def check_kinds(record: Mapping[str, Any], kinds: Kinds, source: Path | str) -> None:
+    """An InputError that names `source` where an entry is of another kind."""
+    fault = misfit(record, kinds)
+    if fault is not None:
+        raise InputError(f"{source} is damaged: {fault}; restore it")
+
+
+# Documents: JSON objects with a digest -----------------------------------------------------------
+
 SEAL = "sha256"
 """The last entry of a document that says whether anything was altered since it was written."""
 
 
-def sealed(document: Mapping[str, Any]) -> bytes:
-    """A JSON document as it is written, with the SHA-256 of what is before that."""
-    plain = {key: value for key, value in document.items() if key != SEAL}
-    text = json.dumps(plain, indent=1, allow_nan=False)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    opened = f"{text[:-2]}," if plain else "{"
-    return f'{opened}\n "{SEAL}": "{digest}"\n}}\n'.encode()
+def finite(value: Any) -> Any:
+    """`value` as strict JSON holds it: NaN and infinities become null, arrays become lists."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    if hasattr(value, "tolist"):  # a number or an array of numpy or torch
+        return finite(value.tolist())
+    return value
+
+
+def plain_document(value: Mapping[str, Any]) -> bytes:
+    """A JSON document as it is written."""
+    return (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode()
+
+
+def sealed(value: Mapping[str, Any], *, indent: int | None = 1) -> bytes:
+    """A JSON document whose last entry is the SHA-256 of what is before it.
+
+    indent: of the text that is hashed; what is written has an indent of 1.
+    """
+    plain = {key: entry for key, entry in finite(value).items() if key != SEAL}
+    text = json.dumps(plain, indent=indent, allow_nan=False)
+    return plain_document({**plain, SEAL: hashlib.sha256(text.encode()).hexdigest()})
 
 
 def sum_beside(path: Path) -> Path:
@@ -285,9 +330,14 @@ def sum_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.crc32")
 
 
+def crc32_line(data: bytes) -> bytes:
+    """The CRC-32 of `data` as it is written: eight hexadecimal digits and a newline."""
+    return b"%08x\n" % zlib.crc32(data)
+
+
 def replace_summed(path: Path, data: bytes) -> None:
     """Replaces a file that must hold nothing but its content; its CRC-32 lies beside it."""
-    replace_durably(sum_beside(path), b"%08x\n" % zlib.crc32(data))
+    replace_durably(sum_beside(path), crc32_line(data))
     replace_durably(path, data)
 
 
@@ -297,17 +347,18 @@ def read_document(path: Path) -> tuple[Any, bool]:
     One without a seal or a checksum is taken as it is: it is older than these, or by a person.
     OSError or ValueError where there is no JSON.
     """
+    # A run's own files may be reached through a link; a checkpoint's may not.
     data = read_regular(path.resolve(), MOST_JSON_BYTES)
-    document = parsed_json(data)
-    if not isinstance(document, dict):
-        return document, False
+    found = parsed_json(data)
+    if not isinstance(found, dict):
+        return found, False
     if (beside := sum_beside(path)).exists():
-        return document, read_regular(beside, 2**10) != b"%08x\n" % zlib.crc32(data)
-    plain = {key: value for key, value in document.items() if key != SEAL}
-    last = next(reversed(list(document.values())), None)
-    # A seal whose name is damaged is one.
-    closed = SEAL in document or (isinstance(last, str) and len(last) == 64)
-    return plain, closed and data != sealed(document)
+        return found, read_regular(beside, 2**10) != crc32_line(data)
+    plain = {key: value for key, value in found.items() if key != SEAL}
+    last = next(reversed(list(found.values())), None)
+    # A last entry of 64 letters is a seal whose name is damaged.
+    closed = SEAL in found or (isinstance(last, str) and len(last) == 64)
+    return plain, closed and data != sealed(found)
 
 
 def altered(path: Path) -> str:
@@ -319,26 +370,25 @@ def altered(path: Path) -> str:
 
 
 def read_json(path: Path, told: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """A JSON object from a file; anything else is an InputError that names the file.
+    """A JSON object from a file; anything else is an InputError that begins with its path.
 
-    told: what is done with the sentence that says of a sealed document that it was altered.
+    told: called with a sentence where the document was altered since it was written.
     """
     try:
-        # The run's own files may be reached through a link; a checkpoint's may not.
-        document, changed = read_document(path)
+        found, changed = read_document(path)
     except OSError as error:
-        raise InputError(f"cannot read {path} ({error.strerror})") from None
+        raise InputError(f"{path} cannot be read ({reason(error)})") from None
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(document, dict):
-        raise InputError(f"{path} must hold a JSON object, got {type(document).__name__}")
+    if not isinstance(found, dict):
+        raise InputError(f"{path} must hold a JSON object, got {type(found).__name__}")
     if changed:
         told(altered(path))
-    return document
+    return found
 
 
 def parsed_toml(data: bytes) -> dict[str, Any]:
-    """A TOML document of bounded size and depth; whatever else is a ValueError."""
+    """A TOML document of bounded size and depth; anything else is a ValueError."""
     import tomllib
 
     if len(data) > MOST_TOML_BYTES:

@@ -1,97 +1,121 @@
-"""The tape: what was observed at every committed step, and at every attempt at a window.
+"""Files of JSON lines: the one reader and the one writer of them.
 
-Both files are JSON lines, appended to and never rewritten; a resumed run cuts them back to the
-length that its checkpoint recorded. They hold nothing that differs between two runs of the same
-computation (no wall-clock times), so that an interrupted run's tape equals an uninterrupted one's
-byte by byte.
+tape.jsonl, windows.jsonl and start.jsonl are appended to and never rewritten; a resumed run cuts
+them back to the length that its checkpoint recorded. They hold nothing that differs between two
+runs of the same computation (no wall-clock times), so that the tape of a run that was interrupted
+equals that of one that was not, byte by byte.
 
-Beside a file NAME lies .NAME.crc32 with the CRC-32 of each of its lines, so that the lines stay
-what a reader expects and a damaged one is known by its number.
+Beside a file NAME lies .NAME.crc32 with the CRC-32 of each of its lines, so that a damaged line is
+known by its number.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-import math
 import os
-import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rhc.errors import InputError
 from rhc.storage.files import (
     CLOSED_ON_EXEC,
     NO_LINK,
-    NUMBER,
-    NUMBER_OR_NONE,
     Kinds,
-    check_kinds,
+    crc32_line,
     cut,
+    finite,
     misfit,
     opened_regular,
     parsed_json,
     read_regular,
+    reason,
     replace_durably,
-    sync_directory,
+    sum_beside,
+    sync,
     unshare,
     write_all,
 )
-
-KINDS: Mapping[str, Kinds] = {
-    "tape.jsonl": {
-        "step": (int,),
-        **dict.fromkeys(("loss", "gradient_norm"), NUMBER_OR_NONE),
-        "reward": (*NUMBER_OR_NONE, list),
-    },
-    "windows.jsonl": {
-        **dict.fromkeys(("start", "stop"), (int,)),
-        "outcome": (str,),
-        "reason": (str, type(None)),
-        **dict.fromkeys(
-            ("attempt", "objective_before", "objective_after", "smoothness"), NUMBER_OR_NONE
-        ),
-    },
-}
-"""What the lines of a file must have for those who read them, by its name."""
-
-RESULT: Mapping[str, Kinds] = {
-    "": {
-        "cost": (dict,),
-        **{
-            f"{prefix}{name}_loss": NUMBER_OR_NONE
-            for prefix in ("", "average_")
-            for name in ("train", "val", "test")
-        },
-        **dict.fromkeys(("test_accuracy", "wall_seconds"), NUMBER_OR_NONE),
-        "average_metrics": (dict, type(None)),
-    },
-    "cost": dict.fromkeys(
-        ("plain_run_equivalents", "windows", "rejected_windows", "rewound_windows"), NUMBER
-    ),
-    "average_metrics": {"test": (dict, type(None))},
-}
-"""What result.json must have, and the objects in it, for those who show it."""
-
-
-def misfit_of_result(record: Mapping[str, Any]) -> str | None:
-    """What is wrong with a result.json, in a clause; None where it is what a run writes."""
-    for name, kinds in RESULT.items():
-        part = record if not name else record.get(name) or {}
-        if fault := misfit(part, kinds):
-            return f"{name}.{fault}" if name else fault
-    test = (record.get("average_metrics") or {}).get("test") or {}
-    fault = misfit(test, {"accuracy": NUMBER_OR_NONE})
-    return fault and f"average_metrics.test.{fault}"
-
+from rhc.storage.run_files import ROWS
 
 MOST_BYTES = 2**34
-"""Of such a file: more is not read."""
+"""The largest such file that is read."""
 
-_SUM = 9
-"""Bytes of a line's checksum: eight hexadecimal digits and a newline."""
+_SUM = len(crc32_line(b""))
+
+
+def encode(row: Mapping[str, Any]) -> str:
+    """One line of strict JSON: NaN and infinities, which JSON lacks, become null."""
+    return json.dumps(finite(row), allow_nan=False)
+
+
+# Reading -----------------------------------------------------------------------------------------
+
+
+class Line(NamedTuple):
+    """A line of a file: its row, or None and what is wrong with it."""
+
+    number: int
+    stop: int
+    """Bytes of the file up to the end of the line."""
+    row: dict[str, Any] | None
+    fault: str = ""
+
+
+def read_lines(path: Path, at: int = 0) -> Iterator[Line]:
+    """The lines of a file from byte `at` on; none where there is no file.
+
+    A last line without its end is left out: it is being written, or was never finished.
+    Raises InputError where the file cannot be read.
+    """
+    try:
+        with opened_regular(path.resolve()) as file:
+            if file.seek(0, os.SEEK_END) > MOST_BYTES:
+                raise ValueError(f"it has more than the {MOST_BYTES} bytes that are read")
+            file.seek(at)
+            data = file.read()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({reason(error)}); restore it") from None
+    yield from _lines(data, ROWS.get(path.name, {}), at)
+
+
+def _lines(data: bytes, kinds: Kinds, at: int = 0) -> Iterator[Line]:
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
+        at += len(line) + 1
+        try:
+            row = parsed_json(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"{type(row).__name__} in place of an object")
+        except ValueError as error:
+            yield Line(number, at, None, f"line {number}: not JSON ({error})")
+            continue
+        fault = misfit(row, kinds)
+        if fault is None:
+            yield Line(number, at, row)
+        else:
+            yield Line(number, at, None, f"line {number}, is damaged: {fault}; restore it")
+
+
+def read_rows(path: Path, most: int | None = None) -> list[dict[str, Any]]:
+    """The first `most` rows of a file, or all; an InputError names the first damaged line."""
+    return _rows_of(path, itertools.islice(read_lines(path), most))
+
+
+def _rows_of(path: Path, lines: Iterable[Line]) -> list[dict[str, Any]]:
+    rows = []
+    for line in lines:
+        if line.row is None:
+            raise InputError(f"{path}, {line.fault}")
+        rows.append(line.row)
+    return rows
+
+
+# Writing -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -116,13 +140,11 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.sums = path.with_name(f".{path.name}.crc32")
+        self.sums = sum_beside(path)
         self.length = path.stat().st_size if path.exists() else 0
         self.lines = 0
         self._pending: list[bytes] = []
-        self._files: tuple[int, int] | None = None
-
-    # Writing -------------------------------------------------------------------------------------
+        self._files: list[int] = []
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Adds rows, which the next `flush` writes."""
@@ -136,69 +158,63 @@ class JsonLines:
     def flush(self) -> None:
         """Writes what was appended and returns when it is on disk; an OSError leaves it pending."""
         rows, self._files = list(self._pending), self._files or self._opened()
-        file, sums = self._files
-        self._put_back(file, self.path, self.length)
-        self._put_back(sums, self.sums, _SUM * self.lines)
+        self._put_back()
         if not rows:
             return
         data = b"".join(row + b"\n" for row in rows)
         try:
-            write_all(file, data)
-            os.fsync(file)
-            write_all(sums, b"".join(b"%08x\n" % zlib.crc32(row) for row in rows))
-            os.fsync(sums)
+            for file, content in zip(
+                self._files, (data, b"".join(map(crc32_line, rows))), strict=True
+            ):
+                write_all(file, content)
+                os.fsync(file)
         except OSError:
             with contextlib.suppress(OSError):
-                self._put_back(file, self.path, self.length)
-                self._put_back(sums, self.sums, _SUM * self.lines)
+                self._put_back()
             raise
         self.length += len(data)
         self.lines += len(rows)
         del self._pending[: len(rows)]
 
-    def _opened(self) -> tuple[int, int]:
+    def _opened(self) -> list[int]:
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | CLOSED_ON_EXEC | NO_LINK
-        file = os.open(self.path, flags, 0o644)
+        opened = []
         try:
-            sums = os.open(self.sums, flags, 0o644)
+            for path in (self.path, self.sums):
+                opened.append(os.open(path, flags, 0o644))
+            sync(self.path.parent)
         except OSError:
-            os.close(file)
+            for descriptor in opened:
+                os.close(descriptor)
             raise
-        try:
-            sync_directory(self.path.parent)
-        except OSError:
-            os.close(file)
-            os.close(sums)
-            raise
-        return file, sums
+        return opened
 
-    def _put_back(self, descriptor: int, path: Path, length: int) -> None:
-        """Makes `path` the open file again, of `length` bytes, whoever removed or lengthened it."""
-        here = os.fstat(descriptor)
-        if here.st_size > length:
-            os.ftruncate(descriptor, length)
-        with contextlib.suppress(FileNotFoundError):
-            named = os.stat(path, follow_symlinks=False)
-            if (named.st_dev, named.st_ino) == (here.st_dev, here.st_ino):
-                return
-        # The name is gone, the content is not as long as the file is open.
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        content = bytearray()
-        while len(content) < length and (part := os.read(descriptor, length - len(content))):
-            content += part
-        replace_durably(path, bytes(content))
-        flags = os.O_RDWR | os.O_APPEND | CLOSED_ON_EXEC | NO_LINK
-        fresh = os.open(path, flags)
-        os.dup2(fresh, descriptor, inheritable=False)
-        os.close(fresh)
+    def _put_back(self) -> None:
+        """Makes the paths the open files again, as long as they were, whoever changed them."""
+        lengths = (self.length, _SUM * self.lines)
+        for file, path, length in zip(self._files, (self.path, self.sums), lengths, strict=True):
+            here = os.fstat(file)
+            if here.st_size > length:
+                os.ftruncate(file, length)
+            with contextlib.suppress(FileNotFoundError):
+                named = os.stat(path, follow_symlinks=False)
+                if (named.st_dev, named.st_ino) == (here.st_dev, here.st_ino):
+                    continue
+            # The name was removed; the content stays as long as the file is open.
+            os.lseek(file, 0, os.SEEK_SET)
+            content = bytearray()
+            while len(content) < length and (part := os.read(file, length - len(content))):
+                content += part
+            replace_durably(path, bytes(content))
+            fresh = os.open(path, os.O_RDWR | os.O_APPEND | CLOSED_ON_EXEC | NO_LINK)
+            os.dup2(fresh, file, inheritable=False)
+            os.close(fresh)
 
     def close(self) -> None:
         """Lets go of the file."""
-        files, self._files = self._files, None
-        for descriptor in files or ():
+        files, self._files = self._files, []
+        for descriptor in files:
             os.close(descriptor)
-
-    # Checking ------------------------------------------------------------------------------------
 
     def intact(self) -> Intact:
         """The lines from the first on that are whole and as they were written.
@@ -211,32 +227,27 @@ class JsonLines:
             data = read_regular(self.path, MOST_BYTES)
             sums = read_regular(self.sums, MOST_BYTES) if self.sums.exists() else None
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            return Intact(0, 0, f"{self.path} cannot be read ({reason})")
+            return Intact(0, 0, f"{self.path} cannot be read ({reason(error)})")
         length = lines = 0
-        while (end := data.find(b"\n", length)) >= 0:
-            line = data[length:end]
-            if sums is None:
-                try:
-                    if not isinstance(json.loads(line), dict):
-                        raise ValueError("not an object")
-                except (ValueError, RecursionError) as error:
-                    fault = f"{self.path}, line {lines + 1}: not JSON ({error})"
-                    return Intact(length, lines, fault)
-            else:
-                given = sums[_SUM * lines : _SUM * (lines + 1)]
-                if len(given) < _SUM:
-                    fault = f"{self.sums} has no checksum of line {lines + 1}"
-                    return Intact(length, lines, fault)
-                if given != b"%08x\n" % zlib.crc32(line):
-                    fault = (
-                        f"{self.path}, line {lines + 1}, does not match its checksum in "
-                        f"{self.sums.name}"
-                    )
-                    return Intact(length, lines, fault)
-            length, lines = end + 1, lines + 1
+        for line in data.split(b"\n")[:-1]:
+            if fault := self._fault(lines, line, sums):
+                return Intact(length, lines, fault)
+            length, lines = length + len(line) + 1, lines + 1
         fault = f"{self.path} has {length} bytes of whole lines"
         return Intact(length, lines, fault, damaged=False)
+
+    def _fault(self, before: int, line: bytes, sums: bytes | None) -> str:
+        """What is wrong with the line behind the first `before`; nothing where all is well."""
+        number = before + 1
+        if sums is None:
+            (found,) = _lines(line + b"\n", {})
+            return "" if found.row is not None else f"{self.path}, line {number}: not JSON"
+        given = sums[_SUM * before : _SUM * number]
+        if len(given) < _SUM:
+            return f"{self.sums} has no checksum of line {number}"
+        if given != crc32_line(line):
+            return f"{self.path}, line {number}, does not match its checksum in {self.sums.name}"
+        return ""
 
     def truncate(self, length: int) -> None:
         """Cuts the file back to `length` bytes, which must be whole lines that are intact."""
@@ -258,49 +269,11 @@ class JsonLines:
         self.length = length
         whole = _SUM * self.lines
         if not self.sums.exists():
-            rows = kept.splitlines()
-            replace_durably(self.sums, b"".join(b"%08x\n" % zlib.crc32(row) for row in rows))
+            replace_durably(self.sums, b"".join(map(crc32_line, kept.split(b"\n")[:-1])))
         elif os.stat(self.sums).st_size > whole:
             cut(self.sums, whole)
 
-    # Reading -------------------------------------------------------------------------------------
-
     def read(self) -> list[dict[str, Any]]:
-        """All rows, on the disk and pending; a line that is not JSON is an InputError naming it."""
-        data = b""
-        if self.path.exists():
-            try:
-                data = read_regular(self.path, MOST_BYTES)
-            except (OSError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise InputError(f"{self.path} cannot be read ({reason})") from None
-        rows = []
-        for number, line in enumerate([*data.splitlines(), *self._pending], 1):
-            try:
-                row = parsed_json(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"{type(row).__name__} in place of an object")
-                check_kinds(row, KINDS.get(self.path.name, {}), f"{self.path}, line {number},")
-            except InputError:
-                raise
-            except ValueError as error:
-                raise InputError(f"{self.path}, line {number}: not JSON ({error})") from None
-            rows.append(row)
-        return rows
-
-
-def encode(row: Mapping[str, Any]) -> str:
-    """One line of strict JSON: NaN and infinities, which JSON lacks, become null."""
-    return json.dumps(finite(row), allow_nan=False)
-
-
-def finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    if hasattr(value, "tolist"):  # a number or an array of numpy or torch
-        return finite(value.tolist())
-    return value
+        """All rows, on the disk and pending; an InputError names a line that is damaged."""
+        pending = b"".join(row + b"\n" for row in self._pending)
+        return read_rows(self.path) + _rows_of(self.path, _lines(pending, {}))

@@ -1,7 +1,7 @@
-"""A run's directory: configuration, tape, windows, checkpoints, schedule and result.
+"""A run's directory while its run is trained: opened, continued or refused, and written to.
 
-Opening it is the one place where an existing run is recognised, continued or refused; nothing is
-overwritten that another run wrote.
+Opening it is the one place where an existing run is recognised; nothing is overwritten that another
+run wrote. What lies in it is in `rhc.storage.run_files`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -27,22 +27,23 @@ from rhc.storage.checkpoint import Checkpoint, CheckpointStore
 from rhc.storage.files import (
     CLOSED_ON_EXEC,
     NO_LINK,
+    finite,
     make_directory,
+    misfit,
+    plain_document,
     read_json,
+    reason,
     refuse_links,
     replace_durably,
     replace_summed,
     sealed,
     write_durably,
 )
-from rhc.storage.jsonl import JsonLines, finite, misfit_of_result
+from rhc.storage.jsonl import JsonLines
+from rhc.storage.run_files import FILES, RESULT
 
-FILES = ("config.json", "schedule.json", "tape.jsonl", "windows.jsonl", "result.json")
 NOT_COMPARED = ("versions", "hardware", "directory", "resume", "device", "config", "code")
 """Entries of config.json that may differ when a run is continued."""
-
-MOST_OF_A_MODULE = 200
-"""Letters of a module's text in config.json."""
 
 SAFE = {
     "memory_budget": "what looking back keeps changes, and its bits may differ",
@@ -51,6 +52,9 @@ SAFE = {
     "ranks": "it goes on to rounding, not to the bit",
 }
 """Entries that may differ too, where the difference is said, and what it means."""
+
+MOST_OF_A_MODULE = 200
+"""Letters of a module's text in config.json."""
 
 
 class Plan(Protocol):
@@ -70,22 +74,30 @@ class RunDirectory:
 
     A disk that is full, read-only or broken stops no training: what could not be written is kept
     in memory and tried again with every save, a notice says so once, and `finish` raises a
-    StorageError if in the end something is missing.
+    StorageError if something is missing in the end.
     """
 
     def __init__(self, path: Path, keep_checkpoints: int, notice: Callable[[str], None]) -> None:
         self.path = path
         self.notice = notice
         self.checkpoints = CheckpointStore(path / "checkpoints", keep_checkpoints, notice)
+        self.tape = JsonLines(path / "tape.jsonl")
+        self.windows = JsonLines(path / "windows.jsonl")
+        self.starts = JsonLines(path / "start.jsonl")
         self.saved: int | None = None
+        """The step of the newest checkpoint that was saved."""
         self.differences: list[str] = []
         """What shows of the code and the data that is not as it was when the run began."""
         self.elsewhere = False
         """Whether other versions or another machine began it, so that its bits may differ."""
         self.trouble: OSError | None = None
+        """Why the disk does not take what is written; None while it does."""
         self._first: Checkpoint | None = None
+        """The run's first checkpoint, until it or a later one is saved."""
         self._late: tuple[Checkpoint, Plan] | None = None
+        """What the last `save` was given, where it failed."""
         self._plan: Plan | None = None
+        """The plan that schedule.json holds."""
         self._lock: int | None = None
         self._config = b""
         self._settings = ""
@@ -100,85 +112,90 @@ class RunDirectory:
         Raises InputError where the directory cannot be written, holds a run although resume is
         "never", or holds a run of another configuration (the message shows what differs).
         """
-        try:
+        with self._refusing("written"):
             make_directory(self.path)
             refuse_links(self.path)
             probe = self.path / ".writing-probe"
             write_durably(probe, b"", wait=False)
             os.unlink(probe)
-        except OSError as error:
-            raise InputError(
-                f"directory {self.path} cannot be written ({error.strerror}); choose another "
-                "--directory"
-            ) from None
         present = [name for name in FILES if (self.path / name).exists()]
-        if "config.json" not in present:
-            if present:
-                raise InputError(
-                    f"directory {self.path} holds {present[0]} but no config.json, so it is no run "
-                    "that can be continued; choose another --directory"
-                )
-        else:
+        old: dict[str, Any] | None = None
+        if "config.json" in present:
             if resume == "never":
                 raise InputError(
                     f"directory {self.path} holds a run already; use --resume auto to continue it, "
                     "or choose another --directory"
                 )
-        changed = "config.json" in present and self._check_same(config)
-        longer = changed and read_json(self.path / "config.json").get("steps") != config["steps"]
+            old = read_json(self.path / "config.json", self.notice)
+        elif present:
+            raise InputError(
+                f"directory {self.path} holds {present[0]} but no config.json, so it is no run "
+                "that can be continued; choose another --directory"
+            )
+        changed = old is not None and self._compare(old, config)
         try:
-            self._lock = _locked(self.path / ".lock")
+            with self._refusing("locked"):
+                self._lock = _locked(self.path / ".lock")
         except BlockingIOError:
             raise InputError(
                 f"directory {self.path} is being written by another process; wait for it, "
                 "or choose another --directory"
             ) from None
+        try:
+            return self._continue(config, old, changed)
+        except BaseException:
+            self.close()
+            raise
+
+    @contextlib.contextmanager
+    def _refusing(self, what: str) -> Iterator[None]:
+        """Makes an OSError an InputError: the directory cannot be used as it is."""
+        try:
+            yield
+        except BlockingIOError:
+            raise
         except OSError as error:
             raise InputError(
-                f"directory {self.path} cannot be locked ({error.strerror}); choose another "
-                "--directory"
+                f"directory {self.path} cannot be {what} ({error.strerror}); make room there, or "
+                "choose another --directory"
             ) from None
-        self.tape = JsonLines(self.path / "tape.jsonl")
-        self.windows = JsonLines(self.path / "windows.jsonl")
-        # What was tried before the first checkpoint stays: it is not tried again.
-        self.starts = JsonLines(self.path / "start.jsonl")
+
+    def _continue(
+        self, config: Mapping[str, Any], old: Mapping[str, Any] | None, changed: bool
+    ) -> Checkpoint | None:
+        """The newest checkpoint, with the other files as they were when it was saved."""
         checkpoint = self._newest()
         self._settings = _digest(config)
         began = None if checkpoint is None else checkpoint.values.get("settings")
         if began not in (None, self._settings):
-            self.close()
             raise InputError(
                 f"{self.path / 'config.json'} is not of the settings that its checkpoints were "
                 "written with; restore it, or choose another --directory"
             )
         lengths = {} if checkpoint is None else checkpoint.values["lengths"]
-        try:
-            if longer and "result.json" in present:
-                # What the shorter run ended with stays, by another name.
-                old = read_json(self.path / "config.json").get("steps")
-                os.replace(self.path / "result.json", self.path / f"result-{old}.json")
-            if "config.json" not in present or changed:
-                replace_durably(self.path / "config.json", _document(config))
+        result = self.path / "result.json"
+        with self._refusing("written"):
+            before = None if old is None else old.get("steps")
+            if changed and before != config["steps"] and result.exists():
+                os.replace(result, self.path / f"result-{before}.json")
+            if old is None or changed:
+                replace_durably(self.path / "config.json", sealed(config))
             self._config = (self.path / "config.json").read_bytes()
             self._take_starts(0 if checkpoint is None else checkpoint.step)
             self.tape.truncate(int(lengths.get("tape", 0)))
             self.windows.truncate(int(lengths.get("windows", 0)))
             self.tape.flush()
             self.windows.flush()
-        except OSError as error:
-            raise InputError(
-                f"directory {self.path} cannot be written ({error.strerror}); make room there, or "
-                "choose another --directory"
-            ) from None
         with contextlib.suppress(OSError):  # what is left over can wait
-            self.checkpoints.tidy(ended="result.json" in present and not longer)
+            self.checkpoints.tidy(ended=result.exists())
         self.saved = None if checkpoint is None else checkpoint.step
         return checkpoint
 
     def _take_starts(self, step: int) -> None:
         """Cuts start.jsonl back to what can be trusted of it, and says if that is not all.
 
-        Nothing is cut once the run is under way: nothing is tried any more.
+        Once the run is under way nothing is tried any more, and the file stays as it is. What was
+        tried before the first checkpoint is not tried again.
         """
         found = self.starts.intact()
         if found.damaged:
@@ -197,17 +214,17 @@ class RunDirectory:
                 isinstance(lengths.get(name), int) and lengths[name] >= 0 for name in lines
             ):
                 path = self.checkpoints.path(checkpoint.step) / "values.json"
-                self.checkpoints.pass_over(checkpoint.step, f"{path} has no lengths of the tape")
+                self.checkpoints.leave_out(checkpoint.step, f"{path} has no lengths of the tape")
                 continue
             short = [found.fault for name, found in lines.items() if found.length < lengths[name]]
             if not short:
                 return checkpoint
             lost = f" ({short[0]} where the checkpoint of step {checkpoint.step} saw more)"
-            self.checkpoints.pass_over(
+            self.checkpoints.leave_out(
                 checkpoint.step, f"{short[0]}, too few for {checkpoint.step}"
             )
-        if self.tape.length or self.windows.length or self.checkpoints.steps():
-            self.close()
+        paths = [path for path in (self.tape.path, self.windows.path) if path.exists()]
+        if any(path.stat().st_size for path in paths) or self.checkpoints.steps():
             raise InputError(
                 f"directory {self.path} holds a run, but no checkpoint of it can be used{lost}; "
                 "start again in another --directory"
@@ -215,7 +232,7 @@ class RunDirectory:
         return None
 
     def earlier(self, step: int) -> Checkpoint | None:
-        """The newest checkpoint before that of `step` that is whole; nothing is said of others."""
+        """The newest checkpoint before that of `step` that is whole, without a notice of others."""
         for other in reversed(self.checkpoints.steps()):
             if other < step:
                 with contextlib.suppress(InputError):
@@ -224,9 +241,8 @@ class RunDirectory:
 
     def close(self) -> None:
         """Lets another process write here. A process that dies does so by itself."""
-        for lines in (getattr(self, n, None) for n in ("tape", "windows", "starts")):
-            if lines is not None:
-                lines.close()
+        for lines in (self.tape, self.windows, self.starts):
+            lines.close()
         if self._lock is not None:
             _LOCKS.remove(self._lock)
             os.close(self._lock)
@@ -235,12 +251,12 @@ class RunDirectory:
     # Writing -------------------------------------------------------------------------------------
 
     def save(self, checkpoint: Checkpoint, schedule: Plan) -> Path | None:
-        """Brings tape, windows, the checkpoint and then the plan to the disk; its directory.
+        """Writes tape, windows, the checkpoint and then the plan; the checkpoint's directory.
 
         None where the disk does not take them: the next call tries again.
         """
         if self._first is None and self.saved is None:
-            self._first = checkpoint  # before any line of the tape there is a checkpoint
+            self._first = checkpoint
         self._late = checkpoint, schedule
         for attempt in (0, 1):
             try:
@@ -263,25 +279,27 @@ class RunDirectory:
 
     def _save(self, checkpoint: Checkpoint, schedule: Plan) -> Path:
         if self._first is not None and self._first is not checkpoint:
-            values = self._first.values | self._told({"tape": 0, "windows": 0})
-            self.checkpoints.save(replace(self._first, values=values))
-            self.saved = self._first.step
-            self._first = None
+            # No line of the tape is on the disk before a checkpoint is, so that a run can always
+            # go on or begin again.
+            self._save_checkpoint(self._first, 0, 0)
         if self.starts.pending:
             self.starts.flush()
-        if self._first is None:
-            self.tape.flush()
-            self.windows.flush()
-        lengths = {"tape": self.tape.length, "windows": self.windows.length}
-        values = checkpoint.values | self._told(lengths)
-        path = self.checkpoints.save(replace(checkpoint, values=values))
-        self.saved, self._first = checkpoint.step, None
-        self._save_plan(schedule, checkpoint.step)
+        self.tape.flush()
+        self.windows.flush()
+        path = self._save_checkpoint(checkpoint, self.tape.length, self.windows.length)
+        # After the tape: a reader never lacks a step that the document says is committed.
+        if schedule is not self._plan or not (self.path / "schedule.json").exists():
+            document = schedule.to_json(checkpoint.step)
+            replace_durably(self.path / "schedule.json", sealed(document))
+            self._plan = schedule
         return path
 
-    def _told(self, lengths: Mapping[str, int]) -> dict[str, Any]:
-        """What a checkpoint says of the files beside it."""
-        return {"lengths": lengths, "settings": self._settings}
+    def _save_checkpoint(self, checkpoint: Checkpoint, tape: int, windows: int) -> Path:
+        """Saves a checkpoint with the lengths of the files beside it."""
+        beside = {"lengths": {"tape": tape, "windows": windows}, "settings": self._settings}
+        path = self.checkpoints.save(replace(checkpoint, values=checkpoint.values | beside))
+        self.saved, self._first = checkpoint.step, None
+        return path
 
     def record_start(self, record: Mapping[str, Any]) -> None:
         """Adds a line to start.jsonl, at once: it is not tried again after a stop."""
@@ -292,7 +310,7 @@ class RunDirectory:
             self._troubled(error)
 
     def flush(self) -> None:
-        """Brings what was recorded to the disk, if it takes it."""
+        """Writes what was recorded, if the disk takes it."""
         try:
             if self._first is None:
                 self.tape.flush()
@@ -303,13 +321,13 @@ class RunDirectory:
     def _troubled(self, error: OSError) -> None:
         if self.trouble is None:
             self.notice(
-                f"{self.path} cannot be written ({error.strerror or error}): training goes on, "
+                f"{self.path} cannot be written ({reason(error)}): training goes on, "
                 "the last good checkpoint stays, and every window tries again"
             )
         self.trouble = error
 
     def _present(self) -> None:
-        """Puts back what somebody removed, and makes sure that nobody else writes here."""
+        """Puts back what was removed, and makes sure that nobody else writes here."""
         make_directory(self.path)
         refuse_links(self.path)
         config = self.path / "config.json"
@@ -345,7 +363,7 @@ class RunDirectory:
         except InputError as error:
             faults.append(str(error))
         else:
-            if fault := misfit_of_result(found):
+            if fault := misfit(found, RESULT):
                 faults.append(f"{path} is damaged ({fault})")
         if faults:
             self.notice(f"{faults[0]}; it is made again")
@@ -357,15 +375,14 @@ class RunDirectory:
         steps = result["steps"]
         for seconds in (0.0, 0.2, 1.0):
             time.sleep(seconds)
-            # No line of the tape comes to the disk before a checkpoint has. Ranks have gathered
-            # theirs already: this is the first rank alone.
+            # Ranks have gathered their parts already: this is the first rank alone.
             if self._late is not None and RunDirectory.save(self, *self._late) is None:
                 continue
             try:
                 self._present()
                 self.tape.flush()
                 self.windows.flush()
-                self._replace_schedule(schedule.to_json())
+                replace_durably(self.path / "schedule.json", sealed(schedule.to_json()))
                 replace_summed(self.path / "result.json", plain_document(result))
                 break
             except OSError as error:
@@ -380,30 +397,15 @@ class RunDirectory:
         kept = "no checkpoint" if self.saved is None else f"the checkpoint of step {self.saved}"
         raise StorageError(
             f"the run has ended, but {what} could not be written to {self.path} "
-            f"({error.strerror or error}); {kept} is there: mend the disk and run the same command "
-            "again"
+            f"({reason(error)}); {kept} is there: mend the disk and run the same command again"
         )
 
-    def _save_plan(self, plan: Plan, committed: int) -> None:
-        """Brings schedule.json up to date; what is committed stands on the tape beside it.
-
-        Not before the tape: a reader is never without a step that the document says is committed.
-        One that is there, of the same plan, does.
-        """
-        if plan is not self._plan or not (self.path / "schedule.json").exists():
-            self._replace_schedule(plan.to_json(committed))
-            self._plan = plan
-
-    def _replace_schedule(self, document: Mapping[str, Any]) -> None:
-        replace_durably(self.path / "schedule.json", _document(document))
-
-    def _check_same(self, config: Mapping[str, Any]) -> bool:
+    def _compare(self, old: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
         """Whether the run has other settings than before; an InputError where it is another run.
 
         What differs is said. More steps, or another place or budget of memory, leave a run what
         it is; anything else would make it another one in the middle.
         """
-        old = read_json(self.path / "config.json", self.notice)
         new = json.loads(json.dumps(finite(config)))
         was, now = ({k: v for k, v in c.items() if k not in NOT_COMPARED} for c in (old, new))
         safe = {name for name in SAFE if was.get(name) != now.get(name)}
@@ -413,13 +415,12 @@ class RunDirectory:
         kept = [{k: v for k, v in c.items() if k not in safe} for c in (was, now)]
         differences = _differences(kept[0], kept[1])
         if differences:
-            shorter = differences == [f"steps was {before}, is {steps}"]
-            mend = (
-                "steps can be raised, not lowered: give as many or more, or choose another "
-                "--directory"
-                if shorter
-                else "choose another --directory, or give the same settings"
-            )
+            mend = "choose another --directory, or give the same settings"
+            if differences == [f"steps was {before}, is {steps}"]:
+                mend = (
+                    "steps can be raised, not lowered: give as many or more, or choose another "
+                    "--directory"
+                )
             raise InputError(
                 f"directory {self.path} belongs to another configuration "
                 f"({'; '.join(differences)}); {mend}"
@@ -436,15 +437,14 @@ class RunDirectory:
                     self.notice(
                         f"the run began with {key} {then}, {remark} {here}: its bits may differ"
                     )
-        if old.get("versions") == new.get(
-            "versions"
-        ):  # modules describe themselves by torch's words
+        # Modules describe themselves in torch's words, which its versions change.
+        if old.get("versions") == new.get("versions"):
             self.differences = _differences(old.get("code") or new["code"], new["code"])
         return bool(safe)
 
 
 def _locked(path: Path) -> int | None:
-    """A lock on a file that ends with this process; BlockingIOError where another holds it."""
+    """A lock that ends with this process; BlockingIOError where another process has it."""
     try:
         import fcntl
     except ImportError:  # not on this operating system
@@ -501,15 +501,6 @@ def length(loader: Any) -> int | None:
         return len(loader)
     except (TypeError, NotImplementedError):
         return None
-
-
-def plain_document(value: Mapping[str, Any]) -> bytes:
-    """result.json: nothing but its content, as `RunResult.record` has it."""
-    return (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode()
-
-
-def _document(value: Mapping[str, Any]) -> bytes:
-    return sealed(finite(value))
 
 
 def _digest(config: Mapping[str, Any]) -> str:

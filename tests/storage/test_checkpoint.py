@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rhc import InputError
 from rhc.rng import RandomState, preserved
-from rhc.storage.checkpoint import _TYPES, Checkpoint, CheckpointStore, _sealed
+from rhc.storage.checkpoint import _TYPES, Checkpoint, CheckpointStore, _sealed, _write_pieces
 from rhc.storage.files import replace_durably, write_durably
 from rhc.training.batches import Position, StepBatches
 
@@ -191,23 +191,22 @@ def test_the_manifest_is_written_last_and_the_rename_comes_after(
     """Every file is durable before the manifest, the manifest before the name."""
     done: list[str] = []
 
-    def noted(path: Path, data: bytes, *, wait: bool = True) -> None:
-        write_durably(path, data, wait=wait)
+    def noted(path: Path, data: Any, **settings: Any) -> Any:
         done.append(path.name)
+        write = write_durably if path.name == "manifest.json" else _write_pieces
+        return write(path, data, **settings)
 
     rename = os.rename
     monkeypatch.setattr("rhc.storage.checkpoint.write_durably", noted)
+    monkeypatch.setattr("rhc.storage.checkpoint._write_pieces", noted)
     monkeypatch.setattr(
-        "rhc.storage.checkpoint.sync_directory", lambda path: done.append(path.name)
-    )
-    monkeypatch.setattr(
-        "rhc.storage.checkpoint.sync_file", lambda path: done.append(f"sync {path.name}")
+        "rhc.storage.checkpoint.sync", lambda path: done.append(f"sync {path.name}")
     )
     monkeypatch.setattr("os.rename", lambda a, b: (done.append("rename"), rename(a, b))[1])
     CheckpointStore(tmp_path / "root").save(checkpoint(5))
     assert sorted(done[:3]) == ["average.safetensors", "model.safetensors", "values.json"]
     assert done[3:6] == [f"sync {name}" for name in done[:3]]
-    assert done[6:] == ["manifest.json", ".writing-window-00000005", "rename", "root"]
+    assert done[6:] == ["manifest.json", "sync .writing-window-00000005", "rename", "sync root"]
 
 
 def test_a_replaced_file_is_old_or_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,13 +382,13 @@ def test_the_newest_good_one_stays_until_the_next_is_proven(
     """A disk that gives back other than it was given."""
     store = CheckpointStore(tmp_path, keep=1)
     store.save(checkpoint(5))
-    written = write_durably
 
-    def rotten(path: Path, data: bytes, *, wait: bool = True) -> None:
-        written(path, data[:-1] + b"!" if path.name == "model.safetensors" else data)
+    def rotten(path: Path) -> None:
+        if path.name == "model.safetensors":
+            path.write_bytes(path.read_bytes()[:-1] + b"!")
 
     with monkeypatch.context() as patched:
-        patched.setattr("rhc.storage.checkpoint.write_durably", rotten)
+        patched.setattr("rhc.storage.checkpoint.sync", rotten)
         with pytest.raises(OSError, match="reads back other than it was written"):
             store.save(checkpoint(10))
     assert store.steps() == [5] and store.load(5).step == 5
