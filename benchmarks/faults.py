@@ -462,9 +462,9 @@ def parsers(folder: Path) -> dict[str, tuple[Callable[[bytes], Any], list[bytes]
     from rhc.hindsight.features import Form
     from rhc.hindsight.policy import Policy, _blank
     from rhc.loop import lr_search as start
-    from rhc.report.live import one_number
+    from rhc.report.live import Screen
     from rhc.report.records import read_run
-    from rhc.report.text import _course, rows_of
+    from rhc.report.text import print_run
     from rhc.storage.run_files import read_result
     from runners.data import read_idx
 
@@ -532,12 +532,9 @@ def parsers(folder: Path) -> dict[str, tuple[Callable[[bytes], Any], list[bytes]
         assert found.kept is not None and found.events is not None and found.metrics is not None
         [found.series(name) for name in ("loss", "lr")]
 
-    def rows(place: Path) -> None:
-        _course([float(v) for v in numbers(rows_of(place / "tape.jsonl"))] or [0.0])
-
-    def numbers(found: list[dict[str, Any]]) -> list[Any]:
-        each = (one_number(row.get("lr")) for row in found)
-        return [v for v in each if isinstance(v, (int, float))]
+    def printed(place: Path) -> None:
+        with open(os.devnull, "w") as nowhere:
+            print_run(Screen(file=nowhere), place)
 
     def starts(data: bytes) -> None:
         known = [parsed_json(text) for text in data.splitlines()]
@@ -601,7 +598,7 @@ def parsers(folder: Path) -> dict[str, tuple[Callable[[bytes], Any], list[bytes]
         "safetensors": (lambda d: _tensors(Path("model.safetensors"), d), [model]),
         "values.json": (values, [saved, json.dumps({"optimizer": rest}).encode()]),
         "tape.jsonl": (line, [tape]),
-        "tape.jsonl, for a screen": (beside("tape.jsonl", rows), [tape]),
+        "tape.jsonl, for a screen": (beside("tape.jsonl", printed), [tape]),
         "tape.jsonl, for a page": (beside("tape.jsonl", shown), [tape]),
         "windows.jsonl, for a page": (beside("windows.jsonl", shown), [attempts]),
         "start.jsonl": (starts, [tried]),

@@ -493,18 +493,14 @@ def _report(config: ReportConfig) -> int:
 
 def _watch(config: WatchConfig) -> int:
     from rhc.report.live import Screen
-    from rhc.report.watch import watch, watch_live
+    from rhc.report.watch import watch
 
-    screen = Screen()
-    if screen.animated:
-        watch_live(config.directory, screen)
-    else:
-        watch(config.directory, lambda line: print(plain(line), flush=True))
+    watch(config.directory, Screen())
     return 0
 
 
 def _init(config: InitConfig) -> int:
-    from rhc.report.watch import write_template
+    from rhc.cli.init import write_template
 
     print(write_template(config.run))
     return 0

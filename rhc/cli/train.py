@@ -27,13 +27,14 @@ from rhc.hypergradient import Engine, Product
 from rhc.loop.lr_search import Start
 from rhc.loop.update_rule import Rewrite, usual_law, usual_objective, usual_template, usual_warmup
 from rhc.report.live import Progress, display
-from rhc.report.loggers import TensorBoard, tell_run
-from rhc.report.text import print_result, rows_of
+from rhc.report.loggers import Logging, TensorBoard
+from rhc.report.text import print_result
+from rhc.report.watch import Followed
 from rhc.rng import seed_everything
 from rhc.runner import DivergedError, Runner
 from rhc.schedule import CONTROLS, Template, control
 from rhc.settings import RECORD_VERSION, TrainConfig, parsed_bytes
-from rhc.storage.run_files import RUNS, read_record, read_result
+from rhc.storage.run_files import RUNS, read_record
 from rhc.training.objective import Objective
 from rhc.workload import Workload, load_runner, optimizer_of, refuse_strange
 
@@ -143,15 +144,10 @@ def shown(
 
 def _log_again(directory: Path) -> None:
     """Event files of a run that had ended before they were asked for, from its own files."""
-    logger = TensorBoard(directory / "tensorboard")
-    attempts = rows_of(directory / "windows.jsonl")
-    tell_run(
-        logger,
-        read_record(directory),
-        rows_of(directory / "tape.jsonl"),
-        attempts,
-        read_result(directory),
-    )
+    logging = Logging(TensorBoard(directory / "tensorboard"), read_record(directory))
+    files = Followed(directory)
+    for event in (files.begun, *files.news()):
+        logging(event)
 
 
 def _report(console: Console, directory: Path) -> None:

@@ -26,7 +26,8 @@ from rhc.containers import copied, spare
 from rhc.errors import InputError
 from rhc.hindsight.whole_run import EXPLODING_CLIP, Episode, Outer, Shelf, improved, shelved
 from rhc.hypergradient import Hypergradient
-from rhc.report.live import one_number, sparkline
+from rhc.report.live import sparkline
+from rhc.report.records import one_number
 from rhc.rng import RandomState, preserved, seed_everything
 from rhc.schedule import CONTROLS, Schedule, control
 from rhc.settings import TrainConfig, parsed_bytes

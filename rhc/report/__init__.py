@@ -1,8 +1,8 @@
 """The report: one HTML page about one run or several, which needs no network.
 
-`page_of` reads the directories and returns the page. Everything that a run wrote is escaped, in
-the text by Jinja, in the data by `_inline`, and the page forbids itself every connection by its
-content security policy.
+`page_of` reads the directories and renders page.html; charts are in `rhc.report.charts`, where one
+more is one more function. Everything that a run wrote is escaped, in the text by Jinja, in the data
+by `_inline`, and the page forbids itself every connection by its content security policy.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rhc import __version__
 from rhc.errors import InputError
-from rhc.report.records import RunRecord, read_run
+from rhc.report.records import RunRecord, entry, number, read_run
+from rhc.settings import TrainConfig
 from rhc.storage.files import write_durably
 
 __all__ = ["missing_packages", "page_of", "write_report"]
@@ -75,7 +77,6 @@ def page_of(directories: Sequence[Path]) -> str:
     from markupsafe import Markup
 
     from rhc.report.charts import NIGHT, charts_of
-    from rhc.report.tables import facts_of
 
     charts = charts_of(runs)
     environment = Environment(
@@ -90,8 +91,115 @@ def page_of(directories: Sequence[Path]) -> str:
         figures=Markup(_inline({chart.key: chart.figure for chart in charts})),
         library=Markup(_library()),
         night=Markup(_inline(NIGHT)),
-        **facts_of(runs),
+        **_facts(runs),
     )
+
+
+def _facts(runs: Sequence[RunRecord]) -> dict[str, Any]:
+    """The variables of the template beside its charts."""
+    facts: dict[str, Any] = {
+        "title": f"{len(runs)} runs",
+        "faults": [f"{run.name}: {fault}" for run in runs for fault in run.faults],
+        "version": __version__,
+        **dict.fromkeys(("state", "product", "schedule"), ""),
+        **dict.fromkeys(("numbers", "table", "settings", "events"), ()),
+    }
+    if len(runs) > 1:
+        return facts | {"table": _comparison(runs)}
+    (run,) = runs
+    schedule = run.directory / "schedule.json"
+    progress = f"unfinished, {len(run.tape)} of {run.steps} steps are recorded"
+    return facts | {
+        "title": run.name,
+        "state": f"{run.runner}: {f'finished, {run.steps} steps' if run.result else progress}",
+        "numbers": _numbers(run),
+        "settings": _settings(run),
+        "product": run.product,
+        "events": run.events[:100],
+        "schedule": str(schedule) if schedule.exists() else "",
+    }
+
+
+_FIGURES = (
+    ("test loss", ("test_loss",), ".4g"),
+    ("test loss, averaged weights", ("average_test_loss",), ".4g"),
+    ("test accuracy", ("test_accuracy",), ".4g"),
+    ("validation loss", ("val_loss",), ".4g"),
+    ("cost in plain runs", ("cost", "plain_run_equivalents"), ".2f"),
+    ("seconds", ("wall_seconds",), ".1f"),
+)
+"""Label, place in result.json and format of the figures at the top of the page about a run."""
+
+_COMPARED = (
+    ("val loss", ("val_loss",)),
+    ("test loss", ("test_loss",)),
+    ("test accuracy", ("test_accuracy",)),
+    ("cost in plain runs", ("cost", "plain_run_equivalents")),
+)
+"""Label and place in result.json of the columns of the table of several runs."""
+
+
+def _numbers(run: RunRecord) -> list[tuple[str, str]]:
+    """Label and value of the figures at the top."""
+    known = [(label, number(entry(run.result, *path)), form) for label, path, form in _FIGURES]
+    found = [(label, format(value, form)) for label, value, form in known if value is not None]
+    return [*found, ("attempts", run.outcomes)] if run.windows else found
+
+
+_DECIDED = {
+    "steps", "stride", "optimizer", "lr", "weight_decay", "controls", "start", "template", "warmup",
+    "cooldown", "until", "budget", "average", "objective_batches", "threads", "device",
+}  # fmt: skip
+"""Settings that the run fills in where they are left open: nobody may have chosen their values."""
+_NOT_SETTINGS = ("format", "version", "versions", "hardware", "directory", "resume", "config")
+
+
+def _settings(run: RunRecord) -> list[tuple[str, str, str]]:
+    """(name, value, default where it differs), those that differ first."""
+    usual = TrainConfig().to_record()
+    rows = []
+    for name, value in run.config.items():
+        if name in _NOT_SETTINGS:
+            continue
+        default = usual.get(name)
+        # What the run resolved by itself, as its update rule, was not set by anybody.
+        decided = isinstance(value, dict) or name in _DECIDED
+        differs = name in usual and value != default and not decided
+        given = json.dumps(default, ensure_ascii=False) if differs else ""
+        rows.append((name, json.dumps(value, ensure_ascii=False), given))
+    return sorted(rows, key=lambda row: not row[2])
+
+
+def _comparison(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
+    """A row per group of runs that differ in the seed alone: mean and 95 % interval."""
+    from rhc.report.charts import groups_of
+
+    rows = []
+    for name, members in groups_of(runs):
+        row = {
+            "runs": name if len(members) == 1 else f"{name} and {len(members) - 1} further seeds",
+            "steps": str(members[0].steps),
+            "finished": f"{sum(bool(run.result) for run in members)} of {len(members)}",
+        }
+        for label, path in _COMPARED:
+            found = [number(entry(run.result, *path)) for run in members]
+            row[label] = _mean([value for value in found if value is not None])
+        rows.append(row)
+    return rows
+
+
+def _mean(values: Sequence[float]) -> str:
+    """The mean of some values, with its bootstrap 95 % interval where there are several."""
+    import numpy as np
+
+    if not values:
+        return "–"
+    text = f"{sum(values) / len(values):.4g}"
+    if len(values) == 1:
+        return text
+    draws = np.random.default_rng(0).choice(np.asarray(values), (2000, len(values))).mean(axis=1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return f"{text} [{low:.4g}, {high:.4g}]"
 
 
 def _library() -> str:

@@ -1,13 +1,12 @@
 """What a person sees while a run trains: a live display on a terminal, plain lines elsewhere.
 
 Both listen to the same events and show the same `Progress`. Steps come every few milliseconds, so
-that a step only stores a reference; the screen takes at most 2 % of the time.
+a step only stores a reference; drawing takes at most 2 % of the time.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import math
 import re
 import shlex
@@ -17,8 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
@@ -43,6 +41,8 @@ from rhc.events import (
     VerbStarted,
     WindowAttempted,
 )
+from rhc.report.records import CONTROLS, entry, one_number
+from rhc.storage.jsonl import read_lines
 
 DRAWING = 0.01
 """Share of the time spent on drawing; twice that at the most. One frame takes 3 to 5 ms."""
@@ -52,6 +52,8 @@ ATTEMPTS_SHOWN = 4
 PANEL = (56, 9)
 """Columns and rows of a screen below which the display is a few lines without a frame."""
 _OUTCOME_STYLE = {"accepted": "green", "rejected": "yellow", "rewound": "red"}
+_JUDGED = ("accepted", "rejected")
+"""Outcomes of attempts that were replayed."""
 
 
 @dataclass
@@ -63,7 +65,6 @@ class Progress:
     steps: int = 0
     start: int = 0
     window: int = 0
-    stride: int = 0
     controls: tuple[str, ...] = ()
     rewriting: bool = True
     directory: Path | None = None
@@ -71,6 +72,7 @@ class Progress:
     committed: int = 0
     saved: int = 0
     cost: float | None = None
+    """In plain runs; None where nothing has said it."""
     verb: VerbStarted | None = None
     step: StepTaken | None = None
     losses: list[float] = field(default_factory=list)
@@ -78,16 +80,13 @@ class Progress:
     attempts: deque[Mapping[str, Any]] = field(default_factory=lambda: deque(maxlen=ATTEMPTS_SHOWN))
     of_newest: list[Mapping[str, Any]] = field(default_factory=list)
     """Attempts at the newest window."""
-    outcomes: dict[str, int] = field(
-        default_factory=lambda: {"accepted": 0, "rejected": 0, "rewound": 0}
-    )
+    outcomes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_OUTCOME_STYLE, 0))
     """Windows by what became of them; one can be rewound and accepted."""
     row: Mapping[str, Any] = field(default_factory=dict)
     """The tape's newest line."""
     started: bool = False
     tried: deque[Mapping[str, Any]] = field(default_factory=lambda: deque(maxlen=ATTEMPTS_SHOWN))
-    """The newest rolls in search of a start; none once it is found."""
-    begun: StartFound | None = None
+    """The newest rolls of the lr search; none once it has ended."""
     result: Mapping[str, Any] | None = None
 
     def observe(self, event: Event) -> None:
@@ -99,36 +98,48 @@ class Progress:
                 self.tried.append(record)
             case StartFound():
                 self.tried.clear()
-                self.begun, self.began = event, self.clock()
+                self.began = self.clock()
             case VerbStarted():
                 self.verb = event
                 if event.verb in ("roll", "replay"):
                     self.step = None
             case WindowAttempted(record):
                 self.attempts.append(record)
-                if self.of_newest and self.of_newest[0]["start"] != record["start"]:
-                    self.of_newest.clear()
-                self.of_newest.append(record)
-                if record["outcome"] == "rewound":
-                    self.outcomes["rewound"] += record["attempt"] == 0
+                self._count(record)
             case Committed():
-                self.committed, self.cost = event.stop, event.plain_run_equivalents
+                self.tried.clear()
+                self.committed = event.stop
+                if math.isfinite(event.plain_run_equivalents):
+                    self.cost = event.plain_run_equivalents
                 self.row = event.rows[-1]
                 self.losses.append(sum(row["loss"] for row in event.rows) / len(event.rows))
-                newest = self.of_window(event.start)
-                if newest is not None and newest["outcome"] != "rewound":
-                    self.outcomes[newest["outcome"]] += 1
             case CheckpointSaved():
                 self.saved = event.step
             case RunStarted():
                 self.started = True
                 self.start = self.committed = self.saved = event.start
-                self.steps, self.window, self.stride = event.steps, event.window, event.stride
-                self.controls, self.rewriting = event.controls, event.rewriting
-                self.directory, self.began = event.directory, self.clock()
-                self._recall()
+                self.steps, self.window, self.controls = event.steps, event.window, event.controls
+                self.rewriting, self.directory = event.rewriting, event.directory
+                self.began = self.clock()
+                if event.start and event.directory is not None:
+                    # The counts are of the whole run, also of one that is resumed.
+                    for line in read_lines(event.directory / "windows.jsonl"):
+                        if line.row is not None:
+                            self._count(line.row)
             case RunEnded(result):
                 self.result = result
+                self.cost = entry(result, "cost", "plain_run_equivalents") or self.cost
+
+    def _count(self, record: Mapping[str, Any]) -> None:
+        """Counts what became of a window, by its newest attempt."""
+        before = self.of_window(record["start"])
+        if before is None:
+            self.of_newest.clear()
+        self.of_newest.append(record)
+        for found, change in ((before, -1), (self.of_window(record["start"]), 1)):
+            if found is not None and found["outcome"] in _JUDGED:
+                self.outcomes[found["outcome"]] += change
+        self.outcomes["rewound"] += record["outcome"] == "rewound" and record["attempt"] == 0
 
     def of_window(self, start: int) -> Mapping[str, Any] | None:
         """What became of the window that begins at `start`: its newest attempt, or the newest one
@@ -142,9 +153,9 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the pace since this fit began; None before anything is committed."""
+        """At the pace since this fit began; None before anything more is committed."""
         done = self.committed - self.start
-        if not done:
+        if done <= 0:
             return None
         return (self.clock() - self.began) / done * (self.steps - self.committed)
 
@@ -153,27 +164,13 @@ class Progress:
         """The controls in use, or those of the newest committed step."""
         return self.row if self.step is None else self.step.controls
 
-    def _recall(self) -> None:
-        """A resumed run's earlier windows, from its own files, so that the counts are the run's."""
-        path = None if self.directory is None else self.directory / "windows.jsonl"
-        if path is None or not self.start or not path.exists():
-            return
-        last: dict[int, str] = {}
-        for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            if last.get(record["start"]) != "accepted":
-                last[record["start"]] = record["outcome"]
-            self.outcomes["rewound"] += record["outcome"] == "rewound" and record["attempt"] == 0
-        for outcome in last.values():
-            self.outcomes[outcome] += outcome != "rewound"
-
 
 class Screen(Console):
-    """A console that shows strings as they are, and ends the command where nobody reads any more.
+    """A console that shows strings as they are, and ends the command where nobody reads it.
 
     Paths, names and messages hold brackets and colons (`lr[0.1]`, `a[/b]`), which rich takes for
-    markup and emoji: what has a style here is a `Text`. And in `rhc train | head` rich's own
-    console would end with status 1, which says that a run diverged.
+    markup and emoji. And in `rhc train | head` rich's own console would end with status 1, which
+    says that a run diverged.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -207,11 +204,9 @@ class PlainLines(AbstractContextManager["PlainLines"]):
 
     def __init__(self, progress: Progress, console: Console) -> None:
         self.progress = progress
+        self.console = console
         # Columns are for logs; on a small screen a line that fits is worth more.
-        small = console.is_terminal and console.width < 100
-        self.write: Callable[[str], None] = lambda text: console.out(
-            re.sub(" {2,}", " ", text) if small else text, highlight=False
-        )
+        self.small = console.is_terminal and console.width < 100
 
     def __call__(self, event: Event) -> None:
         self.progress.observe(event)
@@ -223,12 +218,20 @@ class PlainLines(AbstractContextManager["PlainLines"]):
                 self.write(f"start  {tried(record)}")
             case StartFound():
                 self.write(f"start  {found(event)}")
-            case WindowAttempted(record) if record["outcome"] == "rewound":
-                self.write(f"{self._place(record['stop'])}  rewound: {record['reason']}")
+            case WindowAttempted(record) if record["outcome"] not in _JUDGED:
+                what = f"{record['outcome']}: {record['reason']}"
+                self.write(f"{self._place(record['stop'])}  {what}")
             case Committed():
                 self.write(self._line(event))
             case Notice(message):
                 self.write(f"notice: {message}")
+
+    def write(self, text: str) -> None:
+        """Writes a line of its own."""
+        self.console.out(re.sub(" {2,}", " ", text) if self.small else text, highlight=False)
+
+    def draw(self) -> None:
+        """Does nothing: what was written stands."""
 
     def __exit__(self, *error: object) -> None:
         return None
@@ -240,15 +243,17 @@ class PlainLines(AbstractContextManager["PlainLines"]):
     def _line(self, event: Committed) -> str:
         progress = self.progress
         parts = [self._place(event.stop), f"loss {progress.losses[-1]:<9.4g}"]
-        parts.append(f"lr {one_number(event.rows[-1]['lr']):<9.3g}")
+        lr = one_number(event.rows[-1].get("lr"))
+        if lr is not None:
+            parts.append(f"lr {lr:<9.3g}")
         record = progress.of_window(event.start)
         if record is not None:
             judged = record["outcome"] != "rewound"
             parts.append(
                 f"J {change(record, '->'):<22} {record['outcome']}" if judged else "rewound"
             )
-        if progress.rewriting:
-            parts.append(f"cost {event.plain_run_equivalents:.1f}x")
+        if progress.rewriting and progress.cost is not None:
+            parts.append(f"cost {progress.cost:.1f}x")
         return "  ".join([*parts, f"eta {duration(progress.seconds_left)}"])
 
 
@@ -268,28 +273,30 @@ class LiveDisplay(AbstractContextManager["LiveDisplay"]):
         progress.observe(event)
         match event:
             case StepTaken():
-                # Looking back may take long: the end of a roll is drawn, so that it can be seen.
+                # The reverse pass may take long: the end of a roll is drawn, so that it is seen.
                 end = progress.verb is not None and event.step + 1 == progress.verb.stop
                 if progress.clock() - self.drawn > (self.pause / 2 if end else self.pause):
                     self.draw()
             case RunStarted():
                 self._head()
                 self.live.start()
-            case StartTried():
-                self.draw()
             case StartFound():
-                self.console.print(Text(f"start: {found(event)}"))
+                self.write(f"start: {found(event)}")
             case Notice(message):
-                self.console.print(Text(f"notice: {message}"))
-            case RunEnded():
+                self.write(f"notice: {message}")
+            case StartTried() | RunEnded():
                 self.draw()
+
+    def write(self, text: str) -> None:
+        """Writes a line above the frame."""
+        self.console.print(Text(text))
 
     def draw(self) -> None:
         """Shows the frame as it stands."""
         if self.live.is_started:
             began = self.progress.clock()
             if self.console.width != self.width:
-                # The terminal has broken the lines of the frame anew: nobody knows where it began.
+                # The terminal has broken the lines of the frame anew, so its place is not known.
                 self.width = self.console.width
                 self.live.stop()
                 self.console.clear()
@@ -302,26 +309,19 @@ class LiveDisplay(AbstractContextManager["LiveDisplay"]):
 
     def _fresh(self) -> Live:
         # No refreshing thread: it would compete with the training for the interpreter.
-        return Live(console=self.console, auto_refresh=False, get_renderable=self._frame)
+        return Live(
+            console=self.console,
+            auto_refresh=False,
+            get_renderable=lambda: frame(self.progress, self.console.width, self.console.height),
+        )
 
     def _head(self) -> None:
         for line in heading(self.progress):
             self.console.print(Text(line, style="dim"))
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.live.is_started:
             self.live.stop()
-
-    def _frame(self) -> RenderableType:
-        return frame(self.progress, self.console.width, self.console.height)
 
 
 def display(progress: Progress, console: Console) -> PlainLines | LiveDisplay:
@@ -350,10 +350,10 @@ def frame(progress: Progress, width: int, height: int = 24) -> RenderableType:
         return _small(progress, height)
     parts: list[RenderableType] = [_bars(progress)]
     if progress.tried:
-        parts.append(_search(progress))
+        parts.append(_line("\n  ".join(["looking for a start", *map(tried, progress.tried)])))
     else:
         if progress.result is None and progress.verb is not None:
-            parts.append(_verbs(progress))
+            parts.append(_verbs(progress.verb.verb))
         parts += [_controls(progress), _loss(progress)]
         # Border, bars, verbs, controls, loss and counters are eight lines, the prompt one.
         shown = list(progress.attempts)[-max(height - 9, 0) :] if height > 9 else []
@@ -372,25 +372,35 @@ def frame(progress: Progress, width: int, height: int = 24) -> RenderableType:
 
 def _small(progress: Progress, height: int) -> RenderableType:
     """The display for a small screen: the lines that matter most, as many as there is room for."""
-    lines = [Text(f"{progress.name} {progress.committed}/{progress.steps}", style="bold")]
+    head = _line(f"{progress.name} {progress.committed}/{progress.steps}", "bold")
+    lines = [head]
     if progress.tried:
-        lines += [Text("looking for a start"), Text(tried(progress.tried[-1]))]
+        lines += [_line("looking for a start"), _line(tried(progress.tried[-1]))]
     else:
-        verb, left = progress.verb, progress.seconds_left
-        if progress.result is not None:
-            lines[0].append("  done", style="not bold")
-        elif left is not None:
-            lines[0].append(f"  {duration(left)} left", style="not bold")
+        if left := _left(progress):
+            head.append(f"  {left}", style="not bold")
         lines.append(_loss(progress))
-        if verb is not None and progress.result is None:
-            lines.append(Text(f"{verb.verb} {verb.start}–{verb.stop}"))
+        if progress.verb is not None and progress.result is None:
+            verb = progress.verb
+            lines.append(_line(f"{verb.verb} {verb.start}–{verb.stop}"))
         lines.append(_controls(progress))
         if progress.attempts:
             lines.append(_attempts(list(progress.attempts)[-1:]))
         lines.append(_counters(progress))
-    for line in lines:
-        line.no_wrap, line.overflow = True, "ellipsis"
     return Group(*lines[: max(1, height - 1)])
+
+
+def _line(text: str = "", style: str = "") -> Text:
+    """Text whose lines end where the screen does."""
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")
+
+
+def _left(progress: Progress) -> str:
+    """How long the run will take, where that is known."""
+    if progress.result is not None:
+        return "done"
+    seconds = progress.seconds_left
+    return "" if seconds is None else f"{duration(seconds)} left"
 
 
 def _bars(progress: Progress) -> RenderableType:
@@ -400,15 +410,8 @@ def _bars(progress: Progress) -> RenderableType:
     grid.add_column(ratio=1)
     for _ in range(2):
         grid.add_column(no_wrap=True)
-    seconds = progress.seconds_left
-    left = "" if seconds is None else f"{duration(seconds)} left"
-    left = left if progress.result is None else "done"
-    grid.add_row(
-        "run",
-        _bar(progress.committed, progress.steps),
-        f"{progress.committed}/{progress.steps}",
-        left,
-    )
+    done, steps = progress.committed, progress.steps
+    grid.add_row("run", _bar(done, steps), f"{done}/{steps}", _left(progress))
     verb, step = progress.verb, progress.step
     if verb is None or progress.result is not None:
         return grid
@@ -427,15 +430,9 @@ def _bar(completed: float, total: float) -> RenderableType:
     return ProgressBar(total=max(total, 1), completed=completed, finished_style="green")
 
 
-def _search(progress: Progress) -> RenderableType:
-    """The newest rolls in search of a start."""
-    lines = ["looking for a start", *(f"  {tried(record)}" for record in progress.tried)]
-    return Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
-
-
-def _verbs(progress: Progress) -> RenderableType:
-    text = Text(no_wrap=True, overflow="ellipsis")
-    now = None if progress.verb is None else progress.verb.verb
+def _verbs(now: str) -> RenderableType:
+    """The verbs of the loop, the one that is under way among them."""
+    text = _line()
     for verb in VERBS:
         if text:
             text.append("  ")
@@ -444,8 +441,8 @@ def _verbs(progress: Progress) -> RenderableType:
 
 
 def _controls(progress: Progress) -> Text:
-    text = Text(no_wrap=True, overflow="ellipsis")
-    for name in ("lr", "momentum", "noise", "weight_decay"):
+    text = _line()
+    for name in CONTROLS:
         value = one_number(progress.values.get(name))
         if value is not None and (value or name in progress.controls):
             text.append(f"{'   ' if text else ''}{name} ", style="dim")
@@ -454,7 +451,7 @@ def _controls(progress: Progress) -> Text:
 
 
 def _loss(progress: Progress) -> Text:
-    text = Text("train loss ", style="dim", no_wrap=True, overflow="ellipsis")
+    text = _line("train loss ", "dim")
     if not progress.losses:
         if progress.step is not None and progress.step.loss is not None:
             text.append(f"{progress.step.loss:.4g}", style="not dim")
@@ -470,7 +467,7 @@ def _loss(progress: Progress) -> Text:
 
 def _attempts(records: Sequence[Mapping[str, Any]]) -> Text:
     """Attempts at windows, one a line; text, since a table costs 2 ms to lay out."""
-    text = Text(no_wrap=True, overflow="ellipsis")
+    text = _line()
     places = [f"{record['start']}–{record['stop']}" for record in records]
     changes = [
         "" if record["outcome"] == "rewound" else f"J {change(record, '→')}" for record in records
@@ -480,17 +477,17 @@ def _attempts(records: Sequence[Mapping[str, Any]]) -> Text:
         text.append("\n" if text else "")
         text.append(f"{place:<{max(map(len, places))}}  ", style="dim")
         text.append(f"{moved:<{max(map(len, changes))}}  ")
-        text.append(outcome, style=_OUTCOME_STYLE[outcome])
+        text.append(outcome, style=_OUTCOME_STYLE.get(outcome, ""))
     return text
 
 
 def _counters(progress: Progress) -> Text:
-    text = Text(no_wrap=True, overflow="ellipsis")
+    text = _line()
     if progress.rewriting:
         for outcome, count in progress.outcomes.items():
             text.append(f"{outcome} ", style="dim")
             text.append(f"{count}  ", style=_OUTCOME_STYLE[outcome] if count else "dim")
-    if progress.cost is not None and math.isfinite(progress.cost):
+    if progress.cost is not None:
         text.append("  cost " if text else "cost ", style="dim")
         text.append(f"{progress.cost:.2f}x plain")
     return text
@@ -506,7 +503,7 @@ def change(record: Mapping[str, Any], arrow: str) -> str:
 
 
 def tried(record: Mapping[str, Any]) -> str:
-    """What one roll in search of a start gave."""
+    """What one roll of the lr search gave."""
     if record["kind"] == "zero":
         lr = "no lr lowers J" if record["lr"] is None else f"lr {one_number(record['lr']):.3g}"
         return f"{record['steps']} steps at lr 0, J {_number(record['objective'])}: {lr}"
@@ -527,14 +524,6 @@ def found(event: StartFound) -> str:
     return f"{text}, for {event.cost:.2f} plain runs"
 
 
-def one_number(value: Any) -> Any:
-    """A control's value, or the geometric mean of those of its parameter groups that are not 0."""
-    if not isinstance(value, list | tuple):
-        return value
-    positive = [v for v in value if isinstance(v, int | float) and v > 0]
-    return math.exp(sum(map(math.log, positive)) / len(positive)) if positive else 0.0
-
-
 def duration(seconds: float | None) -> str:
     """`12s`, `3m20s`, `1h05m`; `?` where it is not known."""
     if seconds is None or not math.isfinite(seconds):
@@ -547,7 +536,7 @@ def duration(seconds: float | None) -> str:
 
 
 def sparkline(values: list[float]) -> str:
-    """The course of positive values, on a logarithmic scale, in one character each."""
+    """Positive values on a logarithmic scale, in one character each."""
     logs = [math.log(v) if v > 0 and math.isfinite(v) else None for v in values]
     known = [v for v in logs if v is not None]
     if not known:

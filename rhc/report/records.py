@@ -1,16 +1,18 @@
-"""What the files of a run's directory say, as far as they are there and whole."""
+"""What the files of a run's directory say: the one record that everything shown of a run reads."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rhc.errors import InputError
-from rhc.storage.files import parsed_json, read_document, read_regular
-from rhc.storage.jsonl import MOST_BYTES
+from rhc.storage.files import read_document, reason
+from rhc.storage.jsonl import read_lines
 
 CONTROLS = ("lr", "momentum", "noise", "weight_decay")
 _NO_METRIC = {"step", "loss", "val_loss", "gradient_norm", "planning", *CONTROLS}
@@ -27,7 +29,7 @@ class RunRecord:
     windows: list[dict[str, Any]] = field(default_factory=list)
     starts: list[dict[str, Any]] = field(default_factory=list)
     whole: dict[str, Any] = field(default_factory=dict)
-    """hypergradient.json: the run looked back at as one window."""
+    """hypergradient.json: the reverse pass through the whole run."""
     faults: list[str] = field(default_factory=list)
 
     @property
@@ -41,62 +43,71 @@ class RunRecord:
         return steps if isinstance(steps, int) and steps > 0 else len(self.tape)
 
     @property
-    def finished(self) -> bool:
-        return bool(self.result)
+    def runner(self) -> str:
+        """The name of what was trained."""
+        return str(self.config.get("run", "a Runner of a script"))
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        """The controls that are rewritten."""
+        controls = self.config.get("controls")
+        return tuple(map(str, controls)) if isinstance(controls, list) else ()
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """(steps, values) of an entry of the tape, where it is a finite number.
 
         One value per parameter group is averaged, as for an lr that differs by group.
         """
-        steps, values = [], []
-        for row in self.tape:
-            step, value = number(row.get("step")), number(row.get(name))
-            if step is not None and value is not None:
-                steps.append(step)
-                values.append(value)
-        return steps, values
+        pairs = [(float(row["step"]), number(row.get(name))) for row in self.tape]
+        return finite_pairs(pairs)
 
     def groups(self, name: str) -> int:
         """How many parameter groups a control has values for; 1 where it is one number."""
         sizes = [len(row[name]) for row in self.tape[:1] if isinstance(row.get(name), list)]
         return max(sizes, default=1)
 
-    @property
+    @cached_property
     def metrics(self) -> list[str]:
         """Names on the tape that are neither loss nor control."""
         names = dict.fromkeys(name for row in self.tape[:2000] for name in row)
         return [n for n in names if n not in _NO_METRIC and self.series(n)[0]]
 
     @property
-    def validation(self) -> tuple[list[float], list[float]]:
-        """(steps, losses) on validation data, where they were taken while it trained."""
-        return self.series("val_loss")
-
-    @property
     def kept(self) -> list[dict[str, Any]]:
         """The attempt that each window was committed with: the newest accepted, else the newest."""
-        newest: dict[Any, dict[str, Any]] = {}
+        newest: dict[int, dict[str, Any]] = {}
         for row in self.windows:
-            before = newest.get(row.get("start"))
+            before = newest.get(row["start"])
             if before is None or before["outcome"] != "accepted" or row["outcome"] == "accepted":
-                newest[row.get("start")] = row
+                newest[row["start"]] = row
         return list(newest.values())
+
+    @property
+    def outcomes(self) -> str:
+        """How many attempts at windows ended how: `2 accepted, 1 rejected`."""
+        return _counted(Counter(row["outcome"] for row in self.windows))
+
+    @property
+    def product(self) -> str:
+        """What stood for the Hessian products, in a sentence; nothing where there were none."""
+        found = Counter(str(row["product"]) for row in self.windows if row.get("product"))
+        if not found:
+            return ""
+        names = ", ".join(f"{name} ({count} attempts)" for name, count in found.most_common())
+        none = ": the Hessian was left out, H = 0" if set(found) == {"none"} else ""
+        return f"Hessian products: {names}{none}."
 
     @property
     def events(self) -> list[tuple[int, str, str]]:
         """(step, kind, reason) of drifts, guards and plateaus that the tape has."""
-        found = []
-        for row in self.tape:
-            planning = row.get("planning")
-            if not isinstance(planning, Mapping):
-                continue
-            for values in planning.values():
-                for what in values if isinstance(values, list) else [values]:
-                    if isinstance(what, Mapping) and "kind" in what:
-                        step = number(row.get("step")) or 0
-                        found.append((int(step), str(what["kind"]), str(what.get("reason", ""))))
-        return found
+        return [
+            (row["step"], str(what["kind"]), str(what.get("reason", "")))
+            for row in self.tape
+            if isinstance(planning := row.get("planning"), dict)
+            for values in planning.values()
+            for what in (values if isinstance(values, list) else [values])
+            if isinstance(what, dict) and "kind" in what
+        ]
 
 
 def read_run(directory: Path) -> RunRecord:
@@ -108,11 +119,7 @@ def read_run(directory: Path) -> RunRecord:
     run.config = _document(run, "config.json")
     run.result = _document(run, "result.json")
     run.tape = _rows(run, "tape.jsonl")
-    run.windows = [
-        row
-        for row in _rows(run, "windows.jsonl")
-        if isinstance(row.get("outcome"), str) and number(row.get("start")) is not None
-    ]
+    run.windows = _rows(run, "windows.jsonl")
     run.starts = _rows(run, "start.jsonl")
     run.whole = _document(run, "hypergradient.json")
     if not (run.config or run.result or run.tape or run.windows or run.starts):
@@ -122,6 +129,44 @@ def read_run(directory: Path) -> RunRecord:
             "lists"
         )
     return run
+
+
+def _document(run: RunRecord, name: str) -> dict[str, Any]:
+    try:
+        value, changed = read_document(run.directory / name)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        run.faults.append(f"{name} cannot be read ({reason(error)})")
+        return {}
+    if changed:
+        run.faults.append(f"{name} was altered since it was written")
+    if not isinstance(value, dict):
+        run.faults.append(f"{name} holds no object")
+        return {}
+    return value
+
+
+def _rows(run: RunRecord, name: str) -> list[dict[str, Any]]:
+    """The rows of a file up to the first that is damaged."""
+    rows: list[dict[str, Any]] = []
+    try:
+        for line in read_lines(run.directory / name):
+            if line.row is None:
+                text = f"{name} is damaged at line {line.number}; what comes before is shown"
+                run.faults.append(text)
+                break
+            rows.append(line.row)
+    except InputError as error:
+        run.faults.append(str(error).removeprefix(f"{run.directory}/"))
+    return rows
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
+
+
+# Numbers ------------------------------------------------------------------------------------------
 
 
 def number(value: Any) -> float | None:
@@ -139,6 +184,14 @@ def number(value: Any) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def one_number(value: Any) -> Any:
+    """A control's value, or the geometric mean of those of its parameter groups that are not 0."""
+    if not isinstance(value, list | tuple):
+        return value
+    positive = [v for v in value if isinstance(v, int | float) and v > 0]
+    return math.exp(sum(map(math.log, positive)) / len(positive)) if positive else 0.0
+
+
 def entry(record: Mapping[str, Any], *path: str) -> Any:
     """record[path[0]][path[1]]…, None where something on the way is missing."""
     value: Any = record
@@ -147,8 +200,14 @@ def entry(record: Mapping[str, Any], *path: str) -> Any:
     return value
 
 
+def finite_pairs(pairs: Any) -> tuple[list[float], list[float]]:
+    """(xs, ys) of those pairs whose two numbers are known."""
+    known = [(x, y) for x, y in pairs if x is not None and y is not None]
+    return [x for x, _ in known], [y for _, y in known]
+
+
 def thinned(
-    steps: Sequence[float], values: Sequence[float], most: int = 1500
+    steps: list[float], values: list[float], most: int = 1500
 ) -> tuple[list[float], list[float]]:
     """At most about `most` of the points: the least and the greatest of every stretch.
 
@@ -156,7 +215,7 @@ def thinned(
     """
     count = len(values)
     if count <= most:
-        return list(steps), list(values)
+        return steps, values
     kept = {0, count - 1}
     for start, stop in stretches(count, max(1, most // 2)):
         stretch = range(start, stop)
@@ -165,15 +224,13 @@ def thinned(
     return [steps[i] for i in order], [values[i] for i in order]
 
 
-def means(
-    steps: Sequence[float], values: Sequence[float], most: int
-) -> tuple[list[float], list[float]]:
+def means(steps: list[float], values: list[float], most: int) -> tuple[list[float], list[float]]:
     """Means over at most `most` stretches, at the middle of each."""
-    found_steps, found = [], []
-    for start, stop in stretches(len(values), most):
-        found_steps.append(sum(steps[start:stop]) / (stop - start))
-        found.append(sum(values[start:stop]) / (stop - start))
-    return found_steps, found
+    parts = list(stretches(len(values), most))
+    return (
+        [sum(steps[start:stop]) / (stop - start) for start, stop in parts],
+        [sum(values[start:stop]) / (stop - start) for start, stop in parts],
+    )
 
 
 def stretches(count: int, most: int) -> Iterator[tuple[int, int]]:
@@ -181,45 +238,3 @@ def stretches(count: int, most: int) -> Iterator[tuple[int, int]]:
     pieces = min(count, most)
     for i in range(pieces):
         yield count * i // pieces, count * (i + 1) // pieces
-
-
-def _document(run: RunRecord, name: str) -> dict[str, Any]:
-    path = run.directory / name
-    try:
-        value, changed = read_document(path)
-        if changed:
-            run.faults.append(f"{name} was altered since it was written")
-        if isinstance(value, dict):
-            return value
-        run.faults.append(f"{name} holds no object")
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        run.faults.append(f"{name} cannot be read ({getattr(error, 'strerror', None) or error})")
-    return {}
-
-
-def _rows(run: RunRecord, name: str) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines up to the first that is damaged."""
-    path = run.directory / name
-    try:
-        data = read_regular(path.resolve(), MOST_BYTES)
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        run.faults.append(f"{name} cannot be read ({getattr(error, 'strerror', None) or error})")
-        return []
-    rows: list[dict[str, Any]] = []
-    lines = data.split(b"\n")
-    for at, line in enumerate(lines, 1):
-        if at == len(lines):
-            break  # nothing, or a line that is being written
-        try:
-            row = parsed_json(line)
-            if not isinstance(row, dict):
-                raise ValueError("not an object")
-        except ValueError:
-            run.faults.append(f"{name} is damaged at line {at}; what comes before is shown")
-            break
-        rows.append(row)
-    return rows

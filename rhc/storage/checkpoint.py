@@ -43,12 +43,12 @@ from rhc.storage.files import (
     write_durably,
 )
 from rhc.storage.jsonl import encode
+from rhc.storage.run_files import checkpoint_path, checkpoint_steps
 from rhc.storage.trees import spelled, unspelled
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 VALUES = "values.json"
-_PREFIX = "window-"
 SHARDS = "shards"
 """The folder of a checkpoint with files of every rank, by torch.distributed.checkpoint."""
 
@@ -99,15 +99,11 @@ class CheckpointStore:
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of `step` is."""
-        return self.root / f"{_PREFIX}{step:08d}"
+        return checkpoint_path(self.root, step)
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint directory, valid or not, ascending."""
-        if not self.root.is_dir():
-            return []
-        names = [p.name[len(_PREFIX) :] for p in self.root.iterdir() if p.name.startswith(_PREFIX)]
-        steps = sorted(int(n) for n in names if n.isascii() and n.isdecimal() and len(n) < 19)
-        return [step for step in steps if os.path.lexists(self.path(step))]
+        return checkpoint_steps(self.root)
 
     # Saving --------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ with their own SHA-256. The process that writes holds `.lock`.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,6 +30,8 @@ FILES = ("config.json", "schedule.json", "tape.jsonl", "windows.jsonl", "result.
 
 RUNS = Path("runs")
 """Where `rhc train` puts its runs, below the current folder."""
+
+_CHECKPOINT = "window-"
 
 ROWS: Mapping[str, Kinds] = {
     "tape.jsonl": {
@@ -60,6 +63,20 @@ RESULT: Kinds = {
     "average_metrics": {"test": {"accuracy": NUMBER_OR_NONE}},
 }
 """What result.json must have."""
+
+
+def checkpoint_path(root: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is, in the folder of a run's checkpoints."""
+    return root / f"{_CHECKPOINT}{step:08d}"
+
+
+def checkpoint_steps(root: Path) -> list[int]:
+    """Steps that have a checkpoint there, valid or not, ascending."""
+    if not root.is_dir():
+        return []
+    names = [path.name.removeprefix(_CHECKPOINT) for path in root.glob(f"{_CHECKPOINT}*")]
+    steps = sorted(int(n) for n in names if n.isascii() and n.isdecimal() and len(n) < 19)
+    return [step for step in steps if os.path.lexists(checkpoint_path(root, step))]
 
 
 def read_record(

@@ -48,9 +48,9 @@ from rhc.report.live import (
     Progress,
     duration,
     frame,
-    one_number,
     sparkline,
 )
+from rhc.report.records import one_number
 from rhc.report.text import print_result
 from rhc.schedule import TEMPLATES as KNOWN_TEMPLATES
 from rhc.settings import OPTIMIZERS, PRODUCTS, STARTS, TEMPLATES, TrainConfig, parsed_bytes

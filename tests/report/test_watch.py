@@ -12,11 +12,26 @@ import pytest
 
 from rhc.cli.main import main
 from rhc.report.live import Screen
-from rhc.report.watch import watch, watch_live
+from rhc.report.watch import watch
+
+RESULT = {
+    "test_loss": 0.25,
+    "cost": {
+        "plain_run_equivalents": 2.5,
+        "windows": 3,
+        "rejected_windows": 1,
+        "rewound_windows": 1,
+    },
+}
+
+
+def plain_screen() -> tuple[Screen, io.StringIO]:
+    file = io.StringIO()
+    return Screen(file=file, width=120), file
 
 
 def test_a_run_is_followed_to_its_end(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"steps": 4}')
+    (tmp_path / "config.json").write_text('{"run": "demo", "steps": 4, "stride": 2, "window": 2}')
     row = '{"step": %d, "loss": %d, "lr": 0.5}\n'
     tape = tmp_path / "tape.jsonl"
     rounds = iter(range(3))
@@ -29,16 +44,18 @@ def test_a_run_is_followed_to_its_end(tmp_path: Path) -> None:
                 tape.write_text(row % (0, 3) + row % (1, 1) + row % (2, 7))
             case 2:
                 tape.write_text(row % (0, 9))  # resumed at an earlier checkpoint
-                (tmp_path / "result.json").write_text(json.dumps({"test_loss": 0.25}))
+                (tmp_path / "result.json").write_text(json.dumps(RESULT))
 
-    lines: list[str] = []
-    watch(tmp_path, lines.append, wait)
-    assert lines[1:] == [
-        "step 2/4  loss 2  lr 0.5",
-        "step 3/4  loss 7  lr 0.5",
-        "step 1/4  loss 9  lr 0.5",
-        "finished: test loss 0.25",
+    screen, file = plain_screen()
+    watch(tmp_path, screen, wait)
+    lines = file.getvalue().splitlines()
+    assert lines[1] == "demo: 4 steps, window 2, not rewriting"
+    assert [line.split("  eta")[0].split() for line in lines[2:5]] == [
+        ["step", "2/4", "loss", "2", "lr", "0.5"],
+        ["step", "3/4", "loss", "7", "lr", "0.5"],
+        ["step", "1/4", "loss", "9", "lr", "0.5"],
     ]
+    assert "0.2500" in file.getvalue() and "2.50 plain runs" in file.getvalue()
 
 
 def test_a_terminal_shows_the_display_of_the_run(tmp_path: Path) -> None:
@@ -74,11 +91,9 @@ def test_a_terminal_shows_the_display_of_the_run(tmp_path: Path) -> None:
                 (tmp_path / "tape.jsonl").write_text(lines({"loss": "x"}, *rows[:100]))
             case 2:
                 (tmp_path / "tape.jsonl").write_text(lines({"loss": "x"}, *rows))
-                result = {"steps": 150, "cost": {"plain_run_equivalents": 2.5, "windows": 3,
-                          "rejected_windows": 1, "rewound_windows": 1}}  # fmt: skip
-                (tmp_path / "result.json").write_text(json.dumps(result))
+                (tmp_path / "result.json").write_text(json.dumps(RESULT))
 
-    watch_live(tmp_path, screen, wait)
+    watch(tmp_path, screen, wait)
     plain = [re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text) for text in (*shown, file.getvalue())]
     assert "0/150" in plain[0] and "3 steps at lr 0.1: loss 1" in plain[1]
     third = plain[2][len(plain[1]) :]
@@ -95,9 +110,9 @@ def test_it_is_said_once_that_nothing_trains_a_run(tmp_path: Path) -> None:
     if not Path("/proc/locks").exists():
         pytest.skip("what holds a lock is not to be seen here")
     (tmp_path / "config.json").write_text('{"steps": 4}')
-    attempt = '{"start": 0, "stop": 2, "outcome": "rejected"}\n'
-    (tmp_path / "windows.jsonl").write_text(attempt * 11)
-    rounds, lines = iter(range(7)), list[str]()
+    attempt = {"start": 0, "stop": 2, "attempt": 0, "outcome": "rewound", "reason": "nan"}
+    (tmp_path / "windows.jsonl").write_text((json.dumps(attempt) + "\n") * 11)
+    rounds, (screen, file) = iter(range(7)), plain_screen()
     with open(tmp_path / ".lock", "w") as lock:
 
         def wait() -> None:
@@ -107,15 +122,17 @@ def test_it_is_said_once_that_nothing_trains_a_run(tmp_path: Path) -> None:
                     record = {"kind": "probe", "steps": 3, "from": 0.1, "loss": 1.0}
                     (tmp_path / "start.jsonl").write_text(json.dumps(record) + "\n")
                 case 2:
-                    assert len(lines) == 11, "one who trains is quiet"
+                    assert len(file.getvalue().splitlines()) == 11, "one who trains is quiet"
                     fcntl.flock(lock, fcntl.LOCK_UN)
                 case 6:
-                    (tmp_path / "result.json").write_text("{}")
+                    (tmp_path / "result.json").write_text(json.dumps(RESULT))
 
-        watch(tmp_path, lines.append, wait)
-    assert lines[1] == "3 attempts at windows before these" and len(lines) == 13
+        watch(tmp_path, screen, wait)
+    lines = file.getvalue().splitlines()
+    assert lines[2:10] == ["step 2/4  rewound: nan"] * 8, "three of eleven came before these"
     assert lines[10] == "start  3 steps at lr 0.1: loss 1"
-    assert lines[11].endswith(f"to go on: rhc resume {tmp_path}")
+    told = [n for n, line in enumerate(lines) if f"to go on: rhc resume {tmp_path}" in line]
+    assert told == [11]
 
 
 def test_what_may_not_be_read_is_one_sentence(
