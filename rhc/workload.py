@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP = "rhc.runners"
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "radam", "adamax", "rmsprop", "adagrad")
-"""What `optimizer_of` knows. Muon has dynamics too, but takes matrices alone: not a whole model."""
+"""What `optimizer_of` knows. Muon takes matrices alone: not a whole model."""
 
 
 @dataclass(frozen=True)

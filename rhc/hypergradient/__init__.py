@@ -254,7 +254,7 @@ def resolve(
     _known("engine", engine, ENGINES)
     if product != "auto":
         _known("product", product, ("auto", *PRODUCTS))
-    _ = plant.dynamics
+    _ = plant.differentiable
     plant.refuse_complex()
     if segment != "auto" and not 1 <= segment <= steps:
         raise InputError(
@@ -283,7 +283,7 @@ def check_steerable(plant: Plant, schedule: Schedule, controls: Sequence[str]) -
                 f"control {name!r} does not exist for {type(plant.optimizer).__name__}; choose of "
                 f"{', '.join(plant.controls.available)}"
             )
-        plant.dynamics.check_steerable(name)
+        plant.differentiable.check_steerable(name)
         if name == "momentum" and bool((schedule[name] == 0).any()):
             raise InputError(
                 "momentum cannot be steered from 0, where the optimizer keeps no momentum buffer; "

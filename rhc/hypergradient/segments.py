@@ -27,7 +27,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torchopt
 from torch import Tensor, nn
 
 from rhc.errors import Unseen
@@ -59,6 +58,7 @@ from rhc.hypergradient.states import (
     Whole,
     float_tensors,
 )
+from rhc.optimizers import Fold, Scalar, Vjp
 from rhc.training import memory
 from rhc.training.hooks import Hook, through
 from rhc.training.losses import checked_loss
@@ -68,7 +68,6 @@ from rhc.training.plant import Plant
 from rhc.training.trajectory import Block, BlockState, Trajectory
 
 Terminal = Callable[[nn.Module], Tensor]
-Scalar = float | Tensor
 
 
 @dataclass
@@ -304,7 +303,7 @@ class _Reverse:
         cut: int,
     ) -> None:
         self.plant = plant
-        self.dynamics = plant.dynamics
+        self.differentiable = plant.differentiable
         self.trajectory = trajectory
         self.objective = objective
         self.evaluation = evaluation
@@ -451,11 +450,10 @@ class _Reverse:
         blind = not self._hooks() and self.plant.slots_alone(schedule, self.controls)
         if chunk.graphs and product == "exact" and blind:
             theta = partial(self._rebuilt_theta, chunk)
-            fold = self.dynamics.fold
-            if fold is not None and self._folds(chunk):
+            if self._folds(chunk):
                 start, gradients = chunk.start, chunk.gradients
                 moved = partial(self._moved, chunk)
-                folded = Folded(fold, start, chunk.slots[start], gradients, moved, theta)
+                folded = Folded(start, chunk.slots[start], gradients, moved, theta)
                 alone = stack.enter_context(folded)
             else:
                 rebuilt = Rebuilt(chunk.slots, self._slots_after(chunk), apart, small)
@@ -591,12 +589,10 @@ class _Reverse:
                 optimizer.append(of_slots)
                 of_gradients.append(None)
                 continue
-            of_theta, of_slots, of_g = self._pull_block(
-                i, b, before, g.detach(), of_theta, of_slots
-            )
-            parameters.append(of_theta)
-            optimizer.append(of_slots)
-            of_gradients.append(of_g)
+            vjp = self._pull_block(i, b, before, g.detach(), of_theta, of_slots)
+            parameters.append(vjp.parameters)
+            optimizer.append(list(vjp.state))
+            of_gradients.append(vjp.gradient)
         if changed:
             pairs = [
                 (g, v)
@@ -679,69 +675,33 @@ class _Reverse:
         g: Tensor,
         of_theta: Tensor | None,
         of_slots: list[Tensor | None],
-    ) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:
+    ) -> Vjp:
         """λ_θ, λ_h and λ_ĝ of one block before Φ; of_slots: [] where nothing depends on them."""
-        if of_theta is None and all(t is None for t in of_slots):
-            return None, [], None
         block = self.blocks[b]
-        dynamics = self.dynamics
-        group = self.plant.optimizer.param_groups[block.group]
-        values = self._group_values(i, block.group)
-        theta, slots = before.thetas[b], before.slots[b]
-        closed = None
-        if before.after is not None and dynamics.fold is not None:
-            after = before.after[b]
-            closed = dynamics.fold.pull_back(
-                group, values, slots, after, of_theta, of_slots, wanted=self.controls
-            )
-        elif dynamics.pull_back is not None:
-            closed = dynamics.pull_back(
-                group,
-                values,
-                g,
-                theta,
-                slots,
-                of_theta,
-                of_slots,
-                wanted=self.controls,
-            )
-        if closed is not None:
-            for name in self.controls:
-                if name in closed.controls:
-                    self._add(i, name, block.group, closed.controls[name])
-            return closed.parameters, closed.state, closed.gradient
-        assert theta is not None
-        with torch.enable_grad():
-            leaf = _leaf_state(BlockState(theta, slots))
-            gradient = g.detach().requires_grad_()
-            steered = {
-                name: torch.tensor(values[name], dtype=torch.float64, requires_grad=True)
-                for name in self.controls
-                if name != "noise"
-            }
-            moved = self._step(block, leaf, gradient, values | steered)
-        outputs, seeds = _paired([moved], Costate([of_theta], [of_slots]))
-        if not outputs:
-            return None, [], None
-        inputs = [*float_tensors(leaf), gradient, *steered.values()]
-        pulled: list[Tensor | None] = list(
-            torch.autograd.grad(outputs, inputs, seeds, allow_unused=True)
+        vjp = self.differentiable.vjp(
+            self.plant.optimizer.param_groups[block.group],
+            self._group_values(i, block.group),
+            g,
+            before.thetas[b],
+            before.slots[b],
+            of_theta,
+            of_slots,
+            [name for name in self.controls if name != "noise"],
+            shapes=block.shapes,
+            after=None if before.after is None else before.after[b],
         )
-        (of_theta,), (of_slots,) = _unflatten(pulled, [leaf])
-        of_g = pulled.pop(0)
-        for name, p in zip(steered, pulled, strict=True):
-            if p is not None:
-                self._add(i, name, block.group, p)
-        return of_theta, of_slots, of_g
+        for name, derivative in vjp.controls.items():
+            self._add(i, name, block.group, derivative)
+        return vjp
 
-    def _add(self, i: int, name: str, group: int, pulled: Tensor) -> None:
+    def _add(self, i: int, name: str, group: int, pulled: Scalar) -> None:
         """Adds dJ/d(the group's value) to the derivative by the schedule's value."""
         value = self._values(i)[name]
         slope = self.plant.controls.group_slope(name, group, value)
         if self.device.type == "cpu":
             self.numbers[name][i, group] += slope * float(pulled)
         else:
-            self.pulled[name][i, group].add_(pulled.to(self.device), alpha=slope)
+            self.pulled[name][i, group].add_(slope * pulled)
 
     def _state_after(self, chunk: Chunk) -> Callable[[int, list[BlockState]], list[BlockState]]:
         """From the states of step i to those of step i + 1, by the gradients of the roll."""
@@ -751,29 +711,17 @@ class _Reverse:
             gradients = chunk.gradients[i - chunk.start]
             values = self._values(i)
             transformed = self._transform(i, gradients, values.get("noise", 0.0))
-            dynamics = self.dynamics
             result = []
             for block, state, g in zip(self.blocks, states, transformed, strict=True):
                 own = self._group_values(i, block.group)
-                if g is None:
-                    result.append(state)
-                elif dynamics.advance is not None:
-                    group = self.plant.optimizer.param_groups[block.group]
-                    theta, slots = dynamics.advance(
-                        group, own, g, state.parameters, state.optimizer
-                    )
-                    assert theta is not None
-                    result.append(BlockState(theta, slots))
-                else:
-                    result.append(self._step(block, state, g, own))
+                result.append(state if g is None else self._step(block, state, g, own))
             return result
 
         return after
 
     def _slots_after(self, chunk: Chunk) -> Callable[[int, list[Any]], list[Any]]:
         """As `_state_after`, of the optimizer's state alone."""
-        advance = self.dynamics.advance
-        assert advance is not None
+        advance = self.differentiable.advance
 
         @torch.no_grad()
         def after(i: int, slots: list[Any]) -> list[Any]:
@@ -796,15 +744,15 @@ class _Reverse:
             and self.plant.folds(self.trajectory.schedule, self.controls)
         )
 
-    def _moved(
-        self, chunk: Chunk, i: int
-    ) -> Iterator[tuple[int, Mapping[str, Any], dict[str, Any]]]:
-        """(index of a block that step i moved, its parameter group, the controls it had)."""
+    def _moved(self, chunk: Chunk, i: int) -> Iterator[tuple[int, Fold]]:
+        """(index of a block that step i moved, how its state takes the gradient's place)."""
         gradients = chunk.gradients[i - chunk.start]
         for b, (block, g) in enumerate(zip(self.blocks, gradients, strict=True)):
             if g is not None:
                 group = self.plant.optimizer.param_groups[block.group]
-                yield b, group, self._group_values(i, block.group)
+                fold = self.differentiable.fold(group, self._group_values(i, block.group))
+                assert fold is not None
+                yield b, fold
 
     def _rebuilt_theta(self, chunk: Chunk, i: int) -> list[Tensor]:
         """θ_i, for once: of a graph that was lost."""
@@ -1008,11 +956,11 @@ class _Reverse:
     ) -> BlockState:
         """Φ of one block, with controls that may be tensors of a graph."""
         group = self.plant.optimizer.param_groups[block.group]
-        controls = {name: _cast(value, g) for name, value in values.items()}
-        step = self.dynamics.transformation(group, controls, block.shapes)
-        updates, after = step.update(g, state.optimizer, params=state.parameters, inplace=False)
-        theta = torchopt.apply_updates(state.parameters, updates, inplace=False)
-        return BlockState(theta, after)
+        theta, slots = self.differentiable.advance(
+            group, values, g, state.parameters, state.optimizer, block.shapes
+        )
+        assert theta is not None
+        return BlockState(theta, slots)
 
     def _transform(
         self, i: int, gradients: Sequence[Tensor | None], sigma: Scalar

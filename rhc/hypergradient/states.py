@@ -106,23 +106,21 @@ class SlotsAlone(Source):
 class Folded(Source):
     """The optimizer's states of steps [start, stop), in the memory of their gradients.
 
-    first: those before `start`. gradients: of every step, per block. moved(i): (block, its
-    parameter group, the controls it had) for the blocks that step i moved. theta(i): θ_i, made of
-    the gradients.
+    first: those before `start`. gradients: of every step, per block. moved(i): (block, how it
+    folds) for the blocks that step i moved. theta(i): θ_i, made of the gradients.
 
     Inside, a gradient comes back, to rounding, when its step is done, and all of them at the end.
     """
 
     def __init__(
         self,
-        fold: Fold,
         start: int,
         first: list[Any],
         gradients: Sequence[Sequence[Tensor | None]],
-        moved: Callable[[int], Iterator[tuple[int, Mapping[str, Any], Mapping[str, float]]]],
+        moved: Callable[[int], Iterator[tuple[int, Fold]]],
         theta: Callable[[int], Sequence[Tensor]],
     ) -> None:
-        self.fold, self.start, self.gradients, self.moved = fold, start, gradients, moved
+        self.start, self.gradients, self.moved = start, gradients, moved
         self.theta = theta
         # Index of a step -> the states before it, and after the last of those that are folded.
         self.before: dict[int, list[Any]] = {start: first}
@@ -156,10 +154,10 @@ class Folded(Source):
     def _onto(self, stop: int) -> None:
         for i in range(self.folded, stop):
             gradients, after = self.gradients[i - self.start], list(self.before[i])
-            for b, group, controls in self.moved(i):
+            for b, fold in self.moved(i):
                 g = gradients[b]
                 assert g is not None
-                after[b] = self.fold.onto(group, controls, g, after[b])
+                after[b] = fold.onto(g, after[b])
             self.before[i + 1] = after
             self.folded = i + 1
 
@@ -167,8 +165,8 @@ class Folded(Source):
         """Gives the gradients from step `first` on back."""
         while self.folded > first:
             i, after = self.folded - 1, self.before.pop(self.folded)
-            for b, group, controls in self.moved(i):
-                self.fold.off(group, controls, after[b], self.before[i][b])
+            for b, fold in self.moved(i):
+                fold.off(after[b], self.before[i][b])
             self.folded = i
 
 

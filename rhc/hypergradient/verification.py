@@ -199,7 +199,7 @@ def verify(
             with noting_precision(plant):
                 plant.loss(parts(trajectory.batches[0])[0])
         rolls.loss_eps = max(own, precision(plant))
-        eps = max(rolls.loss_eps, plant.dynamics.precision)
+        eps = max(rolls.loss_eps, plant.differentiable.precision)
         if eps > _COARSE:
             tolerance = 0.2
         for name, g in gradient.items():

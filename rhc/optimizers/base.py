@@ -1,118 +1,270 @@
-"""What the adjoint needs to know of an optimizer: the record, and helpers to fill it."""
+"""An optimizer's step Φ as a function that can be differentiated, and what an engine asks of it.
+
+A `Step` is the arithmetic of one step at given controls, a torchopt GradientTransformation; a
+`DifferentiableOptimizer` ties it to a torch.optim optimizer: its groups, its slots, its vjp.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torchopt.base import GradientTransformation
+from torchopt.pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from rhc.errors import InputError
-from rhc.optimizers.transformations import Scalar
+
+Scalar = float | Tensor
+Group = Mapping[str, Any]
 
 STEERED = ("lr", "momentum", "weight_decay")
 """The controls that act inside Φ; the noise acts on the gradient before it."""
 
-Group = Mapping[str, Any]
+ROOT_EPSILON = 1e-30
+"""Added under the root of a second moment, by every optimizer that divides by one. The slope of √v
+is infinite at v = 0 (an embedding row that was never used), which would turn hypergradients into
+NaN. 1e-30 = (1e-15)² is far below the optimizers' own eps beside the root, so that neither the step
+nor its derivative changes at float32 or float64 precision where v is large enough to matter. At any
+v the update moves by less than ROOT_EPSILON lr / 2 eps²: 5e-15 lr at an eps of 1e-8, 5e-11 lr at
+Adagrad's of 1e-10."""
+
+# One step ----------------------------------------------------------------------------------------
+
+
+class Vjp(NamedTuple):
+    """Costates of before a step; None stands for zero.
+
+    parameters: of θ, or the very tensor that was given where the step leaves it as it is. state:
+    one entry per floating-point slot before the step. gradient: of g. controls: name -> dJ/du in
+    natural units.
+    """
+
+    parameters: Tensor | None
+    state: Sequence[Tensor | None]
+    gradient: Tensor | None
+    controls: dict[str, Scalar]
+
+
+class Fold(NamedTuple):
+    """Of a step whose state after it can lie where its gradient lay.
+
+    onto: (gradient, state before) -> state after, written over the gradient. off: (state after,
+    state before); writes the gradient back, to rounding.
+    """
+
+    onto: Callable[[Tensor, Any], Any]
+    off: Callable[[Any, Any], None]
+
+
+Moved = tuple[Callable[[Tensor], Tensor], Any]
+"""(θ -> θ + u, the state after the step)."""
+
+
+@dataclass
+class Step:
+    """θ ← θ + u(d, state), d = ±g, with weight decay λ: a torchopt GradientTransformation of ours.
+
+    Coupled, d = ±g + λ θ; decoupled, θ ← (1 − α λ) θ before. Its controls, lr, λ and what `move`
+    closes over, are floats, or 0-dim tensors that it is differentiated by.
+
+    init: parameters -> the state before the first step. move: (d, state) -> what becomes of θ and
+    of the state. vjp: the closed form of `move`'s, where there is one (`closed_vjp`); fold: where
+    the state can take the gradient's place. `init` and `update` take trees of tensors of any shape.
+    """
+
+    init: Callable[[Any], Any]
+    move: Callable[[Tensor, Any], Moved]
+    lr: Scalar
+    weight_decay: Scalar = 0.0
+    decoupled: bool = False
+    maximize: bool = False
+    vjp: Callable[..., Vjp | None] | None = None
+    fold: Fold | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        """As torchopt.chain takes a transformation apart."""
+        return iter((self.init, self.update))
+
+    def update(
+        self, updates: Any, state: Any, *, params: Any = None, inplace: bool = False
+    ) -> tuple[Any, Any]:
+        """(what is to be added to the parameters, the state after)."""
+        if isinstance(updates, Tensor):
+            return self._update(updates, params, state)
+        gradients, tree = tree_flatten(updates)
+        thetas = [None] * len(gradients) if params is None else tree_leaves(params)
+        # A slot is a tree like the updates, or one value for all of them.
+        slots = [
+            [slot] * len(gradients)
+            if slot is None or isinstance(slot, (int, float, Tensor))
+            else tree_leaves(slot)
+            for slot in state
+        ]
+        moved = [
+            self._update(gradient, theta, type(state)(*own))
+            for gradient, theta, *own in zip(gradients, thetas, *slots, strict=True)
+        ]
+        slots_after = zip(*(after for _, after in moved), strict=True)
+        after = [
+            tree_unflatten(tree, values)
+            if isinstance(values[0], Tensor) and not isinstance(before, Tensor)
+            else values[0]
+            for before, values in zip(state, slots_after, strict=True)
+        ]
+        return tree_unflatten(tree, [added for added, _ in moved]), type(state)(*after)
+
+    def _update(self, gradient: Tensor, theta: Tensor | None, state: Any) -> tuple[Tensor, Any]:
+        d = self.d(gradient, theta)
+        move, after = self.move(d, state)
+        added = move(torch.zeros_like(d))
+        if self.decoupled and not is_zero(self.weight_decay):
+            added = added - self.lr * self.weight_decay * known(theta)
+        return added, after
+
+    def advance(
+        self, gradient: Tensor, theta: Tensor | None, state: Any
+    ) -> tuple[Tensor | None, Any]:
+        """(θ, state) after the step, in fewer passes than by `update`; θ may stay unknown."""
+        move, after = self.move(self.d(gradient, theta), state)
+        if theta is None:
+            return None, after
+        if self.decoupled and not is_zero(self.weight_decay):
+            theta = theta * (1 - self.lr * self.weight_decay)
+        return move(theta), after
+
+    def d(self, gradient: Tensor, theta: Tensor | None) -> Tensor:
+        """±g + λ θ; g itself where that is all."""
+        signed = gradient.neg() if self.maximize else gradient
+        if self.decoupled or is_zero(self.weight_decay):
+            return signed
+        return plus(signed, known(theta), self.weight_decay)
+
+    def along_d(self, a: Tensor, gradient: Tensor, theta: Tensor | None) -> Scalar:
+        """⟨a, d⟩ without forming d."""
+        along = dot(a, gradient)
+        along = -along if self.maximize else along
+        if self.decoupled or is_zero(self.weight_decay):
+            return along
+        return along + self.weight_decay * dot(a, known(theta))
+
+    def closed_vjp(
+        self,
+        gradient: Tensor,
+        theta: Tensor | None,
+        before: Any,
+        of_theta: Tensor | None,
+        of_state: Sequence[Tensor | None],
+        wanted: Collection[str],
+        after: Any = None,
+    ) -> Vjp | None:
+        """The vjp of `advance`, by that of `move`; None where that has no closed form.
+
+        The controls are floats. `vjp` takes this step and the same arguments; its `gradient` is
+        the costate of d, its `parameters` is not read.
+        """
+        if self.vjp is None:
+            return None
+        found = self.vjp(self, gradient, theta, before, of_theta, of_state, wanted, after)
+        if found is None:
+            return None
+        of_d, controls, decay = found.gradient, found.controls, self.weight_decay
+        of_theta_before = of_theta
+        if self.decoupled and of_theta is not None:
+            along_theta: Scalar = 0.0
+            if "weight_decay" in wanted or ("lr" in wanted and not is_zero(decay)):
+                along_theta = dot(of_theta, known(theta))
+            if "weight_decay" in wanted:
+                controls["weight_decay"] = -self.lr * along_theta
+            if "lr" in wanted:
+                controls["lr"] = controls["lr"] - decay * along_theta
+            if not is_zero(decay):
+                of_theta_before = of_theta * (1 - self.lr * decay)
+        elif not self.decoupled and of_d is not None:
+            if "weight_decay" in wanted:
+                controls["weight_decay"] = dot(of_d, known(theta))
+            if not is_zero(decay):
+                of_theta_before = of_d * decay if of_theta is None else plus(of_theta, of_d, decay)
+        if self.maximize and of_d is not None:
+            of_d = of_d.neg_()
+        return Vjp(of_theta_before, found.state, of_d, controls)
+
+
+# An optimizer ------------------------------------------------------------------------------------
+
 
 TransformationOf = Callable[
-    [Group, Mapping[str, Scalar], Sequence[torch.Size]], GradientTransformation
+    [Group, Mapping[str, Scalar], Sequence[torch.Size]], GradientTransformation | Step
 ]
 """(param group, controls of the step, shapes of the parameters whose elements the vectors hold)."""
 
 StateOf = Callable[[Sequence[Mapping[str, Any]], Sequence[Tensor], Group], Any]
 """(per-parameter optimizer states, the parameters, param group) -> the transformation's state."""
 
-Advance = Callable[
-    [Group, Mapping[str, float], Tensor, Tensor | None, Any], tuple[Tensor | None, Any]
-]
-"""(param group, controls, gradient, parameters, state) -> (parameters, state) one step later."""
-
-
-class Pulled(NamedTuple):
-    """What a pullback returns; None stands for zero.
-
-    parameters: the costate of θ before the step, or the very tensor that was given where the step
-    leaves it as it is. state: one entry per floating-point slot before the step. gradient: λ_g.
-    controls: name -> dJ/du, 0-dim float64, in natural units.
-    """
-
-    parameters: Tensor | None
-    state: list[Tensor | None]
-    gradient: Tensor | None
-    controls: dict[str, Tensor]
-
-
-class PullBack(Protocol):
-    """The pullback through one step Φ in closed form, at the step's own values.
-
-    controls: plain floats. gradient, parameters: flat vectors; state: before the step. The costates
-    are of after the step: costate_state has one entry per floating-point slot there, or none at all
-    for zeros. wanted: the controls whose derivatives are needed. Nothing given is changed. Returns
-    None where the closed form does not cover the options of the group.
-    """
-
-    def __call__(
-        self,
-        group: Group,
-        controls: Mapping[str, float],
-        gradient: Tensor,
-        parameters: Tensor | None,
-        state: Any,
-        costate_parameters: Tensor | None,
-        costate_state: Sequence[Tensor | None],
-        wanted: Collection[str] = STEERED,
-    ) -> Pulled | None: ...
-
-
-class Fold(NamedTuple):
-    """A Φ whose state after the step takes the gradient's place in memory, and says all of it.
-
-    covers(group, controls): whether that is so at this step. onto(group, controls, gradient, state)
-    writes the state after the step over the gradient and returns it; off(group, controls, after,
-    state) writes the gradient back, to rounding. pull_back: as `PullBack`, given the states before
-    and after in place of gradient, parameters and state.
-    """
-
-    covers: Callable[[Group, Mapping[str, float]], bool]
-    onto: Callable[[Group, Mapping[str, float], Tensor, Any], Any]
-    off: Callable[[Group, Mapping[str, float], Any, Any], None]
-    pull_back: Callable[..., Pulled]
-
 
 @dataclass(frozen=True)
-class Dynamics:
-    """What the adjoint needs to know of a torch.optim optimizer.
+class DifferentiableOptimizer:
+    """What an engine knows of a torch.optim optimizer.
 
     name: as errors call it. transformation: the step Φ as a torchopt GradientTransformation on
-    vectors of the concatenated elements of parameters that step alike. state: its state, read from
-    the live optimizer, as a NamedTuple of vectors, numbers and None; costates are carried for the
+    vectors of the concatenated elements of parameters that step alike. state_of: its state, of the
+    live optimizer, as a NamedTuple of vectors, numbers and None; costates are carried for the
     floating-point tensors among them.
 
     elementwise: whether Φ treats every element alone; otherwise every parameter has vectors of its
     own, and the transformation reshapes them by shapes[0]. controls: those that the transformation
-    takes as tensors, of lr, momentum and weight_decay; None for all.
-
-    pull_back, advance: the same Φ in closed form, backwards and forwards, for speed; None where
-    autograd and the transformation do it. blind: whether both also take None for the parameters
-    where there is no weight decay, nor a derivative by it: they never look at θ then. fold: in that
-    case, the step in the gradient's memory. precision: the machine epsilon of what the optimizer
-    computes in, where that is coarser than its parameters.
+    takes as tensors, of lr, momentum and weight_decay; None for all. reads_parameters: whether Φ
+    reads θ besides by weight decay. precision: the machine epsilon of what the optimizer computes
+    in, where that is coarser than its parameters.
     """
 
     name: str
     transformation: TransformationOf
-    state: StateOf
+    state_of: StateOf
     elementwise: bool = True
     controls: tuple[str, ...] | None = None
-    pull_back: PullBack | None = None
-    advance: Advance | None = None
-    blind: bool = False
-    fold: Fold | None = None
+    reads_parameters: bool = True
     precision: float = 0.0
+
+    def step(
+        self, group: Group, controls: Mapping[str, Scalar], shapes: Sequence[torch.Size] = ()
+    ) -> GradientTransformation | Step:
+        made = self.transformation(group, controls, shapes)
+        if not callable(getattr(made, "update", None)):
+            raise InputError(
+                f"the transformation registered for {self.name} must return a torchopt "
+                f"GradientTransformation, got {type(made).__name__}"
+            )
+        return made
+
+    def state(
+        self, states: Sequence[Mapping[str, Any]], parameters: Sequence[Tensor], group: Group
+    ) -> Any:
+        """The live optimizer's state: a copy."""
+        made = self.state_of(states, parameters, group)
+        if not isinstance(made, tuple) or not hasattr(made, "_fields"):
+            raise InputError(
+                f"the state registered for {self.name} must return a NamedTuple, got "
+                f"{type(made).__name__}"
+            )
+        size = sum(p.numel() for p in parameters)
+        for field, value in zip(made._fields, made, strict=True):
+            wrong = type(value).__name__
+            if isinstance(value, Tensor):
+                if value.dim() == 0 or value.shape == (size,):
+                    continue
+                wrong = f"a tensor of shape {tuple(value.shape)}"
+            elif value is None or isinstance(value, (int, float)):
+                continue
+            raise InputError(
+                f"{field} in the state registered for {self.name} must be a vector of {size} "
+                f"elements, a number or None, got {wrong}; rhc.optimizers.flat_slot makes vectors "
+                "of slots"
+            )
+        return made
 
     def check_steerable(self, control: str) -> None:
         """Raises InputError where the transformation does not take `control` as a tensor."""
@@ -124,6 +276,157 @@ class Dynamics:
             f"without it; choose of {steerable}"
         )
 
+    def fold(self, group: Group, controls: Mapping[str, float]) -> Fold | None:
+        """How a state takes its gradient's place in memory, where this optimizer's can."""
+        made = self.step(group, controls)
+        return made.fold if isinstance(made, Step) else None
+
+    def advance(
+        self,
+        group: Group,
+        controls: Mapping[str, Scalar],
+        gradient: Tensor,
+        theta: Tensor | None,
+        state: Any,
+        shapes: Sequence[torch.Size] = (),
+    ) -> tuple[Tensor | None, Any]:
+        """(θ, state) after the step. θ may be None where it is not read, and then stays None."""
+        own = {name: cast_like(value, gradient) for name, value in controls.items()}
+        made = self.step(group, own, shapes)
+        if isinstance(made, Step):
+            return made.advance(gradient, theta, state)
+        updates, after = made.update(gradient, state, params=theta, inplace=False)
+        return known(theta) + updates, after
+
+    def vjp(
+        self,
+        group: Group,
+        controls: Mapping[str, float],
+        gradient: Tensor,
+        theta: Tensor | None,
+        state: Any,
+        of_theta: Tensor | None,
+        of_state: Sequence[Tensor | None],
+        wanted: Collection[str] = STEERED,
+        *,
+        shapes: Sequence[torch.Size] = (),
+        after: Any = None,
+    ) -> Vjp:
+        """The costates of after a step pulled back through it.
+
+        Args:
+            controls: of the step, floats.
+            gradient, theta: flat vectors; θ may be None where it is not read.
+            state: before the step.
+            of_theta, of_state: the costates of after the step; of_state has one entry per
+                floating-point slot there, or none at all for zeros.
+            wanted: the controls whose derivatives are needed.
+            after: the state after the step, where it lies in the gradient's place.
+
+        Nothing given is changed.
+        """
+        if of_theta is None and all(costate is None for costate in of_state):
+            return Vjp(None, [], None, {})
+        made = self.step(group, controls, shapes)
+        if isinstance(made, Step):
+            found = made.closed_vjp(gradient, theta, state, of_theta, of_state, wanted, after)
+            if found is not None:
+                return found
+        theta = torch.zeros_like(gradient) if theta is None else theta
+        theta, gradient = theta.detach().requires_grad_(), gradient.detach().requires_grad_()
+        leaves = (v.detach().requires_grad_() if is_float_tensor(v) else v for v in state)
+        state = type(state)(*leaves)
+        with torch.enable_grad():
+            steered = {
+                name: torch.tensor(controls[name], dtype=torch.float64, requires_grad=True)
+                for name in wanted
+                if name in controls
+            }
+            own: dict[str, Scalar] = {**controls, **steered}
+            theta_after, state_after = self.advance(group, own, gradient, theta, state, shapes)
+        slots_after = [v for v in state_after if is_float_tensor(v)]
+        costates = [of_theta, *(of_state or [None] * len(slots_after))]
+        ends = zip([theta_after, *slots_after], costates, strict=True)
+        pairs = [(t, of) for t, of in ends if of is not None and t.requires_grad]
+        if not pairs:
+            return Vjp(None, [], None, {})
+        slots = [v for v in state if is_float_tensor(v)]
+        inputs = [theta, gradient, *slots, *steered.values()]
+        outputs, seeds = zip(*pairs, strict=True)
+        pulled = torch.autograd.grad(outputs, inputs, seeds, allow_unused=True)
+        of_theta, of_gradient, *rest = pulled
+        of_controls = zip(steered, rest[len(slots) :], strict=True)
+        return Vjp(
+            of_theta,
+            rest[: len(slots)],
+            of_gradient,
+            {name: of for name, of in of_controls if of is not None},
+        )
+
+
+def by_arguments(make: Callable[..., Step]) -> TransformationOf:
+    """`make`, called with those of its arguments that the step's controls or the group give.
+
+    beta1, beta2 are the group's betas, shape is the parameter's, decoupled the group's
+    decoupled_weight_decay; every other argument has the group's own name.
+    """
+    names = frozenset(inspect.signature(make).parameters)
+
+    def transformation(
+        group: Group, controls: Mapping[str, Scalar], shapes: Sequence[torch.Size]
+    ) -> Step:
+        given = {**group, "shape": shapes[0] if shapes else None}
+        given["decoupled"] = group.get("decoupled_weight_decay", False)
+        if "beta1" in names:
+            given["beta1"], given["beta2"] = map(float, group["betas"])
+            given["beta1"] = controls.get("momentum", given["beta1"])
+        for name in STEERED:
+            if name in names:
+                given[name] = controls.get(name, float(group[name]))
+        return make(**{name: given[name] for name in names if name in given})
+
+    return transformation
+
+
+def of_torch(
+    name: str, make: Callable[..., Step], *, elementwise: bool = True, precision: float = 0.0
+) -> DifferentiableOptimizer:
+    """Of an optimizer of torch.optim, whose slots have the names of the state's fields."""
+    transformation = by_arguments(make)
+
+    def state(
+        states: Sequence[Mapping[str, Any]], parameters: Sequence[Tensor], group: Group
+    ) -> Any:
+        return _live_state(transformation(group, {}, ()).init, states, parameters)
+
+    return DifferentiableOptimizer(
+        name, transformation, state, elementwise, reads_parameters=False, precision=precision
+    )
+
+
+def _live_state(
+    init: Callable[[Any], Any], states: Sequence[Mapping[str, Any]], parameters: Sequence[Tensor]
+) -> Any:
+    """The slots of all parameters; what a parameter does not have yet is as `init` has it."""
+    template = init(parameters[0].detach().new_empty(0))
+    found = []
+    for field, start in template._asdict().items():
+        values = [state[field] for state in states if state.get(field) is not None]
+        if len(values) < len(states):
+            fresh = template if start is None else init(flat_slot([{}], field, parameters))
+            found.append(getattr(fresh, field))
+        elif isinstance(start, int):
+            found.append(int(values[0]))
+        elif start is None or start.dim() or len({float(v) for v in values}) > 1:
+            # A number that differs, at as many steps but not the same ones: a value per element.
+            sizes = zip(values, parameters, strict=True)
+            found.append(
+                torch.cat([v.detach().to(p.device).expand(p.shape).flatten() for v, p in sizes])
+            )
+        else:
+            found.append(values[0].detach().to(parameters[0].device, copy=True))
+    return type(template)(*found)
+
 
 def flat_slot(
     states: Sequence[Mapping[str, Any]], slot: str, parameters: Sequence[Tensor]
@@ -132,22 +435,48 @@ def flat_slot(
 
     Zeros shaped like the parameters where they have no such slot, as before the first step.
     """
-    found = flat_slot_or_none(states, slot)
-    if found is not None:
-        return found
-    return torch.cat([torch.zeros_like(p).reshape(-1) for p in parameters])
+    tensors = [state[slot].detach() for state in states if state.get(slot) is not None]
+    if len(tensors) < len(states):
+        tensors = [torch.zeros_like(p) for p in parameters]
+    return torch.cat([t.reshape(-1) for t in tensors])
 
 
-def flat_slot_or_none(states: Sequence[Mapping[str, Any]], slot: str) -> Tensor | None:
-    """As `flat_slot`, but None where a parameter has no such slot."""
-    tensors = [state.get(slot) for state in states]
-    if any(t is None for t in tensors):
-        return None
-    return torch.cat([t.detach().reshape(-1) for t in tensors if t is not None])
+# Arithmetic --------------------------------------------------------------------------------------
 
 
-def control_value(group: Group, controls: Mapping[str, Scalar], name: str) -> Scalar:
-    """A control of the step; the group's own value where the step does not set it."""
-    if name in controls:
-        return controls[name]
-    return group["betas"][0] if name == "momentum" and "betas" in group else group[name]
+def plus(a: Tensor, b: Tensor, factor: Scalar) -> Tensor:
+    """a + factor b; in one pass, and one rounding, where no graph is made."""
+    if isinstance(factor, Tensor) or a.requires_grad or b.requires_grad:
+        return a + factor * b
+    return torch.add(a, b, alpha=factor)
+
+
+def dot(a: Tensor, b: Tensor) -> Scalar:
+    """⟨a, b⟩, accumulated in their dtype."""
+    return scalar(torch.dot(a, b))
+
+
+def scalar(value: Tensor) -> Scalar:
+    """A float on the CPU, where sums of floats are ten times as cheap as those of small tensors.
+
+    On an accelerator a tensor: reading it would make the host wait.
+    """
+    return value.item() if value.device.type == "cpu" else value.double()
+
+
+def cast_like(value: Scalar, like: Tensor) -> Scalar:
+    return value.to(like.device, like.dtype) if isinstance(value, Tensor) else value
+
+
+def is_zero(value: Scalar) -> bool:
+    """Whether it is the float 0; a tensor is steered, and 0 only for now."""
+    return not isinstance(value, Tensor) and value == 0
+
+
+def is_float_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def known(theta: Tensor | None) -> Tensor:
+    """θ, where weight decay reads it."""
+    return cast(Tensor, theta)

@@ -1,35 +1,18 @@
-"""A stock transformation of torchopt as the dynamics of an optimizer, steered by its lr alone."""
+"""A stock transformation of torchopt as an optimizer's step, steered by its lr alone."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchopt.base import GradientTransformation
 
 from rhc.errors import InputError
-from rhc.optimizers.base import Dynamics, Group, control_value
-from rhc.optimizers.transformations import Scalar
-
-
-class StockState(NamedTuple):
-    """fresh: whether no step has been taken. The rest: up to eight leaves of torchopt's state.
-
-    A fixed number, because the engine rebuilds a state from its slots by position.
-    """
-
-    fresh: bool
-    slot0: Any = None
-    slot1: Any = None
-    slot2: Any = None
-    slot3: Any = None
-    slot4: Any = None
-    slot5: Any = None
-    slot6: Any = None
-    slot7: Any = None
+from rhc.optimizers.base import DifferentiableOptimizer, Group, Scalar
 
 
 def from_torchopt(
@@ -37,15 +20,10 @@ def from_torchopt(
     slots: Mapping[str, str],
     *,
     elementwise: bool = True,
-) -> Dynamics:
-    """The dynamics θ ← θ − α T(g) of an optimizer whose direction T is a stock torchopt one.
+) -> DifferentiableOptimizer:
+    """The step θ ← θ − α T(g) of an optimizer whose direction T is a stock torchopt one.
 
-    transformation: param group -> T, without the lr and with descent's sign left to the lr: what
-    torchopt.transform offers (`trace`, `scale_by_adam`, `scale_by_rms`, …), or a torchopt.chain of
-    such. It is called with a copy of the group in which the values of the step stand. slots: field
-    of T's state -> the name of the slot in optimizer.state[p] that holds the same, for every field
-    that there is; a step count may be a tensor or a number.
-
+    Example:
         class SmoothedRMSprop(torch.optim.Optimizer): ...   # its step: scale_by_rms, then trace
 
         rhc.register_dynamics(
@@ -60,8 +38,19 @@ def from_torchopt(
         )
 
     lr and noise can be steered; the others are numbers to torchopt. Not covered: roots of a zero
-    second moment without `eps_root`, where torchopt's slope is infinite. Raises InputError, at the
-    first use, where slots and T's state do not match.
+    second moment without `eps_root`, where torchopt's slope is infinite.
+
+    Args:
+        transformation: param group -> T, without the lr and with descent's sign left to the lr:
+            what torchopt.transform offers (`trace`, `scale_by_adam`, `scale_by_rms`, …), or a
+            torchopt.chain of such. It is called with a copy of the group in which the values of the
+            step stand.
+        slots: field of T's state -> the name of the slot in optimizer.state[p] that holds the same,
+            for every field that there is; a step count may be a tensor or a number.
+        elementwise: as in `register_dynamics`.
+
+    Raises:
+        InputError: at the first use, where slots and T's state do not match.
     """
     if not callable(transformation):
         raise InputError(
@@ -88,42 +77,54 @@ def from_torchopt(
         group: Group, controls: Mapping[str, Scalar], shapes: Sequence[torch.Size]
     ) -> GradientTransformation:
         stock = stock_of(group, controls)
-        lr = control_value(group, controls, "lr")
+        lr = controls.get("lr", group["lr"])
 
         def update(
-            updates: Tensor, state: StockState, *, params: Any = None, inplace: bool = False
-        ) -> tuple[Tensor, StockState]:
+            updates: Tensor, state: Any, *, params: Any = None, inplace: bool = False
+        ) -> tuple[Tensor, Any]:
+            fresh, *slots_before = state
             with torch.no_grad():
                 one = torch.zeros(1, dtype=params.dtype, device=params.device)
                 skeleton = stock.init(one)
-                if not state.fresh:
+                if not fresh:
                     # torchopt's `trace` keeps its first call in a closure: let that pass.
                     stock.update(one, skeleton, params=one, inplace=False)
-            before = _filled(skeleton, iter(state[1:]))
+            before = _filled(skeleton, iter(slots_before))
             # inplace is torchopt's default, and would write into the graph.
             direction, after = stock.update(updates, before, params=params, inplace=False)
-            return -lr * direction, StockState(False, *(leaf for _, leaf in _leaves(after)))
+            return -lr * direction, _flat_state(after, fresh=False)
 
-        return GradientTransformation(lambda params: _fresh(stock, params), update)
+        return GradientTransformation(lambda p: _flat_state(stock.init(p), fresh=True), update)
 
-    def state(
-        states: Sequence[Mapping[str, Any]], params: Sequence[Tensor], group: Group
-    ) -> StockState:
+    def state(states: Sequence[Mapping[str, Any]], params: Sequence[Tensor], group: Group) -> Any:
         flat = torch.cat([p.detach().reshape(-1) for p in params])
         begin = stock_of(group, {}).init(flat)
-        named = _leaves(begin)
-        _check_slots(slots, [name for name, _ in named])
+        names = [name for name, _ in _leaves(begin)]
+        _check_slots(slots, names)
+        fresh = _flat_state(begin, fresh=True)
         if any(s.get(slot) is None for s in states for slot in slots.values()):
-            return StockState(True, *(leaf for _, leaf in named))
-        return StockState(
-            False, *(_live(leaf, [s[slots[name]] for s in states]) for name, leaf in named)
+            return fresh
+        live = (
+            _live(leaf, [s[slots[name]] for s in states])
+            for name, leaf in zip(names, fresh[1:], strict=True)
         )
+        return type(fresh)(False, *live)
 
-    return Dynamics("a torchopt transformation", step, state, elementwise, controls=("lr",))
+    return DifferentiableOptimizer(
+        "a torchopt transformation", step, state, elementwise, controls=("lr",)
+    )
 
 
-def _fresh(stock: GradientTransformation, params: Tensor) -> StockState:
-    return StockState(True, *(leaf for _, leaf in _leaves(stock.init(params))))
+def _flat_state(node: Any, *, fresh: bool) -> Any:
+    """torchopt's nested state as one NamedTuple. fresh: whether no step has been taken."""
+    leaves = _leaves(node)
+    return _state_type(tuple(name for name, _ in leaves))(fresh, *(leaf for _, leaf in leaves))
+
+
+@cache
+def _state_type(names: tuple[str, ...]) -> Any:
+    # A name may occur twice until _check_slots has said so.
+    return namedtuple("StockState", ["fresh", *names], rename=True)
 
 
 def _leaves(node: Any, name: str = "") -> list[tuple[str, Any]]:
@@ -158,26 +159,20 @@ def _live(leaf: Any, values: Sequence[Any]) -> Any:
 
 def _check_slots(slots: Mapping[str, str], fields: Sequence[str]) -> None:
     there = ", ".join(dict.fromkeys(fields)) or "none"
-    if len(fields) > len(StockState._fields) - 1:
-        raise InputError(
-            f"the transformation's state has {len(fields)} fields, more than the "
-            f"{len(StockState._fields) - 1} that from_torchopt takes; write the transformation and "
-            "its state as functions for register_dynamics"
-        )
     for name in slots:
         if name not in fields:
             raise InputError(
                 f"slots names {name!r}, which the transformation's state does not have; its fields "
                 f"are: {there}"
             )
-    for name, count in Counter(fields).items():
+    for name in dict.fromkeys(fields):
         if name not in slots:
             raise InputError(
                 f"slots does not say where the optimizer keeps {name!r} of the transformation's "
                 f"state; name the slot of optimizer.state[p] for each of: {there}"
             )
-        if count > 1:
+        if fields.count(name) > 1:
             raise InputError(
-                f"{name!r} occurs {count} times in the transformation's state; write the "
-                "transformation and its state as functions for register_dynamics"
+                f"{name!r} occurs {fields.count(name)} times in the transformation's state; write "
+                "the transformation and its state as functions for register_dynamics"
             )

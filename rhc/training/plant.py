@@ -20,7 +20,7 @@ from rhc.containers import opening
 from rhc.distributed import Ranks, parallel_of
 from rhc.distributed.parallel import dense
 from rhc.errors import InputError, Unseen, whole_number
-from rhc.optimizers import Dynamics, dynamics_of
+from rhc.optimizers import DifferentiableOptimizer, differentiable
 from rhc.rng import RandomState
 from rhc.schedule import OptimizerControls, Schedule, parameters_of
 from rhc.training.batches import DrawnAsNeeded, MicroBatches
@@ -447,9 +447,9 @@ class Plant:
     # What the reverse pass sees ------------------------------------------------------------------
 
     @property
-    def dynamics(self) -> Dynamics:
+    def differentiable(self) -> DifferentiableOptimizer:
         """The differentiable form of the optimizer; an InputError where there is none."""
-        return dynamics_of(self.optimizer)
+        return differentiable(self.optimizer)
 
     @property
     def hooks(self) -> Hooks:
@@ -495,7 +495,7 @@ class Plant:
         parameters of a block had no gradient at a step, or where the optimizer looks at whole
         matrices, every one is its own.
         """
-        alone = self.singletons or not self.dynamics.elementwise
+        alone = self.singletons or not self.differentiable.elementwise
         members: dict[Any, list[int]] = {}
         groups = [g for g, group in enumerate(self.optimizer.param_groups) for _ in group["params"]]
         for index, (p, group) in enumerate(zip(self.parameters, groups, strict=True)):
@@ -528,7 +528,7 @@ class Plant:
         self.refuse_sparse()
         state, local = self.optimizer.state, self.parallel.local
         return [
-            self.dynamics.state(
+            self.differentiable.state(
                 [
                     {k: local(v) for k, v in state.get(self.owned[i], {}).items()}
                     for i in block.indices
@@ -546,13 +546,10 @@ class Plant:
         """
         decays = "weight_decay" in scheduled or "weight_decay" in controls
         return (
-            self.dynamics.blind
+            not self.differentiable.reads_parameters
             and not decays
             and not self.hooks.of_tensors  # which may read it
-            and not any(
-                group.get("weight_decay") or group.get("amsgrad")
-                for group in self.optimizer.param_groups
-            )
+            and not any(group.get("weight_decay") for group in self.optimizer.param_groups)
         )
 
     def folds(self, scheduled: Container[str], controls: Collection[str]) -> bool:
@@ -560,18 +557,17 @@ class Plant:
 
         As `slots_alone`; a Schedule says with which values, else those of the groups count.
         """
-        fold, noisy, least = self.dynamics.fold, "noise" in controls, {}
+        noisy, least = "noise" in controls, {}
         if isinstance(scheduled, Schedule):
             noisy = noisy or ("noise" in scheduled and bool(scheduled["noise"].any()))
             if "momentum" in scheduled:
                 least = {"momentum": float(scheduled["momentum"].min())}
         return (
-            fold is not None
-            and self.slots_alone(scheduled, controls)
+            self.slots_alone(scheduled, controls)
             and not noisy
             and self.clip_norm is None
             and self.clip_value is None
-            and all(fold.covers(group, least) for group in self.optimizer.param_groups)
+            and all(self.differentiable.fold(group, least) for group in self.optimizer.param_groups)
         )
 
 

@@ -267,7 +267,7 @@ def _on_their_devices(
 
     order: where the checkpoint has each parameter. InputError for slots of another shape.
     """
-    known = _has_dynamics(plant)
+    known = _is_differentiable(plant)
     groups = [g for g in plant.optimizer.param_groups for _ in g["params"]]
     placed = dict(tensors)
     for name, value in tensors.items():
@@ -291,10 +291,10 @@ def _on_their_devices(
     return placed
 
 
-def _has_dynamics(plant: Plant) -> bool:
+def _is_differentiable(plant: Plant) -> bool:
     """Whether slots are known to be numbers, or of the parameter's shape."""
     try:
-        return bool(plant.dynamics)
+        return bool(plant.differentiable)
     except InputError:
         return False
 

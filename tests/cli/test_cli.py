@@ -41,7 +41,7 @@ from rhc.events import (
 from rhc.hypergradient import PRODUCTS as KNOWN_PRODUCTS
 from rhc.loop.lr_search import STARTS as KNOWN_STARTS
 from rhc.loop.update_rule import usual_law, usual_objective
-from rhc.optimizers import DYNAMICS
+from rhc.optimizers import DIFFERENTIABLE
 from rhc.report.live import (
     LiveDisplay,
     PlainLines,
@@ -881,7 +881,7 @@ def test_module_and_status(tmp_path: Path) -> None:
 def test_the_names_that_are_offered_are_those_that_exist() -> None:
     assert ("auto", *KNOWN_PRODUCTS) == PRODUCTS
     assert STARTS == KNOWN_STARTS and TEMPLATES == KNOWN_TEMPLATES
-    assert set(OPTIMIZERS) <= {kind.__name__.lower() for kind in DYNAMICS}
+    assert set(OPTIMIZERS) <= {kind.__name__.lower() for kind in DIFFERENTIABLE}
 
 
 # Listing and looking ------------------------------------------------------------------------------

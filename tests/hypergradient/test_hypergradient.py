@@ -40,7 +40,7 @@ from rhc.hypergradient import Hypergradient, ReversePass, segments
 from rhc.hypergradient import hvp as products
 from rhc.hypergradient.hvp import PRODUCTS
 from rhc.hypergradient.states import Rebuilt
-from rhc.optimizers import SGDState
+from rhc.optimizers.sgd_family import SGDState
 from rhc.training.objective import Average
 from rhc.training.trajectory import BlockState
 

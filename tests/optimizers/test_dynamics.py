@@ -32,19 +32,20 @@ from torchopt.base import GradientTransformation
 import rhc
 from rhc import InputError
 from rhc.optimizers import (
-    DYNAMICS,
+    DIFFERENTIABLE,
     adagrad,
     adam,
     adamax,
     adamw,
-    dynamics_of,
+    differentiable,
     muon,
     nadam,
     radam,
     rmsprop,
     sgd,
 )
-from rhc.optimizers.transformations import newton_schulz
+from rhc.optimizers.base import STEERED, Step, Vjp
+from rhc.optimizers.sgd_family import newton_schulz
 
 STEPS = 25
 
@@ -243,7 +244,7 @@ def test_equals_torch_optim_for_any_shape_and_value(
     make, transformation = PAIRS[name]
     live = torch.as_tensor(data.draw(values)).clone().requires_grad_()
     optimizer = make([live])
-    kind = DYNAMICS[type(optimizer)]
+    kind = DIFFERENTIABLE[type(optimizer)]
     for controls in schedule(3, seed=seed):
         g = torch.as_tensor(data.draw(values))
         state = kind.state([optimizer.state[live]], [live], optimizer.param_groups[0])
@@ -275,7 +276,7 @@ def test_the_state_read_from_a_live_optimizer_continues_as_it_does(
         plant.step(problem.batches(1)[0], controls, warm)
         for block, state, after in zip(blocks, before, plant.block_states(blocks), strict=True):
             own = {n: plant.controls.group_value(n, block.group, v) for n, v in controls.items()}
-            step = plant.dynamics.transformation(
+            step = plant.differentiable.transformation(
                 optimizer.param_groups[block.group], own, block.shapes
             )
             g = block.flatten([p.grad for p in plant.parameters])
@@ -313,7 +314,7 @@ def test_the_pullback_is_the_adjoint_of_the_live_step(name: str, warm: int) -> N
     controls = tensors(schedule(warm + 1)[-1])
     # Away from AMSGrad's kink, where the new second moment equals the largest one.
     g = torch.randn(6, generator=draw, dtype=torch.float64) + 2
-    kind = DYNAMICS[type(optimizer)]
+    kind = DIFFERENTIABLE[type(optimizer)]
     state = kind.state([optimizer.state[theta]], [theta], optimizer.param_groups[0])
     slots = {n: v for n, v in state._asdict().items() if isinstance(v, Tensor)}
     inputs = {"theta": theta.detach(), **slots, "g": g, **controls}
@@ -399,7 +400,7 @@ def test_an_optimizer_without_dynamics_is_named_with_those_that_have() -> None:
     optimizer = Subclass([torch.zeros(2, requires_grad=True)])
     says = r"Subclass .* use one of SGD, Adam, AdamW, .*Muon of torch.optim, .*register_dynamics"
     with pytest.raises(InputError, match=says):
-        dynamics_of(optimizer)
+        differentiable(optimizer)
 
 
 # Muon ---------------------------------------------------------------------------------------------
@@ -421,7 +422,7 @@ def test_muon_equals_torch_optim_step_by_step(options: dict[str, Any], as_tensor
     shapes = ((6, 4), (3, 8), (5, 5), (1, 4))
     live = [torch.randn(s, generator=draw, dtype=torch.float64).requires_grad_() for s in shapes]
     optimizer = Muon(live, **options)
-    kind = dynamics_of(optimizer)
+    kind = differentiable(optimizer)
     assert not kind.elementwise
     pure = [p.detach().clone() for p in live]
     group = optimizer.param_groups[0]
@@ -487,7 +488,7 @@ def test_parameters_with_as_many_steps_but_other_momenta_keep_their_own_products
     live = [torch.ones(n, dtype=torch.float64).requires_grad_() for n in (2, 3)]
     optimizer = NAdam(live, lr=0.1)
     group = optimizer.param_groups[0]
-    kind = dynamics_of(optimizer)
+    kind = differentiable(optimizer)
     for moved, beta in ((0, 0.9), (1, 0.5), (0, 0.7), (1, 0.7)):
         group["betas"] = (beta, 0.999)
         live[moved].grad = torch.ones_like(live[moved])
@@ -554,7 +555,7 @@ def point(
         p.grad = normal()
         optimizer.step()
     group = optimizer.param_groups[0]
-    state = DYNAMICS[kind].state([optimizer.state[p]], [p], group)
+    state = DIFFERENTIABLE[kind].state([optimizer.state[p]], [p], group)
     controls = {"lr": 0.07, "weight_decay": group["weight_decay"]}
     controls["momentum"] = 0.85 * group["momentum"] if "momentum" in group else 0.8
     slots = (controls["momentum"] > 0) if kind is SGD else 2
@@ -578,7 +579,7 @@ def by_autograd(at: Point, kind: type[Optimizer]) -> tuple[Tensor, list[Tensor],
         if v or n != "momentum"  # without momentum there is none to differentiate by
     }
     steered = list(controls.values())
-    step = DYNAMICS[kind].transformation(at.group, at.controls | controls, [theta.shape])
+    step = DIFFERENTIABLE[kind].transformation(at.group, at.controls | controls, [theta.shape])
     update, after = step.update(g, state, params=theta, inplace=False)
     outputs = [theta + update, *(v for v in after if isinstance(v, Tensor))]
     seeds = [at.of_parameters, *(at.of_state or [None] * (len(outputs) - 1))]
@@ -597,26 +598,34 @@ def by_autograd(at: Point, kind: type[Optimizer]) -> tuple[Tensor, list[Tensor],
     return filled[0], filled[1 : n + 1], filled[n + 1], names
 
 
+def vjp(at: Point, kind: type[Optimizer], **options: Any) -> Vjp | None:
+    """The closed form; None where there is none."""
+    step = DIFFERENTIABLE[kind].transformation(at.group, at.controls, ())
+    assert isinstance(step, Step)
+    return step.closed_vjp(*at[2:], **{"wanted": STEERED, **options})
+
+
 def assert_pulls_back(at: Point, kind: type[Optimizer], tolerance: float) -> None:
-    pull_back = DYNAMICS[kind].pull_back
-    assert pull_back is not None
+    """What `vjp` gives is autograd's, also where it has a closed form."""
     before = copy.deepcopy(at)
-    found = pull_back(*at)
+    found = DIFFERENTIABLE[kind].vjp(*at)
     torch.testing.assert_close(tuple(at[2:]), tuple(before[2:]), rtol=0, atol=0)
-    assert found is not None
     theta, slots, g, controls = by_autograd(at, kind)
-    assert len(found.state) == len(slots)
-    pairs = [(found.parameters, theta), (found.gradient, g), *zip(found.state, slots, strict=True)]
+    assert len(found.state) in (0, len(slots))
+    of_slots = found.state or [None] * len(slots)
+    pairs = [(found.parameters, theta), (found.gradient, g), *zip(of_slots, slots, strict=True)]
     for a, b in pairs:
         a = torch.zeros_like(b) if a is None else a
         assert float((a - b).norm()) <= tolerance * max(1.0, float(b.norm()))
-    assert found.controls.keys() == {"lr", "momentum", "weight_decay"}
-    for name, value in found.controls.items():
-        assert value.dtype == torch.float64 and value.dim() == 0
-        expected = controls.get(name, torch.zeros((), dtype=torch.float64))
-        assert float((value - expected).abs()) <= tolerance * max(1.0, float(expected.abs())), name
-    some = pull_back(*at, wanted=("lr",))
-    assert some is not None and some.controls == {"lr": found.controls["lr"]}
+    assert found.controls.keys() <= {"lr", "momentum", "weight_decay"}
+    for name in ("lr", "momentum", "weight_decay"):
+        value, expected = (float(given.get(name, 0.0)) for given in (found.controls, controls))
+        assert abs(value - expected) <= tolerance * max(1.0, abs(expected)), name
+    some = DIFFERENTIABLE[kind].vjp(*at, wanted=("lr",))
+    assert some.controls.keys() == found.controls.keys() & {"lr"}
+    assert float(some.controls.get("lr", 0.0)) == pytest.approx(
+        float(found.controls.get("lr", 0.0)), rel=10 * tolerance, abs=10 * tolerance
+    )
 
 
 @settings(max_examples=150)
@@ -690,48 +699,58 @@ def test_a_state_in_the_place_of_the_gradient(
     """It is the state after the step, is pulled back through as autograd does, and goes again."""
     every = {"momentum": 0.8, "maximize": maximize, "weight_decay": 0.0}
     at = point(SGD, every, warm=warm, size=size, missing=missing, seed=seed)
-    fold, advance = DYNAMICS[SGD].fold, DYNAMICS[SGD].advance
-    assert fold is not None and advance is not None and fold.covers(at.group, at.controls)
+    fold = DIFFERENTIABLE[SGD].fold(at.group, at.controls)
+    assert fold is not None
     room = at.gradient.clone()
-    after = fold.onto(at.group, at.controls, room, at.state)
+    after = fold.onto(room, at.state)
     (buffer,) = after
     assert buffer.data_ptr() == room.data_ptr()
-    expected = advance(at.group, at.controls, at.gradient, None, at.state)[1]
+    _, expected = DIFFERENTIABLE[SGD].advance(at.group, at.controls, at.gradient, None, at.state)
     torch.testing.assert_close(tuple(after), tuple(expected), rtol=1e-14, atol=1e-14)
 
     kept = buffer.clone()
-    found = fold.pull_back(
-        at.group, at.controls, at.state, after, at.of_parameters, at.of_state, ("lr", "momentum")
-    )
+    own = at._replace(gradient=room)
+    found = DIFFERENTIABLE[SGD].vjp(*own, wanted=("lr", "momentum"), after=after)
     assert torch.equal(buffer, kept)
-    pull_back = DYNAMICS[SGD].pull_back
-    assert pull_back is not None
-    other = pull_back(*at, wanted=("lr", "momentum"))
-    assert other is not None
+    other = DIFFERENTIABLE[SGD].vjp(*at, wanted=("lr", "momentum"))
     pairs = [(found.parameters, other.parameters), (found.gradient, other.gradient)]
     for a, b in [*pairs, *zip(found.state, other.state, strict=True)]:
         assert (a is None) == (b is None)
         if a is not None and b is not None:
             torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(found.controls, other.controls, rtol=1e-12, atol=1e-12)
+    assert found.controls == pytest.approx(other.controls, rel=1e-12, abs=1e-12)
 
-    fold.off(at.group, at.controls, after, at.state)
+    fold.off(after, at.state)
     torch.testing.assert_close(room, at.gradient, rtol=1e-12, atol=1e-13)
 
 
 def test_what_does_not_fold() -> None:
-    fold = DYNAMICS[SGD].fold
-    assert fold is not None
+    sgd_fold = DIFFERENTIABLE[SGD].fold
     for options in ({}, {"nesterov": True}, {"dampening": 0.1}):
         at = point(SGD, {"momentum": 0.8, **options})
-        assert fold.covers(at.group, at.controls) == (not options)
-        assert not fold.covers(at.group, {**at.controls, "momentum": 0.0})
+        assert (sgd_fold(at.group, at.controls) is not None) == (not options)
+        assert sgd_fold(at.group, {**at.controls, "momentum": 0.0}) is None
 
 
-def test_amsgrad_has_no_closed_form() -> None:
-    at = point(Adam, {"amsgrad": True})
-    pull_back = DYNAMICS[Adam].pull_back
-    assert pull_back is not None and pull_back(*at) is None
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (Adam, {"amsgrad": True}),
+        (SGD, {"momentum": 0.8, "dampening": 0.3}),
+        (SGD, {"momentum": 0.8, "nesterov": True}),
+    ],
+)
+def test_what_has_no_closed_form(kind: type[Optimizer], options: dict[str, Any]) -> None:
+    at = point(kind, options)
+    at = at._replace(of_state=[*at.of_state, None] if kind is Adam else at.of_state)
+    assert vjp(at, kind) is None
+    assert_pulls_back(at, kind, 1e-12)
+
+
+@pytest.mark.parametrize(("kind", "options"), [(SGD, {}), (SGD, {"momentum": 0.8}), (AdamW, {})])
+def test_what_has_a_closed_form(kind: type[Optimizer], options: dict[str, Any]) -> None:
+    """Otherwise the tests above would compare autograd with itself."""
+    assert vjp(point(kind, options), kind) is not None
 
 
 @settings(max_examples=100)
@@ -752,12 +771,10 @@ def test_an_advance_is_the_transformation(
     kind, options = chosen
     every = {**options, "maximize": maximize, "weight_decay": weight_decay}
     at = point(kind, every, warm=warm, seed=seed)
-    advance = DYNAMICS[kind].advance
-    assert advance is not None
     before = copy.deepcopy(at)
-    theta, after = advance(*at[:5])
+    theta, after = DIFFERENTIABLE[kind].advance(*at[:5])
     torch.testing.assert_close(tuple(at[2:]), tuple(before[2:]), rtol=0, atol=0)
-    step = DYNAMICS[kind].transformation(at.group, at.controls, [at.parameters.shape])
+    step = DIFFERENTIABLE[kind].transformation(at.group, at.controls, [at.parameters.shape])
     update, expected = step.update(at.gradient, at.state, params=at.parameters, inplace=False)
     torch.testing.assert_close(theta, at.parameters + update, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(tuple(after), tuple(expected), rtol=1e-12, atol=1e-13)

@@ -1,0 +1,306 @@
+"""Adam and its kin: AdamW, NAdam, RAdam, Adamax."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchopt.pytree import tree_leaves, tree_map
+
+from rhc.optimizers.base import (
+    ROOT_EPSILON,
+    Moved,
+    Scalar,
+    Step,
+    Vjp,
+    cast_like,
+    dot,
+    scalar,
+)
+
+_ROOT_EPSILON = torch.tensor(ROOT_EPSILON, dtype=torch.float64)
+"""A tensor without dimensions: torch.add(_ROOT_EPSILON, v, alpha=β) is one pass."""
+
+
+# Adam and AdamW ----------------------------------------------------------------------------------
+
+
+class AdamState(NamedTuple):
+    """step: steps taken so far; the rest are trees like the parameters (the last: AMSGrad's)."""
+
+    step: int
+    exp_avg: Any
+    exp_avg_sq: Any
+    max_exp_avg_sq: Any = None
+
+
+def adam(
+    lr: Scalar,
+    beta1: Scalar = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: Scalar = 0.0,
+    *,
+    decoupled: bool = False,
+    amsgrad: bool = False,
+    maximize: bool = False,
+) -> Step:
+    """torch.optim.Adam's step, or AdamW's with `decoupled` weight decay.
+
+    m ← β1 m + (1 − β1) d; v ← β2 v + (1 − β2) d²; update −α m̂ / (√v̂ + eps) with
+    m̂ = m / (1 − β1ᵗ), v̂ = v / (1 − β2ᵗ). As in torch, a β1 that changes over time enters the bias
+    correction as its current value. Kingma, Ba 2015; Loshchilov, Hutter 2019.
+    """
+
+    def init(params: Any) -> AdamState:
+        zeros = tree_map(torch.zeros_like, params)
+        return AdamState(0, zeros, zeros, zeros if amsgrad else None)
+
+    def move(d: Tensor, state: AdamState) -> Moved:
+        t = state.step + 1
+        m = torch.lerp(state.exp_avg, d, cast_like(1 - beta1, d))
+        v = torch.mul(state.exp_avg_sq, beta2).addcmul_(d, d, value=1 - beta2)
+        largest = state.max_exp_avg_sq
+        if amsgrad:
+            largest = torch.maximum(largest, v)
+
+        def moved(theta: Tensor) -> Tensor:
+            c1, c2 = 1 - beta1**t, (1 - beta2**t) ** 0.5
+            w = _root(largest if amsgrad else v) + eps * c2
+            scale = -lr * c2 / c1
+            if isinstance(scale, Tensor):
+                return theta + scale * m / w
+            return torch.addcdiv(theta, m, w, value=scale)
+
+        return moved, AdamState(t, m, v, largest)
+
+    step = Step(init, move, lr, weight_decay, decoupled, maximize)
+    if not isinstance(beta1, Tensor):
+        step.vjp = partial(_adam_vjp, beta1, beta2, eps)
+    return step
+
+
+def adamw(
+    lr: Scalar,
+    beta1: Scalar = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: Scalar = 0.01,
+    *,
+    amsgrad: bool = False,
+    maximize: bool = False,
+) -> Step:
+    """torch.optim.AdamW's step: Adam's, with θ ← θ − α λ θ beside it."""
+    return adam(
+        lr, beta1, beta2, eps, weight_decay, decoupled=True, amsgrad=amsgrad, maximize=maximize
+    )
+
+
+def _adam_vjp(
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: Step,
+    gradient: Tensor,
+    theta: Tensor | None,
+    before: AdamState,
+    of_theta: Tensor | None,
+    of_state: Sequence[Tensor | None],
+    wanted: Collection[str],
+    after: Any,
+) -> Vjp | None:
+    """Without AMSGrad. λ' is the costate of after the step, λ of before.
+
+    With c1 = 1 − β1ᵗ, c2 = √(1 − β2ᵗ), r = √(v' + ROOT_EPSILON) and w = r + eps c2 the step is
+    θ' = θ − (α c2 / c1) m' / w. So with p = λ_θ' / w and y = p m', the costates of m' and v' in all
+    are M = λ_m' − (α c2 / c1) p and V = λ_v' + (α c2 / 2 c1) y / (w r), that of d is
+    D = (1 − β1) M + 2 (1 − β2) d V, and λ_m = β1 M, λ_v = β2 V, dJ/dα = −(c2 / c1) Σ y,
+    dJ/dβ1 = ⟨M, m − d⟩ − α c2 (t β1ᵗ⁻¹ / c1²) Σ y.
+    """
+    if before.max_exp_avg_sq is not None:
+        return None
+    lr, t = step.lr, before.step + 1
+    c1, c2 = 1 - beta1**t, (1 - beta2**t) ** 0.5
+    of_m, of_v = of_state if of_state else (None, None)
+    d = step.d(gradient, theta)
+    sum_y: Scalar = 0.0
+    if of_theta is None:
+        total_m = torch.zeros_like(d) if of_m is None else of_m.clone()
+        total_v = torch.zeros_like(d) if of_v is None else of_v.clone()
+        room = torch.empty_like(d)
+    else:
+        y = torch.lerp(before.exp_avg, d, 1 - beta1)
+        room = torch.add(_ROOT_EPSILON, before.exp_avg_sq, alpha=beta2)
+        root = room.addcmul_(d, d, value=1 - beta2).sqrt_()
+        w = root + eps * c2
+        p = of_theta / w
+        y.mul_(p)
+        if "lr" in wanted or "momentum" in wanted:
+            sum_y = scalar(y.sum())
+        scale = lr * c2 / c1
+        w.mul_(root)
+        # In place of y and p: fresh memory costs more than the arithmetic.
+        if of_v is None:
+            total_v = y.div_(w).mul_(scale / 2)
+        else:
+            total_v = torch.addcdiv(of_v, y, w, value=scale / 2, out=y)
+        total_m = p.mul_(-scale) if of_m is None else torch.add(of_m, p, alpha=-scale, out=p)
+    found: dict[str, Scalar] = {}
+    if "lr" in wanted:
+        found["lr"] = -c2 / c1 * sum_y
+    if "momentum" in wanted:
+        slope = lr * c2 * t * beta1 ** (t - 1) / c1**2
+        found["momentum"] = dot(total_m, before.exp_avg) - dot(total_m, d) - slope * sum_y
+    of_d = torch.mul(total_m, 1 - beta1, out=room)
+    of_d.addcmul_(d, total_v, value=2 * (1 - beta2))
+    return Vjp(None, [total_m.mul_(beta1), total_v.mul_(beta2)], of_d, found)
+
+
+# NAdam -------------------------------------------------------------------------------------------
+
+
+class NAdamState(NamedTuple):
+    """As Adam's. mu_product: Π μ_i over the steps so far, of all parameters alike.
+
+    A tensor without dimensions; its dtype is torch's choice, float32 unless the default is float64.
+    """
+
+    step: int
+    exp_avg: Any
+    exp_avg_sq: Any
+    mu_product: Tensor
+
+
+def nadam(
+    lr: Scalar,
+    beta1: Scalar = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: Scalar = 0.0,
+    *,
+    momentum_decay: float = 4e-3,
+    decoupled: bool = False,
+    maximize: bool = False,
+) -> Step:
+    """torch.optim.NAdam's step: Adam's moments with Nesterov's look ahead.
+
+    μ_t = β1 (1 − ½ 0.96^{tψ}), P_t = Π_{i ≤ t} μ_i; update
+    −α [(1 − μ_t) d / (1 − P_t) + μ_{t+1} m / (1 − P_t μ_{t+1})] / (√v̂ + eps). Every μ_i of P_t is
+    of the β1 that step i had, so P_t is state, with a costate of its own. Dozat 2016.
+    """
+
+    def init(params: Any) -> NAdamState:
+        zeros = tree_map(torch.zeros_like, params)
+        wide = torch.get_default_dtype() == torch.float64  # torch's choice
+        one = torch.ones((), dtype=torch.float64 if wide else torch.float32)
+        one = one.to(tree_leaves(params)[0].device)
+        return NAdamState(0, zeros, zeros, one)
+
+    def move(d: Tensor, state: NAdamState) -> Moved:
+        t = state.step + 1
+        m, v = _moments(state, d, beta1, beta2)
+        mu, mu_next = (beta1 * (1.0 - 0.5 * 0.96 ** (i * momentum_decay)) for i in (t, t + 1))
+        product = state.mu_product * cast_like(mu, state.mu_product)
+
+        def moved(theta: Tensor) -> Tensor:
+            p = product.to(d.device, d.dtype)
+            ahead = (1.0 - mu) / (1.0 - p) * d + mu_next / (1.0 - p * mu_next) * m
+            return theta - lr * ahead / (_root(v) / (1 - beta2**t) ** 0.5 + eps)
+
+        return moved, NAdamState(t, m, v, product)
+
+    return Step(init, move, lr, weight_decay, decoupled, maximize)
+
+
+# RAdam -------------------------------------------------------------------------------------------
+
+
+def radam(
+    lr: Scalar,
+    beta1: Scalar = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: Scalar = 0.0,
+    *,
+    decoupled: bool = False,
+    maximize: bool = False,
+) -> Step:
+    """torch.optim.RAdam's step: Adam's times r_t, or −α m̂ alone while the variance is unknown.
+
+    r_t rectifies the variance of 1/√v̂ and depends on β2 and t only; it needs ρ_t > 5, which at
+    β2 = 0.999 is the sixth step. Liu et al. 2020.
+    """
+
+    def init(params: Any) -> AdamState:
+        zeros = tree_map(torch.zeros_like, params)
+        return AdamState(0, zeros, zeros)
+
+    def move(d: Tensor, state: AdamState) -> Moved:
+        t = state.step + 1
+        m, v = _moments(state, d, beta1, beta2)
+
+        def moved(theta: Tensor) -> Tensor:
+            step_size, correction = lr / (1 - beta1**t), 1 - beta2**t
+            limit = 2 / (1 - beta2) - 1
+            length = limit - 2 * t * beta2**t / correction
+            if length <= 5.0:
+                return theta - step_size * m
+            rectified = (length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length)
+            return theta - step_size * m * ((rectified * correction) ** 0.5 / (_root(v) + eps))
+
+        return moved, AdamState(t, m, v)
+
+    return Step(init, move, lr, weight_decay, decoupled, maximize)
+
+
+# Adamax ------------------------------------------------------------------------------------------
+
+
+class AdamaxState(NamedTuple):
+    """exp_inf: the exponentially weighted infinity norm, a tree like the parameters."""
+
+    step: int
+    exp_avg: Any
+    exp_inf: Any
+
+
+def adamax(
+    lr: Scalar,
+    beta1: Scalar = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: Scalar = 0.0,
+    *,
+    maximize: bool = False,
+) -> Step:
+    """torch.optim.Adamax's step: m ← β1 m + (1 − β1) d; u ← max(β2 u, |d| + eps); −α m̂ / u.
+
+    Kingma, Ba 2015, section 7.1.
+    """
+
+    def init(params: Any) -> AdamaxState:
+        zeros = tree_map(torch.zeros_like, params)
+        return AdamaxState(0, zeros, zeros)
+
+    def move(d: Tensor, state: AdamaxState) -> Moved:
+        t = state.step + 1
+        m = beta1 * state.exp_avg + (1 - beta1) * d
+        u = torch.maximum(beta2 * state.exp_inf, d.abs() + eps)
+        return lambda theta: theta - lr / (1 - beta1**t) * m / u, AdamaxState(t, m, u)
+
+    return Step(init, move, lr, weight_decay, maximize=maximize)
+
+
+def _moments(state: Any, d: Tensor, beta1: Scalar, beta2: float) -> tuple[Tensor, Tensor]:
+    """Exponential averages of d and of its square."""
+    return (
+        beta1 * state.exp_avg + (1 - beta1) * d,
+        beta2 * state.exp_avg_sq + (1 - beta2) * d * d,
+    )
+
+
+def _root(v: Tensor) -> Tensor:
+    return torch.add(v, ROOT_EPSILON).sqrt_()

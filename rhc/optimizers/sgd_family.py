@@ -1,0 +1,266 @@
+"""SGD, Lion and Muon: steps along the gradient, its sign, or the nearest orthogonal matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchopt.pytree import tree_map
+
+from rhc.optimizers.base import (
+    Fold,
+    Moved,
+    Scalar,
+    Step,
+    Vjp,
+    cast_like,
+    dot,
+    is_zero,
+    plus,
+)
+
+NEWTON_SCHULZ_DTYPE = torch.bfloat16
+"""The precision in which torch.optim.Muon orthogonalizes, whatever the parameters' is."""
+
+
+# SGD ---------------------------------------------------------------------------------------------
+
+
+class SGDState(NamedTuple):
+    """momentum_buffer: a tree like the parameters; for SGD None before the first step."""
+
+    momentum_buffer: Any
+
+
+def sgd(
+    lr: Scalar,
+    momentum: Scalar = 0.0,
+    dampening: float = 0.0,
+    weight_decay: Scalar = 0.0,
+    *,
+    nesterov: bool = False,
+    maximize: bool = False,
+) -> Step:
+    """torch.optim.SGD's step: b ← μ b + (1 − dampening) d; update −α b, with d = g + λ θ.
+
+    The first step sets b = d. With Nesterov the update is −α (d + μ b); with momentum 0 (the float)
+    there is no b. Sutskever et al. 2013.
+    """
+
+    def move(d: Tensor, state: SGDState) -> Moved:
+        if is_zero(momentum):
+            return lambda theta: plus(theta, d, -lr), state
+        before = state.momentum_buffer
+        if before is None:
+            buffer = d.clone()
+        elif dampening == 0:
+            buffer = plus(d, before, momentum)
+        else:
+            buffer = plus(momentum * before, d, 1 - dampening)
+
+        def moved(theta: Tensor) -> Tensor:
+            return plus(theta, plus(d, buffer, momentum) if nesterov else buffer, -lr)
+
+        return moved, SGDState(buffer)
+
+    step = Step(lambda params: SGDState(None), move, lr, weight_decay, maximize=maximize)
+    if not isinstance(momentum, Tensor) and (momentum == 0 or not (dampening or nesterov)):
+        step.vjp = partial(_sgd_vjp, momentum)
+        step.fold = _sgd_fold(momentum, maximize) if momentum else None
+    return step
+
+
+def _sgd_vjp(
+    momentum: float,
+    step: Step,
+    gradient: Tensor,
+    theta: Tensor | None,
+    before: SGDState,
+    of_theta: Tensor | None,
+    of_state: Sequence[Tensor | None],
+    wanted: Collection[str],
+    after: SGDState | None,
+) -> Vjp:
+    """Of θ' = θ − α b', b' = μ b + d. λ' is the costate of after the step, λ of before.
+
+    B = λ_b' − α λ_θ' is the costate of b' in all, and so that of d; λ_b = μ B,
+    dJ/dα = −⟨λ_θ', b'⟩ and dJ/dμ = ⟨B, b⟩. The first step has b' = d. Without momentum b' = d as
+    well, and a buffer that is there from before stays.
+    """
+    buffer = before.momentum_buffer
+    of_buffer = of_state[0] if of_state else None
+    has_momentum = momentum != 0
+    found: dict[str, Scalar] = {}
+    if of_theta is not None and "lr" in wanted:
+        if after is not None:
+            along = dot(of_theta, after.momentum_buffer)
+        else:  # without forming b'
+            along = step.along_d(of_theta, gradient, theta)
+            if buffer is not None and has_momentum:
+                along = along + momentum * dot(of_theta, buffer)
+        found["lr"] = -along
+    if not has_momentum:
+        of_d = None if of_theta is None else of_theta * -step.lr
+        return Vjp(None, [] if buffer is None else [of_buffer], of_d, found)
+    if of_theta is None:
+        assert of_buffer is not None
+        of_d = of_buffer.clone()
+    else:
+        of_d = of_theta * -step.lr if of_buffer is None else plus(of_buffer, of_theta, -step.lr)
+    if buffer is None:
+        return Vjp(None, [], of_d, found)
+    if "momentum" in wanted:
+        found["momentum"] = dot(of_d, buffer)
+    return Vjp(None, [of_d * momentum], of_d, found)
+
+
+def _sgd_fold(momentum: float, maximize: bool) -> Fold:
+    """b' = μ b ± g in the place of g."""
+
+    def onto(gradient: Tensor, before: SGDState) -> SGDState:
+        if maximize:
+            gradient.neg_()
+        if before.momentum_buffer is not None:
+            gradient.add_(before.momentum_buffer, alpha=momentum)
+        return SGDState(gradient)
+
+    def off(after: SGDState, before: SGDState) -> None:
+        gradient = after.momentum_buffer
+        if before.momentum_buffer is not None:
+            gradient.sub_(before.momentum_buffer, alpha=momentum)
+        if maximize:
+            gradient.neg_()
+
+    return Fold(onto, off)
+
+
+# Lion --------------------------------------------------------------------------------------------
+
+
+class LionState(NamedTuple):
+    """exp_avg: a tree like the parameters."""
+
+    exp_avg: Any
+
+
+def lion(
+    lr: Scalar,
+    beta1: Scalar = 0.9,
+    beta2: float = 0.99,
+    weight_decay: Scalar = 0.0,
+) -> Step:
+    """Lion's step: update −α (sign(β1 m + (1 − β1) g) + λ θ); then m ← β2 m + (1 − β2) g.
+
+    The sign is constant almost everywhere, so its derivative is 0: a costate sees lr and weight
+    decay, dJ/dα = −⟨λ_θ, sign(·) + λ θ⟩, and nothing goes through the momentum or the gradient.
+    dJ/dβ1 and dJ/dσ are exactly 0, and no Hessian enters. That is the true derivative of Lion, but
+    it does not know of the signs that a larger change would flip. Chen et al. 2023.
+    """
+
+    def move(g: Tensor, state: LionState) -> Moved:
+        m = state.exp_avg
+        after = LionState(beta2 * m + (1 - beta2) * g)
+        return lambda theta: theta - lr * torch.sign(beta1 * m + (1 - beta1) * g), after
+
+    def init(params: Any) -> LionState:
+        return LionState(tree_map(torch.zeros_like, params))
+
+    return Step(init, move, lr, weight_decay, decoupled=True)
+
+
+# Muon --------------------------------------------------------------------------------------------
+
+
+def muon(
+    lr: Scalar,
+    momentum: Scalar = 0.95,
+    weight_decay: Scalar = 0.1,
+    *,
+    nesterov: bool = True,
+    ns_coefficients: Sequence[float] = (3.4445, -4.7750, 2.0315),
+    eps: float = 1e-7,
+    ns_steps: int = 5,
+    adjust_lr_fn: str | None = None,
+    shape: Sequence[int] | None = None,
+) -> Step:
+    """torch.optim.Muon's step on matrices: b ← μ b + (1 − μ) g; update −α c O(b) − α λ θ.
+
+    With Nesterov O is taken at (1 − μ) g + μ b. O is `orthogonalized`; c is √max(1, rows/columns),
+    or 0.2 √max(rows, columns) with adjust_lr_fn "match_rms_adamw". shape: the matrix's, where
+    vectors of its elements are given. Jordan et al. 2024.
+    """
+
+    def move(g: Tensor, state: SGDState) -> Moved:
+        buffer = _lerp(state.momentum_buffer, g, 1 - momentum)
+        ahead = _lerp(g, buffer, momentum) if nesterov else buffer
+        matrix = ahead if shape is None else ahead.view(*shape)
+
+        def moved(theta: Tensor) -> Tensor:
+            direction = orthogonalized(matrix, ns_coefficients, ns_steps, eps).reshape(g.shape)
+            return theta - lr * muon_factor(adjust_lr_fn, matrix.shape) * direction
+
+        return moved, SGDState(buffer)
+
+    def init(params: Any) -> SGDState:
+        return SGDState(tree_map(torch.zeros_like, params))
+
+    return Step(init, move, lr, weight_decay, decoupled=True)
+
+
+def muon_factor(adjust_lr_fn: str | None, shape: Sequence[int]) -> float:
+    """What torch.optim.Muon multiplies the lr of a matrix of this shape with."""
+    rows, columns = shape
+    if adjust_lr_fn == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1, rows / columns))
+
+
+def orthogonalized(matrix: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
+    """Newton–Schulz's approximation of U Vᵀ for matrix = U S Vᵀ: torch.optim.Muon's, to the bit.
+
+    The value is that of the iteration in bfloat16, as torch takes it. The derivative is that of the
+    same iteration, at the same matrix, in the matrix's own precision: rounding to 8 bits makes the
+    value a staircase whose derivative is 0 or infinite, and the mean slope of the stairs, which a
+    schedule can follow, is the smooth iteration's. autograd through the bfloat16 operations means
+    the same slope, and rounds it at every product.
+    """
+    with torch.no_grad():
+        value = newton_schulz(matrix.to(NEWTON_SCHULZ_DTYPE), coefficients, steps, eps).to(
+            matrix.dtype
+        )
+    if not (torch.is_grad_enabled() and matrix.requires_grad):
+        return value
+    return _WithSlopeOf.apply(newton_schulz(matrix, coefficients, steps, eps), value)
+
+
+def newton_schulz(matrix: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
+    """X ← a X + (b X Xᵀ + c (X Xᵀ)²) X, `steps` times from X = matrix / |matrix|, in its dtype."""
+    a, b, c = coefficients
+    tall = matrix.size(0) > matrix.size(1)
+    x = matrix.T if tall else matrix
+    x = x / x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+class _WithSlopeOf(torch.autograd.Function):
+    """The second tensor's value with the first one's derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, smooth: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *costates: Any) -> Any:
+        return costates[0], None
+
+
+def _lerp(start: Tensor, end: Tensor, weight: Scalar) -> Tensor:
+    """torch.lerp for a weight of any dtype: the same roundings as in torch's own step."""
+    return torch.lerp(start, end, cast_like(weight, start))
