@@ -9,7 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rhc.cli.main import COMMANDS, _help
+from rhc.cli.flags import page
+from rhc.cli.main import COMMANDS
 
 PAGE = Path(__file__).parent / "commands.md"
 
@@ -22,8 +23,8 @@ def text() -> str:
         "flags, `rhc COMMAND --help-all` what is printed here. Every flag of `rhc train` is a "
         "setting of a `--config` file too, with underscores.",
     ]
-    for name in COMMANDS:
-        parts += [f"## rhc {name}", f"```text\n{_help(name, whole=True)}\n```"]
+    for name, (flags, _) in COMMANDS.items():
+        parts += [f"## rhc {name}", f"```text\n{page(name, flags, whole=True)}\n```"]
     return "\n\n".join(parts) + "\n"
 
 

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.text import Text
 
 import rhc
-import rhc.cli.train
+import rhc.cli.building
 import rhc.report
 from rhc.cli.main import main as command
 from rhc.events import Event, StartFound, StepTaken
@@ -140,12 +140,12 @@ def terminal(path: Path) -> None:
 
         yield listener
 
-    original, rhc.cli.train.display = rhc.cli.train.display, watched  # type: ignore[assignment]
+    original, rhc.cli.building.display = rhc.cli.building.display, watched  # type: ignore[assignment]
     try:
         if command(["train", "--window", "50"]):
             raise SystemExit("the run failed")
     finally:
-        rhc.cli.train.display = original
+        rhc.cli.building.display = original
     console.save_svg(str(path), title="rhc train")
 
 

@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
+from rhc import settings
 from rhc.distributed import ranks_of, synchronised, unwrapped
 from rhc.distributed.directory import directory_of
 from rhc.distributed.ranks import Group
@@ -30,7 +31,7 @@ from rhc.loop.checkpointing import Saving
 from rhc.loop.checks import check_storable, followed, grouped, leave, low_lr, steered
 from rhc.loop.committing import Committing
 from rhc.loop.epochs import Epochs, epoch_steps
-from rhc.loop.lr_search import STARTS, Start
+from rhc.loop.lr_search import Start
 from rhc.loop.records import Chronicle, Teller, Validation, final_result, smoothness
 from rhc.loop.reverse_passes import EXPLODING_CLIP, Looking, ReversePassMaker
 from rhc.loop.rewriting import Rewriting, Twins
@@ -50,10 +51,9 @@ from rhc.loop.window_objective import Judge, JudgedOn
 from rhc.loop.windows import PlainWindows, RewrittenWindows
 from rhc.report.loggers import Logger, Logging, listeners_of
 from rhc.rng import mixed_seed
-from rhc.schedule import TEMPLATES, Schedule, Template
+from rhc.schedule import Schedule, Template
 from rhc.schedulers import EpochPlanner
-from rhc.settings import check_most
-from rhc.storage.run_directory import hardware, length, module_text, versions
+from rhc.storage.run_directory import RunDirectory, hardware, length, module_text, versions
 from rhc.training import interrupts as stopping
 from rhc.training.batches import StepBatches
 from rhc.training.diagnostics import check_loader, check_parts
@@ -67,6 +67,8 @@ __all__ = ["EXPLODING_CLIP", "Cost", "DivergedError", "RunResult", "Runner", "sm
 DEFAULT_CONTROLS = ("lr",)
 """Rewriting momentum and noise too made runs worse on all three tasks tried (docs/log.md)."""
 
+
+LOADERS = ("train_loader", "val_loader", "test_loader")
 
 SHOWN = 4
 """Differences from the run that is resumed of which a warning speaks; one is enough."""
@@ -192,68 +194,101 @@ class Runner:
         config: Mapping[str, Any] | None = None,
         process_group: Group = "auto",
     ) -> None:
-        window = whole_number("window", window)
-        if window < 1:
-            raise InputError(f"window must be ≥ 1, got {window}; try --window 50")
-        stride = window if stride is None else whole_number("stride", stride)
-        if not 1 <= stride <= window:
-            raise InputError(
-                f"stride must be in [1, {window}] for window={window}, got {stride}; "
-                "lower --stride or raise --window"
-            )
-        if start is not None and start not in STARTS:
-            raise InputError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
-        if template is not None and template not in TEMPLATES:
-            raise InputError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
-        accumulate, seed = whole_number("accumulate", accumulate), whole_number("seed", seed)
-        if accumulate < 1:
-            raise InputError(f"accumulate must be ≥ 1, got {accumulate}; use 1 not to accumulate")
+        windows = settings.Window(
+            window=window,
+            stride=stride,
+            controls=cast(Any, controls),  # made tuples of by the check
+            per_group=cast(Any, per_group or None),
+        ).checked()
+        shape = settings.Shape(start=start, template=template, warmup=warmup).checked()
+        step = settings.Step(
+            accumulate=accumulate,
+            clip_norm=clip_norm,
+            clip_value=clip_value,
+            deterministic=deterministic,
+        ).checked()
+        engine_settings = settings.Engine(
+            engine=engine,
+            product=product,
+            segment=segment,
+            memory_budget=memory_budget,
+            spill=spill,
+            discount=discount,
+            costate_clip=costate_clip,
+        ).checked()
+        storage = settings.Storage(
+            keep_checkpoints=keep_checkpoints, validate_every=validate_every
+        ).checked()
+        self._settings = (windows, step, engine_settings, storage)
+        self.window, self.stride = windows.window, windows.stride or windows.window
+        self.accumulate, self.deterministic = step.accumulate, step.deterministic
+        self.validate_every = storage.validate_every
+        self.seed = whole_number("seed", seed)
         check_parts(model, optimizer, loss_fn)
         self.ranks = ranks_of(process_group)
         self.listeners = list(listeners)
         first = self.ranks is None or self.ranks.first
         self._teller = Teller(self.listeners, aloud=first)
         self._wrapped = unwrapped(model) is not model
+        clips = {"clip_norm": step.clip_norm, "clip_value": step.clip_value}
         self.plant = Plant(
-            unwrapped(model),
-            optimizer,
-            loss_fn,
-            seed=seed,
-            clip_norm=clip_norm,
-            clip_value=clip_value,
-            ranks=self.ranks,
+            unwrapped(model), optimizer, loss_fn, seed=self.seed, ranks=self.ranks, **clips
         )
-        validate_every = validate_every and whole_number("validate_every", validate_every)
-        if validate_every is not None and (validate_every < 1 or val_loader is None):
-            raise InputError(
-                f"validate_every must be ≥ 1 and needs a val_loader, got {validate_every}; leave "
-                "it out, or give both"
-            )
-        self.accumulate = accumulate
-        self.deterministic = deterministic
-        self.validate_every = validate_every
+        self.device = self.plant.parameters[0].device
+        self._take_data(train_loader, val_loader, test_loader, planner, objective)
+        self._take_schedule(shape, rewrite, schedule, planner)
+        self.objective = objective or usual_objective(self.start, self.window)
+        self._take_engine(windows, engine_settings)
+        if first:
+            self.listeners += listeners_of(logger, config)
+        self.config = None if config is None else dict(config)
+        self.directory = self._opened(directory, storage.keep_checkpoints)
+        self._streams: list[StepBatches] = []
+        self._fitted = False
+        self._take_planner(planner)
+        self._judged_on = JudgedOn(self.val_loader, self.objective.count, self.stride)
+        self._budget = Budget(self.law, self.window, self.rewriting, self._teller.notice)
+
+    def _take_data(
+        self,
+        train_loader: Iterable[Any],
+        val_loader: Iterable[Any] | None,
+        test_loader: Iterable[Any] | None,
+        planner: EpochPlanner | None,
+        objective: Objective | None,
+    ) -> None:
         if train_loader is None:
             raise InputError("train_loader is missing; give one that yields batches")
-        for name, loader in (
-            ("train_loader", train_loader),
-            ("val_loader", val_loader),
-            ("test_loader", test_loader),
-        ):
+        if self.validate_every is not None and val_loader is None:
+            raise InputError(
+                f"validate_every needs a val_loader, got {self.validate_every} and none; leave it "
+                "out, or give both"
+            )
+        loaders = (train_loader, val_loader, test_loader)
+        for name, loader in zip(LOADERS, loaders, strict=True):
             check_loader(name, loader)
-        self.train_loader, self.val_loader, self.test_loader = train_loader, val_loader, test_loader
         if self.ranks is not None:
             check_ranks(planner, objective)
-            loaders = loaders_of(self.ranks, train_loader, val_loader, test_loader)
+            self.train_loader, self.val_loader, self.test_loader = loaders_of(self.ranks, *loaders)
+        else:
             self.train_loader, self.val_loader, self.test_loader = loaders
-        self.window, self.stride = window, stride
+
+    def _take_schedule(
+        self,
+        shape: settings.Shape,
+        rewrite: bool | Rewrite,
+        schedule: Schedule | None,
+        planner: EpochPlanner | None,
+    ) -> None:
+        """How lr is found and shaped, and by which law it is rewritten; or what is followed."""
         self.rewriting = isinstance(rewrite, Rewrite) or bool(rewrite)
-        self.start: Start = start or ("probe" if self.rewriting else "given")
+        self.start = cast(Start, shape.start or ("probe" if self.rewriting else "given"))
         self.law = rewrite if isinstance(rewrite, Rewrite) else usual_law(self.start)
-        if warmup is not None and not 0 <= warmup < 1:
-            raise InputError(f"warmup must be in [0, 1), got {warmup:g}; use 0 for none")
-        adaptive = "betas" in optimizer.param_groups[0]
-        self.template: Template = template or usual_template(self.start, adaptive, self.rewriting)
-        self.warmup = usual_warmup(self.start, adaptive) if warmup is None else warmup
+        adaptive = "betas" in self.plant.optimizer.param_groups[0]
+        usual = usual_template(self.start, adaptive, self.rewriting)
+        self.template = cast(Template, shape.template or usual)
+        usual_rise = usual_warmup(self.start, adaptive)
+        self.warmup = usual_rise if shape.warmup is None else shape.warmup
         follows_lr = schedule is not None and "lr" in schedule
         self._low_lr = None if follows_lr else low_lr(self.plant, self.start)
         self.owed = 0.0
@@ -261,72 +296,61 @@ class Runner:
         self.followed = schedule
         if schedule is not None:
             plain = not self.rewriting and self.start == "given" and planner is None
-            free = plain and template is None and not self.warmup
+            free = plain and shape.template is None and not self.warmup
             followed(self.plant, schedule, free=free)
-        self.objective = objective or usual_objective(self.start, window)
-        self.engine: Engine = engine
-        self.segment = segment = segment if segment == "auto" else whole_number("segment", segment)
-        self.product: Product | Literal["auto"] = product
-        if product == "auto" and segment == "auto" and self.start != "given":
+
+    def _take_engine(self, windows: settings.Window, engine: settings.Engine) -> None:
+        """What is rewritten, and what differentiates by it."""
+        self.segment = cast(int | Literal["auto"], engine.segment)
+        self.product = cast(Product | Literal["auto"], engine.product)
+        if self.product == "auto" and self.segment == "auto" and self.start != "given":
             self.product = "none"
-        memory_budget = memory_budget and whole_number("memory_budget", memory_budget)
-        if memory_budget is not None and memory_budget < 1:
-            raise InputError(f"memory_budget must be ≥ 1 byte, got {memory_budget}")
-        if not 0 < discount <= 1:
-            raise InputError(f"discount must be in (0, 1], got {discount:g}; use 1 for none")
-        if costate_clip is not None and not costate_clip > 0:
-            raise InputError(f"costate_clip must be > 0, got {costate_clip:g}; use None for none")
-        self.memory_budget, self.discount = memory_budget, discount
-        self.costate_clip = costate_clip
-        self.spill = spill
         self.controls: tuple[str, ...] = ()
         self._reverse_passes: ReversePassMaker | None = None
         self._reverse_pass: ReversePass | None = None
         if self.rewriting:
-            if engine != "adjoint":
-                raise InputError(
-                    f"engine must be 'adjoint' in a run, got {engine!r}; engine 'higher' checks "
-                    "single hypergradients, see rhc.hypergradient"
-                )
-            resolve(window, segment, product, engine, self.plant)
-            named = (controls,) if isinstance(controls, str) else controls
-            self.controls = steered(self.plant, named, DEFAULT_CONTROLS)
+            resolve(self.window, self.segment, self.product, "adjoint", self.plant)
+            self.controls = steered(self.plant, windows.controls, DEFAULT_CONTROLS)
             self._reverse_passes = ReversePassMaker(
                 self.plant,
                 self.objective,
                 self.controls,
                 self.segment,
                 self.product,
-                memory_budget,
-                spill,
-                Damping(discount, costate_clip),
+                engine.memory_budget,
+                engine.spill,
+                Damping(engine.discount, engine.costate_clip),
                 self._teller.tell,
             )
             self._reverse_pass = self._reverse_passes(Relief())
         elif self.start == "zero":
             self.plant.refuse_complex()
-        self.per_group = grouped(self.plant, self.controls, per_group)
-        self.seed = seed
-        if first:
-            self.listeners += listeners_of(logger, config)
-        self.config = dict(config) if config is not None else None
-        if directory is not None:
-            check_storable(self.plant.model)
-        self.directory = (
-            None
-            if directory is None
-            else directory_of(
-                Path(directory),
-                whole_number("keep_checkpoints", keep_checkpoints),
-                self._teller.notice,
-                self.ranks,
-            )
+        self.per_group = grouped(self.plant, self.controls, windows.per_group or ())
+        self._course = Course(
+            self.plant,
+            self.template,
+            self.warmup,
+            self.law.cooldown,
+            "lr" in self.controls or not self.rewriting,
+            self.per_group,
+            self.seed,
+            self.followed,
         )
-        if self.directory is not None:
-            size = sum(p.nbytes for p in self.plant.model.parameters())
-            self.directory.checkpoints.most_bytes = 2**30 + 64 * size
-        self.device = self.plant.parameters[0].device
-        self._streams: list[StepBatches] = []
+
+    def _opened(self, directory: str | Path | None, keep_checkpoints: int) -> RunDirectory | None:
+        if directory is None:
+            return None
+        check_storable(self.plant.model)
+        known = settings.TrainConfig.known().items()
+        may_change = {n: text for n, s in known if (text := s.setting.on_resume) is not None}
+        opened = directory_of(
+            Path(directory), keep_checkpoints, self._teller.notice, may_change, self.ranks
+        )
+        size = sum(p.nbytes for p in self.plant.model.parameters())
+        opened.checkpoints.most_bytes = 2**30 + 64 * size
+        return opened
+
+    def _take_planner(self, planner: EpochPlanner | None) -> None:
         self.planner = planner
         self._validation = (
             None if self.val_loader is None else Validation(self.plant, self.val_loader)
@@ -341,19 +365,6 @@ class Runner:
                 validated=self.val_loader is not None,
                 ahead=self.rewriting and not judged,
             )
-        self._fitted = False
-        self._course = Course(
-            self.plant,
-            self.template,
-            self.warmup,
-            self.law.cooldown,
-            "lr" in self.controls or not self.rewriting,
-            self.per_group,
-            self.seed,
-            self.followed,
-        )
-        self._judged_on = JudgedOn(self.val_loader, self.objective.count, self.stride)
-        self._budget = Budget(self.law, self.window, self.rewriting, self._teller.notice)
 
     # fit -----------------------------------------------------------------------------------------
 
@@ -366,7 +377,7 @@ class Runner:
         steps = whole_number("steps", steps)
         if steps < 1:
             raise InputError(f"steps must be a whole number ≥ 1, got {steps}; try steps=1000")
-        check_most("steps", steps)
+        settings.Run(steps=steps).checked()
         if self.followed is not None and len(self.followed) < steps:
             raise InputError(
                 f"the schedule has {len(self.followed)} steps, fewer than the run's {steps}; "
@@ -712,16 +723,12 @@ class Runner:
 
     def _code(self) -> dict[str, Any]:
         """What shows of the model and the data: modules, shapes of buffers, numbers of batches."""
-        loaders = {
-            "train_loader": self.train_loader,
-            "val_loader": self.val_loader,
-            "test_loader": self.test_loader,
-        }
+        loaders = (self.train_loader, self.val_loader, self.test_loader)
         model = self.plant.model
         return {
             "modules": {name or "model": module_text(m) for name, m in model.named_modules()},
             "buffers": {name: list(b.shape) for name, b in model.named_buffers()},
-            "batches": {name: length(loader) for name, loader in loaders.items()},
+            "batches": {n: length(loader) for n, loader in zip(LOADERS, loaders, strict=True)},
         }
 
     def _unusual(self) -> dict[str, Any]:
@@ -729,26 +736,20 @@ class Runner:
 
         So that a directory that was begun before they existed can be continued.
         """
-        settings: dict[str, tuple[Any, Any]] = {
-            "accumulate": (self.accumulate, 1),
+        wsd = self.rewriting and self.start == "given"
+        values: dict[str, tuple[Any, Any]] = {
             "ranks": (self.ranks and self.ranks.size, None),
-            "deterministic": (self.deterministic, False),
-            "clip_value": (self.plant.clip_value, None),
-            "per_group": (list(self.per_group), []),
-            "memory_budget": (self.memory_budget, None),
-            "discount": (self.discount, 1.0),
-            "costate_clip": (self.costate_clip, None),
-            "validate_every": (self.validate_every, None),
+            "memory_budget": (self._settings[2].memory_budget, None),
             "start": (self.start, "given"),
             "warmup": (self.warmup, 0.0),
-            "planner": (None if self.planner is None else self.planner.describe(), None),
+            "planner": (self.planner and self.planner.describe(), None),
             "followed": (self.followed and self.followed.digest(), None),
-            "template": (
-                self.template,
-                "wsd" if self.rewriting and self.start == "given" else "constant",
-            ),
+            "template": (self.template, "wsd" if wsd else "constant"),
         }
-        return {name: value for name, (value, usual) in settings.items() if value != usual}
+        given = {name: value for name, (value, usual) in values.items() if value != usual}
+        for each in self._settings:
+            given |= each.if_given()
+        return given
 
 
 def _described(value: Any) -> Any:

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from rhc.cli.main import COMMANDS, _defaults, _parsed, main
-from rhc.settings import TrainConfig
+from rhc.cli.main import COMMANDS, main, parsed
 from rhc.workload import load_runner
 
 ROOT = Path(__file__).parents[1]
@@ -100,18 +99,8 @@ def test_every_command_is_one(page: Path) -> None:
         name, *rest = words
         assert name in COMMANDS, words
         rest = [word.strip("[]") for word in rest if word != "…"]
-        flags = COMMANDS[name].flags
-        _parsed(name, COMMANDS[name], rest, _default(rest) if flags is TrainConfig else _missing())
-
-
-def _default(rest: list[str]) -> TrainConfig:
-    return _defaults([word for word in rest if not word.endswith((".toml", ".json"))])
-
-
-def _missing() -> Any:
-    import tyro
-
-    return tyro.MISSING_NONPROP
+        files = ("--config", "run.toml", "config.json") if name == "train" else ()
+        parsed(name, [word for word in rest if not word.endswith(files)])
 
 
 @pytest.mark.slow

@@ -13,22 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from rhc.cli.replay import PlainRun, Sizes, plain_run
-from rhc.cli.train import built_optimizer, config_of
+from rhc.cli.building import PlainRun, built_optimizer, config_of, plain_run, sizes_of
 from rhc.errors import InputError
-from rhc.hindsight.distill import (
-    DistilledScheduler,
-    Example,
-    form_of,
-    lesson,
-    target,
-)
+from rhc.hindsight.distill import DistilledScheduler, Example, form_of, lesson, target
 from rhc.hindsight.features import Form
 from rhc.hindsight.policy import Lesson, Policy, error, fitted
+from rhc.report.live import Screen
 from rhc.schedule import Schedule
-from rhc.settings import REWRITING
 from rhc.settings.commands import DistillConfig
 from rhc.storage.jsonl import read_rows
 from rhc.storage.run_files import read_record, read_result
@@ -36,23 +28,20 @@ from rhc.training.evaluate import evaluate
 from rhc.training.plant import Plant
 
 
-def distill(config: DistillConfig, console: Console) -> int:
+def run(config: DistillConfig, screen: Screen) -> int:
     """Fits a policy to the runs, writes it, and returns the exit status."""
     _check_output(config.output)
     sources = [_Source.read(path, config.data, config.trust) for path in config.directories]
     examples = [source.example for source in sources]
     form = form_of(examples, config.controls, gradient_norm=config.gradient_norms)
     learned, held = _split(sources, config.held_out, config.seed)
-    console.print(
+    screen.say(
         f"{len(learned)} runs to learn from, {len(held)} held out; steering "
-        f"{', '.join(form.steered)} every {config.every} steps by {len(form.names)} features",
-        highlight=False,
+        f"{', '.join(form.steered)} every {config.every} steps by {len(form.names)} features"
     )
     if not held:
-        console.print(
-            "note      none is held out of so few, and the policy is judged where it learned",
-            highlight=False,
-            soft_wrap=True,
+        screen.say(
+            "note      none is held out of so few, and the policy is judged where it learned"
         )
     lessons = _lessons(learned, form, config.every)
     judged_by = _lessons(held, form, config.every)
@@ -61,7 +50,7 @@ def distill(config: DistillConfig, console: Console) -> int:
     spent, best = 0.0, None
     rounds = config.rounds if steerable else 0
     if rounds < config.rounds:
-        console.print("note      none of the runs can be trained again here, so that no round is")
+        screen.say("note      none of the runs can be trained again here, so that no round is")
     draw = random.Random(config.seed)
     unseen = judged_by if any(bool(x.targets.any()) for x in judged_by) else lessons
     for number in range(rounds + 1):
@@ -70,11 +59,9 @@ def distill(config: DistillConfig, console: Console) -> int:
         spent += len(driven)
         # Without a run that can be trained again, the moves themselves are all there is.
         score = statistics.fmean(d.apart for d in driven) if driven else error(policy, unseen)
-        console.print(
+        screen.say(
             f"round {number}   off by {error(policy, unseen):.3f} of the moves; "
-            + (f"steering ends {100 * score:+.1f} % from the runs' own losses" if driven else ""),
-            highlight=False,
-            soft_wrap=True,
+            + (f"steering ends {100 * score:+.1f} % from the runs' own losses" if driven else "")
         )
         if best is None or score < best[0]:
             best = (score, policy, number, driven)
@@ -96,20 +83,12 @@ def distill(config: DistillConfig, console: Console) -> int:
     replace(policy, notes=notes).save(config.output)
     for d in driven:
         own = "held out" if held else "learned from"
-        console.print(
-            f"{d.name}, {own}: loss {d.loss:.5g} where the run's own is {d.own:.5g}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        screen.say(f"{d.name}, {own}: loss {d.loss:.5g} where the run's own is {d.own:.5g}")
     if config.kind == "laws":
-        _print_gains(console, policy)
-    console.print(f"cost      {spent:.0f} plain runs; the policy itself costs one", highlight=False)
-    console.print(f"policy    {config.output}", highlight=False, soft_wrap=True)
-    console.print(
-        f'use       rhc.DistilledScheduler.load("{config.output}", optimizer, steps=T)',
-        highlight=False,
-        soft_wrap=True,
-    )
+        _print_gains(screen, policy)
+    screen.say(f"cost      {spent:.0f} plain runs; the policy itself costs one")
+    screen.say(f"policy    {config.output}")
+    screen.say(f'use       rhc.DistilledScheduler.load("{config.output}", optimizer, steps=T)')
     return 0
 
 
@@ -148,14 +127,7 @@ class _Source:
             config = config_of(path, trust=trust)
             config = replace(config, data=data or config.data).checked()
             start_lr = config.lr
-            plain = replace(
-                config,
-                rewrite=False,
-                template=None,
-                warmup=None,
-                **REWRITING,
-            )
-            run = plain_run(plain, Sizes.of(record, path / "config.json"))
+            run = plain_run(config.without_rewriting(), sizes_of(path))
         example = Example(str(path), rows, schedule, start_lr)
         return cls(example, run, _loss_of(result.get("val_loss"), rows))
 
@@ -266,7 +238,7 @@ def drive(source: _Source, policy: Policy) -> Driven:
     return Driven(example.name, loss_value, source.loss, scheduler.fallbacks, lessons)
 
 
-def _print_gains(console: Console, policy: Policy) -> None:
+def _print_gains(screen: Screen, policy: Policy) -> None:
     """The laws, term by term, in nats or logits per unit of the feature."""
     network = policy.network
     weights = network.linear.weight / network.scale
@@ -276,8 +248,4 @@ def _print_gains(console: Console, policy: Policy) -> None:
             zip(policy.form.names, weights[number].tolist(), strict=True), key=lambda t: -abs(t[1])
         )
         shown = "  ".join(f"{value:+.3f} {what}" for what, value in terms[:8])
-        console.print(
-            f"law       Δ{name} = {float(constants[number]):+.3f}  {shown} …",
-            highlight=False,
-            soft_wrap=True,
-        )
+        screen.say(f"law       Δ{name} = {float(constants[number]):+.3f}  {shown} …")

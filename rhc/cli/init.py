@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rhc.errors import InputError
+from rhc.report.live import Screen
+from rhc.settings.commands import InitConfig
 
 TEMPLATE = '''\
 """A run of your own: `rhc train {file}:{name}` trains it."""
@@ -46,9 +46,9 @@ def loss(model, batch):
 '''
 
 
-def write_template(path: Path) -> str:
-    """Writes a runner that works as it stands, and returns the command that trains it."""
-    name = path.stem
+def run(config: InitConfig, screen: Screen) -> int:
+    """Writes a runner that works as it stands, and prints the command that trains it."""
+    path, name = config.run, config.run.stem
     if path.suffix != ".py" or not name.isidentifier():
         raise InputError(f"file must be a name of Python like my_run.py, got {path}; give another")
     try:
@@ -58,4 +58,5 @@ def write_template(path: Path) -> str:
         raise InputError(f"file {path} exists and is not overwritten; give another") from None
     except OSError as error:
         raise InputError(f"file {path} cannot be written ({error.strerror})") from None
-    return f"rhc train {path}:{name}"
+    print(f"rhc train {path}:{name}")
+    return 0

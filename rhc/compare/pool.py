@@ -25,8 +25,7 @@ from rhc.compare.runs import Row, Task, check_files, run
 from rhc.compare.statistics import costs, share_of_gain, summarise, table, tuned
 from rhc.errors import InputError
 from rhc.schedule import CONTROLS
-from rhc.settings import check_most
-from rhc.settings.commands import check_seed
+from rhc.settings import Run
 from rhc.storage.files import (
     NUMBER,
     NUMBER_OR_NONE,
@@ -99,15 +98,6 @@ def print_comparison(
         method_of(name)
     for lr in lrs:
         CONTROLS["lr"].check(lr)
-    if data is not None and not data.exists():
-        raise InputError(f"data {data} does not exist; give --data an existing folder")
-    if steps is not None and steps < 1:
-        raise InputError(f"steps must be ≥ 1, got {steps}; try --steps 1000")
-    if jobs < 1:
-        raise InputError(f"jobs must be ≥ 1, got {jobs}; try --jobs 2")
-    sizes = {"steps": steps, "jobs": jobs, "width": width, "batch_size": batch_size}
-    for name, value in sizes.items():
-        check_most(name, value)
     if parsed_launcher(launcher)[0] != PROCESSES and directory is None:
         raise InputError(f"launcher {launcher} needs a folder for its files; give a directory")
     if target is not None and not math.isfinite(target):
@@ -197,6 +187,9 @@ def _explained(rows: Sequence[Row], reference: str, seeds: int) -> str:
     )
 
 
+MOST_SEEDS = 10**5
+
+
 def parsed_seeds(text: str) -> list[int]:
     """`100-109` is ten seeds; a number N is N of them, from 100 on."""
     match = re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", text.strip())
@@ -207,8 +200,9 @@ def parsed_seeds(text: str) -> list[int]:
         seeds = range(int(match[1]), int(match[2]) + 1)
     if not seeds:
         raise InputError(f"seeds must be N or FIRST-LAST, got {text!r}; try 100-109")
-    check_most("seeds", len(seeds))
-    check_seed(seeds[-1])
+    if len(seeds) > MOST_SEEDS:
+        raise InputError(f"seeds must be ≤ {MOST_SEEDS}, got {len(seeds)}; lower --seeds")
+    Run(seed=seeds[-1]).checked()
     return list(seeds)
 
 

@@ -35,22 +35,32 @@ GROUP = "ranks"
 
 
 def directory_of(
-    path: Path, keep_checkpoints: int, notice: Callable[[str], None], ranks: Ranks | None
+    path: Path,
+    keep_checkpoints: int,
+    notice: Callable[[str], None],
+    may_change: Mapping[str, str],
+    ranks: Ranks | None,
 ) -> RunDirectory:
-    """The run's directory as this process has it."""
+    """The run's directory as this process has it. may_change: see `RunDirectory`."""
+    may_change = {**may_change, "ranks": "it goes on to rounding, not to the bit"}
     if ranks is None:
-        return RunDirectory(path, keep_checkpoints, notice)
+        return RunDirectory(path, keep_checkpoints, notice, may_change)
     kind = _Written if ranks.first else _Followed
-    return kind(path, keep_checkpoints, notice, ranks)
+    return kind(path, keep_checkpoints, notice, may_change, ranks)
 
 
 class _OfRanks(RunDirectory):
     """What all ranks do together: each method is called on all of them, at the same time."""
 
     def __init__(
-        self, path: Path, keep_checkpoints: int, notice: Callable[[str], None], ranks: Ranks
+        self,
+        path: Path,
+        keep_checkpoints: int,
+        notice: Callable[[str], None],
+        may_change: Mapping[str, str],
+        ranks: Ranks,
     ) -> None:
-        super().__init__(path, keep_checkpoints, notice)
+        super().__init__(path, keep_checkpoints, notice, may_change)
         self.ranks = ranks
         self._unsaved: tuple[Checkpoint, Plan] | None = None
 

@@ -186,6 +186,10 @@ class Screen(Console):
     def out(self, *objects: Any, **options: Any) -> None:
         super().out(*(plain(str(each)) for each in objects), **options)
 
+    def say(self, text: str) -> None:
+        """A line without colours; in a pipe it stays one."""
+        self.print(text, highlight=False, soft_wrap=True)
+
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError(errno.EPIPE, "nobody reads the output")
 

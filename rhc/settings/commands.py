@@ -1,114 +1,110 @@
-"""Flags of the commands that use a run after it has ended: replay, smooth, hypergradient, distill.
+"""The settings of the commands beside `rhc train`, of the same fields where they mean the same.
 
-As in `rhc.settings`, each field's sentence is the help of its flag, checks are cheap, and nothing
-imports torch.
+The docstring of each is its help; "more examples" and what follows are in `--help-all` alone.
 """
 
+# ruff: noqa: RUF009  (the default of a setting is a field)
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro.conf
-from tyro.conf import arg
+from typing import Self
 
 from rhc.errors import InputError
-from rhc.settings import (
-    DEVICES,
-    OPTIMIZERS,
-    PRODUCTS,
-    RESUMES,
-    TEMPLATES,
-    check_most,
-    checked_choice,
-    parsed_bytes,
+from rhc.settings.fields import (
+    Check,
+    Settings,
+    at_least,
+    fraction,
+    like,
+    one_of,
+    setting,
 )
+from rhc.settings.owners import Engine, Law, OptimizerSettings, Run, Shape, Step, Storage
+from rhc.settings.train import Files
 
-RESCALES = ("none", "linear", "sqrt", "width")
-
-
-def _unset(meaning: str, metavar: str) -> Any:
-    return arg(metavar=metavar, help_behavior_hint=f"(default: {meaning})")
-
-
-def _check_least(settings: Any, *names: str) -> None:
-    """Raises InputError where a whole number that must be ≥ 1 is not."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise InputError(
-                f"{name} must be ≥ 1, got {value}; leave --{name.replace('_', '-')} out for the "
-                "usual one"
-            )
-        check_most(name, value)
+SIZES = ("batch_size", "width")
+"""What a run function may be asked for besides seed and data."""
 
 
-def check_seed(seed: int) -> None:
-    """Raises InputError unless torch and numpy can be seeded with it."""
-    if not 0 <= seed < 2**32:
-        raise InputError(f"seed must be in [0, 2**32), got {seed}; try --seed 0")
+@dataclass(frozen=True, kw_only=True)
+class Directory(Settings):
+    """A run that is there."""
+
+    heading = "arguments"
+
+    directory: Path = setting(metavar="DIR", place="argument")
+    """The directory of a run."""
 
 
-def check_data(data: Path | None) -> None:
-    """Raises InputError where a folder that was named does not exist."""
-    if data is not None and not data.exists():
-        raise InputError(f"data {data} does not exist; give --data an existing folder")
+@dataclass(frozen=True, kw_only=True)
+class ResumeConfig(Directory):
+    """Continue a run that was stopped, at its newest checkpoint, bit for bit.
 
+    example:
+      rhc resume runs/digits-1a2b3c4d
+    """
 
-@dataclass(frozen=True)
-class ReplayConfig:
-    """What `rhc replay` does."""
+    heading = "what is changed"
 
-    schedule: Annotated[tyro.conf.Positional[Path], arg(metavar="DIR|FILE")]
-    """The directory of a run, or its schedule.json."""
-    run: Annotated[
-        tyro.conf.Positional[str | None],
-        arg(metavar="[RUN]", help_behavior_hint="(default: as before)"),
-    ] = None
-    """A name of `rhc runs`, or file.py:function."""
-
-    seed: Annotated[int, arg(metavar="S")] = 0
-    """Seed of weights, batches, dropout and noise."""
-    steps: Annotated[int | None, _unset("the schedule's", "T")] = None
-    """Optimizer steps in all. Fewer than the schedule has are its first ones."""
-    stretch: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """The whole schedule over --steps. Longer or shorter, in place of its first steps."""
-    batch_size: Annotated[int | None, _unset("the run's own", "B")] = None
-    """Examples per batch. For runs that can have other ones."""
-    width: Annotated[int | None, _unset("1", "N")] = None
-    """Hidden layers N times as wide. For runs that can have other ones."""
-    rescale: Annotated[str, arg(metavar="NAME")] = "none"
-    """none, linear, sqrt or width: what lr is scaled by. linear: × (batch size / what it was),
-    sqrt: × the root of that, width: / how many times as wide the model is; none leaves it."""
-    optimizer: Annotated[str | None, _unset("as before", "NAME")] = None
-    """sgd, adam or adamw. Also nadam, radam, adamax, rmsprop, adagrad of torch.optim."""
-
-    data: Annotated[Path | None, _unset("as before", "DIR")] = None
-    """Folder of the run's data. For runs that need one."""
-    device: Annotated[str, arg(metavar="NAME")] = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
-    threads: Annotated[int | None, _unset("the run's own", "N")] = None
-    """CPU threads of torch; small tensors are slower on several."""
-    directory: Annotated[Path | None, _unset("runs/RUN-replay-HASH", "DIR")] = None
-    """Where the run is kept. By default one directory per schedule and settings."""
-    resume: Annotated[str, arg(metavar="auto|never")] = "auto"
-    """auto continues the run that is there, never refuses it."""
-    keep_checkpoints: Annotated[int, arg(metavar="N")] = 3
-    """Newest checkpoints that are kept."""
-    trust: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    steps: int | None = like(Run, "steps", unset="as before")
+    """More steps in all than before. The plan is made anew for those to come."""
+    data: Path | None = like(Run, "data", unset="as before")
+    """Where the same data are now. If they were moved."""
+    device: str | None = like(Run, "device", default=None, unset="as before")
+    """Where to go on: cpu, cuda or auto."""
+    trust: bool = like(Files, "trust")
     """Run the file that DIR names. Wherever it lies: it may be somebody else's."""
 
-    def checked(self) -> ReplayConfig:
-        """These settings if they make sense by themselves; an InputError otherwise."""
-        checked_choice("rescale", self.rescale, RESCALES)
-        checked_choice("resume", self.resume, RESUMES)
-        checked_choice("device", self.device, DEVICES)
-        if self.optimizer is not None:
-            checked_choice("optimizer", self.optimizer, OPTIMIZERS)
-        _check_least(self, "steps", "batch_size", "width", "threads", "keep_checkpoints")
-        check_seed(self.seed)
-        check_data(self.data)
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig(Settings):
+    """Train RUN by a schedule that another run wrote, for one plain run, on any seed.
+    It is followed step by step; nothing is rewritten, nothing looked for.
+
+    examples:
+      rhc replay runs/digits-1a2b3c4d --seed 1           # the run on another seed
+      rhc replay schedule.json mnist --data mnist/       # any run, any schedule
+      rhc replay schedule.json --steps 2000 --stretch    # the same shape, longer
+      rhc replay schedule.json --batch-size 256 --rescale sqrt
+      rhc replay schedule.json --width 4 --rescale width # lr / 4, as muP has it
+    """
+
+    heading = "what is trained"
+
+    schedule: Path = setting(metavar="DIR|FILE", place="argument")
+    """The directory of a run, or its schedule.json."""
+    run: str | None = like(Run, "run", default=None)
+    """A name of `rhc runs`, or file.py:function."""
+    data: Path | None = like(Run, "data", unset="as before")
+    seed: int = like(Run, "seed")
+    device: str = like(Run, "device")
+    threads: int | None = like(Run, "threads")
+    optimizer: str | None = like(OptimizerSettings, "optimizer", unset="as before", place="rare")
+
+    steps: int | None = like(Run, "steps", unset="the schedule's", heading="another length or size")
+    """Optimizer steps in all. Fewer than the schedule has are its first ones."""
+    stretch: bool = setting(False)
+    """The whole schedule over --steps. Longer or shorter, in place of its first steps."""
+    batch_size: int | None = setting(None, "B", at_least(1, 64), unset="the run's own", most=10**8)
+    """Examples per batch. For runs that can have other ones."""
+    width: int | None = setting(None, "N", at_least(1, 2), unset="1", most=10**5)
+    """Hidden layers N times as wide. For runs that can have other ones."""
+    rescale: str = setting("none", "NAME", one_of("none", "linear", "sqrt", "width"))
+    """none, linear, sqrt or width: what lr is scaled by. linear: × (batch size / what it was),
+    sqrt: × the root of that, width: / how many times as wide the model is; none leaves it."""
+
+    directory: Path | None = like(
+        Storage, "directory", unset="runs/RUN-replay-HASH", heading="files"
+    )
+    """Where the run is kept. By default one directory per schedule and settings."""
+    resume: str = like(Storage, "resume")
+    keep_checkpoints: int = like(Storage, "keep_checkpoints")
+    trust: bool = like(Files, "trust")
+    """Run the file that DIR names. Wherever it lies: it may be somebody else's."""
+
+    def checked(self) -> Self:
+        checked = super().checked()
         if self.stretch and self.steps is None:
             raise InputError("stretch needs a length; give --steps T too")
         if self.rescale in ("linear", "sqrt") and self.batch_size is None:
@@ -121,259 +117,283 @@ class ReplayConfig:
                 "rescale width is by the model's width, which is as it was; give --width N or "
                 "leave --rescale out"
             )
-        return self
+        return checked
 
 
-@dataclass(frozen=True)
-class PlainSettings:
-    """What the commands that train by plain runs have in common."""
+@dataclass(frozen=True, kw_only=True)
+class SmoothConfig(Step, OptimizerSettings, Run):
+    """Train RUN, look at its tape from both ends, write a schedule, train by it: the
+    laws of AdaptiveRL, driven by what came after a step as well as before. The
+    best run by held-out loss is kept; no gradients of gradients.
 
-    run: Annotated[tyro.conf.Positional[str], arg(metavar="[RUN]")] = "digits"
-    """A name of `rhc runs`, or file.py:function."""
+    examples:
+      rhc smooth digits                                  # two plain runs
+      rhc smooth drifting_sine --passes 3                # four
+      rhc smooth mnist --data mnist/ --template cosine   # corrects a cosine
+      rhc replay runs/digits-smooth-1a2b3c4d --seed 1    # what came out, again
+    """
 
-    steps: Annotated[int | None, _unset("the run's own", "T")] = None
-    """Optimizer steps of every run."""
-    optimizer: Annotated[str | None, _unset("the run's own", "NAME")] = None
-    """sgd, adam or adamw. Also nadam, radam, adamax, rmsprop, adagrad of torch.optim."""
-    lr: Annotated[float | None, _unset("the run's own", "A")] = None
+    heading = "smoothing"
+
+    lr: float | None = like(OptimizerSettings, "lr", unset="the run's own", heading="the optimizer")
     """Learning rate of the first run."""
-    momentum: Annotated[float, arg(metavar="MU")] = 0.9
-    """Momentum of sgd, β1 of the Adams. Of the first run; also of rmsprop."""
-    weight_decay: Annotated[float | None, _unset("0; 0.01 for adamw", "W")] = None
-    """Weight decay."""
-    clip_norm: Annotated[float | None, _unset("no clipping", "C")] = None
-    """Norm that gradients are clipped to. Of all parameters together."""
-    seed: Annotated[int, arg(metavar="S")] = 0
-    """Seed of weights, batches, dropout and noise. The same for all runs."""
-    data: Annotated[Path | None, _unset("none", "DIR")] = None
-    """Folder of the run's data, for runs that need one."""
-    device: Annotated[str, arg(metavar="NAME")] = "auto"
-    """cpu, cuda, or auto: cuda where there is one."""
-    threads: Annotated[int | None, _unset("the run's own", "N")] = None
-    """CPU threads of torch; small tensors are slower on several."""
-
-    def check_plain(self) -> None:
-        """Raises InputError where one of these makes no sense."""
-        if self.optimizer is not None:
-            checked_choice("optimizer", self.optimizer, OPTIMIZERS)
-        checked_choice("device", self.device, DEVICES)
-        _check_least(self, "steps", "threads")
-        check_seed(self.seed)
-        check_data(self.data)
-
-
-@dataclass(frozen=True)
-class SmoothConfig(PlainSettings):
-    """What `rhc smooth` does."""
-
-    passes: Annotated[int, arg(metavar="N")] = 1
-    """Schedules that are written and tried. N passes take N + 1 plain runs."""
-    template: Annotated[str, arg(metavar="NAME")] = "constant"
+    template: str = like(Shape, "template", default="constant", unset="", heading="the optimizer")
     """constant, cosine, linear, wsd or 1cycle. Of lr in the first run."""
-    source: Annotated[str, arg(metavar="both|loss|reward")] = "both"
+    passes: int = setting(1, "N", at_least(1, 1))
+    """Schedules that are written and tried. N passes take N + 1 plain runs."""
+    source: str = setting(
+        "both", "both|loss|reward", one_of("both", "loss", "reward"), place="rare"
+    )
     """Trends that count. Both, the loss alone, or the reward alone, a metric called reward."""
-    every: Annotated[int, arg(metavar="N")] = 20
+    every: int = setting(20, "N", at_least(1, 20), place="rare")
     """Steps from one move of the controls to the next."""
-    gain: Annotated[float, arg(metavar="G")] = 1.0
+    gain: float = setting(
+        1.0, "G", Check("> 0", lambda x: 0 < x < float("inf"), "try --gain 1"), place="rare"
+    )
     """Factor on how far the laws go at each."""
-    baseline: Annotated[bool, arg(help_behavior_hint="(default: baseline)")] = True
-    """--no-baseline takes trends as they are. Not from their mean over the run."""
-    directory: Annotated[Path | None, _unset("runs/RUN-smooth-HASH", "DIR")] = None
+    baseline: bool = setting(True, place="rare")
+    """Trends as they are. Not from their mean over the run."""
+    directory: Path | None = like(
+        Storage, "directory", unset="runs/RUN-smooth-HASH", heading="files"
+    )
     """Where all is kept. Every run has a directory of its own in it."""
 
-    def checked(self) -> SmoothConfig:
-        """These settings if they make sense by themselves; an InputError otherwise."""
-        self.check_plain()
-        checked_choice("template", self.template, TEMPLATES)
-        checked_choice("source", self.source, ("both", "loss", "reward"))
-        _check_least(self, "passes", "every")
-        if not 0 < self.gain < float("inf"):
-            raise InputError(f"gain must be > 0, got {self.gain:g}; try --gain 1")
-        return self
 
+@dataclass(frozen=True, kw_only=True)
+class HypergradientConfig(Settings):
+    """Exact dJ/du of every step and control of a recorded run, however long it is; J
+    is the validation loss at its end. Written to DIR/hypergradient.json.
 
-@dataclass(frozen=True)
-class HypergradientConfig:
-    """What `rhc hypergradient` does."""
+    examples:
+      rhc hypergradient runs/mnist-1a2b3c4d
+      rhc hypergradient runs/mnist-1a2b3c4d --memory-budget 256MB
+      rhc hypergradient runs/mnist-1a2b3c4d --passes 4   # rewrite it all, and train
+    """
 
-    directory: Annotated[tyro.conf.Positional[Path], arg(metavar="DIR")]
-    """The directory of a run."""
+    heading = "how"
 
-    controls: Annotated[tuple[str, ...] | None, _unset("all that are not 0", "NAME …")] = None
+    directory: Path = like(Directory, "directory", heading="what is differentiated")
+    controls: tuple[str, ...] | None = setting(None, "NAME …", unset="all that are not 0")
     """What J is differentiated by. Some of lr, momentum, noise, weight_decay."""
-    steps: Annotated[int | None, _unset("all of them", "T")] = None
+    steps: int | None = like(Run, "steps", unset="all of them")
     """Only the first T steps of the run. With J at their end."""
-    product: Annotated[str, arg(metavar="NAME")] = "exact"
+    data: Path | None = like(Run, "data", unset="as before")
+    """Where the same data are now. If they were moved."""
+    device: str | None = like(Run, "device", default=None, unset="as before")
+    """Where to compute: cpu, cuda or auto."""
+
+    product: str = like(Engine, "product", default="exact")
     """Hessian products, as of rhc train."""
-    average: Annotated[float, arg(metavar="D")] = 0.0
+    memory_budget: int | None = like(Engine, "memory_budget", place="usual")
+    trust: bool = like(Files, "trust")
+    """Run the file that DIR names. Wherever it lies: it may be somebody else's."""
+    average: float = like(Law, "average", default=0.0, unset="")
     """J is taken at the average of the iterates. This is its decay; 0 for the last one."""
-    stage_weight: Annotated[float | None, _unset("0; 1/T without validation data", "W")] = None
+    stage_weight: float | None = setting(
+        None, "W", unset="0; 1/T without validation data", place="rare"
+    )
     """Weight of the sum of the training losses in J."""
-    objective_batches: Annotated[int, arg(metavar="N")] = 16
+    objective_batches: int = like(Law, "objective_batches", default=16, unset="")
     """Validation batches in J, at most."""
-    memory_budget: Annotated[str | None, _unset("none", "SIZE")] = None
-    """Memory that looking back may take. Beyond plain training: bytes, 500MB, 2GiB."""
-    discount: Annotated[float, arg(metavar="G")] = 1.0
-    """Factor on the costate at every step backwards; below 1 the far future counts less."""
-    costate_clip: Annotated[float | None, _unset("none", "C")] = None
+    discount: float = like(Engine, "discount")
+    costate_clip: float | None = like(Engine, "costate_clip")
     """Largest norm of the costate, as a multiple of its norm at the end."""
 
-    passes: Annotated[int, arg(metavar="N")] = 0
+    passes: int = setting(0, "N", at_least(0, 4), heading="rewriting it")
     """Rewrites of the whole schedule. Each is kept where J falls on the same data; a run by what
     comes out is trained in the end."""
-    knots: Annotated[int, arg(metavar="M")] = 8
+    knots: int = setting(8, "M", at_least(0, 8))
     """Knots that --passes move. With log-linear values between them; 0 for one per step."""
-    step: Annotated[float, arg(metavar="X")] = 0.3
+    step: float = setting(0.3, "X", Check("> 0", lambda x: x > 0, "try --step 0.3"), place="rare")
     """Largest move of a knot per rewrite. In nats (momentum: logits)."""
-    output: Annotated[Path | None, _unset("runs/RUN-horizon-HASH", "DIR")] = None
+    output: Path | None = setting(None, "DIR", unset="runs/RUN-horizon-HASH")
     """Where their last run is kept."""
 
-    data: Annotated[Path | None, _unset("as before", "DIR")] = None
-    """Where the same data are now. If they were moved."""
-    device: Annotated[str | None, _unset("as before", "NAME")] = None
-    """Where to compute: cpu, cuda or auto."""
-    trust: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Run the file that DIR names. Wherever it lies: it may be somebody else's."""
-
-    def checked(self) -> HypergradientConfig:
-        """These settings if they make sense by themselves; an InputError otherwise."""
-        checked_choice("product", self.product, PRODUCTS)
-        if self.device is not None:
-            checked_choice("device", self.device, DEVICES)
-        _check_least(self, "steps", "objective_batches")
-        for name in ("passes", "knots"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must be ≥ 0, got {getattr(self, name)}")
-        if not 0 <= self.average < 1:
-            raise InputError(f"average must be in [0, 1), got {self.average:g}; it is a decay")
-        if not 0 < self.discount <= 1:
-            raise InputError(
-                f"discount must be in (0, 1], got {self.discount:g}; leave --discount out for none"
-            )
-        if self.costate_clip is not None and not self.costate_clip > 0:
-            raise InputError(
-                f"costate_clip must be > 0, got {self.costate_clip:g}; leave it out for none"
-            )
-        if not self.step > 0:
-            raise InputError(f"step must be > 0, got {self.step:g}; try --step 0.3")
-        if self.memory_budget is not None:
-            parsed_bytes(self.memory_budget)
-        check_data(self.data)
+    def checked(self) -> Self:
+        checked = super().checked()
         if self.output is not None and not self.passes:
             raise InputError("output is where --passes ends; give --passes N too")
-        return self
+        return checked
 
 
-@dataclass(frozen=True)
-class DistillConfig:
-    """What `rhc distill` does."""
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(Settings):
+    """Fit a causal scheduler to runs that were written with hindsight: it sees the
+    past alone, costs one plain run, and works in any loop:
+      scheduler = rhc.DistilledScheduler.load("POLICY", optimizer, steps=T)
 
-    directories: Annotated[tyro.conf.Positional[tuple[Path, ...]], arg(metavar="DIR …")]
+    examples:
+      rhc distill runs/mnist-smooth-* -o policy
+      rhc distill runs/mnist-smooth-* -o laws --kind laws --rounds 0
+      rhc compare mnist --data mnist/ --methods distilled constant --policy policy
+    """
+
+    heading = "the policy"
+
+    directories: tuple[Path, ...] = setting(metavar="DIR …", place="argument", heading="arguments")
     """Directories of runs. Written with hindsight: by rhc smooth, hypergradient or train."""
-    output: Annotated[Path, arg(metavar="POLICY", aliases=("-o",))]
+    output: Path = setting(metavar="POLICY", alias="-o")
     """Folder for the policy. rhc.DistilledScheduler.load takes it."""
-
-    kind: Annotated[str, arg(metavar="gru|laws")] = "gru"
+    kind: str = setting("gru", "gru|laws", one_of("gru", "laws"))
     """A recurrent network, or laws. Those of AdaptiveRL with fitted gains, to be read."""
-    controls: Annotated[tuple[str, ...] | None, _unset("what moves in the runs", "NAME …")] = None
+    controls: tuple[str, ...] | None = setting(None, "NAME …", unset="what moves in the runs")
     """What the policy steers. Some of lr, momentum, noise."""
-    every: Annotated[int, arg(metavar="N")] = 20
-    """Steps from one move of the controls to the next."""
-    gradient_norms: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    every: int = like(SmoothConfig, "every")
+    gradient_norms: bool = setting(False, place="rare")
     """Look at the gradient's norm too. At its trend, taken once per move."""
-    held_out: Annotated[float, arg(metavar="F")] = 0.2
-    """Share of the runs to judge policies by. Nothing is learned from them: policies steer them."""
-    rounds: Annotated[int, arg(metavar="N")] = 2
+    rounds: int = setting(2, "N", at_least(0, 2), heading="its fit")
     """Rounds of correction. In each the policy steers the training runs and is corrected where it
     goes."""
-    per_round: Annotated[int, arg(metavar="N")] = 8
-    """Training runs steered per round, at most. One plain run each."""
-    seed: Annotated[int, arg(metavar="S")] = 0
+    seed: int = like(Run, "seed")
     """Seed of the fit and of the split."""
-    data: Annotated[Path | None, _unset("as before", "DIR")] = None
+    data: Path | None = like(Run, "data", unset="as before")
     """Where the runs' data are now. If they were moved."""
-    trust: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    per_round: int = setting(8, "N", at_least(1, 8), place="rare")
+    """Training runs steered per round, at most. One plain run each."""
+    held_out: float = setting(0.2, "F", fraction(0.2, "a share"), place="rare")
+    """Share of the runs to judge policies by. Nothing is learned from them: policies steer them."""
+    trust: bool = like(Files, "trust")
     """Run the file that a DIR names. Wherever it lies: it may be somebody else's."""
 
-    def checked(self) -> DistillConfig:
-        """These settings if they make sense by themselves; an InputError otherwise."""
-        checked_choice("kind", self.kind, ("gru", "laws"))
-        _check_least(self, "every", "per_round")
-        if self.rounds < 0:
-            raise InputError(f"rounds must be ≥ 0, got {self.rounds}; try --rounds 2")
-        if not 0 <= self.held_out < 1:
-            raise InputError(
-                f"held_out must be in [0, 1), got {self.held_out:g}; it is a share, try 0.2"
-            )
-        check_seed(self.seed)
-        check_data(self.data)
-        return self
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(Settings):
+    r"""Train RUN by several methods on several seeds; what each ends with and costs.
+
+    examples:
+      rhc compare digits --methods rhc cosine --lrs 0.03 0.1 0.3 --seeds 10
+      rhc compare sine --methods adaptive constant cosine --tune 0-2 --jobs 2
+      rhc compare my_run.py:make --methods rhc twin --seeds 100-104
+
+    methods: rhc, rhc-probe; templates from --lrs: constant cosine linear 1cycle
+    wsd; adaptive (AdaptiveRL); smooth; planner; search-cosine-4; and others
+
+    more examples:
+      rhc compare sine --ablations --lrs 0.01
+      rhc compare mnist --data mnist/ --methods smooth replay distilled \
+          search-cosine-2 constant --schedule runs/mnist-smooth-1a2b3c4d \
+          --policy policy --oracle smooth   # what is kept of hindsight's gain
+
+    all methods:
+      rhc  rhc-probe                     the default, without an lr or from one
+      zero-probe  zero-probe-cosine      the start alone, and a template
+      probe-cosine                       the same from an lr
+      constant cosine linear 1cycle wsd  plain templates from the lrs that are given
+      step  on-plateau  adamw-cosine     other schedulers; adamw: at its own lr
+      schedule-free  prodigy             optimizers without a schedule (packages)
+      adaptive  adaptive-…               AdaptiveRL; parts of it, see --ablations
+      random-search                      the best of several runs, by validation
+      twin                               rhc without gradients
+      smooth  smooth-3                   the two-pass smoother, from an lr
+      replay  distilled                  the schedule, the policy that are given
+      search-cosine-2  search-cosine-4   random lrs for a cosine, best by validation
+      planner                            epochs planned from the tape
+      FILE.py:NAME                       NAME of the METHODS of that file
+    """
+
+    heading = "what is trained"
+
+    run: str = like(Run, "run")
+    """A name of `rhc runs`, or file.py:function."""
+    data: Path | None = like(Run, "data")
+    steps: int | None = like(Run, "steps")
+    """Optimizer steps of every run."""
+    batch_size: int | None = like(ReplayConfig, "batch_size", place="rare")
+    width: int | None = like(ReplayConfig, "width", place="rare")
+
+    methods: tuple[str, ...] = setting(
+        (), "NAME …", unset="rhc zero-probe-cosine cosine", heading="by what"
+    )
+    """Methods. Those that there are stand above."""
+    lrs: tuple[float, ...] = setting((), "A …", unset="the run's own")
+    """Learning rates. For the methods that need one."""
+    tune: str | None = setting(None, "N|FIRST-LAST", unset="all are reported")
+    """Seeds on which lrs are chosen. Each method's, among --lrs or six from 0.001 to 0.3; only that
+    one is reported, and what the choice took is said."""
+    ablations: bool = setting(False, place="rare")
+    """AdaptiveRL with one part changed, each. Beside or in place of other methods."""
+    schedule: Path | None = setting(None, "DIR|FILE", place="rare")
+    """The schedule that the method replay follows. Of a run, stretched to the length of these."""
+    policy: Path | None = setting(None, "FOLDER", place="rare")
+    """The policy that steers the method distilled. Of rhc distill."""
+
+    seeds: str = setting("5", "N|FIRST-LAST", heading="how it is told")
+    """How many seeds, from 100 on, or which. Choose on 0-9, report on 100 and more."""
+    versus: str | None = setting(None, "NAME", unset="the last method")
+    """The method others are compared with. At its best lr."""
+    output: Path | None = setting(None, "FILE")
+    """A further file for all rows, as JSON. And for all lines of the table."""
+    target: float | None = setting(None, "X", unset="the run's own", place="rare")
+    """What a run must reach for its steps to be counted. By default what the reference ends with,
+    give or take 5 %."""
+    oracle: str | None = setting(None, "NAME", place="rare")
+    """The method whose gain is 1. Of its gain over --versus the others are said to keep a share."""
+
+    directory: Path | None = setting(
+        None, "DIR", unset="runs/compare-RUN", alias="-o", heading="where"
+    )
+    """Where rows are kept. As they come, and not computed again."""
+    jobs: int = setting(1, "N", at_least(1, 2), most=1024)
+    """Processes that run at once."""
+    launcher: str = setting("processes", "NAME", place="rare")
+    """What runs them: processes, submitit or ray. Processes of this machine, or Slurm or ray, if
+    installed; options after a colon, such as submitit:slurm_partition=gpu,timeout_min=60 or
+    ray:num_gpus=1."""
 
 
-DISTILL = """\
-Fit a causal scheduler to runs that were written with hindsight: it sees the
-past alone, costs one plain run, and works in any loop:
-  scheduler = rhc.DistilledScheduler.load("POLICY", optimizer, steps=T)
+@dataclass(frozen=True, kw_only=True)
+class RunsConfig(Settings):
+    """List what can be trained, and the runs that lie in runs/.
 
-examples:
-  rhc distill runs/mnist-smooth-* -o policy
-  rhc distill runs/mnist-smooth-* -o laws --kind laws --rounds 0
-  rhc compare mnist --data mnist/ --methods distilled constant --policy policy"""
+    example:
+      rhc runs
+    """
 
-DISTILL_FLAGS = {
-    "arguments": ("directories output", ""),
-    "the policy": ("kind controls", "every gradient_norms"),
-    "its fit": ("rounds seed data", "per_round held_out trust"),
-}
 
-HYPERGRADIENT = """\
-Exact dJ/du of every step and control of a recorded run, however long it is; J
-is the validation loss at its end. Written to DIR/hypergradient.json.
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig(Directory):
+    """Show a run: its settings, schedule, windows and losses.
 
-examples:
-  rhc hypergradient runs/mnist-1a2b3c4d
-  rhc hypergradient runs/mnist-1a2b3c4d --memory-budget 256MB
-  rhc hypergradient runs/mnist-1a2b3c4d --passes 4   # rewrite it all, and train"""
+    example:
+      rhc inspect runs/digits-1a2b3c4d
+    """
 
-HYPERGRADIENT_FLAGS = {
-    "what is looked back at": ("directory controls steps data device", ""),
-    "how": ("product memory_budget", "trust average stage_weight objective_batches discount "
-            "costate_clip"),
-    "rewriting it": ("passes knots output", "step"),
-}  # fmt: skip
 
-SMOOTH = """\
-Train RUN, look at its tape from both ends, write a schedule, train by it: the
-laws of AdaptiveRL, driven by what came after a step as well as before. The
-best run by held-out loss is kept; no gradients of gradients.
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(Settings):
+    """Write one HTML page about a run, or about several; it needs no network.
 
-examples:
-  rhc smooth digits                                  # two plain runs
-  rhc smooth drifting_sine --passes 3                # four
-  rhc smooth mnist --data mnist/ --template cosine   # corrects a cosine
-  rhc replay runs/digits-smooth-1a2b3c4d --seed 1    # what came out, again"""
+    examples:
+      rhc report runs/digits-1a2b3c4d
+      rhc report runs/digits-* -o digits.html
+    """
 
-SMOOTH_FLAGS = {
-    "what is trained": ("run data steps seed device", "threads"),
-    "the first run": ("optimizer lr template", "momentum weight_decay clip_norm"),
-    "smoothing": ("passes", "source every gain baseline"),
-    "files": ("directory", ""),
-}
+    heading = "arguments"
 
-REPLAY = """\
-Train RUN by a schedule that another run wrote, for one plain run, on any seed.
-It is followed step by step; nothing is rewritten, nothing looked for.
+    directories: tuple[Path, ...] = setting(metavar="DIR …", place="argument")
+    """Directories of runs. Several are laid over each other."""
+    output: Path | None = setting(None, "FILE", unset="DIR/report.html, or here", alias="-o")
+    """Where the page is written."""
 
-examples:
-  rhc replay runs/digits-1a2b3c4d --seed 1           # the run on another seed
-  rhc replay schedule.json mnist --data mnist/       # any run, any schedule
-  rhc replay schedule.json --steps 2000 --stretch    # the same shape, longer
-  rhc replay schedule.json --batch-size 256 --rescale sqrt
-  rhc replay schedule.json --width 4 --rescale width # lr / 4, as muP has it"""
 
-REPLAY_FLAGS = {
-    "what is trained": ("schedule run data seed device", "threads optimizer"),
-    "another length or size": ("steps stretch batch_size width rescale", ""),
-    "files": ("directory", "resume keep_checkpoints trust"),
-}
-"""Headings of the help, as in `rhc.settings.TRAIN_FLAGS`."""
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig(Directory):
+    """Follow a run from another terminal until it ends; nothing is written.
+
+    example:
+      rhc watch runs/digits-1a2b3c4d
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitConfig(Settings):
+    """Write a runner of your own that works as it stands, to be changed.
+
+    example:
+      rhc init my_run.py && rhc train my_run.py:my_run
+    """
+
+    heading = "arguments"
+
+    run: Path = setting(Path("my_run.py"), "[RUN]", place="argument")
+    """The file to write, which must not exist."""

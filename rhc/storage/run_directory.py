@@ -42,16 +42,8 @@ from rhc.storage.files import (
 from rhc.storage.jsonl import JsonLines
 from rhc.storage.run_files import FILES, RESULT
 
-NOT_COMPARED = ("versions", "hardware", "directory", "resume", "device", "config", "code")
-"""Entries of config.json that may differ when a run is continued."""
-
-SAFE = {
-    "memory_budget": "what looking back keeps changes, and its bits may differ",
-    "threads": "its bits may differ",
-    "data": "its data must be the same",
-    "ranks": "it goes on to rounding, not to the bit",
-}
-"""Entries that may differ too, where the difference is said, and what it means."""
+NOT_COMPARED = ("versions", "hardware", "code")
+"""Entries of config.json that may differ when a run is continued, beside settings that may."""
 
 MOST_OF_A_MODULE = 200
 """Letters of a module's text in config.json."""
@@ -77,8 +69,16 @@ class RunDirectory:
     StorageError if something is missing in the end.
     """
 
-    def __init__(self, path: Path, keep_checkpoints: int, notice: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        keep_checkpoints: int,
+        notice: Callable[[str], None],
+        may_change: Mapping[str, str],
+    ) -> None:
         self.path = path
+        self.may_change = may_change
+        """Settings that a resumed run may have otherwise, and what is then said; "" for nothing."""
         self.notice = notice
         self.checkpoints = CheckpointStore(path / "checkpoints", keep_checkpoints, notice)
         self.tape = JsonLines(path / "tape.jsonl")
@@ -165,7 +165,7 @@ class RunDirectory:
     ) -> Checkpoint | None:
         """The newest checkpoint, with the other files as they were when it was saved."""
         checkpoint = self._newest()
-        self._settings = _digest(config)
+        self._settings = self._digest(config)
         began = None if checkpoint is None else checkpoint.values.get("settings")
         if began not in (None, self._settings):
             raise InputError(
@@ -407,8 +407,10 @@ class RunDirectory:
         it is; anything else would make it another one in the middle.
         """
         new = json.loads(json.dumps(finite(config)))
-        was, now = ({k: v for k, v in c.items() if k not in NOT_COMPARED} for c in (old, new))
-        safe = {name for name in SAFE if was.get(name) != now.get(name)}
+        said = {name: text for name, text in self.may_change.items() if text}
+        silent = {*NOT_COMPARED, *self.may_change} - said.keys()
+        was, now = ({k: v for k, v in c.items() if k not in silent} for c in (old, new))
+        safe = {name for name in said if was.get(name) != now.get(name)}
         before, steps = was.get("steps"), now.get("steps")
         if isinstance(before, int) and isinstance(steps, int) and steps > before:
             safe.add("steps")
@@ -427,7 +429,7 @@ class RunDirectory:
             )
         for name in sorted(safe):
             text = f"{name} was {_short(was.get(name))}, is {_short(now.get(name))}"
-            self.notice(f"{text}: {SAFE.get(name, 'the plan is made anew for the steps to come')}")
+            self.notice(f"{text}: {said.get(name, 'the plan is made anew for the steps to come')}")
         for part, remark in (("versions", "this is"), ("hardware", "here it is")):
             began = old.get(part)
             for key, here in new.get(part, {}).items():
@@ -441,6 +443,13 @@ class RunDirectory:
         if old.get("versions") == new.get("versions"):
             self.differences = _differences(old.get("code") or new["code"], new["code"])
         return bool(safe)
+
+    def _digest(self, config: Mapping[str, Any]) -> str:
+        """Of the settings that a run cannot be continued without."""
+        kept = {
+            k: v for k, v in config.items() if k not in (*NOT_COMPARED, *self.may_change, "steps")
+        }
+        return hashlib.sha256(json.dumps(finite(kept), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _locked(path: Path) -> int | None:
@@ -501,12 +510,6 @@ def length(loader: Any) -> int | None:
         return len(loader)
     except (TypeError, NotImplementedError):
         return None
-
-
-def _digest(config: Mapping[str, Any]) -> str:
-    """Of the settings that a run cannot be continued without."""
-    kept = {k: v for k, v in config.items() if k not in (*NOT_COMPARED, *SAFE, "steps")}
-    return hashlib.sha256(json.dumps(finite(kept), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -16,7 +16,7 @@ from runs import make_run, plain_loop, state_of
 
 from rhc import InputError, Runner, Schedule
 from rhc.cli.main import main
-from rhc.cli.replay import Sizes, rescaling
+from rhc.cli.replay import rescaling
 from rhc.loop.committing import Committing
 
 
@@ -82,7 +82,7 @@ def test_rescaling_one_control() -> None:
     ("rule", "factor"), [("none", 1), ("linear", 4), ("sqrt", 2), ("width", 1 / 3)]
 )
 def test_rules_of_rescaling(rule: str, factor: float) -> None:
-    found, why = rescaling(rule, Sizes(16, 1), Sizes(64, 3))
+    found, why = rescaling(rule, {"batch_size": 16, "width": 1}, {"batch_size": 64, "width": 3})
     assert found == pytest.approx(factor)
     assert why.startswith(rule)
     if rule != "none":

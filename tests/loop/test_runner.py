@@ -1160,7 +1160,7 @@ BAD: dict[str, tuple[dict[str, Any], Callable[[Run], Run], str]] = {
     "engine": (
         {"engine": "higher"},
         lambda r: r,
-        "engine must be 'adjoint' in a run, got 'higher'",
+        "engine must be 'adjoint', got 'higher'; 'higher' is for rhc.hypergradient alone",
     ),
     "control": (
         {"controls": ["momentun"]},
@@ -1178,17 +1178,21 @@ BAD: dict[str, tuple[dict[str, Any], Callable[[Run], Run], str]] = {
     "product": (
         {"product": "exakt"},
         lambda r: r,
-        "unknown product 'exakt': did you mean 'exact'?",
+        "got 'exakt'; did you mean 'exact'?",
     ),
-    "clip": ({"clip_norm": 0.0}, lambda r: r, "clip_norm must be > 0, got 0.0; use None not to"),
-    "clip value": ({"clip_value": -1.0}, lambda r: r, "clip_value must be > 0, got -1.0; use None"),
+    "clip": ({"clip_norm": 0.0}, lambda r: r, "clip_norm must be > 0, got 0; use None not to"),
+    "clip value": ({"clip_value": -1.0}, lambda r: r, "clip_value must be > 0, got -1; use None"),
     "two clips": (
         {"clip_value": 1.0, "clip_norm": 2.0},
         lambda r: r,
         "clip_norm and clip_value cannot go together, got 2 and 1; give one of them",
     ),
     "accumulate": ({"accumulate": 0}, lambda r: r, "accumulate must be ≥ 1, got 0; use 1 not to"),
-    "budget": ({"memory_budget": 0}, lambda r: r, "memory_budget must be ≥ 1 byte, got 0"),
+    "budget": (
+        {"memory_budget": 0},
+        lambda r: r,
+        "memory_budget must be a number of bytes, such as",
+    ),
     "discount": ({"discount": 1.1}, lambda r: r, "discount must be in (0, 1], got 1.1; use 1 for"),
     "costate clip": ({"costate_clip": 0.0}, lambda r: r, "costate_clip must be > 0, got 0; use No"),
     "groups of noise": (

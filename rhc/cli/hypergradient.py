@@ -7,7 +7,6 @@ losses are not the recorded ones, and that is said.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -18,42 +17,47 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from rhc.cli.replay import Sizes, follow, plain_run
-from rhc.cli.train import built_optimizer, config_of, device_of
+from rhc.cli.building import (
+    PlainRun,
+    built_optimizer,
+    config_of,
+    device_of,
+    hashed,
+    plain_run,
+    plain_settings,
+    sizes_of,
+)
 from rhc.containers import copied, spare
 from rhc.errors import InputError
 from rhc.hindsight.whole_run import EXPLODING_CLIP, Episode, Outer, Shelf, improved, shelved
 from rhc.hypergradient import Hypergradient
-from rhc.report.live import sparkline
+from rhc.report.live import Screen, sparkline
 from rhc.report.records import one_number
-from rhc.rng import RandomState, preserved, seed_everything
+from rhc.rng import RandomState, preserved
 from rhc.schedule import CONTROLS, Schedule, control
-from rhc.settings import TrainConfig, parsed_bytes
+from rhc.settings import TrainConfig
 from rhc.settings.commands import HypergradientConfig
 from rhc.storage.files import finite, read_json, replace_durably
 from rhc.storage.jsonl import read_rows
-from rhc.storage.run_files import RUNS, read_record
+from rhc.storage.run_files import read_record
 from rhc.training import memory
 from rhc.training.batches import StepBatches
 from rhc.training.plant import Plant
-from rhc.workload import Workload, load_runner
+from rhc.workload import Workload
 
 NAME = "hypergradient.json"
 
 
-def hypergradient_of(config: HypergradientConfig, console: Console) -> int:
+def run(config: HypergradientConfig, screen: Screen) -> int:
     """Looks back at the run, writes what came out, and returns the exit status."""
     with _recorded(config) as recorded:
         episode, schedule = recorded.episode, recorded.schedule
         asked = config.controls or tuple(episode.steerable(schedule))
         _check(asked, episode, schedule)
         steps = episode.steps
-        console.print(
-            f"{config.directory}: {steps} steps, looking back at all of them by {', '.join(asked)}",
-            highlight=False,
-            soft_wrap=True,
+        screen.say(
+            f"{config.directory}: {steps} steps, looking back at all of them by {', '.join(asked)}"
         )
         device = episode.plant.parameters[0].device
         memory.reset_peak(device)
@@ -62,7 +66,7 @@ def hypergradient_of(config: HypergradientConfig, console: Console) -> int:
         peak = max(0, memory.current_peak(device) - before)
         document = _document(config, recorded, h, asked, peak)
         replace_durably(config.directory / NAME, (json.dumps(document) + "\n").encode())
-        _print(console, document, config.directory / NAME)
+        _print(screen, document, config.directory / NAME)
         if not config.passes:
             return 0
         if not h.result.usable and h.result.name != "exploding":
@@ -77,11 +81,11 @@ def hypergradient_of(config: HypergradientConfig, console: Console) -> int:
             knots=config.knots or steps,
             controls=asked,
             step=config.step,
-            tell=lambda number, outer: _tell(console, number, outer),
+            tell=lambda number, outer: _tell(screen, number, outer),
             first=h,
         )
         spent = episode.spent / steps
-    return _trained(config, recorded, better, done, spent, console)
+    return _trained(config, recorded, better, done, spent, screen)
 
 
 # The recorded run ---------------------------------------------------------------------------------
@@ -89,15 +93,11 @@ def hypergradient_of(config: HypergradientConfig, console: Console) -> int:
 
 @dataclass
 class _Recorded:
-    """A run that can be rolled again.
-
-    config, sizes: what it was trained with. losses: those of its tape.
-    """
+    """A run that can be rolled again. losses: those of its tape."""
 
     episode: Episode
     schedule: Schedule
-    config: TrainConfig
-    sizes: Sizes
+    run: PlainRun
     losses: list[float]
 
 
@@ -106,9 +106,8 @@ def _recorded(config: HypergradientConfig) -> Iterator[_Recorded]:
     """The run of a directory at its step 0, its batches on a shelf."""
     directory = config.directory
     record = read_record(directory)
-    old = config_of(directory, trust=config.trust)
+    old = config_of(directory, trust=config.trust).without_rewriting()
     old = replace(old, data=config.data or old.data, device=config.device or old.device).checked()
-    sizes = Sizes.of(record, directory / "config.json")
     schedule = Schedule.load(directory / "schedule.json")
     rows = read_rows(directory / "tape.jsonl")
     if not rows:
@@ -119,14 +118,9 @@ def _recorded(config: HypergradientConfig) -> Iterator[_Recorded]:
             f"directory {directory} has {len(rows)} committed steps, got steps {steps}; give "
             f"--steps {len(rows)} or fewer"
         )
-    device = device_of(old.device)
-    sizes.check(old.run)
-    seed_everything(old.seed)
-    workload = load_runner(old.run)(seed=old.seed, data=old.data, **sizes.given())
-    old = old.resolved(workload, torch.get_num_threads())
-    torch.set_num_threads(old.threads or torch.get_num_threads())
-    workload.model.to(device)
-    optimizer = built_optimizer(old, workload)
+    run = plain_run(old, sizes_of(directory))
+    workload, device = run.workload(), device_of(old.device)
+    optimizer = built_optimizer(run.config, workload)
     isolated = record.get("rewrite", False) is not False
     # As Runner._begin does: a rewriting run draws its batches from a stream of their own.
     seed = int(torch.randint(2**31, ())) if isolated else 0
@@ -144,7 +138,7 @@ def _recorded(config: HypergradientConfig) -> Iterator[_Recorded]:
     if weight is None:
         weight = 0.0 if judged else 1 / steps
     with Shelf() as shelf:
-        handles = _shelve(shelf, stream, old, workload, optimizer, schedule, steps)
+        handles = _shelve(shelf, stream, run.config, workload, optimizer, schedule, steps)
         episode = Episode(
             workload.model,
             optimizer,
@@ -153,16 +147,16 @@ def _recorded(config: HypergradientConfig) -> Iterator[_Recorded]:
             judged,
             weight,
             config.average or None,
-            old.accumulate,
-            old.clip_norm,
-            old.clip_value,
-            old.seed,
+            run.config.accumulate,
+            run.config.clip_norm,
+            run.config.clip_value,
+            run.config.seed,
             config.product,
-            None if config.memory_budget is None else parsed_bytes(config.memory_budget),
+            config.memory_budget,
             config.discount,
         )
         losses = [math.nan if r.get("loss") is None else float(r["loss"]) for r in rows[:steps]]
-        yield _Recorded(episode, schedule.window(0, steps), old, sizes, losses)
+        yield _Recorded(episode, schedule.window(0, steps), run, losses)
 
 
 def _shelve(
@@ -289,9 +283,9 @@ def _document(
     return found
 
 
-def _print(console: Console, document: dict[str, Any], path: Path) -> None:
+def _print(screen: Screen, document: dict[str, Any], path: Path) -> None:
     def line(label: str, text: str) -> None:
-        console.print(f"{label:<10}{text}", highlight=False, soft_wrap=True)
+        screen.say(f"{label:<10}{text}")
 
     apart = document["furthest_from_tape"]
     if apart != 0:
@@ -328,14 +322,12 @@ def _course(norms: list[float | None]) -> str:
     return f"{first} {sparkline(means)} {last}"
 
 
-def _tell(console: Console, number: int, outer: Outer) -> None:
+def _tell(screen: Screen, number: int, outer: Outer) -> None:
     what = "kept" if outer.accepted else "not kept"
     clipped = f"; costates exploded and were clipped to {EXPLODING_CLIP:g}" * outer.clipped
-    console.print(
+    screen.say(
         f"pass {number + 1}    J {outer.before:.6g} -> {outer.value:.6g}  {what} after "
-        f"{outer.tried} tries{clipped}",
-        highlight=False,
-        soft_wrap=True,
+        f"{outer.tried} tries{clipped}"
     )
 
 
@@ -348,40 +340,21 @@ def _trained(
     schedule: Schedule,
     done: list[Outer],
     spent: float,
-    console: Console,
+    screen: Screen,
 ) -> int:
     """Trains by the rewritten schedule, with what everything cost, and returns the status."""
-    old = recorded.config
-    run = plain_run(
-        TrainConfig(
-            run=old.run,
-            steps=len(schedule),
-            optimizer=old.optimizer,
-            lr=old.lr,
-            momentum=old.momentum,
-            weight_decay=old.weight_decay,
-            nesterov=old.nesterov,
-            clip_norm=old.clip_norm,
-            clip_value=old.clip_value,
-            accumulate=old.accumulate,
-            seed=old.seed,
-            data=old.data,
-            device=old.device,
-            threads=old.threads,
-        ),
-        recorded.sizes,
-    )
-    digest = hashlib.sha256(
-        json.dumps([run.config.to_record(), schedule.digest()], sort_keys=True).encode()
-    ).hexdigest()[:8]
-    directory = config.output or RUNS / f"{old.short_name}-horizon-{digest}"
+    was = recorded.run
+    settings = {**plain_settings(was.config), "steps": len(schedule)}
+    plain = plain_run(TrainConfig(**settings), was.sizes)
+    document = [plain.config.to_record(), schedule.digest()]
+    directory = config.output or hashed(f"{was.config.short_name}-horizon", document)
     record = {
         "command": "replay",
         "replay": {"schedule": str(config.directory), "passes": len(done), "spent": spent},
     }
-    status = follow(run, schedule, directory, record, console, spent=spent)
+    status = plain.follow(schedule, directory, record, screen, spent=spent)
     if status == 0:
         result = read_json(directory / "result.json")
         total = result["cost"]["plain_run_equivalents"]
-        console.print(f"in all    {total:.2f} plain runs", highlight=False)
+        screen.say(f"in all    {total:.2f} plain runs")
     return status

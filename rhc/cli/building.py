@@ -1,0 +1,284 @@
+"""From settings to what is trained: the device, the optimizer, the Runner, and a run as it was."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+
+from rhc.distributed import synchronised
+from rhc.errors import DivergedError, InputError, RunWarning, plain
+from rhc.events import Listener
+from rhc.loop.update_rule import Rewrite
+from rhc.report.live import Progress, Screen, display
+from rhc.report.loggers import TensorBoard
+from rhc.report.text import print_result
+from rhc.rng import seed_everything
+from rhc.runner import Runner
+from rhc.schedule import CONTROLS, Schedule, control
+from rhc.settings import Engine, Run, Shape, Step, TrainConfig, Window
+from rhc.settings.commands import SIZES, SmoothConfig
+from rhc.settings.owners import OptimizerSettings
+from rhc.storage.files import check_kinds
+from rhc.storage.run_files import RUNS, read_record
+from rhc.training.objective import Objective
+from rhc.workload import Workload, load_runner, optimizer_of, refuse_strange
+
+
+def device_of(name: str) -> torch.device:
+    """The device that a setting means; one that torch does not find is an InputError."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise InputError(
+            "device must be one that torch finds, got 'cuda' where torch.cuda.is_available() is "
+            "False; use --device cpu"
+        )
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def check_controls(config: TrainConfig) -> None:
+    """Unknown names, and values outside their bounds."""
+    for name in (*(config.controls or ()), *(config.per_group or ())):
+        control(name)
+    for name in ("lr", "momentum", "weight_decay"):
+        value = getattr(config, name)
+        if value is not None:
+            CONTROLS[name].check(value)
+
+
+def hashed(name: str, document: Any) -> Path:
+    """runs/<name>-<hash of the document>: the directory of a run that none was named for."""
+    digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    return RUNS / f"{name}-{digest[:8]}"
+
+
+def built_workload(config: TrainConfig, sizes: Mapping[str, int]) -> Workload:
+    """The run's model and data, as they are at step 0. sizes: what its function is asked for."""
+    seed_everything(config.seed)
+    return load_runner(config.run)(seed=config.seed, data=config.data, **sizes)
+
+
+def built_optimizer(config: TrainConfig, workload: Workload) -> torch.optim.Optimizer:
+    """The optimizer of the workload's parameters. config: resolved."""
+    parameters: Any = workload.parameter_groups or workload.model.parameters()
+    assert config.optimizer is not None and config.lr is not None
+    return optimizer_of(
+        config.optimizer,
+        parameters,
+        config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.nesterov,
+    )
+
+
+def built_runner(
+    config: TrainConfig,
+    workload: Workload,
+    directory: Path | None,
+    listeners: Sequence[Listener] = (),
+    *,
+    rewrite: Rewrite | Literal[False] = False,
+    objective: Objective | None = None,
+    schedule: Schedule | None = None,
+    record: Mapping[str, Any],
+) -> Runner:
+    """The Runner of a workload. config: resolved. record: of config.json, beside the settings."""
+    owners = (Window, Shape, Engine, Step)
+    settings = {name: getattr(config, name) for owner in owners for name in owner.known()}
+    # Event files that were begun are gone on with.
+    events = None if directory is None else directory / "tensorboard"
+    logged = events is not None and (config.tensorboard or events.is_dir())
+    return Runner(
+        workload.model,
+        built_optimizer(config, workload),
+        workload.loss_fn,
+        workload.train_loader,
+        workload.val_loader,
+        test_loader=workload.test_loader,
+        **{**settings, "per_group": config.per_group or ()},
+        rewrite=rewrite,
+        schedule=schedule,
+        objective=objective,
+        directory=directory,
+        validate_every=config.validate_every,
+        keep_checkpoints=config.keep_checkpoints,
+        seed=config.seed,
+        listeners=listeners,
+        logger=TensorBoard(events) if logged and events is not None else None,
+        config={**config.recorded(), **record},
+    )
+
+
+def shown(
+    config: TrainConfig,
+    directory: Path,
+    screen: Screen,
+    build: Callable[[Listener], Runner],
+    told: Callable[[DivergedError], str] = str,
+) -> int:
+    """Runs to the end what `build` makes, shown while it goes, and returns the exit status.
+
+    told: what is said of a run that diverged.
+    """
+    assert config.steps is not None
+    progress = Progress(config.short_name)
+    try:
+        with display(progress, screen) as listener, warnings.catch_warnings():
+            warnings.simplefilter("ignore", RunWarning)  # the display says the same
+            runner = build(listener)
+            # N ranks do what one process does, statistics of batches included.
+            with synchronised(runner.plant.model, runner.ranks, every=True):
+                runner.fit(config.steps, cast(Literal["auto", "never"], config.resume))
+    except (KeyboardInterrupt, BrokenPipeError) as stop:
+        # What a run did until then is saved, whether it was stopped or lost its reader.
+        text = " before the first step"
+        if progress.started:
+            saved = f"{progress.saved} of {progress.steps} steps are saved"
+            text = f"; {saved}; resume with: rhc resume {shlex.quote(str(directory))}"
+        print(f"rhc: stopped{text}", file=sys.stderr)
+        if isinstance(stop, BrokenPipeError):
+            raise
+        return 130
+    except DivergedError as error:
+        print(plain(f"rhc: error: {told(error)}"), file=sys.stderr)
+        return 1
+    assert progress.result is not None
+    if not progress.started:
+        screen.say(
+            f"{directory} holds this run, finished; to train anew give another --seed or "
+            "--directory"
+        )
+    screen.print()
+    print_result(screen, progress.result, directory, inspect=True)
+    return 0
+
+
+# Plain runs ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlainRun:
+    """A run with no rewriting, ready for a schedule. config: resolved by `plain_run`.
+
+    sizes: what the run function is asked for besides seed and data.
+    """
+
+    config: TrainConfig
+    sizes: Mapping[str, int]
+
+    def workload(self) -> Workload:
+        """The run's model and data, as they are at step 0, on its device."""
+        workload = built_workload(self.config, self.sizes)
+        assert self.config.threads is not None
+        torch.set_num_threads(self.config.threads)
+        workload.model.to(device_of(self.config.device))
+        return workload
+
+    def runner(
+        self,
+        schedule: Schedule | None,
+        directory: Path,
+        record: Mapping[str, Any],
+        listener: Listener,
+        *,
+        spent: float = 0.0,
+    ) -> Runner:
+        """A Runner that follows `schedule`, or keeps the optimizer's own controls without one.
+
+        record: what config.json has besides the settings. spent: plain runs on its ledger already.
+        """
+        runner = built_runner(
+            self.config,
+            self.workload(),
+            directory,
+            [listener],
+            schedule=schedule,
+            record={**self.sizes, **record},
+        )
+        assert self.config.steps is not None
+        runner.owed = spent * self.config.steps
+        return runner
+
+    def follow(
+        self,
+        schedule: Schedule,
+        directory: Path,
+        record: Mapping[str, Any],
+        screen: Screen,
+        *,
+        spent: float = 0.0,
+    ) -> int:
+        """The run by `schedule`, shown while it goes, and its exit status."""
+        return shown(
+            self.config,
+            directory,
+            screen,
+            lambda listener: self.runner(schedule, directory, record, listener, spent=spent),
+            lambda error: (
+                f"{str(error).partition(';')[0]}; choose another --rescale, or a "
+                "schedule with a lower lr"
+            ),
+        )
+
+
+def plain_settings(config: SmoothConfig | TrainConfig) -> dict[str, Any]:
+    """What a run's numbers depend on where nothing is rewritten."""
+    owners = (Run, OptimizerSettings, Step)
+    return {name: getattr(config, name) for owner in owners for name in owner.known()}
+
+
+def plain_run(config: TrainConfig, sizes: Mapping[str, int]) -> PlainRun:
+    """The run of these settings, those that they leave open filled in from the workload."""
+    check_sizes(config.run, sizes)
+    device_of(config.device)
+    check_controls(config)
+    workload = built_workload(config, sizes)
+    plain = replace(config, rewrite=False, start="given")
+    return PlainRun(plain.resolved(workload, torch.get_num_threads()), sizes)
+
+
+def check_sizes(run: str, sizes: Mapping[str, int]) -> None:
+    """Raises InputError where the run function knows no such size."""
+    for name, value in sizes.items():
+        if name not in usual_sizes(run):
+            raise InputError(
+                f"run {run!r} has no {name} of its own choosing, got {value}; leave "
+                f"--{name.replace('_', '-')} out, or let its function take {name}"
+            )
+
+
+def usual_sizes(run: str) -> dict[str, Any]:
+    """The run function's own sizes."""
+    found = inspect.signature(load_runner(run)).parameters
+    return {name: found[name].default for name in SIZES if name in found}
+
+
+# Runs as they were --------------------------------------------------------------------------------
+
+
+def config_of(directory: Path, *, trust: bool) -> TrainConfig:
+    """The settings of the run in `directory`, from its config.json, to continue or repeat it.
+
+    trust: whether they may name any file to run, see `rhc.workload.refuse_strange`.
+    """
+    path = directory / "config.json"
+    config = replace(TrainConfig.from_run(read_record(directory), path), directory=directory)
+    refuse_strange(config.run, path, trust=trust)
+    return config
+
+
+def sizes_of(directory: Path) -> dict[str, int]:
+    """What the run in `directory` was asked for besides seed and data."""
+    record = read_record(directory)
+    check_kinds(record, dict.fromkeys(SIZES, (int, type(None))), directory / "config.json")
+    return {name: record[name] for name in SIZES if record.get(name) is not None}

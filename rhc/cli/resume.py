@@ -1,0 +1,38 @@
+"""`rhc resume`: what the directory holds says which command goes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rhc.errors import InputError
+from rhc.report.live import Screen
+from rhc.settings.commands import ResumeConfig
+from rhc.storage.run_files import read_record
+
+
+def run(config: ResumeConfig, screen: Screen) -> int:
+    directory = config.directory
+    record = read_record(directory)  # what is no run is said before torch is imported
+    if config.steps is not None and "command" in record:
+        raise InputError(
+            f"steps belongs to the schedule that is used again, got {config.steps}; leave --steps "
+            "out"
+        )
+    if "pass" in record:
+        raise InputError(f"directory {directory} is one run of {directory.parent}; resume that")
+    with screen.waiting("loading torch"):
+        from rhc.cli import replay, smooth, train
+        from rhc.cli.building import config_of
+    if record.get("command") == "smooth":
+        return smooth.resume(record, directory, screen, trust=config.trust)
+    was = config_of(directory, trust=config.trust)
+    settings = replace(
+        was,
+        data=config.data or was.data,
+        device=config.device or was.device,
+        steps=was.steps if config.steps is None else config.steps,
+    ).checked()
+    if record.get("command") == "replay":
+        return replay.resume(settings, directory, record, screen)
+    moved = None if config.data is None else was.data
+    return train.run(settings, screen, recorded_data=moved)

@@ -1,0 +1,329 @@
+"""The settings of a run, one dataclass for each part of it that owns some.
+
+The Runner makes these of its keywords, and the command line of its flags: what is checked here is
+checked once, and said in the same words.
+"""
+
+# ruff: noqa: RUF009  (the default of a setting is a field)
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from rhc.errors import InputError
+from rhc.settings.fields import (
+    SEEDS,
+    Settings,
+    above_0,
+    at_least,
+    fraction,
+    names,
+    one_of,
+    setting,
+    share,
+)
+from rhc.workload import OPTIMIZERS
+
+MOST_STEPS = 50_000_000
+"""Of a run: it is planned step by step, which takes 8 bytes for every control of each."""
+
+STARTS = ("zero", "probe", "given")
+TEMPLATES = ("constant", "cosine", "linear", "wsd", "1cycle")
+PRODUCTS = (
+    *("auto", "exact", "forward-over-reverse", "forward-difference", "central-difference"),
+    "none",
+)
+"""These and the starts and templates are those of rooms that import torch: a test compares them."""
+
+
+def parsed_names(given: Any) -> tuple[str, ...]:
+    return names((given,) if isinstance(given, str) else given)
+
+
+def parsed_segment(given: Any) -> int | Literal["auto"]:
+    """A segment as a number, where it is one; `Window` knows how long it may be."""
+    if given == "auto":
+        return "auto"
+    number = int(given) if str(given).isdecimal() else 0
+    if number < 1:
+        raise InputError(f"segment must be auto or ≥ 1, got {given!r}; try --segment auto")
+    return number
+
+
+def existing(given: Any) -> Path:
+    if not given.exists():
+        raise InputError(f"data {given} does not exist; give --data an existing folder")
+    return Path(given)
+
+
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}
+_UNITS |= {f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}
+
+
+def parsed_bytes(given: Any) -> int:
+    """A size in bytes: `1000000`, `500MB` (10⁶ each), `1.5 GiB` (2³⁰); InputError otherwise."""
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)", f"{given}".strip().lower())
+    unit = None if match is None else _UNITS.get(match[2])
+    number = 0.0 if match is None or unit is None else float(match[1]) * unit
+    size = int(number) if number < 2**63 else 0
+    if size < 1:
+        raise InputError(
+            f"memory_budget must be a number of bytes, such as 500MB or 2GiB, got {given!r}; try "
+            "--memory-budget 2GiB"
+        )
+    return size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Settings):
+    """What is trained, and on what."""
+
+    heading = "what is trained"
+
+    run: str = setting("digits", "[RUN]", place="argument")
+    """A name of `rhc runs`, or file.py:function. file.py alone is file.py:file."""
+    data: Path | None = setting(None, "DIR", parse=existing, on_resume="its data must be the same")
+    """Folder of the run's data, for runs that need one."""
+    steps: int | None = setting(
+        None, "T", at_least(1, 1000), unset="the run's own", most=MOST_STEPS
+    )
+    """Optimizer steps in all."""
+    seed: int = setting(0, "S", SEEDS)
+    """Seed of weights, batches, dropout and noise."""
+    device: str = setting(
+        "auto", "NAME", one_of("auto", "cpu", "cuda"), recorded="by the runner", on_resume=""
+    )
+    """cpu, cuda, or auto: cuda where there is one."""
+    threads: int | None = setting(
+        None,
+        "N",
+        at_least(1, 1),
+        unset="the run's own",
+        place="rare",
+        most=max(256, 4 * (os.cpu_count() or 1)),
+        on_resume="its bits may differ",
+    )
+    """CPU threads of torch; small tensors are slower on several."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings(Settings):
+    """The optimizer, and what it begins with."""
+
+    heading = "the optimizer"
+
+    optimizer: str | None = setting(
+        None, "NAME", one_of(*OPTIMIZERS, mend="only these have dynamics"), unset="the run's own"
+    )
+    """sgd, adam or adamw. Also nadam, radam, adamax, rmsprop, adagrad of torch.optim."""
+    lr: float | None = setting(None, "A", unset="it is found")
+    """Learning rate to start from. A first guess, or what is kept with --start given, where it is
+    the run's own by default."""
+    momentum: float = setting(0.9, "MU")
+    """Momentum of sgd, β1 of the Adams. To start from; also of rmsprop; adagrad has none."""
+    weight_decay: float | None = setting(None, "W", unset="0; 0.01 for adamw")
+    """Weight decay. To start from, where it is among --controls."""
+    nesterov: bool = setting(False, place="rare")
+    """Nesterov's momentum, for sgd."""
+
+    def checked(self) -> Self:
+        if self.nesterov and (self.optimizer not in (None, "sgd") or self.momentum == 0):
+            raise InputError(
+                f"nesterov needs sgd with momentum, got optimizer {self.optimizer or 'sgd'} with "
+                f"momentum {self.momentum:g}; leave --nesterov out"
+            )
+        return super().checked()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step(Settings):
+    """One step: the gradient that it goes by."""
+
+    heading = "the optimizer"
+
+    clip_norm: float | None = setting(None, "C", above_0("not to clip"), unset="no clipping")
+    """Norm that gradients are clipped to. Of all parameters together."""
+    clip_value: float | None = setting(
+        None, "C", above_0("not to clip"), unset="no clipping", place="rare", recorded="if given"
+    )
+    """Absolute value that every element of the gradient is clipped to."""
+    accumulate: int = setting(
+        1,
+        "N",
+        at_least(1, 1, mend="use 1 not to accumulate, as by"),
+        place="rare",
+        most=10**5,
+        recorded="if given",
+    )
+    """Batches per optimizer step. It goes by the gradient of the mean of their losses."""
+    deterministic: bool = setting(False, place="rare", recorded="if given")
+    """Only operators that give the same bits again; an error where there is none."""
+
+    def checked(self) -> Self:
+        checked = super().checked()
+        if self.clip_norm is not None and self.clip_value is not None:
+            raise InputError(
+                f"clip_norm and clip_value cannot go together, got {self.clip_norm:g} and "
+                f"{self.clip_value:g}; give one of them: leave --clip-norm or --clip-value out"
+            )
+        return checked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape(Settings):
+    """The schedule before anything is rewritten: how lr is found, and its shape over the run."""
+
+    heading = "its schedule"
+
+    start: str | None = setting(None, "NAME", one_of(*STARTS), unset="by --lr")
+    """zero, probe or given: how lr is found. zero needs no --lr, and finds one for every parameter
+    group by a hypergradient and short rolls; probe takes --lr for a first guess; given keeps
+    it. zero by default, probe with --lr, given with --no-rewrite."""
+    template: str | None = setting(
+        None, "NAME", one_of(*TEMPLATES), unset="by --start", recorded="if given"
+    )
+    """constant, cosine, linear, wsd or 1cycle. The shape of lr, to be rewritten or followed. By
+    default cosine, linear for the Adams; with --start given wsd, and constant with
+    --no-rewrite."""
+    warmup: float | None = setting(
+        None,
+        "F",
+        fraction(0.1),
+        unset="0.1 for a start of adam, adamw; else 0",
+        place="rare",
+        recorded="if given",
+    )
+    """Fraction of the run over which lr rises linearly to the template."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window(Settings):
+    """What is rolled, differentiated and rewritten at once."""
+
+    heading = "hindsight"
+
+    window: int = setting(50, "K", at_least(1, 50), most=MOST_STEPS)
+    """Steps that are looked back at and rewritten at once. They are rolled, differentiated,
+    rewritten and replayed together."""
+    stride: int | None = setting(None, "M", unset="the window", place="rare")
+    """Steps committed before sliding on. At most the window; fewer is model-predictive control, at
+    window / stride times the cost."""
+    controls: tuple[str, ...] | None = setting(
+        None, "NAME …", unset="lr", parse=parsed_names, rewriting=True, recorded="by the runner"
+    )
+    """Some of lr, momentum, noise, weight_decay. Those are rewritten."""
+    per_group: tuple[str, ...] | None = setting(
+        None, "NAME …", place="rare", parse=parsed_names, rewriting=True, recorded="if given"
+    )
+    """Those of --controls with a value per parameter group. The others keep the groups' ratios."""
+
+    def checked(self) -> Self:
+        checked = super().checked()
+        if checked.stride is not None and not 1 <= checked.stride <= checked.window:
+            raise InputError(
+                f"stride must be in [1, {self.window}] for window={self.window}, got "
+                f"{self.stride}; lower --stride or raise --window"
+            )
+        if checked.controls == ():
+            raise InputError(
+                "controls is empty; name some of lr, momentum, noise, weight_decay, or rewrite "
+                "none with --no-rewrite"
+            )
+        if checked.per_group == ():
+            raise InputError("per_group is empty; name some controls, or leave --per-group out")
+        return checked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Law(Settings):
+    """What of the update rule and the objective has a flag; None leaves it to the usual ones."""
+
+    heading = "hindsight"
+
+    rewrite: bool = setting(True, recorded="by the runner")
+    """Train as the plain loop does. Bit for bit."""
+    budget: float | None = setting(
+        None, "X", at_least(1, 5, "plain run"), unset="5; none for a given start", rewriting=True
+    )
+    """Plain runs that it may cost. Windows beyond it are followed as planned."""
+    until: float | None = setting(
+        None, "F", share(0.5), unset="0.1; 1 for a given start", place="rare", rewriting=True
+    )
+    """Fraction of the run in which windows are looked back at. After it the schedule is followed
+    as it then stands."""
+    cooldown: float | None = setting(
+        None, "F", fraction(0.2), unset="0.2", place="rare", rewriting=True
+    )
+    """Fraction of the run, at its end, over which lr falls linearly to 0; 0 for none."""
+    average: float | None = setting(
+        None, "D", fraction(0.99, "a decay"), unset="0.99", place="rare", rewriting=True
+    )
+    """A window is judged at the average of its iterates with this decay; 0 for the last one."""
+    objective_batches: int | None = setting(
+        None, "N", at_least(1, 4), unset="4", place="rare", most=10**5, rewriting=True
+    )
+    """Validation batches that a window is judged on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine(Settings):
+    """How a window is differentiated."""
+
+    heading = "hindsight"
+
+    product: str = setting("auto", "NAME", one_of(*PRODUCTS), rewriting=True)
+    """Hessian products: exact, none and others. exact, forward-over-reverse, or approximately
+    forward-difference (half the cost) or central-difference; none leaves the Hessian out. auto
+    is none where the start is looked for, else what is exact or agrees with it."""
+    segment: int | str = setting(
+        "auto", "N", place="rare", parse=parsed_segment, rewriting=True, recorded="by the runner"
+    )
+    """Steps per rebuilt graph: 1 (least memory) to the window (fastest)."""
+    memory_budget: int | None = setting(
+        None,
+        "SIZE",
+        place="rare",
+        parse=parsed_bytes,
+        rewriting=True,
+        recorded="by the runner",
+        on_resume="what looking back keeps changes, and its bits may differ",
+    )
+    """Memory that looking back may take beyond plain training: bytes, 500MB, 2GiB."""
+    discount: float = setting(1.0, "G", share(), place="rare", rewriting=True, recorded="if given")
+    """Factor on the costate at every step backwards; below 1 the far future counts less."""
+    costate_clip: float | None = setting(
+        None, "C", above_0("for none"), place="rare", rewriting=True, recorded="if given"
+    )
+    """Largest norm of the costate, as a multiple of its norm at the window's end."""
+    engine: str = setting(
+        "adjoint",
+        "",
+        one_of("adjoint", mend="'higher' is for rhc.hypergradient alone"),
+        place="none",
+    )
+    """How the run is differentiated."""
+    spill: bool | str | Path = True
+    """Whether states may go to disk for the budget; or the folder that they go to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage(Settings):
+    """Where a run is kept, and what is kept of it."""
+
+    heading = "files"
+
+    directory: Path | None = setting(None, "DIR", unset="runs/RUN-HASH", on_resume="")
+    """Where the run is kept. By default one directory per configuration."""
+    resume: str = setting("auto", "auto|never", one_of("auto", "never"), place="rare", on_resume="")
+    """auto continues the run that is there, never refuses it."""
+    validate_every: int | None = setting(
+        None, "N", at_least(1, 100), unset="at the end alone", place="rare", recorded="if given"
+    )
+    """Steps between losses on validation data in the tape. Taken after the window in which the
+    step falls, as val_loss; a batch costs a third of a gradient."""
+    keep_checkpoints: int = setting(3, "N", at_least(1, 3), place="rare", recorded="never")
+    """Newest checkpoints that are kept."""
