@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +22,7 @@ from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.autograd import Function
 
@@ -134,21 +135,19 @@ class Ranks:
         lengths = [torch.zeros_like(length) for _ in range(self.size)]
         dist.all_gather(lengths, length, group=self.group)
         most = max(1, *(int(n) for n in lengths))
-        own = torch.zeros(most, dtype=torch.uint8)
-        if data:
-            own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        own = torch.frombuffer(bytearray(data.ljust(most, b"\0")), dtype=torch.uint8)
         own = own.to(self.device)
         found = [torch.zeros_like(own) for _ in range(self.size)]
         dist.all_gather(found, own, group=self.group)
         return [t[: int(n)].cpu().numpy().tobytes() for t, n in zip(found, lengths, strict=True)]
 
     def gather_json(self, value: Any) -> list[Any]:
-        """The value of every rank, by rank; something that JSON can say."""
+        """The value of every rank, by rank; something that JSON can hold."""
         text = json.dumps(value, sort_keys=True, default=str).encode()
         return [json.loads(found) for found in self.gather(text)]
 
     def share(self, value: Any) -> Any:
-        """The first rank's value, on every rank; something that JSON can say."""
+        """The first rank's value, on every rank; something that JSON can hold."""
         text = json.dumps(value).encode() if self.first else b""
         return json.loads(self.gather(text)[0])
 
@@ -169,33 +168,30 @@ class Ranks:
             raise Unshared(outcome["error"])
         return outcome["value"]
 
-    def broadcast_(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Every tensor becomes the first rank's, in place."""
         source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
-        with torch.no_grad():
-            for indices in buckets(tensors):
-                flat = torch.cat([tensors[i].detach().reshape(-1) for i in indices])
-                dist.broadcast(flat, source, group=self.group)
-                parts = flat.split([tensors[i].numel() for i in indices])
-                for i, part in zip(indices, parts, strict=True):
-                    tensors[i].detach().copy_(part.view(tensors[i].shape))
+        for tensor in tensors:
+            shared = tensor.detach().contiguous()
+            dist.broadcast(shared, source, group=self.group)
+            tensor.detach().copy_(shared)
 
     def share_random_state(self) -> None:
         """Gives every rank the first one's global random state, but for accelerators'."""
         state = RandomState.capture().to_tensors()
         host = {name: t for name, t in state.items() if not name.startswith("torch_cuda")}
-        gauss = host.pop("python_gauss")  # none or one
-        moved = {name: t.to(self.device) for name, t in host.items()}
-        self.broadcast_(list(moved.values()))
-        gauss = torch.tensor(self.share(gauss.tolist()), dtype=torch.float64)
-        found = {name: t.cpu() for name, t in moved.items()} | {"python_gauss": gauss}
-        RandomState.from_tensors(found).restore()
+        shared = self.gather(save(host) if self.first else b"")[0]
+        RandomState.from_tensors(load(shared)).restore()
 
     def check_same(self, described: Mapping[str, Any]) -> None:
         """An InputError that shows the difference, where ranks were started differently."""
-        found = self.gather_json(dict(described))
-        for rank, other in enumerate(found):
-            differences = _differences(found[0], other)
+        first, *others = [_flat(found) for found in self.gather_json(dict(described))]
+        for rank, other in enumerate(others, 1):
+            differences = [
+                f"{key} is {_short(other.get(key))}, on rank 0 {_short(first.get(key))}"
+                for key in sorted(first.keys() | other.keys())
+                if first.get(key) != other.get(key)
+            ]
             if differences:
                 raise Unshared(
                     f"rank {rank} was started otherwise than rank 0 ({'; '.join(differences)}); "
@@ -209,25 +205,17 @@ class Ranks:
 
         RanksDiffer where a part is not the same on all.
         """
-        digests = [
-            int.from_bytes(hashlib.sha256(part).digest()[:8], "big", signed=True)
-            for part in parts.values()
-        ]
-        words = [*digests, int(stopping), int(1e6 * waited)]
-        own = torch.tensor(words, dtype=torch.int64, device=self.device)
-        rows = [torch.zeros_like(own) for _ in range(self.size)]
-        dist.all_gather(rows, own, group=self.group)
-        found = torch.stack(rows).cpu()
-        for rank in range(1, self.size):
-            apart = (found[rank, :-2] != found[0, :-2]).tolist()
-            names = [name for name, differs in zip(parts, apart, strict=True) if differs]
+        digests = {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
+        found = self.gather_json([digests, stopping, waited])
+        for rank, (others, _, _) in enumerate(found):
+            names = [name for name in parts if others[name] != found[0][0][name]]
             if names:
                 raise RanksDiffer(
                     f"rank {rank} differs from rank 0 in {', '.join(names)} after {where}; look "
                     "for randomness or state in loss_fn that is neither the model's nor torch's, "
                     "and resume from the last checkpoint"
                 )
-        return bool(found[:, -2].any()), [1e-6 * w for w in found[:, -1].tolist()]
+        return any(stop for _, stop, _ in found), [seconds for _, _, seconds in found]
 
 
 class SumOverRanks(Function):
@@ -349,14 +337,12 @@ def buckets(tensors: Sequence[Tensor]) -> list[list[int]]:
     return found
 
 
-def _differences(first: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key in sorted(first.keys() | other.keys()):
-        a, b = first.get(key), other.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key} is {_short(b)}, on rank 0 {_short(a)}")
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of dicts as one, with names such as versions.torch."""
+    found: dict[str, Any] = {}
+    for key, entry in value.items():
+        inner = isinstance(entry, dict)
+        found |= _flat(entry, f"{prefix}{key}.") if inner else {f"{prefix}{key}": entry}
     return found
 
 
