@@ -136,6 +136,18 @@ def tensors_of(value: Any) -> list[Tensor]:
     return [part for part in _parts(value) if isinstance(part, Tensor)]
 
 
+def same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors have the same elements, with NaNs in the same places, or both are None.
+
+    Of those that are not strided only the shapes are compared.
+    """
+    if a is None or b is None:
+        return a is b
+    if a.shape != b.shape or a.layout != torch.strided:
+        return a.shape == b.shape
+    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
 def _parts(value: Any) -> Iterator[Any]:
     """The tensors in it and what is NO_DATA, in order, each as often as it is met."""
     stack, seen = [value], set[int]()

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import random
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 _MASK = (1 << 64) - 1
 
@@ -44,14 +41,10 @@ def standard_noise(like: Sequence[Tensor], seed: int, step: int) -> list[Tensor]
 def drawn_noise(like: Iterable[Tensor], seed: int, step: int) -> Iterator[Tensor]:
     """`standard_noise`, one tensor after the other."""
     generators: dict[torch.device, torch.Generator] = {}
-    for tensor in like:
-        device = tensor.device
-        if device not in generators:
-            generators[device] = torch.Generator(device=device)
-            generators[device].manual_seed(mixed_seed(seed, step))
-        yield torch.randn(
-            tensor.shape, dtype=tensor.dtype, device=device, generator=generators[device]
-        )
+    for t in like:
+        if t.device not in generators:
+            generators[t.device] = torch.Generator(t.device).manual_seed(mixed_seed(seed, step))
+        yield torch.randn(t.shape, dtype=t.dtype, device=t.device, generator=generators[t.device])
 
 
 def root_mean_square(tensor: Tensor) -> Tensor:
@@ -73,66 +66,6 @@ def add_gradient_noise(parameters: Sequence[Tensor], sigma: float, seed: int, st
             parameter.grad.addcmul_(xi, root_mean_square(parameter.grad), value=sigma)
 
 
-class BeforeSteps:
-    """What steers an optimizer and acts before its steps, by methods that are hooked to it.
-
-    The optimizer holds it weakly: who drops a scheduler for another is rid of its noise. A copy
-    (copy.deepcopy, pickle) has hooks of its own; torch copies no optimizer's.
-    """
-
-    optimizer: Optimizer | None
-    _hooked: tuple[str, ...] = ()
-
-    def hook(self, *names: str) -> None:
-        """Calls these methods, (optimizer, args, kwargs) -> None, before every step."""
-        assert self.optimizer is not None
-        self._hooked = (*self._hooked, *names)
-        self._handles = [
-            *getattr(self, "_handles", ()),
-            *(_hooked_weakly(self.optimizer, getattr(self, name)) for name in names),
-        ]
-
-    def close(self) -> None:
-        """Takes the noise off the optimizer; controls stay as they are."""
-        for handle in getattr(self, "_handles", ()):
-            handle.remove()
-        self._handles, self._hooked = [], ()
-
-    def steers(self) -> None:
-        """Says that this is what steers the optimizer from now on, in place of any other."""
-        assert self.optimizer is not None
-        _STEERED_BY[self.optimizer] = weakref.ref(self)
-
-    @property
-    def is_steering(self) -> bool:
-        """Whether nothing else that lives has taken the optimizer over."""
-        other = _STEERED_BY.get(self.optimizer)
-        return other is None or other() in (None, self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_handles"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        names = state.pop("_hooked", ())
-        vars(self).update(state)
-        if names:
-            self.hook(*names)
-
-
-_STEERED_BY: weakref.WeakKeyDictionary[Any, weakref.ref[BeforeSteps]] = weakref.WeakKeyDictionary()
-
-
-def _hooked_weakly(optimizer: Optimizer, method: Callable[..., None]) -> RemovableHandle:
-    alive = weakref.WeakMethod(method)
-
-    def before_step(*given: Any) -> None:
-        call = alive()
-        if call is not None:
-            call(*given)
-
-    return optimizer.register_step_pre_hook(before_step)
-
-
 def seed_everything(seed: int) -> None:
     """Seeds every global generator."""
     torch.manual_seed(seed)
@@ -150,12 +83,12 @@ class RandomState:
     python: Any
 
     @classmethod
-    def capture(cls) -> RandomState:
-        """The state now. CUDA is asked only if this process has used it."""
+    def capture(cls, numpy: Any = None) -> RandomState:
+        """The state now, where numpy's is known already with that. CUDA is asked only if used."""
         return cls(
             torch.get_rng_state(),
             tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else (),
-            np.random.get_state(),
+            np.random.get_state() if numpy is None else numpy,
             random.getstate(),
         )
 
@@ -167,20 +100,29 @@ class RandomState:
         np.random.set_state(self.numpy)
         random.setstate(self.python)
 
+    def now(self) -> RandomState:
+        """The state now: this very object if nothing was drawn since it was captured.
+
+        To ask numpy takes 60 µs. As long as it has no half of a pair of normal draws in store, its
+        state is the memory of its bit generator, a Mersenne Twister: 624 words and a position.
+        """
+        generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
+        numpy = None
+        if type(generator) is np.random.MT19937 and not self.numpy[3]:
+            memory = ctypes.string_at(generator.ctypes.state_address, 625 * 4)
+            if memory == self.numpy[1].tobytes() + np.int32(self.numpy[2]).tobytes():
+                numpy = self.numpy
+        state = RandomState.capture(numpy)
+        return self if self.same(state) else state
+
     def same(self, other: RandomState) -> bool:
         """Whether nothing was drawn between the two."""
+        own, others = (self.torch_cpu, *self.torch_cuda), (other.torch_cpu, *other.torch_cuda)
         return (
-            torch.equal(self.torch_cpu, other.torch_cpu)
-            and len(self.torch_cuda) == len(other.torch_cuda)
-            and all(map(torch.equal, self.torch_cuda, other.torch_cuda))
+            len(own) == len(others)
+            and all(map(torch.equal, own, others))
             and self.python == other.python
-            and (
-                self.numpy is other.numpy
-                or (
-                    self.numpy[2:] == other.numpy[2:]
-                    and bool((self.numpy[1] == other.numpy[1]).all())
-                )
-            )
+            and (self.numpy is other.numpy or _same_numpy(self.numpy, other.numpy))
         )
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -218,39 +160,8 @@ class RandomState:
         )
 
 
-class RandomWatch:
-    """Follows the global random state cheaply: asking numpy for its state takes 60 µs.
-
-    As long as numpy has no half of a pair of normal draws in store, its state is the memory of its
-    bit generator.
-    """
-
-    def __init__(self) -> None:
-        self.state = RandomState.capture()
-        self._numpy = _numpy_memory()
-
-    def now(self) -> RandomState:
-        """The state now: the very object of the last call if nothing was drawn since."""
-        memory = _numpy_memory()
-        untouched = memory is not None and memory == self._numpy and not self.state.numpy[3]
-        self._numpy = memory
-        state = RandomState(
-            torch.get_rng_state(),
-            tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else (),
-            self.state.numpy if untouched else np.random.get_state(),
-            random.getstate(),
-        )
-        if not state.same(self.state):
-            self.state = state
-        return self.state
-
-
-def _numpy_memory() -> bytes | None:
-    """The memory of numpy's global Mersenne Twister (624 words and a position), if it is one."""
-    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
-    if type(generator) is not np.random.MT19937:
-        return None
-    return ctypes.string_at(generator.ctypes.state_address, 625 * 4)
+def _same_numpy(a: Any, b: Any) -> bool:
+    return a[2:] == b[2:] and bool((a[1] == b[1]).all())
 
 
 @contextmanager

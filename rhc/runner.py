@@ -60,7 +60,7 @@ from rhc.training.diagnostics import check_loader, check_parts
 from rhc.training.losses import LossFn
 from rhc.training.objective import HeldOutBatches, Objective
 from rhc.training.plant import Plant
-from rhc.training.recovery import Relief, deterministic
+from rhc.training.recovery import OomFallback, deterministic
 
 __all__ = ["EXPLODING_CLIP", "Cost", "DivergedError", "RunResult", "Runner", "smoothness"]
 
@@ -322,7 +322,7 @@ class Runner:
                 Damping(engine.discount, engine.costate_clip),
                 self._teller.tell,
             )
-            self._reverse_pass = self._reverse_passes(Relief())
+            self._reverse_pass = self._reverse_passes(OomFallback())
         elif self.start == "zero":
             self.plant.refuse_complex()
         self.per_group = grouped(self.plant, self.controls, windows.per_group or ())
@@ -511,7 +511,7 @@ class Runner:
         finally:
             stream.close()
         reverse_pass = self._reverse_passes(
-            Relief() if self._before is None else self._before.relief
+            OomFallback() if self._before is None else self._before.relief
         )
         return [
             *reverse_pass.plan(self.window, batch, self.controls).lines(),

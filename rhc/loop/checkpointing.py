@@ -27,7 +27,7 @@ from rhc.storage.run_directory import RunDirectory
 from rhc.training.batches import DrawnAsNeeded, MicroBatches, Position
 from rhc.training.objective import Average
 from rhc.training.plant import Plant
-from rhc.training.recovery import Deviation, Relief
+from rhc.training.recovery import Deviation, OomFallback
 from rhc.training.snapshot import (
     adopt,
     places,
@@ -195,7 +195,7 @@ class Saving:
         if loop.validation is not None:
             loop.validation.seek(Position.from_tensors(tensors["validation_batches"]))
         plant.singletons = bool(values["singletons"])
-        loop.relief = Relief(**values.get("relief", {}))
+        loop.relief = OomFallback.from_json(values.get("relief", {}))
         deviation = values.get("deviation")
         if deviation is not None:
             loop.deviation = Deviation(deviation["largest"], tuple(deviation["operators"]))

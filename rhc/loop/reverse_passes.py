@@ -25,7 +25,7 @@ from rhc.rng import preserved
 from rhc.training.memory import trim
 from rhc.training.objective import Average, Objective
 from rhc.training.plant import Plant
-from rhc.training.recovery import Relief, out_of_memory
+from rhc.training.recovery import OomFallback, out_of_memory
 
 EXPLODING_CLIP = 10.0
 """Where costates explode, the window is looked back at once more with their norms clipped to this
@@ -47,7 +47,7 @@ class ReversePassMaker:
     notice: Callable[[str], None]
 
     def __call__(
-        self, relief: Relief, product: Product | None = None, *, verified: bool = True
+        self, relief: OomFallback, product: Product | None = None, *, verified: bool = True
     ) -> ReversePass:
         """relief: what has to be done without. product: in any case."""
         return ReversePass(
@@ -63,7 +63,7 @@ class ReversePassMaker:
             notice=self.notice,
         )
 
-    def resumed(self, relief: Relief, state: Mapping[str, Any]) -> ReversePass:
+    def resumed(self, relief: OomFallback, state: Mapping[str, Any]) -> ReversePass:
         """One that goes on from another's state."""
         made = self(relief)
         made.load_state(state)
@@ -106,7 +106,7 @@ class Looking:
             attempt.hypergradient, attempt.trajectory, self.loop.live = None, None, None
             if unseen is not None:
                 self.plant.optimizer.zero_grad()
-                self.loop.relief = replace(self.loop.relief, blind=True)
+                self.loop.relief = replace(self.loop.relief, never_differentiate=True)
                 attempt.failure = f"not looked back at: {unseen}"
                 self.chronicle.tell(f"windows are not rewritten from now on: {unseen}")
                 return

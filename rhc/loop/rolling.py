@@ -66,7 +66,7 @@ class Rolling:
                 if attempt.starved:
                     # This window is let through where the next one will be shorter.
                     looked = stop - start <= (loop.relief.longest or self.length)
-                    looked = looked and not loop.relief.blind
+                    looked = looked and not loop.relief.never_differentiate
                     number += 1
                     continue
                 failed, previous = _place(attempt), failed

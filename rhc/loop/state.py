@@ -21,7 +21,7 @@ from rhc.schedule import Schedule
 from rhc.schedule.planned import PlannedSchedule, of_tape
 from rhc.training.batches import StepBatches
 from rhc.training.objective import Average
-from rhc.training.recovery import Deviation, Relief
+from rhc.training.recovery import Deviation, OomFallback
 from rhc.training.snapshot import Snapshot
 from rhc.training.trajectory import Trajectory
 
@@ -94,7 +94,7 @@ class Loop:
     tape: list[dict[str, Any]] = field(default_factory=list)
     windows: list[dict[str, Any]] = field(default_factory=list)
     finished: dict[str, Any] | None = None
-    relief: Relief = field(default_factory=Relief)
+    relief: OomFallback = field(default_factory=OomFallback)
     checked: bool = False
     seen: tuple[int, Tensor] | None = None
     deviation: Deviation | None = None

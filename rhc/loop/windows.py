@@ -80,7 +80,7 @@ class RewrittenWindows:
         start, commit = window.start, window.commit
         twins = isinstance(rewriting, Twins)
         wanted = loop.alert or start < law.until * loop.steps
-        wanted = wanted and loop.passed_over == 0 and not loop.relief.blind
+        wanted = wanted and loop.passed_over == 0 and not loop.relief.never_differentiate
         wanted = wanted and (loop.reverse_pass is None or loop.reverse_pass.trusted)
         # Looked back at, replayed, and rolled once more.
         looked = wanted and not twins and self._affords(LOOK, window, looks=1)

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from rhc.rng import BeforeSteps, add_gradient_noise
+from rhc.rng import add_gradient_noise
 from rhc.schedule import OptimizerControls, Schedule, parameters_of
+from rhc.schedule.steering import BeforeSteps
 
 
 class ScheduleReplay(BeforeSteps, LRScheduler):

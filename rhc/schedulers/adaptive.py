@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rhc.errors import InputError, whole_number
-from rhc.rng import BeforeSteps, root_mean_square, standard_noise
+from rhc.rng import root_mean_square, standard_noise
+from rhc.schedule.steering import BeforeSteps
 from rhc.schedulers.laws import (
     Bounds,
     Cap,

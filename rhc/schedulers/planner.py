@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 
 from rhc.errors import InputError, whole_number
 from rhc.events import EpochPlanned, Event, Intervened
-from rhc.rng import BeforeSteps, root_mean_square, standard_noise
+from rhc.rng import root_mean_square, standard_noise
+from rhc.schedule.steering import BeforeSteps
 from rhc.schedulers import laws
 from rhc.schedulers.guards import (
     Failsafe,

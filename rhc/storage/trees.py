@@ -30,22 +30,23 @@ def parted(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = value.detach()
         return {"tensor": name}
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
-        tensors[name] = torch.frombuffer(
-            bytearray(value.tobytes()) or bytearray(1), dtype=torch.uint8
-        )
+        data = bytearray(value.tobytes()) or bytearray(1)
+        tensors[name] = torch.frombuffer(data, dtype=torch.uint8)
         return {"array": [name, value.dtype.str, list(value.shape)]}
     if isinstance(value, bytes):
         return {"bytes": value.hex()}
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
-    if isinstance(value, Mapping):
-        if all(isinstance(key, str) for key in value):
-            return {"dict": {k: parted(v, f"{name}.{k}", tensors) for k, v in value.items()}}
-        items = enumerate(value.items())
-        return {"items": [parted(list(item), f"{name}.{i}", tensors) for i, item in items]}
-    if isinstance(value, (list, tuple, set)):
-        parts = [parted(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
-        return parts if isinstance(value, list) else {_kind(value): parts}
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {"dict": {k: parted(v, f"{name}.{k}", tensors) for k, v in value.items()}}
+    if isinstance(value, (Mapping, list, tuple, set)):
+        inside = map(list, value.items()) if isinstance(value, Mapping) else value
+        parts = [parted(v, f"{name}.{i}", tensors) for i, v in enumerate(inside)]
+        if isinstance(value, list):
+            return parts
+        if isinstance(value, Mapping):
+            return {"items": parts}
+        return {"tuple" if isinstance(value, tuple) else "set": parts}
     raise InputError(
         f"{name} is a {type(value).__name__}, which no checkpoint can hold, since nothing is "
         "pickled; let state_dict give numbers, strings, tensors, arrays, lists and dicts of them"
@@ -74,10 +75,11 @@ def joined(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         case "dict":
             return {k: joined(v, tensors) for k, v in content.items()}
         case "items":
-            return dict(joined(item, tensors) for item in content)
-        case "tuple" | "set":
-            parts = (joined(v, tensors) for v in content)
-            return tuple(parts) if kind == "tuple" else set(parts)
+            return dict(joined(content, tensors))
+        case "tuple":
+            return tuple(joined(content, tensors))
+        case "set":
+            return set(joined(content, tensors))
     return value
 
 
@@ -97,7 +99,3 @@ def unspelled(value: Any) -> Any:
             return float(value["float"])
         return {k: unspelled(v) for k, v in value.items()}
     return [unspelled(v) for v in value] if isinstance(value, list) else value
-
-
-def _kind(value: tuple[Any, ...] | set[Any]) -> str:
-    return "tuple" if isinstance(value, tuple) else "set"

@@ -7,7 +7,7 @@ they do is no function of what a hypergradient knows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
+from rhc.containers import same
 from rhc.errors import Unseen
 
 Hook = Callable[..., Any]
@@ -32,23 +33,22 @@ class Hooks:
         self.optimizer, self.parameters, self.names = optimizer, parameters, names
         self.acting: str | None = None
         """A parameter whose gradient some hook has changed."""
-        self.of_tensors = self._of_tensors()
+        self.of_tensors = self._having("_backward_hooks")
         """Index of a parameter -> its hooks of Tensor.register_hook."""
         # To look at every step again takes 10 µs of a small model's.
-        self._none = not self.of_tensors and not any(self._with("_post_accumulate_grad_hooks"))
+        self._none = not self.of_tensors and not self._having("_post_accumulate_grad_hooks")
 
-    def _of_tensors(self) -> dict[int, tuple[Hook, ...]]:
-        return {i: tuple(p._backward_hooks.values()) for i, p in self._with("_backward_hooks")}
-
-    def _with(self, kind: str) -> Iterator[tuple[int, Any]]:
-        return ((i, p) for i, p in enumerate(self.parameters) if getattr(p, kind, None))
+    def _having(self, kind: str) -> dict[int, tuple[Hook, ...]]:
+        hooks = {i: getattr(p, kind, None) for i, p in enumerate(self.parameters)}
+        return {i: tuple(own.values()) for i, own in hooks.items() if own}
 
     def taken(self) -> AbstractContextManager[Any]:
         """Inside, hooks of parameters are off: backward leaves gradients as they are."""
         if self._none:
             return nullcontext()
         kinds = ("_backward_hooks", "_post_accumulate_grad_hooks")
-        return without([getattr(p, kind) for kind in kinds for _, p in self._with(kind)])
+        places = [(self.parameters[i], kind) for kind in kinds for i in self._having(kind)]
+        return without([getattr(p, kind) for p, kind in places])
 
     def run(self) -> None:
         """What backward would have called, on the gradients of all parameters.
@@ -57,16 +57,16 @@ class Hooks:
         """
         if self._none:
             return
-        self.of_tensors = self._of_tensors()
+        self.of_tensors = self._having("_backward_hooks")
         with torch.no_grad():
             for i, hooks in self.of_tensors.items():
                 p = self.parameters[i]
                 if p.grad is not None:
                     p.grad, before = through(hooks, p.grad.clone()), p.grad
-                    if not _same(p.grad, before):
+                    if not same(p.grad, before):
                         self.acting = self.names[i]
-            for i, p in list(self._with("_post_accumulate_grad_hooks")):
-                hooks = tuple(p._post_accumulate_grad_hooks.values())
+            for i, hooks in self._having("_post_accumulate_grad_hooks").items():
+                p = self.parameters[i]
                 for hook in hooks if p.grad is not None else ():
                     self._watched(
                         hook,
@@ -78,38 +78,37 @@ class Hooks:
 
     def step(self) -> None:
         """`optimizer.step()`. Raises Unseen where one of its step hooks changes anything."""
-        optimizer: Any = self.optimizer
+        own: Any = self.optimizer
         common: Any = torch_optimizer
-        before = [common._global_optimizer_pre_hooks, optimizer._optimizer_step_pre_hooks]
-        after = [optimizer._optimizer_step_post_hooks, common._global_optimizer_post_hooks]
+        before = [common._global_optimizer_pre_hooks, own._optimizer_step_pre_hooks]
+        after = [own._optimizer_step_post_hooks, common._global_optimizer_post_hooks]
         if not any((*before, *after)):
-            optimizer.step()
+            own.step()
             return
-        for hook in [hook for own in before for hook in own.values()]:
-            self._watched(
-                hook,
-                (optimizer, (optimizer,), {}),
-                f"step pre-hook {_called(hook)} of the optimizer",
-                "change gradients by Tensor.register_hook of parameters, or by clip_norm or "
-                "clip_value",
-            )
+        self._step_hooks(
+            before,
+            "step pre-hook",
+            "change gradients by Tensor.register_hook of parameters, or by clip_norm or clip_value",
+        )
         with without([*before, *after]):
-            optimizer.step()
-        for hook in [hook for own in after for hook in own.values()]:
-            self._watched(
-                hook,
-                (optimizer, (optimizer,), {}),
-                f"step post-hook {_called(hook)} of the optimizer",
-                "keep weights where they belong inside the model (torch.nn.utils.parametrize)",
-            )
+            own.step()
+        self._step_hooks(
+            after,
+            "step post-hook",
+            "keep weights where they belong inside the model (torch.nn.utils.parametrize)",
+        )
+
+    def _step_hooks(self, places: Sequence[Mapping[Any, Hook]], kind: str, mend: str) -> None:
+        arguments: tuple[Any, ...] = (self.optimizer, (self.optimizer,), {})
+        for hook in [hook for hooks in places for hook in hooks.values()]:
+            self._watched(hook, arguments, f"{kind} {_called(hook)} of the optimizer", mend)
 
     def _watched(self, hook: Hook, arguments: tuple[Any, ...], called: str, mend: str) -> None:
         """Calls it, and compares what was before with what is after."""
         before = [_copied(t) for p in self.parameters for t in (p, p.grad)]
         returned = hook(*arguments)
         after = [t for p in self.parameters for t in (p, p.grad)]
-        same = all(_same(a, b) for a, b in zip(after, before, strict=True))
-        if not same or isinstance(returned, tuple):
+        if not all(map(same, after, before)) or isinstance(returned, tuple):
             raise Unseen(
                 f"{called} changes the step, which hypergradients cannot see through; {mend}, or "
                 "do without them (rewrite=False)"
@@ -131,27 +130,29 @@ def watched_inside(model: nn.Module) -> Iterator[None]:
             before = [_copied(t) for t in _tuple(given)]
             found = hook(*arguments)
             after = _tuple(given if found is None else found)
-            if not all(map(_same, after, before)):
+            if not all(map(same, after, before)):
                 acting.append(f"{called} ({_called(hook)})")
             return found
 
         return run
 
-    places: list[tuple[MutableMapping[Any, Any], str]] = []
-    for name, module in model.named_modules():
-        of = f"a backward hook of module {name or 'model'!r}"
-        places += [(module._backward_hooks, of), (module._backward_pre_hooks, of)]
     common: Any = torch.nn.modules.module
-    of = "a backward hook of all modules"
-    places += [(common._global_backward_hooks, of), (common._global_backward_pre_hooks, of)]
+    all_modules = "a backward hook of all modules"
+    places: list[tuple[MutableMapping[Any, Any], str]] = [
+        (common._global_backward_hooks, all_modules),
+        (common._global_backward_pre_hooks, all_modules),
+    ]
+    for name, module in model.named_modules():
+        called = f"a backward hook of module {name or 'model'!r}"
+        places += [(module._backward_hooks, called), (module._backward_pre_hooks, called)]
     register = Tensor.register_hook
 
     def noticed(t: Tensor, hook: Hook) -> Any:
         return register(t, watched(hook, "Tensor.register_hook inside the model or loss_fn"))
 
     with without([own for own, _ in places]) as kept:
-        for (own, of), before in zip(places, kept, strict=True):
-            own.update({key: watched(hook, of) for key, hook in before.items()})
+        for (own, called), before in zip(places, kept, strict=True):
+            own.update({key: watched(hook, called) for key, hook in before.items()})
         Tensor.register_hook = noticed  # type: ignore[method-assign]
         try:
             yield
@@ -194,14 +195,6 @@ def through(hooks: Sequence[Hook], gradient: Tensor) -> Tensor:
 
 def _copied(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.detach().clone()
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    if a.layout != torch.strided or a.shape != b.shape:
-        return a.shape == b.shape
-    return torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 def _called(hook: Hook) -> str:

@@ -1,10 +1,10 @@
-"""How a run is stopped from outside: SIGINT (Ctrl-C) and SIGTERM, at the end of a step.
+"""What happens at SIGINT (Ctrl-C) and SIGTERM while a run trains.
 
-The first signal is remembered, and `check`, which the Runner calls between steps, raises what it
-means. Where no step ends within GRACE seconds (a long reverse pass, a loader that waits), and at a
-second signal, it is raised in the middle: also that loses nothing that was saved. Python swallows
-what is raised inside some callbacks (`__del__`, after a fork), so that a signal counts as answered
-only when its exception has left the run: until then every `check` raises it again.
+The first signal is noted, and the run goes on to the end of its step, where `check` raises
+KeyboardInterrupt or Terminated. Where no step ends within GRACE seconds (a long reverse pass, a
+loader that waits), and at a second signal, it is raised in the middle: what was saved stays. Python
+swallows what is raised inside some callbacks (`__del__`, after a fork), so every `check` raises it
+again until it has left the run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -38,14 +38,14 @@ class Terminated(KeyboardInterrupt, SystemExit):
 
 @dataclass
 class _State:
-    """owner: of the handlers. waiting: how many runs wait for the end of a step. received: first
-    signal of all, which the exit status tells; asked: one that nothing has ended by yet."""
+    """waiting: how many runs wait for the end of a step. received: the first signal of all, which
+    the exit status tells; asked: one that nothing has ended by yet. at_once: signals left alone."""
 
-    owner: int = 0
     waiting: int = 0
     received: int | None = None
     asked: int | None = None
     timer: threading.Timer | None = None
+    at_once: set[int] = field(default_factory=set)
 
 
 _state = _State()
@@ -61,12 +61,10 @@ def handled() -> Iterator[None]:
         signal.SIGINT: signal.default_int_handler,
         signal.SIGTERM: signal.SIG_DFL,
     }
-    usual = {s: h for s, h in usual.items() if s not in _at_once}
-    before = {s: h for s, h in usual.items() if signal.getsignal(s) is h}
-    _state.owner = os.getpid()
-    for number in before:
-        signal.signal(number, _received)
-    if before:
+    taken = [n for n, h in usual.items() if signal.getsignal(n) is h and n not in _state.at_once]
+    for number in taken:
+        signal.signal(number, _on_signal)
+    if taken:
         _state.received = _state.asked = None
     try:
         yield
@@ -74,18 +72,23 @@ def handled() -> Iterator[None]:
         _state.asked = None  # it has been acted on
         raise
     finally:
-        if os.getpid() == _state.owner:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        for number in taken:
+            signal.signal(number, usual[number])
 
 
-_at_once: set[int] = set()
-
-
-def at_once(number: int) -> None:
-    """From now on this signal ends the process at once, whatever it is waiting for."""
-    _at_once.add(number)
-    signal.signal(number, signal.SIG_DFL)
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    first = _state.asked is None
+    _state.asked, _state.received = number, _state.received or number
+    if _state.waiting and first:
+        _state.timer = threading.Timer(GRACE, _send_again, (number,))
+        _state.timer.daemon = True
+        _state.timer.start()
+        return
+    # A loader whose worker does not answer is left after half a second; torch waits for five.
+    loading: Any = sys.modules.get("torch.utils.data._utils")
+    if loading is not None and hasattr(loading, "MP_STATUS_CHECK_INTERVAL"):
+        loading.MP_STATUS_CHECK_INTERVAL = 0.5
+    _raise(number)
 
 
 @contextmanager
@@ -101,15 +104,19 @@ def at_steps() -> Iterator[None]:
             raise
         finally:
             _state.waiting -= 1
-            _insist_no_more()
+            _stop_timer()
         check()
 
 
 def check() -> None:
     """Raises KeyboardInterrupt or Terminated if a signal came."""
     if _state.asked is not None:
-        _insist_no_more()
-        raise _meaning(_state.asked)
+        _raise(_state.asked)
+
+
+def _raise(number: int) -> None:
+    _stop_timer()  # nor is a signal sent while the run is being left
+    raise Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
 
 
 def asked() -> bool:
@@ -131,53 +138,30 @@ def received() -> int | None:
     return _state.received
 
 
-def _meaning(number: int) -> BaseException:
-    return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+def at_once(number: int) -> None:
+    """From now on this signal ends the process at once, whatever it is waiting for."""
+    _state.at_once.add(number)
+    signal.signal(number, signal.SIG_DFL)
 
 
-def _received(number: int, frame: FrameType | None) -> None:
-    if os.getpid() != _state.owner:
-        # A forked worker of a loader, which must die of it.
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-        return
-    first, _state.asked = _state.asked is None, number
-    _state.received = _state.received or number
-    if _state.waiting and first:
-        _state.timer = threading.Timer(GRACE, _insist, (number,))
-        _state.timer.daemon = True
-        _state.timer.start()
-        return
-    _insist_no_more()  # nor while the run is being left
-    _hurry_loaders()
-    raise _meaning(number)
-
-
-def _hurry_loaders() -> None:
-    """A loader whose worker does not answer is left after half a second; torch waits for five."""
-    loading: Any = sys.modules.get("torch.utils.data._utils")
-    if loading is not None and hasattr(loading, "MP_STATUS_CHECK_INTERVAL"):
-        loading.MP_STATUS_CHECK_INTERVAL = 0.5
-
-
-def _insist_no_more() -> None:
-    timer, _state.timer = _state.timer, None
-    if timer is not None:
-        timer.cancel()
-
-
-def _insist(number: int) -> None:
+def _send_again(number: int) -> None:
     if _state.asked == number and hasattr(signal, "pthread_kill"):
         main = threading.main_thread().ident
         assert main is not None
         signal.pthread_kill(main, number)
 
 
+def _stop_timer() -> None:
+    timer, _state.timer = _state.timer, None
+    if timer is not None:
+        timer.cancel()
+
+
 def _in_child() -> None:
-    if _state.owner:
-        for number in STATUS:
-            if signal.getsignal(number) is _received:
-                signal.signal(number, signal.SIG_DFL)
+    """A forked process, such as a loader's worker, must die of a signal."""
+    for number in STATUS:
+        if signal.getsignal(number) is _on_signal:
+            signal.signal(number, signal.SIG_DFL)
 
 
 if hasattr(os, "register_at_fork"):

@@ -8,8 +8,8 @@ import functools
 import os
 import platform
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,17 +46,76 @@ def current_peak(device: torch.device) -> int:
     return 0
 
 
+def resident() -> int:
+    """Bytes of this process in memory; 0 where nobody can say."""
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+    except OSError:
+        return 0
+
+
+# The C heap --------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _libc() -> Any:
+    """The functions of the C library on Linux; None elsewhere."""
+    return ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+
+
 def trim() -> None:
     """Hands freed memory of the C heap back to the operating system, where glibc can.
 
     torch's CPU allocations are aligned ones, which glibc before 2.38 splits so that freed space is
-    badly reused (its bug 14581): looking back over 25 steps of a GPT of 0.6 M parameters holds
+    badly reused (its bug 14581): a reverse pass over 25 steps of a GPT of 0.6 M parameters holds
     160 MB above plain training, but resides in 230; trimmed after every step, in 190, for 3 % of
     the time. Elsewhere this does nothing.
     """
-    function = _malloc_trim()
-    if function is not None:
-        function(0)
+    if hasattr(_libc(), "malloc_trim"):
+        _libc().malloc_trim(0)
+
+
+HELD = 2**30
+"""Bytes of freed memory at the end of the C heap that `hold` lets stay there, at the least."""
+
+TUNED = (
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TOP_PAD_",
+    "GLIBC_TUNABLES",
+    "LD_PRELOAD",
+)
+"""Where users tune glibc's heap, or replace it."""
+
+_held = 0
+
+
+def hold(size: int = HELD) -> bool:
+    """Makes glibc keep freed memory for the next step instead of handing it back; whether it does.
+
+    A reverse pass takes and frees megabytes at every step. As it comes, glibc returns the end of
+    its heap to the system again and again, and each of its pages is faulted in anew: a GPT of 0.6 M
+    parameters lost 0.1 plain steps a step, and 1.3 with all graphs kept. `trim` still hands back
+    what is free. Left alone are other allocators, and a glibc that its user has tuned by the
+    environment. size: bytes that may stay, which never become fewer.
+    """
+    global _held
+    if any(name in os.environ for name in TUNED) or platform.libc_ver()[0] != "glibc":
+        return False
+    size = max(size, HELD)
+    if size > _held and hasattr(_libc(), "mallopt"):
+        mmap_threshold, trim_threshold = -3, -1
+        # The first is where that threshold ends by itself; setting either would freeze it. The
+        # second is an int: what it cannot say is "never", -1.
+        limit = size if size < 2**31 else -1
+        if _libc().mallopt(mmap_threshold, 2**25) and _libc().mallopt(trim_threshold, limit):
+            _held = size
+    return _held > 0
+
+
+GROWTH = 2**20
+"""Bytes of growth that are none: code and small objects come and go."""
 
 
 class Ceiling:
@@ -64,8 +123,8 @@ class Ceiling:
 
     It is made where nothing is held but what stays, and asked to `check` between pieces of work.
     Trimming at every step would cost a plain step each, since all its pages are faulted in again.
-    above: bytes beyond the ground, which is what resided when the first was made in this process,
-    or the last one that found more than spare bytes too much. work: bytes that a piece of work
+    above: bytes beyond the ground, which are the resident bytes at the first call in this process,
+    or at the last that found more than spare bytes too much. work: bytes that a piece of work
     takes at most. Where nobody can say what resides, nothing is done.
     """
 
@@ -98,70 +157,3 @@ class Ceiling:
             trim()
             now = resident()
         self._seen = now
-
-
-GROWTH = 2**20
-"""Bytes of growth that are none: code and small objects come and go."""
-
-
-def resident() -> int:
-    """Bytes of this process in memory; 0 where nobody can say."""
-    try:
-        with open("/proc/self/statm", "rb", buffering=0) as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
-    except OSError:
-        return 0
-
-
-HELD = 2**30
-"""Bytes of freed memory at the end of the C heap that `hold` lets stay there, at the least."""
-
-TUNED = (
-    "MALLOC_TRIM_THRESHOLD_",
-    "MALLOC_MMAP_THRESHOLD_",
-    "MALLOC_TOP_PAD_",
-    "GLIBC_TUNABLES",
-    "LD_PRELOAD",
-)
-"""Where users tune glibc's heap, or replace it."""
-
-
-def hold(size: int = HELD) -> bool:
-    """Makes glibc keep freed memory for the next step instead of handing it back.
-
-    Looking back takes and frees megabytes at every step. As it comes, glibc returns the end of its
-    heap to the system again and again, and each of its pages is faulted in anew: a GPT of 0.6 M
-    parameters lost 0.1 plain steps a step, and 1.3 with all graphs kept. `trim` still hands back
-    what is free. Left alone are other allocators, and a glibc that its user has tuned by the
-    environment. size: bytes that may stay, which never become fewer. Whether it was done.
-    """
-    global _held
-    if any(name in os.environ for name in TUNED):
-        return False
-    size = max(size, HELD)
-    if size > _held and _set_thresholds(size):
-        _held = size
-    return _held > 0
-
-
-_held = 0
-
-
-def _set_thresholds(size: int) -> bool:
-    if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    mmap_threshold, trim_threshold = -3, -1
-    # The first is where that threshold ends by itself; setting either would freeze it. The second
-    # is an int: what it cannot say is "never", -1.
-    limit = size if size < 2**31 else -1
-    return bool(mallopt(mmap_threshold, 2**25) and mallopt(trim_threshold, limit))
-
-
-@functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rhc.containers import same
+
 Values = Mapping[str, Tensor | None]
 """Name -> buffer; None where one is registered but not there yet."""
 
@@ -40,11 +42,9 @@ class Buffers:
         seen: set[int] = set()
         for prefix, own, _ in self._places:
             for name, buffer in own.items():
-                if buffer is None:
-                    found[prefix + name] = None
-                elif id(buffer) not in seen:
-                    seen.add(id(buffer))
+                if buffer is None or id(buffer) not in seen:
                     found[prefix + name] = buffer
+                    seen.add(id(buffer))
         return found | self.moved
 
     def copies(self) -> dict[str, Tensor | None]:
@@ -57,36 +57,30 @@ class Buffers:
 
         A buffer that `values` does not name is no longer registered.
         """
-        done: dict[int, tuple[Tensor, Tensor]] = {}
-        known: set[str] = set()
-        for prefix, own, first in self._places:
-            if not own and not first:
-                continue
-            for name in {**first, **own}:
-                live = first.get(name)
-                live = own.get(name) if live is None else live
-                full = prefix + name
-                known.add(full)
-                if live is not None and id(live) in done:
-                    own[name] = done[id(live)][1]
-                elif full not in values:
-                    del own[name]
-                elif (value := values[full]) is None:
-                    own[name] = None
-                else:
-                    own[name] = new = value.clone() if live is None else filled(live, value)
-                    if live is not None:
-                        done[id(live)] = live, new
-        for full in values.keys() - known:
-            value = values[full]
+        named: dict[str, dict[str, Tensor | None]] = {}
+        for full, value in values.items():
             if full in self.moved:
                 assert value is not None
                 self.moved[full].copy_(value)
-                continue
-            prefix, dot, name = full.rpartition(".")
-            own = next((own for known, own, _ in self._places if known == prefix + dot), None)
-            if own is not None:
-                own[name] = None if value is None else value.clone()
+            else:
+                prefix, dot, name = full.rpartition(".")
+                named.setdefault(prefix + dot, {})[name] = value
+        done: dict[int, tuple[Tensor, Tensor]] = {}  # shared ones, held so that ids stay theirs
+        for prefix, own, first in self._places:
+            wanted = named.get(prefix, {})
+            for name in {**first, **own, **wanted}:
+                live = own.get(name) if first.get(name) is None else first[name]
+                if live is not None and id(live) in done:
+                    own[name] = done[id(live)][1]
+                elif name not in wanted:
+                    del own[name]
+                elif (value := wanted[name]) is None:
+                    own[name] = None
+                elif live is None:
+                    own[name] = value.clone()
+                else:
+                    own[name] = new = filled(live, value)
+                    done[id(live)] = live, new
 
 
 def filled(live: Tensor, value: Tensor) -> Tensor:
@@ -112,16 +106,12 @@ def overlaps(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
     """The names of two tensors that share memory, if any do."""
     ends: dict[int, list[tuple[int, int, str]]] = {}
     for name, t in tensors.items():
-        if t.layout != torch.strided or not t.numel() or t.is_meta:
-            continue
-        size = t.element_size()
-        last = sum(s * (n - 1) for s, n in zip(t.stride(), t.shape, strict=True))
-        first = int(t.storage_offset()) * size
-        key = _memory(t)
-        ends.setdefault(key, []).append((first, first + (int(last) + 1) * size, name))
+        if t.layout == torch.strided and t.numel() and not t.is_meta:
+            first, size = int(t.storage_offset()), t.element_size()
+            last = first + sum(s * (n - 1) for s, n in zip(t.stride(), t.shape, strict=True))
+            ends.setdefault(_memory(t), []).append((first * size, int(last + 1) * size, name))
     for own in ends.values():
-        own.sort()
-        for (_, stop, name), (start, _, other) in pairwise(own):
+        for (_, stop, name), (start, _, other) in pairwise(sorted(own)):
             if start < stop:
                 return name, other
     return None
@@ -141,8 +131,8 @@ class Held(NamedTuple):
     """One attribute: the object, a copy of its content, and the same of the objects in it."""
 
     value: Any
-    content: Any
-    put: Callable[[Any, Any], Any] | None
+    content: Any = None
+    put: Callable[[Any, Any], Any] | None = None
     items: tuple[Held, ...] = ()
 
     def restore(self) -> None:
@@ -161,6 +151,7 @@ class Held(NamedTuple):
 
 
 Place = tuple[int, str]
+"""The number of a module, and the name of its attribute."""
 
 
 class Attributes:
@@ -170,94 +161,81 @@ class Attributes:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._holders = [vars(module) for module in model.modules()]
-        held = [*model.parameters(), *model.buffers()]
-        self._memory = {_memory(t) for t in held}
+        self.holders = [vars(module) for module in model.modules()]
+        self._memory = {_memory(t) for t in (*model.parameters(), *model.buffers())}
         # A tensor larger than all parameters is data.
         self._largest = max(2**20, sum(p.nbytes for p in model.parameters()))
 
     def capture(self, places: Sequence[Place] | None = None) -> Captured:
-        """places: those to look at; all where None."""
+        """As they are now. places: those to look at; all where None."""
         found: dict[Place, Held] = {}
-        for place in self._all() if places is None else places:
-            holder, name = self._holders[place[0]], place[1]
-            held = self._held(holder[name]) if name in holder else None
-            if held is not None:
+        for place in self.all() if places is None else places:
+            index, name = place
+            if name in self.holders[index] and (held := self.held(self.holders[index][name])):
                 found[place] = held
         return Captured(self, found, None if places is None else tuple(places))
 
-    def _all(self) -> Iterator[Place]:
-        for index, holder in enumerate(self._holders):
+    def all(self) -> Iterator[Place]:
+        for index, holder in enumerate(self.holders):
             for name in list(holder):
                 if name not in _OF_EVERY_MODULE:
                     yield index, name
 
-    def put(self, found: Mapping[Place, Held], places: Iterable[Place] | None) -> None:
-        """places: those that were looked at, all where None; what was not there goes."""
-        for index, name in list(self._all()) if places is None else places:
-            holder = self._holders[index]
-            if (index, name) not in found and self._held(holder.get(name)) is not None:
-                holder.pop(name, None)
-        for (index, name), held in found.items():
-            self._holders[index][name] = held.value
-            held.restore()
-
-    def _held(self, value: Any, deep: bool = True) -> Held | None:
-        """None for objects of other kinds."""
+    def held(self, value: Any, deep: bool = True) -> Held | None:
+        """A value with its content; None for objects of other kinds. deep: with its items."""
         if isinstance(value, _NUMBERS):
-            return Held(value, None, None)
+            return Held(value)
         if isinstance(value, Tensor):
-            return self._tensor(value)
-        if isinstance(value, torch.Generator):
-            return Held(value, value.get_state(), torch.Generator.set_state)
-        if isinstance(value, random.Random):
-            return Held(value, value.getstate(), random.Random.setstate)
-        if isinstance(value, np.random.Generator):
-            return Held(value, value.bit_generator.state, _set_bits)
-        if isinstance(value, np.random.RandomState):
-            return Held(value, value.get_state(), np.random.RandomState.set_state)
+            return Held(value, value.detach().clone(), _fill) if self._is_own(value) else None
         if type(value) is np.ndarray and value.nbytes <= self._largest and value.dtype != object:
             return Held(value, value.copy(), np.copyto)
         if isinstance(value, (list, deque, set, dict)):
-            return self._container(value, deep)
+            content: Any = dict(value) if isinstance(value, dict) else list(value)
+            return Held(value, content, _refill, self._items(value) if deep else ())
         if type(value) is tuple and deep and len(value) <= FEW:
-            return Held(value, None, None, self._items(value))
+            return Held(value, items=self._items(value))
+        for kind, read, put in _GENERATORS:
+            if isinstance(value, kind):
+                return Held(value, read(value), put)
         return None
 
-    def _tensor(self, value: Tensor) -> Held | None:
-        if (
+    def _is_own(self, value: Tensor) -> bool:
+        return not (
             isinstance(value, nn.Parameter)
             or value.grad_fn is not None  # made anew in every forward pass
             or value.layout != torch.strided
             or value.nbytes > self._largest
             or _memory(value) in self._memory
-        ):
-            return None
-        return Held(value, value.detach().clone(), _fill)
+        )
 
-    def _container(self, value: Any, deep: bool) -> Held:
-        put: Any = _refill_dict if isinstance(value, dict) else _refill
-        items: tuple[Held, ...] = ()
-        if deep and len(value) <= FEW:
-            items = self._items(value.values() if isinstance(value, dict) else value)
-        return Held(value, dict(value) if isinstance(value, dict) else list(value), put, items)
-
-    def _items(self, values: Iterable[Any]) -> tuple[Held, ...]:
-        found = (self._held(v, deep=False) for v in values if not isinstance(v, _NUMBERS))
+    def _items(self, values: Any) -> tuple[Held, ...]:
+        if len(values) > FEW:
+            return ()
+        inside: Iterable[Any] = values.values() if isinstance(values, dict) else values
+        found = (self.held(v, deep=False) for v in inside if not isinstance(v, _NUMBERS))
         return tuple(held for held in found if held is not None)
 
 
 class Captured(NamedTuple):
-    """Attributes as they were."""
+    """Attributes as they were. places: those that were looked at; all where None."""
 
     attributes: Attributes
     found: dict[Place, Held]
     places: tuple[Place, ...] | None
 
     def restore(self) -> None:
-        self.attributes.put(self.found, self.places)
+        """Puts them back; what was not there goes."""
+        holders = self.attributes.holders
+        for place in list(self.attributes.all()) if self.places is None else self.places:
+            index, name = place
+            if place not in self.found and self.attributes.held(holders[index].get(name)):
+                holders[index].pop(name, None)
+        for (index, name), held in self.found.items():
+            holders[index][name] = held.value
+            held.restore()
 
     def only(self, places: Sequence[Place]) -> Captured:
+        """Those in these places alone."""
         found = {place: self.found[place] for place in places if place in self.found}
         return Captured(self.attributes, found, tuple(places))
 
@@ -273,7 +251,7 @@ class Captured(NamedTuple):
 def _equal(a: Any, b: Any) -> bool:
     """Whether two contents are the same; two that cannot be compared are not."""
     if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+        return isinstance(b, Tensor) and same(a, b)
     if isinstance(a, (list, tuple)):
         pairs = zip(a, b, strict=False)
         return len(a) == len(b) and all(x is y or _same_number(x, y) for x, y in pairs)
@@ -288,8 +266,21 @@ def _same_number(a: Any, b: Any) -> bool:
     return isinstance(a, kinds) and isinstance(b, kinds) and bool(np.all(a == b))
 
 
+def _bits(generator: np.random.Generator) -> Any:
+    return generator.bit_generator.state
+
+
 def _set_bits(generator: np.random.Generator, state: Any) -> None:
     generator.bit_generator.state = state
+
+
+_GENERATORS: tuple[tuple[type, Callable[[Any], Any], Callable[[Any, Any], Any]], ...] = (
+    (torch.Generator, torch.Generator.get_state, torch.Generator.set_state),
+    (random.Random, random.Random.getstate, random.Random.setstate),
+    (np.random.Generator, _bits, _set_bits),
+    (np.random.RandomState, np.random.RandomState.get_state, np.random.RandomState.set_state),
+)
+"""What draws at random: (its class, how its state is read, how it is put back)."""
 
 
 @torch.no_grad()
@@ -298,11 +289,6 @@ def _fill(live: Tensor, content: Tensor) -> None:
         live.data = content.clone()
 
 
-def _refill(live: Any, content: Sequence[Any]) -> None:
+def _refill(live: Any, content: Any) -> None:
     live.clear()
-    (live.update if isinstance(live, set) else live.extend)(content)
-
-
-def _refill_dict(live: dict[Any, Any], content: Mapping[Any, Any]) -> None:
-    live.clear()
-    live.update(content)
+    (live.extend if hasattr(live, "extend") else live.update)(content)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rhc.errors import Unseen
-from rhc.rng import RandomWatch
+from rhc.rng import RandomState
 from rhc.training.batches import DrawnAsNeeded, MicroBatches
 from rhc.training.hooks import watched_inside
 from rhc.training.losses import Observed
@@ -52,7 +52,7 @@ class Recorder:
         self.hooks = plant.hooks
         self.rows = Rows(steps)
         self._scalars = Rows(0)
-        self._watch: RandomWatch | None = None
+        self._random: RandomState | None = None
         # Modules stay, buffers may not. Finding them takes 50 µs a step of a small model.
         self._buffers = Buffers(plant.model, plant.moved)
         self._attributes = Attributes(plant.model)
@@ -152,9 +152,8 @@ class Recorder:
 
     def _note_randomness(self) -> None:
         """Keeps the random state, and drops the one before if nothing was drawn since."""
-        if self._watch is None:
-            self._watch = RandomWatch()
-        before, now = self._watch.state, self._watch.now()
+        before = self._random or RandomState.capture()
+        now = self._random = before.now()
         rng = self.trajectory.rng
         if rng and now is before:
             rng[-1] = None

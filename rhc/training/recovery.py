@@ -1,7 +1,6 @@
-"""What goes wrong while a run trains, and what is done about it: decided here, done by the Runner.
+"""Memory that does not suffice for a reverse pass, and steps that differ when taken again.
 
-Memory that does not suffice for looking back, and steps that are not the same when they are taken
-again. Stopping is in `stopping`, the disk in `run_directory`.
+What is done about them is decided here and done by the loop.
 """
 
 from __future__ import annotations
@@ -12,12 +11,13 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rhc.containers import same
 from rhc.training.plant import Plant
 
 # Memory ------------------------------------------------------------------------------------------
@@ -33,20 +33,20 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 @dataclass(frozen=True)
-class Relief:
-    """What looking back has to do without since memory did not suffice; None for nothing.
+class OomFallback:
+    """What reverse passes do without since memory did not suffice; None for nothing.
 
     memory_budget: bytes, for segments of one step at that. product: in place of the one asked for.
-    longest: steps of a window. blind: windows are not looked back at any more.
+    longest: steps of a window. never_differentiate: there are no reverse passes any more.
     """
 
     memory_budget: int | None = None
     product: str | None = None
     longest: int | None = None
-    blind: bool = False
+    never_differentiate: bool = False
 
-    def more(self, window: int, product: str, predicted: int | None) -> tuple[Relief, str]:
-        """(the next relief, what it is in words).
+    def more(self, window: int, product: str, predicted: int | None) -> tuple[OomFallback, str]:
+        """(the next fallback, what it is in words).
 
         First smaller segments, by half of the memory that the last plan wanted (`predicted`, None
         where that could not be said); then difference products; then windows of half the length.
@@ -59,11 +59,21 @@ class Relief:
         length = min(window, self.longest or window) // 2
         if length >= 2:
             return replace(self, longest=length), f"windows of {length} steps"
-        return replace(self, blind=True), "no looking back"
+        return replace(self, never_differentiate=True), "no looking back"
 
     def to_json(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return dict(vars(self))
+        return {_IN_JSON.get(name, name): value for name, value in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> OomFallback:
+        """The inverse of `to_json`."""
+        names = {_IN_JSON.get(f.name, f.name): f.name for f in fields(cls)}
+        return cls(**{names[key]: value for key, value in record.items()})
+
+
+_IN_JSON = {"never_differentiate": "blind"}
+"""As checkpoints have called it from the first."""
 
 
 # Steps that are taken again ----------------------------------------------------------------------
@@ -109,13 +119,14 @@ def replay_deviation(
     try:
         for _ in range(2):
             observed = plant.step(batch, controls, step)
-            ends.append([observed.loss.clone(), *_state(plant)])
+            tensors = (*plant.model.parameters(), *plant.model.buffers())
+            local = plant.parallel.local
+            ends.append([observed.loss.clone(), *(local(t.detach()).clone() for t in tensors)])
             plant.restore(before)
-        same = all(_equal(a, b) for a, b in zip(*ends, strict=True))
-        if plant.parallel.all(same):  # else further steps follow, on all ranks or on none
+        # Else further steps follow, on all ranks or on none.
+        if plant.parallel.all(all(map(same, *ends))):
             return None
-        largest = max(_relative(a, b) for a, b in zip(*ends, strict=True))
-        return Deviation(largest, _blamed(plant, batch, controls, step))
+        return Deviation(max(map(_relative, *ends)), _blamed(plant, batch, controls, step))
     finally:
         plant.optimizer.zero_grad()
         plant.restore(before)
@@ -130,45 +141,32 @@ def deterministic(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    was, only = _deterministic()
     benchmark, name = torch.backends.cudnn.benchmark, "CUBLAS_WORKSPACE_CONFIG"
     variable = os.environ.get(name)
     try:
         os.environ.setdefault(name, ":4096:8")
-        torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-        yield
+        with _deterministic_algorithms(warn_only=False):
+            yield
     finally:
-        torch.use_deterministic_algorithms(was, warn_only=only)
         torch.backends.cudnn.benchmark = benchmark
         if variable is None:
             os.environ.pop(name, None)
 
 
-def _deterministic() -> tuple[bool, bool]:
-    """Whether torch refuses other operators, and whether it only warns of them."""
-    return (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-
-
-def _state(plant: Plant) -> list[Tensor]:
-    tensors = [*plant.model.parameters(), *plant.model.buffers()]
-    return [plant.parallel.local(t.detach()).clone() for t in tensors]
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return bool(torch.equal(a, b)) or bool(torch.equal(a.isnan(), b.isnan()) and _same(a, b))
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Of tensors with NaNs in the same places."""
-    return bool((a.isnan() | (a == b)).all())
+@contextlib.contextmanager
+def _deterministic_algorithms(*, warn_only: bool) -> Iterator[None]:
+    was = torch.are_deterministic_algorithms_enabled()
+    only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was, warn_only=only)
 
 
 def _relative(a: Tensor, b: Tensor) -> float:
-    if not a.numel() or _equal(a, b):
+    if not a.numel() or same(a, b):
         return 0.0
     found = float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp(min=1e-30))
     return found if math.isfinite(found) else math.inf
@@ -176,14 +174,9 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 def _blamed(plant: Plant, batch: Any, controls: Mapping[str, Any], step: int) -> tuple[str, ...]:
     """The operators of a step that torch warns of."""
-    was, only = _deterministic()
-    try:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            plant.step(batch, controls, step)
-    finally:
-        torch.use_deterministic_algorithms(was, warn_only=only)
+    with _deterministic_algorithms(warn_only=True), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        plant.step(batch, controls, step)
     pattern = re.compile(r"([\w.:]+) does not have a deterministic implementation")
     found = [m[1] for w in caught if (m := pattern.search(str(w.message)))]
     return tuple(dict.fromkeys(found))
