@@ -128,26 +128,19 @@ def optimizer_of(
     """
     import torch
 
-    if weight_decay is None:
-        weight_decay = usual_weight_decay(name)
-    if name == "rmsprop":
-        return torch.optim.RMSprop(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
-    if name == "adagrad":
-        return torch.optim.Adagrad(parameters, lr=lr, weight_decay=weight_decay)
-    if name == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov
-        )
-    kinds: dict[str, Any] = {
-        "adam": torch.optim.Adam,
-        "adamw": torch.optim.AdamW,
-        "nadam": torch.optim.NAdam,
-        "radam": torch.optim.RAdam,
-        "adamax": torch.optim.Adamax,
+    kinds: dict[str, tuple[Any, dict[str, Any]]] = {
+        "sgd": (torch.optim.SGD, {"momentum": momentum, "nesterov": nesterov}),
+        "rmsprop": (torch.optim.RMSprop, {"momentum": momentum}),
+        "adagrad": (torch.optim.Adagrad, {}),
+        "adam": (torch.optim.Adam, {"betas": (momentum, 0.999)}),
+        "adamw": (torch.optim.AdamW, {"betas": (momentum, 0.999)}),
+        "nadam": (torch.optim.NAdam, {"betas": (momentum, 0.999)}),
+        "radam": (torch.optim.RAdam, {"betas": (momentum, 0.999)}),
+        "adamax": (torch.optim.Adamax, {"betas": (momentum, 0.999)}),
     }
-    made: Optimizer = kinds[name](
-        parameters, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay
-    )
+    kind, settings = kinds[name]
+    decay = usual_weight_decay(name) if weight_decay is None else weight_decay
+    made: Optimizer = kind(parameters, lr=lr, weight_decay=decay, **settings)
     return made
 
 
@@ -164,31 +157,17 @@ def usual_lr(workload: Workload, optimizer: str) -> float | None:
     return workload.lr.get("adam") if own is None and optimizer != "sgd" else own
 
 
-@dataclass(frozen=True)
-class RunnerInfo:
-    """A runner that is installed: its name and where it lives."""
-
-    name: str
-    target: str
-    """`module:function`."""
-
-    @property
-    def summary(self) -> str:
-        """First line of the runner's docstring, read from its source without importing it."""
-        return runner_summary(self.target)
-
-
-def available_runners() -> dict[str, RunnerInfo]:
-    """The installed runners by name, in alphabetical order; none of them is imported.
+def available_runners() -> dict[str, str]:
+    """`module:function` of the installed runners by name, in alphabetical order; none is imported.
 
     Raises InputError where two packages claim one name, as either choice would be a silent one.
     """
-    found: dict[str, RunnerInfo] = {}
+    found: dict[str, str] = {}
     for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):
-        known = found.setdefault(entry.name, RunnerInfo(entry.name, entry.value))
-        if known.target != entry.value:
+        known = found.setdefault(entry.name, entry.value)
+        if known != entry.value:
             raise InputError(
-                f"runner {entry.name!r} is claimed by both {known.target} and {entry.value}: "
+                f"runner {entry.name!r} is claimed by both {known} and {entry.value}: "
                 "uninstall one of the two packages"
             )
     return dict(sorted(found.items()))
@@ -222,12 +201,11 @@ def load_runner(name: str) -> Callable[..., Workload]:
     its traceback is what its author needs.
     """
     name = with_function(name)
-    path, separator, function_name = name.rpartition(":")
-    if separator and path.endswith(".py"):
+    path, _, function_name = name.rpartition(":")
+    if path.endswith(".py"):
         function = _function_in_file(Path(path), function_name, name)
     else:
         function = _installed_function(name)
-
     try:
         inspect.signature(function).bind(seed=0, data=None)
     except TypeError as error:
@@ -260,8 +238,8 @@ def refuse_strange(run: str, path: Path, *, trust: bool) -> None:
     Settings may come from somebody else. A file of the current folder is run, unless it lies in the
     run's directory that names it; so is whatever is named as RUN, or where `trust` says so.
     """
-    name, separator, _ = with_function(run).rpartition(":")
-    if trust or not separator or not name.endswith(".py"):
+    name = with_function(run).rpartition(":")[0]
+    if trust or not name.endswith(".py"):
         return
     file, where = Path(name).resolve(), ""
     if path.suffix == ".json" and file.is_relative_to(path.parent.resolve()):
@@ -277,17 +255,16 @@ def refuse_strange(run: str, path: Path, *, trust: bool) -> None:
 
 def _installed_function(name: str) -> Callable[..., Any]:
     runners = available_runners()
-    if name in runners:
-        target = runners[name].target
-        entry = metadata.EntryPoint(name=name, value=target, group=ENTRY_POINT_GROUP)
-        function: Callable[..., Any] = entry.load()
-        return function
-    near = difflib.get_close_matches(name, runners, n=1)
-    suggestion = f"did you mean {near[0]!r}? " if near else ""
-    raise InputError(
-        f"unknown runner {name!r}: {suggestion}there are: {', '.join(runners) or 'none'}; "
-        "or give path/to/file.py:function"
-    )
+    if name not in runners:
+        near = difflib.get_close_matches(name, runners, n=1)
+        suggestion = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(
+            f"unknown runner {name!r}: {suggestion}there are: {', '.join(runners) or 'none'}; "
+            "or give path/to/file.py:function"
+        )
+    entry = metadata.EntryPoint(name=name, value=runners[name], group=ENTRY_POINT_GROUP)
+    function: Callable[..., Any] = entry.load()
+    return function
 
 
 def _function_in_file(path: Path, function_name: str, name: str) -> Callable[..., Any]:
@@ -297,20 +274,19 @@ def _function_in_file(path: Path, function_name: str, name: str) -> Callable[...
         )
     module = module_of_file(path.resolve())
     function = getattr(module, function_name, None)
-    if not inspect.isroutine(function):
-        hint = f"; a script that trains by itself is run by: python {path}"
-        own = [
-            each
-            for each, value in vars(module).items()
-            if inspect.isfunction(value) and value.__module__ == module.__name__
-        ]
-        raise InputError(
-            f"runner {name!r}: {path} defines no function {function_name!r}: "
-            f"give {path}:function with the name of one that it defines"
-            f"{', such as ' + ', '.join(own[:4]) if own else ''}"
-            f"{hint if hasattr(module, 'rhc') else ''}"
-        )
-    return function
+    if inspect.isroutine(function):
+        return function
+    own = [
+        each
+        for each, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__
+    ]
+    such = f", such as {', '.join(own[:4])}" if own else ""
+    script = f"; a script that trains by itself is run by: python {path}"
+    raise InputError(
+        f"runner {name!r}: {path} defines no function {function_name!r}: give {path}:function "
+        f"with the name of one that it defines{such}{script if hasattr(module, 'rhc') else ''}"
+    )
 
 
 def module_of_file(path: Path) -> ModuleType:

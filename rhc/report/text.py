@@ -15,7 +15,7 @@ from rhc.errors import InputError
 from rhc.report.live import duration, sparkline
 from rhc.report.records import CONTROLS, RunRecord, entry, means, one_number, read_run
 from rhc.storage.run_files import RUNS, checkpoint_steps, read_record, read_result
-from rhc.workload import available_runners
+from rhc.workload import available_runners, runner_summary
 
 
 def print_result(
@@ -107,8 +107,8 @@ def print_runs(console: Console) -> None:
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True, style="bold")
     grid.add_column()
-    for info in available_runners().values():
-        grid.add_row(info.name, info.summary)
+    for name, target in available_runners().items():
+        grid.add_row(name, runner_summary(target))
     grid.add_row("FILE.py:NAME", "A runner of your own: NAME(*, seed, data) -> rhc.Workload.")
     example = ("rhc train digits", "bold")
     console.print(Text.assemble("Can be trained, as in ", example, ":"))

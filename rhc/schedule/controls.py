@@ -5,15 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rhc.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 Scalar = float | Tensor
 

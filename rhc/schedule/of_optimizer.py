@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rhc.errors import InputError
-
-if TYPE_CHECKING:
-    pass
-
 from rhc.schedule.controls import CONTROLS, Scalar
 from rhc.schedule.schedule import Schedule
 

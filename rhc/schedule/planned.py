@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from rhc.errors import InputError
-from rhc.schedule import TEMPLATES, Schedule, Template, shaped, template_factors
+from rhc.schedule.schedule import Schedule, reading
+from rhc.schedule.templates import TEMPLATES, Template, shaped, template_factors
 from rhc.storage.jsonl import JsonLines, read_rows
 
 PLAN_VERSION = 2
@@ -109,10 +110,7 @@ class PlannedSchedule:
             for piece, end in self._ending()
             if piece.start < stop and start < end
         ]
-        values = parts[0]
-        if len(parts) > 1:
-            values = {name: torch.cat([part[name] for part in parts]) for name in values}
-        return Schedule.of_checked(values, start, self.seed)
+        return Schedule.of_checked(_joined(parts), start, self.seed)
 
     def changed(self, start: int, change: Callable[[Schedule], Schedule]) -> PlannedSchedule:
         """The plan from `start` on with the values of every piece changed alike.
@@ -165,7 +163,7 @@ class PlannedSchedule:
     @classmethod
     def from_json(cls, document: Any, source: str) -> tuple[PlannedSchedule, int]:
         """(the plan, how many steps were committed), from what `to_json` gave."""
-        try:
+        with reading(source):
             if document["version"] != PLAN_VERSION:
                 raise InputError(
                     f"{source} has schedule version {document['version']}, this rhc reads a plan "
@@ -181,28 +179,21 @@ class PlannedSchedule:
             shapes = [{n: v.shape[1:] for n, v in p.values.values.items()} for p in pieces]
             if any(shape != shapes[0] for shape in shapes):
                 raise ValueError("pieces of other controls or parameter groups")
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"{source} is not a schedule written by rhc ({type(error).__name__}: {error}); "
-                "give the schedule.json of a run directory"
-            ) from None
-        return cls(pieces, stop), committed
+            return cls(pieces, stop), committed
 
 
 def _piece(entry: Mapping[str, Any], source: str) -> Piece:
     """A piece from its entry in the document; an error of any kind where it is none."""
-    shape = None
-    if entry["template"] is not None:
-        shape = Shape(**entry["template"])
-        whole = (shape.steps, shape.start)
-        if shape.template not in TEMPLATES or not all(isinstance(n, int) for n in whole):
-            raise ValueError(f"a template {shape.template!r} over {shape.steps!r} steps")
-        if shape.steps < 1 or not (0 <= shape.cooldown < 1 and 0 <= shape.warmup < 1):
-            raise ValueError(f"a template over {shape.steps} steps")
     values = Schedule.from_json(entry["values"], source)
-    if shape is not None and (len(values) > 1 or "lr" not in values):
+    if entry["template"] is None:
+        return Piece(int(entry["start"]), values)
+    shape = Shape(**entry["template"])
+    whole = isinstance(shape.steps, int) and isinstance(shape.start, int)
+    if shape.template not in TEMPLATES or not whole:
+        raise ValueError(f"a template {shape.template!r} over {shape.steps!r} steps")
+    if shape.steps < 1 or not (0 <= shape.cooldown < 1 and 0 <= shape.warmup < 1):
+        raise ValueError(f"a template over {shape.steps} steps")
+    if len(values) > 1 or "lr" not in values:
         raise ValueError("a template, and no single lr for it")
     return Piece(int(entry["start"]), values, shape)
 
@@ -232,8 +223,12 @@ def of_unfinished_run(document: Mapping[str, Any], path: Path) -> Schedule:
         parts.append(of_tape(read_rows(tape.path, committed), plan.names, str(tape.path)))
     if committed < plan.stop:
         parts.append(plan.window(committed, plan.stop).values)
-    values = {name: torch.cat([part[name] for part in parts]) for name in plan.names}
-    return Schedule(values, 0, plan.seed)
+    return Schedule(_joined(parts), 0, plan.seed)
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The values of consecutive steps, by control."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def of_tape(

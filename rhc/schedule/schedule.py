@@ -13,7 +13,8 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,25 +61,7 @@ class Schedule:
             control(name).name: torch.as_tensor(v, dtype=torch.float64).detach().cpu().clone()
             for name, v in self.values.items()
         }
-        if not values:
-            raise InputError("a schedule needs at least one control; give it lr values")
-        shapes = {name: tuple(v.shape) for name, v in values.items()}
-        if (
-            any(len(shape) not in (1, 2) for shape in shapes.values())
-            or len({shape[0] for shape in shapes.values()}) != 1
-            or len({shape[1] for shape in shapes.values() if len(shape) == 2}) > 1
-        ):
-            raise InputError(
-                "a schedule needs one value per step for every control, or one per step and "
-                f"parameter group, got shapes {shapes}"
-            )
-        if any(0 in shape for shape in shapes.values()):
-            raise InputError("a schedule needs at least one step, got 0")
-        if len(shapes.get("noise", ())) == 2:
-            raise InputError(
-                f"noise has no parameter groups, got values of shape {shapes['noise']}; give one "
-                "per step"
-            )
+        _check_shapes({name: tuple(v.shape) for name, v in values.items()})
         for name, v in values.items():
             finite = v.float().isfinite()  # as a step takes it
             if not finite.all():
@@ -142,10 +125,8 @@ class Schedule:
         """
         if step < self.start:
             raise InputError(f"step must be ≥ {self.start}, where this schedule starts, got {step}")
-        columns = self._columns
-        last = len(next(iter(columns.values()))) - 1
-        index = min(step - self.start, last)
-        return {name: column[index] for name, column in columns.items()}
+        index = min(step - self.start, len(self) - 1)
+        return {name: column[index] for name, column in self._columns.items()}
 
     @functools.cached_property
     def _columns(self) -> dict[str, list[Any]]:
@@ -205,9 +186,8 @@ class Schedule:
         old = len(self)
         if steps == old:
             return self
-        place = ((torch.arange(steps, dtype=torch.float64) + 0.5) * old / steps - 0.5).clamp(
-            0, old - 1
-        )
+        place = (torch.arange(steps, dtype=torch.float64) + 0.5) * old / steps - 0.5
+        place = place.clamp(0, old - 1)
         low = place.floor().long()
         high = (low + 1).clamp(max=old - 1)
         values = {}
@@ -218,8 +198,8 @@ class Schedule:
                 between = before.log().lerp(after.log(), share).exp()
             else:
                 between = before.logit().lerp(after.logit(), share).sigmoid()
-            nearer = torch.where(share < 0.5, before, after)
             apart = (before != after) & (before > 0) & (after > 0)
+            nearer = torch.where(share < 0.5, before, after)
             values[name] = torch.where(apart, between, nearer)
         return Schedule(values, self.start, self.seed)
 
@@ -256,14 +236,13 @@ class Schedule:
         Geometric where its coordinate is log and no value is 0.
         """
 
-        def mean(name: str, v: Tensor) -> float:
+        def mean(name: str, v: Tensor) -> Any:
+            if v.dim() == 2:
+                return [mean(name, column) for column in v.T]
             geometric = CONTROLS[name].coordinate == "log" and bool((v > 0).all())
             return float(v.log().mean().exp() if geometric else v.mean())
 
-        return {
-            name: mean(name, v) if v.dim() == 1 else [mean(name, column) for column in v.T]
-            for name, v in self.values.items()
-        }
+        return {name: mean(name, v) for name, v in self.values.items()}
 
     def raw(self, names: Iterable[str] | None = None) -> Tensor:
         """(T, C) unconstrained coordinates of the controls in `names` (default: all, in order).
@@ -289,37 +268,29 @@ class Schedule:
             "steps": len(self),
             "seed": self.seed,
             "controls": {
-                name: {
-                    "coordinate": CONTROLS[name].coordinate,
-                    "lower": CONTROLS[name].lower,
-                    "upper": CONTROLS[name].upper,
-                    "values": v.tolist(),
+                known.name: {
+                    "coordinate": known.coordinate,
+                    "lower": known.lower,
+                    "upper": known.upper,
+                    "values": self.values[known.name].tolist(),
                 }
-                for name, v in self.values.items()
+                for known in map(control, self.values)
             },
         }
 
     @classmethod
     def from_json(cls, document: Any, source: str = "schedule") -> Schedule:
         """The inverse of `to_json`; a document of another shape or version is an InputError."""
-        try:
+        with reading(source):
             if document["format"] != "rhc.schedule":
                 raise KeyError("format")
-            version = document["version"]
-            if version != SCHEDULE_VERSION:
+            if document["version"] != SCHEDULE_VERSION:
                 raise InputError(
-                    f"{source} has schedule version {version}, this rhc reads version "
+                    f"{source} has schedule version {document['version']}, this rhc reads version "
                     f"{SCHEDULE_VERSION}; export it again with this version"
                 )
             values = {n: _parsed(c["values"]) for n, c in document["controls"].items()}
             start, seed = int(document["start"]), int(document.get("seed", 0))
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"{source} is not a schedule written by rhc ({type(error).__name__}: {error}); "
-                "give the schedule.json of a run directory"
-            ) from None
         try:
             return cls(values, start, seed)
         except InputError as error:
@@ -366,6 +337,41 @@ class Schedule:
         from rhc.schedule.lr_scheduler import ScheduleReplay
 
         return ScheduleReplay(optimizer, self, last_epoch)
+
+
+@contextmanager
+def reading(source: str) -> Iterator[None]:
+    """Inside, whatever is wrong with a document is an InputError that names its source."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise InputError(
+            f"{source} is not a schedule written by rhc ({type(error).__name__}: {error}); "
+            "give the schedule.json of a run directory"
+        ) from None
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises InputError unless all are (T,) or (T, G) with one T and one G, noise's (T,)."""
+    if not shapes:
+        raise InputError("a schedule needs at least one control; give it lr values")
+    per_step = all(len(shape) in (1, 2) for shape in shapes.values())
+    steps = {shape[:1] for shape in shapes.values()}
+    groups = {shape[1:] for shape in shapes.values() if len(shape) == 2}
+    if not per_step or len(steps) > 1 or len(groups) > 1:
+        raise InputError(
+            "a schedule needs one value per step for every control, or one per step and "
+            f"parameter group, got shapes {shapes}"
+        )
+    if any(0 in shape for shape in shapes.values()):
+        raise InputError("a schedule needs at least one step, got 0")
+    if len(shapes.get("noise", ())) == 2:
+        raise InputError(
+            f"noise has no parameter groups, got values of shape {shapes['noise']}; give one "
+            "per step"
+        )
 
 
 def _parsed(values: Any) -> Tensor:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from rhc.schedule.controls import CONTROLS
 
-if TYPE_CHECKING:
-    pass
-
 Template = Literal["constant", "cosine", "linear", "wsd", "1cycle"]
-TEMPLATES: tuple[Template, ...] = ("constant", "cosine", "linear", "wsd", "1cycle")
+TEMPLATES: tuple[Template, ...] = get_args(Template)
 """Shapes of lr over a run: none; half a cosine; a line; constant, then linear at the end (warm-up,
 stable, decay); up and down along half cosines (Smith, Topin 2019), of which only lr is taken."""
 
