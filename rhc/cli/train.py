@@ -88,16 +88,12 @@ def _log_again(directory: Path) -> None:
 
 def _report(screen: Screen, directory: Path) -> None:
     """Writes report.html into the run's directory; whatever hinders it is one line, no error."""
-    from rhc.report import missing_packages, write_report
+    from rhc.report import write_report
 
-    missing = missing_packages()
-    if missing:
-        text = f"no page: {' and '.join(missing)} are not installed; pip install 'rhc[report]'"
-    else:
-        try:
-            text = str(write_report([directory]))
-        except Exception as error:  # the run has ended well, and its files are all there
-            text = f"no page: {error}"
+    try:
+        text = str(write_report([directory]))
+    except Exception as error:  # the run has ended well, and its files are all there
+        text = f"no page: {error}"
     screen.print(Text.assemble(("report    ", "dim"), text), soft_wrap=True)
 
 

@@ -7,7 +7,6 @@ by `_inline`, and the page forbids itself every connection by its content securi
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Sequence
@@ -20,19 +19,12 @@ from rhc.report.records import RunRecord, entry, number, read_run
 from rhc.settings import TrainConfig
 from rhc.storage.files import write_durably
 
-__all__ = ["missing_packages", "page_of", "write_report"]
-
-PACKAGES = {"jinja2": "jinja2"}
+__all__ = ["page_of", "write_report"]
 
 LIBRARY = Path(__file__).parent / "plotly-cartesian.min.js"
 """plotly.js with the charts of a plane alone, 1.3 MB. The Python package plotly has the whole of it
 only, which made every page 4.9 MB. It is the file of npm's plotly.js-cartesian-dist-min, under the
 MIT licence beside it; a newer one takes its place as it is."""
-
-
-def missing_packages() -> list[str]:
-    """Packages of the extra `report` that are not installed."""
-    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 
 
 def write_report(directories: Sequence[Path], output: Path | None = None) -> Path:
@@ -67,15 +59,13 @@ def page_of(directories: Sequence[Path]) -> str:
     if not directories:
         raise InputError("DIR is missing: give the directory of a run")
     runs: list[RunRecord] = [read_run(directory) for directory in dict.fromkeys(directories)]
-    missing = missing_packages()
-    if missing:
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+        from markupsafe import Markup
+    except ImportError as error:
         raise InputError(
-            f"the report needs {' and '.join(missing)}, which are not installed; "
-            "pip install 'rhc[report]'"
-        )
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
+            f"the report needs {error.name}, which is not installed; pip install 'rhc[report]'"
+        ) from None
     from rhc.report.charts import NIGHT, charts_of
 
     charts = charts_of(runs)

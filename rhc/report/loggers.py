@@ -1,12 +1,12 @@
 """Loggers: what a run committed, told to TensorBoard, Weights & Biases, MLflow or your own.
 
-    rhc.Runner(…, logger=rhc.report.loggers.TensorBoard("runs/demo/tensorboard"))
+    rhc.Runner(…, logger=rhc.loggers.TensorBoard("runs/demo/tensorboard"))
     rhc train --tensorboard
 
-A logger hears of committed steps only, in their order, each once: rewinding never makes it go back.
-Attempts at windows are a series of their own, counted from the beginning of the run. A run that is
-resumed goes on where its checkpoint is; what was logged beyond it is written over, or passed over
-where a service cannot do that (the steps are the same to the bit).
+A logger hears of committed steps only, in their order, each once. Attempts at windows are a series
+of their own, counted from the beginning of the run. A run that is resumed goes on where its
+checkpoint is; what was logged beyond it is written over, or left out where a service cannot do that
+(the steps are the same to the bit).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from rhc.events import (
     WindowAttempted,
 )
 from rhc.storage.files import read_regular, replace_durably
+from rhc.storage.jsonl import read_lines
 
 
 class Logger(Protocol):
@@ -62,15 +63,16 @@ class Logger(Protocol):
 
 
 class Logging:
-    """The listener of a run that tells a logger. A name that it does not take is left out; one that
-    raises otherwise is ended, and left alone from there on."""
+    """The listener of a run that tells a logger what is committed.
+
+    A name that the logger does not take is left out; a logger that raises otherwise is ended.
+    """
 
     def __init__(self, logger: Logger, settings: Mapping[str, Any] | None = None) -> None:
         self.logger, self.settings = logger, dict(settings or {})
         self.step = self.attempts = 0
         self.failed = self.begun = False
-        self._early: list[tuple[str, str]] = []
-        self._taken: set[str] = set()
+        self._early: list[str] = []
         self._refused: set[str] = set()
 
     def __call__(self, event: Event) -> None:
@@ -81,8 +83,8 @@ class Logging:
         except Exception as error:
             self.failed = True
             warnings.warn(
-                f"{self._where()} failed at step {self.step} ({type(error).__name__}: {error}): "
-                "the run goes on without it",
+                f"logger {type(self.logger).__name__} failed at step {self.step} "
+                f"({type(error).__name__}: {error}): the run goes on without it",
                 stacklevel=3,
             )
             self.close()
@@ -94,44 +96,39 @@ class Logging:
             with contextlib.suppress(Exception):
                 self.logger.end({})
 
-    def _where(self) -> str:
-        return f"logger {type(self.logger).__name__}"
-
     def _values(
         self, tell: Callable[[int, Mapping[str, float]], None], at: int, values: Mapping[str, Any]
     ) -> None:
-        """Tells values; names that the logger does not take are left out from here on.
-
-        They are those that fail while the first, which is the loop's own, does not.
-        """
+        """Tells values; names that fail by themselves, while others do not, are left out."""
         values = {name: v for name, v in values.items() if name not in self._refused}
         try:
             tell(at, values)
-        except Exception:
-            if self._taken.issuperset(values):
-                raise
-            for number, (name, value) in enumerate(values.items()):
-                try:
-                    tell(at, {name: value})
-                except Exception as error:
-                    if number == 0 or name in self._taken:
-                        raise
-                    self._refused.add(name)
-                    warnings.warn(
-                        f"{self._where()} does not take the name {name!r} "
-                        f"({type(error).__name__}: {error}): all but it is logged",
-                        stacklevel=5,
-                    )
-                else:
-                    self._taken.add(name)
-        else:
-            self._taken.update(values)
+            return
+        except Exception as error:
+            whole = error
+        refused = {}
+        for name, value in values.items():
+            try:
+                tell(at, {name: value})
+            except Exception as error:
+                refused[name] = error
+        if len(refused) == len(values):
+            raise whole
+        for name, why in refused.items():
+            self._refused.add(name)
+            warnings.warn(
+                f"logger {type(self.logger).__name__} does not take the name {name!r} "
+                f"({type(why).__name__}: {why}): all but it is logged",
+                stacklevel=5,
+            )
 
     def _tell(self, event: Event) -> None:
         match event:
             case RunStarted():
                 self.step = event.start
-                self.attempts = _lines(event.directory) if event.start else 0
+                self.attempts = 0
+                if event.start and event.directory is not None:
+                    self.attempts = sum(1 for _ in read_lines(event.directory / "windows.jsonl"))
                 run = {
                     "steps": event.steps,
                     "window": event.window,
@@ -142,10 +139,10 @@ class Logging:
                 }
                 self.logger.begin(self.step, self.attempts, {**self.settings, **run})
                 self.begun = True
-                for kind, message in self._early:
-                    self.logger.text(self.step, kind, message)
+                for message in self._early:
+                    self.logger.text(self.step, "notice", message)
             case Notice() if not self.begun:
-                self._early.append(("notice", event.message))
+                self._early.append(event.message)
             case _ if not self.begun:
                 pass  # of a run that had ended before
             case Committed():
@@ -168,22 +165,6 @@ class Logging:
                 refused = tuple(f"/{name}" for name in self._refused)
                 found = dict(_numbers(event.result)).items()
                 self.logger.end({n: v for n, v in found if not f"/{n}".endswith(refused)})
-
-
-def tell_run(
-    logger: Logger,
-    settings: Mapping[str, Any],
-    tape: Sequence[Mapping[str, Any]],
-    windows: Sequence[Mapping[str, Any]],
-    result: Mapping[str, Any],
-) -> None:
-    """Tells a logger a run that has ended: the rows of its tape and windows, and its result."""
-    logger.begin(0, 0, settings)
-    for number, record in enumerate(windows):
-        logger.attempt(number, _attempted(record))
-    for row in tape:
-        logger.step(int(row["step"]), dict(_numbers(row)))
-    logger.end(dict(_numbers(result)))
 
 
 def listeners_of(
@@ -219,14 +200,6 @@ def _attempted(record: Mapping[str, Any]) -> dict[str, float]:
     names = ("window", "start", "stop", "attempt", "objective_before", "objective_after")
     found = dict(_numbers({name: record.get(name) for name in names}))
     return found | {"accepted": float(record.get("outcome") == "accepted")}
-
-
-def _lines(directory: Path | None) -> int:
-    """Attempts so far of a run that is resumed."""
-    try:
-        return 0 if directory is None else (directory / "windows.jsonl").read_bytes().count(b"\n")
-    except OSError:
-        return 0
 
 
 def _imported(module: str, package: str, who: str) -> Any:
@@ -282,38 +255,75 @@ class TensorBoard:
             writer.close()
 
 
-class WandB:
-    """A Weights & Biases run; settings: as of wandb.init (project, mode="offline", id, resume …).
+class _Service:
+    """A service on a server, which cannot go back: it is told each step and each attempt once.
 
-    Steps are the axis `step`, attempts at windows the axis `windows/number`. wandb cannot go back:
-    of a run that is resumed, steps that it has are passed over. What it has is not to be seen
-    offline; so every row has the number that it had before, and wandb drops what comes again.
     A run that is active is logged into, and left active; that of a run which is resumed from its
-    directory is taken up again.
+    directory is taken up again, and steps that it has are left out.
     """
 
+    package = ""
+
     def __init__(self, **settings: Any) -> None:
-        self._module = _imported("wandb", "wandb", "WandB")
+        self._module = _imported(self.package, self.package, type(self).__name__)
         self.settings = settings
-        self.run: Any = None
-        self._had_steps = self._had_attempts = -1
-        self._next_step = self._next_attempt = 0
         self._own = True
+        self._had_steps = self._had_attempts = -1
+        """The last step and attempt that the service has."""
+
+    def _log(self, values: Mapping[str, Any], at: int) -> None:
+        raise NotImplementedError
+
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        if step > self._had_steps:
+            self._log(values, step)
+
+    def attempt(self, number: int, values: Mapping[str, float]) -> None:
+        if number > self._had_attempts:
+            self._log({f"windows/{name}": value for name, value in values.items()}, number)
+
+    def _known(self, settings: Mapping[str, Any]) -> str | None:
+        """The id that the service gave the run of this directory."""
+        try:
+            path = Path(settings["directory"]) / f"{self.package}.id"
+            return read_regular(path, 2**10).decode().strip() or None
+        except (KeyError, TypeError, OSError, ValueError):
+            return None
+
+    def _know(self, settings: Mapping[str, Any], name: Any) -> None:
+        """Keeps the id for a run that is resumed, which would begin a new run without it."""
+        if settings.get("directory") and isinstance(name, str):
+            with contextlib.suppress(OSError):
+                path = Path(settings["directory"]) / f"{self.package}.id"
+                replace_durably(path, name.encode())
+
+
+class WandB(_Service):
+    """A Weights & Biases run; settings: as of wandb.init (project, mode="offline", id, resume …).
+
+    Steps are the axis `step`, attempts at windows the axis `windows/number`. What wandb has is not
+    to be seen offline; so every row has the number that it had before, and wandb drops what comes
+    again. A run that is active is logged into, and left active; that of a run which is resumed from
+    its directory is taken up again.
+    """
+
+    package = "wandb"
+    run: Any = None
+    _next_step = _next_attempt = 0
 
     def begin(self, step: int, attempts: int, settings: Mapping[str, Any]) -> None:
         if self.run is None:
-            known = _known(settings, "wandb") if step else None
+            known = self._known(settings) if step else None
             again = {"id": known, "resume": "allow"} if known else {}
             active = getattr(self._module, "run", None)
             self._own = active is None or active.id == known
             self.run = active or self._module.init(
                 **{"config": dict(settings), **again, **self.settings}
             )
-            _know(settings, "wandb", self.run.id)
-            self.run.define_metric("step")
-            self.run.define_metric("*", step_metric="step")
-            self.run.define_metric("windows/number")
-            self.run.define_metric("windows/*", step_metric="windows/number")
+            self._know(settings, self.run.id)
+            for axis, names in (("step", "*"), ("windows/number", "windows/*")):
+                self.run.define_metric(axis)
+                self.run.define_metric(names, step_metric=axis)
         summary = getattr(self.run, "summary", None) or {}
         self._had_steps = int(summary.get("step", step - 1))
         self._had_attempts = int(summary.get("windows/number", attempts - 1))
@@ -321,21 +331,18 @@ class WandB:
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         self._next_step = step
-        if step > self._had_steps:
-            self._log({**values, "step": step})
+        super().step(step, {**values, "step": step})
         self._next_step += 1
 
     def attempt(self, number: int, values: Mapping[str, float]) -> None:
         self._next_attempt = number
-        if number > self._had_attempts:
-            named = {f"windows/{name}": value for name, value in values.items()}
-            self._log({**named, "windows/number": number})
+        super().attempt(number, {**values, "number": number})
         self._next_attempt += 1
 
     def text(self, step: int, kind: str, message: str) -> None:
-        self._log({f"events/{kind}": message})  # with the row that comes next
+        self._log({f"events/{kind}": message}, step)  # with the row that comes next
 
-    def _log(self, values: Mapping[str, Any]) -> None:
+    def _log(self, values: Mapping[str, Any], at: int) -> None:
         # A run that was active before has rows of its own.
         row = self._next_step + self._next_attempt
         self.run.log(values, step=max(row, int(self.run.step)))
@@ -348,29 +355,24 @@ class WandB:
             run.finish()
 
 
-class MLflow:
+class MLflow(_Service):
     """An MLflow run; settings: as of mlflow.start_run (run_name, run_id, experiment_id …).
 
     Attempts at windows are metrics `windows/…`, by their number as step. What MLflow does not take
     in a name ("acc@1") is an underscore in its place. A run that is active is logged into, and left
-    active; that of a run which is resumed from its directory is taken up again, and steps that it
-    has are passed over.
+    active; that of a run which is resumed from its directory is taken up again.
     """
 
-    def __init__(self, **settings: Any) -> None:
-        self._module = _imported("mlflow", "mlflow", "MLflow")
-        self.settings = settings
-        self._own = True
-        self._had_steps = self._had_attempts = -1
-        self._names: dict[str, str] = {}
+    package = "mlflow"
 
     def begin(self, step: int, attempts: int, settings: Mapping[str, Any]) -> None:
-        known = _known(settings, "mlflow") if step else None
+        self._names: dict[str, str] = {}
+        known = self._known(settings) if step else None
         again = {"run_id": known} if known else {}
         active = self._module.active_run()
         self._own = active is None or active.info.run_id == known
         run = active or self._module.start_run(**{**again, **self.settings})
-        _know(settings, "mlflow", run.info.run_id)
+        self._know(settings, run.info.run_id)
         self._had_steps = self._last(run.info.run_id, "loss", step - 1)
         self._had_attempts = self._last(run.info.run_id, "windows/window", attempts - 1)
         if not step:
@@ -385,14 +387,8 @@ class MLflow:
         history = self._module.MlflowClient().get_metric_history(run, metric)
         return max((int(entry.step) for entry in history), default=otherwise)
 
-    def step(self, step: int, values: Mapping[str, float]) -> None:
-        if step > self._had_steps:
-            self._module.log_metrics({self._name(k): v for k, v in values.items()}, step=step)
-
-    def attempt(self, number: int, values: Mapping[str, float]) -> None:
-        if number > self._had_attempts:
-            named = {f"windows/{name}": value for name, value in values.items()}
-            self._module.log_metrics(named, step=number)
+    def _log(self, values: Mapping[str, Any], at: int) -> None:
+        self._module.log_metrics({self._name(k): v for k, v in values.items()}, step=at)
 
     def text(self, step: int, kind: str, message: str) -> None:
         self._module.set_tag(self._name(f"rhc.{kind}.{step}"), message[:5000])
@@ -411,28 +407,7 @@ class MLflow:
         if name not in self._names:
             parts = re.sub(r"[^\w\-. /]", "_", name).split("/")
             taken = "/".join(p if p.strip(". ") else "_" for p in parts)[:240]
+            candidates = itertools.chain([taken], (f"{taken}_{n}" for n in itertools.count(2)))
             others = set(self._names.values())
-            numbered = (f"{taken}_{n}" for n in itertools.count(2))
-            self._names[name] = (
-                taken if taken not in others else next(n for n in numbered if n not in others)
-            )
+            self._names[name] = next(each for each in candidates if each not in others)
         return self._names[name]
-
-
-def _known(settings: Mapping[str, Any], service: str) -> str | None:
-    """The id that the service gave the run of this directory."""
-    if not settings.get("directory"):
-        return None
-    try:
-        path = Path(settings["directory"]) / f"{service}.id"
-        name = read_regular(path, 2**10).decode().strip()
-    except (OSError, ValueError):
-        return None
-    return name or None
-
-
-def _know(settings: Mapping[str, Any], service: str, name: Any) -> None:
-    """Keeps the id for a run that is resumed; without it that begins a run of the service anew."""
-    if settings.get("directory") and isinstance(name, str):
-        with contextlib.suppress(OSError):
-            replace_durably(Path(settings["directory"]) / f"{service}.id", name.encode())

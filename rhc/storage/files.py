@@ -188,9 +188,6 @@ def read_regular(path: Path, most: int, *, exactly: int | None = None) -> bytes:
 _LONG_NUMBER = re.compile(rb"[0-9]{300}|[eE]\+?0*[1-9][0-9]{2}")
 """Matches within every number of 1e300 or more."""
 
-_BRACKETS = re.compile(rb'[\[\]{}"\\]')
-"""The characters that decide how deep JSON is nested."""
-
 
 def parsed_json(data: bytes | str) -> Any:
     """A JSON document of bounded size and depth; anything else is a ValueError.
@@ -200,17 +197,26 @@ def parsed_json(data: bytes | str) -> Any:
     raw = data.encode() if isinstance(data, str) else bytes(data)
     if len(raw) > MOST_JSON_BYTES:
         raise ValueError(f"it has {len(raw)} bytes, more than the {MOST_JSON_BYTES} that are read")
-    depth = _depth(raw)
-    if depth > MOST_DEPTH:
-        raise ValueError(f"it is nested more than {MOST_DEPTH} deep")
     # These hooks replace the parser of numbers in C, which is faster, only where it might overflow.
     hooks: dict[str, Any] = {}
     if _LONG_NUMBER.search(raw):
         hooks = {"parse_float": _finite, "parse_int": lambda text: int(_finite(text) and text)}
     try:
-        return json.loads(raw.decode("utf-8"), parse_constant=_no_constant, **hooks)
-    except RecursionError:  # pragma: no cover: the depth is checked above
-        raise ValueError("it is nested too deep") from None
+        value = json.loads(raw.decode("utf-8"), parse_constant=_no_constant, **hooks)
+        # So few brackets cannot be too deep.
+        if raw.count(b"[") + raw.count(b"{") > MOST_DEPTH and _depth(value) > MOST_DEPTH:
+            raise RecursionError
+    except RecursionError:
+        raise ValueError(f"it is nested more than {MOST_DEPTH} deep") from None
+    return value
+
+
+def _depth(value: Any) -> int:
+    """How deep lists and objects are nested in a value."""
+    if not isinstance(value, (list, dict)):
+        return 0
+    inner = value.values() if isinstance(value, dict) else value
+    return 1 + max(map(_depth, inner), default=0)
 
 
 def _no_constant(name: str) -> Any:
@@ -222,29 +228,6 @@ def _finite(text: str) -> float:
     if math.isinf(value):
         raise ValueError(f"a number is beyond 1e308: {text[:20]}…")
     return value
-
-
-def _depth(raw: bytes) -> int:
-    """How deep brackets outside of strings are nested, looked at up to MOST_DEPTH + 1."""
-    if raw.count(b"[") + raw.count(b"{") <= MOST_DEPTH:
-        return 0  # so few brackets cannot be too deep
-    depth = deepest = 0
-    inside = False
-    skipped = -1
-    for match in _BRACKETS.finditer(raw):
-        at, mark = match.start(), match[0]
-        if at == skipped:
-            continue
-        if mark == b"\\":
-            skipped = at + 1
-        elif mark == b'"':
-            inside = not inside
-        elif not inside:
-            depth += 1 if mark in b"[{" else -1
-            deepest = max(deepest, depth)
-            if deepest > MOST_DEPTH:
-                break
-    return deepest
 
 
 # What a document must have -----------------------------------------------------------------------

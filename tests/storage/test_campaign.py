@@ -46,7 +46,7 @@ def test_a_disk_that_is_full_at_every_operation() -> None:
     assert campaign().full(1, seed=0)
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [60, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_parsers_answer_or_refuse(count: int) -> None:
     assert campaign().fuzz(count, seed=count)
 
