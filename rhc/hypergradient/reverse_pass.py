@@ -53,6 +53,7 @@ from rhc.hypergradient.verification import (
 )
 from rhc.rng import RandomState
 from rhc.schedule import Schedule
+from rhc.settings import Engine
 from rhc.training import memory
 from rhc.training.module_state import Buffers, Captured
 from rhc.training.objective import Average, Objective
@@ -178,10 +179,7 @@ class ReversePass:
                 f"memory_budget decides what is kept, got segment {segment} beside it; leave "
                 "segment 'auto'"
             )
-        if not 0 < damping.discount <= 1:
-            raise InputError(f"discount must be in (0, 1], got {damping.discount:g}")
-        if damping.clip is not None and not damping.clip > 0:
-            raise InputError(f"costate_clip must be > 0, got {damping.clip:g}; use None for none")
+        Engine(discount=damping.discount, costate_clip=damping.clip).checked()
         if plant.ranks is not None and segment not in ("auto", 1):
             raise InputError(
                 f"segment must be 1 where ranks train together, got {segment}; leave segment 'auto'"

@@ -23,6 +23,7 @@ from rhc.errors import InputError, Unseen, whole_number
 from rhc.optimizers import DifferentiableOptimizer, differentiable
 from rhc.rng import RandomState
 from rhc.schedule import OptimizerControls, Schedule, parameters_of
+from rhc.settings import Step
 from rhc.training.batches import DrawnAsNeeded, MicroBatches
 from rhc.training.diagnostics import check_parts, explained, has_mend
 from rhc.training.hooks import Hooks
@@ -66,14 +67,7 @@ class Plant:
         clip_value: float | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        for name, level in (("clip_norm", clip_norm), ("clip_value", clip_value)):
-            if level is not None and not level > 0:
-                raise InputError(f"{name} must be > 0, got {level}; use None not to clip")
-        if clip_norm is not None and clip_value is not None:
-            raise InputError(
-                f"clip_norm and clip_value cannot go together, got {clip_norm:g} and "
-                f"{clip_value:g}; give one of them"
-            )
+        Step(clip_norm=clip_norm, clip_value=clip_value).checked()
         check_parts(model, optimizer, loss_fn)
         self.model = model
         self.optimizer = optimizer

@@ -693,7 +693,7 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"engine": "higher", "segment": 3}, "unrolls the whole window, got segment 3"),
     ({"engine": "higher", "clip_norm": 1.0}, "does not clip"),
     ({"average": 1.0}, r"average must be in \(0, 1\), got 1.0; use None"),
-    ({"clip_norm": 0.0}, "clip_norm must be > 0, got 0.0"),
+    ({"clip_norm": 0.0}, "clip_norm must be > 0, got 0"),
     ({"stage_weight": 0.0}, "the objective is empty"),
     ({"loss_fn": loss_of_each}, r"scalar tensor, got shape \(8,\); .*\.mean\(\)"),
     ({"loss_fn": lambda model, batch: 1.0}, r"got float; .* not \.item\(\)"),
