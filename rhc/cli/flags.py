@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from rhc.errors import InputError
-from rhc.settings.fields import Known, Settings, required
+from rhc.settings.fields import Known, Settings
 
 Config = TypeVar("Config", bound=Settings)
 
@@ -134,21 +134,21 @@ def _parser(
 def _add(group: Any, each: Known, text: str | None) -> None:
     what = each.setting
     settings: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
+    names = [what.alias, each.flag] if what.alias else [each.flag]
     if each.kind is bool:
-        written = f"--no-{each.flag[2:]}" if each.default else each.flag
-        settings |= {"action": argparse.BooleanOptionalAction, "metavar": written}
-    else:
-        element = each.element if each.kind is tuple else each.kind
-        settings |= {"type": _reader(element, each), "metavar": what.metavar}
+        action = group.add_argument(*names, action=argparse.BooleanOptionalAction, **settings)
+        action.metavar = f"--no-{each.flag[2:]}" if each.default else each.flag
+        return
+    element = each.element if each.kind is tuple else each.kind
+    settings |= {"type": _reader(element, each), "metavar": what.metavar}
     if each.kind is tuple:
-        settings["nargs"] = "+" if required(each) else "*"
+        settings["nargs"] = "+" if each.required else "*"
+    elif what.place == "argument" and not each.required:
+        settings["nargs"] = "?"
     if what.place == "argument":
-        if each.kind is not tuple and not required(each):
-            settings["nargs"] = "?"
         group.add_argument(each.name, **settings)
     else:
-        names = [what.alias, each.flag] if what.alias else [each.flag]
-        group.add_argument(*names, dest=each.name, required=required(each), **settings)
+        group.add_argument(*names, dest=each.name, required=each.required, **settings)
 
 
 def _reader(kind: Any, each: Known) -> Callable[[str], Any]:
@@ -169,7 +169,7 @@ def _help(each: Known, *, whole: bool) -> str:
     """Its sentences and its default, in words."""
     default = each.setting.unset
     if not default and each.kind is not bool and each.default not in (None, ()):
-        default = "" if required(each) else f"{each.default}"
+        default = "" if each.required else f"{each.default}"
     text = each.text if whole else each.text.partition(". ")[0].rstrip(".")
     if default:
         text += f" (default: {default})" if whole else f" [{default}]"

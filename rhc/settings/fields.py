@@ -14,7 +14,7 @@ import itertools
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -126,12 +126,24 @@ class Known(NamedTuple):
     optional: bool
     default: Any
     heading: str
-    text: str
-    """What stands below it: the first sentence in `--help`, all of them in `--help-all`."""
+    owner: Any
+    """The class that its sentences stand in."""
+    like: Known | None
+    """What has them where it has none of its own."""
 
     @property
     def flag(self) -> str:
-        return flag(self.name)
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def required(self) -> bool:
+        return self.default is MISSING
+
+    @property
+    def text(self) -> str:
+        """What stands below it: the first sentence in `--help`, all of them in `--help-all`."""
+        own = _sentences(self.owner).get(self.name, "")
+        return own if own or self.like is None else self.like.text
 
     def checked(self, value: Any) -> Any:
         """The value as Python's own; an InputError says what it should be."""
@@ -266,7 +278,8 @@ def _known(owner: Any) -> dict[str, Known]:
             types.NoneType in options,
             each.default,
             heading,
-            _sentences(declaring).get(each.name) or each.metadata["like"].text,
+            declaring,
+            each.metadata.get("like"),
         )
     return found
 
@@ -284,15 +297,6 @@ def _sentences(owner: Any) -> dict[str, str]:
     }
 
 
-def required(each: Known) -> bool:
-    """Whether it has no default."""
-    return each.default is MISSING
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def shown(value: Any) -> str:
     """A value in an error."""
     if isinstance(value, tuple):
@@ -303,11 +307,6 @@ def shown(value: Any) -> str:
 def nearest(value: Any, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(value), list(known), n=1, cutoff=0.7)
     return f"did you mean {near[0]!r}? " if near else ""
-
-
-def names(given: Sequence[str]) -> tuple[str, ...]:
-    """Each name once, in order; `lr,momentum` is two."""
-    return tuple(dict.fromkeys(name for part in given for name in part.split(",") if name))
 
 
 def plain_value(value: Any) -> Any:

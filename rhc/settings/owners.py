@@ -20,7 +20,6 @@ from rhc.settings.fields import (
     above_0,
     at_least,
     fraction,
-    names,
     one_of,
     setting,
     share,
@@ -40,7 +39,9 @@ PRODUCTS = (
 
 
 def parsed_names(given: Any) -> tuple[str, ...]:
-    return names((given,) if isinstance(given, str) else given)
+    """Each name once, in order; `lr,momentum` is two."""
+    parts = (given,) if isinstance(given, str) else given
+    return tuple(dict.fromkeys(name for part in parts for name in part.split(",") if name))
 
 
 def parsed_segment(given: Any) -> int | Literal["auto"]:
