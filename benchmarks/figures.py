@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt
 from methods import ALL as METHODS
 from outcome import REPORTING, SWEPT, WORKLOADS
 
-from rhc.compare.runs import Row, Task, runner_of
+from rhc.compare.runs import Row, Task, prepared
 from rhc.compare.statistics import interval
 
 matplotlib.use("Agg")
@@ -81,7 +81,7 @@ def courses(task: Task, path: Path, *, group: int | None, seed: int = 100) -> No
     """Tracking error and lr of every step. group: whose lr, where there are several."""
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(9, 5), sharex=True)
     for method, lr in (("wsd", 0.03), ("zero-probe-cosine", None), ("rhc", None)):
-        runner, steps = runner_of(task, METHODS[method], lr, seed)
+        runner, _, steps = prepared(task, METHODS[method], lr, seed)
         result = runner.fit(steps)
         tracking = [row["tracking"] for row in result.tape]
         smooth = [statistics.fmean(tracking[i : i + 10]) for i in range(0, len(tracking), 10)]

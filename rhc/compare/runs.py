@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rhc.compare.methods import Method, cells, distilled, method_of
+from rhc.compare.methods import Method, distilled, method_of
 from rhc.errors import InputError
 from rhc.events import Committed, Event
 from rhc.hindsight import Pass, Policy, Smoother, held_out, reward_of, smooth
@@ -48,30 +48,28 @@ POINTS = 100
 
 @dataclass(frozen=True)
 class Row:
-    """What one method ended with on one seed; a run that diverges for good has infinite losses.
-
-    score: what methods are compared by, that of the workload's goal where it has one, else the
-    mean over all steps of the metric "tracking" where there is one, else the test loss of the final
-    weights. higher: whether a higher score is better. validation: what races and searches choose
-    by. cost: in plain runs.
-    curve: (steps taken, value), of what the score is about: the metric's running mean, or else the
-    loss on held-out data. course: columns of numbers over the run, for pictures: "step" and
-    whatever the method steers.
-    """
+    """What one method ended with on one seed; a run that diverges for good has infinite losses."""
 
     method: str
     lr: float | None
     seed: int
     score: float
+    """That of the workload's goal where it has one, else the mean over all steps of the metric
+    "tracking" where there is one, else the test loss of the final weights."""
     test_loss: float | None
     test_accuracy: float | None
     average_test_loss: float | None
     validation: float
+    """What the best of several trials is chosen by."""
     cost: float
+    """In baseline runs."""
     higher: bool = False
+    """Whether a higher score is better."""
     gradient_evaluations: float | None = None
     curve: Sequence[Sequence[float | None]] = ()
+    """(steps taken, value) of the goal's metric, a running mean, or else of the held-out loss."""
     course: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    """Columns of numbers over the run, for pictures: "step" and whatever the method steers."""
 
     def steps_to(self, target: float) -> int | None:
         """Steps after which the curve first reaches the target; None where it never does."""
@@ -107,23 +105,6 @@ class Task:
         return workload
 
 
-def compare(
-    task: Task,
-    methods: Sequence[str],
-    lrs: Sequence[float | None],
-    seeds: Sequence[int],
-    tell: Callable[[Row], None] = lambda row: None,
-) -> list[Row]:
-    """All methods on all seeds; those that need an lr from each of `lrs`, or the workload's own."""
-    for name in methods:
-        method_of(name)
-    rows = []
-    for name, lr, seed in cells(methods, lrs, seeds):
-        rows.append(run(task, name, lr, seed))
-        tell(rows[-1])
-    return rows
-
-
 def run(task: Task, name: str, lr: float | None, seed: int) -> Row:
     """One method on one seed."""
     method = method_of(name)
@@ -153,7 +134,7 @@ def _one(
     draws: random.Random,
     **more: Any,
 ) -> dict[str, Any]:
-    runner, workload, steps = _prepared(task, method, lr, seed, draws, **more)
+    runner, workload, steps = prepared(task, method, lr, seed, draws, **more)
     try:
         return _fitted(runner, workload, steps)[0]
     except DivergedError:
@@ -201,7 +182,7 @@ def _smoothed(task: Task, method: Method, lr: float | None, seed: int) -> dict[s
     goal = task.workload(seed).goal
 
     def train(number: int, schedule: Schedule | None) -> Pass:
-        found, result = _fitted(*_prepared(task, method, lr, seed, schedule=schedule))
+        found, result = _fitted(*prepared(task, method, lr, seed, schedule=schedule))
         judged = held_out(result.record, result.tape, goal)
         return Pass(result.schedule, result.tape, judged, found)
 
@@ -381,15 +362,7 @@ def _largest(value: Any) -> Any:
     return max(value) if isinstance(value, list | tuple) and value else value
 
 
-def runner_of(
-    task: Task, method: Method, lr: float | None, seed: int, **more: Any
-) -> tuple[Runner, int]:
-    """A Runner that is about to train the task by `method`, and its steps. more: settings of it."""
-    runner, _, steps = _prepared(task, method, lr, seed, **more)
-    return runner, steps
-
-
-def _prepared(
+def prepared(
     task: Task,
     method: Method,
     lr: float | None,
@@ -397,6 +370,10 @@ def _prepared(
     draws: random.Random | None = None,
     **more: Any,
 ) -> tuple[Runner, Workload, int]:
+    """A Runner that is about to train the task by `method`, with what, and its steps.
+
+    more: further settings of the Runner.
+    """
     workload = task.workload(seed)
     if method.plans is not None:
         workload, more["planner"] = method.plans(workload)
