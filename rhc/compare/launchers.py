@@ -55,7 +55,7 @@ def parsed_launcher(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def launched(
-    launcher: str, answer: Answer, lines: Sequence[str], jobs: int, folder: Path | None
+    launcher: str, answer: Answer, lines: Sequence[str], jobs: int, folder: Path
 ) -> Iterator[tuple[int, str | Exception]]:
     """(index of a line, its answer or why there is none), in the order in which they come.
 
@@ -67,7 +67,7 @@ def launched(
 
 
 def _by_processes(
-    answer: Answer, lines: Sequence[str], jobs: int, folder: Path | None, options: dict[str, Any]
+    answer: Answer, lines: Sequence[str], jobs: int, folder: Path, options: dict[str, Any]
 ) -> Iterator[tuple[int, str | Exception]]:
     idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
     workers = [_Worker(answer) for _ in range(jobs)]
@@ -161,10 +161,9 @@ def serve(answer: Answer) -> None:
 
 
 def _by_submitit(
-    answer: Answer, lines: Sequence[str], jobs: int, folder: Path | None, options: dict[str, Any]
+    answer: Answer, lines: Sequence[str], jobs: int, folder: Path, options: dict[str, Any]
 ) -> Iterator[tuple[int, str | Exception]]:
     submitit: Any = importlib.import_module("submitit")
-    assert folder is not None
     executor = submitit.AutoExecutor(folder=folder / "jobs")
     executor.update_parameters(**{"timeout_min": 24 * 60, "name": "rhc", **options})
 
@@ -181,7 +180,7 @@ def _by_submitit(
 
 
 def _by_ray(
-    answer: Answer, lines: Sequence[str], jobs: int, folder: Path | None, options: dict[str, Any]
+    answer: Answer, lines: Sequence[str], jobs: int, folder: Path, options: dict[str, Any]
 ) -> Iterator[tuple[int, str | Exception]]:
     ray: Any = importlib.import_module("ray")
     began = not ray.is_initialized()

@@ -26,6 +26,7 @@ from rhc.compare.statistics import costs, share_of_gain, summarise, table, tuned
 from rhc.errors import InputError
 from rhc.schedule import CONTROLS
 from rhc.settings import Run
+from rhc.settings.commands import CompareConfig
 from rhc.storage.files import (
     NUMBER,
     NUMBER_OR_NONE,
@@ -61,65 +62,30 @@ class Failure:
     why: str
 
 
-def print_comparison(
-    console: Console,
-    run: str,
-    *,
-    methods: Sequence[str],
-    lrs: Sequence[float],
-    seeds: str,
-    versus: str | None = None,
-    steps: int | None = None,
-    data: Path | None = None,
-    output: Path | None = None,
-    directory: Path | None = None,
-    jobs: int = 1,
-    launcher: str = PROCESSES,
-    ablations: bool = False,
-    tune: str | None = None,
-    target: float | None = None,
-    schedule: Path | None = None,
-    policy: Path | None = None,
-    oracle: str | None = None,
-    width: int | None = None,
-    batch_size: int | None = None,
-) -> int:
+def print_comparison(console: Console, asked: CompareConfig) -> int:
     """Runs everything, says how it goes, prints the tables, writes the files; the exit status.
 
     Returns 1 where nothing could be run, else 0. Raises InputError for what cannot be used.
     """
-    if ablations:
-        methods = ABLATIONS if not methods else [*methods, *ABLATIONS]
-    methods = methods or USUAL_METHODS
-    reference = versus or ("adaptive" if ablations else methods[-1])
+    methods = [*asked.methods, *(ABLATIONS if asked.ablations else ())] or [*USUAL_METHODS]
+    reference = asked.versus or ("adaptive" if asked.ablations else methods[-1])
+    oracle = asked.oracle
     names = list(dict.fromkeys([*methods, *([oracle] if oracle else []), reference]))
-    chosen = parsed_seeds(seeds)
-    for name in names:
-        method_of(name)
-    for lr in lrs:
-        CONTROLS["lr"].check(lr)
-    if parsed_launcher(launcher)[0] != PROCESSES and directory is None:
-        raise InputError(f"launcher {launcher} needs a folder for its files; give a directory")
-    if target is not None and not math.isfinite(target):
-        raise InputError(f"target must be a finite number, got {target}")
-    if output is not None and not output.parent.is_dir():
-        raise InputError(f"output {output} is in no folder; make {output.parent} first")
-    tuning = [] if tune is None else parsed_seeds(tune)
-    if tuning and set(tuning) & set(chosen):
-        raise InputError(
-            f"tune {tune} and seeds {seeds} have seeds in common: choose on seeds that are not "
-            "reported, such as --tune 0-2"
-        )
-    task = Task(run, data, steps, schedule, policy, width, batch_size)
-    check_files(task, names)
+    seeds, tuning = _checked(asked, names)
     if oracle == reference:
         raise InputError(
             f"oracle and versus are both {oracle}, so that there is no gain; give another --versus"
         )
-    goal = task.workload(chosen[0]).goal  # what is wrong with the run itself is said here, once
-    pool = WorkerPool(console, task, directory, jobs, launcher)
+    sizes = asked.width, asked.batch_size
+    task = Task(asked.run, asked.data, asked.steps, asked.schedule, asked.policy, *sizes)
+    check_files(task, names)
+    goal = task.workload(seeds[0]).goal  # what is wrong with the run itself is said here, once
+    folder = asked.directory or Path("runs") / f"compare-{asked.run.rpartition(':')[2]}"
+    pool = WorkerPool(console, task, folder, asked.jobs, asked.launcher)
 
-    grid: Sequence[float | None] = list(lrs)
+    grid: Sequence[float | None] = list(asked.lrs)
+    spent: dict[str, float] = {}
+    wanted = list(cells(names, grid, seeds))
     if tuning:
         grid = grid or list(GRID)
         trial = pool.rows([c for c in cells(names, grid, tuning) if method_of(c[0]).needs_lr])
@@ -127,36 +93,31 @@ def print_comparison(
         for name, lr in best.items():
             console.print(
                 f"{name}: lr {lr:g}, the best of {', '.join(f'{a:g}' for a in grid)} on seeds "
-                f"{tune}, for {spent[name]:.0f} plain runs",
+                f"{asked.tune}, for {spent[name]:.0f} plain runs",
                 highlight=False,
             )
-        wanted = [c for n in names for c in cells([n], [best.get(n)], chosen)]
+        wanted = [c for n in names for c in cells([n], [best.get(n)], seeds)]
         wanted = [c for c in wanted if not method_of(c[0]).needs_lr or c[0] in best]
-    else:
-        spent = {}
-        wanted = list(cells(names, grid, chosen))
     rows = pool.rows(wanted)
     if not rows:
         console.print("nothing could be run", style="bold", highlight=False)
         return 1
-    if target is None and goal is not None:
-        target = goal.target
+    target = goal.target if asked.target is None and goal is not None else asked.target
     lines = summarise(rows, reference, target=target, tuning=spent)
-    console.print()
-    console.print(table(lines))
-    console.print()
-    console.print(costs(lines))
+    for shown in (table(lines), costs(lines)):
+        console.print()
+        console.print(shown)
     if oracle is not None:
         console.print()
         for name in names:
             if name not in (oracle, reference):
                 console.print(share_of_gain(rows, reference, oracle, name), highlight=False)
-    console.print(f"\n{_explained(rows, reference, len(chosen))}", highlight=False, style="dim")
+    console.print(f"\n{_explained(rows, reference, len(seeds))}", highlight=False, style="dim")
     document = {
         "format": "rhc.comparison",
         "version": 2,
-        "run": run,
-        "steps": steps,
+        "run": asked.run,
+        "steps": asked.steps,
         "versus": reference,
         "target": lines[0].target,
         "grid": list(grid) if tuning else None,
@@ -165,12 +126,32 @@ def print_comparison(
         "failures": [asdict(failure) for failure in pool.failures],
     }
     content = plain_document(document)
-    if output is not None:
-        output.write_bytes(content)
-    if pool.folder is not None:
-        replace_durably(pool.folder / RESULT, content)
-        console.print(f"rows and {RESULT} are in {pool.folder}", highlight=False, style="dim")
+    if asked.output is not None:
+        asked.output.write_bytes(content)
+    replace_durably(pool.folder / RESULT, content)
+    console.print(f"rows and {RESULT} are in {pool.folder}", highlight=False, style="dim")
     return 0
+
+
+def _checked(asked: CompareConfig, names: Sequence[str]) -> tuple[list[int], list[int]]:
+    """The seeds that are reported, and those that lrs are chosen on."""
+    for name in names:
+        method_of(name)
+    for lr in asked.lrs:
+        CONTROLS["lr"].check(lr)
+    parsed_launcher(asked.launcher)
+    if asked.target is not None and not math.isfinite(asked.target):
+        raise InputError(f"target must be a finite number, got {asked.target}")
+    if asked.output is not None and not asked.output.parent.is_dir():
+        raise InputError(f"output {asked.output} is in no folder; make {asked.output.parent} first")
+    seeds = parsed_seeds(asked.seeds)
+    tuning = [] if asked.tune is None else parsed_seeds(asked.tune)
+    if set(tuning) & set(seeds):
+        raise InputError(
+            f"tune {asked.tune} and seeds {asked.seeds} have seeds in common: choose on seeds that "
+            "are not reported, such as --tune 0-2"
+        )
+    return seeds, tuning
 
 
 USUAL_METHODS = ("rhc", "zero-probe-cosine", "cosine")
@@ -207,48 +188,36 @@ def parsed_seeds(text: str) -> list[int]:
 
 
 class WorkerPool:
-    """Runs cells, tells each row as it comes, and keeps the rows of earlier times.
-
-    directory: where rows are kept; None keeps them in memory alone.
-    """
+    """Runs cells, tells each row as it comes, and keeps the rows of earlier times in a folder."""
 
     def __init__(
-        self,
-        console: Console,
-        task: Task,
-        directory: Path | None,
-        jobs: int,
-        launcher: str = PROCESSES,
+        self, console: Console, task: Task, folder: Path, jobs: int, launcher: str = PROCESSES
     ) -> None:
         self.console, self.task, self.jobs = console, task, jobs
-        self.launcher = launcher
-        self.folder = directory
+        self.launcher, self.folder = launcher, folder
         self.failures: list[Failure] = []
         self._kept: dict[Cell, Row] = {}
-        self._file: Path | None = None
         self._identity = _identity(task)
-        if directory is not None:
-            if directory.exists() and not directory.is_dir():
-                raise InputError(f"directory {directory} is a file; give --directory a folder")
-            try:
-                directory.mkdir(parents=True, exist_ok=True)
-                refuse_links(directory)
-            except OSError as error:
-                raise InputError(
-                    f"directory {directory} cannot be written ({error.strerror}); choose another "
-                    "--directory"
-                ) from None
-            self._file = directory / ROWS
-            unshare(self._file)
-            for record in _read(self._file):
-                row = _row(record.get("row")) if record.get("task") == self._identity else None
-                if row is not None:
-                    self._kept[row.method, row.lr, row.seed] = row
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"directory {folder} is a file; give --directory a folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            refuse_links(folder)
+        except OSError as error:
+            raise InputError(
+                f"directory {folder} cannot be written ({error.strerror}); choose another "
+                "--directory"
+            ) from None
+        unshare(folder / ROWS)
+        for record in _read(folder / ROWS):
+            row = _row(record.get("row")) if record.get("task") == self._identity else None
+            if row is not None:
+                self._kept[row.method, row.lr, row.seed] = row
 
     def rows(self, wanted: Sequence[Cell]) -> list[Row]:
         """The rows of these cells in their order, without those that failed."""
         missing = [cell for cell in wanted if cell not in self._kept]
-        if self.folder is not None and len(missing) < len(wanted):
+        if len(missing) < len(wanted):
             self.console.print(
                 f"{len(wanted) - len(missing)} of {len(wanted)} rows are already in "
                 f"{self.folder / ROWS}",
@@ -261,9 +230,8 @@ class WorkerPool:
                 self._fail(outcome)
                 continue
             self._kept[outcome.method, outcome.lr, outcome.seed] = outcome
-            if self._file is not None:
-                with self._file.open("a", encoding="utf-8") as file:
-                    file.write(encode({"task": self._identity, "row": asdict(outcome)}) + "\n")
+            with (self.folder / ROWS).open("a", encoding="utf-8") as file:
+                file.write(encode({"task": self._identity, "row": asdict(outcome)}) + "\n")
             self._tell(outcome)
         return [self._kept[cell] for cell in wanted if cell in self._kept]
 
@@ -354,7 +322,7 @@ def _row(record: Any) -> Row | None:
 
 
 def _outcomes(
-    launcher: str, task: Task, wanted: Sequence[Cell], jobs: int, folder: Path | None
+    launcher: str, task: Task, wanted: Sequence[Cell], jobs: int, folder: Path
 ) -> Iterator[Row | Failure]:
     """Rows, or why there are none, in the order in which they come."""
     if not wanted or (jobs == 1 and launcher == PROCESSES):
