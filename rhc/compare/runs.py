@@ -210,7 +210,7 @@ def check_files(task: Task, names: Sequence[str]) -> None:
     known_sizes = inspect.signature(load_runner(task.run)).parameters
     for name in ("width", "batch_size"):
         size = getattr(task, name)
-        if size is not None and (name not in known_sizes or size < 1):
+        if size is not None and name not in known_sizes:
             raise InputError(
                 f"run {task.run!r} cannot have {name} {size}; leave --{name.replace('_', '-')} out"
             )

@@ -140,7 +140,7 @@ def test_the_share_of_a_gain_that_is_kept() -> None:
         ("--methods cosine --schedule x", "--schedule is for the method replay"),
         ("--methods cosine --policy x", "--policy is for the method distilled"),
         ("--methods replay --schedule nowhere", "cannot read schedule nowhere"),
-        ("--methods cosine --width 0", "cannot have width 0"),
+        ("--methods cosine --width 0", "width must be ≥ 1, got 0"),
         ("--methods smooth constant --oracle constant", "oracle and versus are both constant"),
         ("--methods cosine --oracle wise", "unknown method 'wise'"),
     ],
