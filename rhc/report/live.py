@@ -12,7 +12,7 @@ import re
 import shlex
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -434,24 +434,25 @@ def _bar(completed: float, total: float) -> RenderableType:
     return ProgressBar(total=max(total, 1), completed=completed, finished_style="green")
 
 
-def _verbs(now: str) -> RenderableType:
-    """The verbs of the loop, the one that is under way among them."""
-    text = _line()
-    for verb in VERBS:
-        if text:
-            text.append("  ")
-        text.append(verb, style="bold reverse" if verb == now else "dim")
+def _joined(parts: Iterable[Text], gap: str = "  ") -> Text:
+    text = Text(gap).join(parts)
+    text.no_wrap, text.overflow = True, "ellipsis"
     return text
+
+
+def _verbs(now: str) -> Text:
+    """The verbs of the loop, the one that is under way among them."""
+    return _joined(Text(verb, "bold reverse" if verb == now else "dim") for verb in VERBS)
 
 
 def _controls(progress: Progress) -> Text:
-    text = _line()
-    for name in CONTROLS:
-        value = one_number(progress.values.get(name))
-        if value is not None and (value or name in progress.controls):
-            text.append(f"{'   ' if text else ''}{name} ", style="dim")
-            text.append(f"{value:.3g}")
-    return text
+    values = {name: one_number(progress.values.get(name)) for name in CONTROLS}
+    shown = (
+        Text.assemble((f"{name} ", "dim"), f"{value:.3g}")
+        for name, value in values.items()
+        if value is not None and (value or name in progress.controls)
+    )
+    return _joined(shown, "   ")
 
 
 def _loss(progress: Progress) -> Text:
@@ -486,15 +487,14 @@ def _attempts(records: Sequence[Mapping[str, Any]]) -> Text:
 
 
 def _counters(progress: Progress) -> Text:
-    text = _line()
-    if progress.rewriting:
-        for outcome, count in progress.outcomes.items():
-            text.append(f"{outcome} ", style="dim")
-            text.append(f"{count}  ", style=_OUTCOME_STYLE[outcome] if count else "dim")
+    counts = progress.outcomes.items() if progress.rewriting else ()
+    parts = [
+        Text.assemble((f"{outcome} ", "dim"), (f"{n}", _OUTCOME_STYLE[outcome] if n else "dim"))
+        for outcome, n in counts
+    ]
     if progress.cost is not None:
-        text.append("  cost " if text else "cost ", style="dim")
-        text.append(f"{progress.cost:.2f}x plain")
-    return text
+        parts.append(Text.assemble(("cost ", "dim"), f"{progress.cost:.2f}x plain"))
+    return _joined(parts)
 
 
 # Words and numbers --------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """The files of a run's directory: what each holds, who writes it, and what its readers rely on.
 
     config.json      settings, versions, machine, code: by `RunDirectory.open`, compared on resume
-    start.jsonl      a line for each roll of the lr search: by `RunDirectory.record_start`
-    tape.jsonl       a line for each committed step: by `RunDirectory.save`
-    windows.jsonl    a line for each attempt at a window: by `RunDirectory.save`
+    start.jsonl      a line for each roll of the lr search (loop/start.py), by `record_start`
+    tape.jsonl       a line for each committed step (loop/committing.py), by `RunDirectory.save`
+    windows.jsonl    a line for each attempt at a window (loop/records.py), by `RunDirectory.save`
     schedule.json    the plan while the run goes on, then the committed schedule
     checkpoints/     window-00000050/ …: by `rhc.storage.checkpoint`
     result.json      losses and cost; it comes last and says that the run has ended
