@@ -44,9 +44,11 @@ from faulty_disk import FaultyDisk
 from runs import files, make_run, seed_everything, state_of, unequal
 
 from rhc import InputError, Rewrite, Runner
+from rhc import runner as runner_module
 from rhc.errors import StorageError
 from rhc.events import CheckpointSaved, StepTaken, VerbStarted
 from rhc.hypergradient import ReversePass
+from rhc.loop.fit import Fit
 from rhc.schedule import Schedule
 from rhc.settings import TrainConfig
 from rhc.storage.checkpoint import Checkpoint, CheckpointStore, _sealed, _tensors
@@ -461,7 +463,7 @@ def parsers(folder: Path) -> dict[str, tuple[Callable[[bytes], Any], list[bytes]
     from rhc.compare import pool as comparison
     from rhc.hindsight.features import Form
     from rhc.hindsight.policy import Policy, _blank
-    from rhc.loop import lr_search as start
+    from rhc.loop import trials
     from rhc.report.live import Screen
     from rhc.report.records import read_run
     from rhc.report.text import print_run
@@ -539,8 +541,8 @@ def parsers(folder: Path) -> dict[str, tuple[Callable[[bytes], Any], list[bytes]
     def starts(data: bytes) -> None:
         known = [parsed_json(text) for text in data.splitlines()]
         for record in known:
-            if isinstance(record, dict) and start._readable(record):
-                start._key(record)
+            if isinstance(record, dict) and trials._readable(record):
+                trials._key(record)
                 float(record["gradients"])
                 torch.tensor(record["lr"] if record["kind"] == "zero" else record["loss"] or 0.0)
 
@@ -756,7 +758,7 @@ def cost(count: int, seed: int) -> bool:
     from models import CASES
 
     torch.set_num_threads(1)
-    case = CASES["gpt"]
+    case, save = CASES["gpt"], runner_module.save
     for label, rewrite in (("no rewriting", False), ("rewriting (the default law)", True)):
         seed_everything(seed)
         model = case.model()
@@ -768,15 +770,14 @@ def cost(count: int, seed: int) -> bool:
             window=50, rewrite=rewrite, start="given", directory=folder,
         )  # fmt: skip
         spent = [0.0, 0.0]
-        save = runner._save
 
-        def timed(save: Any = save, spent: list[float] = spent) -> None:
+        def timed(fit: Fit, spent: list[float] = spent) -> None:
             wall, cpu = time.perf_counter(), time.process_time()
-            save()
+            save(fit)
             spent[0] += time.perf_counter() - wall
             spent[1] += time.process_time() - cpu
 
-        runner._save = timed  # type: ignore[method-assign]
+        runner_module.save = timed
         wall, cpu = time.perf_counter(), time.process_time()
         runner.fit(50 * count)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

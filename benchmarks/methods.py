@@ -110,24 +110,11 @@ METHODS: dict[str, Method] = {
         "judging windows at the last iterate",
         objective=replace(usual_objective("zero", 50), average=None),
     ),
-    "memory": _rhc(
-        "judging windows at an average that goes on over their borders",
-        objective=replace(usual_objective("zero", 50), memory=True),
-    ),
     "greedy": _rhc(
         "judging windows by their training losses alone",
         objective=Objective(loss_weight=1.0, terminal_weight=0.0),
     ),
     "no-accept": _rhc("that keeps every rewrite", rewrite=replace(USUAL, accept=False)),
-    **{
-        f"step-{rule}": _rhc(f"with steps {what}", rewrite=replace(USUAL, rule=rule))
-        for rule, what in (
-            ("standard-error", "normalised by their spread over windows"),
-            ("batch-error", "normalised by their standard error over the objective's batches"),
-            ("sign", "by the sign, longer where it repeats"),
-            ("adam", "of Adam over windows"),
-        )
-    },
     "every-window": _rhc(
         "that looks back at all windows", rewrite=replace(USUAL, patience=None, until=1.0)
     ),

@@ -1,16 +1,14 @@
-"""The loop: roll, rewrite, restore, replay, commit, slide.
+"""The Runner: it checks what it is given, and `fit` is the loop of the six verbs.
 
-The Runner checks what it is given, and goes from window to window. What is done in one is in the
-rooms of `rhc.loop`: `_furnish` says which there are and what each is given, `self.loop` is the one
-record that evolves. `fit` reads top-down.
+Roll, rewrite, restore, replay, commit, slide: the verbs are functions in `rhc.loop`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -24,37 +22,49 @@ from rhc.distributed.ranks import Group
 from rhc.errors import DivergedError, InputError, RunWarning, StorageError, whole_number
 from rhc.events import Listener, RunEnded, RunStarted
 from rhc.hypergradient import Damping, Engine, Product, ReversePass, resolve
-from rhc.loop import Cost, Loop
-from rhc.loop.agreement import agreed, begin, check_ranks, draw_apart, loaders_of
-from rhc.loop.base_schedule import Budget, Course
-from rhc.loop.checkpointing import Saving
-from rhc.loop.checks import check_storable, followed, grouped, leave, low_lr, steered
-from rhc.loop.committing import Committing
-from rhc.loop.epochs import Epochs, epoch_steps
-from rhc.loop.lr_search import Start
-from rhc.loop.records import Chronicle, Teller, Validation, final_result, smoothness
-from rhc.loop.reverse_passes import EXPLODING_CLIP, Looking, ReversePassMaker
-from rhc.loop.rewriting import Rewriting, Twins
-from rhc.loop.rolling import Rolling
-from rhc.loop.shift import Surprise
-from rhc.loop.start import Beginning, try_first_batch
-from rhc.loop.steps import Steps
+from rhc.loop.agreement import begin_together, check_ranks, draw_apart, loaders_of
+from rhc.loop.base_schedule import BaseSchedule
+from rhc.loop.checkpointing import finish, resume_from, save, write_checkpoint
+from rhc.loop.checks import (
+    check_storable,
+    followed,
+    grouped,
+    leave,
+    low_lr,
+    steered,
+    try_first_batch,
+)
+from rhc.loop.epochs import begin_planning, epoch_steps
+from rhc.loop.fit import Data, EventLog, Fit, ReversePasses
+from rhc.loop.lr_search import Start, find_first_lr
+from rhc.loop.shift import adapt_to_shift
+from rhc.loop.state import Cost, State
+from rhc.loop.steps import replay, restore
 from rhc.loop.update_rule import (
     Rewrite,
-    Twin,
     usual_law,
     usual_objective,
     usual_template,
     usual_warmup,
 )
-from rhc.loop.window_objective import Judge, JudgedOn
-from rhc.loop.windows import PlainWindows, RewrittenWindows
+from rhc.loop.windows import (
+    accepts,
+    antithetic_search,
+    commit,
+    hypergradient,
+    next_window,
+    rewrite,
+    roll,
+    settle,
+    slide,
+    worth_rewriting,
+)
 from rhc.report.loggers import Logger, Logging, listeners_of
 from rhc.rng import mixed_seed
 from rhc.schedule import Schedule, Template
 from rhc.schedulers import EpochPlanner
 from rhc.storage.run_directory import RunDirectory, hardware, length, module_text, versions
-from rhc.training import interrupts as stopping
+from rhc.training import interrupts
 from rhc.training.batches import StepBatches
 from rhc.training.diagnostics import check_loader, check_parts
 from rhc.training.losses import LossFn
@@ -62,7 +72,7 @@ from rhc.training.objective import HeldOutBatches, Objective
 from rhc.training.plant import Plant
 from rhc.training.recovery import OomFallback, deterministic
 
-__all__ = ["EXPLODING_CLIP", "Cost", "DivergedError", "RunResult", "Runner", "smoothness"]
+__all__ = ["Cost", "DivergedError", "RunResult", "Runner"]
 
 DEFAULT_CONTROLS = ("lr",)
 """Rewriting momentum and noise too made runs worse on all three tasks tried (docs/log.md)."""
@@ -109,49 +119,67 @@ class RunResult:
 class Runner:
     """Trains a model and writes its schedule with hindsight.
 
-    model, optimizer, loss_fn: as in a plain loop; loss_fn(model, batch) returns a scalar tensor, or
-    (scalar tensor, {"accuracy": tensor, …}). Tensors of a batch are moved to the device of the
-    model. With rewriting every use of a batch has a copy of its own, which loss_fn may change;
-    without, loss_fn has what the loader yields. Modules keep the modes (train, eval) they come in.
-    train_loader, val_loader, test_loader: anything that can be iterated again and again. The
-    windows are judged on val_loader; without one, on the training batches that follow the window.
+    Args:
+        model: trained in place. Its modules keep the modes (train, eval) that they come in.
+        optimizer: as in a plain loop; its controls are what a run starts from.
+        loss_fn: (model, batch) -> scalar tensor, or (scalar tensor, {"accuracy": tensor, …}).
+            Tensors of a batch are moved to the model's device. With rewriting every use of a batch
+            has a copy of its own, which loss_fn may change; without, what the loader yields.
+        train_loader: batches; anything that can be iterated again and again.
+        val_loader: batches that windows are judged on; None for the training batches that follow.
+        test_loader: batches for the result alone.
+        window: K, steps that are rolled and differentiated at once.
+        stride: M ≤ K, steps that are committed before sliding on; None for K.
+        controls: what is rewritten, of lr, momentum, noise and weight_decay; None for lr.
+        per_group: controls with a value per parameter group as well as per step; the groups of the
+            others keep their ratios.
+        start: where lr starts. "given": as the optimizer has it. "probe": that is a first guess, on
+            which short rolls find a factor, and the ratio of parameter groups with the same lr.
+            "zero": no guess is needed, and every group's own lr is found. Where short rolls learn
+            nothing, longer ones are taken, and then the optimizer's own lr. None for "probe" with
+            rewriting, else "given".
+        template: the shape of lr over the run that is rewritten, or followed: "constant", "cosine",
+            "linear", "wsd" (constant, then linear over the update rule's cooldown), "1cycle". None,
+            with a search for the first lr, for "cosine", or "linear" with an Adam; without, for
+            "wsd" with rewriting, else "constant".
+        warmup: fraction of the run in which lr rises linearly to the template. None for a tenth
+            where the first lr of an Adam is searched for, else 0.
+        rewrite: an update rule; True for the usual one; False for the plain loop, bit for bit.
+        schedule: followed as it is where nothing is rewritten, in place of a template; a control
+            that it lacks stays as the optimizer has it.
+        objective: what a window is judged by; None for the usual one.
+        engine: "adjoint"; others check single hypergradients (`rhc.hypergradient`).
+        product: Hessian products, as in `rhc.hypergradient`. Where the first lr is searched for,
+            "auto" is "none": exact products cost half a run there, and gain nothing
+            (docs/outcome.md).
+        segment: steps of a segment of the reverse pass, as in `rhc.hypergradient`.
+        memory_budget: bytes that a reverse pass may take beyond plain training; None for no limit.
+        spill: whether states may go to disk for it: True for the system's temporary folder, or a
+            folder.
+        discount: γ ≤ 1 by which the costate is multiplied at every step backwards.
+        costate_clip: the costate's largest norm, as a multiple of that at the window's end; None
+            for none. Both favour the near future where costates grow.
+        accumulate: batches of a step, whose mean loss is differentiated.
+        clip_norm: largest norm of all gradients of a step; None for none.
+        clip_value: largest element of the gradients of a step; None for none.
+        directory: of the run; None keeps everything in memory.
+        keep_checkpoints: the newest that are kept.
+        deterministic: only operators that give the same bits again; torch raises where it has none.
+        validate_every: steps after which the loss and metrics of val_loader go into the tape; a
+            batch costs a third of a gradient.
+        seed: of the gradient noise.
+        planner: plans every epoch from the one before, on top of the template; built without an
+            optimizer. Windows end where epochs do.
+        listeners: told of every event of `rhc.events`.
+        logger: one or several of `rhc.report.loggers`, told of what is committed.
+        config: further entries of config.json, which the run's numbers depend on.
+        process_group: ranks that train this model together, each from a Runner built alike. "auto"
+            for the default process group where it has several; None for this process alone. All
+            together do what one process does with these loaders, or, with a DistributedSampler,
+            each its own batches (docs/scaling.md).
 
-    window K: steps rolled and differentiated at once; stride M ≤ K: steps committed before sliding
-    on, K where None. controls: what is rewritten, of lr, momentum, noise and weight_decay; None for
-    lr. per_group: those of them with a value per parameter group as well as per
-    step; the groups of the others keep their ratios. rewrite: False for the plain loop, bit for
-    bit; a `Rewrite` for another law than `rhc.loop.update_rule.usual_law`. objective: what a window
-    is judged by. engine, product, segment: as in `rhc.hypergradient`; but where the start is looked
-    for, product "auto" is "none": exact products cost half a run there, and gain nothing
-    (docs/outcome.md). start: where lr starts: "given", as the optimizer has it; "probe" takes that
-    for a first guess and finds a factor on it by short rolls (and the ratio of parameter groups,
-    where they all have the same lr); "zero" needs no guess, and finds every parameter group's own
-    lr. Where short rolls learn nothing that tells lrs apart, longer ones are taken, and then the
-    optimizer's own lr. None for "probe" with rewriting, else "given". template: the shape of lr
-    over the run that is rewritten, or followed: "constant", "cosine", "linear", "wsd" (constant,
-    then linear over the law's cooldown), "1cycle". None, where the start is looked for: "cosine",
-    with an Adam "linear"; where it is given: "wsd" with rewriting, "constant" without. schedule:
-    followed as it is where nothing is rewritten, in place of a template; a control that it lacks
-    stays as the optimizer has it. warmup: fraction of the run in which lr rises linearly to the
-    template. None for `rhc.loop.lr_search.WARMUP` where the start of an Adam is looked for, else 0.
-    memory_budget: bytes that looking back may take beyond plain training; spill: whether states may
-    go to disk for it (True: to the system's temporary folder; or a folder). discount γ ≤ 1: the
-    costate is multiplied by it at every step backwards; costate_clip: its largest norm, as a
-    multiple of the norm at the window's end. Both favour the near future where costates grow.
-    accumulate n: every step takes n batches of train_loader and the gradient of the mean of their
-    losses. clip_norm, clip_value: clipping by the norm of all gradients, or of every element.
-    validate_every n: after the window in which every n-th step falls, the loss and the metrics of
-    val_loader go into the tape, as val_loss and val_…; a batch costs a third of a gradient.
-    deterministic: only operators that give the same bits again, during a fit; torch raises where it
-    has none. directory: of the run; None keeps everything in memory. seed: of the gradient noise.
-    planner: plans every epoch from the one before, on top of the template; see `rhc.EpochPlanner`,
-    which is built without the optimizer here. Windows end where epochs do. listeners: told of every
-    event of `rhc.events`. logger: one or several of `rhc.report.loggers`, told of what is
-    committed. process_group: the ranks that train this model together; "auto" takes the default
-    process group where it has several, None this process alone. Every rank builds the same Runner;
-    each takes its rows of every batch, so that all together do what one process does with these
-    loaders, or, with a DistributedSampler, its own batches (docs/scaling.md). Raises InputError for
-    settings that cannot be used, before anything is touched.
+    Raises:
+        InputError: for settings that cannot be used, before anything is touched.
     """
 
     def __init__(
@@ -228,7 +256,7 @@ class Runner:
         self.ranks = ranks_of(process_group)
         self.listeners = list(listeners)
         first = self.ranks is None or self.ranks.first
-        self._teller = Teller(self.listeners, aloud=first)
+        self._events = EventLog(self.listeners, warns=first)
         self._wrapped = unwrapped(model) is not model
         clips = {"clip_norm": step.clip_norm, "clip_value": step.clip_value}
         self.plant = Plant(
@@ -244,10 +272,9 @@ class Runner:
         self.config = None if config is None else dict(config)
         self.directory = self._opened(directory, storage.keep_checkpoints)
         self._streams: list[StepBatches] = []
+        self._state: State | None = None
         self._fitted = False
         self._take_planner(planner)
-        self._judged_on = JudgedOn(self.val_loader, self.objective.count, self.stride)
-        self._budget = Budget(self.law, self.window, self.rewriting, self._teller.notice)
 
     def _take_data(
         self,
@@ -280,7 +307,7 @@ class Runner:
         schedule: Schedule | None,
         planner: EpochPlanner | None,
     ) -> None:
-        """How lr is found and shaped, and by which law it is rewritten; or what is followed."""
+        """How lr is found and shaped, and by which rule it is rewritten; or what is followed."""
         self.rewriting = isinstance(rewrite, Rewrite) or bool(rewrite)
         self.start = cast(Start, shape.start or ("probe" if self.rewriting else "given"))
         self.law = rewrite if isinstance(rewrite, Rewrite) else usual_law(self.start)
@@ -291,7 +318,7 @@ class Runner:
         self.warmup = usual_rise if shape.warmup is None else shape.warmup
         follows_lr = schedule is not None and "lr" in schedule
         self._low_lr = None if follows_lr else low_lr(self.plant, self.start)
-        self.owed = 0.0
+        self.prior_cost = 0.0
         """Gradient evaluations that went into a schedule that is followed: the ledger's first."""
         self.followed = schedule
         if schedule is not None:
@@ -306,12 +333,12 @@ class Runner:
         if self.product == "auto" and self.segment == "auto" and self.start != "given":
             self.product = "none"
         self.controls: tuple[str, ...] = ()
-        self._reverse_passes: ReversePassMaker | None = None
+        self._reverse_passes: ReversePasses | None = None
         self._reverse_pass: ReversePass | None = None
         if self.rewriting:
             resolve(self.window, self.segment, self.product, "adjoint", self.plant)
             self.controls = steered(self.plant, windows.controls, DEFAULT_CONTROLS)
-            self._reverse_passes = ReversePassMaker(
+            self._reverse_passes = ReversePasses(
                 self.plant,
                 self.objective,
                 self.controls,
@@ -320,13 +347,13 @@ class Runner:
                 engine.memory_budget,
                 engine.spill,
                 Damping(engine.discount, engine.costate_clip),
-                self._teller.tell,
+                self._events,
             )
-            self._reverse_pass = self._reverse_passes(OomFallback())
+            self._reverse_pass = self._reverse_passes.make(OomFallback())
         elif self.start == "zero":
             self.plant.refuse_complex()
         self.per_group = grouped(self.plant, self.controls, windows.per_group or ())
-        self._course = Course(
+        self._base = BaseSchedule(
             self.plant,
             self.template,
             self.warmup,
@@ -344,7 +371,7 @@ class Runner:
         known = settings.TrainConfig.known().items()
         may_change = {n: text for n, s in known if (text := s.setting.on_resume) is not None}
         opened = directory_of(
-            Path(directory), keep_checkpoints, self._teller.notice, may_change, self.ranks
+            Path(directory), keep_checkpoints, self._events.notice, may_change, self.ranks
         )
         size = sum(p.nbytes for p in self.plant.model.parameters())
         opened.checkpoints.most_bytes = 2**30 + 64 * size
@@ -352,28 +379,61 @@ class Runner:
 
     def _take_planner(self, planner: EpochPlanner | None) -> None:
         self.planner = planner
-        self._validation = (
-            None if self.val_loader is None else Validation(self.plant, self.val_loader)
-        )
         self._epoch_steps = 0
         if planner is not None:
-            judged = self.val_loader is not None and isinstance(self.objective.batches, int)
             self._epoch_steps = epoch_steps(
                 planner,
                 self.train_loader,
                 self.accumulate,
                 validated=self.val_loader is not None,
-                ahead=self.rewriting and not judged,
+                ahead=self.rewriting and not self._judged_on_val,
             )
 
     # fit -----------------------------------------------------------------------------------------
 
     def fit(self, steps: int, resume: Literal["auto", "never"] = "auto") -> RunResult:
-        """Trains until `steps` optimizer steps are committed, and returns what came out.
+        """Trains until `steps` optimizer steps are committed.
 
-        resume: "auto" continues the run that `directory` holds, "never" refuses a directory that
-        holds one. Raises DivergedError where no lr keeps the next window finite.
+        Args:
+            steps: optimizer steps, with those that were committed before.
+            resume: "auto" continues the run that `directory` holds, "never" refuses a directory
+                that holds one.
+
+        Returns:
+            What came out.
+
+        Raises:
+            InputError: for arguments that cannot be used, or a directory that holds another run.
+            DivergedError: where no lr keeps the next window finite.
+            StorageError: where the disk did not take all of the run.
         """
+        steps = self._checked(steps, resume)
+        with self._fitting():
+            fit = self._begin(steps, resume)
+            while fit.state.step < steps:
+                window = next_window(fit)
+                attempt = roll(fit, window)  # at an lr that is lowered until all is finite
+                attempt = adapt_to_shift(fit, window, attempt)
+                attempt = antithetic_search(fit, window, attempt)
+                while worth_rewriting(fit, window, attempt):
+                    attempt = hypergradient(fit, window, attempt)
+                    for trial in rewrite(fit, window, attempt):
+                        restore(fit, window, trial)
+                        replay(fit, window, trial)
+                        if accepts(fit, attempt, trial):
+                            attempt = trial
+                            break
+                    else:
+                        break
+                attempt = settle(fit, window, attempt)
+                commit(fit, window, attempt)
+                save(fit)
+                slide(fit, window, attempt)
+            finish(fit)
+        return self._result()
+
+    def _checked(self, steps: int, resume: str) -> int:
+        """The steps of a fit, if it can be done."""
         steps = whole_number("steps", steps)
         if steps < 1:
             raise InputError(f"steps must be a whole number ≥ 1, got {steps}; try steps=1000")
@@ -391,108 +451,57 @@ class Runner:
             )
         if resume not in ("auto", "never"):
             raise InputError(f"resume must be 'auto' or 'never', got {resume!r}")
+        return steps
+
+    @contextmanager
+    def _fitting(self) -> Iterator[None]:
+        """What is global is set up inside, and all is closed at the end, however it comes."""
         try:
             with self.plant.optimizing():
-                return self._fit(steps, resume)
+                try:
+                    with (
+                        interrupts.at_steps(),
+                        torch.enable_grad(),  # also where fit is called under no_grad
+                        deterministic(self.deterministic),
+                        synchronised(self.plant.model, self.ranks),
+                    ):
+                        yield
+                except DivergedError:
+                    if self.directory is not None:
+                        self.directory.flush()  # what was tried last
+                    raise
+                except StorageError as error:
+                    if self.state.result is not None:
+                        error.result = self._result()
+                    raise
+                finally:
+                    if self.directory is not None:
+                        self.directory.close()
+                    for stream in self._streams:
+                        stream.close()
+                leave(self.plant)
+                self._fitted = True
+                self._events.emit(RunEnded(self._result().record))
         finally:
             for listener in self.listeners:
                 if isinstance(listener, Logging):
                     listener.close()
 
-    def _fit(self, steps: int, resume: Literal["auto", "never"]) -> RunResult:
-        try:
-            with (
-                stopping.at_steps(),
-                torch.enable_grad(),  # also where fit is called under no_grad
-                deterministic(self.deterministic),
-                synchronised(self.plant.model, self.ranks),
-            ):
-                self._train(steps, resume)
-        except DivergedError:
-            if self.directory is not None:
-                self.directory.flush()  # what was tried last
-            raise
-        except StorageError as error:
-            if self.loop.finished is not None:
-                error.result = self._result()
-            raise
-        finally:
-            if self.directory is not None:
-                self.directory.close()
-            for stream in self._streams:
-                stream.close()
-        leave(self.plant)
-        result = self._result()
-        self._fitted = True
-        self._teller.emit(RunEnded(result.record))
-        return result
-
-    def _train(self, steps: int, resume: Literal["auto", "never"]) -> None:
-        """From the beginning, or where the directory's run stands, to the result."""
-        loop = self._begin(steps, resume)
-        if loop.finished is not None:
-            return
-        self._teller.emit(
-            RunStarted(
-                loop.step,
-                steps,
-                self.window,
-                self.stride,
-                self.controls,
-                self.rewriting,
-                None if self.directory is None else self.directory.path,
-            )
-        )
-        if loop.step == 0 and self._low_lr is not None:
-            self._teller.tell(self._low_lr)
-        if loop.step == 0 and self.start != "given":
-            self._beginning.find(self.start)
-        while loop.step < steps:
-            self._window()
-            stop = self.ranks is not None and agreed(
-                self.ranks, self.plant, loop, self.window, self._teller.notice
-            )
-            self._save()
-            stopping.check()
-            if stop:
-                raise KeyboardInterrupt
-        if self.directory is not None and self.directory.saved != steps:
-            self._save()  # the disk did not take it before
-        self._end()
-
-    def _window(self) -> None:
-        """One window: six verbs, and the state, tape and schedule move on by up to M steps."""
-        length = self.window if self.rewriting else self.stride
-        length = min(length, self.loop.relief.longest or length)
-        start, stop = self.loop.step, min(self.loop.step + length, self.loop.steps)
-        if self._epochs is not None:
-            stop = min(stop, self._epochs.end(start))
-        commit = min(start + self.stride, stop)
-        self._committing.commit(*self._windows.go_through(start, stop, commit))
-
-    def _save(self) -> None:
-        """A checkpoint, where there is a directory."""
-        if self._saving is not None:
-            self._saving.save()
-
-    def _end(self) -> None:
-        """Evaluates the final and the averaged weights and writes the result."""
-        for stream in self._streams:
-            stream.close()  # its loader is iterated anew
-        self.loop.finished = final_result(
-            self.plant, self.loop, self.train_loader, self.val_loader, self.test_loader
-        )
-        if self.directory is not None:
-            self.directory.finish(self.loop.committed(), self.loop.finished)
+    @property
+    def state(self) -> State:
+        """Where the run stands, or stood at the end of the last fit."""
+        if self._state is None:
+            raise InputError("nothing has been fitted yet; call fit first")
+        return self._state
 
     def _result(self) -> RunResult:
-        loop = self.loop
-        assert loop.finished is not None
+        state = self.state
+        assert state.result is not None
         return RunResult(
-            loop.committed(),
-            loop.finished,
-            loop.tape,
-            loop.windows,
+            state.committed(),
+            state.result,
+            state.tape,
+            state.windows,
             None if self.directory is None else self.directory.path,
         )
 
@@ -510,9 +519,8 @@ class Runner:
             (batch,) = stream.take(0, 1)
         finally:
             stream.close()
-        reverse_pass = self._reverse_passes(
-            OomFallback() if self._before is None else self._before.relief
-        )
+        fallback = OomFallback() if self._state is None else self._state.fallback
+        reverse_pass = self._reverse_passes.make(fallback)
         return [
             *reverse_pass.plan(self.window, batch, self.controls).lines(),
             f"product: {reverse_pass.why}",
@@ -520,77 +528,110 @@ class Runner:
 
     # Begin ---------------------------------------------------------------------------------------
 
-    def _begin(self, steps: int, resume: Literal["auto", "never"]) -> Loop:
-        """A fresh state of the loop, or the one that the directory's newest checkpoint holds."""
-        device = self._moved_to
+    def _begin(self, steps: int, resume: Literal["auto", "never"]) -> Fit:
+        """A run that begins, with its first lr, or the one that the directory holds."""
         self.plant.take_up()
         if self.ranks is not None:
             described = self._description(steps) | {"directory": self.directory is not None}
-            notice = self._teller.notice
-            begin(self.ranks, self.plant, described, notice, wrapped=self._wrapped)
+            begin_together(self.plant, described, self._events.notice, wrapped=self._wrapped)
+        first_lr = torch.tensor(self._base.own()["lr"], dtype=torch.float64)
+        schedule = self._base.planned(steps, first_lr)
+        reverse_pass = self._reverse_pass if self._state is None else self._state.reverse_pass
+        state = self._state = State(steps, schedule, first_lr, reverse_pass)
+        fit = Fit(
+            self.plant,
+            state,
+            self.law,
+            self.objective,
+            self._base,
+            self.window,
+            self.stride,
+            self._data(),
+            self._reverse_passes,
+            self.planner,
+            self.directory,
+            self._events,
+        )
+        begin_planning(fit, self.plant.controls.initial["lr"])
+        if self.ranks is not None:
+            draw_apart(self.ranks)
+        if self.directory is not None:
+            self._open(fit, self.directory, resume)
+        if state.result is None:
+            path = None if self.directory is None else self.directory.path
+            sizes = (state.step, steps, self.window, self.stride)
+            self._events.emit(RunStarted(*sizes, self.controls, self.rewriting, path))
+            if state.step == 0 and self._low_lr is not None:
+                self._events.tell(self._low_lr)
+            if state.step == 0 and self.start != "given":
+                find_first_lr(fit, self.start)
+        return fit
+
+    def _data(self) -> Data:
+        """The loaders, and fresh streams of their batches."""
         # With rewriting off nothing may be drawn that the plain loop does not draw.
-        seed = int(torch.randint(2**31, ())) if self.rewriting else 0
+        seed = int(torch.randint(2**31, ())) if self.rewriting else None
+        resumable = self.directory is not None
         train = StepBatches(
             self.train_loader,
             isolated=self.rewriting or self.ranks is not None,
-            seed=seed if self.rewriting else None,
-            device=device,
+            seed=seed,
+            device=self._moved_to,
             accumulate=self.accumulate,
-            resumable=self.directory is not None,
+            resumable=resumable,
             besides=() if self.planner is None else self.planner.knobs,
         )
-        first_lr = torch.tensor(self._course.own()["lr"], dtype=torch.float64)
-        self.loop = Loop(
-            steps,
-            self._course.planned(steps, first_lr),
-            train,
-            first_lr=first_lr,
-            reverse_pass=self.reverse_pass,
-        )
         self._streams = [train]
-        self._furnish()
-        if self._epochs is not None:
-            self._epochs.begin(self.plant.controls.initial["lr"])
-        validated = self.val_loader is not None and isinstance(self.objective.batches, int)
-        if self.rewriting and validated and self.objective.terminal_weight:
+        validation = None
+        if seed is not None and self._judged_on_val and self.objective.terminal_weight:
             assert self.val_loader is not None
-            self.loop.validation = StepBatches(
+            validation = StepBatches(
                 self.val_loader,
                 isolated=True,
                 seed=mixed_seed(seed, 1) % 2**31,
-                device=device,
+                device=self._moved_to,
                 name="val_loader",
-                resumable=self.directory is not None,
+                resumable=resumable,
             )
-            self._streams.append(self.loop.validation)
-        if self.ranks is not None:
-            draw_apart(self.ranks)
-        if self.directory is not None and self._saving is not None:
-            try_first_batch(self.plant, self.loop, self.train_loader, self.val_loader)
-            checkpoint = self.directory.open(self._description(steps), resume)
-            if checkpoint is None:
-                self.loop.cost.gradients(self.owed)
-                self.loop.start_gradients = self.owed
-                self._save()
-            else:
-                differs = self._saving.load(checkpoint)
-                if self.loop.step == steps:
-                    self.loop.finished = self.directory.result()
-                if self.ranks is None or self.ranks.first:
-                    self._tell_of(self.directory.path, differs)
-        return self.loop
+            self._streams.append(validation)
+        return Data(
+            self.train_loader,
+            self.val_loader,
+            self.test_loader,
+            self.accumulate,
+            self.validate_every,
+            self._epoch_steps,
+            train,
+            validation,
+        )
 
-    def _tell_of(self, path: Path, differs: list[str]) -> None:
+    def _open(self, fit: Fit, directory: RunDirectory, resume: Literal["auto", "never"]) -> None:
+        """Takes over the run that the directory holds, or writes the first checkpoint there."""
+        state = fit.state
+        try_first_batch(fit)
+        checkpoint = directory.open(self._description(state.steps), resume)
+        if checkpoint is None:
+            state.cost.gradients(self.prior_cost)
+            state.start_gradients = self.prior_cost
+            write_checkpoint(fit)
+            return
+        differs = resume_from(fit, directory, checkpoint)
+        if state.step == state.steps:
+            state.result = directory.result()
+        if self.ranks is None or self.ranks.first:
+            self._tell_of(state, directory.path, differs)
+
+    def _tell_of(self, state: State, path: Path, differs: list[str]) -> None:
         """Says of a run that is resumed what is not as it was, and that it is finished."""
-        finished = self.loop.finished is not None
+        finished = state.result is not None
         goes_on = (
             "it is finished: nothing was trained, and its result is returned"
             if finished
-            else f"it goes on from step {self.loop.step} with what it is given now"
+            else f"it goes on from step {state.step} with what it is given now"
         )
         if differs:
             more = f"; and {len(differs) - SHOWN} more" if len(differs) > SHOWN else ""
-            self._teller.warn(
+            self._events.warn(
                 f"{path} holds a run of other code or data ({'; '.join(differs[:SHOWN])}{more}); "
                 f"{goes_on}. Give what it began with, or another directory for a new run; a "
                 "sampler, dataset or loader with a state of its own needs state_dict and "
@@ -605,94 +646,14 @@ class Runner:
             )
 
     @property
+    def _judged_on_val(self) -> bool:
+        """Whether windows are judged on batches of val_loader, not of the training data."""
+        return self.val_loader is not None and isinstance(self.objective.batches, int)
+
+    @property
     def _moved_to(self) -> torch.device | None:
         """Where batches are moved to; None where they can stay."""
         return None if self.device.type == "cpu" else self.device
-
-    @property
-    def _before(self) -> Loop | None:
-        """Where the loop stands, or stood at the end of the last fit; None before the first."""
-        return getattr(self, "loop", None)
-
-    @property
-    def reverse_pass(self) -> ReversePass | None:
-        # What looks back at windows, where they are rewritten; a fit may replace it.
-        return self._reverse_pass if self._before is None else self._before.reverse_pass
-
-    # Rooms ---------------------------------------------------------------------------------------
-
-    def _furnish(self) -> None:
-        """The rooms of this fit, each given what it works with."""
-        plant, loop, directory = self.plant, self.loop, self.directory
-        teller, course, budget = self._teller, self._course, self._budget
-        chronicle = Chronicle(self.listeners, loop, directory, self.ranks)
-        steps = Steps(plant, loop, chronicle, again=self.rewriting)
-        self._epochs: Epochs | None = None
-        if self.planner is not None:
-            self._epochs = Epochs(
-                self.planner, self._epoch_steps, plant, loop, self._validation, teller
-            )
-        self._beginning = Beginning(
-            plant,
-            loop,
-            course,
-            budget,
-            self.objective,
-            self.train_loader,
-            self.val_loader if isinstance(self.objective.batches, int) else None,
-            self.accumulate,
-            self._epochs,
-            directory,
-            teller,
-        )
-        self._windows: PlainWindows | RewrittenWindows = (
-            PlainWindows(loop, steps, chronicle, alone=self.ranks is None)
-            if self._reverse_passes is None
-            else self._rewritten(self._reverse_passes, steps, chronicle)
-        )
-        self._committing = Committing(
-            plant,
-            loop,
-            steps,
-            budget,
-            self.law.carry if self.rewriting else None,
-            self._epochs,
-            self._validation,
-            self.validate_every,
-            directory,
-            chronicle,
-        )
-        self._saving: Saving | None = None
-        if directory is not None:
-            self._saving = Saving(
-                plant,
-                loop,
-                directory,
-                course,
-                self._judged_on,
-                self.planner,
-                self._reverse_passes,
-                teller,
-            )
-
-    def _rewritten(
-        self, reverse_passes: ReversePassMaker, steps: Steps, chronicle: Chronicle
-    ) -> RewrittenWindows:
-        """The room of the windows that are rewritten, and those beside it."""
-        plant, loop, law = self.plant, self.loop, self.law
-        course, budget = self._course, self._budget
-        penalty = partial(law.penalty, controls=self.controls)
-        by_batch, steers_lr = law.rule == "batch-error", "lr" in self.controls
-        judge = Judge(plant, loop, steps, self.objective, penalty, self._judged_on)
-        looking = Looking(plant, loop, steps, judge, reverse_passes, chronicle, by_batch=by_batch)
-        rolling = Rolling(loop, law, self.window, course, steps, judge, looking, chronicle)
-        surprise = Surprise(loop, law, course, steps, judge, chronicle, steers_lr=steers_lr)
-        rewriting = (
-            Twins(loop, law, steps, judge, chronicle)
-            if isinstance(law, Twin)
-            else Rewriting(loop, law, course, budget, steps, judge, looking, chronicle)
-        )
-        return RewrittenWindows(loop, law, budget, steps, rolling, surprise, rewriting)
 
     # config.json ---------------------------------------------------------------------------------
 
@@ -703,8 +664,8 @@ class Runner:
             "window": self.window,
             "stride": self.stride,
             "controls": list(self.controls),
-            "rewrite": asdict(self.law) if self.rewriting else False,
-            "objective": {k: _described(v) for k, v in vars(self.objective).items()},
+            "rewrite": asdict(self.law) | _GONE_RULE if self.rewriting else False,
+            "objective": {k: _described(v) for k, v in vars(self.objective).items()} | _GONE_MEMORY,
             "validation": self.val_loader is not None,
             "product": self.product,
             "segment": self.segment,
@@ -712,7 +673,7 @@ class Runner:
             **self._unusual(),
             "seed": self.seed,
             "optimizer": type(self.plant.optimizer).__name__.lower(),
-            "initial": self._course.own(),
+            "initial": self._base.own(),
             "parameters": sum(p.numel() for p in self.plant.owned),
             "device": str(self.device),
             "code": self._code(),
@@ -750,6 +711,10 @@ class Runner:
         for each in self._settings:
             given |= each.if_given()
         return given
+
+
+_GONE_RULE, _GONE_MEMORY = {"rule": "normalised"}, {"memory": False}
+"""Entries of settings that are gone, so that older runs can be continued."""
 
 
 def _described(value: Any) -> Any:

@@ -83,36 +83,6 @@ def test_no_room_of_the_loop_knows_the_runner(path: str) -> None:
     assert not [n for n in names if n in (["rhc", "runner"], ["rhc", "Runner"])]
 
 
-def written(room: ast.ClassDef) -> set[str]:
-    """The fields of the loop's state that a class assigns, changes, or has another charge."""
-    changes = {"append", "assign", "gradients", "update"}
-    places = [
-        node
-        for node in ast.walk(room)
-        if isinstance(node, ast.Attribute)
-        and (isinstance(node.ctx, ast.Store) or node.attr in changes)
-    ]
-    charged = [a for node in ast.walk(room) if isinstance(node, ast.Call) for a in node.args]
-    names = [ast.unparse(node).removeprefix("self.").split(".") for node in places]
-    names += [["loop", "cost"] for node in charged if ast.unparse(node).endswith("loop.cost")]
-    return {fields[1] for fields in names if fields[0] == "loop" and len(fields) > 1}
-
-
-ROOMS = [
-    pytest.param(room, id=room.name)
-    for path in sources("rhc/loop")
-    for room in parsed(path).body
-    if isinstance(room, ast.ClassDef) and written(room)
-]
-
-
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_says_what_it_writes_in_the_loop(room: ast.ClassDef) -> None:
-    _, _, said = (ast.get_docstring(room) or "").partition("Writes in the loop: ")
-    if not said.startswith("all of it"):
-        assert said == f"{', '.join(sorted(written(room)))}."
-
-
 @pytest.mark.parametrize("path", sources("rhc"))
 def test_rhc_never_imports_runners(path: str) -> None:
     assert not [n for n in imports(parsed(path), path) if n.split(".")[0] == "runners"]

@@ -206,7 +206,7 @@ class PlainRun:
             record={**self.sizes, **record},
         )
         assert self.config.steps is not None
-        runner.owed = spent * self.config.steps
+        runner.prior_cost = spent * self.config.steps
         return runner
 
     def follow(

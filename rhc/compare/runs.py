@@ -138,12 +138,12 @@ def _one(
     try:
         return _fitted(runner, workload, steps)[0]
     except DivergedError:
-        cost = runner.loop.cost
+        cost = runner.state.cost
         return _diverged(
             workload.goal,
             max(cost.gradient_equivalents / steps, 1.0),
             cost.gradient_evaluations,
-            runner.loop.start_gradients / steps,
+            runner.state.start_gradients / steps,
         )
 
 
@@ -173,7 +173,7 @@ def _fitted(runner: Runner, workload: Workload, steps: int) -> tuple[dict[str, A
         "cost": record["cost"]["plain_run_equivalents"],
         "gradient_evaluations": record["cost"]["gradient_evaluations"],
         "course": _course(result.tape),
-        "start": runner.loop.start_gradients / steps,
+        "start": runner.state.start_gradients / steps,
     }, result
 
 

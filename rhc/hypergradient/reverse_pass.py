@@ -439,7 +439,7 @@ class ReversePass:
         )
 
     @property
-    def owed(self) -> float:
+    def prior_cost(self) -> float:
         """Gradient evaluations that the first hypergradient's proof takes, about at most."""
         if not self.verified or self.check is not None:
             return 0.0

@@ -1,17 +1,9 @@
-"""The rooms of the loop that `rhc.Runner` runs, each a class that is given what it works with.
+"""The loop that `rhc.Runner` runs: its verbs are functions of a `Fit` and a `Window`.
 
-`windows` takes one window from the state before it to the attempt that is committed. It has
-`rolling` roll until that is finite, `looking` look back, `surprise` see that the data changed, and
-`rewriting` propose, replay and compare; these have `judge` say what a way through the window is
-worth, and `steps` move the plant. `committing` makes it final, and `epochs` asks the planner what
-follows. `beginning` is what comes before the first step, `saving` writes and reads checkpoints.
-
-`state` is what evolves, in one record: each room says what it writes there. `course` is the plan
-and the budget, which decide from it; `records` what is told and written of it; `checks` settings
-that depend on the optimizer. Imports point from the rooms down to these, and no room knows the
-Runner.
+`windows` has the verbs, `steps` what they have in common: steps of the live plant. `fit` is what
+does not change during a fit, `state` what does. `update_rule` proposes schedules, `base_schedule`
+is the one that nothing is rewritten in, `window_objective` says what a way through a window is
+worth, `budget` what may be spent, `shift` whether the data changed. `lr_search` comes before the
+first step, `epochs` asks a planner what follows, `checkpointing` saves and resumes, `records`
+writes, `agreement` keeps ranks alike, `checks` are settings that depend on the optimizer.
 """
-
-from rhc.loop.state import Attempt, Cost, Loop, Moment, Window
-
-__all__ = ["Attempt", "Cost", "Loop", "Moment", "Window"]

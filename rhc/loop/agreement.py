@@ -32,10 +32,10 @@ from rhc.distributed import (
     joined,
 )
 from rhc.errors import InputError, plain
-from rhc.loop import Loop
+from rhc.loop.fit import Fit
 from rhc.rng import mixed_seed, seed_everything
 from rhc.schedulers import EpochPlanner
-from rhc.training import interrupts as stopping
+from rhc.training import interrupts
 from rhc.training.batches import batch_size
 from rhc.training.objective import Objective
 from rhc.training.plant import Plant
@@ -120,8 +120,7 @@ def loaders_of(ranks: Ranks, *loaders: Iterable[Any] | None) -> list[Any]:
     ]
 
 
-def begin(
-    ranks: Ranks,
+def begin_together(
     plant: Plant,
     description: Mapping[str, Any],
     notice: Callable[[str], None],
@@ -133,6 +132,8 @@ def begin(
     description: what the run's numbers depend on. wrapped: whether the model came in a
     DistributedDataParallel.
     """
+    ranks = plant.ranks
+    assert ranks is not None
     described = {k: v for k, v in description.items() if k not in _OF_ONE_RANK}
     shapes = {n: [list(p.shape), str(p.dtype)] for n, p in plant.model.named_parameters()}
     ranks.check_same(
@@ -167,19 +168,16 @@ def draw_apart(ranks: Ranks) -> None:
         seed_everything(mixed_seed(seed, ranks.rank) % 2**31)
 
 
-def agreed(
-    ranks: Ranks, plant: Plant, loop: Loop, length: int, notice: Callable[[str], None]
-) -> bool:
-    """Whether some rank is being stopped; RanksDiffer where the window ended differently.
-
-    length: of a window at most.
-    """
-    cost = {k: v for k, v in asdict(loop.cost).items() if k not in _OF_ONE_LEDGER}
-    decided = [loop.step, loop.correction, loop.history, loop.in_vain, loop.passed_over]
-    decided += [loop.alert, loop.regime, loop.delta, loop.upwards, cost, asdict(loop.relief)]
-    committed = [row for row in loop.tape[-length:] if row["step"] >= 0]
-    names, ahead = loop.schedule.names, min(loop.step + length, loop.steps)
-    planned = loop.schedule.window(loop.step, ahead).values if loop.step < ahead else {}
+def agreed(fit: Fit) -> bool:
+    """Whether some rank is being stopped; RanksDiffer where the window ended differently."""
+    state, ranks, length = fit.state, fit.plant.ranks, fit.window
+    assert ranks is not None
+    cost = {k: v for k, v in asdict(state.cost).items() if k not in _OF_ONE_LEDGER}
+    decided = [state.step, state.correction, asdict(state.patience), asdict(state.antithetic)]
+    decided += [cost, asdict(state.fallback)]
+    committed = [row for row in state.tape[-length:] if row["step"] >= 0]
+    names, ahead = state.schedule.names, min(state.step + length, state.steps)
+    planned = state.schedule.window(state.step, ahead).values if state.step < ahead else {}
     parts = {
         "schedule": [
             [[row[name] for name in names] for row in committed],
@@ -187,20 +185,20 @@ def agreed(
         ],
         "decisions": decided,
         "losses": [[row["step"], row["loss"], row["gradient_norm"]] for row in committed],
-        "parameters": plant.parallel.parameter_norms(),
+        "parameters": fit.plant.parallel.parameter_norms(),
     }
-    window = loop.cost.windows - 1
+    window = state.cost.windows - 1
     now = time.monotonic()
-    since, waited_before, known = _CLOCK.get(ranks, (loop.began, 0.0, frozenset[int]()))
+    since, waited_before, known = _CLOCK.get(ranks, (state.began, 0.0, frozenset[int]()))
     stop, waited = ranks.agree(
         {name: json.dumps(part, default=str).encode() for name, part in parts.items()},
-        f"window {window} (up to step {loop.step})",
-        stopping.asked(),
+        f"window {window} (up to step {state.step})",
+        interrupts.asked(),
         ranks.traffic.seconds - waited_before,
     )
     slow = straggler(waited, now - since)
     if slow is not None and slow not in known:
-        notice(
+        fit.events.notice(
             f"rank {slow} keeps the others waiting, {max(waited):.2g} of {now - since:.2g} s in "
             f"window {window}: look at its machine, its data and who else computes there"
         )

@@ -1,18 +1,26 @@
-"""Settings that can only be checked against the optimizer that they are for."""
+"""What can only be checked against the model, the optimizer and the data that it is for."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rhc.containers import spare
 from rhc.errors import InputError
 from rhc.hypergradient import check_steerable
+from rhc.loop.fit import Fit
 from rhc.schedule import CONTROLS, Schedule, control
+from rhc.training.batches import StepBatches
+from rhc.training.diagnostics import explained
+from rhc.training.loaders import pristine
+from rhc.training.losses import checked_loss
 from rhc.training.plant import Plant
+from rhc.training.recovery import out_of_memory
 
 
 def steered(plant: Plant, asked: Sequence[str] | None, usual: Sequence[str]) -> tuple[str, ...]:
@@ -117,3 +125,29 @@ def followed(plant: Plant, schedule: Schedule, *, free: bool) -> Schedule:
             )
     plant.controls.check_groups(schedule)
     return schedule
+
+
+def try_first_batch(fit: Fit) -> None:
+    """A loader or a loss that cannot be used is an InputError before anything is written."""
+
+    # Streams of their own: the place of the run's is saved with the first checkpoint.
+    def first(loader: Iterable[Any], name: str) -> Any:
+        stream = StepBatches(loader, isolated=True, device=fit.data.train.device, name=name)
+        with pristine(loader):
+            batch = spare(next(stream.lazily(0, 1)))
+            stream.close()
+        return batch
+
+    batches = {"train_loader": first(fit.data.train_loader, "train_loader")}
+    if fit.data.validation is not None:
+        assert fit.data.val_loader is not None
+        batches["val_loader"] = first(fit.data.val_loader, "val_loader")
+    for name, batch in batches.items():
+        try:
+            with fit.plant.evaluating() as model:
+                checked_loss(fit.plant.loss_fn(model, batch))
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            if isinstance(error, InputError) or out_of_memory(error):
+                raise
+            where = f"at the first batch of {name}"
+            raise InputError(explained(error, where, fit.plant.model, batch)) from error

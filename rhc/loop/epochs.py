@@ -1,5 +1,5 @@
-"""Epochs of a run that an `EpochPlanner` plans: it is told of what is committed, and what it plans
-moves the rest of the schedule."""
+"""Epochs that an `EpochPlanner` plans: it is told of what is committed, and what it plans moves the
+rest of the schedule."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from rhc.errors import InputError
 from rhc.events import EpochPlanned, Intervened
-from rhc.loop.records import PER_EXAMPLE, Teller, Validation
-from rhc.loop.state import Attempt, Loop
+from rhc.loop.fit import Fit
+from rhc.loop.records import PER_EXAMPLE, validation_losses
+from rhc.loop.state import Attempt, State
 from rhc.schedule import CONTROLS, Schedule
 from rhc.schedulers import EpochPlanner, Plan
 from rhc.storage.files import finite
-from rhc.training.plant import Plant
 
 
 def epoch_steps(
@@ -68,98 +68,79 @@ def epoch_steps(
     return steps
 
 
-class Epochs:
-    """Goes between the planner and the loop. steps: of an epoch.
+def begin_planning(fit: Fit, lr: float) -> None:
+    """The planner's first plan: the run's first lr, and the optimizer's own other controls."""
+    if fit.planner is not None:
+        own = fit.plant.controls.initial
+        fit.planner.begin(lr, own.get("momentum"), own.get("noise", 0.0))
 
-    Writes in the loop: cost, first_lr, schedule.
-    """
 
-    def __init__(
-        self,
-        planner: EpochPlanner,
-        steps: int,
-        plant: Plant,
-        loop: Loop,
-        validation: Validation | None,
-        teller: Teller,
-    ) -> None:
-        self.planner, self.steps = planner, steps
-        self.plant, self.loop = plant, loop
-        self.validation, self.teller = validation, teller
+def epoch_end(fit: Fit, step: int) -> int:
+    """The end of the epoch that a step is in."""
+    return (step // fit.data.epoch_steps + 1) * fit.data.epoch_steps
 
-    def begin(self, lr: float) -> None:
-        """The planner's first plan: the run's first lr, and the optimizer's own other controls."""
-        own = self.plant.controls.initial
-        self.planner.begin(lr, own.get("momentum"), own.get("noise", 0.0))
 
-    def end(self, step: int) -> int:
-        """The end of the epoch that a step is in."""
-        return (step // self.steps + 1) * self.steps
+def plan_epochs(fit: Fit, attempt: Attempt, rows: list[dict[str, Any]]) -> None:
+    """Tells the planner of committed steps; where an epoch ends, or the data drift, the rest of the
+    schedule follows its new plan, and the tape says why."""
+    planner, trajectory, state = fit.planner, attempt.trajectory, fit.state
+    assert planner is not None and planner.plan is not None and trajectory is not None
+    before, reward = planner.plan, planner.reward_metric
+    for row, metrics in zip(rows, trajectory.metrics, strict=False):
+        planner.observe(
+            math.nan if row["loss"] is None else row["loss"],
+            row.get(reward) if reward else None,
+            row["gradient_norm"],
+            metrics.get(f"{PER_EXAMPLE}index"),
+            metrics.get(f"{PER_EXAMPLE}loss"),
+        )
+    epoch = planner.state.epoch
+    done = planner.read()
+    for step, what in done:
+        marks = rows[step - rows[0]["step"]].setdefault("planning", {"interventions": []})
+        marks["interventions"].append(asdict(what))
+    if state.step % fit.data.epoch_steps == 0:
+        validated = fit.data.val_loader is not None and planner.needs_validation
+        plan = planner.end_epoch(validation_losses(fit).loss if validated else None)
+        last = rows[-1]
+        own = [asdict(what) for what in plan.interventions]
+        earlier = last.get("planning", {"interventions": []})["interventions"]
+        last["planning"] = finite(
+            {
+                "epoch": planner.history[-1].to_json(),
+                "plan": plan.values | {"mode": plan.mode},
+                "interventions": earlier + own,
+            }
+        )
+        done = [*done, *((state.step - 1, what) for what in plan.interventions)]
+        fit.events.emit(EpochPlanned(state.step, epoch, last["planning"]["epoch"], plan.to_json()))
+    for step, what in done:
+        fit.events.notice(f"{what.kind}: {what.reason}")
+        fit.events.emit(Intervened(step, epoch, what.kind, what.reason))
+    _follow(state, before, planner.plan)
 
-    def committed(self, attempt: Attempt, rows: list[dict[str, Any]]) -> None:
-        """Tells the planner of committed steps; where an epoch ends, or the data drift, the rest of
-        the schedule follows its new plan, and the tape says why."""
-        planner, trajectory = self.planner, attempt.trajectory
-        assert planner.plan is not None and trajectory is not None
-        before, reward = planner.plan, planner.reward_metric
-        for row, metrics in zip(rows, trajectory.metrics, strict=False):
-            planner.observe(
-                math.nan if row["loss"] is None else row["loss"],
-                row.get(reward) if reward else None,
-                row["gradient_norm"],
-                metrics.get(f"{PER_EXAMPLE}index"),
-                metrics.get(f"{PER_EXAMPLE}loss"),
-            )
-        epoch = planner.state.epoch
-        done = planner.read()
-        for step, what in done:
-            marks = rows[step - rows[0]["step"]].setdefault("planning", {"interventions": []})
-            marks["interventions"].append(asdict(what))
-        if self.loop.step % self.steps == 0:
-            held_out = None
-            if self.validation is not None and planner.needs_validation:
-                held_out = self.validation.losses(self.loop.cost)
-            plan = planner.end_epoch(None if held_out is None else held_out.loss)
-            last = rows[-1]
-            own = [asdict(what) for what in plan.interventions]
-            earlier = last.get("planning", {"interventions": []})["interventions"]
-            last["planning"] = finite(
-                {
-                    "epoch": planner.history[-1].to_json(),
-                    "plan": plan.values | {"mode": plan.mode},
-                    "interventions": earlier + own,
-                }
-            )
-            done = [*done, *((self.loop.step - 1, what) for what in plan.interventions)]
-            self.teller.emit(
-                EpochPlanned(self.loop.step, epoch, last["planning"]["epoch"], plan.to_json())
-            )
-        for step, what in done:
-            self.teller.notice(f"{what.kind}: {what.reason}")
-            self.teller.emit(Intervened(step, epoch, what.kind, what.reason))
-        self._follow(before, planner.plan)
 
-    def _follow(self, before: Plan, after: Plan) -> None:
-        """Moves the rest of the schedule from one plan to the other."""
-        start, moves = self.loop.step, dict[str, Callable[[Tensor], Tensor]]()
-        if start >= self.loop.steps:
-            return
-        if after.lr != before.lr:
-            ratio = after.lr / before.lr
-            moves["lr"] = partial(_rescaled, "lr", ratio)
-            self.loop.first_lr = self.loop.first_lr * ratio
-        if after.momentum != before.momentum and after.momentum and before.momentum:
-            ratio = CONTROLS["momentum"].ratio(after.momentum, before.momentum)
-            moves["momentum"] = partial(_rescaled, "momentum", ratio)
-        if after.noise != before.noise:
-            moves["noise"] = partial(torch.full_like, fill_value=after.noise)
+def _follow(state: State, before: Plan, after: Plan) -> None:
+    """Moves the rest of the schedule from one plan to the other."""
+    moves = dict[str, Callable[[Tensor], Tensor]]()
+    if state.step >= state.steps:
+        return
+    if after.lr != before.lr:
+        ratio = after.lr / before.lr
+        moves["lr"] = partial(_rescaled, "lr", ratio)
+        state.first_lr = state.first_lr * ratio
+    if after.momentum != before.momentum and after.momentum and before.momentum:
+        ratio = CONTROLS["momentum"].ratio(after.momentum, before.momentum)
+        moves["momentum"] = partial(_rescaled, "momentum", ratio)
+    if after.noise != before.noise:
+        moves["noise"] = partial(torch.full_like, fill_value=after.noise)
 
-        def moved(held: Schedule) -> Schedule:
-            values = {name: move(held[name]) for name, move in moves.items()}
-            return Schedule({**held.values, **values}, held.start, held.seed)
+    def moved(held: Schedule) -> Schedule:
+        values = {name: move(held[name]) for name, move in moves.items()}
+        return Schedule({**held.values, **values}, held.start, held.seed)
 
-        if moves:
-            self.loop.schedule = self.loop.schedule.changed(start, moved)
+    if moves:
+        state.schedule = state.schedule.changed(state.step, moved)
 
 
 def _rescaled(name: str, ratio: float, values: Tensor) -> Tensor:

@@ -13,21 +13,22 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rhc.hypergradient import ReversePass
-from rhc.schedule import CONTROLS, Schedule, cooldown, shaped, warming
-from rhc.schedule.planned import PlannedSchedule
-from rhc.training.batches import StepBatches
-from rhc.training.objective import Average, Objective
-from rhc.training.plant import Plant
+from rhc.errors import DivergedError
+from rhc.events import StartFound
+from rhc.hypergradient import Hypergradient
+from rhc.loop.epochs import begin_planning
+from rhc.loop.fit import Fit
+from rhc.loop.trials import NoRoom, Trial, Trials
+from rhc.rng import preserved
+from rhc.schedule import CONTROLS
+from rhc.training.loaders import pristine
 
 Start = Literal["zero", "probe", "given"]
 STARTS: tuple[Start, ...] = ("zero", "probe", "given")
@@ -38,22 +39,12 @@ ZERO_STEPS = 50
 DROP = 0.05
 """The share of the objective by which the lrs from zero lower it, to first order."""
 
-PROBE_BATCHES, FEWEST_BATCHES = 16, 4
-"""Validation batches that probes are judged on, at most; in short runs down to the second."""
-
 GREED = 1.5
 """What the factor found is divided by: even a quarter of the run prefers an lr that is too high."""
 
 ADAPTIVE_GREED = 1 / 1.5
 """The same for optimizers that divide by a second moment. Their probes are short beside the rise of
 lr and err to the other side: a language model wants twice the lr that a quarter of its run does."""
-
-COOLDOWN = 0.3
-"""Every probe ends with a virtual cooldown: the share of its steps in which lr falls to 0."""
-
-WARMUP = 0.1
-"""The share of the run in which lr rises, for optimizers that divide by a second moment: without it
-a small language model ends 0.14 nats higher. With plain SGD it gains nothing (docs/log.md)."""
 
 FEWEST, LEAST = 10, 5
 """Steps of a probe, at least: fewer say little, and cost little anyway. Where the budget does not
@@ -77,8 +68,9 @@ LONGER_STEP = 3.0
 """The factor between their lrs; less where the lr that was given and the highest that does no harm
 are near each other: then one lies between them."""
 
-PART = 1000
-"""Steps of a probe that are rolled at once: a roll keeps a kilobyte a step."""
+LONGER_DIVERGED = 50.0
+"""These diverge where their loss exceeds so many times the first: nothing else was learned, there
+are but a few, and a first loss can be low by chance."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +81,6 @@ class Stage:
     share: float
     factor: float
     farthest: int
-
-
-class NoRoom(Exception):
-    """What the search may take is spent."""
 
 
 STAGES = (Stage(0.025, 10.0, 12), Stage(0.1, 3.0, 4), Stage(0.25, 2.0, 2))
@@ -204,116 +192,106 @@ def _vertex(left: float, middle: float, right: float) -> float:
     return min(max(0.5 * (left - right) / curvature, -0.5), 0.5)
 
 
-class HeldOut(Protocol):
-    """What a roll is judged by. share: its size in training batches."""
-
-    @property
-    def share(self) -> float: ...
-    def __call__(self, model: nn.Module) -> Tensor: ...
-    def each(self) -> list[Tensor]:
-        """The live model's loss on each batch, ()."""
-
-    def mean(self, losses: Sequence[Tensor]) -> Tensor:
-        """The loss that they make, ()."""
+# The search ---------------------------------------------------------------------------------------
 
 
-class StartSearch:
-    """Finds a start on a live plant, which is put back after every roll.
+def find_first_lr(fit: Fit, start: Start) -> None:
+    """Searches the first lr, from 0 or from the optimizer's own, and plans the run from it.
 
-    stream: of training batches, isolated, not used for anything else. held_out: n -> the loss that
-    judges a roll of the first n batches. fixed: whether that is on the same batches for every n.
-    share: its size in training batches, at most. planned: the whole run's schedule as the optimizer
-    has it. room: gradient evaluations that the search may take. warmup: share of the run in which
-    lr rises. greed: what the factor found is divided by. known: records of an earlier search that
-    was cut short, which are not tried again; tell: given every new record; notice: told in words
-    where the losses do not say which lr is best.
+    What was tried is in start.jsonl, so that a run that is resumed at step 0 finds the same.
+    Raises DivergedError where no probe is finite.
     """
+    state, train_loader = fit.state, fit.data.train_loader
+    search = LrSearch(fit)
+    with preserved(), pristine(train_loader):
+        lr = search.find(start)
+    search.trials.stream.close()
+    state.start_gradients = search.trials.gradients
+    state.cost.gradients(state.start_gradients)
+    if lr is None:
+        raise DivergedError(
+            "no lr within its bounds keeps a short roll finite; look at the data and the loss"
+        )
+    state.schedule, state.first_lr = fit.base.planned(state.steps, lr), lr
+    begin_planning(fit, float(lr.max()))
+    given = search.given.tolist()
+    fit.events.emit(StartFound(start, lr.tolist(), given, state.start_gradients / state.steps))
 
-    def __init__(
-        self,
-        plant: Plant,
-        objective: Objective,
-        planned: PlannedSchedule,
-        stream: StepBatches,
-        held_out: Callable[[int], HeldOut],
-        known: Sequence[dict[str, Any]],
-        tell: Callable[[dict[str, Any]], None],
-        notice: Callable[[str], None],
-        *,
-        fixed: bool,
-        share: float,
-        room: float = math.inf,
-        warmup: float = 0.0,
-        greed: float = GREED,
-    ) -> None:
-        # At lr 0 nothing moves: training losses say no more than the held-out one.
-        judged = replace(objective, loss_weight=0.0) if objective.terminal_weight else objective
-        self.plant, self.objective, self.planned = plant, judged, planned
-        self.stream, self.held_out, self.fixed, self.share = stream, held_out, fixed, share
-        self.known = {_key(record): record for record in known if _readable(record)}
-        self.tell, self.notice = tell, notice
-        self.room = room - 2 * share / 3  # what the untrained loss takes, where it is needed
-        self.warmup, self.greed = warmup, greed
-        self.gradients = 0.0
-        self.limit: float | None = DIVERGED
-        self.rolls: list[dict[str, Any]] = []
-        """The probes of this search so far, in order."""
-        self._done: dict[tuple[Any, ...], dict[str, Any]] = {}
-        self._first = stream.position(0)
-        self._before = plant.snapshot()
+
+class LrSearch:
+    """What trial rolls say of the first lr. rolls: those at an lr above 0, in order."""
+
+    def __init__(self, fit: Fit) -> None:
+        self.fit, self.trials = fit, Trials(fit)
+        self.given = self.trials.planned.window(0, 1)["lr"][0]
+        self.rolls: list[Trial] = []
 
     def find(self, start: Start) -> Tensor | None:
         """The lr of step 0, (), or (G,) per parameter group; None where nothing is finite."""
-        given = base = self.planned.window(0, 1)["lr"][0]
+        base, own = self.given, self.fit.plant.controls.own["lr"]
         if start == "zero":
-            base = self._zero(base)
-        elif self._unchosen():
-            ratio = self._zero(base)
+            base = self._from_zero(base)
+        elif len(own) > 1 and len(set(own)) == 1 and own[0] > 0:  # nobody has chosen a ratio
+            ratio = self._from_zero(base)
             base = base.max() * ratio / ratio.max()
             # The search begins where the least of them is within its bounds.
             base = base * max(1.0, CONTROLS["lr"].lower / float(base[base > 0].min()))
         factor = self._factor(base)
         if factor is None:
             # Where the first loss is by chance among the lowest, all others are above the limit.
-            self.limit = None
+            self.trials.limit = None
             factor = self._factor(base)
         if factor is None:
             return None
         if not self.rolls:
-            self.notice(
-                f"the budget has no room to look for the lr: it stays {_words(given)}, as given"
+            self.fit.events.tell(
+                f"the budget has no room to look for the lr: it stays {_words(self.given)}, "
+                "as given"
             )
+            return self.given
+        greed = ADAPTIVE_GREED if "betas" in self.fit.plant.optimizer.param_groups[0] else GREED
+        least = CONTROLS["lr"].lower
+        found = torch.where(base == 0, base, (base * factor / greed).clamp(min=least))
+        return found if self._learned() else self._by_longer_rolls(found)
+
+    def _from_zero(self, given: Tensor) -> Tensor:
+        """The lrs at which the objective falls by DROP; as given where it does not fall at all, or
+        there is no room to see it."""
+        trials, plant = self.trials, self.fit.plant
+        steps = math.floor(min(ZERO_STEPS, trials.steps, trials.room / 4))
+        # What it finds has to be looked at by probes.
+        probes = FEWEST_OF_STAGE * (min(LEAST, trials.steps) + trials.share / 3)
+        if steps < 1 or steps + trials.share + probes > trials.room:
             return given
-        found = torch.where(
-            base == 0, base, (base * factor / self.greed).clamp(min=CONTROLS["lr"].lower)
-        )
-        return found if self._learned() else self._by_longer_rolls(given, found)
+
+        def lrs(h: Hypergradient) -> list[float] | None:
+            groups = plant.optimizer.param_groups
+            sizes = [sum(p.numel() for p in g["params"] if p.requires_grad) for g in groups]
+            own = plant.controls.own["lr"]
+            return zero_lrs(h.grad["lr"], h.value, sizes, own) if h.result.usable else None
+
+        found = trials.from_zero(steps, lrs)
+        if found is None:
+            return given
+        return torch.tensor(found if len(found) > 1 else found[0], dtype=torch.float64)
 
     def _factor(self, base: Tensor) -> float | None:
         """The factor on the lrs that short rolls find."""
         highest, lowest = float(base.max()), float(base[base > 0].min())
         bounds = CONTROLS["lr"]
-
-        def judge(n: int, factor: float) -> float:
-            return self._probe(n, base * factor)
-
         return probe(
-            judge,
-            len(self.planned),
+            lambda n, factor: self._roll(n, base * factor).loss,
+            self.trials.steps,
             bounds.lower / lowest,
             bounds.upper / highest,
-            longest=self._longest,
+            longest=self.trials.longest,
         )
 
-    def _unchosen(self) -> bool:
-        """Whether parameter groups have one lr, so that nobody has chosen their ratio."""
-        own = self.plant.controls.own["lr"]
-        return len(own) > 1 and len(set(own)) == 1 and own[0] > 0
-
-    def _longest(self, rolls: int) -> int:
-        """The steps of each of so many more rolls for which there is room, at most the run's."""
-        room = (self.room - self.gradients) / rolls - self.share / 3
-        return math.floor(min(room, len(self.planned)))
+    def _roll(self, n: int, lr: Tensor) -> Trial:
+        trial = self.trials.roll(n, lr)
+        if trial not in self.rolls:
+            self.rolls.append(trial)
+        return trial
 
     # Where nothing is learned ---------------------------------------------------------------------
 
@@ -323,312 +301,118 @@ class StartSearch:
         The shortest ones say so only where there are no longer ones: a loss that falls at first and
         then no more has found the mean of the targets, and that at any lr.
         """
-        lengths = sorted({record["steps"] for record in self._finite()})
+        lengths = sorted({trial.steps for trial in self._finite()})
         for n in lengths:
-            shorter = [record for record in self._finite() if 2 * record["steps"] <= n]
+            shorter = [trial for trial in self._finite() if 2 * trial.steps <= n]
             if shorter:
                 before = min(shorter, key=_loss)
             elif 2 * n <= lengths[-1]:
                 continue
             else:
-                before = self._untrained(n)
+                before = self.trials.untrained(n)
             if self._below(self._best(n), before, LEARNED):
                 return True
         return False
 
-    def _below(self, a: Mapping[str, Any], b: Mapping[str, Any], least: float = 0.0) -> bool:
+    def _below(self, a: Trial, b: Trial, least: float = 0.0) -> bool:
         """Whether the loss of a lies below that of b by more than noise, and by the share `least`.
 
         Of single batches the noise is not known; there the share is `LEARNED` at least.
         """
-        x, y = a.get("batches", ()), b.get("batches", ())
-        error = 0.0
+        x, y, error = a.batches, b.batches, 0.0
         if min(len(x), len(y)) < 2:
             least = max(least, LEARNED)
-        elif len(x) == len(y) and (self.fixed or a["steps"] == b["steps"]):
+        elif len(x) == len(y) and (self.trials.fixed or a.steps == b.steps):
             error = statistics.stdev(q - p for p, q in zip(x, y, strict=True)) / math.sqrt(len(x))
         else:
             error = math.sqrt(sum(statistics.variance(z) / len(z) for z in (x, y)))
-        return bool(_loss(b) - _loss(a) > max(least * abs(_loss(b)), ERRORS * error))
+        return b.loss - a.loss > max(least * abs(b.loss), ERRORS * error)
 
-    def _finite(self) -> list[dict[str, Any]]:
-        return [record for record in self.rolls if math.isfinite(_loss(record))]
+    def _finite(self) -> list[Trial]:
+        return [trial for trial in self.rolls if math.isfinite(trial.loss)]
 
-    def _best(self, n: int) -> dict[str, Any]:
+    def _best(self, n: int) -> Trial:
         """The roll of n steps that ended lowest."""
-        return min((record for record in self.rolls if record["steps"] == n), key=_loss)
+        return min((trial for trial in self.rolls if trial.steps == n), key=_loss)
 
-    def _by_longer_rolls(self, given: Tensor, found: Tensor) -> Tensor:
-        """The lr by longer rolls where short ones learned nothing; else the one that was given.
-
-        found: what the short ones say.
-        """
-        before = max(record["steps"] for record in self.rolls)
+    def _by_longer_rolls(self, found: Tensor) -> Tensor:
+        """The lr by longer rolls where short ones, which say `found`, learned nothing; else the one
+        that was given."""
+        before = max(trial.steps for trial in self.rolls)
         highest = self._highest()
-        n = self._longest(LONGER_ROLLS)
+        n = self.trials.longest(LONGER_ROLLS)
         longer = n >= LONGER * before
         if longer:
-            self.limit = self.limit and LONGER_DIVERGED
+            self.trials.limit = self.trials.limit and LONGER_DIVERGED
         else:
-            n = min(record["steps"] for record in self.rolls)
+            n = min(trial.steps for trial in self.rolls)
         with contextlib.suppress(NoRoom):
-            self._probe(n, given)
+            self._roll(n, self.given)
             if longer:
-                self._probe(n, highest)
+                self._roll(n, highest)
         if longer and self._learned():
-            with contextlib.suppress(NoRoom):
-                centre = _lr(self._best(n))
-                apart = math.sqrt(float(highest.max() / given.max()))
-                step = max(apart, 1 / apart)
-                if not 1.2 <= step <= LONGER_STEP:
-                    step = LONGER_STEP
-                _lowest(lambda k: self._probe(n, centre * step**k), 2)
-            # A longer run wants no higher lr than a roll: the lowest of the good ones.
-            best, untrained = self._best(n), self._untrained(n)
-            good = [
-                record
-                for record in self._finite()
-                if record["steps"] == n
-                and not self._below(best, record)
-                and self._below(record, untrained, LEARNED)
-            ]
-            lr = _lr(min(good or [best], key=_size))
-            self.notice(
+            lr = self._best_of_longer(n, highest)
+            self.fit.events.tell(
                 f"rolls of up to {before} steps learn nothing that tells lrs apart; by rolls of "
                 f"{n} steps lr is {_words(lr)}"
             )
             return lr
         # What was given stays unless it was seen to do worse than what was found.
-        rolled = [record for record in self.rolls if record["from"] == given.tolist()]
-        last = max(rolled, key=lambda record: record["steps"], default=None)
+        given = [trial for trial in self.rolls if trial.asked == self.given.tolist()]
+        last = max(given, key=lambda trial: trial.steps, default=None)
         worse = last is not None and (
-            math.isinf(_loss(last)) or self._below(self._best(last["steps"]), last)
+            math.isinf(last.loss) or self._below(self._best(last.steps), last)
         )
-        lr, why = (found, "as short rolls find it") if worse else (given, "as given")
-        longest = max(record["steps"] for record in self.rolls)
-        self.notice(
+        lr, why = (found, "as short rolls find it") if worse else (self.given, "as given")
+        longest = max(trial.steps for trial in self.rolls)
+        self.fit.events.tell(
             f"no roll of up to {longest} steps learns anything that tells lrs apart: lr is "
             f"{_words(lr)}, {why}; if the run learns nothing, train for longer or give another lr"
         )
         return lr
 
+    def _best_of_longer(self, n: int, highest: Tensor) -> Tensor:
+        """The lr that rolls of n steps find, around the better of the given and the highest one."""
+        with contextlib.suppress(NoRoom):
+            centre = self._best(n).lr
+            apart = math.sqrt(float(highest.max() / self.given.max()))
+            step = max(apart, 1 / apart)
+            if not 1.2 <= step <= LONGER_STEP:
+                step = LONGER_STEP
+            _lowest(lambda k: self._roll(n, centre * step**k).loss, 2)
+        # A longer run wants no higher lr than a roll: the lowest of the good ones.
+        best, untrained = self._best(n), self.trials.untrained(n)
+        good = [
+            trial
+            for trial in self._finite()
+            if trial.steps == n
+            and not self._below(best, trial)
+            and self._below(trial, untrained, LEARNED)
+        ]
+        return min(good or [best], key=lambda trial: trial.highest).lr
+
     def _highest(self) -> Tensor:
         """The highest lr that does no harm in the first steps: where a loss is flat, the fastest
         way on."""
-        n = min(record["steps"] for record in self.rolls)
-        harmful = [_size(record) for record in self.rolls if self._harms(record)]
+        n = min(trial.steps for trial in self.rolls)
+        harmful = [trial.highest for trial in self.rolls if self._harms(trial)]
         edge = min(harmful, default=math.inf)
-        lower = [record for record in self._finite() if _size(record) < edge]
-        lr = _lr(max(lower or self._finite(), key=_size))
+        lower = [trial for trial in self._finite() if trial.highest < edge]
+        lr = max(lower or self._finite(), key=lambda trial: trial.highest).lr
         highest = CONTROLS["lr"].upper / 10
         with contextlib.suppress(NoRoom):
-            while not harmful and lr.max() <= highest and not self._harms(self._rolled(n, 10 * lr)):
+            while not harmful and lr.max() <= highest and not self._harms(self._roll(n, 10 * lr)):
                 lr = 10 * lr
         return lr
 
-    def _harms(self, record: Mapping[str, Any]) -> bool:
+    def _harms(self, trial: Trial) -> bool:
         """Whether a roll ended above the untrained loss."""
-        return math.isinf(_loss(record)) or self._below(self._untrained(record["steps"]), record)
-
-    # At lr 0, and probes --------------------------------------------------------------------------
-
-    def _zero(self, given: Tensor) -> Tensor:
-        """The lrs at which the objective falls by DROP; as given where it does not fall at all, or
-        there is no room to see it."""
-        own = self.plant.controls.own["lr"]
-        steps = math.floor(min(ZERO_STEPS, len(self.planned), self.room / 4))
-        # What it finds has to be looked at by probes.
-        probes = FEWEST_OF_STAGE * (min(LEAST, len(self.planned)) + self.share / 3)
-        if steps < 1 or steps + self.share + probes > self.room:
-            return given
-        record = self._tried(self._hypergradient_at_zero, "zero", steps, own)
-        found = record["lr"]
-        if found is None:
-            return given
-        return torch.tensor(found if len(found) > 1 else found[0], dtype=torch.float64)
-
-    def _hypergradient_at_zero(
-        self, own: Sequence[float], steps: int
-    ) -> tuple[dict[str, Any], float]:
-        frozen = torch.zeros(steps, len(own), dtype=torch.float64)
-        schedule = self._schedule(0, steps, frozen)
-        # At lr 0 no Hessian takes part.
-        reverse_pass = ReversePass(self.plant, self.objective, ("lr",), product="none")
-        mean = Average(self.objective.average)
-        terminal = self.held_out(steps)
-        recorder = reverse_pass.roll(list(self._batches(steps)), schedule, average=mean)
-        try:
-            h = reverse_pass.differentiate(recorder, mean, terminal)
-        finally:
-            recorder.close()
-        groups = self.plant.optimizer.param_groups
-        sizes = [sum(p.numel() for p in g["params"] if p.requires_grad) for g in groups]
-        lrs = zero_lrs(h.grad["lr"], h.value, sizes, own) if h.result.usable else None
-        return {"lr": lrs, "objective": h.value}, steps + terminal.share
-
-    def _probe(self, n: int, lr: Tensor) -> float:
-        return _loss(self._rolled(n, lr))
-
-    def _rolled(self, n: int, lr: Tensor) -> dict[str, Any]:
-        record = self._tried(self._loss_after, "probe", n, lr.tolist(), self.share / 3)
-        if record not in self.rolls:
-            self.rolls.append(record)
-        return record
-
-    def _loss_after(self, lr: Any, n: int) -> tuple[dict[str, Any], float]:
-        # As long a rise as the run's, but in a short probe no more than its third.
-        rise = min(self.warmup * len(self.planned) / n, 1 / 3)
-        highest = torch.as_tensor(lr, dtype=torch.float64)
-        most = self.limit
-        losses = array("d")
-        batches, diverged = self._batches(n), False
-
-        def limit(first: float) -> float:
-            first = losses[0] if losses else first
-            return most * first if most is not None and first > 0 else math.inf
-
-        for start in range(0, n, PART):
-            stop = min(start + PART, n)
-            at = torch.arange(start, stop, dtype=torch.float64)
-            lrs = shaped(highest, warming(n, rise, at) * cooldown(n, COOLDOWN, at))
-            part = islice(batches, stop - start)
-            trajectory = self.plant.roll(part, self._schedule(start, stop, lrs), limit=limit)
-            losses.extend(float(loss) for loss in trajectory.losses)
-            diverged = trajectory.diverged is not None
-            if diverged:
-                break
-        self.plant.optimizer.zero_grad()
-        if diverged or not self.plant.is_finite():
-            return {"loss": None, "course": _course(losses)}, len(losses)
-        found, cost = self._judged(n)
-        return {"course": _course(losses), **found}, n + cost
-
-    def _untrained(self, n: int) -> dict[str, Any]:
-        """The loss before the first step, on what a roll of n steps is judged by."""
-        return self._tried(self._loss_before, "untrained", 0 if self.fixed else n, 0.0)
-
-    def _loss_before(self, lr: Any, n: int) -> tuple[dict[str, Any], float]:
-        return self._judged(n)
-
-    def _judged(self, n: int) -> tuple[dict[str, Any], float]:
-        """(the live model's loss, of all batches and of each, what it cost)."""
-        held_out = self.held_out(n)
-        with torch.no_grad():
-            losses = held_out.each()
-            found = self.plant.value(held_out.mean(losses))
-            batches = [self.plant.value(loss) for loss in losses]
-        if not all(map(math.isfinite, [found, *batches])):
-            return {"loss": None}, held_out.share / 3
-        return {"loss": found, "batches": batches}, held_out.share / 3
-
-    def _tried(
-        self,
-        attempt: Callable[[Any, int], tuple[dict[str, Any], float]],
-        kind: str,
-        n: int,
-        lr: Any,
-        judging: float | None = None,
-    ) -> dict[str, Any]:
-        """What a roll from the initial state gave; from the records, if it is there.
-
-        judging: what is needed beside n steps, in gradient evaluations, or None for what there is
-        always room for. Raises NoRoom.
-        """
-        asked = {"kind": kind, "steps": n, "from": lr}
-        if kind == "probe" and self.limit != DIVERGED:
-            asked["limit"] = self.limit
-        known = self.known.get(_key(asked))
-        record = self._done.get(_key(asked))
-        if record is not None:
-            return record
-        if judging is not None and self.gradients + n + judging > self.room:
-            raise NoRoom
-        record = known
-        if record is None:
-            try:
-                found, cost = attempt(lr, n)
-            finally:
-                self.plant.restore(self._before)
-            record = {**asked, **found, "gradients": cost}
-            self.tell(record)
-        self._done[_key(asked)] = record
-        self.gradients += record["gradients"]
-        return record
-
-    def _batches(self, n: int) -> Iterator[Any]:
-        """The first n batches of the run, a few at a time."""
-        self.stream.seek(self._first)
-        for start in range(0, n, 32):
-            stop = min(start + 32, n)
-            yield from self.stream.take(start, stop)
-            self.stream.release(stop)
-
-    def _schedule(self, start: int, stop: int, lr: Tensor) -> Schedule:
-        values = self.planned.window(start, stop).values
-        return Schedule({**values, "lr": lr}, start, self.planned.seed)
+        return math.isinf(trial.loss) or self._below(self.trials.untrained(trial.steps), trial)
 
 
-DIVERGED, LONGER_DIVERGED = 2.0, 50.0
-"""A probe diverges where its loss exceeds this times the loss that it began with; the second where
-nothing else was learned and there are but a few rolls, since a first loss can be low by chance."""
-
-
-def _key(record: dict[str, Any]) -> tuple[Any, ...]:
-    lr = record["from"]
-    limit = record.get("limit", DIVERGED)
-    return (
-        record["kind"],
-        record["steps"],
-        tuple(lr) if isinstance(lr, (list, tuple)) else lr,
-        limit,
-    )
-
-
-def _loss(record: Mapping[str, Any]) -> float:
-    return math.inf if record["loss"] is None else float(record["loss"])
-
-
-def _list(lr: Any) -> list[float]:
-    return lr if isinstance(lr, list) else [lr]
-
-
-def _size(record: Mapping[str, Any]) -> float:
-    """The highest lr of a roll's parameter groups."""
-    return max(_list(record["from"]))
-
-
-def _lr(record: Mapping[str, Any]) -> Tensor:
-    return torch.tensor(record["from"], dtype=torch.float64)
+def _loss(trial: Trial) -> float:
+    return trial.loss
 
 
 def _words(lr: Tensor) -> str:
-    return ", ".join(f"{value:.3g}" for value in _list(lr.tolist()))
-
-
-def _readable(record: Mapping[str, Any]) -> bool:
-    """Whether a line of start.jsonl is one that `_tried` wrote; another is tried again."""
-    found = record.get("lr" if record.get("kind") == "zero" else "loss", "nothing")
-    loss = (int, float, type(None))
-    sizes = {"zero": (list, type(None)), "probe": loss, "untrained": loss}
-    numbers = [record.get("gradients")]
-    batches = record.get("batches", [])
-    limit = record.get("limit")
-    if not isinstance(batches, list) or not isinstance(limit, (int, float, type(None))):
-        return False
-    numbers += batches
-    for value in (record.get("from"), 0.0 if found is None else found):
-        numbers += value if isinstance(value, list) else [value]
-    return (
-        isinstance(record.get("kind"), str)
-        and isinstance(found, sizes.get(record["kind"], ()))
-        and found != []
-        and isinstance(record.get("steps"), int)
-        and all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers)
-    )
-
-
-def _course(losses: Sequence[float]) -> list[float]:
-    """At most 50 means of the losses, in order."""
-    size = max(1, -(-len(losses) // 50))
-    parts = [losses[i : i + size] for i in range(0, len(losses), size)]
-    return [sum(part) / len(part) for part in parts]
+    return ", ".join(f"{value:.3g}" for value in lr.reshape(-1).tolist())

@@ -1,12 +1,10 @@
-"""What is told and written of the loop: events, the tape's rows, the lines of windows.jsonl, losses
-of whole loaders and the result at the end."""
+"""What is written of a run: the tape's rows, the lines of windows.jsonl, losses and the result."""
 
 from __future__ import annotations
 
 import math
 import statistics
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -14,94 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rhc.distributed import Ranks
-from rhc.errors import RunWarning
-from rhc.events import Event, Listener, Notice, Verb, VerbStarted, WindowAttempted
-from rhc.loop.state import Attempt, Cost, Loop
+from rhc.events import WindowAttempted
+from rhc.loop.fit import Fit
+from rhc.loop.state import Attempt
 from rhc.rng import preserved
 from rhc.storage.files import finite
-from rhc.storage.run_directory import RunDirectory
-from rhc.training import interrupts as stopping
 from rhc.training.evaluate import TRAIN_BATCHES, UNSIZED_BATCHES, Losses, at_average, evaluate
 from rhc.training.loaders import loader_preserved
-from rhc.training.plant import Plant
 
 PER_EXAMPLE = "example_"
 """Metrics that begin so have a value per example: they are a LossSampler's, and not of the tape."""
-
-
-class Teller:
-    """Tells the listeners what happens.
-
-    aloud: whether what is told is a warning where nobody listens; of several ranks one is enough.
-    """
-
-    def __init__(self, listeners: Sequence[Listener], *, aloud: bool = True) -> None:
-        self.listeners, self.aloud = listeners, aloud
-
-    def emit(self, event: Event) -> None:
-        """Tells every listener of it."""
-        for listener in self.listeners:
-            listener(event)
-
-    def notice(self, message: str) -> None:
-        """Tells what happens, in words."""
-        self.emit(Notice(message))
-
-    def tell(self, message: str) -> None:
-        """Tells what a person should know: as a warning, where nobody listens."""
-        if self.aloud and not self.listeners:
-            warnings.warn(message, RunWarning, stacklevel=2)
-        self.notice(message)
-
-    def warn(self, message: str) -> None:
-        """Tells what a person must not miss, also where nobody listens."""
-        self.notice(message)
-        warnings.warn(message, RunWarning, stacklevel=2)
-
-
-class Chronicle(Teller):
-    """Tells what happens to the loop's windows, and keeps what became of every attempt: in the
-    loop's state, in the run's directory. Between verbs it looks whether the run is to stop.
-
-    Writes in the loop: windows.
-    """
-
-    def __init__(
-        self,
-        listeners: Sequence[Listener],
-        loop: Loop,
-        directory: RunDirectory | None,
-        ranks: Ranks | None,
-    ) -> None:
-        super().__init__(listeners, aloud=ranks is None or ranks.first)
-        self.loop, self.directory, self.ranks = loop, directory, ranks
-
-    def verb(self, verb: Verb, start: int, stop: int, attempt: int) -> None:
-        """Says what comes next. Raises what a signal meant, but where a window is done: that is
-        saved first."""
-        if verb not in ("commit", "slide"):
-            self.check_stop()
-        self.emit(VerbStarted(verb, self.loop.cost.windows, start, stop, attempt))
-
-    def check_stop(self) -> None:
-        """Raises what a signal meant. Ranks stop together, when a window is done."""
-        if self.ranks is None:
-            stopping.check()
-
-    def record(
-        self, attempt: Attempt, outcome: str, reason: str | None, rolled: Attempt | None = None
-    ) -> None:
-        """One line of windows.jsonl: an attempt at a window, and what became of it.
-
-        rolled: what it was compared with.
-        """
-        record = _line(self.loop.cost.windows, attempt, outcome, reason, rolled)
-        self.loop.windows.append(record)
-        if self.directory is not None:
-            self.directory.windows.append([record])  # on the disk with the next save
-        self.emit(WindowAttempted(record))
-
 
 # The tape -----------------------------------------------------------------------------------------
 
@@ -147,40 +67,51 @@ def _number(value: Tensor) -> float | list[Any]:
 # Attempts at windows ------------------------------------------------------------------------------
 
 
+def record(
+    fit: Fit, attempt: Attempt, outcome: str, reason: str | None, compared: Attempt | None = None
+) -> None:
+    """A line of windows.jsonl: an attempt, what became of it, and what it was compared with."""
+    line = _line(fit.state.cost.windows, attempt, outcome, reason, compared)
+    fit.state.windows.append(line)
+    if fit.directory is not None:
+        fit.directory.windows.append([line])  # on the disk with the next save
+    fit.events.emit(WindowAttempted(line))
+
+
 def _line(
-    window: int, attempt: Attempt, outcome: str, reason: str | None, rolled: Attempt | None
+    window: int, attempt: Attempt, outcome: str, reason: str | None, compared: Attempt | None
 ) -> dict[str, Any]:
-    schedule = attempt.schedule
-    h = None if rolled is None else rolled.hypergradient
-    look = (rolled or attempt).first_look
+    schedule, before = attempt.schedule, compared or attempt
+    h = None if compared is None else compared.hypergradient
+    ended = before.first_outcome
     predicted = None if attempt.proposal is None else attempt.proposal.predicted
-    measured = None if rolled is None else attempt.value - rolled.value
-    record: dict[str, Any] = {
+    measured = None if compared is None else attempt.value - compared.value
+    line: dict[str, Any] = {
         "window": window,
         "start": schedule.start,
         "stop": schedule.stop,
         "attempt": attempt.number,
         "outcome": outcome,
         "reason": reason,
-        "objective_before": attempt.value if rolled is None else rolled.value,
-        "objective_after": None if rolled is None else attempt.value,
+        "objective_before": before.value,
+        "objective_after": None if compared is None else attempt.value,
         "predicted_change": predicted,
         "measured_change": measured,
         "smoothness": smoothness(measured, predicted),
-        "outcome_of_hypergradient": None if look is None else look.name,
-        "outcome_step": None if look is None else look.step,
-        "before": (rolled or attempt).schedule.means(),
+        "outcome_of_hypergradient": None if ended is None else ended.name,
+        "outcome_step": None if ended is None else ended.step,
+        "before": before.schedule.means(),
         "after": schedule.means(),
     }
     if h is not None:
-        record |= {
+        line |= {
             "hypergradient": {name: g.tolist() for name, g in h.grad.items()},
             "costate_norms": h.costate_norms.tolist(),
             "product": h.product,
             "segment": h.segment,
             "check": h.check,
         }
-    return finite(record)  # as it will be read back
+    return finite(line)  # as it will be read back
 
 
 def smoothness(measured: float | None, predicted: float | None) -> float | None:
@@ -196,66 +127,50 @@ def smoothness(measured: float | None, predicted: float | None) -> float | None:
 # Evaluation ---------------------------------------------------------------------------------------
 
 
-class Validation:
-    """The validation loader, evaluated between windows."""
-
-    def __init__(self, plant: Plant, loader: Iterable[Any]) -> None:
-        self.plant, self.loader = plant, loader
-        self._batches: float | None = None
-
-    def losses(self, cost: Cost) -> Losses:
-        """The mean loss and metrics of the live weights; a batch costs a third of a gradient."""
-        found = evaluate(self.plant, self.loader)
-        assert found is not None
-        cost.gradient_equivalents += self._size() / 3
-        return found
-
-    def _size(self) -> float:
-        """The batches of the loader, once counted."""
-        if self._batches is None:
-            try:
-                self._batches = float(len(self.loader))  # type: ignore[arg-type]
-            except TypeError:
-                with loader_preserved(self.loader), preserved():
-                    drawn = islice(self.loader, UNSIZED_BATCHES)
-                    self._batches = float(sum(1 for _ in drawn))
-        return self._batches
+def validation_losses(fit: Fit) -> Losses:
+    """The mean loss and metrics of the live weights; a batch costs a third of a gradient."""
+    state, loader = fit.state, fit.data.val_loader
+    found = evaluate(fit.plant, loader)
+    assert found is not None and loader is not None
+    if state.validation_batches is None:
+        try:
+            state.validation_batches = float(len(loader))  # type: ignore[arg-type]
+        except TypeError:
+            with loader_preserved(loader), preserved():
+                state.validation_batches = float(sum(1 for _ in islice(loader, UNSIZED_BATCHES)))
+    state.cost.gradient_equivalents += state.validation_batches / 3
+    return found
 
 
-def final_result(
-    plant: Plant,
-    loop: Loop,
-    train: Iterable[Any],
-    val: Iterable[Any] | None,
-    test: Iterable[Any] | None,
-) -> dict[str, Any]:
+def final_result(fit: Fit) -> dict[str, Any]:
     """The content of result.json: the final and the averaged weights, evaluated."""
+    plant, state, data = fit.plant, fit.state, fit.data
 
     def evaluated() -> dict[str, Losses | None]:
         return {
-            "train": evaluate(plant, train, most=TRAIN_BATCHES),
-            "val": evaluate(plant, val),
-            "test": evaluate(plant, test),
+            "train": evaluate(plant, data.train_loader, most=TRAIN_BATCHES),
+            "val": evaluate(plant, data.val_loader),
+            "test": evaluate(plant, data.test_loader),
         }
 
     final = evaluated()
-    with at_average(plant, loop.average, train):
+    with at_average(plant, state.average, data.train_loader):
         averaged = evaluated()
     tested = final["test"]
     result: dict[str, Any] = {
         "status": "finished",
-        "steps": loop.step,
+        "steps": state.step,
         **{f"{name}_loss": losses and losses.loss for name, losses in final.items()},
         "test_accuracy": tested.metrics.get("accuracy") if tested else None,
         **{f"average_{name}_loss": losses and losses.loss for name, losses in averaged.items()},
         "metrics": {name: losses.metrics for name, losses in final.items() if losses},
         "average_metrics": {name: losses.metrics for name, losses in averaged.items() if losses},
-        "wall_seconds": loop.seconds(),
-        "smoothness": _smoothness_summary(loop.windows),
-        "cost": loop.cost.to_json(loop.step),
+        "wall_seconds": state.seconds(),
+        "smoothness": _smoothness_summary(state.windows),
+        "cost": state.cost.to_json(state.step),
     }
-    if loop.deviation is not None:
-        result["replay"] = asdict(loop.deviation)
+    if state.replay.deviation is not None:
+        result["replay"] = asdict(state.replay.deviation)
     return result
 
 

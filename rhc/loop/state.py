@@ -1,25 +1,19 @@
-"""Where the loop stands: the record of everything that changes from window to window.
-
-A window is gone through in `Attempt`s, and between them the loop goes back to the `Moment` at its
-beginning. Nothing here acts.
-"""
+"""What changes during a fit, in one record, and what a window is gone through in."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rhc.hypergradient import Hypergradient, Outcome, ReversePass
-from rhc.loop.update_rule import History, Proposal, Shift, Twin
+from rhc.loop.update_rule import Proposal, Shift, Twin
 from rhc.schedule import Schedule
 from rhc.schedule.planned import PlannedSchedule, of_tape
-from rhc.training.batches import StepBatches
 from rhc.training.objective import Average
 from rhc.training.recovery import Deviation, OomFallback
 from rhc.training.snapshot import Snapshot
@@ -59,53 +53,77 @@ class Cost:
 
 
 @dataclass
-class Loop:
-    """Where the loop stands: everything that changes from window to window, but for the plant.
+class Patience:
+    """Which windows are differentiated, by what that was worth before.
 
-    schedule: what is planned from `step` on. reference: (mean loss of the last committed
-    window, first loss of the run). average: of all committed iterates. correction: what the plan of
-    the steps to come is moved by, in raw coordinates. history: what windows asked for, for the
-    rewrite's rule. in_vain: looks back in a row that were not worth it; passed_over: windows still
-    to be passed over; alert: after a surprise, until looking back is no longer worth it; regime:
-    the step from which the data are as they are. delta, upwards: of `Twin`. finished: the result.
-    relief: what memory did not suffice for; checked: whether a step was taken again, seen: its
-    first loss and gradient; deviation: how it differed.
-    first_lr: () or (G,), that the template begins with. live: the attempt whose end the plant
-    stands at. reverse_pass: what looks back at windows, where they are rewritten.
+    after_shift: since the data changed, and until a window is unhelpful again, windows are
+    differentiated also beyond the rule's `until`. data_since: the step from which the data are as
+    they are.
+    """
+
+    unhelpful_windows: int = 0
+    windows_to_skip: int = 0
+    after_shift: bool = False
+    data_since: int = 0
+
+
+@dataclass
+class AntitheticSearch:
+    """Where the search of a `Twin` stands: its next step in log lr, and where the last one led."""
+
+    delta: float = Twin.first
+    upwards: bool | None = None
+
+
+@dataclass
+class ReplayCheck:
+    """Whether a step that is taken again gives the same, which is looked at once.
+
+    first: the window's start, and the loss and gradient norm of its first step. deviation: how the
+    step differed.
+    """
+
+    done: bool = False
+    first: tuple[int, Tensor] | None = None
+    deviation: Deviation | None = None
+
+
+@dataclass
+class State:
+    """Where a run stands: everything that changes from window to window, but for the plant.
+
+    schedule: planned from `step` on. first_lr: () or (G,), what the base schedule begins with.
+    reference: (mean loss of the last committed window, first loss of the run). correction: what
+    rewriting has moved the schedule ahead by, in raw coordinates. live: the attempt at whose end
+    the plant stands. validation_batches: of val_loader, once they are counted. result: of a run
+    that is finished.
     """
 
     steps: int
     schedule: PlannedSchedule
-    train: StepBatches
-    validation: StepBatches | None = None
-    step: int = 0
-    reference: tuple[float, float] | None = None
-    cost: Cost = field(default_factory=Cost)
-    start_gradients: float = 0.0
-    average: Average = field(default_factory=lambda: Average(AVERAGE_DECAY))
-    correction: dict[str, Shift] = field(default_factory=dict)
-    history: History = field(default_factory=dict)
-    in_vain: int = 0
-    passed_over: int = 0
-    alert: bool = False
-    regime: int = 0
-    delta: float = Twin.first
-    upwards: bool | None = None
-    tape: list[dict[str, Any]] = field(default_factory=list)
-    windows: list[dict[str, Any]] = field(default_factory=list)
-    finished: dict[str, Any] | None = None
-    relief: OomFallback = field(default_factory=OomFallback)
-    checked: bool = False
-    seen: tuple[int, Tensor] | None = None
-    deviation: Deviation | None = None
-    first_lr: Tensor = field(default_factory=lambda: torch.tensor(0.0))
-    live: Attempt | None = None
-    reverse_pass: ReversePass | None = None
-    began: float = field(default_factory=time.monotonic)
-    seconds_before: float = 0.0
+    first_lr: Tensor
+    reverse_pass: ReversePass | None
+    step: int = field(default=0, init=False)
+    reference: tuple[float, float] | None = field(default=None, init=False)
+    cost: Cost = field(default_factory=Cost, init=False)
+    start_gradients: float = field(default=0.0, init=False)
+    average: Average = field(default_factory=lambda: Average(AVERAGE_DECAY), init=False)
+    correction: dict[str, Shift] = field(default_factory=dict, init=False)
+    patience: Patience = field(default_factory=Patience, init=False)
+    antithetic: AntitheticSearch = field(default_factory=AntitheticSearch, init=False)
+    fallback: OomFallback = field(default_factory=OomFallback, init=False)
+    replay: ReplayCheck = field(default_factory=ReplayCheck, init=False)
+    budget_is_spent: bool = field(default=False, init=False)
+    validation_batches: float | None = field(default=None, init=False)
+    tape: list[dict[str, Any]] = field(default_factory=list, init=False)
+    windows: list[dict[str, Any]] = field(default_factory=list, init=False)
+    live: Attempt | None = field(default=None, init=False)
+    result: dict[str, Any] | None = field(default=None, init=False)
+    began: float = field(default_factory=time.monotonic, init=False)
+    seconds_before: float = field(default=0.0, init=False)
 
     def seconds(self) -> float:
-        """That the run has taken so far, with those before it was resumed."""
+        """The run's time so far, with that of the processes before it was resumed."""
         return self.seconds_before + time.monotonic() - self.began
 
     def committed(self) -> Schedule:
@@ -116,63 +134,61 @@ class Loop:
 
 @dataclass(frozen=True)
 class Moment:
-    """A state of the loop that can be gone back to: the plant's, and the average of iterates."""
+    """A state that can be restored: the plant's, and the average of the iterates."""
 
     snapshot: Snapshot
     average: Average
 
 
-@dataclass(frozen=True)
+@dataclass
 class Window:
     """Steps [start, stop) that are gone through until they are good, and committed up to `commit`.
 
-    before: the moment at its beginning.
+    before: the moment at its beginning; None where nothing is rewritten. differentiated: whether
+    its roll has a hypergradient. shift: the step at which its data change; cut: whether it was made
+    to end there. terminal: the terminal loss, once it is drawn (`rhc.loop.window_objective`).
     """
 
     start: int
     stop: int
     commit: int
-    before: Moment
+    before: Moment | None
+    differentiated: bool = False
+    shift: int | None = None
+    cut: bool = False
+    terminal: Any = None
 
 
 @dataclass
 class Attempt:
     """One way through a window: its schedule, what it saw, and how it was judged.
 
-    first_look: how the hypergradient ended, before any remedy. gain: the share by which J fell from
-    the roll to here. guarded: whether a loss that is finite but far too high is a failure.
-    starved: whether memory did not suffice.
-    plain: whether it went by the plain loop's own kernels. end: the moment at its end, if kept.
+    first_outcome: how the hypergradient ended, before any remedy. value: J. rewrites: how many led
+    from the roll to here; scale: how far the next may go; last_gain, gain: the share by which J
+    fell by the last of them, and by all. guarded: whether a finite loss that is far too high is a
+    failure. plain: whether it went by the plain loop's own kernels. inside, end: the moments at the
+    step that is committed to, and at its end, where they are kept.
     """
 
     number: int
     schedule: Schedule
     batches: Iterable[Any]
-    proposal: Proposal | None = None
-    trajectory: Trajectory | None = None
-    hypergradient: Hypergradient | None = None
-    first_look: Outcome | None = None
-    value: float = math.nan
-    gain: float = 0.0
     guarded: bool = True
+    proposal: Proposal | None = None
+    rewrites: int = 0
+    scale: float = 1.0
+    gain: float = 0.0
+    last_gain: float = 0.0
     plain: bool = True
-    failure: str | None = None
-    starved: bool = False
-    inside: Moment | None = None
-    end: Moment | None = None
-    samples: Mapping[str, Tensor] = field(default_factory=dict)
+    trajectory: Trajectory | None = field(default=None, init=False)
+    hypergradient: Hypergradient | None = field(default=None, init=False)
+    first_outcome: Outcome | None = field(default=None, init=False)
+    value: float = field(default=math.nan, init=False)
+    failure: str | None = field(default=None, init=False)
+    out_of_memory: bool = field(default=False, init=False)
+    inside: Moment | None = field(default=None, init=False)
+    end: Moment | None = field(default=None, init=False)
 
-    def emptied(self) -> Attempt:
-        """The same way through the same window, not yet gone."""
-        return replace(
-            self,
-            trajectory=None,
-            hypergradient=None,
-            first_look=None,
-            value=math.nan,
-            failure=None,
-            starved=False,
-            inside=None,
-            end=None,
-            samples={},
-        )
+    def again(self, **changes: Any) -> Attempt:
+        """A way through the same window that is still to be gone, with these changes."""
+        return replace(self, **changes)

@@ -1,154 +1,257 @@
-"""Live steps through a window, and the way back to where it began.
+"""Live steps through a window: plain, or recorded and then differentiated.
 
-While windows are gone through, nothing else moves the plant forward or back.
+While a window is gone through, nothing else moves the plant forward or back.
 """
 
 from __future__ import annotations
 
+import gc
 import math
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 
 import torch
 
-from rhc.events import StepTaken, Verb
-from rhc.hypergradient import ReversePass
+from rhc.errors import Unseen
+from rhc.events import StepTaken
+from rhc.hypergradient import Hypergradient
 from rhc.hypergradient.record import WindowRecorder
-from rhc.loop.records import Chronicle
-from rhc.loop.state import AVERAGE_EVERY, Attempt, Loop, Moment, Window
+from rhc.loop.fit import Fit
+from rhc.loop.state import AVERAGE_EVERY, Attempt, Window
+from rhc.loop.window_objective import HeldOutLoss, penalty_of, terminal_loss, value_of
 from rhc.rng import preserved
+from rhc.training.memory import trim
 from rhc.training.objective import Average
-from rhc.training.plant import Plant
-from rhc.training.recovery import Deviation, replay_deviation
-from rhc.training.trajectory import StepRecord
+from rhc.training.recovery import Deviation, out_of_memory, replay_deviation
+from rhc.training.trajectory import StepRecord, Trajectory
 
 DIVERGED = 4.0
 """A window counts as diverged where its loss exceeds this times the loss that it began with, and
 this times the mean loss of the window before, and 1.5 times the run's first loss."""
 
+EXPLODING_CLIP = 10.0
+"""Where costates explode, the reverse pass is taken once more with their norms clipped to this
+times the norm at the window's end, unless the run has a costate_clip of its own."""
 
-class Steps:
-    """Runs attempts and restores moments, with the loop's average, ledger and `live` kept true.
 
-    again: whether windows may be gone through again; where not, nobody asks for the state at its
-    end, and steps are not looked at between.
-    Writes in the loop: average, checked, cost, deviation, live, seen.
+def restore(fit: Fit, window: Window, attempt: Attempt) -> None:
+    """Goes back to the window's beginning, for the attempt's sake."""
+    fit.announce("restore", attempt.schedule.start, attempt.schedule.stop, attempt.number)
+    assert window.before is not None
+    fit.go_back(window.before)
+
+
+def replay(fit: Fit, window: Window, attempt: Attempt) -> Attempt:
+    """The attempt, gone by plain steps from the window's beginning, with its J unless they fail."""
+    fit.announce("replay", attempt.schedule.start, attempt.schedule.stop, attempt.number)
+    mean = Average(fit.objective.average)
+    take_steps(fit, window, attempt, mean)
+    if attempt.failure is None:
+        attempt.value = value_of(fit, window, attempt, mean)
+        terminal = terminal_loss(fit, window)
+        if terminal is not None:
+            fit.state.cost.gradient_equivalents += terminal.share / 3
+        _check_value(attempt)
+    return attempt
+
+
+def take_steps(fit: Fit, window: Window, attempt: Attempt, mean: Average | None = None) -> None:
+    """The plain loop's steps through the attempt's window. mean: takes every iterate in."""
+    trajectory = fit.plant.roll(
+        attempt.batches,
+        attempt.schedule,
+        average=mean,
+        on_step=_on_step(fit, window, attempt),
+        limit=_limit(fit, attempt),
+    )
+    attempt.plain = True
+    _observe(fit, attempt, trajectory)
+
+
+def take_recorded_steps(fit: Fit, window: Window, attempt: Attempt) -> None:
+    """Steps through the attempt's window, and its hypergradient and J unless they fail.
+
+    Where memory does not suffice, later reverse passes do with less of it.
     """
+    reverse_pass, terminal = fit.state.reverse_pass, terminal_loss(fit, window)
+    assert reverse_pass is not None
+    unseen: str | None = None
+    try:
+        mean = Average(fit.objective.average)
+        recorder = reverse_pass.roll(
+            list(attempt.batches),
+            attempt.schedule,
+            average=mean,
+            on_step=_on_step(fit, window, attempt),
+            limit=_limit(fit, attempt),
+        )
+        with closing(recorder):
+            attempt.plain = not recorder.plan.graphs
+            _observe(fit, attempt, recorder.trajectory)
+            if attempt.failure is None:
+                # The next window may go on from the roll's random state.
+                with preserved():
+                    _differentiate(fit, attempt, recorder, mean, terminal)
+    except Unseen as error:
+        attempt.out_of_memory, unseen = True, str(error)
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not out_of_memory(error) or fit.plant.ranks is not None:
+            raise
+        attempt.out_of_memory = True
+    if attempt.out_of_memory:  # out of the handler, whose traceback holds what there was
+        attempt.hypergradient, attempt.trajectory, fit.state.live = None, None, None
+        _fall_back(fit, attempt, unseen)
 
-    def __init__(self, plant: Plant, loop: Loop, chronicle: Chronicle, *, again: bool) -> None:
-        self.plant, self.loop, self.chronicle, self.again = plant, loop, chronicle, again
 
-    def run(
-        self,
-        attempt: Attempt,
-        commit: int,
-        mean: Average | None,
-        recording: ReversePass | None = None,
-    ) -> WindowRecorder | None:
-        """Live steps through the attempt's window; keeps the moment at `commit` if it is inside.
+def _differentiate(
+    fit: Fit,
+    attempt: Attempt,
+    recorder: WindowRecorder,
+    mean: Average,
+    terminal: HeldOutLoss | None,
+) -> None:
+    """The hypergradient and J of a recorded roll whose end is the live state."""
+    assert fit.reverse_passes is not None
+    clip = fit.reverse_passes.damping.clip
+    h = _reverse_pass(fit, recorder, mean, terminal, clip)
+    attempt.first_outcome = h.result
+    if h.result.name == "exploding" and clip is None and recorder.again:
+        h = _reverse_pass(fit, recorder, mean, terminal, EXPLODING_CLIP)
+    attempt.hypergradient = h
+    attempt.value = h.value + penalty_of(fit, attempt)
+    _check_value(attempt)
 
-        mean: takes every iterate in. recording: rolls in the plant's place; its recorder, which
-        has what looking back needs, is returned.
-        """
-        schedule, parameters = attempt.schedule, self.plant.parameters
-        loop, chronicle = self.loop, self.chronicle
-        steps, again = loop.steps, self.again
 
-        def on_step(step: int, observed: StepRecord) -> None:
-            if step < commit and (steps - step) % AVERAGE_EVERY == 1:
-                loop.average.update(parameters)
-            if again:
-                chronicle.check_stop()
-            if step + 1 == commit < schedule.stop:
-                attempt.inside = self.here()
-            if chronicle.listeners:
-                loss = float(observed.loss) if observed.loss.device.type == "cpu" else None
-                chronicle.emit(StepTaken(step, loss, schedule.at(step)))
+def _reverse_pass(
+    fit: Fit,
+    recorder: WindowRecorder,
+    mean: Average,
+    terminal: HeldOutLoss | None,
+    clip: float | None,
+) -> Hypergradient:
+    """A reverse pass, on the ledger."""
+    assert fit.reverse_passes is not None and fit.state.reverse_pass is not None
+    damping, cost = replace(fit.reverse_passes.damping, clip=clip), fit.state.cost
+    h = fit.state.reverse_pass.differentiate(recorder, mean, terminal, damping)
+    cost.hessian_products += h.hessian_products
+    # The terminal loss is counted by its size.
+    cost.gradient_equivalents += h.gradient_equivalents - (terminal is not None)
+    return h
 
-        def limit(first: float) -> float:
-            lately, ever = loop.reference or (first, first)
-            if not attempt.guarded or min(first, lately, ever) <= 0:
-                return math.inf
-            return max(DIVERGED * first, DIVERGED * lately, 1.5 * ever)
 
-        recorder = None
-        if recording is not None:
-            recorder = recording.roll(
-                list(attempt.batches), schedule, average=mean, on_step=on_step, limit=limit
-            )
-            trajectory = recorder.trajectory
-        else:
-            trajectory = self.plant.roll(
-                attempt.batches, schedule, average=mean, on_step=on_step, limit=limit
-            )
-        attempt.trajectory = trajectory
-        attempt.plain = recorder is None or not recorder.plan.graphs
-        loop.live = attempt
-        loop.cost.gradients(len(trajectory))
-        if trajectory.diverged is not None:
-            loss = float(trajectory.losses[trajectory.diverged])
-            step = schedule.start + trajectory.diverged
-            attempt.failure = f"the loss is {loss:.4g} at step {step}"
-        elif not self.plant.is_finite():
-            attempt.failure = f"the state is not finite after step {schedule.stop - 1}"
-        if again:
-            self._check_replay(attempt)
-        return recorder
+def _check_value(attempt: Attempt) -> None:
+    if not math.isfinite(attempt.value):
+        steps = f"[{attempt.schedule.start}, {attempt.schedule.stop})"
+        attempt.failure = f"the objective is not finite at steps {steps}"
 
-    def here(self) -> Moment:
-        """The moment that the loop is at, to come back to."""
-        return Moment(self.plant.snapshot(), self.loop.average.copy())
 
-    def restore(self, moment: Moment) -> None:
-        """Goes back to a moment."""
-        self.loop.live = None
-        self.plant.restore(moment.snapshot)
-        self.loop.average.assign(moment.average)
+# While steps are taken ----------------------------------------------------------------------------
 
-    def back_to(self, window: Window, attempt: Attempt, verb: Verb) -> None:
-        """Restores the window's beginning, and says that `verb` comes next."""
-        start, stop = attempt.schedule.start, attempt.schedule.stop
-        self.chronicle.verb("restore", start, stop, attempt.number)
-        self.restore(window.before)
-        self.chronicle.verb(verb, start, stop, attempt.number)
 
-    def settled(self, attempt: Attempt, window: Window) -> Attempt:
-        """The attempt with its end state live, as the plain loop's own steps reach it.
+def _on_step(fit: Fit, window: Window, attempt: Attempt) -> Callable[[int, StepRecord], None]:
+    """What is done after every step; keeps the moment at the window's `commit` if it is inside."""
+    state, events, schedule = fit.state, fit.events, attempt.schedule
+    steps, commit, rewrites = state.steps, window.commit, fit.rewrites
+    parameters = fit.plant.parameters
 
-        A roll that keeps graphs takes kernels that can be differentiated twice, which differ from
-        the plain ones by roundings: what is committed anyone can replay.
-        """
-        if attempt.plain and attempt is self.loop.live:
-            return attempt
-        if attempt.plain and attempt.end is not None:
-            self.restore(attempt.end)
-            return attempt
-        self.back_to(window, attempt, "roll")
-        plain = replace(attempt, trajectory=None, inside=None)
-        self.run(plain, window.commit, None)
-        return plain
+    def on_step(step: int, observed: StepRecord) -> None:
+        if step < commit and (steps - step) % AVERAGE_EVERY == 1:
+            state.average.update(parameters)
+        if rewrites:
+            fit.check_stop()
+        if step + 1 == commit < schedule.stop:
+            attempt.inside = fit.here()
+        if events.listeners:
+            loss = float(observed.loss) if observed.loss.device.type == "cpu" else None
+            events.emit(StepTaken(step, loss, schedule.at(step)))
 
-    def _check_replay(self, attempt: Attempt) -> None:
-        """Whether a step that is taken again is the same: once, in the first window that has one.
+    return on_step
 
-        The first loss and gradient of two ways through a window depend on where it begins alone, so
-        that this costs nothing unless they differ.
-        """
-        trajectory = attempt.trajectory
-        if self.loop.checked or not attempt.plain or not trajectory:
-            return
-        start = attempt.schedule.start
-        norm = trajectory.gradient_norms[0]
-        seen = (start, torch.stack([trajectory.losses[0].double(), torch.as_tensor(norm).double()]))
-        before, self.loop.seen = self.loop.seen, seen
-        if before is None or before[0] != start or not bool(seen[1].isfinite().all()):
-            return
-        self.loop.checked = True
-        if torch.equal(before[1], seen[1]):
-            return
-        batch = next(iter(attempt.batches))
-        with preserved():
-            found = replay_deviation(self.plant, batch, attempt.schedule.at(start), start)
-        self.loop.cost.gradients(2)
-        apart = float(((before[1] - seen[1]).abs() / before[1].abs().clamp(min=1e-30)).max())
-        self.loop.deviation = found or Deviation(apart, ())
-        self.chronicle.tell(self.loop.deviation.sentence())
+
+def _limit(fit: Fit, attempt: Attempt) -> Callable[[float], float]:
+    """The first loss of a roll -> the loss above which it counts as diverged."""
+
+    def limit(first: float) -> float:
+        lately, ever = fit.state.reference or (first, first)
+        if not attempt.guarded or min(first, lately, ever) <= 0:
+            return math.inf
+        return max(DIVERGED * first, DIVERGED * lately, 1.5 * ever)
+
+    return limit
+
+
+def _observe(fit: Fit, attempt: Attempt, trajectory: Trajectory) -> None:
+    """What a roll has come to."""
+    attempt.trajectory = trajectory
+    fit.state.live = attempt
+    fit.state.cost.gradients(len(trajectory))
+    if trajectory.diverged is not None:
+        loss = float(trajectory.losses[trajectory.diverged])
+        step = attempt.schedule.start + trajectory.diverged
+        attempt.failure = f"the loss is {loss:.4g} at step {step}"
+    elif not fit.plant.is_finite():
+        attempt.failure = f"the state is not finite after step {attempt.schedule.stop - 1}"
+    if fit.rewrites:
+        _check_replay(fit, attempt)
+
+
+def _check_replay(fit: Fit, attempt: Attempt) -> None:
+    """Whether a step that is taken again is the same: once, in the first window that has one.
+
+    The first loss and gradient of two ways through a window depend on where it begins alone, so
+    that this costs nothing unless they differ.
+    """
+    check, trajectory = fit.state.replay, attempt.trajectory
+    if check.done or not attempt.plain or not trajectory:
+        return
+    start = attempt.schedule.start
+    norm = torch.as_tensor(trajectory.gradient_norms[0])
+    seen = torch.stack([trajectory.losses[0].double(), norm.double()])
+    before, check.first = check.first, (start, seen)
+    if before is None or before[0] != start or not bool(seen.isfinite().all()):
+        return
+    check.done = True
+    if torch.equal(before[1], seen):
+        return
+    batch = next(iter(attempt.batches))
+    with preserved():
+        found = replay_deviation(fit.plant, batch, attempt.schedule.at(start), start)
+    fit.state.cost.gradients(2)
+    apart = float(((before[1] - seen).abs() / before[1].abs().clamp(min=1e-30)).max())
+    check.deviation = found or Deviation(apart, ())
+    fit.events.tell(check.deviation.sentence())
+
+
+# Where memory does not suffice --------------------------------------------------------------------
+
+
+def _fall_back(fit: Fit, attempt: Attempt, unseen: str | None) -> None:
+    """Makes the next reverse passes do with less memory. unseen: why none is possible at all."""
+    plant, state = fit.plant, fit.state
+    plant.optimizer.zero_grad()
+    if unseen is not None:
+        state.fallback = replace(state.fallback, never_differentiate=True)
+        attempt.failure = f"not looked back at: {unseen}"
+        fit.events.tell(f"windows are not rewritten from now on: {unseen}")
+        return
+    # What an exception cut off is in cycles: without this the next plain step failed as well.
+    gc.collect()
+    trim()
+    if plant.parameters[0].device.type == "cuda":
+        torch.cuda.empty_cache()
+    assert state.reverse_pass is not None and fit.reverse_passes is not None
+    schedule = attempt.schedule
+    try:
+        plan = state.reverse_pass.plan(len(schedule), next(iter(attempt.batches)), schedule)
+        predicted, product = plan.predicted_bytes, str(plan.product)
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not out_of_memory(error):
+            raise
+        predicted, product = None, state.reverse_pass.product
+    state.fallback, words = state.fallback.more(len(schedule), product, predicted)
+    known = state.reverse_pass.state()
+    known |= {"product": state.fallback.product or known["product"]}
+    state.reverse_pass = fit.reverse_passes.make(state.fallback, known)
+    attempt.failure = f"out of memory; from now on {words}"
+    fit.events.notice(f"looking back ran {attempt.failure}")

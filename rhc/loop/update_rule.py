@@ -1,7 +1,7 @@
-"""From a hypergradient to a new schedule: how far to go, and along which shapes.
+"""The update rule: from a hypergradient to a new schedule, how far to go and along which shapes.
 
-The law only proposes. Whether a proposal is kept is decided by replaying the window with it on the
-same batches, noise and objective data (common random numbers): `rhc.loop.rewriting`.
+It only proposes. Whether a proposal is kept is decided by replaying the window with it, on the same
+batches, noise and objective data (common random numbers): `rhc.loop.windows`.
 """
 
 from __future__ import annotations
@@ -9,47 +9,41 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from rhc.errors import InputError, plain_numbers, whole_number
-from rhc.loop.lr_search import WARMUP
 from rhc.schedule import CONTROLS, Schedule, Template, total_variation
 from rhc.schedule.planned import PlannedSchedule
 from rhc.training.objective import Objective
 
-LEAVES_ZERO = 0.5
-"""A control at exactly 0 stays there unless the law wants this share of its largest move."""
+WARMUP = 0.1
+"""The share of the run in which lr rises, for optimizers that divide by a second moment: without it
+a small language model ends 0.14 nats higher. With plain SGD it gains nothing (docs/log.md)."""
 
+LEAVES_ZERO = 0.5
+"""A control at exactly 0 stays there unless the rule wants this share of its largest move."""
 
 Shift = float | tuple[float, ...]
-
-RULES = ("normalised", "standard-error", "batch-error", "sign", "adam")
-
-History = dict[str, list[list[float]]]
-"""What windows asked for so far, oldest first: control, or "control/group", -> g of every knot."""
-
-REMEMBERED = 8
-"""Windows that a rule looks back on."""
+"""By how much a control moves in raw coordinates; one number per group where it has such values."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """schedule: the window's, rewritten. carry: control -> shift in raw coordinates for the steps
-    after the window, one per parameter group where the control has values per group. predicted:
-    first-order change of J. asked: g of every knot, for the history."""
+    """A window's schedule, rewritten.
+
+    carry: control -> shift for the steps after the window. predicted: first-order change of J.
+    """
 
     schedule: Schedule
     carry: dict[str, Shift]
     predicted: float
-    asked: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Rewrite:
-    """A normalised step with shrinkage, per control and knot, in unconstrained coordinates.
+    """The update rule: a normalised step, per control and knot, in unconstrained coordinates.
 
     Δ_k = −step · g_k / (|g_k| + damping / n), g_k = Σ_t B_tk dJ/du_t / |J| with B the n hat
     functions of the knots: log J falls by about |g_k| per unit, so damping is the relative gain
@@ -57,41 +51,42 @@ class Rewrite:
     parameter group is as many controls, each moved by its own gradient; of those, one at 0 stays
     there, and none comes down to it.
 
-    rule: what takes the place of g / (|g| + damping / n), from this window's g and those of the
-    last `REMEMBERED` windows: "standard-error": g / (|g| + s), s the standard deviation of g from
-    window to window; "batch-error": the same with s the standard error of g over the batches of the
-    objective, each batch's part of it at H = 0, so that it takes no further adjoint (with a single
-    batch s = |g|); "sign": the sign of g, 1.3 times as far each time it repeats and half as far
-    each time it turns (Rprop, Riedmiller & Braun 1993); "adam": m̂ / (√v̂ + damping / n) over the
-    windows, β = 0.9, 0.99 (Kingma & Ba 2015). "normalised" looks at no other window.
-    step: control -> largest move per rewrite (nats for log controls, logits for momentum).
-    total_variation: weight of Σ|u_{t+1} − u_t| in the objective (see `penalty`).
-    retries: how often a rejected proposal is tried again, `shrink` times as far. accept: whether a
-    proposal must lower the objective to be kept; False for the ablation that keeps every one.
-    cooldown: fraction of the run over which lr falls linearly to 0 at the end.
-    until: fraction of the run after which windows are looked back at only after a surprise.
-    iterations: rewrites of one window, one on top of the other, while each lowers J by the share
-    `worth`; every further one may go `grow` times as far, up to `farthest` times the step.
-    carry: share of a correction that is left after each window; 1 to keep it for good.
-    patience: looks in a row that are not worth it before windows are passed over, twice as many
-    each time; None to look back at all of them.
-    surprise: a window whose losses rise by this many standard errors above those of the window
-    before is looked back at in any case, and ends the passing over; None for no such test.
-    restart: after a surprise, the template is also tried begun anew at its step, at these factors
-    of its highest lr, without corrections. The best of them is taken unless it is worse than the
-    window as planned by the share `worth`: the window is short, and the lr is for what follows.
-    most: how far above the highest lr of the template a rewritten one may be, in nats; while the
-    template rises, above the template.
-    budget: plain runs that the whole run may cost, the search for a start included: what would
-    exceed it is not looked back at, replayed or begun anew, but rolled plainly. Windows that
-    diverge, and what `validate_every` takes, come on top.
-    lower_lr: factor on lr when a window diverges; `rewinds`: how often in a row at most.
+    Args:
+        step: control -> largest move per rewrite (nats for log controls, logits for momentum).
+        damping: relative gain below which a step shrinks.
+        knots: of the hat functions.
+        total_variation: weight of Σ|u_{t+1} − u_t| in the objective.
+        retries: how often a rejected proposal is tried again, `shrink` times as far.
+        shrink: factor on the step for each retry.
+        accept: whether a proposal must lower the objective to be kept.
+        cooldown: fraction of the run over which lr falls linearly to 0 at the end.
+        until: fraction of the run after which windows are rewritten only after a shift of the data.
+        iterations: rewrites of one window at most, one on top of the other.
+        worth: relative fall of J below which a rewrite was not worth it.
+        grow: how many times as far each further rewrite of a window may go.
+        farthest: how many times as far any may go.
+        carry: share of a correction that is left after each window; 1 to keep it for good.
+        patience: windows in a row that were not worth rewriting before windows are skipped, twice
+            as many each time; None to skip none.
+        surprise: standard errors by which the losses of a window must rise above those before it
+            for a shift of the data, after which windows are rewritten again; None for no such test.
+        restart: factors of the template's highest lr at which it is also tried from the step of a
+            shift on, without corrections. The best is taken unless it is worse than the window as
+            planned by the share `worth`: the window is short, and the lr is for what follows.
+        most: nats by which a rewritten lr may exceed the highest lr of the template; while the
+            template rises, the template.
+        budget: plain runs that the whole run may cost, with the search for the first lr; beyond it
+            windows are rolled plainly. Windows that diverge, and `validate_every`, come on top.
+        lower_lr: factor on lr when a window diverges.
+        rewinds: how often in a row lr is lowered, at most.
+
+    Raises:
+        InputError: for values that cannot be used.
     """
 
     step: Mapping[str, float] = field(
         default_factory=lambda: {"lr": 0.7, "momentum": 0.1, "noise": 0.3, "weight_decay": 0.3}
     )
-    rule: str = "normalised"
     damping: float = 0.05
     knots: int = 1
     total_variation: float = 0.0
@@ -115,8 +110,6 @@ class Rewrite:
 
     def __post_init__(self) -> None:
         plain_numbers(self)
-        if self.rule not in RULES:
-            raise InputError(f"rule must be one of {', '.join(RULES)}, got {self.rule!r}")
         for name in ("knots", "retries", "iterations", "patience", "rewinds"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, whole_number(name, value))
@@ -148,104 +141,37 @@ class Rewrite:
         return self.total_variation * float(total_variation(schedule.raw(controls)).sum())
 
     def propose(
-        self,
-        schedule: Schedule,
-        gradient: Mapping[str, Tensor],
-        value: float,
-        scale: float = 1.0,
-        history: Mapping[str, Sequence[Sequence[float]]] | None = None,
-        samples: Mapping[str, Tensor] | None = None,
+        self, schedule: Schedule, gradient: Mapping[str, Tensor], value: float, scale: float = 1.0
     ) -> Proposal:
         """A rewritten window.
 
-        schedule: the window as rolled, K steps. gradient: control -> dJ/du in natural units, of
-        the shape of the schedule's values, (K,) or (K, G), without the penalty's. value: J. scale:
-        of all steps, for a retry. history: what the windows before asked for. samples: the gradient
-        by each batch of the objective, (n, K) or (n, K, G), for "batch-error". Controls whose
-        gradient is 0 everywhere do not move by the usual rule, nor do those at exactly 0 for less
-        than `LEAVES_ZERO`.
+        Args:
+            schedule: the window as rolled, K steps.
+            gradient: control -> dJ/du in natural units, of the shape of the schedule's values, (K,)
+                or (K, G), without the penalty's.
+            value: J.
+            scale: factor on all steps.
+
+        Returns:
+            The proposal. Controls whose gradient is 0 everywhere do not move, nor do those at
+            exactly 0 for less than `LEAVES_ZERO`.
         """
         basis = hat_functions(len(schedule), self.knots)
-        size = max(abs(value), 1e-12)
         values: dict[str, Tensor] = {}
         carry: dict[str, Shift] = {}
-        asked: dict[str, list[float]] = {}
         predicted = 0.0
-
-        def moved(
-            name: str,
-            key: str,
-            old: Tensor,
-            natural: Tensor,
-            sampled: Sequence[Tensor] = (),
-            *,
-            of_group: bool = False,
-        ) -> tuple[Tensor, float, float]:
-            raw, of_raw = self._in_raw(name, old, natural)
-            knots = basis.T @ of_raw / size
-            asked[key] = knots.tolist()
-            seen = [basis.T @ self._in_raw(name, old, s)[1] / size for s in sampled]
-            direction = self._direction(knots, (history or {}).get(key, ()), seen)
-            move = -self.step.get(name, 0.0) * scale * direction
-            return self._moved(name, old, raw, of_raw, basis, move, scale, of_group=of_group)
-
         for name, natural in gradient.items():
-            old = schedule[name]
-            sampled = list((samples or {}).get(name, ()))
-            if old.dim() == 1:
-                values[name], carry[name], change = moved(name, name, old, natural, sampled)
-                predicted += change
-                continue
-            groups = [
-                moved(
-                    name,
-                    f"{name}/{g}",
-                    old[:, g],
-                    natural[:, g],
-                    [s[:, g] for s in sampled],
-                    of_group=True,
-                )
-                for g in range(old.shape[1])
+            old, grouped = schedule[name], schedule[name].dim() == 2
+            moved = [
+                self._moved(name, before, slope, value, basis, scale, of_group=grouped)
+                for before, slope in zip(_columns(old), _columns(natural), strict=True)
             ]
-            values[name] = torch.stack([new for new, _, _ in groups], dim=1)
-            carry[name] = tuple(shift for _, shift, _ in groups)
-            predicted += sum(change for _, _, change in groups)
+            news, shifts, changes = zip(*moved, strict=True)
+            values[name] = torch.stack(news, dim=1) if grouped else news[0]
+            carry[name] = shifts if grouped else shifts[0]
+            predicted += sum(changes)
         new = Schedule({**schedule.values, **values}, schedule.start, schedule.seed)
-        return Proposal(new, carry, predicted, asked)
-
-    def _direction(
-        self, knots: Tensor, past: Sequence[Sequence[float]], sampled: Sequence[Tensor] = ()
-    ) -> Tensor:
-        """What a step of size 1 goes against, (n,).
-
-        past: of earlier windows, (n,) each; of others nothing is known. sampled: of this window, by
-        each batch of the objective, (n,).
-        """
-        least = self.damping / self.knots
-        if self.rule == "normalised":
-            return knots / (knots.abs() + least)
-        if self.rule == "batch-error":
-            error = knots.abs()
-            if len(sampled) > 1:
-                error = torch.stack(list(sampled)).std(0) / math.sqrt(len(sampled))
-            return knots / (knots.abs() + error).clamp(min=1e-300)
-        same = [torch.tensor(p, dtype=torch.float64) for p in past if len(p) == len(knots)]
-        seen = torch.stack([*same[-REMEMBERED:], knots])
-        if self.rule == "standard-error":
-            # Two values say little of their spread; one alone is as uncertain as it is large.
-            spread = seen.std(0) if len(seen) > 2 else knots.abs()
-            return knots / (knots.abs() + spread).clamp(min=1e-300)
-        if self.rule == "sign":
-            reach = torch.ones_like(knots)
-            for before, after in pairwise(seen.sign()):
-                reach = torch.where(before * after < 0, 0.5 * reach, reach)
-                reach = torch.where(before * after > 0, 1.3 * reach, reach).clamp(1 / 16, 4.0)
-            return knots.sign() * reach
-        first, second = torch.zeros_like(knots), torch.zeros_like(knots)
-        for g in seen:
-            first, second = 0.9 * first + 0.1 * g, 0.99 * second + 0.01 * g * g
-        first, second = first / (1 - 0.9 ** len(seen)), second / (1 - 0.99 ** len(seen))
-        return first / (second.sqrt() + least)
+        return Proposal(new, carry, predicted)
 
     def bounded(self, new: Schedule, old: Schedule, highest: Tensor) -> Schedule:
         """`new` with no lr above `most`, unless it was above it in `old`.
@@ -258,27 +184,25 @@ class Rewrite:
         lr = new["lr"].minimum(old["lr"].maximum(ceiling))
         return Schedule({**new.values, "lr": lr}, new.start, new.seed)
 
-    def _in_raw(self, name: str, old: Tensor, natural: Tensor) -> tuple[Tensor, Tensor]:
-        """Values and gradient in unconstrained coordinates, (K,) each, with the penalty's."""
-        control = CONTROLS[name]
-        raw = control.to_raw(old)
-        of_raw = natural * control.slope(old) + self._penalty_gradient(raw)
-        return raw, of_raw.clamp(-1e100, 1e100)  # sums of them stay finite
-
     def _moved(
         self,
         name: str,
         old: Tensor,
-        raw: Tensor,
-        of_raw: Tensor,
+        natural: Tensor,
+        value: float,
         basis: Tensor,
-        move: Tensor,
         scale: float,
         *,
-        of_group: bool = False,
+        of_group: bool,
     ) -> tuple[Tensor, float, float]:
         """(new values (K,), shift to carry on, predicted change of J) of one control or group."""
         control = CONTROLS[name]
+        raw = control.to_raw(old)
+        slope = natural * control.slope(old) + self._penalty_gradient(raw)
+        slope = slope.clamp(-1e100, 1e100)  # sums of them stay finite
+        knots = basis.T @ slope / max(abs(value), 1e-12)
+        direction = knots / (knots.abs() + self.damping / self.knots)
+        move = -self.step.get(name, 0.0) * scale * direction
         shift = basis @ move
         new = control.from_raw(raw + shift)
         # What does not move keeps its bits, and 0 is left for a good reason only.
@@ -291,7 +215,7 @@ class Rewrite:
         if bool(held.all()):
             return old, 0.0, 0.0
         carry = float(move[-1]) if self.knots == 1 else float(shift.mean())
-        return torch.where(held, old, new), carry, float(of_raw @ shift)
+        return torch.where(held, old, new), carry, float(slope @ shift)
 
     def _penalty_gradient(self, raw: Tensor) -> Tensor:
         """A subgradient of total_variation · Σ|u_{t+1} − u_t|, 0 where the schedule is flat."""
@@ -304,10 +228,13 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Twin(Rewrite):
-    """Without gradients: every window is replayed at lr e^δ and lr e^−δ, and the better is kept.
+    """Antithetic search: every window is replayed at lr e^δ and lr e^−δ, the better is kept.
 
-    δ begins at `first`, grows by half where the direction repeats and halves where it turns, within
-    [0.02, 1.2]. Nothing is differentiated; one lr is steered, of all steps and groups alike.
+    δ grows by half where the direction repeats and halves where it turns, within [0.02, 1.2].
+    Nothing is differentiated; one lr is moved, of all steps and groups alike.
+
+    Args:
+        first: δ of the first window.
     """
 
     first: float = 0.3
@@ -335,12 +262,12 @@ USUAL = Rewrite(
     most=0.4,
     budget=5.0,
 )
-"""The law where the start was looked for. Corrections are small and fade; windows are looked back
-at while that is worth it, at the beginning and after a surprise: docs/outcome.md."""
+"""The rule where the first lr was searched for. Corrections are small and fade; windows are
+rewritten while that is worth it, at the beginning and after a shift: docs/outcome.md."""
 
 
 def usual_law(start: str) -> Rewrite:
-    """The law where none is given: `USUAL`, or far steps to the end where lr was given."""
+    """The rule where none is given: `USUAL`, or far steps to the end where lr was given."""
     return Rewrite() if start == "given" else USUAL
 
 
@@ -363,6 +290,11 @@ def usual_objective(start: str, window: int) -> Objective:
     that only the average bears.
     """
     return Objective() if start == "given" else Objective(loss_weight=1 / window)
+
+
+def _columns(values: Tensor) -> Sequence[Tensor]:
+    """(K,) of every parameter group; of all together, where they have no values of their own."""
+    return values.unbind(1) if values.dim() == 2 else [values]
 
 
 def faded(
@@ -388,46 +320,8 @@ def added(first: Mapping[str, Shift], second: Mapping[str, Shift]) -> dict[str, 
     return faded(first, second, 1.0)[0]
 
 
-def remembered(history: History, asked: Mapping[str, Sequence[float]]) -> History:
-    """The history with one more window, of which the last `REMEMBERED` are kept."""
-    grown = {name: list(past) for name, past in history.items()}
-    for name, knots in asked.items():
-        grown[name] = [*grown.get(name, []), list(knots)][-REMEMBERED:]
-    return grown
-
-
 def _plain(value: Tensor) -> Shift:
     return float(value) if value.dim() == 0 else tuple(value.tolist())
-
-
-FEWEST = 20
-
-
-def surprised(before: Sequence[float], losses: Sequence[float], errors: float) -> int | None:
-    """The first of `losses` at which they have risen above what they were before; None for none.
-
-    They have where the mean of some block of a tenth of their number, five at least, lies `errors`
-    of its standard errors and a tenth above the mean of `before`, and all but a fifth of the block
-    a standard deviation: one outlier is no shift. The spread is that of `before`.
-    Multiplying all losses by a number changes nothing. Fewer than `FEWEST` losses before say too
-    little of their spread.
-    """
-    if len(before) < FEWEST or not losses:
-        return None
-    block = min(max(5, len(losses) // 10), len(losses))
-    level = sum(before) / len(before)
-    spread = math.sqrt(sum((x - level) ** 2 for x in before) / (len(before) - 1))
-    bar = max(level + errors * spread / math.sqrt(block), level + 0.1 * abs(level))
-
-    def risen(part: Sequence[float]) -> bool:
-        return sum(part) / block > bar and sorted(part)[block // 5] > level + spread
-
-    places = range(len(losses) - block + 1)
-    high = next((i for i in places if risen(losses[i : i + block])), None)
-    if high is None:
-        return None
-    # The block that is first above the bar may have begun before the rise.
-    return next((i for i in range(high, high + block) if losses[i] > bar), high)
 
 
 def hat_functions(steps: int, knots: int) -> Tensor:

@@ -1,128 +1,354 @@
-"""One window, from the state before it to the attempt that is committed.
-
-`PlainWindows` are followed as planned. `RewrittenWindows` are rolled until they are finite, looked
-back at where the law and the budget want it, and rewritten. Both leave the end state live.
-"""
+"""One window, from the state before it to the attempt that is committed: the verbs of the loop."""
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import cast
+
+import torch
 
 from rhc.errors import DivergedError
-from rhc.loop.base_schedule import LOOK, Budget
-from rhc.loop.records import Chronicle
-from rhc.loop.rewriting import Rewriting, Twins
-from rhc.loop.rolling import Rolling
-from rhc.loop.shift import Surprise
-from rhc.loop.state import Attempt, Loop, Window
-from rhc.loop.steps import Steps
-from rhc.loop.update_rule import Rewrite
-from rhc.training import interrupts as stopping
+from rhc.events import Committed, VerbStarted
+from rhc.loop.budget import REWRITE, affords, projected_cost
+from rhc.loop.epochs import epoch_end, plan_epochs
+from rhc.loop.fit import Fit
+from rhc.loop.records import record, tape_rows, validation_losses
+from rhc.loop.state import Attempt, Window
+from rhc.loop.steps import replay, restore, take_recorded_steps, take_steps
+from rhc.loop.update_rule import Shift, Twin, added, faded, replanned
+from rhc.loop.window_objective import terminal_loss
+from rhc.schedule.planned import PlannedSchedule
+from rhc.storage.files import finite
+from rhc.training import interrupts
+from rhc.training.memory import peak_memory
 from rhc.training.plant import PATIENCE
 
 
-class PlainWindows:
-    """Windows with rewriting off: the plain loop, bit for bit.
+def next_window(fit: Fit) -> Window:
+    """The steps to go through next, and the state at their beginning if they are rewritten."""
+    state, start = fit.state, fit.state.step
+    length = fit.window if fit.rewrites else fit.stride
+    stop = min(start + min(length, state.fallback.longest or length), state.steps)
+    if fit.planner is not None:
+        stop = min(stop, epoch_end(fit, start))
+    commit = min(start + fit.stride, stop)
+    return Window(start, stop, commit, fit.here() if fit.rewrites else None)
 
-    alone: no other rank, so that a window may end at any step where the run is being stopped.
+
+# Roll ---------------------------------------------------------------------------------------------
+
+
+def roll(fit: Fit, window: Window, *, differentiate: bool | None = None) -> Attempt:
+    """The window as it is planned, at an lr that is lowered until all is finite; its end is live.
+
+    differentiate: whether its hypergradient is taken; None where the update rule decides. Raises
+    DivergedError where no lr is finite, or the lr is not and nothing is rewritten.
     """
+    if not fit.rewrites:
+        return _roll_lazily(fit, window)
+    if differentiate is None:
+        differentiate = _wants_hypergradient(fit, window)
+    state, rule, number = fit.state, fit.rule, 0
+    failed: tuple[int, float] | None = None
+    for schedule, correction, guarded in _schedules_to_roll(fit, window):
+        # A loss that no lr lowers is not the lr's: if it is finite, it is let through.
+        if not guarded and (failed is None or not math.isfinite(failed[1])):
+            break
+        state.schedule, state.correction, failed = schedule, correction, None
+        for _ in range(rule.rewinds + 1):
+            fit.announce("roll", window.start, window.stop, number)
+            planned = state.schedule.window(window.start, window.stop)
+            batches = fit.data.train.take(window.start, window.stop)
+            attempt = Attempt(number, planned, batches, guarded)
+            if differentiate:
+                take_recorded_steps(fit, window, attempt)
+                terminal = terminal_loss(fit, window)
+                if attempt.hypergradient is not None and terminal is not None:
+                    state.cost.gradients(terminal.share)
+            else:
+                take_steps(fit, window, attempt)
+            if attempt.failure is None:
+                window.differentiated |= attempt.hypergradient is not None
+                return attempt
+            restore(fit, window, attempt)
+            record(fit, attempt, "rewound", attempt.failure)
+            state.cost.rewound_windows += number == 0
+            if attempt.out_of_memory:
+                # This window is let through where the next one will be shorter.
+                length = window.stop - window.start
+                differentiate = length <= (state.fallback.longest or fit.window)
+                differentiate = differentiate and not state.fallback.never_differentiate
+                number += 1
+                continue
+            failed, previous = _place(attempt), failed
+            if guarded and _same_place(previous, failed):
+                break
+            lower = {"lr": math.log(rule.lower_lr)}
+            state.schedule = replanned(state.schedule, window.start, lower)
+            number += 1
+    raise DivergedError(
+        f"{attempt.failure}, also at lr x{rule.lower_lr**rule.rewinds:.0e}; "
+        "look at the data and the loss of these steps"
+    )
 
-    def __init__(self, loop: Loop, steps: Steps, chronicle: Chronicle, *, alone: bool) -> None:
-        self.loop, self.steps, self.chronicle, self.alone = loop, steps, chronicle, alone
 
-    def go_through(self, start: int, stop: int, commit: int) -> tuple[Attempt, int]:
-        """(the attempt to commit, the step up to which). DivergedError where it is not finite."""
-        self.chronicle.verb("roll", start, stop, 0)
-        # The plain loop draws each batch just before its step, from the same random state.
-        lazily = self.loop.train.lazily(start, stop)
-        if self.alone:  # ranks end at the same step
-            lazily = stopping.until_asked(lazily)
-        attempt = Attempt(0, self.loop.schedule.window(start, stop), lazily, guarded=False)
-        self.steps.run(attempt, commit, None)
-        if attempt.failure is not None:
-            raise DivergedError(
-                f"{attempt.failure}; lower the lr, or turn rewriting on to have it lowered"
+def _roll_lazily(fit: Fit, window: Window) -> Attempt:
+    """The plain loop, bit for bit."""
+    fit.announce("roll", window.start, window.stop, 0)
+    # The plain loop draws each batch just before its step, from the same random state.
+    batches = fit.data.train.lazily(window.start, window.stop)
+    if fit.plant.ranks is None:  # ranks end at the same step
+        batches = interrupts.until_asked(batches)
+    schedule = fit.state.schedule.window(window.start, window.stop)
+    attempt = Attempt(0, schedule, batches, guarded=False)
+    take_steps(fit, window, attempt)
+    if attempt.failure is not None:
+        raise DivergedError(
+            f"{attempt.failure}; lower the lr, or turn rewriting on to have it lowered"
+        )
+    assert attempt.trajectory is not None
+    window.commit = window.start + len(attempt.trajectory)  # fewer where the run is being stopped
+    return attempt
+
+
+def _wants_hypergradient(fit: Fit, window: Window) -> bool:
+    state, patience = fit.state, fit.state.patience
+    return (
+        (patience.after_shift or window.start < fit.rule.until * state.steps)
+        and patience.windows_to_skip == 0
+        and not state.fallback.never_differentiate
+        and (state.reverse_pass is None or state.reverse_pass.trusted)
+        and not isinstance(fit.rule, Twin)
+        and affords(fit, window, REWRITE, reverse_passes=1)
+    )
+
+
+def _schedules_to_roll(
+    fit: Fit, window: Window
+) -> Iterator[tuple[PlannedSchedule, dict[str, Shift], bool]]:
+    """(schedule, correction, whether it is guarded) to roll from, each when the last failed."""
+    planned, correction = fit.state.schedule, fit.state.correction
+    yield planned, correction, True
+    first = fit.base.at_first(fit.state)
+    here, then = (plan.window(window.start, window.stop) for plan in (planned, first))
+    if not all(torch.equal(here[name], then[name]) for name in planned.names if name != "lr"):
+        # No lr helps: it may be what rewriting made of the others.
+        fit.events.notice(
+            f"no lr keeps the steps from {window.start} on finite: all controls go back to what "
+            "the run began with"
+        )
+        yield first, {}, True
+    yield planned, correction, False
+
+
+def _place(attempt: Attempt) -> tuple[int, float] | None:
+    """(the step of the window at which the loss was too high, the loss); None for none."""
+    trajectory = attempt.trajectory
+    if trajectory is None or trajectory.diverged is None:
+        return None
+    return trajectory.diverged, float(trajectory.losses[trajectory.diverged])
+
+
+def _same_place(before: tuple[int, float] | None, now: tuple[int, float] | None) -> bool:
+    """Whether a lower lr changed little: then the data are other than they were."""
+    if before is None or now is None or not math.isfinite(before[1] + now[1]):
+        return False
+    return abs(before[0] - now[0]) <= PATIENCE and now[1] > 0.7 * before[1]
+
+
+# Rewrite ------------------------------------------------------------------------------------------
+
+
+def worth_rewriting(fit: Fit, window: Window, attempt: Attempt) -> bool:
+    """Whether the attempt is rewritten: the roll by the rule's choice, and what came of it once
+    more where the last rewrite was worth it and the budget has room."""
+    rule, reverse_pass = fit.rule, fit.state.reverse_pass
+    if not fit.rewrites or isinstance(rule, Twin) or window.cut:
+        return False
+    if attempt.rewrites == 0 and not window.differentiated and window.shift is None:
+        return False
+    if attempt.rewrites == rule.iterations or (attempt.rewrites and attempt.last_gain < rule.worth):
+        return False
+    if attempt.rewrites and not affords(fit, window, REWRITE, reverse_passes=1):
+        return False
+    return attempt.hypergradient is not None or reverse_pass is None or reverse_pass.trusted
+
+
+def hypergradient(fit: Fit, window: Window, attempt: Attempt) -> Attempt:
+    """The attempt with its hypergradient, for which it is rolled once more unless it has one.
+
+    As it was where that fails.
+    """
+    if attempt.hypergradient is not None:
+        return attempt
+    restore(fit, window, attempt)
+    fit.announce("roll", window.start, window.stop, attempt.number)
+    again = attempt.again()
+    take_recorded_steps(fit, window, again)
+    if again.out_of_memory:
+        record(fit, again, "rejected", again.failure)
+    return attempt if again.failure is not None else again
+
+
+def rewrite(fit: Fit, window: Window, attempt: Attempt) -> Iterator[Attempt]:
+    """Attempts to replay, each when the last was rejected: a whole step downhill, then shorter."""
+    rule, state, h = fit.rule, fit.state, attempt.hypergradient
+    if h is None:
+        return
+    fit.announce("rewrite", window.start, window.stop, attempt.number)
+    if h.result.usable:
+        if attempt.plain and attempt is state.live:
+            attempt.end = fit.here()
+        highest = fit.base.highest(state, window.start, window.stop)
+        for retry in range(rule.retries + 1):
+            if retry and not affords(fit, window, 2):
+                break
+            scale = attempt.scale * rule.shrink**retry
+            proposal = rule.propose(attempt.schedule, h.grad, attempt.value, scale)
+            schedule = rule.bounded(proposal.schedule, attempt.schedule, highest)
+            carry = proposal.carry
+            if attempt.proposal is not None:
+                carry = added(attempt.proposal.carry, carry)
+            yield attempt.again(
+                number=attempt.number + 1 + retry,
+                schedule=schedule,
+                proposal=replace(proposal, schedule=schedule, carry=carry),
             )
-        assert attempt.trajectory is not None
-        return attempt, start + len(attempt.trajectory)  # fewer where the run is being stopped
+    else:
+        record(fit, attempt, "rejected", f"hypergradient {h.result.name}: {h.result.message}")
+    state.cost.rejected_windows += attempt.rewrites == 0  # not reached where one was accepted
 
 
-class RewrittenWindows:
-    """Windows with hindsight. rewriting: by hypergradients, or by twins.
+def accepts(fit: Fit, attempt: Attempt, trial: Attempt) -> bool:
+    """Whether a replayed trial takes the place of the attempt that it was made from."""
+    rule = fit.rule
+    if trial.failure is None and rule.accept and not trial.value < attempt.value:
+        assert trial.proposal is not None
+        predicted = trial.proposal.predicted
+        trial.failure = f"the objective did not fall, where {predicted:.2g} was predicted"
+    if trial.failure is not None:
+        record(fit, trial, "rejected", trial.failure, attempt)
+        return False
+    record(fit, trial, "accepted", None, attempt)
+    gain = (attempt.value - trial.value) / max(abs(attempt.value), 1e-12)
+    trial.last_gain, trial.gain = gain, 1 - (1 - attempt.gain) * (1 - gain)
+    trial.rewrites = attempt.rewrites + 1
+    trial.scale = min(attempt.scale * rule.grow, rule.farthest)
+    return True
 
-    Writes in the loop: alert, in_vain, passed_over, regime.
+
+def antithetic_search(fit: Fit, window: Window, rolled: Attempt) -> Attempt:
+    """The better of the window at a higher and at a lower lr, by a `Twin`; as rolled otherwise."""
+    rule, search = fit.rule, fit.state.antithetic
+    if not isinstance(rule, Twin) or window.cut or not affords(fit, window, REWRITE):
+        return rolled
+    tried = []
+    for number, proposal in enumerate(rule.twins(rolled.schedule, search.delta)):
+        trial = rolled.again(
+            number=rolled.number + number, schedule=proposal.schedule, proposal=proposal
+        )
+        restore(fit, window, trial)
+        replay(fit, window, trial)
+        if trial.failure is None:
+            tried.append(trial)
+            if number == 0:
+                trial.end = fit.here()
+    best = min(tried, key=lambda trial: trial.value, default=rolled)
+    for trial in tried:
+        kept = trial is best
+        why = None if kept else "its twin is better"
+        record(fit, trial, "accepted" if kept else "rejected", why, trial)
+    if best.proposal is not None:
+        upwards = cast(float, best.proposal.carry["lr"]) > 0
+        search.delta = rule.next_delta(search.delta, repeats=upwards == search.upwards)
+        search.upwards = upwards
+    return best
+
+
+# Commit -------------------------------------------------------------------------------------------
+
+
+def settle(fit: Fit, window: Window, attempt: Attempt) -> Attempt:
+    """The attempt with its end state live, as the plain loop's own steps reach it.
+
+    A roll that keeps graphs takes kernels that can be differentiated twice, which differ from the
+    plain ones by roundings: what is committed anyone can replay. Rolled anew, where the attempt
+    fails when its steps are taken once more.
     """
+    if attempt.plain and attempt.end is not None and attempt is not fit.state.live:
+        fit.go_back(attempt.end)
+    elif not (attempt.plain and attempt is fit.state.live):
+        restore(fit, window, attempt)
+        fit.announce("roll", window.start, window.stop, attempt.number)
+        attempt = copy.copy(attempt)
+        attempt.trajectory = attempt.inside = None
+        take_steps(fit, window, attempt)
+    if attempt.failure is None:
+        return attempt
+    record(fit, attempt, "rewound", attempt.failure)
+    assert window.before is not None
+    fit.go_back(window.before)
+    fit.state.cost.rewound_windows += 1
+    return roll(fit, window, differentiate=False)
 
-    def __init__(
-        self,
-        loop: Loop,
-        law: Rewrite,
-        budget: Budget,
-        steps: Steps,
-        rolling: Rolling,
-        surprise: Surprise,
-        rewriting: Rewriting | Twins,
-    ) -> None:
-        self.loop, self.law, self.budget, self.steps = loop, law, budget, steps
-        self.rolling, self.surprise, self.rewriting = rolling, surprise, rewriting
 
-    def go_through(self, start: int, stop: int, commit: int) -> tuple[Attempt, int]:
-        """(the attempt to commit, the step up to which). DivergedError where no lr is finite."""
-        window = Window(start, stop, commit, self.steps.here())
-        attempt, until = self._gone_through(window)
-        if attempt.failure is not None:
-            return self.rolling.after(attempt, window), commit
-        return attempt, until
+def commit(fit: Fit, window: Window, attempt: Attempt) -> None:
+    """The attempt's steps up to the window's `commit` become the run's: state, tape and plan."""
+    state, data, stop = fit.state, fit.data, window.commit
+    fit.announce("commit", window.start, attempt.schedule.stop, attempt.number)
+    if attempt.inside is not None:
+        fit.go_back(attempt.inside)
+    if fit.rewrites:
+        _update_patience(fit, window, attempt)
+        if stop < state.steps:
+            shifts = {} if attempt.proposal is None else attempt.proposal.carry
+            state.correction, change = faded(state.correction, shifts, fit.rule.carry)
+            state.schedule = replanned(state.schedule, stop, change)
+    rows = tape_rows(attempt, stop)
+    first = rows[0]["loss"] if state.reference is None else state.reference[1]
+    state.reference = (sum(row["loss"] for row in rows) / len(rows), first)
+    peak = peak_memory(fit.plant.parameters[0].device)
+    state.cost.peak_memory_bytes = max(state.cost.peak_memory_bytes, peak)
+    state.step = stop
+    if fit.planner is not None:
+        plan_epochs(fit, attempt, rows)
+    every = data.validate_every
+    if every and stop // every > window.start // every:
+        held_out = validation_losses(fit)
+        found = {"loss": held_out.loss, **held_out.metrics}
+        rows[-1] |= {f"val_{name}": finite(value) for name, value in found.items()}
+    data.train.release(stop)
+    state.tape += rows
+    if fit.directory is not None:
+        fit.directory.tape.append(rows)
+    fit.events.emit(Committed(window.start, stop, rows, projected_cost(fit)))
+    state.cost.windows += 1
 
-    def _gone_through(self, window: Window) -> tuple[Attempt, int]:
-        """`go_through`; the attempt has failed where a way that was finite no longer is."""
-        loop, law, rewriting = self.loop, self.law, self.rewriting
-        start, commit = window.start, window.commit
-        twins = isinstance(rewriting, Twins)
-        wanted = loop.alert or start < law.until * loop.steps
-        wanted = wanted and loop.passed_over == 0 and not loop.relief.never_differentiate
-        wanted = wanted and (loop.reverse_pass is None or loop.reverse_pass.trusted)
-        # Looked back at, replayed, and rolled once more.
-        looked = wanted and not twins and self._affords(LOOK, window, looks=1)
-        attempt = self.rolling.until_finite(window, looked=looked)
-        looked = looked and attempt.hypergradient is not None  # unless memory did not suffice
-        surprise = self.surprise.at(attempt)
-        if surprise is not None and not self._affords(len(law.restart) + 4, window, looks=1):
-            surprise = None
-        if surprise is not None and surprise - start > PATIENCE:
-            # The window ends where the data change, and the next one begins there.
-            return self.surprise.cut(attempt, surprise, window), surprise
-        if surprise is not None and self.surprise.may_begin_anew:
-            attempt = self.surprise.begun_anew(attempt, surprise, window)
-        if isinstance(rewriting, Twins):
-            if self._affords(LOOK, window):
-                attempt = rewriting.better(attempt, window)
-        elif looked or surprise is not None:
-            attempt = rewriting.rewritten(attempt, window)
-        self._pass_over(attempt, looked=looked, surprise=surprise is not None)
-        return attempt, commit
 
-    def _affords(self, ways: int, window: Window, looks: int = 0) -> bool:
-        """Whether so many more ways through the window are within the budget."""
-        start, stop = window.start, window.stop
-        judged = 0.0
-        if math.isfinite(self.law.budget):
-            terminal = self.rolling.judge.terminal(start, stop)
-            judged = 0.0 if terminal is None else terminal.share
-        return self.budget.affords(self.loop, stop - start, ways, judged, looks)
+def slide(fit: Fit, window: Window, attempt: Attempt) -> None:
+    """Tells that the next window follows."""
+    number, stop = fit.state.cost.windows - 1, attempt.schedule.stop
+    if fit.state.step < fit.state.steps:
+        fit.events.emit(VerbStarted("slide", number, window.start, stop, attempt.number))
 
-    def _pass_over(self, attempt: Attempt, *, looked: bool, surprise: bool) -> None:
-        """Decides how many windows to pass over, by what looking back at this one was worth."""
-        loop, law = self.loop, self.law
-        if surprise:
-            loop.alert, loop.in_vain, loop.passed_over = True, 0, 0
-            loop.regime = loop.step
-        elif not looked:
-            loop.passed_over = max(0, loop.passed_over - 1)
-        elif attempt.gain >= law.worth:
-            loop.in_vain = 0
-        elif law.patience is not None:
-            loop.in_vain += 1
-            if loop.in_vain >= law.patience:
-                loop.alert = False
-                loop.passed_over = 2 ** (loop.in_vain - law.patience)
+
+def _update_patience(fit: Fit, window: Window, attempt: Attempt) -> None:
+    """Decides how many windows are left as they are, by what rewriting this one was worth."""
+    rule, patience = fit.rule, fit.state.patience
+    if window.cut:
+        return
+    if window.shift is not None:
+        patience.after_shift, patience.data_since = True, window.start
+        patience.unhelpful_windows = patience.windows_to_skip = 0
+    elif not window.differentiated:
+        patience.windows_to_skip = max(0, patience.windows_to_skip - 1)
+    elif attempt.gain >= rule.worth:
+        patience.unhelpful_windows = 0
+    elif rule.patience is not None:
+        patience.unhelpful_windows += 1
+        if patience.unhelpful_windows >= rule.patience:
+            patience.after_shift = False
+            patience.windows_to_skip = 2 ** (patience.unhelpful_windows - rule.patience)

@@ -42,9 +42,7 @@ class Objective:
     step to r_t, and stands for metrics["reward"] where it is None. terminal_weight weighs the
     terminal loss, on `batches` validation batches per window, other ones each time, or on
     `HeldOutBatches`. average: decay of the iterates'
-    exponential average, in (0, 1), or None for the last iterate. memory: in a run, the average goes
-    on over the window's beginning, from the average of the steps committed before, in place of
-    beginning anew there; the older its share, the less a window can do about it.
+    exponential average, in (0, 1), or None for the last iterate.
     """
 
     loss_weight: float = 0.0
@@ -53,7 +51,6 @@ class Objective:
     terminal_weight: float = 1.0
     average: float | None = 0.99
     batches: int | HeldOutBatches = 4
-    memory: bool = False
 
     def __post_init__(self) -> None:
         plain_numbers(self)
@@ -61,8 +58,6 @@ class Objective:
             raise InputError(
                 f"average must be in (0, 1), got {self.average}; use None for the last iterate"
             )
-        if self.memory and self.average is None:
-            raise InputError("memory=True needs an average; give one, such as average=0.99")
         if not isinstance(self.batches, HeldOutBatches):
             object.__setattr__(self, "batches", whole_number("objective batches", self.batches))
             if self.count < 1:
@@ -71,16 +66,6 @@ class Objective:
             raise InputError(
                 "the objective is empty; give a weight to the loss, reward or terminal"
             )
-
-    def remembered(self, steps: int, before: int) -> float:
-        """The share of the average of `before` steps in that of them and `steps` more.
-
-        dᴷ(1 − dⁿ) / (1 − dⁿ⁺ᴷ); 0 without memory.
-        """
-        if not self.memory or self.average is None or not before:
-            return 0.0
-        old = self.average**steps * (1 - self.average**before)
-        return old / (old + 1 - self.average**steps)
 
     @property
     def count(self) -> int:

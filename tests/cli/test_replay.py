@@ -17,7 +17,9 @@ from runs import make_run, plain_loop, state_of
 from rhc import InputError, Runner, Schedule
 from rhc.cli.main import main
 from rhc.cli.replay import rescaling
-from rhc.loop.committing import Committing
+from rhc.loop.fit import Fit
+from rhc.loop.state import Attempt, Window
+from rhc.loop.windows import commit
 
 
 @pytest.fixture(scope="module")
@@ -193,14 +195,13 @@ def test_a_replay_that_was_stopped_goes_on_bit_for_bit(
         return ("replay", cosine, "--seed", 2, "--batch-size", 32, "--directory", tmp_path / name)
 
     assert call(*command("whole"))[0] == 0
-    commit = Committing.commit
 
-    def stopped(self: Committing, attempt: Any, step: int) -> None:
-        if step > 50:
+    def stopped(fit: Fit, window: Window, attempt: Attempt) -> None:
+        if window.commit > 50:
             raise KeyboardInterrupt
-        commit(self, attempt, step)
+        commit(fit, window, attempt)
 
-    monkeypatch.setattr(Committing, "commit", stopped)
+    monkeypatch.setattr("rhc.runner.commit", stopped)
     assert call(*command("cut"))[0] == 130
     monkeypatch.undo()
     assert call("resume", tmp_path / "cut")[0] == 0

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from rhc import AdaptiveRL, Gains, InputError, Schedule
 from rhc.hindsight import Pass, Smoother, Tape, held_out, reward_of, smooth
 from rhc.hindsight.smoother import AGAINST, changed
-from rhc.loop.committing import Committing
+from rhc.loop.fit import Fit
+from rhc.loop.state import Attempt, Window
+from rhc.loop.windows import commit
 from rhc.workload import Goal
 
 STEPS = 200
@@ -260,15 +262,15 @@ def test_a_smoothing_that_was_stopped_goes_on(
         return (*options.split(), "--directory", tmp_path / name)
 
     assert call(*command("whole"))[0] == 0
-    commit, seen = Committing.commit, []
+    seen = []
 
-    def stopped(self: Committing, attempt: Any, step: int) -> None:
-        seen.append(step)
+    def stopped(fit: Fit, window: Window, attempt: Attempt) -> None:
+        seen.append(window)
         if len(seen) == 4:  # in the second run
             raise KeyboardInterrupt
-        commit(self, attempt, step)
+        commit(fit, window, attempt)
 
-    monkeypatch.setattr(Committing, "commit", stopped)
+    monkeypatch.setattr("rhc.runner.commit", stopped)
     assert call(*command("cut"))[0] == 130
     monkeypatch.undo()
     status, _, err = call("resume", tmp_path / "cut" / "pass-0")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rhc import CONTROLS, InputError, Objective, Rewrite, Schedule
-from rhc.loop.update_rule import REMEMBERED, History, carried, hat_functions, remembered
+from rhc.loop.update_rule import carried, hat_functions
 from rhc.schedule import cooldown, total_variation
 from rhc.training.objective import Average, average_weights
 
@@ -374,79 +374,3 @@ def test_averages_are_values_once_copied() -> None:
         assert kept.values is not None and torch.equal(kept.values[0], torch.ones(2))
     average.assign(Average(0.9))
     assert average.values is None and average.count == 0
-
-
-# Rules --------------------------------------------------------------------------------------------
-
-
-def moved_by(rule: str, now: float, past: list[float], knots: int = 1) -> float:
-    """How far log lr goes, in a window of 4 steps whose J is 1 and d log J/d log lr is `now`."""
-    schedule = Schedule({"lr": torch.full((4,), 0.1, dtype=torch.float64)}, 0, 0)
-    gradient = {"lr": torch.full((4,), now / 4 / 0.1, dtype=torch.float64)}
-    law = Rewrite(step={"lr": 1.0}, rule=rule, knots=knots)
-    history = {"lr": [[g] for g in past]}
-    proposal = law.propose(schedule, gradient, 1.0, 1.0, history)
-    assert proposal.asked["lr"] == pytest.approx([now])
-    return float((proposal.schedule["lr"] / 0.1).log()[0])
-
-
-def test_a_spread_over_windows_shortens_the_step() -> None:
-    assert moved_by("standard-error", 0.2, []) == pytest.approx(-0.5)
-    assert moved_by("standard-error", 0.2, [0.2, 0.2, 0.2]) == pytest.approx(-1.0)
-    spread = torch.tensor([0.6, -0.2, 0.2], dtype=torch.float64).std().item()
-    expected = -0.2 / (0.2 + spread)
-    assert moved_by("standard-error", 0.2, [0.6, -0.2]) == pytest.approx(expected)
-
-
-def test_batches_that_disagree_shorten_the_step() -> None:
-    schedule = Schedule({"lr": torch.full((4,), 0.1, dtype=torch.float64)}, 0, 0)
-
-    def per_step(g: float) -> torch.Tensor:
-        return torch.full((4,), g / 4 / 0.1, dtype=torch.float64)
-
-    law = Rewrite(step={"lr": 1.0}, rule="batch-error")
-
-    def moved(*batches: float) -> float:
-        samples = {"lr": torch.stack([per_step(g) for g in batches])} if batches else {}
-        proposal = law.propose(schedule, {"lr": per_step(0.2)}, 1.0, samples=samples)
-        return float((proposal.schedule["lr"] / 0.1).log()[0])
-
-    assert moved() == moved(0.3) == pytest.approx(-0.5)
-    assert moved(0.2, 0.2) == pytest.approx(-1.0)
-    error = torch.tensor([0.5, -0.1, 0.3, 0.1], dtype=torch.float64).std().item() / 2
-    assert moved(0.5, -0.1, 0.3, 0.1) == pytest.approx(-0.2 / (0.2 + error))
-
-
-def test_signs_that_repeat_lengthen_the_step_and_turns_halve_it() -> None:
-    assert moved_by("sign", 0.001, []) == pytest.approx(-1.0)
-    assert moved_by("sign", 0.001, [5.0, 0.1]) == pytest.approx(-(1.3**2))
-    assert moved_by("sign", -0.001, [5.0, 0.1]) == pytest.approx(1.3 * 0.5)
-
-
-def test_adam_averages_over_windows() -> None:
-    assert moved_by("adam", 0.2, []) == pytest.approx(-0.2 / 0.25)
-    m = (0.9 * 0.1 * -0.4 + 0.1 * 0.2) / (1 - 0.9**2)
-    v = (0.99 * 0.01 * 0.16 + 0.01 * 0.04) / (1 - 0.99**2)
-    assert moved_by("adam", 0.2, [-0.4]) == pytest.approx(-m / (v**0.5 + 0.05))
-
-
-@pytest.mark.parametrize("rule", ["standard-error", "sign", "adam"])
-def test_a_window_of_another_number_of_knots_is_not_looked_at(rule: str) -> None:
-    schedule = Schedule({"lr": torch.full((4,), 0.1, dtype=torch.float64)}, 0, 0)
-    gradient = {"lr": torch.full((4,), 0.5, dtype=torch.float64)}
-    law = Rewrite(step={"lr": 1.0}, rule=rule, knots=2)
-    alone = law.propose(schedule, gradient, 1.0)
-    other = law.propose(schedule, gradient, 1.0, 1.0, {"lr": [[9.0], [1.0, 2.0, 3.0]]})
-    assert torch.equal(alone.schedule["lr"], other.schedule["lr"])
-
-
-def test_the_history_keeps_the_last_windows() -> None:
-    history: History = {}
-    for i in range(REMEMBERED + 3):
-        history = remembered(history, {"lr/0": [float(i)]})
-    assert history["lr/0"] == [[float(i)] for i in range(3, REMEMBERED + 3)]
-
-
-def test_an_unknown_rule_is_refused() -> None:
-    with pytest.raises(InputError, match="rule must be one of"):
-        Rewrite(rule="rprop")

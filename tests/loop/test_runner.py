@@ -40,9 +40,10 @@ from rhc.events import (
     WindowAttempted,
 )
 from rhc.hypergradient import Damping, Outcome, ReversePass
-from rhc.loop import reverse_passes as looking
+from rhc.loop.records import smoothness
+from rhc.loop.steps import EXPLODING_CLIP
 from rhc.loop.update_rule import Proposal
-from rhc.runner import EXPLODING_CLIP, DivergedError, smoothness
+from rhc.runner import DivergedError
 from rhc.schedule import total_variation
 
 NOISY = Rewrite(step={"lr": 0.7, "momentum": 0.5, "noise": 4.0, "weight_decay": 1.0}, damping=1e-9)
@@ -659,63 +660,6 @@ def test_a_reward_without_a_name_can_be_described(tmp_path: Path) -> None:
     )
 
 
-def test_an_average_with_memory_goes_on_over_the_borders_of_windows() -> None:
-    """J of the second window is the loss at the average of all steps; its slope is measured."""
-    seen: list[tuple[Schedule, Tensor, float]] = []
-
-    class Looking(Rewrite):
-        def propose(self, schedule: Schedule, gradient: Any, value: float, *rest: Any) -> Proposal:
-            seen.append((schedule, gradient["lr"], value))
-            factor = torch.where(torch.arange(len(schedule)) == 2, 1 + 2.0**-14, 1.0).double()
-            new = schedule.replaced(Schedule({"lr": schedule["lr"] * factor}, schedule.start))
-            return Proposal(new, {}, 0.0)
-
-    run = problem_run("mlp", "sgd")
-    law = Looking(accept=False, retries=0)
-    options: dict[str, Any] = {"controls": ("lr",), "product": "exact"}
-    result = fit(run, 16, rewrite=law, objective=Objective(memory=True), **options)
-    (_, _, _), (schedule, gradient, value) = seen
-    second = next(w for w in result.windows if w["start"] == 8)
-    change = second["objective_after"] - second["objective_before"]
-    assert second["objective_before"] == pytest.approx(value)
-    assert change == pytest.approx(
-        float(gradient[2]) * float(schedule["lr"][2]) * 2.0**-14, rel=1e-4
-    )
-    # The first eight steps count as AVERAGE_EVERY for each iterate that the run's average has.
-    objective = Objective(memory=True)
-    assert objective.remembered(8, 10) == pytest.approx(
-        0.99**8 * (1 - 0.99**10) / (1 - 0.99**18), rel=1e-12
-    )
-    assert Objective().remembered(8, 10) == 0
-    with pytest.raises(InputError, match="memory=True needs an average"):
-        Objective(memory=True, average=None)
-
-
-@pytest.mark.parametrize("per_group", [(), ("lr",)])
-def test_batches_of_the_objective_give_a_variance(per_group: tuple[str, ...]) -> None:
-    """Their mean is the hypergradient, and they take one more pass over the objective's data."""
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    class Looking(Rewrite):
-        def propose(
-            self, schedule: Schedule, gradient: Any, value: float, scale: float = 1.0, **more: Any
-        ) -> Proposal:
-            seen.append((gradient["lr"], more["samples"]["lr"]))
-            return super().propose(schedule, gradient, value, scale, **more)
-
-    law, run = Looking(rule="batch-error", retries=0), problem_run("mlp", "sgd", groups=True)
-    options: dict[str, Any] = {"controls": ("lr",), "per_group": per_group, "product": "none"}
-    result = fit(run, 16, rewrite=law, **options)
-    usual = fit(problem_run("mlp", "sgd", groups=True), 16, rewrite=Rewrite(retries=0), **options)
-    assert len(seen) == 2
-    for gradient, samples in seen:
-        assert samples.shape == (4, *gradient.shape)
-        assert torch.allclose(samples.mean(0), gradient, rtol=1e-4, atol=1e-9)
-        assert float(samples.std(0).min()) > 0
-    costs = [r.record["cost"]["gradient_evaluations"] for r in (result, usual)]
-    assert usual.record["cost"]["windows"] == 2 and costs[0] > costs[1]
-
-
 @pytest.mark.parametrize("law", [Rewrite(iterations=3, worth=0.0), Twin()])
 def test_a_budget_is_kept(law: Rewrite) -> None:
     free = fit(in_order(lr=0.02), 80, rewrite=law, product="none")
@@ -1101,9 +1045,9 @@ def test_the_ledger(product: str, lr: float, stride: int, monkeypatch: pytest.Mo
 
     Without the proof of the first hypergradient, whose steps depend on what it finds.
     """
-    made = looking.ReversePass
     monkeypatch.setattr(
-        looking, "ReversePass", lambda *parts, **own: made(*parts, **{**own, "verified": False})
+        "rhc.loop.fit.ReversePass",
+        lambda *parts, **own: ReversePass(*parts, **{**own, "verified": False}),
     )
     taken: list[int] = []
     result = fit(

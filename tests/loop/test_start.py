@@ -19,7 +19,8 @@ from torch.nn import functional as F
 import rhc
 from rhc.errors import InputError
 from rhc.events import Notice, StartFound, StartTried
-from rhc.loop.lr_search import DROP, FEWEST, NoRoom, Stage, probe, zero_lrs
+from rhc.loop.lr_search import DROP, FEWEST, Stage, probe, zero_lrs
+from rhc.loop.trials import NoRoom
 from rhc.loop.update_rule import Rewrite, usual_law
 from rhc.runner import DivergedError, RunResult
 from rhc.schedule import TEMPLATES, Schedule, template_factors

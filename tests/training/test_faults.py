@@ -440,7 +440,7 @@ def test_out_of_memory_in_the_reverse_pass(
     assert [row["step"] for row in result.tape] == list(range(STEPS))
     assert all(w["outcome"] == "rewound" for w in result.windows if w["reason"] in reasons)
     relief = json.loads((tmp_path / "checkpoints" / "window-00000011" / "values.json").read_text())
-    assert OomFallback.from_json(relief["relief"]) == fitted.loop.relief != OomFallback()
+    assert OomFallback.from_json(relief["relief"]) == fitted.state.fallback != OomFallback()
     if fails >= 3:
         assert max(w["stop"] - w["start"] for w in result.windows[3:]) <= 4
 
@@ -572,7 +572,6 @@ ENDS = {
     "Twin": {"rewrite": Twin()},
     "one window": {},
     "sliding": {"stride": 2, "rewrite": Rewrite(iterations=3)},
-    "batch-error": {"rewrite": Rewrite(rule="batch-error")},
 }
 
 

@@ -1,0 +1,157 @@
+"""What the verbs of one fit work with."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from rhc.errors import RunWarning
+from rhc.events import Event, Listener, Notice, Verb, VerbStarted
+from rhc.hypergradient import Damping, Product, ReversePass
+from rhc.loop.base_schedule import BaseSchedule
+from rhc.loop.state import Moment, State
+from rhc.loop.update_rule import Rewrite
+from rhc.schedulers import EpochPlanner
+from rhc.storage.run_directory import RunDirectory
+from rhc.training import interrupts
+from rhc.training.batches import StepBatches
+from rhc.training.objective import Objective
+from rhc.training.plant import Plant
+from rhc.training.recovery import OomFallback
+
+
+@dataclass(frozen=True)
+class EventLog:
+    """Tells the listeners what happens.
+
+    warns: whether `tell` warns where nobody listens; of several ranks one is enough.
+    """
+
+    listeners: Sequence[Listener]
+    warns: bool = True
+
+    def emit(self, event: Event) -> None:
+        """Tells every listener of an event."""
+        for listener in self.listeners:
+            listener(event)
+
+    def notice(self, message: str) -> None:
+        """Tells the listeners what happens, in words."""
+        self.emit(Notice(message))
+
+    def tell(self, message: str) -> None:
+        """Tells what a person should know: by a warning, where nobody listens."""
+        if self.warns and not self.listeners:
+            warnings.warn(message, RunWarning, stacklevel=2)
+        self.notice(message)
+
+    def warn(self, message: str) -> None:
+        """Tells what a person must not miss: by a warning too, also where somebody listens."""
+        self.notice(message)
+        warnings.warn(message, RunWarning, stacklevel=2)
+
+
+@dataclass(frozen=True)
+class ReversePasses:
+    """The settings of a run's reverse passes, and what makes one."""
+
+    plant: Plant
+    objective: Objective
+    controls: tuple[str, ...]
+    segment: int | Literal["auto"]
+    product: Product | Literal["auto"]
+    memory_budget: int | None
+    spill: bool | str | Path
+    damping: Damping
+    events: EventLog
+
+    def make(self, fallback: OomFallback, state: Mapping[str, Any] | None = None) -> ReversePass:
+        """A reverse pass within what memory was found to suffice for.
+
+        state: of another, which this one goes on from.
+        """
+        made = ReversePass(
+            self.plant,
+            self.objective,
+            self.controls,
+            segment=self.segment if fallback.memory_budget is None else "auto",
+            product=cast(Product | None, fallback.product) or self.product,
+            memory_budget=fallback.memory_budget or self.memory_budget,
+            spill=self.spill,
+            damping=self.damping,
+            verified=True,
+            notice=self.events.tell,
+        )
+        if state is not None:
+            made.load_state(state)
+        return made
+
+
+@dataclass(frozen=True)
+class Data:
+    """The loaders of a run, and the streams that windows take their batches from.
+
+    accumulate: batches of a step. validate_every: steps from one evaluation of val_loader to the
+    next. epoch_steps: steps of an epoch, where epochs are planned. validation: batches that windows
+    are judged on; None where those are training batches.
+    """
+
+    train_loader: Iterable[Any]
+    val_loader: Iterable[Any] | None
+    test_loader: Iterable[Any] | None
+    accumulate: int
+    validate_every: int | None
+    epoch_steps: int
+    train: StepBatches
+    validation: StepBatches | None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What does not change during a fit. What does is `state`, the plant and the streams.
+
+    window, stride: in steps. reverse_passes: None where nothing is rewritten.
+    """
+
+    plant: Plant
+    state: State
+    rule: Rewrite
+    objective: Objective
+    base: BaseSchedule
+    window: int
+    stride: int
+    data: Data
+    reverse_passes: ReversePasses | None
+    planner: EpochPlanner | None
+    directory: RunDirectory | None
+    events: EventLog
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether windows are rewritten, and so may be gone through again."""
+        return self.reverse_passes is not None
+
+    def announce(self, verb: Verb, start: int, stop: int, attempt: int) -> None:
+        """Tells which verb comes next. Raises what a signal asked for, but where a window is done:
+        that is saved first."""
+        if verb not in ("commit", "slide"):
+            self.check_stop()
+        self.events.emit(VerbStarted(verb, self.state.cost.windows, start, stop, attempt))
+
+    def check_stop(self) -> None:
+        """Raises what a signal asked for. Ranks stop together, when a window is done."""
+        if self.plant.ranks is None:
+            interrupts.check()
+
+    def here(self) -> Moment:
+        """The present state, to come back to."""
+        return Moment(self.plant.snapshot(), self.state.average.copy())
+
+    def go_back(self, moment: Moment) -> None:
+        """Restores a state."""
+        self.state.live = None
+        self.plant.restore(moment.snapshot)
+        self.state.average.assign(moment.average)

@@ -1,0 +1,290 @@
+"""Trials: rolls from a run's initial state, which is put back after each, and their records."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from rhc.events import StartTried
+from rhc.hypergradient import Hypergradient, ReversePass
+from rhc.loop.budget import search_budget
+from rhc.loop.fit import Fit
+from rhc.loop.window_objective import HeldOutLoss, at_most, held_out_loss
+from rhc.schedule import Schedule, cooldown, shaped, warming
+from rhc.storage.files import NUMBER, NUMBER_OR_NONE, misfit
+from rhc.training.batches import StepBatches
+from rhc.training.objective import Average
+
+MOST_BATCHES, FEWEST_BATCHES = 16, 4
+"""Validation batches that rolls are judged on, at most; in short runs down to the second."""
+
+COOLDOWN = 0.3
+"""Every roll ends with a virtual cooldown: the share of its steps in which lr falls to 0."""
+
+DIVERGED = 2.0
+"""A roll diverges where its loss exceeds this times the loss that it began with."""
+
+PART = 1000
+"""Steps that are rolled at once: a roll keeps a kilobyte a step."""
+
+
+class NoRoom(Exception):
+    """What the search may take is spent."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of a roll.
+
+    asked: the highest lr of its steps, or of every group's. loss: after it, inf where it diverged.
+    batches: the loss on each batch that it was judged on.
+    """
+
+    steps: int
+    asked: float | list[float]
+    loss: float
+    batches: list[float]
+
+    @property
+    def lr(self) -> Tensor:
+        return torch.tensor(self.asked, dtype=torch.float64)
+
+    @property
+    def highest(self) -> float:
+        """Of the parameter groups."""
+        return float(self.lr.max())
+
+
+class Trials:
+    """Takes rolls, within `room`, and remembers them; those of a search that was cut short are
+    taken from start.jsonl.
+
+    gradients: gradient evaluations that were taken. fixed: whether all rolls are judged on the same
+    batches, those of val_loader; where not, on the batches after the roll, `share` of a training
+    batch each time. limit: a roll diverges where its loss exceeds this times the first; None for
+    never.
+    """
+
+    def __init__(self, fit: Fit) -> None:
+        self.fit, self.plant, self.steps = fit, fit.plant, fit.state.steps
+        data, objective = fit.data, fit.objective
+        self.planned = fit.base.unshaped(self.steps)
+        # At lr 0 nothing moves: training losses say no more than the held-out one.
+        alone = bool(objective.terminal_weight)
+        self.objective = replace(objective, loss_weight=0.0) if alone else objective
+        self.stream = StepBatches(
+            data.train_loader, isolated=True, device=data.train.device, accumulate=data.accumulate
+        )
+        self.stream.seek(data.train.position(0))  # the run's own first batches
+        # So few that judging is cheap beside rolling.
+        self.count = min(MOST_BATCHES, max(FEWEST_BATCHES, self.steps // 5))
+        self.validation = self._validation_batches()
+        self.fixed = bool(self.validation)
+        self.share = self._held_out(0).share if self.fixed else self.count * data.accumulate
+        # Less what the untrained loss takes, where it is needed.
+        self.room = search_budget(fit) - 2 * self.share / 3
+        self.gradients = 0.0
+        self.limit: float | None = DIVERGED
+        known = [] if fit.directory is None else fit.directory.starts.read()
+        self._known = {_key(record): record for record in known if _readable(record)}
+        self._taken: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._first = self.stream.position(0)
+        self._before = self.plant.snapshot()
+
+    def longest(self, rolls: int) -> int:
+        """The steps of each of so many more rolls for which there is room, at most the run's."""
+        room = (self.room - self.gradients) / rolls - self.share / 3
+        return math.floor(min(room, self.steps))
+
+    def roll(self, n: int, lr: Tensor) -> Trial:
+        """n steps, with these highest lrs; raises NoRoom."""
+        asked = {"kind": "probe", "steps": n, "from": lr.tolist()}
+        if self.limit != DIVERGED:
+            asked["limit"] = self.limit
+        return _trial(self._record(asked, lambda: self._loss_after(n, lr), self.share / 3))
+
+    def untrained(self, n: int) -> Trial:
+        """No step, judged by what a roll of n steps is judged by."""
+        n = 0 if self.fixed else n
+        asked = {"kind": "untrained", "steps": n, "from": 0.0}
+        return _trial(self._record(asked, lambda: self._judged(n)))
+
+    def from_zero(
+        self, n: int, lrs: Callable[[Hypergradient], list[float] | None]
+    ) -> list[float] | None:
+        """What `lrs` makes of the hypergradient of n steps at lr 0."""
+        own = self.plant.controls.own["lr"]
+        asked = {"kind": "zero", "steps": n, "from": own}
+
+        def attempt() -> tuple[dict[str, Any], float]:
+            h, cost = self._hypergradient_at_zero(n, len(own))
+            return {"lr": lrs(h), "objective": h.value}, cost
+
+        return cast("list[float] | None", self._record(asked, attempt)["lr"])
+
+    def _record(
+        self,
+        asked: dict[str, Any],
+        attempt: Callable[[], tuple[dict[str, Any], float]],
+        judging: float | None = None,
+    ) -> dict[str, Any]:
+        """A line of start.jsonl; from those that are known, if it is there.
+
+        attempt: gives what came out, and its cost. judging: gradient evaluations that are needed
+        beside its steps; None for what there is always room for. Raises NoRoom.
+        """
+        key = _key(asked)
+        if key in self._taken:
+            return self._taken[key]
+        if judging is not None and self.gradients + asked["steps"] + judging > self.room:
+            raise NoRoom
+        record = self._known.get(key)
+        if record is None:
+            try:
+                found, cost = attempt()
+            finally:
+                self.plant.restore(self._before)
+            record = {**asked, **found, "gradients": cost}
+            if self.fit.directory is not None:
+                self.fit.directory.record_start(record)
+            self.fit.events.emit(StartTried(record))
+            self.fit.check_stop()
+        self._taken[key] = record
+        self.gradients += record["gradients"]
+        return record
+
+    def _hypergradient_at_zero(self, n: int, groups: int) -> tuple[Hypergradient, float]:
+        schedule = self._schedule(0, n, torch.zeros(n, groups, dtype=torch.float64))
+        # At lr 0 no Hessian takes part.
+        reverse_pass = ReversePass(self.plant, self.objective, ("lr",), product="none")
+        mean, terminal = Average(self.objective.average), self._held_out(n)
+        recorder = reverse_pass.roll(list(self._batches(n)), schedule, average=mean)
+        with contextlib.closing(recorder):
+            return reverse_pass.differentiate(recorder, mean, terminal), n + terminal.share
+
+    def _loss_after(self, n: int, highest: Tensor) -> tuple[dict[str, Any], float]:
+        # As long a rise as the run's, but in a short roll no more than its third.
+        rise = min(self.fit.base.warmup * self.steps / n, 1 / 3)
+        most, losses, diverged = self.limit, array("d"), False
+        batches = self._batches(n)
+
+        def limit(first: float) -> float:
+            first = losses[0] if losses else first
+            return most * first if most is not None and first > 0 else math.inf
+
+        for start in range(0, n, PART):
+            stop = min(start + PART, n)
+            at = torch.arange(start, stop, dtype=torch.float64)
+            lrs = shaped(highest, warming(n, rise, at) * cooldown(n, COOLDOWN, at))
+            part = islice(batches, stop - start)
+            trajectory = self.plant.roll(part, self._schedule(start, stop, lrs), limit=limit)
+            losses.extend(float(loss) for loss in trajectory.losses)
+            diverged = trajectory.diverged is not None
+            if diverged:
+                break
+        self.plant.optimizer.zero_grad()
+        if diverged or not self.plant.is_finite():
+            return {"loss": None, "course": _course(losses)}, len(losses)
+        found, cost = self._judged(n)
+        return {"course": _course(losses), **found}, n + cost
+
+    def _judged(self, n: int) -> tuple[dict[str, Any], float]:
+        """(the live model's loss after n steps, of all batches and of each, what it cost)."""
+        held_out = self._held_out(n)
+        with torch.no_grad():
+            losses = held_out.each()
+            found = self.plant.value(held_out.mean(losses))
+            batches = [self.plant.value(loss) for loss in losses]
+        if not all(map(math.isfinite, [found, *batches])):
+            return {"loss": None}, held_out.share / 3
+        return {"loss": found, "batches": batches}, held_out.share / 3
+
+    # Data -----------------------------------------------------------------------------------------
+
+    def _validation_batches(self) -> list[Any]:
+        """The batches that all rolls are judged on: the first ones that the run's windows are."""
+        data = self.fit.data
+        if data.val_loader is None or not isinstance(self.objective.batches, int):
+            return []
+        stream = StepBatches(
+            data.val_loader,
+            isolated=True,
+            seed=self.planned.seed,
+            device=data.train.device,
+            name="val_loader",
+        )
+        if data.validation is not None:
+            stream.seek(data.validation.position(0))
+        judged = stream.take(0, at_most(data.val_loader, self.count))
+        stream.close()
+        return judged
+
+    def _held_out(self, n: int) -> HeldOutLoss:
+        """The loss that judges a roll of n steps."""
+        return held_out_loss(self.plant, self.validation or self.stream.take(n, n + self.count))
+
+    def _batches(self, n: int) -> Iterator[Any]:
+        """The first n batches of the run, a few at a time."""
+        self.stream.seek(self._first)
+        for start in range(0, n, 32):
+            stop = min(start + 32, n)
+            yield from self.stream.take(start, stop)
+            self.stream.release(stop)
+
+    def _schedule(self, start: int, stop: int, lr: Tensor) -> Schedule:
+        values = self.planned.window(start, stop).values
+        return Schedule({**values, "lr": lr}, start, self.planned.seed)
+
+
+# Lines of start.jsonl -----------------------------------------------------------------------------
+
+_LIST_OR_NONE = (list, type(None))
+_MAY_LACK = {"batches", "limit"}
+_KINDS = {"steps": (int,), "from": (*NUMBER, list), "gradients": NUMBER, "limit": NUMBER_OR_NONE}
+_KINDS_OF = {
+    "zero": {**_KINDS, "lr": _LIST_OR_NONE},
+    "probe": {**_KINDS, "loss": NUMBER_OR_NONE, "batches": _LIST_OR_NONE},
+    "untrained": {**_KINDS, "loss": NUMBER_OR_NONE, "batches": _LIST_OR_NONE},
+}
+
+
+def _key(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What was asked for."""
+    lr = record["from"]
+    asked = tuple(lr) if isinstance(lr, (list, tuple)) else lr
+    return record["kind"], record["steps"], asked, record.get("limit", DIVERGED)
+
+
+def _trial(record: Mapping[str, Any]) -> Trial:
+    loss = math.inf if record["loss"] is None else float(record["loss"])
+    return Trial(record["steps"], record["from"], loss, record.get("batches") or [])
+
+
+def _readable(record: Mapping[str, Any]) -> bool:
+    """Whether a line is one that was written whole; another is tried again."""
+    kind = record.get("kind")
+    known = _KINDS_OF.get(kind) if isinstance(kind, str) else None
+    if known is None or misfit(record, known) or not known.keys() - _MAY_LACK <= record.keys():
+        return False
+    numbers = [record["gradients"]]
+    for name in ("from", "lr", "loss", "batches"):
+        value = record.get(name)
+        numbers += value if isinstance(value, list) else [value or 0.0]
+    return record.get("lr") != [] and all(
+        isinstance(number, NUMBER) and math.isfinite(number) for number in numbers
+    )
+
+
+def _course(losses: Sequence[float]) -> list[float]:
+    """At most 50 means of the losses, in order."""
+    size = max(1, -(-len(losses) // 50))
+    parts = [losses[i : i + size] for i in range(0, len(losses), size)]
+    return [sum(part) / len(part) for part in parts]
