@@ -33,7 +33,7 @@ from rhc.errors import InputError
 from rhc.hindsight.whole_run import EXPLODING_CLIP, Episode, Outer, Shelf, improved, shelved
 from rhc.hypergradient import Hypergradient
 from rhc.report.live import Screen, sparkline
-from rhc.report.records import one_number
+from rhc.report.records import means, one_number
 from rhc.rng import RandomState, preserved
 from rhc.schedule import CONTROLS, Schedule, control
 from rhc.settings import TrainConfig
@@ -313,13 +313,9 @@ def _print(screen: Screen, document: dict[str, Any], path: Path) -> None:
 
 
 def _course(norms: list[float | None]) -> str:
-    """A sparkline of log norms in 40 means."""
+    """The first and the last norm, and a sparkline between them."""
     known = [n or 0.0 for n in norms]
-    size = max(1, -(-len(known) // 40))
-    parts = [known[i : i + size] for i in range(0, len(known), size)]
-    means = [math.exp(sum(math.log(n) for n in p) / len(p)) if all(p) else 0.0 for p in parts]
-    first, last = (f"{n:.2g}" if n else "0" for n in (norms[0], norms[-1]))
-    return f"{first} {sparkline(means)} {last}"
+    return f"{known[0]:.2g} {sparkline(means(known, known, 40)[1])} {known[-1]:.2g}"
 
 
 def _tell(screen: Screen, number: int, outer: Outer) -> None:
