@@ -133,13 +133,11 @@ class SmoothConfig(Step, OptimizerSettings, Run):
       rhc replay runs/digits-smooth-1a2b3c4d --seed 1    # what came out, again
     """
 
-    heading = "smoothing"
-
     lr: float | None = like(OptimizerSettings, "lr", unset="the run's own", heading="the optimizer")
     """Learning rate of the first run."""
     template: str = like(Shape, "template", default="constant", unset="", heading="the optimizer")
     """constant, cosine, linear, wsd or 1cycle. Of lr in the first run."""
-    passes: int = setting(1, "N", at_least(1, 1))
+    passes: int = setting(1, "N", at_least(1, 1), heading="smoothing")
     """Schedules that are written and tried. N passes take N + 1 plain runs."""
     source: str = setting(
         "both", "both|loss|reward", one_of("both", "loss", "reward"), place="rare"
@@ -170,8 +168,6 @@ class HypergradientConfig(Settings):
       rhc hypergradient runs/mnist-1a2b3c4d --passes 4   # rewrite it all, and train
     """
 
-    heading = "how"
-
     directory: Path = like(Directory, "directory", heading="what is differentiated")
     controls: tuple[str, ...] | None = setting(None, "NAME …", unset="all that are not 0")
     """What J is differentiated by. Some of lr, momentum, noise, weight_decay."""
@@ -182,7 +178,7 @@ class HypergradientConfig(Settings):
     device: str | None = like(Run, "device", default=None, unset="as before")
     """Where to compute: cpu, cuda or auto."""
 
-    product: str = like(Engine, "product", default="exact")
+    product: str = like(Engine, "product", default="exact", heading="how")
     """Hessian products, as of rhc train."""
     memory_budget: int | None = like(Engine, "memory_budget", place="usual")
     trust: bool = like(Files, "trust")
@@ -228,13 +224,11 @@ class DistillConfig(Settings):
       rhc compare mnist --data mnist/ --methods distilled constant --policy policy
     """
 
-    heading = "the policy"
-
     directories: tuple[Path, ...] = setting(metavar="DIR …", place="argument", heading="arguments")
     """Directories of runs. Written with hindsight: by rhc smooth, hypergradient or train."""
     output: Path = setting(metavar="POLICY", alias="-o")
     """Folder for the policy. rhc.DistilledScheduler.load takes it."""
-    kind: str = setting("gru", "gru|laws", one_of("gru", "laws"))
+    kind: str = setting("gru", "gru|laws", one_of("gru", "laws"), heading="the policy")
     """A recurrent network, or laws. Those of AdaptiveRL with fitted gains, to be read."""
     controls: tuple[str, ...] | None = setting(None, "NAME …", unset="what moves in the runs")
     """What the policy steers. Some of lr, momentum, noise."""
