@@ -266,15 +266,19 @@ def usual_sizes(run: str) -> dict[str, Any]:
 # Runs as they were --------------------------------------------------------------------------------
 
 
-def config_of(directory: Path, *, trust: bool) -> TrainConfig:
+def config_of(
+    directory: Path, *, trust: bool, data: Path | None = None, device: str | None = None
+) -> TrainConfig:
     """The settings of the run in `directory`, from its config.json, to continue or repeat it.
 
-    trust: whether they may name any file to run, see `rhc.workload.refuse_strange`.
+    trust: whether they may name any file to run, see `rhc.workload.refuse_strange`. data, device:
+    in place of its own.
     """
     path = directory / "config.json"
-    config = replace(TrainConfig.from_run(read_record(directory), path), directory=directory)
-    refuse_strange(config.run, path, trust=trust)
-    return config
+    was = TrainConfig.from_run(read_record(directory), path)
+    refuse_strange(was.run, path, trust=trust)
+    data, device = data or was.data, device or was.device
+    return replace(was, directory=directory, data=data, device=device)
 
 
 def sizes_of(directory: Path) -> dict[str, int]:

@@ -124,8 +124,7 @@ class _Source:
         schedule = Schedule.load(path / "schedule.json")
         run, start_lr = None, None
         if "run" in record:
-            config = config_of(path, trust=trust)
-            config = replace(config, data=data or config.data).checked()
+            config = config_of(path, trust=trust, data=data).checked()
             start_lr = config.lr
             run = plain_run(config.without_rewriting(), sizes_of(path))
         example = Example(str(path), rows, schedule, start_lr)

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -106,8 +106,7 @@ def _recorded(config: HypergradientConfig) -> Iterator[_Recorded]:
     """The run of a directory at its step 0, its batches on a shelf."""
     directory = config.directory
     record = read_record(directory)
-    old = config_of(directory, trust=config.trust).without_rewriting()
-    old = replace(old, data=config.data or old.data, device=config.device or old.device).checked()
+    old = config_of(directory, trust=config.trust, data=config.data, device=config.device)
     schedule = Schedule.load(directory / "schedule.json")
     rows = read_rows(directory / "tape.jsonl")
     if not rows:
@@ -118,7 +117,7 @@ def _recorded(config: HypergradientConfig) -> Iterator[_Recorded]:
             f"directory {directory} has {len(rows)} committed steps, got steps {steps}; give "
             f"--steps {len(rows)} or fewer"
         )
-    run = plain_run(old, sizes_of(directory))
+    run = plain_run(old.without_rewriting().checked(), sizes_of(directory))
     workload, device = run.workload(), device_of(old.device)
     optimizer = built_optimizer(run.config, workload)
     isolated = record.get("rewrite", False) is not False

@@ -25,14 +25,10 @@ def run(config: ResumeConfig, screen: Screen) -> int:
         from rhc.cli.building import config_of
     if record.get("command") == "smooth":
         return smooth.resume(record, directory, screen, trust=config.trust)
-    was = config_of(directory, trust=config.trust)
-    settings = replace(
-        was,
-        data=config.data or was.data,
-        device=config.device or was.device,
-        steps=was.steps if config.steps is None else config.steps,
-    ).checked()
+    settings = config_of(directory, trust=config.trust, data=config.data, device=config.device)
+    if config.steps is not None:
+        settings = replace(settings, steps=config.steps)
     if record.get("command") == "replay":
-        return replay.resume(settings, directory, record, screen)
-    moved = None if config.data is None else was.data
-    return train.run(settings, screen, recorded_data=moved)
+        return replay.resume(settings.checked(), directory, record, screen)
+    moved = None if config.data is None else config_of(directory, trust=config.trust).data
+    return train.run(settings.checked(), screen, recorded_data=moved)

@@ -38,7 +38,21 @@ class Directory(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResumeConfig(Directory):
+class Recorded(Directory):
+    """A run that is there, to be trained or rolled again."""
+
+    heading = "arguments"
+
+    data: Path | None = like(Run, "data", unset="as before")
+    """Where the same data are now. If they were moved."""
+    device: str | None = like(Run, "device", default=None, unset="as before")
+    """Where to compute: cpu, cuda or auto."""
+    trust: bool = like(Files, "trust")
+    """Run the file that DIR names. Wherever it lies: it may be somebody else's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeConfig(Recorded):
     """Continue a run that was stopped, at its newest checkpoint, bit for bit.
 
     example:
@@ -49,12 +63,6 @@ class ResumeConfig(Directory):
 
     steps: int | None = like(Run, "steps", unset="as before")
     """More steps in all than before. The plan is made anew for those to come."""
-    data: Path | None = like(Run, "data", unset="as before")
-    """Where the same data are now. If they were moved."""
-    device: str | None = like(Run, "device", default=None, unset="as before")
-    """Where to go on: cpu, cuda or auto."""
-    trust: bool = like(Files, "trust")
-    """Run the file that DIR names. Wherever it lies: it may be somebody else's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +108,7 @@ class ReplayConfig(Settings):
     """Where the run is kept. By default one directory per schedule and settings."""
     resume: str = like(Storage, "resume")
     keep_checkpoints: int = like(Storage, "keep_checkpoints")
-    trust: bool = like(Files, "trust")
-    """Run the file that DIR names. Wherever it lies: it may be somebody else's."""
+    trust: bool = like(Recorded, "trust")
 
     def checked(self) -> Self:
         checked = super().checked()
@@ -158,7 +165,7 @@ class SmoothConfig(Step, OptimizerSettings, Run):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HypergradientConfig(Settings):
+class HypergradientConfig(Recorded):
     """Exact dJ/du of every step and control of a recorded run, however long it is; J
     is the validation loss at its end. Written to DIR/hypergradient.json.
 
@@ -168,21 +175,16 @@ class HypergradientConfig(Settings):
       rhc hypergradient runs/mnist-1a2b3c4d --passes 4   # rewrite it all, and train
     """
 
-    directory: Path = like(Directory, "directory", heading="what is differentiated")
+    heading = "what is differentiated"
+
     controls: tuple[str, ...] | None = setting(None, "NAME …", unset="all that are not 0")
     """What J is differentiated by. Some of lr, momentum, noise, weight_decay."""
     steps: int | None = like(Run, "steps", unset="all of them")
     """Only the first T steps of the run. With J at their end."""
-    data: Path | None = like(Run, "data", unset="as before")
-    """Where the same data are now. If they were moved."""
-    device: str | None = like(Run, "device", default=None, unset="as before")
-    """Where to compute: cpu, cuda or auto."""
 
     product: str = like(Engine, "product", default="exact", heading="how")
     """Hessian products, as of rhc train."""
     memory_budget: int | None = like(Engine, "memory_budget", place="usual")
-    trust: bool = like(Files, "trust")
-    """Run the file that DIR names. Wherever it lies: it may be somebody else's."""
     average: float = like(Law, "average", default=0.0, unset="")
     """J is taken at the average of the iterates. This is its decay; 0 for the last one."""
     stage_weight: float | None = setting(
@@ -240,14 +242,12 @@ class DistillConfig(Settings):
     goes."""
     seed: int = like(Run, "seed")
     """Seed of the fit and of the split."""
-    data: Path | None = like(Run, "data", unset="as before")
-    """Where the runs' data are now. If they were moved."""
+    data: Path | None = like(Recorded, "data")
     per_round: int = setting(8, "N", at_least(1, 8), place="rare")
     """Training runs steered per round, at most. One plain run each."""
     held_out: float = setting(0.2, "F", fraction(0.2, "a share"), place="rare")
     """Share of the runs to judge policies by. Nothing is learned from them: policies steer them."""
-    trust: bool = like(Files, "trust")
-    """Run the file that a DIR names. Wherever it lies: it may be somebody else's."""
+    trust: bool = like(Recorded, "trust")
 
 
 @dataclass(frozen=True, kw_only=True)
