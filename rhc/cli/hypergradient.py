@@ -1,4 +1,4 @@
-"""`rhc hypergradient`: a recorded run as one window, looked back at, and rewritten as a whole.
+"""`rhc hypergradient`: a recorded run as one window, differentiated, and rewritten as a whole.
 
 The run is rolled again from its seed: the same weights, batches and dropout as it had, so that the
 derivatives are those of what was recorded. Where another machine rounds otherwise, the rolled
@@ -50,14 +50,14 @@ NAME = "hypergradient.json"
 
 
 def run(config: HypergradientConfig, screen: Screen) -> int:
-    """Looks back at the run, writes what came out, and returns the exit status."""
+    """Differentiates the run, writes what came out, and returns the exit status."""
     with _recorded(config) as recorded:
         episode, schedule = recorded.episode, recorded.schedule
         asked = config.controls or tuple(episode.steerable(schedule))
         _check(asked, episode, schedule)
         steps = episode.steps
         screen.say(
-            f"{config.directory}: {steps} steps, looking back at all of them by {', '.join(asked)}"
+            f"{config.directory}: {steps} steps, differentiated as one window by {', '.join(asked)}"
         )
         device = episode.plant.parameters[0].device
         memory.reset_peak(device)

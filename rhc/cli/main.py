@@ -40,7 +40,7 @@ from rhc.settings.commands import (
     WatchConfig,
 )
 from rhc.settings.fields import Settings
-from rhc.training import interrupts as stopping
+from rhc.training import interrupts
 from rhc.workload import refuse_strange, with_function
 
 OVERVIEW = """\
@@ -80,13 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None and _is_rank(arguments):
         # A rank that waits for others cannot answer, and torchrun would wait for it in its turn.
         # What a run has saved is whole at any moment.
-        stopping.at_once(signal.SIGTERM)
-    with stopping.handled():
+        interrupts.at_once(signal.SIGTERM)
+    with interrupts.handled():
         status = _status(arguments)
-    # Whoever caught a signal on the way took it for Ctrl-C, and Python may have swallowed it.
-    number = stopping.received()
-    if number is not None and (status == 130 or stopping.asked()):
-        status = stopping.STATUS[number]
+    # A handler installed meanwhile would see the signal as Ctrl-C, and Python may swallow it.
+    number = interrupts.received()
+    if number is not None and (status == 130 or interrupts.asked()):
+        status = interrupts.STATUS[number]
     if argv is None and _is_rank(arguments):
         from rhc.distributed import leave
 

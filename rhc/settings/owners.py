@@ -208,8 +208,7 @@ class Window(Settings):
     heading = "hindsight"
 
     window: int = setting(50, "K", at_least(1, 50), most=MOST_STEPS)
-    """Steps that are looked back at and rewritten at once. They are rolled, differentiated,
-    rewritten and replayed together."""
+    """Steps that are rolled, differentiated and rewritten at once."""
     stride: int | None = setting(None, "M", unset="the window", place="rare")
     """Steps committed before sliding on. At most the window; fewer is model-predictive control, at
     window / stride times the cost."""
@@ -254,8 +253,8 @@ class Law(Settings):
     until: float | None = setting(
         None, "F", share(0.5), unset="0.1; 1 for a given start", place="rare", rewriting=True
     )
-    """Fraction of the run in which windows are looked back at. After it the schedule is followed
-    as it then stands."""
+    """Fraction of the run in which windows are rewritten. After it the schedule is followed as it
+    then stands."""
     cooldown: float | None = setting(
         None, "F", fraction(0.2), unset="0.2", place="rare", rewriting=True
     )
@@ -293,7 +292,7 @@ class Engine(Settings):
         recorded="by the runner",
         on_resume="what looking back keeps changes, and its bits may differ",
     )
-    """Memory that looking back may take beyond plain training: bytes, 500MB, 2GiB."""
+    """Memory that a reverse pass may take beyond plain training: bytes, 500MB, 2GiB."""
     discount: float = setting(1.0, "G", share(), place="rare", rewriting=True, recorded="if given")
     """Factor on the costate at every step backwards; below 1 the far future counts less."""
     costate_clip: float | None = setting(

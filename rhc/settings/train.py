@@ -53,8 +53,8 @@ class Files(Settings):
 # The fields of a class come before those of the bases to its left.
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Files, Storage, Engine, Law, Window, Shape, Step, OptimizerSettings, Run):
-    """Train RUN and write its schedule with hindsight: roll K steps, look back with
-    gradients by every control of every step, rewrite, restore, replay, slide on.
+    """Train RUN and write its schedule with hindsight: roll K steps, take the
+    derivative by every control of every step, rewrite, restore, replay, slide on.
     The same command continues a run that was stopped; so does rhc resume DIR.
 
     examples:
