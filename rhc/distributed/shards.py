@@ -77,20 +77,21 @@ def weighing(
             found = loss_fn(model, batch.rows)
         finally:
             ranks.counted = True
-        weight = batch.weight
-        if weight == 1 or isinstance(found, Tensor):
-            return found * weight if weight != 1 else found
+        if batch.weight == 1:
+            return found
+        if isinstance(found, Tensor):
+            return found * batch.weight
         if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor)):
             return found  # which the plant refuses by name
-        return found[0] * weight, {k: _times(v, weight) for k, v in dict(found[1]).items()}
+        metrics = {name: _times(value, batch.weight) for name, value in dict(found[1]).items()}
+        return found[0] * batch.weight, metrics
 
     return weighed
 
 
 def _times(value: Any, weight: float) -> Any:
-    if isinstance(value, Tensor):
-        return value * weight if value.numel() == 1 else value
-    return value * weight if isinstance(value, Real) else value
+    number = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, Real)
+    return value * weight if number else value
 
 
 class RankLoader:
@@ -114,12 +115,11 @@ class RankLoader:
             )
 
     def __iter__(self) -> Iterator[Any]:
-        ranks = self.ranks
+        if self.sampler_of_ranks is not None:
+            yield from self.loader
+            return
         for batch in self.loader:
-            if self.sampler_of_ranks is not None:
-                yield batch
-            else:
-                yield shard(batch, self.size_of(batch), ranks.rank, ranks.size)
+            yield shard(batch, self.size_of(batch), self.ranks.rank, self.ranks.size)
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
@@ -136,8 +136,7 @@ class RankLoader:
 
 
 def _distributed_sampler(loader: Any) -> DistributedSampler[Any] | None:
-    holders = (loader, getattr(loader, "batch_sampler", None))
-    for holder in holders:
+    for holder in (loader, getattr(loader, "batch_sampler", None)):
         sampler = getattr(holder, "sampler", None)
         if isinstance(sampler, DistributedSampler):
             return sampler

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -34,10 +33,11 @@ from rhc.hypergradient.memory_plan import Plan, chunk_bounds, split
 from rhc.rng import preserved
 from rhc.storage.files import write_all
 from rhc.training import memory
+from rhc.training.losses import Observed
 from rhc.training.module_state import filled
 from rhc.training.objective import Objective
 from rhc.training.plant import Plant
-from rhc.training.recorder import Backward, Recorder, moved_by_loss
+from rhc.training.recorder import Recorder, moved_by_loss
 from rhc.training.snapshot import Snapshot
 from rhc.training.trajectory import Block, BlockState, split_gradients, split_states
 
@@ -140,16 +140,13 @@ class WindowRecorder(Recorder):
             finally:
                 self._inside = False
 
-    def before(self, i: int, batch: Any) -> Backward | None:
+    def before(self, i: int, batch: Any) -> None:
         super().before(i, batch)
         if i in self._bounds and self._bounds.index(i) in self._marks:
             self.snapshots[i] = self.plant.snapshot()
         if i < self.plan.spilled:
             self._state = self.plant.block_states(self.trajectory.blocks)
             self._blocks = self.trajectory.blocks
-        if i >= self.plan.steps - self.plan.graphs and self.plan.graphs:
-            return partial(self._with_graph, i, batch)
-        return None
 
     def keep(self, i: int, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         if i >= self.first:
@@ -163,9 +160,12 @@ class WindowRecorder(Recorder):
             del self._state
         return []
 
-    def _with_graph(self, i: int, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and gradients of the live model's values, with a graph that stays."""
+    def backward(self, batch: Any) -> Observed:
+        """Of steps whose graph the plan keeps, by a graph that stays."""
         plant, blocks = self.plant, self.trajectory.blocks
+        i = len(self.trajectory.batches) - 1
+        if i < self.plan.steps - self.plan.graphs:
+            return super().backward(batch)
         if self._make_graph is None or self._make_graph.blocks is not blocks:
             self._make_graph = GraphMaker(Evaluation(plant, blocks, self.objective))
         try:
@@ -174,7 +174,7 @@ class WindowRecorder(Recorder):
             before = self.trajectory.rng[-1]
             if before is not None:
                 before.restore()
-            return plant.backward(batch)
+            return super().backward(batch)
         if steady:
             self.graphs[i] = graph
             # Earlier, what is free would be the room of the next graphs, from the window before.
@@ -191,7 +191,8 @@ class WindowRecorder(Recorder):
             for own, name, live, after in buffers:
                 own[name] = after if live is None or after is None else filled(live, after)
         found = graph.evaluated
-        return found.loss.detach(), {k: v.detach() for k, v in found.metrics.items()}
+        metrics = {k: v.detach() for k, v in found.metrics.items()}
+        return plant.parallel.average(found.loss.detach(), metrics)
 
     # Backwards -----------------------------------------------------------------------------------
 

@@ -1,9 +1,10 @@
-"""Losses of a model over whole loaders, without a trace: modes, buffers, randomness stay."""
+"""Losses of a model over whole loaders; modes, buffers and randomness stay as they were."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -45,22 +46,18 @@ def evaluate(
         return None
     unsized = most is None and not _has_length(loader)
     most = UNSIZED_BATCHES if unsized else most
-    drawn = 0
-    device = plant.parameters[0].device
-    count, total = 0, 0.0
-    sums: dict[str, tuple[float, float]] = {}
-    with plant.evaluating(), loader_preserved(loader):
-        plant.parallel.share_random_state()
-        for batch in islice(begun(loader), most):
-            moved = to_device(batch, None if device.type == "cpu" else device)
-            n = batch_size(moved)
-            loss, metrics = plant.loss(spare(moved))  # a list yields it again
+    drawn, rows, total = 0, 0, 0.0
+    sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    with _drawn(plant, loader, most) as batches:
+        for batch in batches:
+            n = batch_size(batch)
+            loss, metrics = plant.loss(spare(batch))  # a list yields it again
             drawn += 1
-            count += n
+            rows += n
             total += n * float(loss)
             for name, value in metrics.items():
-                value_sum, rows = sums.get(name, (0.0, 0.0))
-                sums[name] = value_sum + n * float(value.double().mean()), rows + n
+                sums[name][0] += n * float(value.double().mean())
+                sums[name][1] += n  # a metric may be missing at some of the batches
     if unsized and drawn == most:
         warnings.warn(
             f"a loader without a length has not ended after {most} batches: its figures are of "
@@ -68,13 +65,21 @@ def evaluate(
             stacklevel=2,
         )
     names = plant.parallel.union(sums)
-    pairs = [x for name in names for x in sums.get(name, (0.0, 0.0))]
-    rows, total, *rest = plant.parallel.sums([count, total, *pairs])
-    if not rows:
+    whole, total, *pairs = plant.parallel.sums([rows, total, *(x for n in names for x in sums[n])])
+    if not whole:
         return Losses(math.nan, {})
-    # A metric may be missing at some of the batches.
-    means = zip(names, rest[::2], rest[1::2], strict=True)
-    return Losses(total / rows, {name: value / own_rows for name, value, own_rows in means})
+    means = (value / own for value, own in zip(pairs[::2], pairs[1::2], strict=True))
+    return Losses(total / whole, dict(zip(names, means, strict=True)))
+
+
+@contextmanager
+def _drawn(plant: Plant, loader: Iterable[Any], most: int | None) -> Iterator[Iterator[Any]]:
+    """The loader's first batches, alike on all ranks, for a model in eval mode."""
+    device = plant.parameters[0].device
+    moved = None if device.type == "cpu" else device
+    with plant.evaluating(), loader_preserved(loader):
+        plant.parallel.share_random_state()
+        yield (to_device(batch, moved) for batch in islice(begun(loader), most))
 
 
 def _has_length(loader: Any) -> bool:
@@ -90,25 +95,24 @@ def at_average(plant: Plant, average: Average, train_loader: Iterable[Any]) -> I
     if average.values is None:
         yield
         return
-    parameters = plant.parameters
-    live = [p.detach().clone() for p in parameters]
+    parameters = [p.detach() for p in plant.parameters]
+    live = [p.clone() for p in parameters]
     buffers = Buffers(plant.model)
     before = buffers.copies()
-    device = parameters[0].device
     swapped, plant.has_evaluation_weights = plant.has_evaluation_weights, False
     try:
         with torch.no_grad():
-            torch._foreach_copy_([p.detach() for p in parameters], average.values)
-            _estimate_statistics(plant, train_loader, device)
+            torch._foreach_copy_(parameters, average.values)
+            _estimate_statistics(plant, train_loader)
         yield
     finally:
         plant.has_evaluation_weights = swapped
         with torch.no_grad():
-            torch._foreach_copy_([p.detach() for p in parameters], live)
+            torch._foreach_copy_(parameters, live)
         buffers.put(before)
 
 
-def _estimate_statistics(plant: Plant, loader: Iterable[Any], device: torch.device) -> None:
+def _estimate_statistics(plant: Plant, loader: Iterable[Any]) -> None:
     """As torch.optim.swa_utils.update_bn, but through loss_fn, which knows what a batch is."""
     layers = [
         m for m in plant.model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None
@@ -116,14 +120,13 @@ def _estimate_statistics(plant: Plant, loader: Iterable[Any], device: torch.devi
     if not layers:
         return
     momenta = [m.momentum for m in layers]
-    with plant.evaluating(), loader_preserved(loader):
-        plant.parallel.share_random_state()
+    with _drawn(plant, loader, TRAIN_BATCHES) as batches:
         for m in layers:
             m.reset_running_stats()
             m.momentum = None  # a plain mean over all batches
             m.train()
-        for batch in islice(begun(loader), TRAIN_BATCHES):
-            plant.loss(spare(to_device(batch, None if device.type == "cpu" else device)))
+        for batch in batches:
+            plant.loss(spare(batch))
     plant.parallel.mean_(
         [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
     )

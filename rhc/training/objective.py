@@ -16,6 +16,7 @@ from torch import Tensor
 from rhc.errors import InputError, plain_numbers, whole_number
 
 Reward = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+"""(loss, metrics) of a step -> r_t."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +37,20 @@ class HeldOutBatches:
 
 @dataclass(frozen=True)
 class Objective:
-    """The window objective, as a value.
-
-    loss_weight c_ℓ and reward_weight c_r weigh the stage costs; reward maps (loss, metrics) of a
-    step to r_t, and stands for metrics["reward"] where it is None. terminal_weight weighs the
-    terminal loss, on `batches` validation batches per window, other ones each time, or on
-    `HeldOutBatches`. average: decay of the iterates'
-    exponential average, in (0, 1), or None for the last iterate.
-    """
+    """The window objective, as a value."""
 
     loss_weight: float = 0.0
+    """c_ℓ, of the steps' losses."""
     reward_weight: float = 0.0
+    """c_r, of the steps' rewards."""
     reward: Reward | None = None
+    """What gives r_t; metrics["reward"] where it is None."""
     terminal_weight: float = 1.0
+    """Of the terminal loss."""
     average: float | None = 0.99
+    """Decay of the iterates' exponential average, in (0, 1); None for the last iterate."""
     batches: int | HeldOutBatches = 4
+    """What the terminal loss is taken on: that many validation batches, others for each window."""
 
     def __post_init__(self) -> None:
         plain_numbers(self)
@@ -99,9 +99,7 @@ class Average:
 
     def weight(self, n: int) -> float:
         """The share of the n-th iterate (from 1) in θ̄_n: (1 − d) / (1 − dⁿ)."""
-        if self.decay is None:
-            return 1.0
-        return (1 - self.decay) / (1 - self.decay**n)
+        return 1.0 if self.decay is None else (1 - self.decay) / (1 - self.decay**n)
 
     def update(self, parameters: Sequence[Tensor]) -> None:
         """Takes the next iterate in."""

@@ -37,7 +37,7 @@ from rhc.training.losses import (
 )
 from rhc.training.module_state import Attributes, Buffers, Captured, Place, overlaps
 from rhc.training.objective import Average
-from rhc.training.recorder import Backward, Recorder
+from rhc.training.recorder import Recorder
 from rhc.training.snapshot import Snapshot
 from rhc.training.trajectory import Block, BlockState, StepRecord, Trajectory
 
@@ -175,13 +175,11 @@ class Plant:
         controls: Mapping[str, float],
         step: int,
         recorder: Recorder | None = None,
-        backward: Backward | None = None,
     ) -> StepRecord:
         """One optimizer step in place: exactly the plain loop's, with the controls of the step.
 
         controls: natural values; what is absent stays as the optimizer has it. recorder: sees the
-        raw gradients, before hooks, clipping and noise. backward: fills the gradients in place of
-        loss and backward.
+        raw gradients, before hooks, clipping and noise.
         """
         if len(self.optimizer.param_groups) != self._count:
             raise InputError(
@@ -192,7 +190,7 @@ class Plant:
         self.controls.write(controls)
         if self._closure != "none":
             return self._step_by_closure(batch, controls, step)
-        observed = self._differentiate(batch, controls, step, recorder, backward)
+        observed = self._differentiate(batch, controls, step, recorder)
         try:
             (self.optimizer if recorder is None else recorder.hooks).step()
         except Exception as error:
@@ -232,15 +230,11 @@ class Plant:
         controls: Mapping[str, float],
         step: int,
         recorder: Recorder | None = None,
-        backward: Backward | None = None,
     ) -> StepRecord:
         """Fills every `.grad` with what the optimizer is to step by."""
         self.optimizer.zero_grad()
         with nullcontext() if recorder is None else recorder.watching():
-            if backward is None:
-                loss, metrics = self.backward(batch)
-            else:
-                loss, metrics = self.parallel.average(*backward())
+            loss, metrics = (recorder or self).backward(batch)
         self.parallel.average_statistics()
         if recorder is not None:
             recorder.keep_gradients()
@@ -413,9 +407,10 @@ class Plant:
             recorder.begin(trajectory)
         losses: list[float] = []
         for i, batch in enumerate(batches):
-            backward = None if recorder is None else recorder.before(i, batch)
+            if recorder is not None:
+                recorder.before(i, batch)
             step = schedule.start + i
-            observed = self.step(batch, schedule.at(step), step, recorder, backward)
+            observed = self.step(batch, schedule.at(step), step, recorder)
             kept = observed if recorder is None else recorder.keep_observed(observed)
             trajectory.losses.append(kept.loss)
             trajectory.metrics.append(kept.metrics)

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 SLAB = 2**24
 """Bytes taken at a time on a CPU: half of what glibc maps in any case."""
 
-Backward = Callable[[], Observed]
-"""Fills every `.grad` and returns (loss, metrics), in place of loss_fn and backward()."""
-
 
 class Recorder:
     """Keeps what a reverse pass needs on the roll's trajectory; a subclass may keep it elsewhere.
@@ -68,8 +65,8 @@ class Recorder:
         self.trajectory = trajectory
         self._scalars = Rows(len(trajectory.schedule))
 
-    def before(self, i: int, batch: Any) -> Backward | None:
-        """Called before every step; may return what takes the place of loss and backward."""
+    def before(self, i: int, batch: Any) -> None:
+        """Called before every step."""
         plant, trajectory = self.plant, self.trajectory
         if self.states(i) and self.whole(i):
             trajectory.states[i] = plant.block_states(trajectory.blocks)
@@ -85,7 +82,10 @@ class Recorder:
             trajectory.buffers[0] |= {n: p.detach().clone() for n, p in self._untrained.items()}
         self._versions = [p._version for p in plant.watched]
         self._norms = self._take_norms() if self.looks_closely(i) else []
-        return None
+
+    def backward(self, batch: Any) -> Observed:
+        """Fills every `.grad`; (loss, metrics), of all ranks."""
+        return self.plant.backward(batch)
 
     def watching(self) -> AbstractContextManager[Any]:
         """Around a step's loss and its backward pass."""
