@@ -293,12 +293,12 @@ class Plant:
     def snapshot(self) -> Snapshot:
         """A deep copy of the state."""
         self.parallel.settle()
-        return Snapshot.of(self.model, self.optimizer, self.owned, self.groups)
+        return Snapshot.of(self)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Puts the state back, in place; the snapshot stays usable."""
         self.parallel.settle()
-        snapshot.put(self.model, self.optimizer, self.owned, self.groups)
+        snapshot.put(self)
 
     def attributes(self) -> Captured:
         """What modules hold besides parameters and buffers: counters, generators, lists."""

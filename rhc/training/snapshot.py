@@ -16,7 +16,7 @@ from rhc.distributed import read_parts, shared_as
 from rhc.errors import InputError
 from rhc.rng import RandomState, preserved
 from rhc.storage.trees import joined, parted
-from rhc.training.module_state import Attributes, Buffers, Captured
+from rhc.training.module_state import Buffers, Captured
 
 if TYPE_CHECKING:
     from rhc.training.plant import Plant
@@ -45,44 +45,29 @@ class Snapshot:
 
     @classmethod
     @torch.no_grad()
-    def of(
-        cls,
-        model: nn.Module,
-        optimizer: Optimizer,
-        parameters: Sequence[Tensor],
-        groups: Sequence[Mapping[str, Any]],
-    ) -> Snapshot:
-        """The state now; `optimizer.state_dict()` would alias the live tensors.
-
-        parameters, groups: the optimizer's, as far as they are known.
-        """
-        state = optimizer.state
+    def of(cls, plant: Plant) -> Snapshot:
+        """The state now; `optimizer.state_dict()` would alias the live tensors."""
+        state = plant.optimizer.state
         return cls(
-            {n: p.detach().clone() for n, p in model.named_parameters()},
-            Buffers(model).copies(),
-            [_copied(dict(state.get(p, {}))) for p in parameters],
-            [_copied({k: v for k, v in g.items() if k != "params"}) for g in groups],
+            {n: p.detach().clone() for n, p in plant.model.named_parameters()},
+            Buffers(plant.model).copies(),
+            [_copied(dict(state.get(p, {}))) for p in plant.owned],
+            [_copied({k: v for k, v in g.items() if k != "params"}) for g in plant.groups],
             RandomState.capture(),
-            Attributes(model).capture(),
+            plant.attributes(),
             _copied({k: v for k, v in state.items() if not isinstance(k, Tensor)}),
         )
 
     @torch.no_grad()
-    def put(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        parameters: Sequence[Tensor],
-        groups: Sequence[dict[str, Any]],
-    ) -> None:
+    def put(self, plant: Plant) -> None:
         """Puts the state back, in place; the snapshot stays usable."""
-        for name, parameter in model.named_parameters():
+        for name, parameter in plant.model.named_parameters():
             parameter.copy_(self.parameters[name])
-        Buffers(model).put(self.buffers)
+        Buffers(plant.model).put(self.buffers)
         if self.attributes is not None:
             self.attributes.restore()
-        state = optimizer.state
-        for p, slots in zip(parameters, self.slots, strict=True):
+        state = plant.optimizer.state
+        for p, slots in zip(plant.owned, self.slots, strict=True):
             if slots:
                 live = state[p]
                 for key in live.keys() - slots.keys():
@@ -90,7 +75,7 @@ class Snapshot:
                 _put(live, slots)
             else:
                 state.pop(p, None)
-        for group, values in zip(groups, self.groups, strict=True):
+        for group, values in zip(plant.groups, self.groups, strict=True):
             _put(group, values)
         for key in [k for k in state if not isinstance(k, Tensor)]:
             del state[key]
