@@ -21,13 +21,14 @@ Reward = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class HeldOutBatches:
-    """The terminal loss is taken on the `count` training batches that follow the window.
+    """The terminal loss is taken on the training batches that follow the window.
 
     So no validation data are used up: what windows are chosen by stays unseen by `val_loader`, and
     they are other batches for every window. In an endless stream nothing has been trained on them.
     """
 
     count: int = 4
+    """How many batches."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "count", whole_number("held-out batches", self.count))
@@ -37,7 +38,11 @@ class HeldOutBatches:
 
 @dataclass(frozen=True)
 class Objective:
-    """The window objective, as a value."""
+    """What a window is judged by: J = Σ_t (c_ℓ ℓ_t − c_r r_t) + terminal(θ̄).
+
+    Raises:
+        InputError: for values out of range, and where all weights are 0.
+    """
 
     loss_weight: float = 0.0
     """c_ℓ, of the steps' losses."""

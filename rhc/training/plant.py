@@ -48,12 +48,19 @@ PATIENCE = 5
 class Plant:
     """The live model, optimizer and loss, with the verbs of the loop that act on them.
 
-    loss_fn(model, batch) returns a scalar tensor, or (scalar tensor, {"name": tensor, …}).
-    seed: of the gradient noise. clip_norm: global gradient norm to clip at; clip_value: largest
-    absolute value of a gradient's element; None for no clipping, and one of the two at most.
-    A batch that is `MicroBatches` is one step on the mean of their losses.
-    ranks: the processes that train together. `parallel` makes gradients, losses and metrics those
-    of all of them.
+    Args:
+        model: trained in place.
+        optimizer: of the model's parameters.
+        loss_fn: (model, batch) -> scalar tensor, or (scalar tensor, {"name": tensor, …}). A batch
+            that is `MicroBatches` is one step on the mean of their losses.
+        seed: of the gradient noise.
+        clip_norm: global norm that gradients are clipped to.
+        clip_value: largest absolute value of a gradient's element; one of the two at most.
+        ranks: the processes that train together; `parallel` makes gradients, losses and metrics
+            those of all of them.
+
+    Raises:
+        InputError: for parts that do not fit together.
     """
 
     def __init__(
@@ -394,12 +401,17 @@ class Plant:
     ) -> Trajectory:
         """Takes one live step per batch from `schedule.start` on, and records what happened.
 
-        record: a `Recorder` of what the reverse pass needs, or just record(i): whether the whole
-        state is kept before the i-th step (and at the end, with i = K); None records losses only.
-        average: is updated with the parameters after every step. on_step is called after every
-        step. limit maps the roll's first loss to the level that a mean of PATIENCE losses in a row
-        may not exceed; rolling stops there, and where a loss is not finite (on an accelerator both
-        are noticed at the end).
+        Args:
+            batches: one per step.
+            schedule: the controls of these steps, in natural units.
+            record: a `Recorder` of what the reverse pass needs, or just record(i): whether the
+                whole state is kept before the i-th step (and at the end, with i = K); None records
+                losses only.
+            average: is updated with the parameters after every step.
+            on_step: is called after every step.
+            limit: maps the roll's first loss to the level that a mean of PATIENCE losses in a row
+                may not exceed. Rolling stops there, and where a loss is not finite (on an
+                accelerator both are noticed at the end).
         """
         recorder = Recorder(self, len(schedule), record) if callable(record) else record
         trajectory = Trajectory(schedule.start, schedule, ())
