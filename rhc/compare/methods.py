@@ -18,8 +18,7 @@ from torch.optim import Optimizer
 from rhc.errors import InputError
 from rhc.hindsight import DistilledScheduler, Policy
 from rhc.loop.update_rule import Twin
-from rhc.schedulers import AdaptiveRL, Bounds, EpochPlanner, FreshSeeds, Gains
-from rhc.schedulers.planner import STEERED
+from rhc.schedulers import STEERED, AdaptiveRL, Bounds, EpochPlanner, FreshSeeds, Gains
 from rhc.workload import (
     Plannable,
     Workload,

@@ -8,7 +8,6 @@ Ross, Gordon, Bagnell 2011).
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,9 +22,8 @@ from rhc.hindsight.features import STEERED, Form, Observer, names_differ, raw, s
 from rhc.hindsight.policy import LIMIT, Lesson, Policy
 from rhc.schedule import Schedule
 from rhc.schedulers import AdaptiveRL
-from rhc.schedulers.adaptive import NoiseOn
-from rhc.schedulers.laws import Bounds, Cap, Controls, lowered, updated
-from rhc.schedulers.signals import is_usable, observed, trends
+from rhc.schedulers.laws import Bounds, Cap, Controls
+from rhc.schedulers.steering import NoiseOn
 
 VARIES = 1e-6
 """A control whose coordinate moves by less than this in a run is not steered there."""
@@ -216,6 +214,7 @@ class DistilledScheduler(AdaptiveRL):
             cap=cap,
             noise=noise,
             noise_on=noise_on,
+            surprise=False,
             anneal=False,
             seed=seed,
         )
@@ -225,6 +224,7 @@ class DistilledScheduler(AdaptiveRL):
         self.memory = policy.network.memory(1)
         self.seen: list[float] = []
         """The features of the last update."""
+        self._moves: dict[str, float] = {}
         self._told = False
         self._norm: Tensor | None = None
         if policy.form.gradient_norm:
@@ -265,36 +265,25 @@ class DistilledScheduler(AdaptiveRL):
         self.observer.load_state(own["observer"])
         self.fallbacks, self.length = own["fallbacks"], own["length"]
 
-    def _update(self) -> None:
-        lost = 0
-        for loss, reward in self._read_pending():
-            lost += sum(x is not None and not is_usable(x) for x in (loss, reward))
+    def _take_in(self, pending: list[tuple[float | None, float | None]]) -> None:
+        super()._take_in(pending)
+        for loss, reward in pending:
             self.observer.observe(loss, reward)
-            self.signals = observed(
-                self.signals, math.nan if loss is None else loss, reward, self.smoothing
-            )
-        self._pending = []
         if self._norm is not None:
             self.observer.observe_norm(float(self._norm))
-        self.trends, self.signals = trends(self.signals, self.smoothing)
         progress = None if self.length is None else min(self.steps / self.length, 1.0)
         self.seen = self.observer.features(self.controls, progress)
-        moves, self.memory = self.policy.moves(self.seen, self.memory)
+        self._moves, self.memory = self.policy.moves(self.seen, self.memory)
+
+    def _next_controls(self) -> Controls:
         outside = self.policy.outside(self.seen)
         if self.policy.form.reward and self.signals.reward_mark is None:
             outside = "reward, which the policy goes by and nobody gave"
-        if lost:
-            self.ignored += lost
-            self.controls = lowered(self.controls, self.bounds)
-            self._warn_once()
-        elif outside is not None:
-            self.fallbacks += 1
-            self.controls = updated(self.controls, self.trends, self.gains, self.bounds, self.cap)
-            self._tell_outside(outside)
-        else:
-            self.controls = self.bounds.clipped(stepped(self.controls, moves))
-        self.updates += 1
-        self._write()
+        if outside is None:
+            return self.bounds.clipped(stepped(self.controls, self._moves))
+        self.fallbacks += 1
+        self._tell_outside(outside)
+        return super()._next_controls()
 
     def _tell_outside(self, name: str) -> None:
         if not self._told:

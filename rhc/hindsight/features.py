@@ -13,7 +13,15 @@ from typing import Any
 
 from rhc.schedule import CONTROLS
 from rhc.schedulers.laws import Controls
-from rhc.schedulers.signals import Average, Signals, Smoothing, is_usable, observed, trends
+from rhc.schedulers.signals import (
+    RunningMean,
+    Signals,
+    Smoothing,
+    is_usable,
+    observed,
+    restored,
+    trends,
+)
 
 SCALES: Mapping[str, Smoothing] = {
     "fast": Smoothing(loss=0.1, reward=0.1, variance=0.05),
@@ -61,7 +69,7 @@ class Observer:
     start: Controls
     signals: dict[str, Signals] = field(default_factory=lambda: {n: Signals() for n in SCALES})
     first: float | None = None
-    log_norm: Average = field(default_factory=Average)
+    log_norm: RunningMean = field(default_factory=RunningMean)
     norm: float | None = None
 
     def observe(self, loss: float | None, reward: float | None) -> None:
@@ -120,12 +128,9 @@ class Observer:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state` gave."""
         for name, values in state["signals"].items():
-            read: dict[str, Any] = {
-                k: Average(**v) if isinstance(v, Mapping) else v for k, v in values.items()
-            }
-            self.signals[name] = Signals(**read)
+            self.signals[name] = restored(Signals, values)
         self.first, self.norm = state["first"], state["norm"]
-        self.log_norm, self.start = Average(**state["log_norm"]), Controls(**state["start"])
+        self.log_norm, self.start = RunningMean(**state["log_norm"]), Controls(**state["start"])
 
 
 def raw(name: str, value: float) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -20,8 +20,8 @@ import torch
 
 from rhc.errors import InputError
 from rhc.schedule import CONTROLS, Schedule
-from rhc.schedulers.laws import Bounds, Cap, Controls, Gains, lowered, updated
-from rhc.schedulers.signals import Smoothing, Trends, is_usable
+from rhc.schedulers.laws import Bounds, Cap, Controls, Gains, check_source, lowered, updated
+from rhc.schedulers.signals import Smoothing, Trends, is_usable, plateau_score
 from rhc.workload import Goal
 
 USUAL_GAINS = Gains(
@@ -41,8 +41,6 @@ ROSE_AGAIN = 0.25
 
 AGAINST = -0.25
 """Gains where the data changed: lr goes up where the loss rises, and down while nothing happens."""
-
-SOURCES = ("both", "loss", "reward")
 
 
 @dataclass(frozen=True)
@@ -97,8 +95,7 @@ class Smoother:
     def __post_init__(self) -> None:
         if self.every < 1:
             raise InputError(f"every must be ≥ 1 steps, got {self.every}")
-        if self.source not in SOURCES:
-            raise InputError(f"source must be one of {', '.join(SOURCES)}, got {self.source!r}")
+        check_source(self.source)
 
     def trends(self, tape: Tape) -> list[Trends]:
         """The trends at the beginning of every block of `every` steps but the first.
@@ -126,9 +123,7 @@ class Smoother:
                 f"the tape has {len(tape.losses)} steps and the schedule {len(probe)}; give both "
                 "of one run"
             )
-        gains = self.gains
-        if self.source == "reward":
-            gains = Gains(**{**asdict(gains), "lr_loss": 0.0, "momentum_loss": 0.0})
+        gains = self.gains.for_source(self.source)
         lost = _lost(tape, self.every)
         first = self.bounds.clipped(_controls(probe))
         current = lowered(first, self.bounds) if 0 in lost else first
@@ -211,8 +206,7 @@ def smooth(
     runs = [train(0, None)]
     best, scale = 0, AGAINST if changed(Tape.of(runs[0].rows, reward)) else 1.0
     for number in range(1, passes + 1):
-        gains = {name: scale * gain for name, gain in asdict(smoother.gains).items()}
-        law = replace(smoother, gains=Gains(**gains))
+        law = replace(smoother, gains=smoother.gains.times(scale))
         schedule = law.schedule(Tape.of(runs[best].rows, reward), runs[best].schedule)
         runs.append(train(number, schedule))
         if runs[number].held_out < runs[best].held_out:
@@ -316,8 +310,7 @@ def _plateaus(losses: Sequence[float], smoothing: Smoothing, marks: range) -> li
     found = []
     for m in marks:
         still = abs(moved[m]) / size[m] if size[m] > 0 else 0.0
-        swings = min(variance[m] / usual, 1e3) if usual > 0 else 0.0
-        p = _sigmoid((0.3 - still) / 0.05) * _sigmoid((2.0 - swings) / 0.5)
+        p = plateau_score(still, variance[m], usual)
         found.append(p if math.isfinite(p) else 0.0)
     return found
 
@@ -326,9 +319,3 @@ def _lost(tape: Tape, every: int) -> set[int]:
     """Blocks with an observation that is not finite, of losses or gradient norms."""
     columns = [tape.losses] + ([] if tape.gradient_norms is None else [tape.gradient_norms])
     return {i // every for column in columns for i, x in enumerate(column) if not is_usable(x)}
-
-
-def _sigmoid(x: float) -> float:
-    if x >= 0:
-        return 1 / (1 + math.exp(-x))
-    return math.exp(x) / (1 + math.exp(x))

@@ -18,7 +18,7 @@ from rhc.loop.fit import Fit
 from rhc.loop.records import PER_EXAMPLE, validation_losses
 from rhc.loop.state import Attempt, State
 from rhc.schedule import CONTROLS, Schedule
-from rhc.schedulers import EpochPlanner, Plan
+from rhc.schedulers import EpochPlan, EpochPlanner
 from rhc.storage.files import finite
 
 
@@ -120,7 +120,7 @@ def plan_epochs(fit: Fit, attempt: Attempt, rows: list[dict[str, Any]]) -> None:
     _follow(state, before, planner.plan)
 
 
-def _follow(state: State, before: Plan, after: Plan) -> None:
+def _follow(state: State, before: EpochPlan, after: EpochPlan) -> None:
     """Moves the rest of the schedule from one plan to the other."""
     moves = dict[str, Callable[[Tensor], Tensor]]()
     if state.step >= state.steps:

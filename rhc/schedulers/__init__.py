@@ -5,59 +5,39 @@
 
 from rhc.schedulers.adaptive import AdaptiveRL
 from rhc.schedulers.callbacks import hf_callback, lightning_callback
-from rhc.schedulers.guards import (
-    CONSERVATIVE,
-    Always,
-    Failsafe,
-    FreshSeeds,
-    Law,
-    Planned,
-    Preset,
-    RewardSource,
-    Smoothed,
-    TrainingTape,
-    Validation,
-    usual_law,
-)
-from rhc.schedulers.knobs import (
-    Augmentation,
-    Beta1,
-    ClipRange,
-    Entropy,
-    GaeLambda,
-    Knob,
-    Value,
-    shifted,
-)
-from rhc.schedulers.laws import Bounds, Controls, Gains
+from rhc.schedulers.guards import CONSERVATIVE, Always, Failsafe, Planned, Preset, Smoothed
+from rhc.schedulers.knobs import Augmentation, ClipRange, Entropy, GaeLambda, Knob, shifted
+from rhc.schedulers.laws import Bounds, Gains
 from rhc.schedulers.plan import (
-    CAP,
+    KNOBS,
+    PLAN_BOUNDS,
+    PLAN_GAINS,
+    STEERED,
     VALUES,
-    Intervention,
-    Plan,
-    PlanBounds,
-    PlanGains,
+    EpochPlan,
     after_drift,
     next_value,
     plan_next_epoch,
 )
 from rhc.schedulers.planner import EpochPlanner, joined, parted
-from rhc.schedulers.rewards import HeldOut, ZScored
+from rhc.schedulers.rewards import FreshSeeds, HeldOut, TrainingTape, ValidationLoss, ZScored
 from rhc.schedulers.sampler import ExampleStatistics, LossSampler
-from rhc.schedulers.statistics import EpochState, EpochStats, Watch, closed, epochs_of, seen
+from rhc.schedulers.statistics import EpochState, EpochStats, Watch, after_epoch, after_step
 
 __all__ = [
-    "CAP",
     "CONSERVATIVE",
+    "KNOBS",
+    "PLAN_BOUNDS",
+    "PLAN_GAINS",
+    "STEERED",
     "VALUES",
     "AdaptiveRL",
     "Always",
     "Augmentation",
-    "Beta1",
     "Bounds",
     "ClipRange",
-    "Controls",
     "Entropy",
+    "EpochPlan",
     "EpochPlanner",
     "EpochState",
     "EpochStats",
@@ -67,32 +47,23 @@ __all__ = [
     "GaeLambda",
     "Gains",
     "HeldOut",
-    "Intervention",
     "Knob",
-    "Law",
     "LossSampler",
-    "Plan",
-    "PlanBounds",
-    "PlanGains",
     "Planned",
     "Preset",
-    "RewardSource",
     "Smoothed",
     "TrainingTape",
-    "Validation",
-    "Value",
+    "ValidationLoss",
     "Watch",
     "ZScored",
     "after_drift",
-    "closed",
-    "epochs_of",
+    "after_epoch",
+    "after_step",
     "hf_callback",
     "joined",
     "lightning_callback",
     "next_value",
     "parted",
     "plan_next_epoch",
-    "seen",
     "shifted",
-    "usual_law",
 ]

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from rhc.errors import InputError, whole_number
-from rhc.rng import root_mean_square, standard_noise
 from rhc.schedule.steering import BeforeSteps
 from rhc.schedulers.laws import (
     Bounds,
@@ -21,29 +19,38 @@ from rhc.schedulers.laws import (
     Controls,
     Gains,
     annealed,
+    check_source,
+    clip,
     dipped,
     lowered,
     paced,
     updated,
 )
 from rhc.schedulers.signals import (
-    Average,
     Signals,
     Smoothing,
     Trends,
     begun_anew,
     is_usable,
+    logit,
     observed,
+    restored,
+    sigmoid,
     surprise,
     trends,
 )
+from rhc.schedulers.steering import (
+    NOISE_ON,
+    NoiseOn,
+    Scalar,
+    add_noise,
+    momentum_of,
+    numbers,
+    scalar,
+    set_momentum,
+)
 
 VERSION = 2
-
-NoiseOn = Literal["gradients", "gradients-by-weights", "parameters"]
-NOISE_ON: tuple[NoiseOn, ...] = ("gradients", "gradients-by-weights", "parameters")
-
-SOURCES = ("both", "loss", "reward")
 
 
 class AdaptiveRL(BeforeSteps):
@@ -56,28 +63,34 @@ class AdaptiveRL(BeforeSteps):
     infinite is left out of the trends, lowers lr by half once per update, is counted in `ignored`,
     and warned of once.
 
-    optimizer: SGD and Adam families: groups with "momentum" > 0 or "betas" are steered in μ (β2
-    stays, see `couple_beta2`), others in lr and noise alone. The lrs of groups keep their ratios,
-    those of groups that are added later the ratio that they then have, and the bounds hold for the
-    largest; one that begins outside them begins at the bound, and a warning says so.
-    steps: how long the run will be, where that is known: one shorter than 10,000 steps is updated
-    more often and further at a time, see `rhc.schedulers.laws.paced`.
-    anneal: where `steps` is known, lr is what the laws make of it times half a cosine, and ends at
-    the lower bound; `controls` has it without that factor. A run whose losses have surprised may do
-    so again, and is not annealed from there on.
-    surprise: where the losses since the last update lie 3 standard deviations above those before,
-    the data or the task have changed: the trends begin anew there, and momentum falls (0.9 to 0.7).
-    `surprises` counts it.
-    noise: σ at the beginning; 0.02 suits reinforcement learning. noise_on: σ·RMS(g)·ξ on every
-    gradient ("gradients"), σ·RMS(θ)·ξ on every gradient ("gradients-by-weights"), or α·σ·RMS(θ)·ξ
-    on the parameters themselves ("parameters"); before each step of the optimizer, from a private
-    generator of (seed, step). To switch noise off, bound it: Bounds(noise=(0, 0)).
-    source: which trends count: "both"; "loss": a reward is not looked at; "reward": the terms of
-    the loss are left out.
-    cap: factors that no update goes beyond. couple_beta2: Adam's β2 averages twice as long where
-    the variance of the loss is twice its usual one, and half as long where it is half.
+    Args:
+        optimizer: Of the SGD or Adam families. Groups with "momentum" > 0 or "betas" are steered in
+            μ, others in lr and noise alone. The lrs of groups keep their ratios, those of groups
+            that are added later the ratio that they then have, and the bounds hold for the largest.
+        steps: Length of the run, where it is known: one shorter than 10,000 steps is updated more
+            often and further at a time.
+        every: Steps between updates, of a run of 10,000 steps or more.
+        gains: How far an update may go.
+        bounds: Lowest and highest values; what begins outside begins at the bound, with a warning.
+            To switch noise off: Bounds(noise=(0, 0)).
+        cap: Factors that no update goes beyond; None for none.
+        smoothing: β of the running means.
+        noise: σ at the beginning; 0.02 suits reinforcement learning.
+        noise_on: σ·RMS(g)·ξ on every gradient ("gradients"), σ·RMS(θ)·ξ on every gradient
+            ("gradients-by-weights"), or α·σ·RMS(θ)·ξ on the parameters themselves ("parameters").
+        source: Which trends count: "both"; "loss": a reward is not looked at; "reward": the terms
+            of the loss are left out.
+        surprise: Whether losses 3 standard deviations above those before begin the trends anew and
+            lower momentum (0.9 to 0.7); `surprises` counts it.
+        anneal: Where `steps` is known, whether lr is what the laws make of it times half a cosine,
+            down to the lower bound; `controls` has it without that factor. A run whose losses have
+            surprised may do so again, and is not annealed from there on.
+        couple_beta2: Whether Adam's β2 averages twice as long where the variance of the loss is
+            twice its usual one, and half as long where it is half.
+        seed: Of the noise, a private generator of (seed, step).
 
-    Raises InputError for settings that cannot be.
+    Raises:
+        InputError: For settings that cannot be.
     """
 
     optimizer: Optimizer
@@ -117,33 +130,29 @@ class AdaptiveRL(BeforeSteps):
             raise InputError(f"noise must be ≥ 0 and finite, got {noise:g}")
         if noise_on not in NOISE_ON:
             raise InputError(f"noise_on must be one of {', '.join(NOISE_ON)}, got {noise_on!r}")
-        if source not in SOURCES:
-            raise InputError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
+        check_source(source)
         self.optimizer = optimizer
         self.cap, self.seed, self.bounds = cap, seed, bounds or Bounds()
-        self.gains, self.every, faster = paced(gains or Gains(), every, steps)
+        gains, self.every, faster = paced(gains or Gains(), every, steps)
+        self.gains = gains.for_source(source)
         usual = Smoothing()
         self.smoothing = smoothing or replace(
             usual, loss=min(usual.loss * faster, 0.05), reward=min(usual.reward * faster, 0.05)
         )
         self.noise_on, self.source, self.couple_beta2 = noise_on, source, couple_beta2
         self.surprise = surprise
-        self._horizon = steps if anneal else None
         self.signals, self.trends = Signals(), Trends()
         self.steps = self.updates = self.ignored = self.noise_steps = self.surprises = 0
-        self._pending: list[tuple[Any, Any]] = []
+        self._annealed_steps = steps if anneal else None
+        self._pending: list[tuple[Scalar, Scalar]] = []
         self._warned = False
-        self._groups = [_Group(group) for group in optimizer.param_groups]
-        top = max(group.lr for group in self._groups)
-        self._shares = [group.lr / top if top > 0 else 1.0 for group in self._groups]
-        lead = next((g.momentum for g in self._groups if g.momentum is not None), None)
-        self._logits = [
-            0.0 if g.momentum is None or lead is None else _logit(g.momentum) - _logit(lead)
-            for g in self._groups
-        ]
-        asked = Controls(top, lead, noise)
+        groups = optimizer.param_groups
+        largest = max(float(group["lr"]) for group in groups)
+        momentum = next((m for m in map(momentum_of, groups) if m is not None), None)
+        self._groups = [_Group.of(group, largest, momentum) for group in groups]
+        asked = Controls(largest, momentum, noise)
         self.controls = self.bounds.clipped(asked)
-        self._tell_clipped(asked)
+        self._warn_of_bounds(asked)
         self._write()
         self.hook("_add_noise")
 
@@ -152,9 +161,11 @@ class AdaptiveRL(BeforeSteps):
     ) -> None:
         """Once per step of the optimizer, after it.
 
-        loss: of that step, a scalar (a mean over accumulated micro-batches). reward: higher is
-        better, whenever there is one. Where a framework calls `step()` by itself, `observe` gives
-        both beforehand.
+        Where a framework calls `step()` by itself, `observe` gives both beforehand.
+
+        Args:
+            loss: Of that step, a scalar (a mean over accumulated micro-batches).
+            reward: A scalar, higher is better, whenever there is one.
         """
         if loss is not None or reward is not None:
             self.observe(loss, reward)
@@ -166,7 +177,7 @@ class AdaptiveRL(BeforeSteps):
         self, loss: Tensor | float | None = None, reward: Tensor | float | None = None
     ) -> None:
         """Adds a loss, a reward or both to what the next update looks at."""
-        self._pending.append((_kept(loss, "loss"), _kept(reward, "reward")))
+        self._pending.append((scalar(loss, "loss"), scalar(reward, "reward")))
 
     def get_last_lr(self) -> list[float]:
         """The lr of every parameter group, as torch's schedulers give it."""
@@ -186,7 +197,8 @@ class AdaptiveRL(BeforeSteps):
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, lists and strings only; a scheduler that loads it goes on bit for bit."""
-        self._take_up()
+        self._add_groups()
+        self._pending = [(loss, reward) for loss, reward in numbers(self._pending)]
         return {
             "version": VERSION,
             "controls": asdict(self.controls),
@@ -197,183 +209,142 @@ class AdaptiveRL(BeforeSteps):
             "ignored": self.ignored,
             "noise_steps": self.noise_steps,
             "surprises": self.surprises,
-            "pending": [list(pair) for pair in self._read_pending()],
-            "shares": list(self._shares),
-            "logits": list(self._logits),
+            "pending": [list(pair) for pair in self._pending],
+            "shares": [group.share for group in self._groups],
+            "logits": [group.offset or 0.0 for group in self._groups],
             "beta2": [group.beta2 for group in self._groups],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The state of another AdaptiveRL; also sets the optimizer's lr and momentum.
+        """Takes over the state of another AdaptiveRL; also sets the optimizer's lr and momentum.
 
-        Raises InputError where it is of another version or another number of parameter groups.
+        Raises:
+            InputError: Where it is of another version or another number of parameter groups.
         """
         if state.get("version") != VERSION:
             raise InputError(
                 f"the state is of AdaptiveRL version {state.get('version')}, this is version "
                 f"{VERSION}: load it with the rhc that wrote it"
             )
-        self._take_up()
+        self._add_groups()
         if len(state["shares"]) != len(self._groups):
             raise InputError(
                 f"the state is of {len(state['shares'])} parameter groups, the optimizer has "
                 f"{len(self._groups)}: build the optimizer as it was when the state was saved"
             )
-        self.controls = Controls(**state["controls"])
-        restored: dict[str, Any] = {
-            name: Average(**value) if isinstance(value, Mapping) else value
-            for name, value in state["signals"].items()
-        }
-        self.signals = Signals(**restored)
-        self.trends = Trends(**state["trends"])
+        self.controls = restored(Controls, state["controls"])
+        self.signals = restored(Signals, state["signals"])
+        self.trends = restored(Trends, state["trends"])
         self.steps, self.updates = state["steps"], state["updates"]
         self.ignored, self.noise_steps = state["ignored"], state["noise_steps"]
         self.surprises = state["surprises"]
         self._pending = [(loss, reward) for loss, reward in state["pending"]]
-        self._shares, self._logits = list(state["shares"]), list(state["logits"])
-        for group, beta2 in zip(self._groups, state["beta2"], strict=True):
-            group.beta2 = beta2
+        saved = zip(state["shares"], state["logits"], state["beta2"], strict=True)
+        self._groups = [
+            _Group(share, None if group.offset is None else offset, beta2)
+            for group, (share, offset, beta2) in zip(self._groups, saved, strict=True)
+        ]
         self._write()
 
     def _update(self) -> None:
-        lost = 0
-        pending = self._read_pending()
-        seen = [math.nan if loss is None else loss for loss, _ in pending]
-        anew = surprise(self.signals, seen) if self.surprise else None
+        pending = [(loss, reward) for loss, reward in numbers(self._pending)]
+        self._pending = []
+        ignored = sum(x is not None and not is_usable(x) for pair in pending for x in pair)
+        self._take_in(pending)
+        if ignored:
+            self.ignored += ignored
+            self.controls = lowered(self.controls, self.bounds)
+            self._warn_once()
+        else:
+            self.controls = self._next_controls()
+        self.updates += 1
+        self._write()
+
+    def _take_in(self, pending: list[tuple[float | None, float | None]]) -> None:
+        """Signals and trends after the observations since the last update."""
+        losses = [math.nan if loss is None else loss for loss, _ in pending]
+        anew = surprise(self.signals, losses) if self.surprise else None
         if anew is not None:
             self.surprises += 1
             self.signals = begun_anew(self.signals)
             self.controls = dipped(self.controls, self.bounds)
-        for i, (loss, reward) in enumerate(pending):
-            lost += sum(x is not None and not is_usable(x) for x in (loss, reward))
+            losses[:anew] = [math.nan] * anew
+        for loss, (_, reward) in zip(losses, pending, strict=True):
             wanted = None if self.source == "loss" else reward
-            told = seen[i] if anew is None or i >= anew else math.nan
-            self.signals = observed(self.signals, told, wanted, self.smoothing)
-        self._pending = []
+            self.signals = observed(self.signals, loss, wanted, self.smoothing)
         self.trends, self.signals = trends(self.signals, self.smoothing)
         if anew is not None:
             # What begins anew has not seen the rise that it begins with.
-            own = -1.0 if self.signals.reward_mark is None else self.trends.reward
-            self.trends = replace(self.trends, loss=1.0, reward=own)
-        gains = self.gains
-        if self.source == "reward":
-            gains = Gains(**{**asdict(gains), "lr_loss": 0.0, "momentum_loss": 0.0})
-        if lost:
-            self.ignored += lost
-            self.controls = lowered(self.controls, self.bounds)
-            self._warn_once()
-        else:
-            self.controls = updated(self.controls, self.trends, gains, self.bounds, self.cap)
-        self.updates += 1
-        self._write()
+            reward = -1.0 if self.signals.reward_mark is None else self.trends.reward
+            self.trends = replace(self.trends, loss=1.0, reward=reward)
 
-    def _read_pending(self) -> list[tuple[float | None, float | None]]:
-        """As numbers; tensors of a device are read in one transfer."""
-        tensors = [x for pair in self._pending for x in pair if isinstance(x, Tensor)]
-        numbers: list[float] = []
-        if tensors:
-            same = len({t.device for t in tensors}) == 1
-            numbers = (
-                torch.stack(
-                    [t.double() if t.device.type == "cpu" else t.float() for t in tensors]
-                ).tolist()
-                if same
-                else [float(t) for t in tensors]
-            )
-        found = iter(numbers)
-        read = [
-            tuple(next(found) if isinstance(x, Tensor) else x for x in pair)
-            for pair in self._pending
-        ]
-        self._pending = [(pair[0], pair[1]) for pair in read]
-        return self._pending
+    def _next_controls(self) -> Controls:
+        return updated(self.controls, self.trends, self.gains, self.bounds, self.cap)
 
     def _write(self) -> None:
         """The controls into the optimizer's groups. A tensor lr, of a compiled step, stays one."""
         self.steers()
-        self._take_up()
-        quotient, top = self._variance_quotient(), self._lr()
-        for group, own, share, logit in zip(
-            self.optimizer.param_groups, self._groups, self._shares, self._logits, strict=True
-        ):
-            lr = top * share
+        self._add_groups()
+        longer, largest, momentum = self._beta2_factor(), self._lr(), self.controls.momentum
+        for group, own in zip(self.optimizer.param_groups, self._groups, strict=True):
+            lr = largest * own.share
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
             else:
                 group["lr"] = lr
-            if own.momentum is None or self.controls.momentum is None:
+            if own.offset is None or momentum is None:
                 continue
-            low, high = self.bounds.momentum
-            moved = self.controls.momentum
-            if logit:
-                moved = min(max(_sigmoid(_logit(moved) + logit), low), high)
-            if own.beta2 is None:
-                group["momentum"] = moved
-            else:
-                beta2 = 1 - (1 - own.beta2) / quotient if self.couple_beta2 else own.beta2
+            moved = momentum
+            if own.offset:
+                moved = clip(sigmoid(logit(momentum) + own.offset), self.bounds.momentum)
+            set_momentum(group, moved)
+            if own.beta2 is not None:
+                beta2 = 1 - (1 - own.beta2) / longer if self.couple_beta2 else own.beta2
                 group["betas"] = (moved, beta2)
 
-    def _take_up(self) -> None:
+    def _add_groups(self) -> None:
         """Groups that were added since: in the ratio to the others that they have now."""
         groups, known = self.optimizer.param_groups, len(self._groups)
         if len(groups) == known:
             return
         # As they were written last: what is to be written may have moved already.
-        lead = self._shares.index(max(self._shares))
-        now = float(groups[lead]["lr"]) / (self._shares[lead] or 1.0)
-        steered = next((i for i, g in enumerate(self._groups) if g.momentum is not None), None)
-        written = None if steered is None else _Group(groups[steered]).momentum
-        for group in groups[known:]:
-            own, logit = _Group(group), 0.0
-            if own.momentum is not None and written is not None and steered is not None:
-                logit = _logit(own.momentum) - _logit(written) + self._logits[steered]
-            self._groups.append(own)
-            self._shares.append(own.lr / now if now > 0 else 1.0)
-            self._logits.append(logit)
-        most = max(self._shares)
+        shares = [group.share for group in self._groups]
+        lead = shares.index(max(shares))
+        largest = float(groups[lead]["lr"]) / (shares[lead] or 1.0)
+        steered = next((i for i, g in enumerate(self._groups) if g.offset is not None), None)
+        momentum = None if steered is None else momentum_of(groups[steered])
+        self._groups += [_Group.of(group, largest, momentum) for group in groups[known:]]
+        most = max(group.share for group in self._groups)
         if most > 1:  # the bounds hold for the largest
-            self._shares = [share / most for share in self._shares]
+            self._groups = [replace(group, share=group.share / most) for group in self._groups]
             self.controls = replace(self.controls, lr=self.controls.lr * most)
 
     def _lr(self) -> float:
         """The largest lr of the groups."""
         lr = self.controls.lr
-        if self._horizon is None or self.surprises:
+        if self._annealed_steps is None or self.surprises:
             return lr
-        return max(lr * annealed(self.steps, self._horizon), min(lr, self.bounds.lr[0]))
+        return max(lr * annealed(self.steps, self._annealed_steps), min(lr, self.bounds.lr[0]))
 
-    def _variance_quotient(self) -> float:
+    def _beta2_factor(self) -> float:
+        """How much longer β2 averages: the variance of the loss over its usual one."""
         usual = self.signals.usual_variance.value
-        return min(max(self.signals.variance.value / usual, 0.5), 2.0) if usual > 0 else 1.0
+        return clip(self.signals.variance.value / usual, (0.5, 2.0)) if usual > 0 else 1.0
 
-    @torch.no_grad()
     def _add_noise(self, *_: Any) -> None:
         step, self.noise_steps = self.noise_steps, self.noise_steps + 1
-        sigma = self.controls.noise
-        if sigma == 0 or not self.is_steering:
-            return
-        for number, group in enumerate(self.optimizer.param_groups):
-            parameters = [p for p in group["params"] if p.requires_grad]
-            lr = float(group["lr"]) if self.noise_on == "parameters" else 0.0
-            noise = standard_noise(parameters, self.seed + number, step)
-            for p, xi in zip(parameters, noise, strict=True):
-                if p.grad is None or p.grad.is_sparse:
-                    continue
-                if self.noise_on == "gradients":
-                    p.grad.addcmul_(xi, root_mean_square(p.grad), value=sigma)
-                elif self.noise_on == "gradients-by-weights":
-                    p.grad.addcmul_(xi, root_mean_square(p), value=sigma)
-                else:
-                    p.addcmul_(xi, root_mean_square(p), value=lr * sigma)
+        if self.is_steering:
+            groups = self.optimizer.param_groups
+            add_noise(groups, self.controls.noise, self.seed, step, self.noise_on)
 
-    def _tell_clipped(self, asked: Controls) -> None:
-        for name in ("lr", "momentum", "noise"):
-            wanted, given = getattr(asked, name), getattr(self.controls, name)
-            if wanted != given:
+    def _warn_of_bounds(self, asked: Controls) -> None:
+        for name, wanted in asdict(asked).items():
+            begins = getattr(self.controls, name)
+            if wanted != begins:
                 low, high = getattr(self.bounds, name)
                 warnings.warn(
                     f"{name} {wanted:g} lies outside AdaptiveRL's bounds [{low:g}, {high:g}] and "
-                    f"begins at {given:g}: give bounds=Bounds({name}=(…, …)) for others",
+                    f"begins at {begins:g}: give bounds=Bounds({name}=(…, …)) for others",
                     stacklevel=3,
                 )
 
@@ -387,37 +358,24 @@ class AdaptiveRL(BeforeSteps):
             )
 
 
+@dataclass(frozen=True)
 class _Group:
-    """What a parameter group began with: lr; μ and β2, None where it has none."""
+    """A parameter group beside the others.
 
-    def __init__(self, group: Mapping[str, Any]) -> None:
-        self.lr = float(group["lr"])
-        self.beta2: float | None = None
-        self.momentum: float | None = None
-        if "betas" in group:
-            self.momentum, self.beta2 = (float(beta) for beta in group["betas"])
-        elif group.get("momentum"):
-            self.momentum = float(group["momentum"])
-        if self.momentum is not None and not 0 < self.momentum < 1:
-            self.momentum = None  # nothing to steer on a logit scale
+    share: of the largest lr. offset: logits of its momentum above the first group's that has one;
+    None where it has none to steer. beta2: the one that it began with.
+    """
 
+    share: float
+    offset: float | None
+    beta2: float | None
 
-def _kept(value: Any, name: str) -> Any:
-    if value is None:
-        return None
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise InputError(
-                f"{name} must be a scalar, got shape {tuple(value.shape)}: pass its mean"
-            )
-        # A graph's memory may be used again for the next step.
-        return value.detach().reshape(()).clone()
-    return float(value)
-
-
-def _logit(p: float) -> float:
-    return math.log(p) - math.log1p(-p)
-
-
-def _sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+    @classmethod
+    def of(cls, group: Mapping[str, Any], largest: float, momentum: float | None) -> _Group:
+        """largest: lr of the groups that there are; momentum: of the first that has one."""
+        share = float(group["lr"]) / largest if largest > 0 else 1.0
+        own, offset = momentum_of(group), None
+        if own is not None:
+            offset = 0.0 if momentum is None else logit(own) - logit(momentum)
+        beta2 = float(group["betas"][1]) if "betas" in group else None
+        return cls(share, offset, beta2)

@@ -3,12 +3,13 @@
     trainer = lightning.Trainer(callbacks=[lightning_callback(planner, validation="val_loss")])
     trainer = transformers.Trainer(…, callbacks=[hf_callback(planner)])
 
-Both build the planner's optimizer side when the loop has made its optimizer, and keep the planner's
-state with the loop's own checkpoints. Neither package is imported before it is asked for.
+Both attach the planner when the loop has made its optimizer, and keep the planner's state with the
+loop's own checkpoints. Neither package is imported before it is asked for.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,28 +27,22 @@ STATE = "rhc_planner"
 def lightning_callback(planner: EpochPlanner, *, validation: str = "val_loss") -> Any:
     """A `lightning.pytorch.Callback` that plans epochs.
 
-    planner: built without an optimizer; the trainer's first one is steered. validation: the name
-    under which the module logs its validation loss. The training loss is what `training_step`
-    returns. Epochs without a validation pass are not planned.
-    Raises InputError where Lightning is not installed.
-    """
-    try:
-        from lightning.pytorch import Callback
-    except ImportError:
-        try:
-            from pytorch_lightning import Callback
-        except ImportError:
-            raise InputError(
-                "lightning_callback needs Lightning, which is not installed: pip install lightning"
-            ) from None
+    Args:
+        planner: Built without an optimizer; the trainer's first one is steered.
+        validation: Name under which the module logs its validation loss. Epochs without a
+            validation pass are not planned.
 
-    class PlannedEpochs(Callback):
-        def __init__(self) -> None:
-            self.restored: Mapping[str, Any] | None = None
+    Raises:
+        InputError: Where Lightning is not installed.
+    """
+    base = _imported("Callback", "lightning", "lightning.pytorch", "pytorch_lightning")
+
+    class PlannedEpochs(base):  # type: ignore[misc, valid-type]
+        restored: Mapping[str, Any] | None = None
 
         def on_fit_start(self, trainer: Any, module: Any) -> None:
             schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-            _take(planner, trainer.optimizers, schedulers, self.restored)
+            _attach(planner, trainer.optimizers[0], schedulers, self.restored)
 
         def on_train_batch_end(
             self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int
@@ -58,16 +53,13 @@ def lightning_callback(planner: EpochPlanner, *, validation: str = "val_loss") -
 
         def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
             found = trainer.callback_metrics.get(validation)
-            if found is None and planner.needs_validation:
-                if trainer.val_dataloaders is None:
-                    planner.on_epoch_end()  # says what is missing
-                if trainer.current_epoch % (trainer.check_val_every_n_epoch or 1) == 0:
-                    raise InputError(
-                        f"the module logs no {validation!r}; log it in validation_step, or give "
-                        "lightning_callback(validation=…) its name"
-                    )
-                return
-            planner.on_epoch_end(found)
+            if found is not None or not planner.needs_validation or trainer.val_dataloaders is None:
+                planner.on_epoch_end(found)  # says what is missing
+            elif trainer.current_epoch % (trainer.check_val_every_n_epoch or 1) == 0:
+                raise InputError(
+                    f"the module logs no {validation!r}; log it in validation_step, or give "
+                    "lightning_callback(validation=…) its name"
+                )
 
         def state_dict(self) -> dict[str, Any]:
             return planner.state_dict()
@@ -81,40 +73,38 @@ def lightning_callback(planner: EpochPlanner, *, validation: str = "val_loss") -
 def hf_callback(planner: EpochPlanner, *, validation: str = "eval_loss") -> Any:
     """A `transformers.TrainerCallback` that plans epochs.
 
-    planner: built without an optimizer; the Trainer's own is steered, its scheduler's shape kept.
     Use it with `eval_strategy="epoch"`; the loss of training is the one that is logged, so that
-    `logging_steps=1` shows most. An epoch's plan is made when its evaluation is there: at the end
-    of the epoch where nothing is evaluated or needed.
-    Raises InputError where transformers is not installed.
-    """
-    try:
-        from transformers import TrainerCallback
-    except ImportError:
-        raise InputError(
-            "hf_callback needs transformers, which is not installed: pip install transformers"
-        ) from None
+    `logging_steps=1` shows most. An epoch's plan is made when its evaluation is there, or at the
+    end of the epoch where none is needed.
 
-    class PlannedEpochs(TrainerCallback):
-        def __init__(self) -> None:
-            self.restored: Mapping[str, Any] | None = None
-            self.ended = False
+    Args:
+        planner: Built without an optimizer; the Trainer's own is steered, its scheduler's shape
+            kept.
+        validation: Name of the validation loss among the Trainer's metrics.
+
+    Raises:
+        InputError: Where transformers is not installed.
+    """
+    base = _imported("TrainerCallback", "transformers", "transformers")
+
+    class PlannedEpochs(base):  # type: ignore[misc, valid-type]
+        ended = False
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            folder = _checkpoint_of(args, state)
-            if folder is not None:
-                self.restored = _read(folder)
-            _take(planner, [given["optimizer"]], [given["lr_scheduler"]], self.restored)
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            resumed = state.global_step and (folder / f"{STATE}.json").is_file()
+            restored = _read(folder) if resumed else None
+            _attach(planner, given["optimizer"], [given["lr_scheduler"]], restored)
 
         def on_log(
             self, args: Any, state: Any, control: Any, logs: Any = None, **given: Any
         ) -> None:
             if logs and "loss" in logs:
-                planner.step(float(logs["loss"]), gradient_norm=_number(logs.get("grad_norm")))
+                planner.step(float(logs["loss"]), gradient_norm=logs.get("grad_norm"))
 
         def on_epoch_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-            self.ended = True
-            if not planner.needs_validation:
-                self.ended = False
+            self.ended = planner.needs_validation
+            if not self.ended:
                 planner.on_epoch_end()
 
         def on_evaluate(
@@ -133,27 +123,26 @@ def hf_callback(planner: EpochPlanner, *, validation: str = "eval_loss") -> Any:
     return PlannedEpochs()
 
 
-def _take(
-    planner: EpochPlanner,
-    optimizers: list[Any],
-    schedulers: list[Any],
-    restored: Mapping[str, Any] | None,
+def _imported(name: str, package: str, *modules: str) -> Any:
+    """The class `name` of the first of these modules that can be imported."""
+    for module in modules:
+        try:
+            return getattr(importlib.import_module(module), name)
+        except ImportError:
+            continue
+    raise InputError(
+        f"this callback needs {package}, which is not installed: pip install {package}"
+    )
+
+
+def _attach(
+    planner: EpochPlanner, optimizer: Any, schedulers: list[Any], state: Mapping[str, Any] | None
 ) -> None:
     """Hands the loop's optimizer to the planner, which then goes on from a state."""
-    optimizer = optimizers[0]
     # Accelerate wraps the optimizer that the parameters' groups belong to.
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    planner.attach(optimizer, schedulers)
-    if restored is not None:
-        planner.load_state_dict(restored)
-
-
-def _checkpoint_of(args: Any, state: Any) -> Path | None:
-    """The folder that the Trainer resumes from, if it does."""
-    if not state.global_step:
-        return None
-    folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-    return folder if (folder / f"{STATE}.json").is_file() else None
+    planner.attach(getattr(optimizer, "optimizer", optimizer), schedulers)
+    if state is not None:
+        planner.load_state_dict(state)
 
 
 def _write(folder: Path, planner: EpochPlanner) -> None:
@@ -165,7 +154,3 @@ def _write(folder: Path, planner: EpochPlanner) -> None:
 def _read(folder: Path) -> dict[str, Any]:
     rest = json.loads((folder / f"{STATE}.json").read_text(encoding="utf-8"))
     return joined(load_file(folder / f"{STATE}.safetensors"), rest)
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)

@@ -1,4 +1,4 @@
-"""Guardrails: laws wrapped around laws, each a pure function (stats, previous plan) -> plan.
+"""Guards: laws wrapped around laws, each a pure function (stats, previous plan) -> plan.
 
     law = Failsafe(Smoothed(Planned(gains, bounds), penalty=0.02), preset=CONSERVATIVE)
 
@@ -10,27 +10,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from rhc.errors import InputError, whole_number
-from rhc.schedulers import laws
-from rhc.schedulers.laws import Cap
-from rhc.schedulers.plan import CAP, Intervention, Plan, PlanGains, plan_next_epoch
+from rhc.schedulers.laws import Bounds, Cap, Gains
+from rhc.schedulers.plan import CAP, EpochPlan, Intervention, plan_next_epoch
+from rhc.schedulers.signals import logit, sigmoid
 from rhc.schedulers.statistics import EpochStats
 
-Law = Callable[[EpochStats, Plan], Plan]
+Law = Callable[[EpochStats, EpochPlan], EpochPlan]
 
 
 @dataclass(frozen=True)
 class Planned:
     """The bounded laws, `plan_next_epoch`, with their gains, bounds and cap."""
 
-    gains: laws.Gains | None = None
-    bounds: laws.Bounds | None = None
+    gains: Gains | None = None
+    bounds: Bounds | None = None
     cap: Cap = CAP
 
-    def __call__(self, stats: EpochStats, previous: Plan) -> Plan:
+    def __call__(self, stats: EpochStats, previous: EpochPlan) -> EpochPlan:
         return plan_next_epoch(stats, previous, self.gains, self.bounds, self.cap)
 
 
@@ -50,16 +49,24 @@ class Smoothed:
         if not 0 <= self.penalty < math.inf:
             raise InputError(f"penalty must be ≥ 0, got {self.penalty:g}; use 0 for none")
 
-    def __call__(self, stats: EpochStats, previous: Plan) -> Plan:
+    def __call__(self, stats: EpochStats, previous: EpochPlan) -> EpochPlan:
         plan = self.law(stats, previous)
         if plan.mode != previous.mode or stats.ignored:
             return plan
-        values: dict[str, Any] = {}
-        for name, new in plan.values.items():
+        values = plan.values
+        for name, new in values.items():
             old = getattr(previous, name)
             if old is not None and old > 0 and new > 0 and new != old:
-                values[name] = _shortened(name, old, new, self.penalty)
-        return replace(plan, **values)
+                values[name] = self._shortened(name, old, new)
+        return plan.changed(values)
+
+    def _shortened(self, name: str, old: float, new: float) -> float:
+        bounded = name in ("momentum", "gae_lambda") and old < 1 and new < 1
+        to_raw, from_raw = (logit, sigmoid) if bounded else (math.log, math.exp)
+        move = to_raw(new) - to_raw(old)
+        if abs(move) <= self.penalty:
+            return old
+        return from_raw(to_raw(old) + math.copysign(abs(move) - self.penalty, move))
 
 
 @dataclass(frozen=True)
@@ -83,17 +90,17 @@ class Preset:
         if self.lr is not None and not 0 < self.lr <= 1:
             raise InputError(f"lr of a preset must be a factor in (0, 1], got {self.lr:g}")
 
-    def applied(self, plan: Plan) -> Plan:
+    def applied(self, plan: EpochPlan) -> EpochPlan:
         """The plan with these values in force."""
-        values = {
-            name: getattr(self, name)
-            for name in plan.values
-            if name != "lr" and getattr(self, name) is not None
-        }
-        lr = plan.lr
+        values = plan.values
+        for name in values:
+            own = getattr(self, name)
+            if own is not None:
+                values[name] = own
         if self.lr is not None:
-            lr = min(lr, self.lr * (plan.lr if plan.first_lr is None else plan.first_lr))
-        return replace(plan, lr=lr, mode=self.name, **values)
+            first = plan.lr if plan.first_lr is None else plan.first_lr
+            values["lr"] = min(plan.lr, self.lr * first)
+        return plan.changed(values, mode=self.name)
 
 
 CONSERVATIVE = Preset()
@@ -119,21 +126,24 @@ class Failsafe:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be ≥ 1 epochs, got {getattr(self, name)}")
 
-    def __call__(self, stats: EpochStats, previous: Plan) -> Plan:
+    def __call__(self, stats: EpochStats, previous: EpochPlan) -> EpochPlan:
         kept = replace(previous, epoch=stats.epoch + 1, interventions=())
         if previous.mode == self.preset.name:
             if stats.better < self.rearm:
                 return kept
-            why = f"validation has been better {stats.better} epochs in a row: planning again"
             plan = self.law(stats, replace(previous, mode="planned"))
-            return _with(plan, Intervention("re-armed", why))
-        if stats.worse >= self.patience:
+            why = f"validation has been better {stats.better} epochs in a row: planning again"
+            done = Intervention("re-armed", why)
+        elif stats.worse >= self.patience:
+            plan = self.preset.applied(kept)
             why = (
                 f"validation has been worse {stats.worse} epochs in a row: preset "
                 f"{self.preset.name!r}"
             )
-            return _with(self.preset.applied(kept), Intervention("failsafe", why))
-        return self.law(stats, previous)
+            done = Intervention("failsafe", why)
+        else:
+            return self.law(stats, previous)
+        return replace(plan, interventions=(*plan.interventions, done))
 
 
 @dataclass(frozen=True)
@@ -142,67 +152,6 @@ class Always:
 
     preset: Preset = CONSERVATIVE
 
-    def __call__(self, stats: EpochStats, previous: Plan) -> Plan:
+    def __call__(self, stats: EpochStats, previous: EpochPlan) -> EpochPlan:
         kept = replace(previous, epoch=stats.epoch + 1, interventions=())
         return self.preset.applied(kept)
-
-
-def usual_law(gains: laws.Gains | None = None, bounds: laws.Bounds | None = None) -> Law:
-    """The bounded laws, smoothed, with the failsafe around them."""
-    return Failsafe(Smoothed(Planned(gains or PlanGains(), bounds)))
-
-
-# Where rewards come from --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Validation:
-    """The reward of an epoch is the fall of a loss on data that is not trained on."""
-
-    source: str = field(default="validation", init=False)
-
-
-@dataclass(frozen=True)
-class FreshSeeds:
-    """The reward is a return played with seeds that nothing was trained on.
-
-    play: (seed) -> return, called once at the end of every epoch with a seed of its own, from
-    `first` on; or the name of a metric of every step that is such a return, as an on-policy run has
-    it: its episodes are played before anything learns from them.
-    """
-
-    play: Callable[[int], float] | str = "return"
-    first: int = 10**6
-    source: str = field(default="fresh seeds", init=False)
-
-
-@dataclass(frozen=True)
-class TrainingTape:
-    """The reward is what the training steps themselves report: named, because it flatters.
-
-    A loss that falls on the data that were trained on says nothing of other data. metric: the name
-    of a metric of every step; None for the loss, with its sign turned.
-    """
-
-    metric: str | None = None
-    source: str = field(default="training tape", init=False)
-
-
-RewardSource = Validation | FreshSeeds | TrainingTape
-
-
-def _with(plan: Plan, intervention: Intervention) -> Plan:
-    return replace(plan, interventions=(*plan.interventions, intervention))
-
-
-def _shortened(name: str, old: float, new: float, penalty: float) -> float:
-    logit = name in ("momentum", "gae_lambda") and old < 1 and new < 1
-    move = _raw(new, logit) - _raw(old, logit)
-    if abs(move) <= penalty:
-        return old
-    x = _raw(old, logit) + math.copysign(abs(move) - penalty, move)
-    return 1 / (1 + math.exp(-x)) if logit else math.exp(x)
-
-
-def _raw(value: float, logit: bool) -> float:
-    return math.log(value) - math.log1p(-value) if logit else math.log(value)

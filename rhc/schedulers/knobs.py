@@ -5,27 +5,27 @@
     ...
     knob.update(stats)          # alone; or EpochPlanner(…, knobs=[knob])
 
-A knob has the `name` of its value in a `Plan`, a `value` that can be set, and a state.
+A knob has the `name` of its value in an `EpochPlan`, and a `value` that can be set.
 `rhc.schedulers.LossSampler` is one too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from rhc.errors import InputError
-from rhc.schedulers.plan import PlanBounds, PlanGains, next_value
+from rhc.schedulers.laws import Bounds, Gains, clip
+from rhc.schedulers.plan import PLAN_BOUNDS, next_value
 from rhc.schedulers.statistics import EpochStats
 
 
-@runtime_checkable
 class Knob(Protocol):
-    """What a planner can drive: `name` is one of `rhc.schedulers.VALUES`."""
+    """What a planner can drive: `name` is one of `rhc.schedulers.KNOBS`."""
 
     name: str
 
@@ -46,11 +46,11 @@ class Value:
         value: float,
         *,
         bounds: tuple[float, float] | None = None,
-        gains: PlanGains | None = None,
+        gains: Gains | None = None,
     ) -> None:
-        usual = getattr(PlanBounds(), self.name)
-        self.bounds = PlanBounds(**{self.name: usual if bounds is None else bounds})
-        self.gains = gains or PlanGains()
+        usual = getattr(PLAN_BOUNDS, self.name)
+        self.bounds = Bounds(**{self.name: usual if bounds is None else bounds})
+        self.gains = gains
         low, high = getattr(self.bounds, self.name)
         if not low <= value <= high:
             raise InputError(
@@ -65,19 +65,12 @@ class Value:
 
     @value.setter
     def value(self, value: float) -> None:
-        low, high = getattr(self.bounds, self.name)
-        self._value = min(max(float(value), low), high)
+        self._value = clip(float(value), getattr(self.bounds, self.name))
 
     def update(self, stats: EpochStats) -> float:
         """The value of the next epoch; without a planner."""
         self.value = next_value(self.name, self.value, stats, self.gains, self.bounds)
         return self.value
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"value": self.value}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.value = float(state["value"])
 
 
 class Entropy(Value):
@@ -131,38 +124,6 @@ class Augmentation(Value):
         if not training or self.value == 0:
             return batch
         return self.transform(batch, self.value)
-
-
-class Beta1(Value):
-    """Adam's β1, or SGD's momentum, of all groups of an optimizer: up while the reward improves,
-    down where the loss rises."""
-
-    name = "momentum"
-
-    def __init__(self, optimizer: torch.optim.Optimizer, **settings: Any) -> None:
-        self.optimizer = optimizer
-        group = optimizer.param_groups[0]
-        if "betas" not in group and not group.get("momentum"):
-            raise InputError(
-                f"{type(optimizer).__name__} has neither betas nor momentum to steer; build it "
-                "with momentum > 0, or leave this knob out"
-            )
-        value = group["betas"][0] if "betas" in group else group["momentum"]
-        super().__init__(float(value), **settings)
-
-    @property
-    def value(self) -> float:
-        return self._value
-
-    @value.setter
-    def value(self, value: float) -> None:
-        low, high = self.bounds.momentum
-        self._value = min(max(float(value), low), high)
-        for group in self.optimizer.param_groups:
-            if "betas" in group:
-                group["betas"] = (self._value, *group["betas"][1:])
-            else:
-                group["momentum"] = self._value
 
 
 def shifted(images: Tensor, strength: float) -> Tensor:

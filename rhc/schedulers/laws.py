@@ -12,10 +12,13 @@ where falls and rises take turns, α and μ therefore come down.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 from rhc.errors import InputError
-from rhc.schedulers.signals import Trends
+from rhc.schedulers.signals import Trends, logit, sigmoid
+
+USUAL_STEPS = 10_000
+"""Steps of the runs that AdaptiveRL's gains are meant for."""
 
 IGNITION = 1e-3
 """σ goes from 0 to here on a plateau, and to exactly 0 below here: log σ could never leave 0."""
@@ -23,11 +26,20 @@ IGNITION = 1e-3
 IGNITES = 0.5
 """The plateau score above which σ leaves 0."""
 
+DIP = 1.35
+"""Logits by which μ falls where the losses are suddenly of another kind: 0.9 becomes 0.7."""
+
+SOURCES = ("both", "loss", "reward")
+"""Which trends the laws look at."""
+
+Cap = tuple[float, float]
+"""Lowest and highest factor by which one update may change a control."""
+
 
 @dataclass(frozen=True)
 class Controls:
-    """lr α ≥ 0; momentum μ (SGD's momentum, Adam's β1), None where the optimizer has none; noise σ
-    ≥ 0, relative to the RMS of what it is added to."""
+    """What is steered. momentum: SGD's, or Adam's β1; None where the optimizer has none. noise: σ,
+    relative to the RMS of what it is added to."""
 
     lr: float
     momentum: float | None = None
@@ -36,7 +48,11 @@ class Controls:
 
 @dataclass(frozen=True)
 class Gains:
-    """How far one update may go, in nats of α and σ and logits of μ."""
+    """How far one update may go: nats, or logits of momentum and λ.
+
+    The first six are AdaptiveRL's, per update; an `EpochPlanner` has larger ones, per epoch. The
+    others are those of its knobs.
+    """
 
     lr_reward: float = 0.02
     lr_loss: float = 0.02
@@ -44,76 +60,63 @@ class Gains:
     momentum_loss: float = 0.02
     noise_plateau: float = 0.05
     noise_reward: float = 0.04
+    augmentation_plateau: float = 0.2
+    augmentation_validation: float = 0.2
+    sampling_plateau: float = 0.2
+    sampling_validation: float = 0.2
+    entropy_plateau: float = 0.2
+    entropy_reward: float = 0.1
+    clip_range_plateau: float = 0.1
+    clip_range_reward: float = 0.1
+    gae_lambda_plateau: float = 0.1
+    gae_lambda_variance: float = 0.1
+
+    def times(self, factor: float) -> Gains:
+        """Every gain times a factor."""
+        return Gains(**{name: gain * factor for name, gain in asdict(self).items()})
+
+    def for_source(self, source: str) -> Gains:
+        """Without the terms of the loss where only the reward counts."""
+        return replace(self, lr_loss=0.0, momentum_loss=0.0) if source == "reward" else self
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Lowest and highest value of every control."""
+    """Lowest and highest value of every control, and of an `EpochPlanner`'s knobs."""
 
     lr: tuple[float, float] = (1e-5, 1e-1)
     momentum: tuple[float, float] = (0.6, 0.995)
     noise: tuple[float, float] = (0.0, 0.2)
+    augmentation: tuple[float, float] = (0.0, 1.0)
+    sampling: tuple[float, float] = (0.0, 1.0)
+    entropy: tuple[float, float] = (1e-4, 0.1)
+    clip_range: tuple[float, float] = (0.05, 0.4)
+    gae_lambda: tuple[float, float] = (0.8, 0.99)
 
     def __post_init__(self) -> None:
-        for name, least, most in (
-            ("lr", 0.0, math.inf), ("momentum", 0.0, 1.0), ("noise", 0.0, math.inf)
-        ):  # fmt: skip
-            low, high = getattr(self, name)
-            if not (least <= low <= high <= most) or math.isinf(high) or low == 1.0:
+        for field in fields(self):
+            low, high = getattr(self, field.name)
+            most = math.inf if field.name in ("lr", "noise", "entropy") else 1.0
+            without_logit = field.name == "momentum" and low == 1.0
+            if not 0.0 <= low <= high <= most or math.isinf(high) or without_logit:
                 raise InputError(
-                    f"bounds of {name} must be {least:g} ≤ lowest ≤ highest"
-                    f"{'' if math.isinf(most) else f' ≤ {most:g}'}, got ({low:g}, {high:g})"
+                    f"bounds of {field.name} must be 0 ≤ lowest ≤ highest"
+                    f"{'' if math.isinf(most) else ' ≤ 1'}, got ({low:g}, {high:g})"
                 )
 
     def clipped(self, controls: Controls) -> Controls:
         """The nearest controls within the bounds."""
         momentum = controls.momentum
         return Controls(
-            _clip(controls.lr, self.lr),
-            None if momentum is None else _clip(momentum, self.momentum),
-            _clip(controls.noise, self.noise),
+            clip(controls.lr, self.lr),
+            None if momentum is None else clip(momentum, self.momentum),
+            clip(controls.noise, self.noise),
         )
 
 
-DIP = 1.35
-"""Logits by which μ falls where the losses are suddenly of another kind: 0.9 becomes 0.7."""
-
-
-def paced(gains: Gains, every: int, steps: int | None) -> tuple[Gains, int, float]:
-    """(gains, steps between updates, factor on the β of ℓ̄) for a run of `steps` steps.
-
-    The laws' gains and `every` are those of runs of `USUAL_STEPS`: 500 updates. A run of 1000 steps
-    would have 50, which move lr by a factor of e at most. Shorter runs are updated more often and
-    further at a time, so that the sum of gains times updates is the same; longer ones and None are
-    left as they are.
-    """
-    if steps is None or steps >= USUAL_STEPS:
-        return gains, every, 1.0
-    pace = USUAL_STEPS / max(steps, USUAL_STEPS // 20)
-    between = max(1, round(every / pace**0.6))
-    further = pace * between / every
-    values = {f.name: getattr(gains, f.name) * further for f in fields(gains)}
-    return Gains(**values), between, pace**0.4
-
-
-USUAL_STEPS = 10_000
-
-
-def annealed(done: int, steps: int) -> float:
-    """The factor on lr after `done` of `steps` steps: half a cosine, from 1 to 0 at the end."""
-    return 0.5 * (1 + math.cos(math.pi * min(done / steps, 1.0)))
-
-
-def dipped(controls: Controls, bounds: Bounds) -> Controls:
-    """After losses of another kind, on which the momentum of before points the wrong way."""
-    momentum = controls.momentum
-    if momentum is None or not 0 < momentum < 1:
-        return controls
-    return bounds.clipped(replace(controls, momentum=_sigmoid(_logit(momentum) - DIP)))
-
-
-Cap = tuple[float, float]
-"""Lowest and highest factor by which one update may change a control."""
+def clip(value: float, bounds: tuple[float, float]) -> float:
+    """The nearest value within the bounds."""
+    return min(max(value, bounds[0]), bounds[1])
 
 
 def updated(
@@ -130,7 +133,7 @@ def updated(
     momentum = controls.momentum
     if momentum is not None and 0 < momentum < 1:
         shift = gains.momentum_reward * trends.reward - gains.momentum_loss * rise
-        momentum = _capped(_sigmoid(_logit(momentum) + shift), momentum, cap)
+        momentum = _capped(sigmoid(logit(momentum) + shift), momentum, cap)
     noise = _noise(controls.noise, trends, gains, bounds, cap)
     return bounds.clipped(Controls(lr, momentum, noise))
 
@@ -138,6 +141,40 @@ def updated(
 def lowered(controls: Controls, bounds: Bounds, factor: float = 0.5) -> Controls:
     """After an observation that is not finite: lr times `factor`, the rest as it is."""
     return bounds.clipped(replace(controls, lr=controls.lr * factor))
+
+
+def dipped(controls: Controls, bounds: Bounds) -> Controls:
+    """After losses of another kind, on which the momentum of before points the wrong way."""
+    momentum = controls.momentum
+    if momentum is None or not 0 < momentum < 1:
+        return controls
+    return bounds.clipped(replace(controls, momentum=sigmoid(logit(momentum) - DIP)))
+
+
+def paced(gains: Gains, every: int, steps: int | None) -> tuple[Gains, int, float]:
+    """(gains, steps between updates, factor on the β of ℓ̄) for a run of `steps` steps.
+
+    The laws' gains and `every` are those of runs of `USUAL_STEPS`: 500 updates. A run of 1000 steps
+    would have 50, which move lr by a factor of e at most. Shorter runs are updated more often and
+    further at a time, so that the sum of gains times updates is the same; longer ones and None are
+    left as they are.
+    """
+    if steps is None or steps >= USUAL_STEPS:
+        return gains, every, 1.0
+    pace = USUAL_STEPS / max(steps, USUAL_STEPS // 20)
+    between = max(1, round(every / pace**0.6))
+    return gains.times(pace * between / every), between, pace**0.4
+
+
+def annealed(done: int, steps: int) -> float:
+    """The factor on lr after `done` of `steps` steps: half a cosine, from 1 to 0 at the end."""
+    return 0.5 * (1 + math.cos(math.pi * min(done / steps, 1.0)))
+
+
+def check_source(source: str) -> None:
+    """Raises InputError unless `source` is one of `SOURCES`."""
+    if source not in SOURCES:
+        raise InputError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
 
 
 def _noise(noise: float, trends: Trends, gains: Gains, bounds: Bounds, cap: Cap | None) -> float:
@@ -150,16 +187,4 @@ def _noise(noise: float, trends: Trends, gains: Gains, bounds: Bounds, cap: Cap 
 
 
 def _capped(new: float, old: float, cap: Cap | None) -> float:
-    return new if cap is None else min(max(new, old * cap[0]), old * cap[1])
-
-
-def _clip(value: float, bounds: tuple[float, float]) -> float:
-    return min(max(value, bounds[0]), bounds[1])
-
-
-def _logit(p: float) -> float:
-    return math.log(p) - math.log1p(-p)
-
-
-def _sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+    return new if cap is None else clip(new, (old * cap[0], old * cap[1]))

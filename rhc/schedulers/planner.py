@@ -2,48 +2,46 @@
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from rhc.errors import InputError, whole_number
 from rhc.events import EpochPlanned, Event, Intervened
-from rhc.rng import root_mean_square, standard_noise
 from rhc.schedule.steering import BeforeSteps
-from rhc.schedulers import laws
-from rhc.schedulers.guards import (
-    Failsafe,
-    FreshSeeds,
-    Law,
-    Planned,
-    RewardSource,
-    Smoothed,
-    TrainingTape,
-    Validation,
-)
+from rhc.schedulers.guards import Failsafe, Law, Planned, Smoothed
 from rhc.schedulers.knobs import Knob
+from rhc.schedulers.laws import Bounds, Gains
 from rhc.schedulers.plan import (
-    CAP,
+    KNOBS,
+    PLAN_BOUNDS,
+    PLAN_GAINS,
+    STEERED,
+    EpochPlan,
     Intervention,
-    Plan,
-    PlanBounds,
-    PlanGains,
     after_drift,
     capped,
-    names_of,
+    checked_names,
+    gains_of,
 )
+from rhc.schedulers.rewards import FreshSeeds, RewardSource, TrainingTape, ValidationLoss
 from rhc.schedulers.sampler import LossSampler
-from rhc.schedulers.statistics import EpochState, EpochStats, Watch, closed, seen
+from rhc.schedulers.signals import logit, sigmoid
+from rhc.schedulers.statistics import EpochState, EpochStats, Watch, after_epoch, after_step
+from rhc.schedulers.steering import (
+    Scalar,
+    add_noise,
+    momentum_of,
+    numbers,
+    scalar,
+    set_momentum,
+)
 
 VERSION = 1
-
-STEERED = ("lr", "momentum", "noise")
-"""Values of a plan that belong to the optimizer; all others are knobs'."""
 
 READ_EVERY = 10
 """Steps after which losses are read from the device, and a drift can be seen."""
@@ -63,20 +61,31 @@ class EpochPlanner(BeforeSteps):
     or `rhc.Runner(…, planner=rhc.EpochPlanner())`; `rhc.schedulers.lightning_callback` and
     `hf_callback` for Lightning and the Hugging Face Trainer.
 
-    optimizer: whose lr and momentum are steered, and whose gradients get the noise; None in a
-    Runner, which steers by itself. lrs are multiplied, so that groups keep their ratios and a
-    scheduler its shape; list it in `schedulers`, whose base lrs are multiplied too.
-    steer: which of lr, momentum and noise the plan may change; None: nothing is planned, and the
-    guards alone act on all three (planned lr and momentum gained nothing: docs/planning.md).
-    knobs: what else it drives, see `rhc.schedulers.Knob`.
-    law: (stats, previous plan) -> plan, see `rhc.schedulers.guards`; None for the usual one with
-    these gains and bounds. failsafe False: the usual law without it. reward: where the reward comes
-    from, `Validation()` by default; `TrainingTape()` has to be asked for.
-    watch: how losses are smoothed, and the test for drift. drift: whether a drift changes the plan
-    at once (lower α and μ, higher σ, of those that are steered), or is recorded only.
-    epoch_steps: steps of an epoch where there are none, as in an endless stream; `step` then ends
-    it by itself, unless a validation loss is needed.
-    listeners: are told `EpochPlanned` and `Intervened`. seed: of the noise.
+    Args:
+        optimizer: Whose lr and momentum are steered, and whose gradients get the noise; None in a
+            Runner, which steers by itself. lrs are multiplied, so that groups keep their ratios.
+        steer: Which of lr, momentum and noise the plan may change; None: nothing is planned, and
+            the guards alone act on all three (planned lr and momentum gained nothing:
+            docs/planning.md).
+        knobs: What else it drives, see `rhc.schedulers.Knob`.
+        gains: How far an epoch may go, of the usual law.
+        bounds: Lowest and highest values, of the usual law and at a drift.
+        law: (stats, previous plan) -> plan, see `rhc.schedulers.guards`; None for the usual one:
+            the bounded laws, smoothed, with the failsafe around them.
+        failsafe: False for the usual law without it.
+        reward: Where the reward comes from, by default the validation loss; `TrainingTape()` has to
+            be asked for.
+        watch: How losses are smoothed, and the test for drift.
+        drift: Whether a drift changes the plan at once (lower α and μ, higher σ, of those that are
+            steered), or is recorded only.
+        epoch_steps: Steps of an epoch where there are none, as in an endless stream; `step` then
+            ends it by itself, unless a validation loss is needed.
+        schedulers: torch's, of this optimizer: their base lrs are multiplied too.
+        listeners: Are told `EpochPlanned` and `Intervened`.
+        seed: Of the noise.
+
+    Raises:
+        InputError: For settings that cannot be.
     """
 
     def __init__(
@@ -85,8 +94,8 @@ class EpochPlanner(BeforeSteps):
         *,
         steer: Sequence[str] | None = None,
         knobs: Sequence[Knob] = (),
-        gains: laws.Gains | None = None,
-        bounds: laws.Bounds | None = None,
+        gains: Gains | None = None,
+        bounds: Bounds | None = None,
         law: Law | None = None,
         failsafe: bool = True,
         reward: RewardSource | None = None,
@@ -102,9 +111,9 @@ class EpochPlanner(BeforeSteps):
                 f"EpochPlanner steers a torch.optim.Optimizer, got {type(optimizer).__name__}: "
                 "pass the optimizer itself, or none in a Runner"
             )
-        seed = whole_number("seed", seed)
-        epoch_steps = None if epoch_steps is None else whole_number("epoch_steps", epoch_steps)
-        if epoch_steps is not None and epoch_steps < 1:
+        self.seed = whole_number("seed", seed)
+        self.epoch_steps = None if epoch_steps is None else whole_number("epoch_steps", epoch_steps)
+        if self.epoch_steps is not None and self.epoch_steps < 1:
             raise InputError(f"epoch_steps must be ≥ 1, got {epoch_steps}")
         planned = () if steer is None else tuple(dict.fromkeys(steer))
         for name in planned:
@@ -113,34 +122,27 @@ class EpochPlanner(BeforeSteps):
                     f"steer must be some of {', '.join(STEERED)}, got {name!r}; other values of a "
                     "plan are knobs"
                 )
-        names = names_of(knob.name for knob in knobs)
+        names = checked_names(knob.name for knob in knobs)
         if len(names) != len(knobs):
             raise InputError(f"two knobs drive the same value: {', '.join(k.name for k in knobs)}")
-        clash = next((n for n in names if n in planned), None)
-        if clash is not None:
-            raise InputError(f"{clash} is both steered and a knob; leave it out of one of them")
-        # What is a knob is the knob's alone.
-        self.steer = tuple(n for n in STEERED if n not in names) if steer is None else planned
+        for name in names:
+            if name not in KNOBS:
+                raise InputError(f"{name} is no knob; give steer=({name!r},) instead")
+        self.steer = STEERED if steer is None else planned
         self.knobs = list(knobs)
-        own = (
-            gains
-            if isinstance(gains, PlanGains)
-            else PlanGains(**({} if gains is None else vars(gains)))
-        )
-        self.gains = own.only(*planned, *names)
-        self.bounds = bounds or PlanBounds()
-        inner: Law = Smoothed(Planned(self.gains, self.bounds))
-        self.law = law or (Failsafe(inner) if failsafe else inner)
-        self.reward = reward or Validation()
+        self.gains = gains_of((*planned, *names), gains or PLAN_GAINS)
+        self.bounds = bounds or PLAN_BOUNDS
+        usual = Smoothed(Planned(self.gains, self.bounds))
+        self.law: Law = law or (Failsafe(usual) if failsafe else usual)
+        self.reward: RewardSource = reward or ValidationLoss()
         self.watch, self.drift = watch or Watch(), drift
-        self.epoch_steps = epoch_steps
-        self.schedulers, self.listeners, self.seed = list(schedulers), list(listeners), seed
+        self.schedulers, self.listeners = list(schedulers), list(listeners)
         self.state = EpochState()
-        self.plan: Plan | None = None
+        self.plan: EpochPlan | None = None
         self.history: list[EpochStats] = []
         self.steps = self.noise_steps = self.played = 0
-        self._begun: Plan | None = None
-        self._pending: list[tuple[Any, Any, Any]] = []
+        self._begun: EpochPlan | None = None
+        self._pending: list[tuple[Scalar, Scalar, Scalar]] = []
         self.optimizer: Optimizer | None = None
         if optimizer is not None:
             self.attach(optimizer)
@@ -155,17 +157,13 @@ class EpochPlanner(BeforeSteps):
         groups = optimizer.param_groups
         # A scheduler that warms up begins low: the level is where it comes from.
         lr = max(float(g.get("initial_lr", g["lr"])) for g in groups)
-        self.begin(lr, next((m for m in map(_momentum, groups) if m is not None), None))
+        self.begin(lr, next((m for m in map(momentum_of, groups) if m is not None), None))
         self.hook("_add_noise")
 
-    def begin(self, lr: float, momentum: float | None, noise: float = 0.0) -> Plan:
+    def begin(self, lr: float, momentum: float | None, noise: float = 0.0) -> EpochPlan:
         """The plan of the first epoch: what the run has by itself."""
-        values: dict[str, Any] = {knob.name: knob.value for knob in self.knobs}
-        momentum = values.pop("momentum", momentum)
-        self.plan = Plan(
-            lr, momentum, values.pop("noise", noise), first_lr=lr, epoch=0, **values
-        )  # fmt: skip
-        self._begun = self.plan
+        own = EpochPlan(lr, momentum, noise, first_lr=lr)
+        self.plan = self._begun = own.changed({knob.name: knob.value for knob in self.knobs})
         return self.plan
 
     def step(
@@ -177,11 +175,16 @@ class EpochPlanner(BeforeSteps):
         indices: Any = None,
         losses: Any = None,
     ) -> None:
-        """Once per step of the optimizer, after it: what was observed there.
+        """Once per step of the optimizer, after it.
 
-        loss: of the step. reward: a return, where `reward` is a metric of the steps. indices,
-        losses: (B,) of the step's examples, for a `LossSampler` among the knobs.
         Losses are read, and a drift is seen, every `READ_EVERY` steps.
+
+        Args:
+            loss: Of the step, a scalar.
+            reward: A return, where `reward` is a metric of the steps.
+            gradient_norm: Of the step.
+            indices: (B,) of the step's examples, for a `LossSampler` among the knobs.
+            losses: (B,) of these examples.
         """
         self.observe(loss, reward, gradient_norm, indices, losses)
         if len(self._pending) >= READ_EVERY:
@@ -189,11 +192,15 @@ class EpochPlanner(BeforeSteps):
         if self.epoch_steps and self.steps % self.epoch_steps == 0 and not self.needs_validation:
             self.on_epoch_end()
 
-    def on_epoch_end(self, validation: Tensor | float | None = None) -> Plan:
-        """Ends the epoch, and returns the plan of the next one, which is in force from here.
+    def on_epoch_end(self, validation: Tensor | float | None = None) -> EpochPlan:
+        """Ends the epoch.
 
-        validation: the loss on data that was not trained on; needed unless the reward comes from
-        elsewhere. A return on fresh seeds is no loss: see `FreshSeeds`.
+        Args:
+            validation: The loss on data that was not trained on; needed unless the reward comes
+                from elsewhere. A return on fresh seeds is no loss: see `FreshSeeds`.
+
+        Returns:
+            The plan of the next epoch, which is in force from here.
         """
         before = self._plan
         self._read()
@@ -214,11 +221,10 @@ class EpochPlanner(BeforeSteps):
     ) -> None:
         """Adds one committed step to what the next plan is made from."""
         self.steps += 1
-        self._pending.append((_kept(loss), _kept(reward), _kept(gradient_norm)))
-        if indices is not None and losses is not None:
-            for knob in self.knobs:
-                if isinstance(knob, LossSampler):
-                    knob.observe(indices, losses)
+        norm = scalar(gradient_norm, "gradient_norm")
+        self._pending.append((scalar(loss, "loss"), scalar(reward, "reward"), norm))
+        if self._sampler is not None and indices is not None and losses is not None:
+            self._sampler.observe(indices, losses)
 
     def read(self) -> list[tuple[int, Intervention]]:
         """Takes in the pending steps; (step, what was done there) for each drift that was seen.
@@ -227,47 +233,34 @@ class EpochPlanner(BeforeSteps):
         """
         found: list[tuple[int, Intervention]] = []
         first = self.steps - len(self._pending)
-        for number, (loss, reward, norm) in enumerate(self._read_pending()):
-            self.state, drifted = seen(self.state, loss, reward, norm, self.watch)
+        for step, (loss, reward, norm) in enumerate(numbers(self._pending), first):
+            self.state, drifted = after_step(self.state, loss, reward, norm, self.watch)
             if not drifted:
                 continue
-            step = first + number
             what = Intervention("drift", f"the level of the losses has risen by step {step}")
             found.append((step, what))
             self._emit(Intervened(step, self.state.epoch, what.kind, what.reason))
             if self.drift:
-                self._forewarn(what)
+                self.plan = self._after_drift(what)
         self._pending = []
         return found
 
-    def end_epoch(self, validation: float | None = None) -> Plan:
+    def end_epoch(self, validation: float | None = None) -> EpochPlan:
         """The plan of the next epoch; knobs are set to it, the optimizer is not."""
         before = self._plan
-        reward: float | None = None
-        source: RewardSource = self.reward
-        if isinstance(source, Validation) and validation is None:
-            raise InputError(
-                "an epoch ended without a validation loss, which the reward is taken from: give "
-                "on_epoch_end(validation) one, or EpochPlanner(reward=FreshSeeds(…)), or "
-                "reward=TrainingTape() where the training tape shall do"
-            )
-        if isinstance(source, FreshSeeds) and not isinstance(source.play, str):
-            reward = float(source.play(source.first + self.played))
-            self.played += 1
-        if isinstance(source, TrainingTape) and source.metric is None:
-            losses = self.state.losses
-            reward = -losses.mean if losses.count else None
-        stats, self.state = closed(self.state, validation, reward, source.source)
+        reward = self._epoch_reward(validation)
+        source = self.reward.source
+        stats, self.state = after_epoch(self.state, validation, reward, source)
         plan = self.law(stats, before)
         if plan.mode == before.mode and self._begun is not None:
             # A drift has used up a part of what this epoch may change.
-            plan = capped(plan, self._begun, self.bounds, CAP)
+            plan = capped(plan, self._begun, self.bounds)
         self.history.append(stats)
         self.plan = self._begun = plan
-        self._set_knobs(plan)
         for knob in self.knobs:
-            if isinstance(knob, LossSampler):
-                knob.next_epoch()
+            knob.value = getattr(plan, knob.name)
+        if self._sampler is not None:
+            self._sampler.next_epoch()
         for what in plan.interventions:
             self._emit(Intervened(self.steps - 1, stats.epoch, what.kind, what.reason))
         self._emit(EpochPlanned(self.steps, stats.epoch, stats.to_json(), plan.to_json()))
@@ -276,7 +269,7 @@ class EpochPlanner(BeforeSteps):
     @property
     def needs_validation(self) -> bool:
         """Whether an epoch cannot end without a validation loss."""
-        return isinstance(self.reward, Validation)
+        return isinstance(self.reward, ValidationLoss)
 
     @property
     def reward_metric(self) -> str | None:
@@ -288,7 +281,7 @@ class EpochPlanner(BeforeSteps):
     @property
     def samples(self) -> bool:
         """Whether the order of the examples is among what is planned."""
-        return any(isinstance(knob, LossSampler) for knob in self.knobs)
+        return self._sampler is not None
 
     def close(self) -> None:
         """Takes the noise off the optimizer; all else stays as it is."""
@@ -298,25 +291,45 @@ class EpochPlanner(BeforeSteps):
     # State ---------------------------------------------------------------------------------------
 
     def state_dict(self, *, taken: int | None = None) -> dict[str, Any]:
-        """Numbers, strings, lists, and tensors of the sampler; who loads it goes on bit for bit.
+        """All that the next plans depend on; a planner that loads it goes on bit for bit.
 
-        The optimizer's lr and momentum are in its own state. taken: see `LossSampler.state_dict`.
+        The optimizer's lr and momentum are in its own state.
+
+        Args:
+            taken: See `LossSampler.state_dict`.
+
+        Returns:
+            Numbers, strings, lists, and tensors of the sampler.
         """
-        self._pending = list(self._read_pending())
+        pending = numbers(self._pending)
+        self._pending = [(loss, reward, norm) for loss, reward, norm in pending]
         return {
             "version": VERSION,
             "state": asdict(self.state),
             "plan": self._plan.to_json(),
             "begun": None if self._begun is None else self._begun.to_json(),
-            "pending": [list(p) for p in self._pending],
+            "pending": pending,
             "steps": self.steps,
             "noise_steps": self.noise_steps,
             "played": self.played,
-            "knobs": {knob.name: self._knob_state(knob, taken) for knob in self.knobs},
+            "knobs": {
+                knob.name: knob.state_dict(taken)
+                if isinstance(knob, LossSampler)
+                else {"value": float(knob.value)}
+                for knob in self.knobs
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, place: bool = True) -> None:
-        """place False: the place within the epoch is found by the loop, as the Runner does."""
+        """Takes over the state of another planner.
+
+        Args:
+            state: What `state_dict` gave.
+            place: False where the place within the epoch is found by the loop, as the Runner does.
+
+        Raises:
+            InputError: Where the state is of another version, or of other knobs.
+        """
         if state.get("version") != VERSION:
             raise InputError(
                 f"the state is of EpochPlanner version {state.get('version')}, this is version "
@@ -329,30 +342,24 @@ class EpochPlanner(BeforeSteps):
                 f"planner has {', '.join(sorted(names)) or 'none'}: build it with the same knobs"
             )
         self.state = EpochState.from_json(state["state"])
-        self.plan = Plan.from_json(state["plan"])
-        self._begun = None if state["begun"] is None else Plan.from_json(state["begun"])
-        self._pending = [(p[0], p[1], p[2]) for p in state["pending"]]
+        self.plan = EpochPlan.from_json(state["plan"])
+        self._begun = None if state["begun"] is None else EpochPlan.from_json(state["begun"])
+        self._pending = [(loss, reward, norm) for loss, reward, norm in state["pending"]]
         self.steps, self.noise_steps = state["steps"], state["noise_steps"]
         self.played = state["played"]
         for knob in self.knobs:
+            own = state["knobs"][knob.name]
             if isinstance(knob, LossSampler):
-                knob.load_state_dict(state["knobs"][knob.name], place=place)
+                knob.load_state_dict(own, place=place)
             else:
-                knob.value = float(state["knobs"][knob.name]["value"])
-
-    @staticmethod
-    def _knob_state(knob: Knob, taken: int | None) -> dict[str, Any]:
-        if isinstance(knob, LossSampler):
-            return knob.state_dict(taken)
-        return {"value": float(knob.value)}
+                knob.value = float(own["value"])
 
     def describe(self) -> dict[str, Any]:
         """For config.json: what the plans depend on."""
         return {
             "steer": list(self.steer),
             "knobs": [knob.name for knob in self.knobs],
-            # As runs have recorded it: the class names were Bounds and Gains.
-            "law": repr(self.law).replace("PlanBounds(", "Bounds(").replace("PlanGains(", "Gains("),
+            "law": repr(self.law),
             "reward": self.reward.source,
             "drift": self.drift,
             "epoch_steps": self.epoch_steps,
@@ -361,75 +368,69 @@ class EpochPlanner(BeforeSteps):
     # Inside --------------------------------------------------------------------------------------
 
     @property
-    def _plan(self) -> Plan:
+    def _plan(self) -> EpochPlan:
         if self.plan is None:
             raise InputError(
                 "EpochPlanner has no plan yet: build it with the optimizer, or give it to a Runner"
             )
         return self.plan
 
+    @property
+    def _sampler(self) -> LossSampler | None:
+        return next((knob for knob in self.knobs if isinstance(knob, LossSampler)), None)
+
     def _read(self) -> None:
         before = self._plan
         if self.read() and self.optimizer is not None and self._plan is not before:
             self._write(before, self._plan)
 
-    def _forewarn(self, what: Intervention) -> None:
+    def _after_drift(self, what: Intervention) -> EpochPlan:
         """The plan of the rest of this epoch."""
-        before, begun = self._plan, self._begun or self._plan
-        after = capped(after_drift(before, what.reason, self.bounds, CAP), begun, self.bounds, CAP)
-        moved = {n: getattr(after, n) for n in self.steer if getattr(before, n) is not None}
-        self.plan = replace(before, **moved)
+        before = self._plan
+        after = after_drift(before, what.reason, self.bounds)
+        after = capped(after, self._begun or before, self.bounds)
+        values = after.values
+        return before.changed({name: values[name] for name in self.steer if name in values})
 
-    def _set_knobs(self, plan: Plan) -> None:
-        for knob in self.knobs:
-            value = getattr(plan, knob.name)
-            if value is not None:
-                knob.value = value
+    def _epoch_reward(self, validation: float | None) -> float | None:
+        """The reward of the epoch as a whole, where its steps have none."""
+        source = self.reward
+        if isinstance(source, ValidationLoss) and validation is None:
+            raise InputError(
+                "an epoch ended without a validation loss, which the reward is taken from: give "
+                "on_epoch_end(validation) one, or EpochPlanner(reward=FreshSeeds(…)), or "
+                "reward=TrainingTape() where the training tape shall do"
+            )
+        if isinstance(source, FreshSeeds) and not isinstance(source.play, str):
+            reward = float(source.play(source.first + self.played))
+            self.played += 1
+            return reward
+        if isinstance(source, TrainingTape) and source.metric is None and self.state.losses.count:
+            return -self.state.losses.mean
+        return None
 
-    def _write(self, before: Plan, after: Plan) -> None:
+    def _write(self, before: EpochPlan, after: EpochPlan) -> None:
+        """Moves the optimizer's lr and momentum, and its schedulers, from one plan to the other."""
         assert self.optimizer is not None
         ratio = after.lr / before.lr if before.lr > 0 else 1.0
         shift = 0.0
         if before.momentum and after.momentum and before.momentum < 1:
-            shift = _logit(after.momentum) - _logit(before.momentum)
+            shift = logit(after.momentum) - logit(before.momentum)
         scaled: set[int] = set()
         for group in self.optimizer.param_groups:
             if ratio != 1.0:
                 _scale_lr(group, ratio, scaled)
-            momentum = _momentum(group)
+            momentum = momentum_of(group)
             if shift and momentum is not None:
-                _set_momentum(group, 1 / (1 + math.exp(-(_logit(momentum) + shift))))
+                set_momentum(group, sigmoid(logit(momentum) + shift))
         if ratio != 1.0:
             for scheduler in _all_schedulers(self.schedulers):
                 scheduler.base_lrs = [float(lr) * ratio for lr in scheduler.base_lrs]
 
-    @torch.no_grad()
     def _add_noise(self, *_: Any) -> None:
         step, self.noise_steps = self.noise_steps, self.noise_steps + 1
         assert self.optimizer is not None
-        sigma = self._plan.noise
-        if sigma == 0:
-            return
-        for number, group in enumerate(self.optimizer.param_groups):
-            parameters = [p for p in group["params"] if p.requires_grad]
-            noise = standard_noise(parameters, self.seed + number, step)
-            for p, xi in zip(parameters, noise, strict=True):
-                if p.grad is not None and not p.grad.is_sparse:
-                    p.grad.addcmul_(xi, root_mean_square(p.grad), value=sigma)
-
-    def _read_pending(self) -> list[tuple[float | None, float | None, float | None]]:
-        """As numbers; tensors of one device are read in one transfer."""
-        tensors = [x for row in self._pending for x in row if isinstance(x, Tensor)]
-        numbers: list[float] = []
-        if tensors and len({t.device for t in tensors}) == 1:
-            wide = torch.float64 if tensors[0].device.type == "cpu" else torch.float32
-            numbers = torch.stack([t.to(wide) for t in tensors]).tolist()
-        else:
-            numbers = [float(t) for t in tensors]
-        found = iter(numbers)
-        return [
-            (_next(a, found), _next(b, found), _next(c, found)) for a, b, c in self._pending
-        ]  # fmt: skip
+        add_noise(self.optimizer.param_groups, self._plan.noise, self.seed, step)
 
     def _emit(self, event: Event) -> None:
         for listener in self.listeners:
@@ -453,42 +454,14 @@ def parted(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 def joined(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `parted`."""
-    state: dict[str, Any] = {}
-    for name, value in rest.items():
-        inner = {p.removeprefix(f"{name}."): t for p, t in tensors.items()
-                 if p.startswith(f"{name}.")}  # fmt: skip
-        state[name] = joined(inner, value) if isinstance(value, Mapping) else value
-    return state | {path: t for path, t in tensors.items() if "." not in path}
-
-
-def _next(value: Any, found: Iterable[float]) -> float | None:
-    return next(iter(found)) if isinstance(value, Tensor) else value
-
-
-def _kept(value: Any) -> Any:
-    if value is None:
-        return None
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise InputError(
-                f"what a planner is told must be scalars, got shape {tuple(value.shape)}: pass its "
-                "mean"
-            )
-        return value.detach().reshape(()).clone()
-    return float(value)
-
-
-def _momentum(group: Mapping[str, Any]) -> float | None:
-    """μ or β1 of a parameter group, where it can be steered."""
-    value = group["betas"][0] if "betas" in group else group.get("momentum")
-    return float(value) if value and 0 < float(value) < 1 else None
-
-
-def _set_momentum(group: dict[str, Any], value: float) -> None:
-    if "betas" in group:
-        group["betas"] = (value, *group["betas"][1:])
-    else:
-        group["momentum"] = value
+    state: dict[str, Any] = copy.deepcopy(dict(rest))
+    for path, tensor in tensors.items():
+        *folders, name = path.split(".")
+        part = state
+        for folder in folders:
+            part = part[folder]
+        part[name] = tensor
+    return state
 
 
 def _scale_lr(group: dict[str, Any], ratio: float, scaled: set[int]) -> None:
@@ -513,7 +486,3 @@ def _all_schedulers(schedulers: Iterable[Any]) -> list[Any]:
         inner = getattr(scheduler, "_schedulers", None)
         found += _all_schedulers(inner) if inner else [scheduler]
     return [s for s in found if hasattr(s, "base_lrs")]
-
-
-def _logit(p: float) -> float:
-    return math.log(p) - math.log1p(-p)

@@ -1,7 +1,8 @@
-"""Rewards for a causal scheduler: what it is told beside the loss, from metrics or held-out data.
+"""Where rewards come from: functions that a causal scheduler is told the value of, and the sources
+that an `EpochPlanner` can take the reward of an epoch from.
 
-Each is a function (model, steps taken, metrics of the step) -> number or None, as `Workload.reward`
-wants it and as a loop of one's own can call it:
+`HeldOut` and `ZScored` are functions (model, steps taken, metrics of the step) -> number or None,
+as `Workload.reward` wants it and as a loop of one's own can call it:
 
     reward = rhc.schedulers.HeldOut(loss_fn, val_loader, metric="accuracy")
     ...
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -29,8 +31,8 @@ class HeldOut:
     """A metric, or the loss with its sign turned, on held-out data, every `every` steps.
 
     loss_fn: as a workload's. batches: of the loader, at most. `forward_passes` counts those of a
-    training batch that it has spent; `trained_on` examples are in one. The model's mode and the
-    random state stay as they are. The rolling mean is taken by the scheduler's own average.
+    training batch, of `trained_on` examples, that it has spent. The model's mode and the random
+    state stay as they are.
     """
 
     def __init__(
@@ -104,3 +106,42 @@ class ZScored:
         mean = sum(self._last) / n
         spread = (sum((x - mean) ** 2 for x in self._last) / n) ** 0.5
         return (value - mean) / spread if spread > 1e-9 * abs(mean) else 0.0
+
+
+# Of an epoch --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ValidationLoss:
+    """The reward of an epoch is the fall of a loss on data that is not trained on."""
+
+    source: str = field(default="validation", init=False)
+
+
+@dataclass(frozen=True)
+class FreshSeeds:
+    """The reward is a return played with seeds that nothing was trained on.
+
+    play: (seed) -> return, called once at the end of every epoch with a seed of its own, from
+    `first` on; or the name of a metric of every step that is such a return, as an on-policy run has
+    it: its episodes are played before anything learns from them.
+    """
+
+    play: Callable[[int], float] | str = "return"
+    first: int = 10**6
+    source: str = field(default="fresh seeds", init=False)
+
+
+@dataclass(frozen=True)
+class TrainingTape:
+    """The reward is what the training steps themselves report: named, because it flatters.
+
+    A loss that falls on the data that were trained on says nothing of other data. metric: the name
+    of a metric of every step; None for the loss, with its sign turned.
+    """
+
+    metric: str | None = None
+    source: str = field(default="training tape", init=False)
+
+
+RewardSource = ValidationLoss | FreshSeeds | TrainingTape

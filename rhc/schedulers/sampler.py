@@ -1,12 +1,12 @@
 """Sampling by what each example still has to teach, with weights that keep the loss unbiased.
 
-`ExampleStatistics` keeps 8 bytes per example, `LossSampler` 4 more and 4 during a pass: 10⁷
-examples take 160 MB.
+`ExampleStatistics` keeps 5 bytes per example, `LossSampler` 4 more and 4 during a pass: 10⁷
+examples take 130 MB.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,11 @@ _HALF = float(np.finfo(np.float16).max)
 
 
 class ExampleStatistics:
-    """Of every example: a recent and an older loss, a gradient norm, and how often it was seen.
+    """Of every example: a recent and an older mean loss, and how often it was seen.
 
-    recent: exponential average with weight ½; older: with weight ⅛; their difference says whether
-    the example is being learned. All vectorised, in place, bounded: 8 bytes per example (losses and
-    norms in half precision, which is good to a thousandth; counts stop at 255).
+    recent: exponential mean with weight ½; older: with weight ⅛; their difference says whether the
+    example is being learned. 5 bytes per example: losses in half precision, which is good to a
+    thousandth; counts stop at 255.
     """
 
     def __init__(self, examples: int) -> None:
@@ -35,22 +35,20 @@ class ExampleStatistics:
             raise InputError(f"examples must be < 2³¹, got {examples}; sample shards instead")
         self.recent = np.zeros(examples, np.float16)
         self.older = np.zeros(examples, np.float16)
-        self.norm = np.zeros(examples, np.float16)
         self.count = np.zeros(examples, np.uint8)
-        self.norms = np.zeros(examples, np.uint8)
         self.unit: float | None = None
+        """Half precision has its own range: losses are kept in units of the first ones' mean."""
 
     def __len__(self) -> int:
         return len(self.recent)
 
-    def observe(self, indices: Any, losses: Any, norms: Any = None) -> None:
-        """Takes in losses (B,) of the examples `indices` (B,), and norms of their gradients.
+    def observe(self, indices: Any, losses: Any) -> None:
+        """Takes in losses (B,) of the examples `indices` (B,).
 
         What is not finite, or negative, is left out. An example that comes twice counts once, with
         its last value.
         """
-        at = _array(indices, np.int64)
-        values = _array(losses, np.float64)
+        at, values = _array(indices, np.int64), _array(losses, np.float64)
         if at.shape != values.shape or at.ndim != 1:
             raise InputError(
                 f"indices and losses must be of one length, got shapes {at.shape} and "
@@ -62,36 +60,32 @@ class ExampleStatistics:
                 "statistics for the whole dataset"
             )
         good = np.isfinite(values) & (values >= 0)
-        if self.unit is None and good.any():
-            # Half precision has its own range: losses are kept in units of the first ones' mean.
-            mean = float(values[good].mean())
+        at, values = at[good], values[good]
+        if self.unit is None and len(at):
+            mean = float(values.mean())
             self.unit = mean if mean > 0 else 1.0
         with np.errstate(over="ignore"):  # a unit near the smallest number there is
-            scaled = np.minimum(values / (self.unit or 1.0), _HALF)
-        self._average(self.recent, self.count, at[good], scaled[good], 0.5)
-        self._average(self.older, self.count, at[good], scaled[good], 0.125)
-        self.count[at[good]] = np.minimum(self.count[at[good]], 254) + 1
-        if norms is not None:
-            sizes = _array(norms, np.float64)
-            fine = np.isfinite(sizes) & (sizes >= 0)
-            self._average(self.norm, self.norms, at[fine], np.minimum(sizes[fine], _HALF), 0.5)
-            self.norms[at[fine]] = 1
+            values = np.minimum(values / (self.unit or 1.0), _HALF)
+        unseen = self.count[at] == 0
+        for kept, weight in ((self.recent, 0.5), (self.older, 0.125)):
+            old = kept[at].astype(np.float64)
+            kept[at] = np.where(unseen, values, old + weight * (values - old))
+        self.count[at] = np.minimum(self.count[at], 254) + 1
 
-    @staticmethod
-    def _average(
-        kept: np.ndarray, count: np.ndarray, at: np.ndarray, values: np.ndarray, weight: float
-    ) -> None:
-        old = kept[at].astype(np.float64)
-        kept[at] = np.where(count[at] == 0, values, old + weight * (values - old))
+    def falls(self, part: slice) -> np.ndarray:
+        """The share by which the losses of these examples have fallen lately, in [0, 1]."""
+        before = self.older[part].astype(np.float64)
+        return np.clip((before - self.recent[part]) / np.maximum(before, 1e-6), 0.0, 1.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors that share memory with the statistics, and numbers."""
-        names = ("recent", "older", "norm", "count", "norms")
+        names = ("recent", "older", "count")
         tensors = {name: torch.from_numpy(getattr(self, name)) for name in names}
         return {**tensors, "unit": self.unit}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name in ("recent", "older", "norm", "count", "norms"):
+        """Takes over what `state_dict` gave."""
+        for name in ("recent", "older", "count"):
             found = state[name].numpy()
             if len(found) != len(self):
                 raise InputError(
@@ -122,13 +116,19 @@ class LossSampler(Sampler[int]):
 
     so saturated examples come less often, down to `least`, and hard ones more often where ℓ, the
     share by which their loss has lately fallen relative to the others', says that they are learned:
-    a wrong label that is never learned is not trained on more and more. by="gradient" takes the
-    gradient norms for h. `importance` gives 1 / (N p_i): with it the weighted mean over a pass is
-    the plain mean, in expectation exactly.
-
-    generator: of the order; None for torch's global one, from which each pass draws one number.
+    a wrong label that is never learned is not trained on more and more. `importance` gives
+    1 / (N p_i): with it the weighted mean over a pass is the plain mean, in expectation exactly.
     Resumable: `state_dict()` has weights, statistics, and the place within the pass.
-    Raises InputError for settings that cannot be.
+
+    Args:
+        examples: Size N of the dataset.
+        strength: In [0, 1].
+        most: Largest N p_i.
+        least: Smallest 1 + strength · …, before N p is scaled to mean 1.
+        generator: Of the order; None for torch's global one, from which each pass draws one number.
+
+    Raises:
+        InputError: For settings that cannot be.
     """
 
     name = "sampling"
@@ -140,7 +140,6 @@ class LossSampler(Sampler[int]):
         strength: float = 0.5,
         most: float = 3.0,
         least: float = 0.3,
-        by: str = "loss",
         generator: torch.Generator | None = None,
     ) -> None:
         examples = whole_number("examples", examples)
@@ -150,10 +149,8 @@ class LossSampler(Sampler[int]):
             raise InputError(
                 f"least and most must be 0 < least ≤ 1 ≤ most, got {least:g} and {most:g}"
             )
-        if by not in ("loss", "gradient"):
-            raise InputError(f"by must be 'loss' or 'gradient', got {by!r}")
         self.statistics = ExampleStatistics(examples)
-        self.strength, self.most, self.least, self.by = strength, most, least, by
+        self.strength, self.most, self.least = strength, most, least
         self.generator = generator
         self.weights = np.ones(examples, np.float32)
         self._seed: int | None = None
@@ -173,11 +170,10 @@ class LossSampler(Sampler[int]):
         return len(self.weights)
 
     def __iter__(self) -> Iterator[int]:
-        if not self._again:
+        if self._seed is None or not self._again:
             draw = torch.empty((), dtype=torch.int64).random_(generator=self.generator)
             self._seed, self._taken = int(draw), 0
         self._again = False
-        assert self._seed is not None
         order = self._order(self._seed)
         for start in range(self._taken, len(order), _CHUNK):
             for index in order[start : start + _CHUNK].tolist():
@@ -190,39 +186,40 @@ class LossSampler(Sampler[int]):
         weights = torch.from_numpy(1 / self.weights[at])
         return weights.to(indices.device) if isinstance(indices, Tensor) else weights
 
-    def observe(self, indices: Any, losses: Any, norms: Any = None) -> None:
-        """Per-example losses (B,) of a step, and gradient norms where they are known."""
-        self.statistics.observe(indices, losses, norms)
+    def observe(self, indices: Any, losses: Any) -> None:
+        """Takes in the losses (B,) of a step's examples (B,)."""
+        self.statistics.observe(indices, losses)
 
     def next_epoch(self) -> None:
         """Makes the weights of the next pass from what was observed; call it between passes."""
         found = self.statistics
-        hard = found.norm if self.by == "gradient" else found.recent
-        known = found.norms if self.by == "gradient" else found.count
-        level = _mean(hard, known)
+        parts = _parts(len(self))
         self._seed, self._taken = None, 0
+        level = _mean(found.recent[part][found.count[part] > 0] for part in parts)
         if self.strength == 0 or level == 0:
             self.weights[:] = 1
             return
-        falls, examples = 0.0, 0
-        for part in _parts(len(self)):
-            fall = _fall(found.older[part], found.recent[part])[found.count[part] > 1]
-            falls, examples = falls + float(fall.sum()), examples + len(fall)
-        usual = falls / examples if examples else 0.0
-        for part in _parts(len(self)):
-            h = np.minimum(hard[part].astype(np.float64) / level, self.most)
-            fall = _fall(found.older[part], found.recent[part])
-            learned = np.minimum(fall / usual, 1.0) if usual > 0 else np.ones(len(h))
+        usual = _mean(found.falls(part)[found.count[part] > 1] for part in parts)
+        for part in parts:
+            h = np.minimum(found.recent[part].astype(np.float64) / level, self.most)
+            learned = np.minimum(found.falls(part) / usual, 1.0) if usual > 0 else np.ones(len(h))
             # Whether it can be learned shows only after it was seen twice.
             learned[found.count[part] < 2] = 1.0
             more = (h - 1) * np.where(h > 1, learned, 1.0)
-            more[known[part] == 0] = 0.0
+            more[found.count[part] == 0] = 0.0
             self.weights[part] = np.maximum(1 + self.strength * more, self.least)
         self._normalise()
 
     def state_dict(self, taken: int | None = None) -> dict[str, Any]:
-        """All that the order depends on. taken: examples of this pass that were trained on, where a
-        loader has drawn more of them in advance."""
+        """All that the order depends on.
+
+        Args:
+            taken: Examples of this pass that were trained on, where a loader has drawn more of them
+                in advance.
+
+        Returns:
+            Numbers, and tensors that share memory with the sampler.
+        """
         return {
             "strength": self.strength,
             "weights": torch.from_numpy(self.weights),
@@ -236,13 +233,16 @@ class LossSampler(Sampler[int]):
 
         Nothing is left of one that had been gone through without `next_epoch()` afterwards.
 
-        place False: the next pass is drawn anew, for loops that find their place by themselves.
+        Args:
+            state: What `state_dict` gave.
+            place: False where the next pass is to be drawn anew, for loops that find their place by
+                themselves.
         """
         self.statistics.load_state_dict(state["statistics"])
         self.weights[:] = state["weights"].numpy()
         self.strength = float(state["strength"])
         self._seed, self._taken = state["seed"], int(state["taken"])
-        self._again = place and self._seed is not None
+        self._again = place
 
     def _normalise(self) -> None:
         """Mean 1, and the largest at most `most`: drawn towards 1 where it would be more."""
@@ -281,24 +281,16 @@ def _parts(n: int) -> list[slice]:
     return [slice(i, min(i + _CHUNK, n)) for i in range(0, n, _CHUNK)]
 
 
-def _mean(values: np.ndarray, known: np.ndarray) -> float:
+def _mean(parts: Iterable[np.ndarray]) -> float:
+    """The mean over all parts, 0 of none."""
     total, count = 0.0, 0
-    for part in _parts(len(values)):
-        there = known[part] > 0
-        total += float(values[part][there].sum(dtype=np.float64))
-        count += int(there.sum())
+    for part in parts:
+        total += float(part.sum(dtype=np.float64))
+        count += len(part)
     return total / count if count else 0.0
-
-
-def _fall(older: np.ndarray, recent: np.ndarray) -> np.ndarray:
-    """The share by which losses have fallen, in [0, 1]."""
-    before = older.astype(np.float64)
-    return np.clip((before - recent) / np.maximum(before, 1e-6), 0.0, 1.0)
 
 
 def _array(values: Any, kind: Any) -> np.ndarray:
     if isinstance(values, Tensor):
         values = values.detach().cpu().numpy()
-    elif isinstance(values, Sequence):
-        values = np.asarray(values)
     return np.asarray(values).astype(kind, copy=False)

@@ -1,7 +1,7 @@
 """What a causal scheduler knows of a run: trends of loss and reward, their scales, a plateau score.
 
 All of it is pure: an update takes a state and an observation and returns a new state, so that a
-tape, a scheduler and a planner compute the same numbers. Every average is exponential with β the
+tape, a scheduler and a planner compute the same numbers. Every mean is exponential with β the
 weight of the newest value, and corrected for its start as Adam's are (Kingma & Ba 2015). Every
 signal that leaves this module is free of units: a loss times 1000 gives the same trends and scores.
 """
@@ -9,11 +9,13 @@ signal that leaves this module is free of units: a loss times 1000 gives the sam
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar, get_type_hints
 
 from rhc.errors import InputError
+
+Record = TypeVar("Record")
 
 LARGEST = 1e100
 """Observations beyond ±this count as not finite: their squares must be numbers."""
@@ -21,10 +23,13 @@ LARGEST = 1e100
 FEWEST = 20
 """Observations before a plateau can be told from a beginning."""
 
+SURPRISING = 3.0
+"""Standard deviations of single losses above ℓ̄ from which on losses are of another kind."""
+
 
 @dataclass(frozen=True)
-class Average:
-    """An exponential average. total / weight is its value; 0 before the first observation."""
+class RunningMean:
+    """An exponential mean: total / weight, 0 before the first observation."""
 
     total: float = 0.0
     weight: float = 0.0
@@ -33,53 +38,55 @@ class Average:
     def value(self) -> float:
         return self.total / self.weight if self.weight > 0 else 0.0
 
-    def updated(self, new: float, beta: float) -> Average:
+    def updated(self, new: float, beta: float) -> RunningMean:
         """With one more value, of weight `beta` in (0, 1]."""
-        return Average((1 - beta) * self.total + beta * new, (1 - beta) * self.weight + beta)
+        return RunningMean((1 - beta) * self.total + beta * new, (1 - beta) * self.weight + beta)
 
 
 @dataclass(frozen=True)
 class Smoothing:
-    """β of every average, each the weight of the newest value.
-
-    loss, reward: of ℓ̄ and r̄, per step; between 0.01 and 0.05 suits most runs. A reward that comes
-    every n steps weighs 1 − (1 − β)ⁿ. variance: of v, per
-    step. usual: of the variance that v is compared with, per step. scale: of S_ℓ and S_r, per
-    update.
-    """
+    """β of every mean, each the weight of the newest value."""
 
     loss: float = 0.02
+    """Of ℓ̄, per step; 0.01 to 0.05 suits most runs."""
+
     reward: float = 0.02
+    """Of r̄, per step: a reward that comes every n steps weighs 1 − (1 − β)ⁿ."""
+
     variance: float = 0.01
+    """Of the variance v of the loss, per step."""
+
     usual: float = 0.002
+    """Of the variance that v is compared with, per step."""
+
     scale: float = 0.1
+    """Of the usual changes S_ℓ and S_r, per update."""
 
     def __post_init__(self) -> None:
-        for name in ("loss", "reward", "variance", "usual", "scale"):
-            value = getattr(self, name)
+        for field in fields(self):
+            value = getattr(self, field.name)
             if not 0 < value <= 1:
-                raise InputError(f"smoothing {name} must be in (0, 1], got {value:g}")
+                raise InputError(f"smoothing {field.name} must be in (0, 1], got {value:g}")
 
 
 @dataclass(frozen=True)
 class Signals:
     """State of all signals, after `steps` finite losses and `rewards` finite rewards.
 
-    loss ℓ̄, reward r̄, and variance v of (ℓ − ℓ̄)²; change and size: averages of Δℓ̄ and |Δℓ̄| per
-    step; loss_scale S_ℓ and reward_scale S_r: averages of |Δℓ|, |Δr| per update; loss_mark,
-    reward_mark: ℓ̄ and r̄ at the last update, None before the first observation. fresh_losses,
-    fresh_rewards: observations since then. waited: steps since the last reward, and gap: between
-    the last two. reward_trend: that of the last reward.
+    variance: v of (ℓ − ℓ̄)². change, size: means of Δℓ̄ and |Δℓ̄| per step. loss_scale S_ℓ,
+    reward_scale S_r: means of |Δℓ|, |Δr| per update. loss_mark, reward_mark: ℓ̄ and r̄ at the last
+    update; fresh_losses, fresh_rewards: observations since. waited: steps since the last reward;
+    gap: between the last two; reward_trend: that of the last reward.
     """
 
-    loss: Average = Average()
-    variance: Average = Average()
-    usual_variance: Average = Average()
-    change: Average = Average()
-    size: Average = Average()
-    reward: Average = Average()
-    loss_scale: Average = Average()
-    reward_scale: Average = Average()
+    loss: RunningMean = RunningMean()
+    variance: RunningMean = RunningMean()
+    usual_variance: RunningMean = RunningMean()
+    change: RunningMean = RunningMean()
+    size: RunningMean = RunningMean()
+    reward: RunningMean = RunningMean()
+    loss_scale: RunningMean = RunningMean()
+    reward_scale: RunningMean = RunningMean()
     loss_mark: float | None = None
     reward_mark: float | None = None
     steps: int = 0
@@ -103,6 +110,16 @@ class Trends:
     loss: float = 0.0
     reward: float = 0.0
     plateau: float = 0.0
+
+
+def restored(kind: type[Record], record: Mapping[str, Any]) -> Record:
+    """A dataclass from what `asdict` made of it; dataclasses in its fields are restored too."""
+    kinds = get_type_hints(kind)
+    values = {
+        name: restored(kinds[name], value) if isinstance(value, Mapping) else value
+        for name, value in record.items()
+    }
+    return kind(**values)
 
 
 def is_usable(value: float) -> bool:
@@ -184,7 +201,7 @@ def trends(signals: Signals, smoothing: Smoothing) -> tuple[Trends, Signals]:
 
 def surprise(signals: Signals, losses: Sequence[float]) -> int | None:
     """Where these losses, which are not yet part of the signals, begin to be of another kind: the
-    first that lies 3 standard deviations of single losses above ℓ̄, if their mean does too.
+    first that lies `SURPRISING` standard deviations of single losses above ℓ̄, if their mean does.
 
     The mean of n losses of an unchanged run has 1/√n of that deviation. None with fewer than
     `FEWEST` observations, and where the losses have no variance.
@@ -192,7 +209,7 @@ def surprise(signals: Signals, losses: Sequence[float]) -> int | None:
     usable = [loss for loss in losses if is_usable(loss)]
     if signals.steps < FEWEST or not usable or signals.variance.value <= 0:
         return None
-    bar = signals.loss.value + 3 * math.sqrt(signals.variance.value)
+    bar = signals.loss.value + SURPRISING * math.sqrt(signals.variance.value)
     if sum(usable) / len(usable) <= bar:
         return None
     return next(i for i, loss in enumerate(losses) if is_usable(loss) and loss > bar)
@@ -200,14 +217,50 @@ def surprise(signals: Signals, losses: Sequence[float]) -> int | None:
 
 def begun_anew(signals: Signals) -> Signals:
     """Without what is known of the loss; what is known of the reward stays."""
-    new = Signals()
-    kept = ("reward", "reward_scale", "reward_mark", "rewards", "fresh_rewards", "waited", "gap")
-    return replace(new, **{name: getattr(signals, name) for name in (*kept, "reward_trend")})
+    return Signals(
+        reward=signals.reward,
+        reward_scale=signals.reward_scale,
+        reward_mark=signals.reward_mark,
+        rewards=signals.rewards,
+        fresh_rewards=signals.fresh_rewards,
+        waited=signals.waited,
+        gap=signals.gap,
+        reward_trend=signals.reward_trend,
+    )
+
+
+def plateau(signals: Signals) -> float:
+    """The `plateau_score` of a run at its last step; 0 with fewer than `FEWEST` observations."""
+    if signals.steps < FEWEST:
+        return 0.0
+    moved = abs(_share(signals.change.value, signals.size.value))
+    return plateau_score(moved, signals.variance.value, signals.usual_variance.value)
+
+
+def plateau_score(moved: float, variance: float, usual: float) -> float:
+    """P = σ((0.3 − moved) / 0.05) · σ((2 − v / usual) / 0.5), near 1 where the loss neither moves
+    nor swings.
+
+    moved: |mean change| over mean |change|, per step: noise alone gives about 0.1, a steady descent
+    1. usual: the variance that v is compared with.
+    """
+    swings = min(variance / usual, 1e3) if usual > 0 else 0.0
+    return sigmoid((0.3 - moved) / 0.05) * sigmoid((2.0 - swings) / 0.5)
+
+
+def logit(p: float) -> float:
+    """log(p / (1 − p)), of p in (0, 1)."""
+    return math.log(p) - math.log1p(-p)
+
+
+def sigmoid(x: float) -> float:
+    """The inverse of `logit`."""
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
 def _spread(beta: float, steps: int) -> float:
-    """Standard deviation of the change of an exponential average over `steps` values of variance
-    1: √(2β/(2 − β) · (1 − (1 − β)ⁿ))."""
+    """Standard deviation of the change of an exponential mean over `steps` values of variance 1:
+    √(2β/(2 − β) · (1 − (1 − β)ⁿ))."""
     return math.sqrt(2 * beta / (2 - beta) * (1 - (1 - beta) ** max(steps, 1)))
 
 
@@ -216,168 +269,5 @@ def _beyond_rounding(delta: float, mean: float) -> float:
     return 0.0 if abs(delta) <= 1e-12 * abs(mean) else delta
 
 
-def plateau(signals: Signals) -> float:
-    """P = σ((ε_Δ − |Δℓ|) / s_ℓ) · σ((ε_v − v) / s_v), near 1 where the loss neither moves nor
-    swings.
-
-    Δℓ is the average change per step; ε_Δ and s_ℓ are 0.3 and 0.05 of the average |change|: noise
-    alone gives a ratio of about 0.1, a steady descent 1. ε_v and s_v are 2 and 0.5 of the usual
-    variance. 0 with fewer than `FEWEST` observations.
-    """
-    if signals.steps < FEWEST:
-        return 0.0
-    moved = abs(_share(signals.change.value, signals.size.value))
-    usual = signals.usual_variance.value
-    swings = min(signals.variance.value / usual, 1e3) if usual > 0 else 0.0
-    return _sigmoid((0.3 - moved) / 0.05) * _sigmoid((2.0 - swings) / 0.5)
-
-
-# A change of level --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ChangeTest:
-    """What counts as a change of level, and how seldom it may be claimed where there is none.
-
-    shift: of the level, in standard deviations of the values, that is to be found soon.
-    false_alarms: probability of a claim in 1000 steps of a stationary sequence. warmup: values
-    before the first claim. lag: the newest values, which are not yet part of what they are compared
-    with.
-    """
-
-    shift: float = 2.0
-    false_alarms: float = 0.01
-    warmup: int = 100
-    lag: int = 50
-
-    def __post_init__(self) -> None:
-        if not 0 < self.shift < math.inf:
-            raise InputError(f"shift must be > 0 standard deviations, got {self.shift:g}")
-        if not 0 < self.false_alarms < 1:
-            raise InputError(f"false_alarms must be in (0, 1), got {self.false_alarms:g}")
-        if not 1 <= self.lag < self.warmup:
-            raise InputError(
-                f"lag must be in [1, warmup) for warmup={self.warmup}, got {self.lag}; "
-                "lower lag or raise warmup"
-            )
-
-
-class ChangePoint(NamedTuple):
-    """State of a two-sided CUSUM of the values since the last change, or since the beginning.
-
-    mean, variance, product: of the `settled` values older than the lag: their level, and the
-    averages of w² and of w times the one before, w the distance to the level, cut at 3 standard
-    deviations. slow, slow_square: a running average of w and the average of its square. newest:
-    the last values. upper, lower: CUSUMs; falling: steps for which lower has not been 0. last: the
-    newest w. changes: upward changes so far.
-    """
-
-    mean: float = 0.0
-    variance: float = 0.0
-    product: float = 0.0
-    slow: float = 0.0
-    slow_square: float = 0.0
-    previous: float = 0.0
-    settled: int = 0
-    newest: tuple[float, ...] = ()
-    upper: float = 0.0
-    lower: float = 0.0
-    falling: int = 0
-    last: float = 0.0
-    changes: int = 0
-
-
-_MEMORY = 0.005
-"""Weight of one value in the reference, once there are 200 of them."""
-
-_CUT = 3.0
-_SLOW = 0.1
-_MOST_CORRELATED = 0.95
-
-
-def changed(state: ChangePoint, value: float, test: ChangeTest) -> tuple[ChangePoint, bool]:
-    """(the state after one more value, whether the level has risen).
-
-    A CUSUM (Page 1954) of the innovations e = (w − φ w₋₁) / (s √(1 − φ²)), which are white where
-    the values are autoregressive; e is cut at k + 1, so that no few outliers make a change. φ is
-    the larger of the correlation of neighbours and of what the variance of a slow average implies,
-    plus half a standard error; k is half of what the shift is in units of e, and the threshold is
-    Siegmund's (1985) for the mean distance between false alarms, times 1.3 for what estimating
-    costs. Multiplying all values by a number, or adding one, changes nothing. A level that falls
-    begins the reference anew and is no alarm; hand returns over with their sign turned.
-
-    Measured, 1000 runs of 1000 stationary steps each: runs with an alarm 0.0 to 0.1 % of normal,
-    Student-t (2, 3), exponential, log-normal, gamma and Cauchy noise, 0.0 to 0.2 % with
-    autocorrelation 0.5, 0.2 to 1.0 % with 0.8 to 0.95 or a tenfold slower part. Delay of a 2-sd
-    shift, median and 90 %: normal 12 and 19 steps, heavy tails 7 to 10 and 9 to 18, autocorrelation
-    0.5 27 and 49. Where neighbours correlate by 0.8 or more, the shift is within what such values
-    do by themselves in 1000 steps, and it is found late or never.
-    What is not finite is ignored.
-    """
-    if not is_usable(value):
-        return state, False
-    value = float(value)
-    newest = (*state.newest, value)
-    seen = state.settled + len(newest)
-    if seen <= test.warmup:
-        return state._replace(newest=newest), False
-    while len(newest) > test.lag:
-        state, newest = _settled(state, newest[0]), newest[1:]
-    state = state._replace(newest=newest)
-    if state.variance <= 0:
-        return state, False
-    correlation = _correlation(state)
-    s = math.sqrt(state.variance)
-    w = min(max(value - state.mean, -_CUT * s), _CUT * s)
-    e = (w - correlation * state.last) / (s * math.sqrt(1 - correlation**2))
-    k = 0.5 * test.shift * math.sqrt((1 - correlation) / (1 + correlation))
-    bar = 1.3 * (math.log1p(2 * k * k * 1000 / test.false_alarms) / (2 * k) - 1.166)
-    upper = max(0.0, state.upper + min(e, k + 1) - k)
-    lower = max(0.0, state.lower + min(-e, k + 1) - k)
-    if upper > bar:
-        return ChangePoint(changes=state.changes + 1), True
-    if lower > bar:
-        since = newest[-min(state.falling + 1, test.lag) :]  # the new level's own values
-        return ChangePoint(newest=since, changes=state.changes), False
-    falling = state.falling + 1 if lower > 0 else 0
-    return state._replace(upper=upper, lower=lower, falling=falling, last=w), False
-
-
-def _settled(state: ChangePoint, value: float) -> ChangePoint:
-    """With one more value that has grown old enough to be compared with."""
-    n = state.settled
-    if n == 0:
-        return state._replace(mean=value, settled=1)
-    s = math.sqrt(state.variance) if n >= 5 and state.variance > 0 else math.inf
-    w = min(max(value - state.mean, -_CUT * s), _CUT * s)
-    share, of_squares = max(_MEMORY, 1 / (n + 1)), max(_MEMORY, 1 / n)
-    own = w * w * (1 - share) if n < 100 else w * w
-    slow = state.slow + _SLOW * (w - state.slow)
-    spread = slow * slow * (2 - _SLOW) / _SLOW
-    return state._replace(
-        mean=state.mean + share * w,
-        variance=state.variance + of_squares * (own - state.variance),
-        product=state.product + of_squares * (w * state.previous - state.product),
-        slow=slow,
-        slow_square=state.slow_square + of_squares * (spread - state.slow_square),
-        previous=w,
-        settled=n + 1,
-    )
-
-
-def _correlation(state: ChangePoint) -> float:
-    """φ of an autoregressive sequence that swings as slowly as this one."""
-    ratio = state.slow_square / state.variance
-    found = max(state.product / state.variance, (ratio - 1) / (ratio + 1))
-    error = 1 / math.sqrt(min(state.settled, 2 / _MEMORY))
-    return min(max(found + 0.5 * error, 0.0), _MOST_CORRELATED)
-
-
 def _share(delta: float, scale: float) -> float:
     return min(max(delta / scale, -1.0), 1.0) if scale > 0 else 0.0
-
-
-def _sigmoid(x: float) -> float:
-    if x >= 0:
-        return 1 / (1 + math.exp(-x))
-    return math.exp(x) / (1 + math.exp(x))

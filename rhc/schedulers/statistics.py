@@ -1,27 +1,25 @@
-"""What an epoch has taught: trends, variance, plateau score and generalisation pulse.
+"""What an epoch has taught: trends, variance, plateau score and the change of the validation loss.
 
-Pure, as `rhc.schedulers.signals`: `seen` takes one committed step, `closed` ends an epoch. A tape
-that is read again gives the numbers that the run itself saw (`epochs_of`). All trends are free of
-units.
+Pure, as `rhc.schedulers.signals`: `after_step` takes one committed step, `after_epoch` ends an
+epoch. All trends are free of units.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from rhc.schedulers.drift import ChangePoint, ChangeTest, cusum
 from rhc.schedulers.signals import (
-    Average,
-    ChangePoint,
-    ChangeTest,
+    RunningMean,
     Signals,
     Smoothing,
-    changed,
     is_usable,
     observed,
     plateau,
+    restored,
 )
 
 SCALE = 0.3
@@ -33,19 +31,16 @@ FALLEN = 0.5
 
 @dataclass(frozen=True)
 class EpochStats:
-    """Epoch `epoch` (from 0) of `steps` finite losses.
+    """What epoch `epoch` (from 0) of `steps` finite losses was like.
 
-    loss ℓ_e, reward r_e: means, None where there was none; loss_change Δℓ_e, reward_change Δr_e:
-    since the epoch before, 0 in the first. loss_trend, reward_trend Δ̃ℓ_e, Δ̃r_e in [−1, 1]: the
-    change over its usual size, or over two standard errors where these are larger.
-    gradient_rms: root mean square of the gradient's norm. variance v_e: mean of (ℓ − ℓ̄)², ℓ̄ the
-    running mean; variance_ratio: v_e over its usual value, 1 in the first epoch. plateau P_e in
-    [0, 1]: mean plateau score of the steps. validation: the loss on held-out data at the end;
-    validation_change Δval: over the epoch, the generalisation pulse; validation_trend in [−1, 1].
-    worse, better: epochs in a row, up to this one, that ended with a higher, or lower, validation
-    loss; without one, with a reward that fell or rose clearly. source: of the reward. drifts:
-    upward changes of the loss's level, or downward ones of the reward's. ignored: losses, rewards
-    and validation losses that were not finite.
+    A change is since the epoch before, 0 in the first; its trend, in [−1, 1], is the change over
+    its usual size, or over two standard errors where these are larger. loss, reward: means, None
+    where there was none. variance: mean of (ℓ − ℓ̄)², ℓ̄ the running mean; variance_ratio: over its
+    usual value. plateau: mean plateau score of the steps. worse, better: epochs in a row, up to
+    this one, that ended with a higher, or lower, validation loss; without one, with a reward that
+    fell or rose clearly. source: of the reward. drifts: upward changes of the loss's level, or
+    downward ones of the reward's. ignored: losses, rewards and validation losses that were not
+    finite.
     """
 
     epoch: int = 0
@@ -95,23 +90,22 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Course:
+class EpochLevel:
     """One quantity over the epochs: its last level, that level's error, the usual |change|."""
 
     level: float | None = None
     error: float = 0.0
-    size: Average = field(default_factory=Average)
+    size: RunningMean = field(default_factory=RunningMean)
 
-    def moved(self, level: float, error: float = 0.0) -> tuple[Course, float, float]:
-        """(the course after an epoch that ended at `level`, the change, its trend)."""
+    def moved(self, level: float, error: float = 0.0) -> tuple[EpochLevel, float, float]:
+        """(the record after an epoch that ended at `level`, the change, its trend)."""
         if self.level is None:
-            return Course(level, error, self.size), 0.0, 0.0
+            return EpochLevel(level, error, self.size), 0.0, 0.0
         change = level - self.level
         size = self.size.updated(abs(change), SCALE)
-        noise = 2 * math.sqrt(error + self.error)
-        scale = max(size.value, noise)
+        scale = max(size.value, 2 * math.sqrt(error + self.error))
         trend = min(max(change / scale, -1.0), 1.0) if scale > 0 else 0.0
-        return Course(level, error, size), change, trend
+        return EpochLevel(level, error, size), change, trend
 
 
 @dataclass(frozen=True)
@@ -121,10 +115,10 @@ class EpochState:
     signals: Signals = field(default_factory=Signals)
     loss_level: ChangePoint = field(default_factory=ChangePoint)
     reward_level: ChangePoint = field(default_factory=ChangePoint)
-    loss: Course = Course()
-    reward: Course = Course()
-    validation: Course = Course()
-    usual_variance: Average = field(default_factory=Average)
+    loss: EpochLevel = EpochLevel()
+    reward: EpochLevel = EpochLevel()
+    validation: EpochLevel = EpochLevel()
+    usual_variance: RunningMean = field(default_factory=RunningMean)
     epoch: int = 0
     worse: int = 0
     better: int = 0
@@ -139,21 +133,18 @@ class EpochState:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> EpochState:
-        """The inverse of `asdict`."""
-        values: dict[str, Any] = dict(record)
-        for name, kind in (("usual_variance", Average), ("losses", Tally), ("rewards", Tally)):
-            values[name] = kind(**values[name])
-        for name in ("loss_level", "reward_level"):  # tuples, which JSON makes lists of
+        """The inverse of `asdict`, also after JSON, which makes lists of tuples."""
+        values = dict(record)
+        for name in ("loss_level", "reward_level"):
             level = ChangePoint(*values[name])
             values[name] = level._replace(newest=tuple(level.newest))
-        for name in ("loss", "reward", "validation"):
-            values[name] = Course(**{**values[name], "size": Average(**values[name]["size"])})
-        signals: dict[str, Any] = {
-            name: Average(**value) if isinstance(value, Mapping) else value
-            for name, value in values["signals"].items()
-        }
-        values["signals"] = Signals(**signals)
-        return cls(**values)
+        return restored(cls, values)
+
+
+OF_ONE_EPOCH = (
+    "losses", "rewards", "spread", "plateaus", "squared_norms", "norms", "drifts", "ignored"
+)  # fmt: skip
+"""Fields of `EpochState` that begin anew with every epoch."""
 
 
 @dataclass(frozen=True)
@@ -164,20 +155,19 @@ class Watch:
     drift: ChangeTest | None = field(default_factory=ChangeTest)
 
 
-def seen(
+def after_step(
     state: EpochState,
     loss: float | None,
     reward: float | None = None,
     gradient_norm: float | None = None,
-    watch: Watch | None = None,
+    watch: Watch = Watch(),
 ) -> tuple[EpochState, bool]:
     """(the state after one committed step, whether the level of loss or reward has worsened there).
 
     What is not finite is counted and left out; None was not observed.
     """
-    watch = watch or _WATCH
     drifted = False
-    lost = sum(x is not None and not is_usable(x) for x in (loss, reward))
+    ignored = sum(x is not None and not is_usable(x) for x in (loss, reward))
     values: dict[str, Any] = {}
     if loss is not None and is_usable(loss):
         signals = observed(state.signals, loss, None, watch.smoothing)
@@ -189,24 +179,20 @@ def seen(
             "plateaus": state.plateaus + plateau(signals),
         }
         if watch.drift is not None:
-            values["loss_level"], drifted = changed(state.loss_level, loss, watch.drift)
+            values["loss_level"], drifted = cusum(state.loss_level, loss, watch.drift)
     if reward is not None and is_usable(reward):
         values["rewards"] = state.rewards.updated(float(reward))
         if watch.drift is not None:
-            values["reward_level"], fallen = changed(state.reward_level, -reward, watch.drift)
+            values["reward_level"], fallen = cusum(state.reward_level, -reward, watch.drift)
             drifted = drifted or fallen
     if gradient_norm is not None and is_usable(gradient_norm):
         values["squared_norms"] = state.squared_norms + float(gradient_norm) ** 2
         values["norms"] = state.norms + 1
-    return replace(
-        state, **values, drifts=state.drifts + drifted, ignored=state.ignored + lost
-    ), drifted
+    values |= {"drifts": state.drifts + drifted, "ignored": state.ignored + ignored}
+    return replace(state, **values), drifted
 
 
-_WATCH = Watch()
-
-
-def closed(
+def after_epoch(
     state: EpochState,
     validation: float | None = None,
     reward: float | None = None,
@@ -218,9 +204,8 @@ def closed(
     as a whole, in place of the mean of its steps' rewards. source: where the reward comes from;
     with "validation" it is the fall of the validation loss.
     """
-    values: dict[str, Any] = {"epoch": state.epoch + 1, "losses": Tally(), "rewards": Tally()}
-    values |= dict.fromkeys(("spread", "plateaus", "squared_norms"), 0.0)
-    values |= dict.fromkeys(("norms", "drifts", "ignored"), 0)
+    new = EpochState()
+    values: dict[str, Any] = {name: getattr(new, name) for name in OF_ONE_EPOCH}
     steps, ignored = state.losses.count, state.ignored
     stats: dict[str, Any] = {"epoch": state.epoch, "steps": steps, "source": source}
     if steps:
@@ -249,56 +234,27 @@ def closed(
         }
     elif validation is not None:
         worse, ignored = True, ignored + 1
-        stats |= {"validation_trend": 1.0}
+        stats["validation_trend"] = 1.0
     if source == "validation":
-        found = stats.get("validation")
+        level = stats.get("validation")
         stats |= {
-            "reward": None if found is None else -found,
+            "reward": None if level is None else -level,
             "reward_change": -stats.get("validation_change", 0.0),
             "reward_trend": -stats.get("validation_trend", 0.0),
         }
-    else:
-        level, error = (state.rewards.mean, state.rewards.error) if reward is None else (reward, 0)
-        if reward is not None and not is_usable(reward):
-            ignored += 1
-        elif reward is not None or state.rewards.count:
-            values["reward"], change, trend = state.reward.moved(float(level), error)
-            stats |= {"reward": float(level), "reward_change": change, "reward_trend": trend}
-            if validation is None:
-                worse, better = trend <= -FALLEN, trend >= FALLEN
-    values["worse"] = state.worse + 1 if worse else 0
-    values["better"] = state.better + 1 if better else 0
-    stats |= {"worse": values["worse"], "better": values["better"]}
+    elif reward is not None and not is_usable(reward):
+        ignored += 1
+    elif reward is not None or state.rewards.count:
+        mean, error = (state.rewards.mean, state.rewards.error) if reward is None else (reward, 0.0)
+        values["reward"], change, trend = state.reward.moved(float(mean), error)
+        stats |= {"reward": float(mean), "reward_change": change, "reward_trend": trend}
+        if validation is None:
+            worse, better = trend <= -FALLEN, trend >= FALLEN
+    values |= {
+        "epoch": state.epoch + 1,
+        "worse": state.worse + 1 if worse else 0,
+        "better": state.better + 1 if better else 0,
+    }
+    stats |= {name: values[name] for name in ("worse", "better")}
     stats |= {"drifts": state.drifts, "ignored": ignored}
     return EpochStats(**stats), replace(state, **values)
-
-
-def epochs_of(
-    tape: Iterable[Mapping[str, Any]],
-    epoch_steps: int | None = None,
-    *,
-    reward: str | None = None,
-    source: str = "validation",
-    watch: Watch | None = None,
-) -> list[EpochStats]:
-    """The statistics of every whole epoch on a tape, as the run's own planner saw them.
-
-    tape: its lines, as `RunResult.tape` or tape.jsonl have them. epoch_steps: steps of an epoch;
-    None for the marks that a planner has left on the tape, with the validation losses of then.
-    reward: the metric that is one.
-    """
-    state, found = EpochState(), []
-    for number, row in enumerate(tape, 1):
-        state, _ = seen(
-            state,
-            math.nan if row.get("loss") is None else row["loss"],
-            None if reward is None else row.get(reward),
-            row.get("gradient_norm"),
-            watch,
-        )
-        mark = (row.get("planning") or {}).get("epoch")
-        if number % epoch_steps == 0 if epoch_steps else mark is not None:
-            validation = None if mark is None else mark.get("validation")
-            stats, state = closed(state, validation, None, source)
-            found.append(stats)
-    return found
