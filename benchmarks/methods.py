@@ -19,12 +19,18 @@ from rhc.compare.methods import PLANNED, Groups, Method, adaptive, plainly, plan
 from rhc.containers import spare
 from rhc.loop.update_rule import USUAL, usual_objective
 from rhc.schedule import CONTROLS
-from rhc.schedulers import VALUES, Always
+from rhc.schedulers import CONSERVATIVE, VALUES, EpochPlan, EpochStats
 from rhc.training.objective import Objective
 from rhc.workload import Workload
 
 RACED = ("cosine", "linear", "wsd")
 """Templates that race each other."""
+
+
+def _preset_alone(stats: EpochStats, previous: EpochPlan) -> EpochPlan:
+    """The failsafe's preset, whatever happens."""
+    return CONSERVATIVE.applied(replace(previous, epoch=stats.epoch + 1, interventions=()))
+
 
 EVERYTHING = (*VALUES, "drift", "failsafe")
 
@@ -72,7 +78,7 @@ METHODS: dict[str, Method] = {
     ),
     "planner-cosine": _planned("`planner` on top of a cosine", *PLANNED, template="cosine"),
     "planner-all": _planned("epochs planned with everything that can be", *EVERYTHING),
-    "planner-preset": _planned("the failsafe's preset from the second epoch on", law=Always()),
+    "planner-preset": _planned("the failsafe's preset from the second epoch on", law=_preset_alone),
     **{
         f"planner-{name}-fixed": _planned(
             f"{name} at the strength that planning begins with, nothing planned", name, fixed=True

@@ -30,7 +30,15 @@ from rhc.cli.building import (
 )
 from rhc.containers import copied, spare
 from rhc.errors import InputError
-from rhc.hindsight.whole_run import EXPLODING_CLIP, Episode, Outer, Shelf, improved, shelved
+from rhc.hindsight.whole_run import (
+    EXPLODING_CLIP,
+    DiskBatches,
+    Episode,
+    OuterPass,
+    from_disk,
+    improved,
+    steerable,
+)
 from rhc.hypergradient import Hypergradient
 from rhc.report.live import Screen, sparkline
 from rhc.report.records import means, one_number
@@ -53,8 +61,8 @@ def run(config: HypergradientConfig, screen: Screen) -> int:
     """Differentiates the run, writes what came out, and returns the exit status."""
     with _recorded(config) as recorded:
         episode, schedule = recorded.episode, recorded.schedule
-        asked = config.controls or tuple(episode.steerable(schedule))
-        _check(asked, episode, schedule)
+        asked = config.controls or tuple(steerable(schedule))
+        _check(asked, schedule)
         steps = episode.steps
         screen.say(
             f"{config.directory}: {steps} steps, differentiated as one window by {', '.join(asked)}"
@@ -62,7 +70,7 @@ def run(config: HypergradientConfig, screen: Screen) -> int:
         device = episode.plant.parameters[0].device
         memory.reset_peak(device)
         before = memory.current_peak(device)
-        h = episode.look_back(schedule, config.costate_clip)
+        h = episode.differentiate(schedule, config.costate_clip)
         peak = max(0, memory.current_peak(device) - before)
         document = _document(config, recorded, h, asked, peak)
         replace_durably(config.directory / NAME, (json.dumps(document) + "\n").encode())
@@ -103,7 +111,7 @@ class _Recorded:
 
 @contextmanager
 def _recorded(config: HypergradientConfig) -> Iterator[_Recorded]:
-    """The run of a directory at its step 0, its batches on a shelf."""
+    """The run of a directory at its step 0, its batches on disk."""
     directory = config.directory
     record = read_record(directory)
     old = config_of(directory, trust=config.trust, data=config.data, device=config.device)
@@ -136,13 +144,13 @@ def _recorded(config: HypergradientConfig) -> Iterator[_Recorded]:
     weight = config.stage_weight
     if weight is None:
         weight = 0.0 if judged else 1 / steps
-    with Shelf() as shelf:
-        handles = _shelve(shelf, stream, run.config, workload, optimizer, schedule, steps)
+    with DiskBatches() as disk:
+        references = _put_on_disk(disk, stream, run.config, workload, optimizer, schedule, steps)
         episode = Episode(
             workload.model,
             optimizer,
-            shelved(workload.loss_fn, device),
-            handles,
+            from_disk(workload.loss_fn, device),
+            references,
             judged,
             weight,
             config.average or None,
@@ -158,8 +166,8 @@ def _recorded(config: HypergradientConfig) -> Iterator[_Recorded]:
         yield _Recorded(episode, schedule.window(0, steps), run, losses)
 
 
-def _shelve(
-    shelf: Shelf,
+def _put_on_disk(
+    disk: DiskBatches,
     stream: StepBatches,
     config: TrainConfig,
     workload: Workload,
@@ -167,7 +175,7 @@ def _shelve(
     schedule: Schedule,
     steps: int,
 ) -> list[Any]:
-    """Handles on the run's batches, `accumulate` of them a step.
+    """References to the run's batches, `accumulate` of them a step.
 
     A plain loop draws batches and dropout from one random state in turn. Where the model draws, the
     run is therefore trained once more, to see each batch and the state that its loss began with.
@@ -184,13 +192,13 @@ def _shelve(
     if stream.isolated or not _draws(plant, workload):
         # Nothing else draws meanwhile, so that the order of drawing does not matter.
         after = RandomState.capture()
-        handles = [
-            shelf.put(number, batch) for number, batch in enumerate(stream.lazily(0, steps * n))
+        references = [
+            disk.put(number, batch) for number, batch in enumerate(stream.lazily(0, steps * n))
         ]
         if stream.isolated:
             after.restore()
-        return handles
-    before, handles = plant.snapshot(), []
+        return references
+    before, references = plant.snapshot(), []
     seen: list[tuple[Any, RandomState]] = []
     plain = plant.loss_fn
 
@@ -205,10 +213,10 @@ def _shelve(
     for step, batch in enumerate(steps_of.lazily(0, steps)):
         plant.step(batch, schedule.at(step), step)
         for micro, state in seen:
-            handles.append(shelf.put(len(handles), micro, state))
+            references.append(disk.put(len(references), micro, state))
         seen.clear()
     plant.restore(before)
-    return handles
+    return references
 
 
 def _draws(plant: Plant, workload: Workload) -> bool:
@@ -223,8 +231,8 @@ def _draws(plant: Plant, workload: Workload) -> bool:
     return drew
 
 
-def _check(asked: tuple[str, ...], episode: Episode, schedule: Schedule) -> None:
-    possible = episode.steerable(schedule)
+def _check(asked: tuple[str, ...], schedule: Schedule) -> None:
+    possible = steerable(schedule)
     for name in asked:
         control(name)
         if name not in possible:
@@ -317,7 +325,7 @@ def _course(norms: list[float | None]) -> str:
     return f"{known[0]:.2g} {sparkline(means(known, known, 40)[1])} {known[-1]:.2g}"
 
 
-def _tell(screen: Screen, number: int, outer: Outer) -> None:
+def _tell(screen: Screen, number: int, outer: OuterPass) -> None:
     what = "kept" if outer.accepted else "not kept"
     clipped = f"; costates exploded and were clipped to {EXPLODING_CLIP:g}" * outer.clipped
     screen.say(
@@ -333,7 +341,7 @@ def _trained(
     config: HypergradientConfig,
     recorded: _Recorded,
     schedule: Schedule,
-    done: list[Outer],
+    done: list[OuterPass],
     spent: float,
     screen: Screen,
 ) -> int:

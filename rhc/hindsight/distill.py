@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rhc.errors import InputError, whole_number
-from rhc.hindsight.features import STEERED, Form, Observer, names_differ, raw, stepped
+from rhc.hindsight.features import STEERED, Form, Observer, raw, stepped
 from rhc.hindsight.policy import LIMIT, Lesson, Policy
 from rhc.schedule import Schedule
 from rhc.schedulers import AdaptiveRL
 from rhc.schedulers.laws import Bounds, Cap, Controls
+from rhc.schedulers.signals import clip
 from rhc.schedulers.steering import NoiseOn
 
 VARIES = 1e-6
@@ -51,10 +52,9 @@ class Example:
             raise InputError(f"run {name} has a schedule without lr; distil runs that have one")
         self.name, self.rows, self.schedule = name, rows, schedule
         self.columns = {
-            n: (v.amax(1) if v.dim() == 2 else v)
-            for n in STEERED
-            if n in schedule
-            for v in (schedule[n],)
+            name: schedule[name].reshape(len(rows), -1).amax(1)
+            for name in STEERED
+            if name in schedule
         }
         self.start_lr = float(self.columns["lr"][0]) if start_lr is None else start_lr
 
@@ -63,18 +63,13 @@ class Example:
         """The controls that move in this run."""
         found = []
         for name, column in self.columns.items():
-            coordinates = [raw(name, x) for x in {float(column.min()), float(column.max())}]
-            if max(coordinates) - min(coordinates) > VARIES:
+            if raw(name, float(column.max())) - raw(name, float(column.min())) > VARIES:
                 found.append(name)
         return tuple(found)
 
-    @property
-    def has_reward(self) -> bool:
-        return any(row.get("reward") is not None for row in self.rows)
-
-    @property
-    def has_norms(self) -> bool:
-        return any(row.get("gradient_norm") is not None for row in self.rows)
+    def has(self, column: str) -> bool:
+        """Whether the tape has this anywhere."""
+        return any(row.get(column) is not None for row in self.rows)
 
     def block(self, number: int, every: int) -> Controls:
         """The controls of a block of steps: their mean in their coordinates."""
@@ -103,31 +98,26 @@ def form_of(
     # A run whose schedule is constant, as a smoother's probe that was kept, goes with any other.
     first = next((e for e in examples if e.steered), examples[0])
     for other in examples:
-        if controls is None and other.steered and set(other.steered) != set(first.steered):
-            raise InputError(
-                f"runs {first.name} and {other.name} have different controls, "
-                f"{names_differ(first.steered, other.steered)}; distil runs of one kind, or name "
-                "those to learn with --controls"
-            )
-        if set(other.columns) != set(first.columns):
-            raise InputError(
-                f"runs {first.name} and {other.name} have different controls, "
-                f"{names_differ(tuple(first.columns), tuple(other.columns))}; distil runs of one "
-                "kind of optimizer"
-            )
-        if other.has_reward != first.has_reward:
-            with_one, without = (first, other) if first.has_reward else (other, first)
+        pairs = [(tuple(first.columns), tuple(other.columns))]
+        if controls is None and other.steered:
+            pairs.insert(0, (first.steered, other.steered))
+        for ours, theirs in pairs:
+            if set(ours) != set(theirs):
+                raise InputError(
+                    f"runs {first.name} and {other.name} have different controls, "
+                    f"{', '.join(ours) or 'none'} and {', '.join(theirs) or 'none'}; distil runs "
+                    "of one kind, or name those to learn with --controls"
+                )
+        if other.has("reward") != first.has("reward"):
+            with_one, without = (first, other) if first.has("reward") else (other, first)
             raise InputError(
                 f"run {without.name} has no reward in its tape and run {with_one.name} has; "
                 "distil them apart"
             )
-    if gradient_norm:
-        for example in examples:
-            if not example.has_norms:
-                raise InputError(
-                    f"run {example.name} has no gradient_norm in its tape; leave "
-                    "--gradient-norms out"
-                )
+        if gradient_norm and not other.has("gradient_norm"):
+            raise InputError(
+                f"run {other.name} has no gradient_norm in its tape; leave --gradient-norms out"
+            )
     steered = first.steered if controls is None else tuple(controls)
     for name in steered:
         if name not in first.columns:
@@ -140,7 +130,7 @@ def form_of(
             f"nothing moves in run {first.name}: its schedule is constant; distil runs whose "
             "schedule was rewritten, or smoothed"
         )
-    return Form(tuple(n for n in STEERED if n in steered), first.has_reward, gradient_norm)
+    return Form(tuple(n for n in STEERED if n in steered), first.has("reward"), gradient_norm)
 
 
 def lesson(example: Example, form: Form, every: int, *, known: bool) -> Lesson:
@@ -149,11 +139,11 @@ def lesson(example: Example, form: Form, every: int, *, known: bool) -> Lesson:
     steps = len(example.rows)
     features, targets = [], []
     for t, row in enumerate(example.rows):
-        observer.observe(_number(row.get("loss")), _number(row.get("reward")))
+        observer.observe(row.get("loss"), row.get("reward"))
         done = t + 1
         if done % every or done == steps:
             continue
-        observer.observe_norm(_number(row.get("gradient_norm")))
+        observer.observe_norm(row.get("gradient_norm"))
         now = example.block(done // every - 1, every)
         features.append(observer.features(now, done / steps if known else None))
         targets.append(target(example, form, done, every, now))
@@ -172,12 +162,8 @@ def target(example: Example, form: Form, done: int, every: int, now: Controls) -
     for name in form.steered:
         was, will = getattr(now, name), getattr(then, name)
         move = 0.0 if was is None or will is None else raw(name, will) - raw(name, was)
-        moves.append(min(max(move, -LIMIT), LIMIT))
+        moves.append(clip(move, (-LIMIT, LIMIT)))
     return moves
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
 
 
 class DistilledScheduler(AdaptiveRL):
@@ -186,10 +172,15 @@ class DistilledScheduler(AdaptiveRL):
     It has AdaptiveRL's interface, bounds and hooks, and sees what that sees; what it does with it
     was learned from runs that were written with hindsight. Where a feature is outside what the
     policy was fitted on, that update is made by AdaptiveRL's laws, `fallbacks` counts it, and a
-    warning says so once.
+    warning says so once. Where the policy looks at gradient norms, it takes them itself.
 
-    steps: the run's length, where it is known: policies go by how far a run is. The others: as of
-    AdaptiveRL. Where the policy looks at gradient norms, it takes one every `every` steps itself.
+    Args:
+        optimizer: As of AdaptiveRL, like all others but these two.
+        policy: What `rhc distill` wrote, see `load`.
+        steps: The run's length, where it is known: policies go by how far a run is.
+
+    Raises:
+        InputError: For settings that cannot be.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ both. A loss times 1000 gives the same features, and so do gradients and lrs in 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -17,9 +17,12 @@ from rhc.schedulers.signals import (
     RunningMean,
     Signals,
     Smoothing,
+    clip,
     is_usable,
+    logit,
     observed,
     restored,
+    sigmoid,
     trends,
 )
 
@@ -39,10 +42,8 @@ _NORM = 0.2
 
 @dataclass(frozen=True)
 class Form:
-    """Which features there are. steered: controls that are moved, and looked at.
-
-    reward: trends of a reward, which every run must then have. gradient_norm: the trend of log |g|.
-    """
+    """Which features there are. steered: controls that are moved, and looked at. reward: whether
+    there are its trends. gradient_norm: whether there is the trend of log |g|."""
 
     steered: tuple[str, ...] = ("lr", "momentum")
     reward: bool = False
@@ -82,7 +83,7 @@ class Observer:
         }
 
     def observe_norm(self, norm: float | None) -> None:
-        """Takes in a gradient norm, of the last step before an update."""
+        """Takes in the gradient norm of the last step before an update."""
         self.norm = norm
 
     def features(self, controls: Controls, progress: float | None) -> list[float]:
@@ -93,9 +94,8 @@ class Observer:
         values: list[float] = []
         for name, smoothing in SCALES.items():
             found, self.signals[name] = trends(self.signals[name], smoothing)
-            values += [found.loss, max(found.loss, 0.0)]
-            values += [found.reward] if self.form.reward else []
-            values.append(found.plateau)
+            reward = [found.reward] if self.form.reward else []
+            values += [found.loss, max(found.loss, 0.0), *reward, found.plateau]
         mean = self.signals["usual"].loss.value
         if self.first is None and self.signals["usual"].steps:
             self.first = mean
@@ -113,7 +113,7 @@ class Observer:
         log = math.log(self.norm)
         trend = log - self.log_norm.value if self.log_norm.weight else 0.0
         self.log_norm = self.log_norm.updated(log, _NORM)
-        return min(max(trend, -3.0), 3.0)
+        return clip(trend, (-3.0, 3.0))
 
     def state(self) -> dict[str, Any]:
         """Everything that the next features depend on, as JSON."""
@@ -136,10 +136,8 @@ class Observer:
 def raw(name: str, value: float) -> float:
     """The unconstrained coordinate of a control's value, within its bounds."""
     known = CONTROLS[name]
-    clipped = min(max(value, known.lower), known.upper)
-    if known.coordinate == "log":
-        return math.log(clipped)
-    return math.log(clipped) - math.log1p(-clipped)
+    clipped = clip(value, (known.lower, known.upper))
+    return math.log(clipped) if known.coordinate == "log" else logit(clipped)
 
 
 def natural(name: str, coordinate: float) -> float:
@@ -147,11 +145,8 @@ def natural(name: str, coordinate: float) -> float:
     known = CONTROLS[name]
     if known.zero and coordinate <= raw(name, known.lower):
         return 0.0
-    if known.coordinate == "log":
-        value = math.exp(min(coordinate, 50.0))
-    else:
-        value = 1 / (1 + math.exp(-min(max(coordinate, -50.0), 50.0)))
-    return min(max(value, known.lower), known.upper)
+    inverse = math.exp if known.coordinate == "log" else sigmoid
+    return clip(inverse(min(coordinate, 50.0)), (known.lower, known.upper))
 
 
 def moved(name: str, controls: Controls, start: Controls) -> float:
@@ -174,9 +169,4 @@ def _fallen(first: float | None, now: float) -> float:
     """log(mean loss now / at first), for positive losses; else 0."""
     if first is None or first <= 0 or now <= 0:
         return 0.0
-    return min(max(math.log(now / first), -8.0), 4.0)
-
-
-def names_differ(a: Sequence[str], b: Sequence[str]) -> str:
-    """The two lists, for a message."""
-    return f"{', '.join(a) or 'none'} and {', '.join(b) or 'none'}"
+    return clip(math.log(now / first), (-8.0, 4.0))

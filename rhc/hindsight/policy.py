@@ -10,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -37,7 +39,7 @@ _LARGEST_FILE = 16 * 2**20
 
 
 class Network(nn.Module):
-    """features (R, U, F) of R runs at U updates -> moves (R, U, C), and a memory (1, R, H)."""
+    """features (R, U, F) of R runs at U updates -> moves (R, U, C); memory (1, R, H) -> memory."""
 
     mean: Tensor
     scale: Tensor
@@ -128,89 +130,70 @@ class Policy:
     def load(cls, folder: str | Path) -> Policy:
         """Reads what `save` wrote; anything else is an InputError that names the file."""
         folder = Path(folder)
-        document = _read(folder / "policy.json")
+        path, weights = folder / "policy.json", folder / "weights.safetensors"
+        with _refused(path, "not JSON: "):
+            document = parsed_json(read_regular(path.resolve(), MOST_JSON_BYTES))
+        with _refused(path):
+            if not isinstance(document, dict):
+                raise TypeError(f"it holds {type(document).__name__}")
         if document.get("format") != "rhc.policy":
-            raise InputError(
-                f"{folder / 'policy.json'} is no policy; give the folder that rhc distill -o wrote"
-            )
+            raise InputError(f"{path} is no policy; give the folder that rhc distill -o wrote")
         if document.get("version") != VERSION:
             raise InputError(
                 f"policy {folder} has version {document.get('version')!r}, this rhc reads version "
                 f"{VERSION}; distil it again with this version"
             )
-        try:
-            form = Form(
-                tuple(document["steered"]),
-                _flag(document["reward"]),
-                _flag(document["gradient_norm"]),
-            )
-            kind, every = document["kind"], document["every"]
+        with _refused(path):
+            flags = document["reward"], document["gradient_norm"]
+            form = Form(tuple(document["steered"]), *flags)
+            kind, every, notes = document["kind"], document["every"], document.get("notes", {})
             known = kind in KINDS and isinstance(every, int) and every >= 1
             known = known and bool(form.steered) and set(form.steered) <= set(STEERED)
-            known = known and list(form.names) == document["features"]
-            size, digest = int(document["bytes"]), str(document["sha256"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(folder / "policy.json", f"{type(error).__name__}: {error}") from None
-        if not known:
-            raise _damaged(
-                folder / "policy.json", "its kind, controls or features are not this rhc's"
-            )
-        path = folder / "weights.safetensors"
-        try:
-            data = read_regular(path.resolve(), _LARGEST_FILE)
-        except ValueError as error:
-            raise _damaged(path, str(error)) from None
-        except OSError as error:
-            raise InputError(
-                f"policy {folder}: weights.safetensors cannot be read ({error.strerror}); distil "
-                "it again"
-            ) from None
-        if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
-            raise _damaged(path, "it is not the file that policy.json was written with")
-        try:
+            known = known and all(isinstance(x, bool) for x in flags) and isinstance(notes, dict)
+            if not known or list(form.names) != document["features"]:
+                raise ValueError("its kind, controls or features are not this rhc's")
+        with _refused(weights):
+            data = read_regular(weights.resolve(), _LARGEST_FILE)
+            if [len(data), hashlib.sha256(data).hexdigest()] != [
+                document["bytes"],
+                document["sha256"],
+            ]:
+                raise ValueError("it is not the file that policy.json was written with")
             tensors = load_tensors(data)
-        except Exception as error:  # safetensors has an error of its own
-            raise _damaged(path, str(error)) from None
-        network = _blank(kind, form)
-        expected = {name: t.shape for name, t in network.state_dict().items()}
-        expected |= {name: torch.Size([len(form.names)]) for name in ("low", "high")}
-        for name in expected.keys() | tensors.keys():
-            if name not in expected or name not in tensors:
-                raise _damaged(path, f"{name} is {'too much' if name in tensors else 'missing'}")
-            t = tensors[name]
-            if t.shape != expected[name] or t.dtype != torch.float32:
-                raise _damaged(path, f"{name} is {tuple(t.shape)} of {t.dtype}")
-            if not bool(t.isfinite().all()):
-                raise _damaged(path, f"{name} is not finite")
+            network = _blank(kind, form)
+            _check_tensors(tensors, network, len(form.names))
         low, high = tensors.pop("low"), tensors.pop("high")
         network.load_state_dict(tensors)
         network.requires_grad_(False)
-        notes = document.get("notes")
-        return cls(kind, form, every, network, low, high, notes if isinstance(notes, dict) else {})
+        return cls(kind, form, every, network, low, high, notes)
 
 
-def _read(path: Path) -> dict[str, Any]:
+@contextmanager
+def _refused(path: Path, what: str = "") -> Iterator[None]:
+    """What is wrong with a file of a policy, as an InputError that names it."""
     try:
-        document = parsed_json(read_regular(path.resolve(), MOST_JSON_BYTES))
+        yield
     except OSError as error:
         raise InputError(
-            f"cannot read {path} ({error.strerror}); give the folder that rhc distill -o wrote"
+            f"cannot read policy {path.parent}: {path.name} cannot be read ({error.strerror}); "
+            "give the folder that rhc distill -o wrote, or distil it again"
         ) from None
-    except ValueError as error:
-        raise _damaged(path, f"not JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise _damaged(path, f"it holds {type(document).__name__}")
-    return document
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise InputError(f"{path} is damaged ({what}{error}); distil the policy again") from None
 
 
-def _damaged(path: Path, what: str) -> InputError:
-    return InputError(f"{path} is damaged ({what}); distil the policy again")
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{value!r} is not true or false")
-    return value
+def _check_tensors(tensors: Mapping[str, Tensor], network: Network, features: int) -> None:
+    """Raises ValueError unless these are the tensors of a policy with this network."""
+    expected = {name: t.shape for name, t in network.state_dict().items()}
+    expected |= {name: torch.Size([features]) for name in ("low", "high")}
+    for name in expected.keys() | tensors.keys():
+        if name not in expected or name not in tensors:
+            raise ValueError(f"{name} is {'too much' if name in tensors else 'missing'}")
+        t = tensors[name]
+        if t.shape != expected[name] or t.dtype != torch.float32:
+            raise ValueError(f"{name} is {tuple(t.shape)} of {t.dtype}")
+        if not bool(t.isfinite().all()):
+            raise ValueError(f"{name} is not finite")
 
 
 # Fitting ------------------------------------------------------------------------------------------

@@ -21,7 +21,14 @@ import torch
 from rhc.errors import InputError
 from rhc.schedule import CONTROLS, Schedule
 from rhc.schedulers.laws import Bounds, Cap, Controls, Gains, check_source, lowered, updated
-from rhc.schedulers.signals import Smoothing, Trends, is_usable, plateau_score
+from rhc.schedulers.signals import (
+    Smoothing,
+    Trends,
+    clip,
+    is_usable,
+    plateau_score,
+    share,
+)
 from rhc.workload import Goal
 
 USUAL_GAINS = Gains(
@@ -47,7 +54,7 @@ AGAINST = -0.25
 class Tape:
     """What a probe observed at each of its T steps; NaN where there was nothing, or nothing finite.
 
-    losses, gradient_norms: T values. rewards: T values, or None where the run has no reward.
+    losses, rewards, gradient_norms: T values; None where the run has none.
     """
 
     losses: Sequence[float]
@@ -140,10 +147,10 @@ class Smoother:
         deltas = [after[m] - before[m] for m in marks]
         deltas = [d if math.isfinite(d) else 0.0 for d in deltas]
         scale = sum(map(abs, deltas)) / len(deltas) if deltas else 0.0
-        shares = [min(max(d / scale, -1.0), 1.0) if scale > 0 else 0.0 for d in deltas]
+        shares = [share(d, scale) for d in deltas]
         if self.baseline and shares:
             usual = sum(shares) / len(shares)
-            shares = [min(max(share - usual, -1.0), 1.0) for share in shares]
+            shares = [clip(one - usual, (-1.0, 1.0)) for one in shares]
         return shares
 
     def _moved(self, probe: Schedule, first: Controls, walk: Sequence[Controls]) -> Schedule:
@@ -204,7 +211,7 @@ def smooth(
     if passes < 1:
         raise InputError(f"passes must be ≥ 1, got {passes}")
     runs = [train(0, None)]
-    best, scale = 0, AGAINST if changed(Tape.of(runs[0].rows, reward)) else 1.0
+    best, scale = 0, AGAINST if data_changed(Tape.of(runs[0].rows, reward)) else 1.0
     for number in range(1, passes + 1):
         law = replace(smoother, gains=smoother.gains.times(scale))
         schedule = law.schedule(Tape.of(runs[best].rows, reward), runs[best].schedule)
@@ -216,7 +223,7 @@ def smooth(
     return runs, best
 
 
-def changed(tape: Tape) -> bool:
+def data_changed(tape: Tape) -> bool:
     """Whether the data changed under the run, as far as its losses tell; with a reward they do not.
 
     For data that stay, lr should be high where there is progress and low where there is none.

@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -39,45 +38,40 @@ EXPLODING_CLIP = 10.0
 """Where costates explode, they are taken again clipped to this times their norm at the end."""
 
 
-class Shelf:
-    """Batches in files, one each, so that a run of any length holds one in memory.
-
-    A handle stands for its batch until `loss_fn` is called with it. rng: the random state that a
-    plain loop's step began with, where the model draws (dropout) from what the loader draws from.
-    """
+class DiskBatches:
+    """Batches in files, one each, so that a run of any length holds one in memory."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="rhc-batches-", dir=folder))
 
-    def put(self, number: int, batch: Any, rng: RandomState | None = None) -> Handle:
-        """A handle on the batch, which need not be kept."""
+    def put(self, number: int, batch: Any, rng: RandomState | None = None) -> BatchRef:
+        """A reference to the batch, which need not be kept."""
         leaves, form = _pytree.tree_flatten(batch)
+        # Leaves of one tensor's memory would be refused, and they are small beside the run.
         tensors = {
-            str(i): leaf.detach().cpu().contiguous()
+            str(i): leaf.detach().cpu().contiguous().clone()
             for i, leaf in enumerate(leaves)
             if isinstance(leaf, Tensor)
         }
         rest = [None if isinstance(leaf, Tensor) else copied(leaf) for leaf in leaves]
         path = self.folder / f"{number:08d}.safetensors"
-        # Leaves of one tensor's memory would be refused, and they are small beside the run.
-        save_file({name: t.clone() for name, t in tensors.items()}, path)
-        return Handle(path, form, rest, batch_size(batch), rng)
+        save_file(tensors, path)
+        return BatchRef(path, form, rest, batch_size(batch), rng)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @dataclass(frozen=True, eq=False)
-class Handle:
-    """A batch on a shelf, of which `batch` gives a new copy each time."""
+class BatchRef:
+    """A batch on disk, which a loss function of `from_disk` takes in place of the batch.
+
+    rng: the random state that a plain loop's step began with, where the model draws (dropout) from
+    what the loader draws from.
+    """
 
     path: Path
     form: Any
@@ -85,22 +79,22 @@ class Handle:
     batch_size: int
     rng: RandomState | None
 
-    def __deepcopy__(self, memo: Any) -> Handle:
+    def __deepcopy__(self, memo: Any) -> BatchRef:
         return self
 
     def batch(self, device: torch.device) -> Any:
-        """What was put there."""
+        """A new copy of what was put there."""
         tensors = load_file(self.path)
         rest = enumerate(self.rest)
         leaves = [tensors[str(i)] if str(i) in tensors else copied(leaf) for i, leaf in rest]
         return to_device(_pytree.tree_unflatten(leaves, self.form), device)
 
 
-def shelved(loss_fn: LossFn, device: torch.device) -> LossFn:
-    """`loss_fn`, for handles and for batches."""
+def from_disk(loss_fn: LossFn, device: torch.device) -> LossFn:
+    """`loss_fn`, for references and for batches."""
 
     def loss(model: nn.Module, batch: Any) -> Any:
-        if not isinstance(batch, Handle):
+        if not isinstance(batch, BatchRef):
             return loss_fn(model, batch)
         if batch.rng is not None:
             batch.rng.restore()
@@ -109,9 +103,20 @@ def shelved(loss_fn: LossFn, device: torch.device) -> LossFn:
     return loss
 
 
+def steerable(schedule: Schedule) -> list[str]:
+    """The controls of a schedule that dJ/du can be taken by: those that are not 0 throughout, and
+    momentum where it is 0 at no step."""
+    found = []
+    for name, values in schedule.values.items():
+        positive = values > 0
+        if bool(positive.all() if name == "momentum" else positive.any()):
+            found.append(name)
+    return found
+
+
 @dataclass
 class Episode:
-    """A run of T steps that can be rolled and looked back at again and again, from its step 0.
+    """A run of T steps that can be rolled and differentiated again and again, from its step 0.
 
     model, optimizer: as they are at step 0, which they are left at. batches: one per step, or
     `accumulate` of them. J = stage_weight · Σ ℓ_t + the mean loss on `judged`, at the end or at the
@@ -154,19 +159,9 @@ class Episode:
     def steps(self) -> int:
         return len(self.batches) // self.accumulate
 
-    def steerable(self, schedule: Schedule) -> list[str]:
-        """The controls of a schedule that dJ/du can be taken by: those that are not 0 throughout,
-        and momentum where it is 0 at no step."""
-        found = []
-        for name, values in schedule.values.items():
-            positive = values > 0
-            if bool(positive.all() if name == "momentum" else positive.any()):
-                found.append(name)
-        return found
-
-    def look_back(self, schedule: Schedule, costate_clip: float | None = None) -> Hypergradient:
+    def differentiate(self, schedule: Schedule, costate_clip: float | None = None) -> Hypergradient:
         """J of the schedule and its derivative by every control of every step."""
-        values = {n: schedule[n][: self.steps] for n in self.steerable(schedule)}
+        values = {n: schedule[n][: self.steps] for n in steerable(schedule)}
         self.plant.restore(self.beginning)
         h = hypergradient(
             self.model,
@@ -238,10 +233,11 @@ class Episode:
 
 
 @dataclass(frozen=True)
-class Outer:
-    """One outer pass. value: J after it; before: J before it. accepted: whether the schedule moved.
+class OuterPass:
+    """One rewrite of the whole schedule.
 
-    clipped: whether costates exploded, and were taken again with a clip. tried: replays.
+    before, value: J before and after it. accepted: whether the schedule moved. tried: replays.
+    outcome: of the reverse pass. clipped: whether costates exploded, and were clipped.
     """
 
     before: float
@@ -260,9 +256,9 @@ def improved(
     knots: int,
     controls: Sequence[str] = ("lr",),
     step: float = 0.3,
-    tell: Callable[[int, Outer], None] = lambda number, outer: None,
+    tell: Callable[[int, OuterPass], None] = lambda number, done: None,
     first: Hypergradient | None = None,
-) -> tuple[Schedule, list[Outer]]:
+) -> tuple[Schedule, list[OuterPass]]:
     """(the schedule after up to `passes` rewrites along whole-run hypergradients, what they did).
 
     knots: degrees of freedom per control, shared by the steps between them (piecewise log-linear);
@@ -277,23 +273,19 @@ def improved(
         raise InputError(
             f"knots must be in [1, {episode.steps}] for {episode.steps} steps, got {knots}"
         )
-    law = Rewrite(step={name: step for name in CONTROLS}, knots=knots, cooldown=0.0)
+    rule = Rewrite(step={name: step for name in CONTROLS}, knots=knots, cooldown=0.0)
     schedule = schedule.window(0, episode.steps)
-    done: list[Outer] = []
+    done: list[OuterPass] = []
     scale = 1.0
     for number in range(passes):
-        h = first if first is not None and number == 0 else episode.look_back(schedule)
+        h = first if first is not None and number == 0 else episode.differentiate(schedule)
         clipped = h.result.name == "exploding"
         if clipped:
-            h = episode.look_back(schedule, EXPLODING_CLIP)
-        if not h.result.usable:
-            done.append(Outer(h.value, h.value, False, 0, h.result.name, clipped))
-            tell(number, done[-1])
-            break
+            h = episode.differentiate(schedule, EXPLODING_CLIP)
+        outer = OuterPass(h.value, h.value, False, 0, h.result.name, clipped)
         gradient = {name: h.grad[name] for name in controls if name in h.grad}
-        outer = Outer(h.value, h.value, False, 0, h.result.name, clipped)
-        for retry in range(3):
-            proposed = law.propose(schedule, gradient, h.value, scale * 0.3**retry).schedule
+        for retry in range(3 if h.result.usable else 0):
+            proposed = rule.propose(schedule, gradient, h.value, scale * 0.3**retry).schedule
             value = episode.value(proposed)
             outer = replace(outer, tried=retry + 1)
             if value < h.value:

@@ -101,19 +101,19 @@ def plan_epochs(fit: Fit, attempt: Attempt, rows: list[dict[str, Any]]) -> None:
         marks["interventions"].append(asdict(what))
     if state.step % fit.data.epoch_steps == 0:
         validated = fit.data.val_loader is not None and planner.needs_validation
-        plan = planner.end_epoch(validation_losses(fit).loss if validated else None)
+        plan = planner.on_epoch_end(validation_losses(fit).loss if validated else None)
         last = rows[-1]
         own = [asdict(what) for what in plan.interventions]
         earlier = last.get("planning", {"interventions": []})["interventions"]
         last["planning"] = finite(
             {
-                "epoch": planner.history[-1].to_json(),
+                "epoch": asdict(planner.history[-1]),
                 "plan": plan.values | {"mode": plan.mode},
                 "interventions": earlier + own,
             }
         )
         done = [*done, *((state.step - 1, what) for what in plan.interventions)]
-        fit.events.emit(EpochPlanned(state.step, epoch, last["planning"]["epoch"], plan.to_json()))
+        fit.events.emit(EpochPlanned(state.step, epoch, last["planning"]["epoch"], asdict(plan)))
     for step, what in done:
         fit.events.notice(f"{what.kind}: {what.reason}")
         fit.events.emit(Intervened(step, epoch, what.kind, what.reason))

@@ -5,7 +5,7 @@
 
 from rhc.schedulers.adaptive import AdaptiveRL
 from rhc.schedulers.callbacks import hf_callback, lightning_callback
-from rhc.schedulers.guards import CONSERVATIVE, Always, Failsafe, Planned, Preset, Smoothed
+from rhc.schedulers.guards import CONSERVATIVE, Failsafe, Planned, Preset, Smoothed
 from rhc.schedulers.knobs import Augmentation, ClipRange, Entropy, GaeLambda, Knob, shifted
 from rhc.schedulers.laws import Bounds, Gains
 from rhc.schedulers.plan import (
@@ -16,13 +16,12 @@ from rhc.schedulers.plan import (
     VALUES,
     EpochPlan,
     after_drift,
-    next_value,
     plan_next_epoch,
 )
 from rhc.schedulers.planner import EpochPlanner, joined, parted
 from rhc.schedulers.rewards import FreshSeeds, HeldOut, TrainingTape, ValidationLoss, ZScored
-from rhc.schedulers.sampler import ExampleStatistics, LossSampler
-from rhc.schedulers.statistics import EpochState, EpochStats, Watch, after_epoch, after_step
+from rhc.schedulers.sampler import LossSampler
+from rhc.schedulers.statistics import EpochState, EpochStats, after_epoch, after_step
 
 __all__ = [
     "CONSERVATIVE",
@@ -32,7 +31,6 @@ __all__ = [
     "STEERED",
     "VALUES",
     "AdaptiveRL",
-    "Always",
     "Augmentation",
     "Bounds",
     "ClipRange",
@@ -41,7 +39,6 @@ __all__ = [
     "EpochPlanner",
     "EpochState",
     "EpochStats",
-    "ExampleStatistics",
     "Failsafe",
     "FreshSeeds",
     "GaeLambda",
@@ -54,7 +51,6 @@ __all__ = [
     "Smoothed",
     "TrainingTape",
     "ValidationLoss",
-    "Watch",
     "ZScored",
     "after_drift",
     "after_epoch",
@@ -62,7 +58,6 @@ __all__ = [
     "hf_callback",
     "joined",
     "lightning_callback",
-    "next_value",
     "parted",
     "plan_next_epoch",
     "shifted",

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
-from rhc.errors import InputError
-from rhc.schedulers.signals import is_usable
+from rhc.schedulers.signals import clip, is_usable
+
+SHIFT = 2.0
+"""Of the level, in standard deviations of the values, that is to be found soon."""
+
+FALSE_ALARMS = 0.01
+"""Probability of a claim in 1000 steps of a stationary sequence."""
+
+WARMUP = 100
+"""Values before the first claim."""
+
+LAG = 50
+"""The newest values, which are not yet part of what they are compared with."""
 
 FORGETTING = 0.005
 """Least weight of one value in the reference, which it has once there are 200 of them."""
@@ -19,34 +29,6 @@ SLOW = 0.1
 """Weight of the newest value in the slow average that correlations are estimated from."""
 
 MOST_CORRELATED = 0.95
-
-
-@dataclass(frozen=True)
-class ChangeTest:
-    """What counts as a change of level, and how seldom it may be claimed where there is none."""
-
-    shift: float = 2.0
-    """Of the level, in standard deviations of the values, that is to be found soon."""
-
-    false_alarms: float = 0.01
-    """Probability of a claim in 1000 steps of a stationary sequence."""
-
-    warmup: int = 100
-    """Values before the first claim."""
-
-    lag: int = 50
-    """The newest values, which are not yet part of what they are compared with."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.shift < math.inf:
-            raise InputError(f"shift must be > 0 standard deviations, got {self.shift:g}")
-        if not 0 < self.false_alarms < 1:
-            raise InputError(f"false_alarms must be in (0, 1), got {self.false_alarms:g}")
-        if not 1 <= self.lag < self.warmup:
-            raise InputError(
-                f"lag must be in [1, warmup) for warmup={self.warmup}, got {self.lag}; "
-                "lower lag or raise warmup"
-            )
 
 
 class ChangePoint(NamedTuple):
@@ -72,7 +54,7 @@ class ChangePoint(NamedTuple):
     changes: int = 0
 
 
-def cusum(state: ChangePoint, value: float, test: ChangeTest) -> tuple[ChangePoint, bool]:
+def cusum(state: ChangePoint, value: float) -> tuple[ChangePoint, bool]:
     """(the state after one more value, whether the level has risen).
 
     A CUSUM (Page 1954) of the innovations e = (w − φ w₋₁) / (s √(1 − φ²)), which are white where
@@ -89,25 +71,25 @@ def cusum(state: ChangePoint, value: float, test: ChangeTest) -> tuple[ChangePoi
     value = float(value)
     newest = (*state.newest, value)
     seen = state.settled + len(newest)
-    if seen <= test.warmup:
+    if seen <= WARMUP:
         return state._replace(newest=newest), False
-    while len(newest) > test.lag:
+    while len(newest) > LAG:
         state, newest = _settled(state, newest[0]), newest[1:]
     state = state._replace(newest=newest)
     if state.variance <= 0:
         return state, False
     correlation = _correlation(state)
     s = math.sqrt(state.variance)
-    w = min(max(value - state.mean, -CUT * s), CUT * s)
+    w = clip(value - state.mean, (-CUT * s, CUT * s))
     e = (w - correlation * state.last) / (s * math.sqrt(1 - correlation**2))
-    k = 0.5 * test.shift * math.sqrt((1 - correlation) / (1 + correlation))
-    bar = 1.3 * (math.log1p(2 * k * k * 1000 / test.false_alarms) / (2 * k) - 1.166)
+    k = 0.5 * SHIFT * math.sqrt((1 - correlation) / (1 + correlation))
+    bar = 1.3 * (math.log1p(2 * k * k * 1000 / FALSE_ALARMS) / (2 * k) - 1.166)
     upper = max(0.0, state.upper + min(e, k + 1) - k)
     lower = max(0.0, state.lower + min(-e, k + 1) - k)
     if upper > bar:
         return ChangePoint(changes=state.changes + 1), True
     if lower > bar:
-        since = newest[-min(state.falling + 1, test.lag) :]  # the new level's own values
+        since = newest[-min(state.falling + 1, LAG) :]  # the new level's own values
         return ChangePoint(newest=since, changes=state.changes), False
     falling = state.falling + 1 if lower > 0 else 0
     return state._replace(upper=upper, lower=lower, falling=falling, last=w), False
@@ -119,7 +101,7 @@ def _settled(state: ChangePoint, value: float) -> ChangePoint:
     if n == 0:
         return state._replace(mean=value, settled=1)
     s = math.sqrt(state.variance) if n >= 5 and state.variance > 0 else math.inf
-    w = min(max(value - state.mean, -CUT * s), CUT * s)
+    w = clip(value - state.mean, (-CUT * s, CUT * s))
     share, of_squares = max(FORGETTING, 1 / (n + 1)), max(FORGETTING, 1 / n)
     own = w * w * (1 - share) if n < 100 else w * w
     slow = state.slow + SLOW * (w - state.slow)
@@ -140,4 +122,4 @@ def _correlation(state: ChangePoint) -> float:
     ratio = state.slow_square / state.variance
     found = max(state.product / state.variance, (ratio - 1) / (ratio + 1))
     error = 1 / math.sqrt(min(state.settled, 2 / FORGETTING))
-    return min(max(found + 0.5 * error, 0.0), MOST_CORRELATED)
+    return clip(found + 0.5 * error, (0.0, MOST_CORRELATED))

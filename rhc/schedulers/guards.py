@@ -144,14 +144,3 @@ class Failsafe:
         else:
             return self.law(stats, previous)
         return replace(plan, interventions=(*plan.interventions, done))
-
-
-@dataclass(frozen=True)
-class Always:
-    """A preset from the end of the first epoch to the end of the run, whatever happens."""
-
-    preset: Preset = CONSERVATIVE
-
-    def __call__(self, stats: EpochStats, previous: EpochPlan) -> EpochPlan:
-        kept = replace(previous, epoch=stats.epoch + 1, interventions=())
-        return self.preset.applied(kept)

@@ -1,9 +1,9 @@
-"""Knobs: small objects with a value, which a planner drives and a user can drive alone.
+"""Knobs: small objects with a value, which a planner drives.
 
     knob = Entropy(0.01)
-    loss = policy_loss - knob.value * entropy
+    planner = EpochPlanner(…, knobs=[knob])
     ...
-    knob.update(stats)          # alone; or EpochPlanner(…, knobs=[knob])
+    loss = policy_loss - knob.value * entropy
 
 A knob has the `name` of its value in an `EpochPlan`, and a `value` that can be set.
 `rhc.schedulers.LossSampler` is one too.
@@ -12,16 +12,15 @@ A knob has the `name` of its value in an `EpochPlan`, and a `value` that can be 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from rhc.errors import InputError
-from rhc.schedulers.laws import Bounds, Gains, clip
-from rhc.schedulers.plan import PLAN_BOUNDS, next_value
-from rhc.schedulers.statistics import EpochStats
+from rhc.schedulers.plan import PLAN_BOUNDS
+from rhc.schedulers.signals import clip
 
 
 class Knob(Protocol):
@@ -37,27 +36,22 @@ class Knob(Protocol):
 
 
 class Value:
-    """A number within bounds, moved by the law of its name."""
+    """A number within bounds."""
 
     name: ClassVar[str]
+    usual: ClassVar[float]
 
     def __init__(
-        self,
-        value: float,
-        *,
-        bounds: tuple[float, float] | None = None,
-        gains: Gains | None = None,
+        self, value: float | None = None, *, bounds: tuple[float, float] | None = None
     ) -> None:
-        usual = getattr(PLAN_BOUNDS, self.name)
-        self.bounds = Bounds(**{self.name: usual if bounds is None else bounds})
-        self.gains = gains
-        low, high = getattr(self.bounds, self.name)
-        if not low <= value <= high:
+        self.bounds = bounds or getattr(PLAN_BOUNDS, self.name)
+        self._value = float(self.usual if value is None else value)
+        if self._value != clip(self._value, self.bounds):
+            low, high = self.bounds
             raise InputError(
                 f"{self.name} must be in [{low:g}, {high:g}], got {value:g}; give other bounds for "
                 "more room"
             )
-        self._value = float(value)
 
     @property
     def value(self) -> float:
@@ -65,59 +59,46 @@ class Value:
 
     @value.setter
     def value(self, value: float) -> None:
-        self._value = clip(float(value), getattr(self.bounds, self.name))
-
-    def update(self, stats: EpochStats) -> float:
-        """The value of the next epoch; without a planner."""
-        self.value = next_value(self.name, self.value, stats, self.gains, self.bounds)
-        return self.value
+        self._value = clip(float(value), self.bounds)
 
 
 class Entropy(Value):
     """The coefficient of the entropy bonus: up on a plateau, down while returns improve."""
 
-    name = "entropy"
-
-    def __init__(self, value: float = 0.01, **settings: Any) -> None:
-        super().__init__(value, **settings)
+    name, usual = "entropy", 0.01
 
 
 class ClipRange(Value):
     """PPO's ε: up on a plateau, down while returns fall."""
 
-    name = "clip_range"
-
-    def __init__(self, value: float = 0.2, **settings: Any) -> None:
-        super().__init__(value, **settings)
+    name, usual = "clip_range", 0.2
 
 
 class GaeLambda(Value):
     """λ of the generalised advantage: up on a plateau (less bias), down where the loss swings more
     than usual (less variance)."""
 
-    name = "gae_lambda"
-
-    def __init__(self, value: float = 0.95, **settings: Any) -> None:
-        super().__init__(value, **settings)
+    name, usual = "gae_lambda", 0.95
 
 
 class Augmentation(Value):
     """The strength of an augmentation: up on a plateau that is calm, down where validation worsens.
 
-    transform: (batch, strength in [0, 1]) -> batch, applied by calling the knob in a training loop;
-    None for `shifted`, for images. In eval mode, that is with `training=False`, and at strength 0
-    it returns the batch itself and draws nothing.
+    transform: (batch, strength in [0, 1]) -> batch, applied by calling the knob in a training loop.
+    In eval mode, that is with `training=False`, and at strength 0 it returns the batch itself and
+    draws nothing.
     """
 
-    name = "augmentation"
+    name, usual = "augmentation", 0.0
 
     def __init__(
         self,
-        value: float = 0.0,
+        value: float | None = None,
         transform: Callable[[Tensor, float], Tensor] | None = None,
-        **settings: Any,
+        *,
+        bounds: tuple[float, float] | None = None,
     ) -> None:
-        super().__init__(value, **settings)
+        super().__init__(value, bounds=bounds)
         self.transform = transform or shifted
 
     def __call__(self, batch: Tensor, training: bool = True) -> Tensor:

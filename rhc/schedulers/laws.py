@@ -15,7 +15,7 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 
 from rhc.errors import InputError
-from rhc.schedulers.signals import Trends, logit, sigmoid
+from rhc.schedulers.signals import Trends, clip, logit, sigmoid
 
 USUAL_STEPS = 10_000
 """Steps of the runs that AdaptiveRL's gains are meant for."""
@@ -112,11 +112,6 @@ class Bounds:
             None if momentum is None else clip(momentum, self.momentum),
             clip(controls.noise, self.noise),
         )
-
-
-def clip(value: float, bounds: tuple[float, float]) -> float:
-    """The nearest value within the bounds."""
-    return min(max(value, bounds[0]), bounds[1])
 
 
 def updated(

@@ -27,11 +27,10 @@ from rhc.schedulers.laws import (
     Cap,
     Controls,
     Gains,
-    clip,
     lowered,
     updated,
 )
-from rhc.schedulers.signals import Trends
+from rhc.schedulers.signals import Trends, clip
 from rhc.schedulers.statistics import EpochStats
 
 STEERED = ("lr", "momentum", "noise")
@@ -105,13 +104,9 @@ class EpochPlan:
         found = {name: getattr(self, name) for name in VALUES}
         return {name: value for name, value in found.items() if value is not None}
 
-    def to_json(self) -> dict[str, Any]:
-        """The inverse of `from_json`."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> EpochPlan:
-        """The inverse of `to_json`."""
+        """The inverse of `asdict`."""
         done = tuple(Intervention(**i) for i in record["interventions"])
         return cls(**{**record, "interventions": done})
 
@@ -166,19 +161,6 @@ def plan_next_epoch(
         {**asdict(new), **knobs}, epoch=stats.epoch + 1, interventions=interventions
     )
     return capped(plan, before, bounds, cap)
-
-
-def next_value(
-    name: str,
-    value: float,
-    stats: EpochStats,
-    gains: Gains | None = None,
-    bounds: Bounds | None = None,
-) -> float:
-    """One value of the next plan: what `plan_next_epoch` makes of it, for a knob that is alone."""
-    (name,) = checked_names([name])
-    plan = EpochPlan(1.0).changed({name: value})
-    return float(getattr(plan_next_epoch(stats, plan, gains, bounds), name))
 
 
 def after_drift(plan: EpochPlan, reason: str, bounds: Bounds | None = None) -> EpochPlan:

@@ -31,7 +31,7 @@ from rhc.schedulers.plan import (
 from rhc.schedulers.rewards import FreshSeeds, RewardSource, TrainingTape, ValidationLoss
 from rhc.schedulers.sampler import LossSampler
 from rhc.schedulers.signals import logit, sigmoid
-from rhc.schedulers.statistics import EpochState, EpochStats, Watch, after_epoch, after_step
+from rhc.schedulers.statistics import EpochState, EpochStats, after_epoch, after_step
 from rhc.schedulers.steering import (
     Scalar,
     add_noise,
@@ -75,7 +75,6 @@ class EpochPlanner(BeforeSteps):
         failsafe: False for the usual law without it.
         reward: Where the reward comes from, by default the validation loss; `TrainingTape()` has to
             be asked for.
-        watch: How losses are smoothed, and the test for drift.
         drift: Whether a drift changes the plan at once (lower α and μ, higher σ, of those that are
             steered), or is recorded only.
         epoch_steps: Steps of an epoch where there are none, as in an endless stream; `step` then
@@ -99,7 +98,6 @@ class EpochPlanner(BeforeSteps):
         law: Law | None = None,
         failsafe: bool = True,
         reward: RewardSource | None = None,
-        watch: Watch | None = None,
         drift: bool = True,
         epoch_steps: int | None = None,
         schedulers: Sequence[Any] = (),
@@ -135,8 +133,8 @@ class EpochPlanner(BeforeSteps):
         usual = Smoothed(Planned(self.gains, self.bounds))
         self.law: Law = law or (Failsafe(usual) if failsafe else usual)
         self.reward: RewardSource = reward or ValidationLoss()
-        self.watch, self.drift = watch or Watch(), drift
-        self.schedulers, self.listeners = list(schedulers), list(listeners)
+        self.drift, self.schedulers = drift, list(schedulers)
+        self.listeners = list(listeners)
         self.state = EpochState()
         self.plan: EpochPlan | None = None
         self.history: list[EpochStats] = []
@@ -188,7 +186,7 @@ class EpochPlanner(BeforeSteps):
         """
         self.observe(loss, reward, gradient_norm, indices, losses)
         if len(self._pending) >= READ_EVERY:
-            self._read()
+            self.read()
         if self.epoch_steps and self.steps % self.epoch_steps == 0 and not self.needs_validation:
             self.on_epoch_end()
 
@@ -202,14 +200,26 @@ class EpochPlanner(BeforeSteps):
         Returns:
             The plan of the next epoch, which is in force from here.
         """
+        self.read()
         before = self._plan
-        self._read()
-        plan = self.end_epoch(None if validation is None else float(validation))
-        if self.optimizer is not None:
-            self._write(before, plan)
+        validation = None if validation is None else float(validation)
+        reward = self._epoch_reward(validation)
+        stats, self.state = after_epoch(self.state, validation, reward, self.reward.source)
+        plan = self.law(stats, before)
+        if plan.mode == before.mode and self._begun is not None:
+            # A drift has used up a part of what this epoch may change.
+            plan = capped(plan, self._begun, self.bounds)
+        self.history.append(stats)
+        self.plan = self._begun = plan
+        for knob in self.knobs:
+            knob.value = getattr(plan, knob.name)
+        if self._sampler is not None:
+            self._sampler.next_epoch()
+        for what in plan.interventions:
+            self._emit(Intervened(self.steps - 1, stats.epoch, what.kind, what.reason))
+        self._emit(EpochPlanned(self.steps, stats.epoch, asdict(stats), asdict(plan)))
+        self._write(before, plan)
         return plan
-
-    # The parts that a Runner uses ----------------------------------------------------------------
 
     def observe(
         self,
@@ -229,12 +239,13 @@ class EpochPlanner(BeforeSteps):
     def read(self) -> list[tuple[int, Intervention]]:
         """Takes in the pending steps; (step, what was done there) for each drift that was seen.
 
-        The plan is changed by it, and nothing else is.
+        A drift changes the plan of the rest of the epoch.
         """
+        before = self._plan
         found: list[tuple[int, Intervention]] = []
         first = self.steps - len(self._pending)
         for step, (loss, reward, norm) in enumerate(numbers(self._pending), first):
-            self.state, drifted = after_step(self.state, loss, reward, norm, self.watch)
+            self.state, drifted = after_step(self.state, loss, reward, norm)
             if not drifted:
                 continue
             what = Intervention("drift", f"the level of the losses has risen by step {step}")
@@ -243,28 +254,8 @@ class EpochPlanner(BeforeSteps):
             if self.drift:
                 self.plan = self._after_drift(what)
         self._pending = []
+        self._write(before, self._plan)
         return found
-
-    def end_epoch(self, validation: float | None = None) -> EpochPlan:
-        """The plan of the next epoch; knobs are set to it, the optimizer is not."""
-        before = self._plan
-        reward = self._epoch_reward(validation)
-        source = self.reward.source
-        stats, self.state = after_epoch(self.state, validation, reward, source)
-        plan = self.law(stats, before)
-        if plan.mode == before.mode and self._begun is not None:
-            # A drift has used up a part of what this epoch may change.
-            plan = capped(plan, self._begun, self.bounds)
-        self.history.append(stats)
-        self.plan = self._begun = plan
-        for knob in self.knobs:
-            knob.value = getattr(plan, knob.name)
-        if self._sampler is not None:
-            self._sampler.next_epoch()
-        for what in plan.interventions:
-            self._emit(Intervened(self.steps - 1, stats.epoch, what.kind, what.reason))
-        self._emit(EpochPlanned(self.steps, stats.epoch, stats.to_json(), plan.to_json()))
-        return plan
 
     @property
     def needs_validation(self) -> bool:
@@ -306,8 +297,8 @@ class EpochPlanner(BeforeSteps):
         return {
             "version": VERSION,
             "state": asdict(self.state),
-            "plan": self._plan.to_json(),
-            "begun": None if self._begun is None else self._begun.to_json(),
+            "plan": asdict(self._plan),
+            "begun": None if self._begun is None else asdict(self._begun),
             "pending": pending,
             "steps": self.steps,
             "noise_steps": self.noise_steps,
@@ -379,11 +370,6 @@ class EpochPlanner(BeforeSteps):
     def _sampler(self) -> LossSampler | None:
         return next((knob for knob in self.knobs if isinstance(knob, LossSampler)), None)
 
-    def _read(self) -> None:
-        before = self._plan
-        if self.read() and self.optimizer is not None and self._plan is not before:
-            self._write(before, self._plan)
-
     def _after_drift(self, what: Intervention) -> EpochPlan:
         """The plan of the rest of this epoch."""
         before = self._plan
@@ -410,8 +396,10 @@ class EpochPlanner(BeforeSteps):
         return None
 
     def _write(self, before: EpochPlan, after: EpochPlan) -> None:
-        """Moves the optimizer's lr and momentum, and its schedulers, from one plan to the other."""
-        assert self.optimizer is not None
+        """Moves the optimizer's lr and momentum, and its schedulers, from one plan to the other;
+        a Runner has an optimizer of its own."""
+        if self.optimizer is None:
+            return
         ratio = after.lr / before.lr if before.lr > 0 else 1.0
         shift = 0.0
         if before.momentum and after.momentum and before.momentum < 1:

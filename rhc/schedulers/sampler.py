@@ -1,8 +1,4 @@
-"""Sampling by what each example still has to teach, with weights that keep the loss unbiased.
-
-`ExampleStatistics` keeps 5 bytes per example, `LossSampler` 4 more and 4 during a pass: 10⁷
-examples take 130 MB.
-"""
+"""Sampling by what each example still has to teach, with weights that keep the loss unbiased."""
 
 from __future__ import annotations
 
@@ -18,82 +14,7 @@ from rhc.errors import InputError, whole_number
 
 _CHUNK = 1 << 18
 _HALF = float(np.finfo(np.float16).max)
-
-
-class ExampleStatistics:
-    """Of every example: a recent and an older mean loss, and how often it was seen.
-
-    recent: exponential mean with weight ½; older: with weight ⅛; their difference says whether the
-    example is being learned. 5 bytes per example: losses in half precision, which is good to a
-    thousandth; counts stop at 255.
-    """
-
-    def __init__(self, examples: int) -> None:
-        if examples < 1:
-            raise InputError(f"examples must be ≥ 1, got {examples}")
-        if examples >= 2**31:
-            raise InputError(f"examples must be < 2³¹, got {examples}; sample shards instead")
-        self.recent = np.zeros(examples, np.float16)
-        self.older = np.zeros(examples, np.float16)
-        self.count = np.zeros(examples, np.uint8)
-        self.unit: float | None = None
-        """Half precision has its own range: losses are kept in units of the first ones' mean."""
-
-    def __len__(self) -> int:
-        return len(self.recent)
-
-    def observe(self, indices: Any, losses: Any) -> None:
-        """Takes in losses (B,) of the examples `indices` (B,).
-
-        What is not finite, or negative, is left out. An example that comes twice counts once, with
-        its last value.
-        """
-        at, values = _array(indices, np.int64), _array(losses, np.float64)
-        if at.shape != values.shape or at.ndim != 1:
-            raise InputError(
-                f"indices and losses must be of one length, got shapes {at.shape} and "
-                f"{values.shape}; give one loss per example"
-            )
-        if len(at) and not (at.min() >= 0 and at.max() < len(self)):
-            raise InputError(
-                f"indices must be in [0, {len(self)}), got {at.min()} to {at.max()}; build the "
-                "statistics for the whole dataset"
-            )
-        good = np.isfinite(values) & (values >= 0)
-        at, values = at[good], values[good]
-        if self.unit is None and len(at):
-            mean = float(values.mean())
-            self.unit = mean if mean > 0 else 1.0
-        with np.errstate(over="ignore"):  # a unit near the smallest number there is
-            values = np.minimum(values / (self.unit or 1.0), _HALF)
-        unseen = self.count[at] == 0
-        for kept, weight in ((self.recent, 0.5), (self.older, 0.125)):
-            old = kept[at].astype(np.float64)
-            kept[at] = np.where(unseen, values, old + weight * (values - old))
-        self.count[at] = np.minimum(self.count[at], 254) + 1
-
-    def falls(self, part: slice) -> np.ndarray:
-        """The share by which the losses of these examples have fallen lately, in [0, 1]."""
-        before = self.older[part].astype(np.float64)
-        return np.clip((before - self.recent[part]) / np.maximum(before, 1e-6), 0.0, 1.0)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors that share memory with the statistics, and numbers."""
-        names = ("recent", "older", "count")
-        tensors = {name: torch.from_numpy(getattr(self, name)) for name in names}
-        return {**tensors, "unit": self.unit}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` gave."""
-        for name in ("recent", "older", "count"):
-            found = state[name].numpy()
-            if len(found) != len(self):
-                raise InputError(
-                    f"the state is of {len(found)} examples, the sampler has {len(self)}: build it "
-                    "for the same dataset"
-                )
-            getattr(self, name)[:] = found
-        self.unit = state["unit"]
+_KEPT = ("recent", "older", "count")
 
 
 class LossSampler(Sampler[int]):
@@ -120,6 +41,9 @@ class LossSampler(Sampler[int]):
     1 / (N p_i): with it the weighted mean over a pass is the plain mean, in expectation exactly.
     Resumable: `state_dict()` has weights, statistics, and the place within the pass.
 
+    It keeps 9 bytes per example and 4 more during a pass: 10⁷ examples take 130 MB. Losses are kept
+    in half precision, which is good to a thousandth.
+
     Args:
         examples: Size N of the dataset.
         strength: In [0, 1].
@@ -143,13 +67,22 @@ class LossSampler(Sampler[int]):
         generator: torch.Generator | None = None,
     ) -> None:
         examples = whole_number("examples", examples)
+        if not 1 <= examples < 2**31:
+            raise InputError(f"examples must be in [1, 2³¹), got {examples}; sample shards of more")
         if not 0 <= strength <= 1:
             raise InputError(f"strength must be in [0, 1], got {strength:g}")
         if not 0 < least <= 1 <= most:
             raise InputError(
                 f"least and most must be 0 < least ≤ 1 ≤ most, got {least:g} and {most:g}"
             )
-        self.statistics = ExampleStatistics(examples)
+        self.recent = np.zeros(examples, np.float16)
+        """Mean loss of each example with weight ½ for the newest, in units of `unit`."""
+        self.older = np.zeros(examples, np.float16)
+        """The same with weight ⅛: their difference says whether the example is being learned."""
+        self.count = np.zeros(examples, np.uint8)
+        """How often it was seen, up to 255."""
+        self.unit: float | None = None
+        """The mean of the first losses: half precision has its own range."""
         self.strength, self.most, self.least = strength, most, least
         self.generator = generator
         self.weights = np.ones(examples, np.float32)
@@ -187,26 +120,58 @@ class LossSampler(Sampler[int]):
         return weights.to(indices.device) if isinstance(indices, Tensor) else weights
 
     def observe(self, indices: Any, losses: Any) -> None:
-        """Takes in the losses (B,) of a step's examples (B,)."""
-        self.statistics.observe(indices, losses)
+        """Takes in the losses of a step's examples.
+
+        What is not finite, or negative, is left out. An example that comes twice counts once, with
+        its last value.
+
+        Args:
+            indices: (B,), of the examples.
+            losses: (B,).
+
+        Raises:
+            InputError: Where the two do not fit each other, or the dataset.
+        """
+        at, values = _array(indices, np.int64), _array(losses, np.float64)
+        if at.shape != values.shape or at.ndim != 1:
+            raise InputError(
+                f"indices and losses must be of one length, got shapes {at.shape} and "
+                f"{values.shape}; give one loss per example"
+            )
+        if len(at) and not (at.min() >= 0 and at.max() < len(self)):
+            raise InputError(
+                f"indices must be in [0, {len(self)}), got {at.min()} to {at.max()}; build the "
+                "sampler for the whole dataset"
+            )
+        good = np.isfinite(values) & (values >= 0)
+        at, values = at[good], values[good]
+        if self.unit is None and len(at):
+            mean = float(values.mean())
+            self.unit = mean if mean > 0 else 1.0
+        with np.errstate(over="ignore"):  # a unit near the smallest number there is
+            values = np.minimum(values / (self.unit or 1.0), _HALF)
+        unseen = self.count[at] == 0
+        for kept, weight in ((self.recent, 0.5), (self.older, 0.125)):
+            old = kept[at].astype(np.float64)
+            kept[at] = np.where(unseen, values, old + weight * (values - old))
+        self.count[at] = np.minimum(self.count[at], 254) + 1
 
     def next_epoch(self) -> None:
         """Makes the weights of the next pass from what was observed; call it between passes."""
-        found = self.statistics
         parts = _parts(len(self))
         self._seed, self._taken = None, 0
-        level = _mean(found.recent[part][found.count[part] > 0] for part in parts)
+        level = _mean(self.recent[part][self.count[part] > 0] for part in parts)
         if self.strength == 0 or level == 0:
             self.weights[:] = 1
             return
-        usual = _mean(found.falls(part)[found.count[part] > 1] for part in parts)
+        usual = _mean(self._falls(part)[self.count[part] > 1] for part in parts)
         for part in parts:
-            h = np.minimum(found.recent[part].astype(np.float64) / level, self.most)
-            learned = np.minimum(found.falls(part) / usual, 1.0) if usual > 0 else np.ones(len(h))
+            h = np.minimum(self.recent[part].astype(np.float64) / level, self.most)
+            learned = np.minimum(self._falls(part) / usual, 1.0) if usual > 0 else np.ones(len(h))
             # Whether it can be learned shows only after it was seen twice.
-            learned[found.count[part] < 2] = 1.0
+            learned[self.count[part] < 2] = 1.0
             more = (h - 1) * np.where(h > 1, learned, 1.0)
-            more[found.count[part] == 0] = 0.0
+            more[self.count[part] == 0] = 0.0
             self.weights[part] = np.maximum(1 + self.strength * more, self.least)
         self._normalise()
 
@@ -225,7 +190,10 @@ class LossSampler(Sampler[int]):
             "weights": torch.from_numpy(self.weights),
             "seed": self._seed,
             "taken": self._taken if taken is None else taken,
-            "statistics": self.statistics.state_dict(),
+            "statistics": {
+                "unit": self.unit,
+                **{name: torch.from_numpy(getattr(self, name)) for name in _KEPT},
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, place: bool = True) -> None:
@@ -238,11 +206,23 @@ class LossSampler(Sampler[int]):
             place: False where the next pass is to be drawn anew, for loops that find their place by
                 themselves.
         """
-        self.statistics.load_state_dict(state["statistics"])
+        if len(state["weights"]) != len(self):
+            raise InputError(
+                f"the state is of {len(state['weights'])} examples, the sampler has {len(self)}: "
+                "build it for the same dataset"
+            )
         self.weights[:] = state["weights"].numpy()
+        for name in _KEPT:
+            getattr(self, name)[:] = state["statistics"][name].numpy()
+        self.unit = state["statistics"]["unit"]
         self.strength = float(state["strength"])
         self._seed, self._taken = state["seed"], int(state["taken"])
         self._again = place
+
+    def _falls(self, part: slice) -> np.ndarray:
+        """The share by which the losses of these examples have fallen lately, in [0, 1]."""
+        before = self.older[part].astype(np.float64)
+        return np.clip((before - self.recent[part]) / np.maximum(before, 1e-6), 0.0, 1.0)
 
     def _normalise(self) -> None:
         """Mean 1, and the largest at most `most`: drawn towards 1 where it would be more."""

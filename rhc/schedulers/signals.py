@@ -181,7 +181,7 @@ def trends(signals: Signals, smoothing: Smoothing) -> tuple[Trends, Signals]:
     if signals.loss_mark is not None:
         delta = _beyond_rounding(signals.loss.value - signals.loss_mark, signals.loss.value)
         scale = signals.loss_scale.updated(abs(delta), smoothing.scale)
-        loss = _share(delta, scale.value)
+        loss = share(delta, scale.value)
         spread = math.sqrt(max(signals.variance.value, 0.0)) * _spread(
             smoothing.loss, signals.fresh_losses
         )
@@ -193,7 +193,7 @@ def trends(signals: Signals, smoothing: Smoothing) -> tuple[Trends, Signals]:
             delta = signals.reward.value - signals.reward_mark
             delta = _beyond_rounding(delta, signals.reward.value)
             scale = signals.reward_scale.updated(abs(delta), smoothing.scale)
-            reward = _share(delta, scale.value)
+            reward = share(delta, scale.value)
             signals = replace(signals, reward_scale=scale, reward_mark=signals.reward.value)
     signals = replace(signals, fresh_rewards=0, fresh_losses=0, reward_trend=reward)
     return Trends(loss, reward, plateau(signals)), signals
@@ -233,7 +233,7 @@ def plateau(signals: Signals) -> float:
     """The `plateau_score` of a run at its last step; 0 with fewer than `FEWEST` observations."""
     if signals.steps < FEWEST:
         return 0.0
-    moved = abs(_share(signals.change.value, signals.size.value))
+    moved = abs(share(signals.change.value, signals.size.value))
     return plateau_score(moved, signals.variance.value, signals.usual_variance.value)
 
 
@@ -246,6 +246,11 @@ def plateau_score(moved: float, variance: float, usual: float) -> float:
     """
     swings = min(variance / usual, 1e3) if usual > 0 else 0.0
     return sigmoid((0.3 - moved) / 0.05) * sigmoid((2.0 - swings) / 0.5)
+
+
+def clip(value: float, bounds: tuple[float, float]) -> float:
+    """The nearest value within the bounds."""
+    return min(max(value, bounds[0]), bounds[1])
 
 
 def logit(p: float) -> float:
@@ -269,5 +274,6 @@ def _beyond_rounding(delta: float, mean: float) -> float:
     return 0.0 if abs(delta) <= 1e-12 * abs(mean) else delta
 
 
-def _share(delta: float, scale: float) -> float:
-    return min(max(delta / scale, -1.0), 1.0) if scale > 0 else 0.0
+def share(delta: float, scale: float) -> float:
+    """A change in units of its usual size, within ±1; 0 where there is none."""
+    return clip(delta / scale, (-1.0, 1.0)) if scale > 0 else 0.0

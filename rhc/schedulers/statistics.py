@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rhc.schedulers.drift import ChangePoint, ChangeTest, cusum
+from rhc.schedulers.drift import ChangePoint, cusum
 from rhc.schedulers.signals import (
     RunningMean,
     Signals,
@@ -20,7 +20,10 @@ from rhc.schedulers.signals import (
     observed,
     plateau,
     restored,
+    share,
 )
+
+SMOOTHING = Smoothing()
 
 SCALE = 0.3
 """Weight of the newest epoch in the usual size of a change."""
@@ -64,10 +67,6 @@ class EpochStats:
     drifts: int = 0
     ignored: int = 0
 
-    def to_json(self) -> dict[str, Any]:
-        """For the tape."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Tally:
@@ -104,8 +103,7 @@ class EpochLevel:
         change = level - self.level
         size = self.size.updated(abs(change), SCALE)
         scale = max(size.value, 2 * math.sqrt(error + self.error))
-        trend = min(max(change / scale, -1.0), 1.0) if scale > 0 else 0.0
-        return EpochLevel(level, error, size), change, trend
+        return EpochLevel(level, error, size), change, share(change, scale)
 
 
 @dataclass(frozen=True)
@@ -147,20 +145,11 @@ OF_ONE_EPOCH = (
 """Fields of `EpochState` that begin anew with every epoch."""
 
 
-@dataclass(frozen=True)
-class Watch:
-    """How steps are smoothed and watched. drift None: changes of level are not looked for."""
-
-    smoothing: Smoothing = field(default_factory=Smoothing)
-    drift: ChangeTest | None = field(default_factory=ChangeTest)
-
-
 def after_step(
     state: EpochState,
     loss: float | None,
     reward: float | None = None,
     gradient_norm: float | None = None,
-    watch: Watch = Watch(),
 ) -> tuple[EpochState, bool]:
     """(the state after one committed step, whether the level of loss or reward has worsened there).
 
@@ -170,21 +159,20 @@ def after_step(
     ignored = sum(x is not None and not is_usable(x) for x in (loss, reward))
     values: dict[str, Any] = {}
     if loss is not None and is_usable(loss):
-        signals = observed(state.signals, loss, None, watch.smoothing)
+        signals = observed(state.signals, loss, None, SMOOTHING)
         apart = float(loss) - signals.loss.value
+        level, drifted = cusum(state.loss_level, loss)
         values |= {
             "signals": signals,
+            "loss_level": level,
             "losses": state.losses.updated(float(loss)),
             "spread": state.spread + apart * apart,
             "plateaus": state.plateaus + plateau(signals),
         }
-        if watch.drift is not None:
-            values["loss_level"], drifted = cusum(state.loss_level, loss, watch.drift)
     if reward is not None and is_usable(reward):
         values["rewards"] = state.rewards.updated(float(reward))
-        if watch.drift is not None:
-            values["reward_level"], fallen = cusum(state.reward_level, -reward, watch.drift)
-            drifted = drifted or fallen
+        values["reward_level"], fallen = cusum(state.reward_level, -reward)
+        drifted = drifted or fallen
     if gradient_norm is not None and is_usable(gradient_norm):
         values["squared_norms"] = state.squared_norms + float(gradient_norm) ** 2
         values["norms"] = state.norms + 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -32,13 +32,11 @@ def scalar(value: Any, name: str) -> Scalar:
 def numbers(rows: Sequence[Sequence[Scalar]]) -> list[list[float | None]]:
     """Rows of scalars as numbers; tensors of one device are read in one transfer."""
     tensors = [x for row in rows for x in row if isinstance(x, Tensor)]
-    read: list[float] = []
-    if len({t.device for t in tensors}) == 1:
-        wide = torch.float64 if tensors[0].device.type == "cpu" else torch.float32
-        read = torch.stack([t.to(wide) for t in tensors]).tolist()
-    else:
-        read = [float(t) for t in tensors]
-    found = iter(read)
+    found: Iterator[float] = iter(())
+    if tensors:
+        device = tensors[0].device
+        wide = torch.float64 if device.type == "cpu" else torch.float32
+        found = iter(torch.stack([t.to(device, wide) for t in tensors]).tolist())
     return [[next(found) if isinstance(x, Tensor) else x for x in row] for row in rows]
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from rhc import Runner, Schedule
 from rhc.cli.main import main
 from rhc.errors import InputError
-from rhc.hindsight.whole_run import Episode, Shelf, improved, shelved
+from rhc.hindsight.whole_run import DiskBatches, Episode, from_disk, improved
 from rhc.loop.update_rule import Rewrite
 from rhc.rng import RandomState
 from rhc.training.batches import StepBatches
@@ -109,7 +109,7 @@ def test_the_whole_run_is_the_windowed_engine_with_one_window(optimizer: str) ->
     )
     group = run.optimizer.param_groups[0]
     momentum = group["momentum"] if "momentum" in group else group["betas"][0]
-    h = episode.look_back(Schedule.constant(steps, lr=group["lr"], momentum=momentum))
+    h = episode.differentiate(Schedule.constant(steps, lr=group["lr"], momentum=momentum))
     assert h.value == pytest.approx(windowed["objective_before"], rel=1e-12)
     for name in ("lr", "momentum"):
         expected = torch.tensor(windowed["hypergradient"][name], dtype=torch.float64)
@@ -127,7 +127,7 @@ def test_central_differences_at_sampled_steps(average: float | None) -> None:
     )
     lr = torch.linspace(-2, -4, steps, dtype=torch.float64).exp()
     schedule = Schedule({"lr": lr, "momentum": torch.full((steps,), 0.8, dtype=torch.float64)})
-    h = episode.look_back(schedule)
+    h = episode.differentiate(schedule)
     assert episode.value(schedule) == pytest.approx(h.value, rel=1e-12)
     for name, eps in (("lr", 1e-6), ("momentum", 1e-6)):
         for step in (0, 13, steps - 1):
@@ -145,26 +145,26 @@ def test_model_and_optimizer_are_left_at_step_0() -> None:
     before = {k: v.clone() for k, v in run.model.state_dict().items()}
     assert run.val is not None
     episode = Episode(run.model, run.optimizer, run.loss_fn, list(run.train), list(run.val))
-    episode.look_back(Schedule.constant(episode.steps, lr=0.01))
+    episode.differentiate(Schedule.constant(episode.steps, lr=0.01))
     episode.value(Schedule.constant(episode.steps, lr=0.01))
     for name, value in run.model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert not run.optimizer.state
 
 
-def test_a_shelf_gives_batches_back_and_is_gone_afterwards(tmp_path: Path) -> None:
+def test_the_disk_gives_batches_back_and_is_gone_afterwards(tmp_path: Path) -> None:
     batch = {"x": torch.arange(6.0).reshape(3, 2), "more": (torch.tensor([1, 2, 3]), "text", None)}
-    with Shelf(tmp_path) as shelf:
-        handle = shelf.put(0, batch, RandomState.capture())
+    with DiskBatches(tmp_path) as disk:
+        handle = disk.put(0, batch, RandomState.capture())
         again = handle.batch(torch.device("cpu"))
         assert torch.equal(again["x"], batch["x"])
         assert again["more"][1:] == ("text", None)
         assert handle.batch_size == 3
         first = torch.rand(2)
         seen: list[Any] = []
-        loss_fn = shelved(lambda model, b: seen.append((b, torch.rand(2))), torch.device("cpu"))
+        loss_fn = from_disk(lambda model, b: seen.append((b, torch.rand(2))), torch.device("cpu"))
         loss_fn(nn.Identity(), handle)
-        assert torch.equal(seen[0][1], first)  # in the random state that it was shelved with
+        assert torch.equal(seen[0][1], first)  # in the random state that it was put there with
         loss_fn(nn.Identity(), batch)
         assert seen[1][0] is batch
     assert not any(tmp_path.iterdir())
@@ -206,7 +206,7 @@ def test_passes_lower_j_and_are_counted() -> None:
 
 def test_as_many_knots_as_steps_move_every_step_by_itself() -> None:
     episode, schedule = quadratic(0.3, 6)
-    h = episode.look_back(schedule)
+    h = episode.differentiate(schedule)
     assert float(h.grad["lr"].abs().min()) > 0
     better, done = improved(episode, schedule, passes=1, knots=6)
     assert done[0].accepted
@@ -215,7 +215,7 @@ def test_as_many_knots_as_steps_move_every_step_by_itself() -> None:
 
 def test_exploding_costates_are_clipped_and_still_of_use() -> None:
     episode, schedule = quadratic(5.0, 10)
-    assert episode.look_back(schedule).result.name == "exploding"
+    assert episode.differentiate(schedule).result.name == "exploding"
     better, done = improved(episode, schedule, passes=1, knots=1)
     assert done[0].clipped
     assert done[0].accepted

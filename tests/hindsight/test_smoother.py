@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from rhc import AdaptiveRL, Gains, InputError, Schedule
 from rhc.hindsight import Pass, Smoother, Tape, held_out, reward_of, smooth
-from rhc.hindsight.smoother import AGAINST, changed
+from rhc.hindsight.smoother import AGAINST, data_changed
 from rhc.loop.fit import Fit
 from rhc.loop.state import Attempt, Window
 from rhc.loop.windows import commit
@@ -187,10 +187,10 @@ def test_passes_start_from_the_best_and_turn_round_after_a_failure() -> None:
 
 def test_where_the_data_change_the_first_pass_goes_the_other_way() -> None:
     jumps = [0.05 + math.exp(-(t % 100) / 15) for t in range(STEPS)]
-    assert changed(Tape(jumps))
-    assert not changed(Tape(FALLING))
+    assert data_changed(Tape(jumps))
+    assert not data_changed(Tape(FALLING))
     noisy = [x * (1 + 0.3 * math.sin(37 * t * t)) for t, x in enumerate(FALLING)]
-    assert not changed(Tape(noisy))
+    assert not data_changed(Tape(noisy))
     assert AGAINST < 0
     seen: list[Schedule] = []
 
@@ -216,7 +216,7 @@ def test_what_a_run_is_judged_by() -> None:
     assert reward_of(Goal("return", over=2, higher=True)) == "return"
     assert reward_of(Goal("tracking", over=2)) == reward_of(None) == "reward"
     assert Tape.of(played, "return").rewards == [1.0, 5.0, 7.0]
-    assert not changed(Tape([1.0, 9.0, 1.0, 9.0] * 20, [1.0] * 80))
+    assert not data_changed(Tape([1.0, 9.0, 1.0, 9.0] * 20, [1.0] * 80))
 
 
 # The command --------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ class TestPPO:
         """λ = 1: returns to the end of the rollout minus the value, with its value at the end."""
         runner = ppo()
         loss_fn: Any = runner.plant.loss_fn.__wrapped__  # type: ignore[attr-defined]
-        loss_fn.gae_lambda.bounds = type(loss_fn.gae_lambda.bounds)(gae_lambda=(0.0, 1.0))
+        loss_fn.gae_lambda.bounds = (0.0, 1.0)
         loss_fn.gae_lambda.value = 1.0
         played = loss_fn._rollout(runner.plant.model, 5)
         # Of an episode that ends with its pole fallen k steps later, the return is 1 − γᵏ.

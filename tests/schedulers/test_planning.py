@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ from rhc.schedulers import (
     PLAN_BOUNDS,
     PLAN_GAINS,
     VALUES,
-    Always,
     Augmentation,
     Bounds,
     ClipRange,
@@ -34,7 +33,6 @@ from rhc.schedulers import (
     EpochPlanner,
     EpochState,
     EpochStats,
-    ExampleStatistics,
     Failsafe,
     FreshSeeds,
     GaeLambda,
@@ -44,15 +42,14 @@ from rhc.schedulers import (
     Preset,
     Smoothed,
     TrainingTape,
-    Watch,
     after_drift,
     after_epoch,
     after_step,
-    next_value,
+    drift,
     plan_next_epoch,
     shifted,
 )
-from rhc.schedulers.drift import ChangePoint, ChangeTest, cusum
+from rhc.schedulers.drift import ChangePoint, cusum
 from rhc.schedulers.guards import Law
 from rhc.schedulers.plan import CAP, gains_of
 
@@ -98,7 +95,7 @@ def noises(seed: int) -> dict[str, Callable[[int, int], np.ndarray]]:
 def alarms(values: Any, start: ChangePoint | None = None) -> list[int]:
     state, found = start or ChangePoint(), []
     for step, value in enumerate(values):
-        state, alarm = cusum(state, value, ChangeTest())
+        state, alarm = cusum(state, value)
         if alarm:
             found.append(step)
     return found
@@ -149,8 +146,8 @@ class TestDrift:
         run = noises(6)["normal"](1, 300)[0].tolist()
         state = ChangePoint()
         for value in run:
-            state, _ = cusum(state, value, ChangeTest())
-            same, alarm = cusum(state, math.nan, ChangeTest())
+            state, _ = cusum(state, value)
+            same, alarm = cusum(state, math.nan)
             assert same is state and not alarm
         late = [*run, *(3 + x for x in noises(7)["normal"](1, 60)[0].tolist())]
         with_gaps = [x for value in late for x in (value, math.inf)]
@@ -158,9 +155,12 @@ class TestDrift:
 
     @given(st.lists(anything, max_size=300))
     def test_any_values_leave_a_state_of_numbers(self, values: list[float]) -> None:
-        state, test = ChangePoint(), ChangeTest(warmup=4, lag=2)
-        for value in values:
-            state, _ = cusum(state, value, test)
+        state = ChangePoint()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(drift, "WARMUP", 4)
+            patch.setattr(drift, "LAG", 2)
+            for value in values:
+                state, _ = cusum(state, value)
         record = state._asdict() | {"newest": 0}
         assert all(math.isfinite(v) for v in record.values()) and len(state.newest) <= 4
 
@@ -185,13 +185,6 @@ class TestDrift:
             (theirs, _) = ruptures.Binseg(model="l2").fit(run).predict(n_bkps=1)
             (ours, *_) = alarms(run.tolist())
             assert 0 <= ours - theirs <= 50
-
-    @pytest.mark.parametrize(
-        "settings", [{"shift": 0}, {"false_alarms": 1}, {"lag": 100}, {"lag": 0}]
-    )
-    def test_impossible_settings_are_refused(self, settings: dict[str, float]) -> None:
-        with pytest.raises(rhc.InputError, match="must be"):
-            ChangeTest(**settings)  # type: ignore[arg-type]
 
 
 # The laws -----------------------------------------------------------------------------------------
@@ -224,7 +217,6 @@ class TestLaws:
         before = getattr(PLAN, name)
         after = getattr(plan_next_epoch(stats(**seen), PLAN), name)
         assert after > before if up else after < before
-        assert next_value(name, before, stats(**seen)) == pytest.approx(after)
 
     def test_augmentation_waits_for_calm(self) -> None:
         calm = plan_next_epoch(stats(plateau=1.0, variance_ratio=0.5), PLAN)
@@ -312,7 +304,7 @@ class TestLaws:
 
     def test_a_plan_survives_json(self) -> None:
         plan = after_drift(PLAN, "why")
-        assert EpochPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+        assert EpochPlan.from_json(json.loads(json.dumps(asdict(plan)))) == plan
 
 
 # Statistics ---------------------------------------------------------------------------------------
@@ -357,7 +349,7 @@ class TestStatistics:
     @given(st.lists(st.lists(anything, max_size=6), max_size=5), anything)
     def test_any_losses_give_numbers(self, losses: list[list[float]], validation: float) -> None:
         for one in epochs(losses, [validation] * len(losses)):
-            record = one.to_json()
+            record = asdict(one)
             assert all(v is None or isinstance(v, str) or math.isfinite(v) for v in record.values())
             assert abs(one.loss_trend) <= 1 and abs(one.reward_trend) <= 1
 
@@ -371,8 +363,6 @@ class TestStatistics:
             state, _ = after_step(state, loss, loss, 1.0)
         _, state = after_epoch(state, 1.0)
         state, _ = after_step(state, 1.0)
-        from dataclasses import asdict
-
         assert EpochState.from_json(json.loads(json.dumps(asdict(state)))) == state
 
     def test_returns_that_fall_clearly_are_worse_and_others_are_noise(self) -> None:
@@ -465,6 +455,10 @@ class TestGuards:
 # The planner in a loop ----------------------------------------------------------------------------
 
 
+def always_conservative(stats: EpochStats, previous: EpochPlan) -> EpochPlan:
+    return CONSERVATIVE.applied(replace(previous, epoch=stats.epoch + 1, interventions=()))
+
+
 def trained(
     planner: EpochPlanner, losses: list[float], validations: list[float], per_epoch: int = 20
 ) -> EpochPlanner:
@@ -520,7 +514,7 @@ class TestPlanner:
         assert 0.08 - 1e-12 <= plan.lr <= 0.125 and planner.history[0].drifts == 1
         (drift,) = [e for e in told if isinstance(e, Intervened)]
         assert drift.kind == "drift" and 300 <= drift.step < 350 and str(drift.step) in drift.reason
-        assert isinstance(told[-1], EpochPlanned) and told[-1].plan == plan.to_json()
+        assert isinstance(told[-1], EpochPlanned) and told[-1].plan == asdict(plan)
 
     def test_poisoned_validation_ends_in_the_preset_after_two_bad_epochs(self) -> None:
         told: list[Any] = []
@@ -543,7 +537,7 @@ class TestPlanner:
         """Validation rises by construction, while the run itself does well."""
         usual, preset = [], []
         for seed in range(4):
-            for found, law in ((usual, None), (preset, Always(CONSERVATIVE))):
+            for found, law in ((usual, None), (preset, always_conservative)):
                 test_loss, acted = _poisoned(seed, law)
                 found.append(test_loss)
                 if law is None:
@@ -552,7 +546,7 @@ class TestPlanner:
 
     def test_a_run_of_the_preset_alone(self) -> None:
         sgd = optimizer()
-        planner = EpochPlanner(sgd, law=Always(CONSERVATIVE))
+        planner = EpochPlanner(sgd, law=always_conservative)
         trained(planner, [1.0] * 60, [3.0, 2.0, 1.0])
         assert sgd.param_groups[0]["lr"] == pytest.approx(0.03)
 
@@ -619,20 +613,10 @@ class TestPlanner:
 
 
 class TestKnobs:
-    @pytest.mark.parametrize(
-        "knob, seen, up",
-        [
-            (Entropy(), {"plateau": 1.0}, True),
-            (ClipRange(), {"reward_trend": -1.0}, False),
-            (GaeLambda(), {"plateau": 1.0}, True),
-            (Augmentation(0.2), {"validation_trend": 1.0}, False),
-        ],
-    )
-    def test_alone(self, knob: Any, seen: dict[str, float], up: bool) -> None:
-        before = knob.value
-        assert (knob.update(stats(**seen)) > before) == up and knob.value != before
-        knob.value = 1e9
-        assert knob.value == getattr(PLAN_BOUNDS, knob.name)[1]
+    def test_a_value_stays_within_its_bounds(self) -> None:
+        for knob in (Entropy(), ClipRange(), GaeLambda(), Augmentation(0.2)):
+            knob.value = 1e9
+            assert knob.value == getattr(PLAN_BOUNDS, knob.name)[1]
 
     def test_a_value_outside_its_bounds_is_refused(self) -> None:
         with pytest.raises(rhc.InputError, match=r"clip_range must be in \[0.05, 0.4\], got 0.7"):
@@ -758,14 +742,14 @@ class TestSampler:
 
     def test_observations_that_do_not_fit_are_refused(self) -> None:
         with pytest.raises(rhc.InputError, match="one length"):
-            ExampleStatistics(4).observe([0, 1], [1.0])
+            LossSampler(4).observe([0, 1], [1.0])
         with pytest.raises(rhc.InputError, match=r"\[0, 4\)"):
-            ExampleStatistics(4).observe([4], [1.0])
+            LossSampler(4).observe([4], [1.0])
 
     def test_memory_per_example(self) -> None:
         sampler = LossSampler(1000)
-        kept = [v for v in vars(sampler.statistics).values() if isinstance(v, np.ndarray)]
-        assert sum(a.nbytes for a in (*kept, sampler.weights)) <= 16 * 1000
+        kept = [v for v in vars(sampler).values() if isinstance(v, np.ndarray)]
+        assert sum(a.nbytes for a in kept) <= 16 * 1000
 
 
 # State --------------------------------------------------------------------------------------------
@@ -955,13 +939,15 @@ class TestRunner:
         assert isinstance(ours, LossSampler) and isinstance(theirs, LossSampler)
         assert np.array_equal(ours.weights, theirs.weights) and ours.weights.std() > 0
         for name in ("recent", "older", "count"):
-            assert np.array_equal(getattr(ours.statistics, name), getattr(theirs.statistics, name))
+            assert np.array_equal(getattr(ours, name), getattr(theirs, name))
 
-    def test_a_failsafe_and_a_drift_are_on_the_tape_with_their_reasons(self) -> None:
+    def test_a_failsafe_and_a_drift_are_on_the_tape_with_their_reasons(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         told: list[Any] = []
-        runner = planned_runner(
-            listener=told.append, watch=Watch(drift=ChangeTest(warmup=25, lag=12))
-        )
+        monkeypatch.setattr(drift, "WARMUP", 25)
+        monkeypatch.setattr(drift, "LAG", 12)
+        runner = planned_runner(listener=told.append)
         calls, original = [0], runner.plant.loss_fn
 
         def poisoned(model: nn.Module, batch: Any) -> Any:
