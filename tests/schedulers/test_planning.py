@@ -914,7 +914,9 @@ class TestRunner:
                 found.append(stats)
         assert found == runner.planner.history
 
-    @pytest.mark.parametrize("stop", [2, 5, 6, 8, 13])
+    @pytest.mark.parametrize(
+        "stop", [5, 6, 8, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 13))]
+    )
     def test_a_run_that_is_stopped_anywhere_ends_bit_for_bit(
         self, stop: int, tmp_path: Any
     ) -> None:
