@@ -278,14 +278,15 @@ class RunDirectory:
         return None
 
     def _save(self, checkpoint: Checkpoint, schedule: Plan) -> Path:
+        # No line of the tape is on the disk before a checkpoint is, so that a run can always go on
+        # or begin again.
         if self._first is not None and self._first is not checkpoint:
-            # No line of the tape is on the disk before a checkpoint is, so that a run can always
-            # go on or begin again.
             self._save_checkpoint(self._first, 0, 0)
         if self.starts.pending:
             self.starts.flush()
-        self.tape.flush()
-        self.windows.flush()
+        if self._first is None:
+            self.tape.flush()
+            self.windows.flush()
         path = self._save_checkpoint(checkpoint, self.tape.length, self.windows.length)
         # After the tape: a reader never lacks a step that the document says is committed.
         if schedule is not self._plan or not (self.path / "schedule.json").exists():
