@@ -1,6 +1,4 @@
-"""Exceptions that a person can act on: bad arguments, files and settings; a run that diverged; a
-disk that failed. And the checks of settings that are numbers; what of a text may reach a
-terminal."""
+"""Exceptions that a person can act on, checks of settings that are numbers, text for terminals."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ class InputError(ValueError):
 
 
 class Unseen(InputError):
-    """A step does what a hypergradient cannot see through; a run goes on without looking back."""
+    """A step does what a hypergradient cannot see through; a run goes on without reverse passes."""
 
 
 class DivergedError(RuntimeError):

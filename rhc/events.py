@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Verb = Literal["roll", "rewrite", "restore", "replay", "commit", "slide"]
-VERBS: tuple[Verb, ...] = ("roll", "rewrite", "restore", "replay", "commit", "slide")
+VERBS: tuple[Verb, ...] = get_args(Verb)
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def followed(plant: Plant, schedule: Schedule, *, free: bool) -> Schedule:
                 f"the schedule has {name}, which {type(plant.optimizer).__name__} has "
                 f"not; leave it out of the schedule, which can have {', '.join(known)}"
             )
-    plant.controls.check_groups(schedule)
+    plant.controls.check_groups(schedule.groups)
     return schedule
 
 

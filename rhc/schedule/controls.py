@@ -17,11 +17,10 @@ Scalar = float | Tensor
 
 @dataclass(frozen=True)
 class Control:
-    """One steered quantity: its unconstrained coordinate and its bounds in natural units.
+    """One steered quantity: its unconstrained coordinate, and its bounds in natural units.
 
-    `zero` says whether exactly 0 is allowed beside [lower, upper]. 0 has no finite coordinate, so
-    `to_raw(0)` is the coordinate of `lower`, and `from_raw` returns 0 at or below it: a law can
-    leave 0 and can come back to it.
+    0 has no finite coordinate. Where it is allowed, `to_raw(0)` is the coordinate of `lower`, and
+    `from_raw` returns 0 at or below that: an update rule can leave 0 and come back to it.
     """
 
     name: str
@@ -29,6 +28,7 @@ class Control:
     lower: float
     upper: float
     zero: bool = False
+    """Whether exactly 0 is allowed beside [lower, upper]."""
 
     def to_raw(self, natural: Tensor) -> Tensor:
         """Unconstrained coordinate of `natural` (any shape), clipped to the bounds; float64."""
@@ -54,9 +54,9 @@ class Control:
         return clipped if self.coordinate == "log" else clipped * (1 - clipped)
 
     def rescale(self, value: Scalar, ratio: float) -> Scalar:
-        """`value` moved by log(ratio) in its unconstrained coordinate; ratio 1 returns it as it is.
+        """`value` moved by log(ratio) in its coordinate; with ratio 1 it is returned as it is.
 
-        A factor for lr, noise and weight decay; a factor of the odds μ/(1 − μ) for momentum.
+        ratio: a factor of lr, noise and weight decay, of the odds μ/(1 − μ) of momentum.
         """
         if ratio == 1.0:
             return value

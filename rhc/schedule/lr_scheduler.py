@@ -22,7 +22,7 @@ class ScheduleReplay(BeforeSteps, LRScheduler):
     ) -> None:
         self.schedule = schedule
         self.controls = OptimizerControls(optimizer)
-        self.controls.check_groups(schedule)
+        self.controls.check_groups(schedule.groups)
         self.controls.part(n for n, v in schedule.values.items() if v.dim() == 2)
         self.optimizer = optimizer
         if "noise" in schedule and bool((schedule["noise"] != 0).any()):

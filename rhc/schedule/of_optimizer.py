@@ -10,7 +10,6 @@ from torch import Tensor
 
 from rhc.errors import InputError
 from rhc.schedule.controls import CONTROLS, Scalar
-from rhc.schedule.schedule import Schedule
 
 
 class OptimizerControls:
@@ -77,14 +76,10 @@ class OptimizerControls:
                     seen.add(value.data_ptr())
             self._parted.add(name)
 
-    def check_groups(self, schedule: Schedule) -> None:
-        """An InputError where `schedule` has values for another number of parameter groups."""
-        if schedule.groups is not None:
-            self._check_number(schedule.groups)
-
-    def _check_number(self, groups: int) -> None:
+    def check_groups(self, groups: int | None) -> None:
+        """An InputError where values are for another number of parameter groups than there are."""
         have = len(self.optimizer.param_groups)
-        if groups != have:
+        if groups not in (None, have):
             raise InputError(
                 f"the schedule has values for {groups} parameter groups, the optimizer "
                 f"has {have}; use it with the groups that it was made for"
@@ -98,7 +93,7 @@ class OptimizerControls:
         """
         if isinstance(value, (tuple, list)):
             if group >= len(value):  # it was added later
-                self._check_number(len(value))
+                self.check_groups(len(value))
             return value[group]
         if isinstance(value, Tensor) and value.dim() == 1:
             return value[group] if float(value[group].detach()) else 0.0

@@ -35,8 +35,13 @@ SCHEDULE_VERSION = 1
 def total_variation(raw: Tensor) -> Tensor:
     """Sum of absolute steps of the raw schedule, Σ_t |u_{t+1} − u_t|, per control.
 
-    raw: (T, C), unconstrained: log for lr, noise and weight_decay, logit for momentum.
-    Returns (C,), ≥ 0; 0 exactly for a constant schedule. Rudin, Osher, Fatemi 1992.
+    Rudin, Osher, Fatemi 1992.
+
+    Args:
+        raw: (T, C), unconstrained: log for lr, noise and weight_decay, logit for momentum.
+
+    Returns:
+        (C,), ≥ 0; 0 exactly for a constant schedule.
     """
     return (raw[1:] - raw[:-1]).abs().sum(dim=0)
 
@@ -45,14 +50,15 @@ def total_variation(raw: Tensor) -> Tensor:
 class Schedule:
     """The controls of the steps [start, start + T): one natural value per control and step.
 
-    values: control name -> (T,) float64, natural units; or (T, G), one value per parameter group
-    too, in the optimizer's order of groups. noise has no groups. seed: of the noise, see
-    `rhc.rng`. Schedules are values: every change returns a new one.
+    Schedules are values: every change returns a new one.
     """
 
     values: Mapping[str, Tensor]
+    """Control name -> (T,) float64, natural units; or (T, G), one value per parameter group too, in
+    the optimizer's order of groups. noise has no groups."""
     start: int = 0
     seed: int = 0
+    """Of the gradient noise."""
 
     def __post_init__(self) -> None:
         for name in ("start", "seed"):
@@ -121,7 +127,11 @@ class Schedule:
     def at(self, step: int) -> dict[str, Any]:
         """The controls of absolute step `step`; after the end the last ones are held.
 
-        A number for every control, or a tuple of G numbers where it has one per parameter group.
+        Returns:
+            A number for every control, or a tuple of G where it has one per parameter group.
+
+        Raises:
+            InputError: `step` is before the schedule's start.
         """
         if step < self.start:
             raise InputError(f"step must be ≥ {self.start}, where this schedule starts, got {step}")
@@ -178,7 +188,6 @@ class Schedule:
 
         Step i of the new one lies where step (i + ½) T / steps − ½ of this one does; beyond the
         first and the last step those are held. Between a value and an exact 0, the nearer of them.
-        What a run of this length does per step is not made longer or shorter: only time is.
         """
         steps = whole_number("steps", steps)
         if steps < 1:
@@ -206,7 +215,12 @@ class Schedule:
     def rescaled(self, factor: float, name: str = "lr") -> Schedule:
         """This schedule with one control moved by log(factor) in its coordinate, within its bounds.
 
-        A factor on lr, noise and weight decay, on the odds μ/(1 − μ) of momentum. 0 stays 0.
+        Args:
+            factor: on lr, noise and weight decay; on the odds μ/(1 − μ) of momentum. 0 stays 0.
+            name: of the control.
+
+        Raises:
+            InputError: the schedule lacks the control, or factor is not > 0 and finite.
         """
         if name not in self.values:
             raise InputError(
@@ -247,7 +261,7 @@ class Schedule:
     def raw(self, names: Iterable[str] | None = None) -> Tensor:
         """(T, C) unconstrained coordinates of the controls in `names` (default: all, in order).
 
-        A control with values per parameter group has G columns, one after the other.
+        A control with values per parameter group has G columns.
         """
         chosen = list(self.values) if names is None else list(names)
         columns = [CONTROLS[n].to_raw(self.values[n]) for n in chosen]
@@ -302,10 +316,13 @@ class Schedule:
 
     @classmethod
     def load(cls, path: str | Path) -> Schedule:
-        """Reads what `save` wrote, or the schedule.json of a run; errors name the file.
+        """Reads what `save` wrote, or the schedule.json of a run.
 
         Where the run has not ended: what it has committed, by the tape beside, and what is planned.
-        A schedule.json of a run that was altered since is taken, and a warning says so.
+        A file that was altered since it was written is taken, with a warning.
+
+        Raises:
+            InputError: the file cannot be read, or is no schedule.
         """
         try:
             document, changed = read_document(Path(path))
@@ -328,11 +345,12 @@ class Schedule:
 
         Call its `step()` after each `optimizer.step()`. It sets lr, momentum (β1) and weight
         decay of every parameter group, keeping the groups' ratios where the schedule has one value
-        for all of them, and adds the gradient noise through a step hook, once per `step()` and for
-        as long as the scheduler lives, until its `close()`. A group that is added to the optimizer
-        later keeps the ratio that it then has. It has `state_dict`, `load_state_dict` and
-        `get_last_lr`. An InputError where the schedule has values for another number of parameter
-        groups.
+        for all of them, and adds the gradient noise through a step hook, once per `step()`, until
+        its `close()`. A group that is added to the optimizer later keeps the ratio that it then
+        has.
+
+        Raises:
+            InputError: the schedule has values for another number of parameter groups.
         """
         from rhc.schedule.lr_scheduler import ScheduleReplay
 

@@ -33,7 +33,6 @@ from rhc.training.loaders import (
     alike,
     apart,
     loader_preserved,
-    numbers,
     sample,
     stateful_parts,
 )
@@ -77,7 +76,7 @@ class Position:
             return tensors
         tensors |= {f"start.{k}": v for k, v in self.start.rng.to_tensors().items()}
         tensors |= {f"generator.{i}": g for i, g in enumerate(self.start.generators)}
-        tensors |= {f"first.{i}": numbers(t) for i, t in enumerate(self.start.first)}
+        tensors |= {f"first.{i}": t for i, t in enumerate(self.start.first)}
         if self.start.states:
             found: dict[str, Tensor] = {}
             states = spelled(parted(self.start.states, "state", found))

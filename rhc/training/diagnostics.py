@@ -121,10 +121,10 @@ def check_loader(name: str, loader: Any) -> None:
         )
 
 
-def has_mend(error: BaseException) -> bool:
-    """Whether it is one of the faults whose mend is known."""
+def mend_of(error: BaseException) -> str | None:
+    """What is to be done about it; None where that is not known."""
     said = f"{type(error).__name__}: {error}"
-    return any(re.search(pattern, said) for pattern, _ in MENDS)
+    return next((mend for pattern, mend in MENDS if re.search(pattern, said)), None)
 
 
 def explained(error: BaseException, where: str, model: nn.Module, batch: Any) -> str:
@@ -134,8 +134,7 @@ def explained(error: BaseException, where: str, model: nn.Module, batch: Any) ->
     """
     said = " ".join(str(error).split())
     said = f"{type(error).__name__}: {said[:200]}{'…' if len(said) > 200 else ''}"
-    mend = next((mend for pattern, mend in MENDS if re.search(pattern, said)), None)
-    mend = mend or "try it alone: loss_fn(model, next(iter(train_loader)))"
+    mend = mend_of(error) or "try it alone: loss_fn(model, next(iter(train_loader)))"
     own = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

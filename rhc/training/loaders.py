@@ -222,28 +222,22 @@ def sample(batch: Any) -> tuple[Tensor, ...]:
 
 
 def _elements(leaf: Any) -> Tensor | None:
+    """On the CPU, in a type that safetensors has and that can be compared."""
     try:
-        t = torch.as_tensor(leaf)
+        t = torch.as_tensor(leaf).detach()
     except (TypeError, ValueError, RuntimeError):
         return None
     if t.layout != torch.strided or t.is_quantized:
         return None
-    flat = t.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // SAMPLED)][: SAMPLED + 1].clone()
-
-
-def numbers(sampled: Tensor) -> Tensor:
-    """A sample on the CPU, in a type that safetensors has and that can be compared."""
-    if sampled.is_complex():
-        sampled = torch.view_as_real(sampled)
-    return sampled.cpu().to(torch.float64 if sampled.is_floating_point() else torch.int64)
+    flat = t.reshape(-1)
+    few = flat[:: max(1, len(flat) // SAMPLED)][: SAMPLED + 1]
+    few = torch.view_as_real(few) if few.is_complex() else few
+    return few.cpu().to(torch.float64 if few.is_floating_point() else torch.int64, copy=True)
 
 
 def alike(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
     """Whether two samples are the same, but for what other hardware rounds otherwise."""
-    if len(first) != len(second):
-        return False
-    return all(map(_close, map(numbers, first), map(numbers, second)))
+    return len(first) == len(second) and all(map(_close, first, second))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

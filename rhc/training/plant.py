@@ -25,7 +25,7 @@ from rhc.rng import RandomState
 from rhc.schedule import OptimizerControls, Schedule, parameters_of
 from rhc.settings import Step
 from rhc.training.batches import DrawnAsNeeded, MicroBatches
-from rhc.training.diagnostics import check_parts, explained, has_mend
+from rhc.training.diagnostics import check_parts, explained, mend_of
 from rhc.training.hooks import Hooks
 from rhc.training.losses import (
     LossFn,
@@ -167,7 +167,7 @@ class Plant:
             if not torch.is_grad_enabled() and needs_grad(error):
                 self._holds_gradients = True
                 return self.loss(batch)
-            if not isinstance(error, InputError) and has_mend(error):
+            if not isinstance(error, InputError) and mend_of(error):
                 raise InputError(explained(error, "", self.model, batch)) from error
             raise
         return checked_loss(result)

@@ -249,7 +249,11 @@ class Largest(TorchDispatchMode):
         return found
 
 
-@pytest.mark.parametrize("case", ["rewritten", "cosine", "plain", "planned", "in memory"])
+@pytest.mark.parametrize(
+    "case",
+    ["rewritten", "plain"]
+    + [pytest.param(case, marks=pytest.mark.slow) for case in ("cosine", "planned", "in memory")],
+)
 def test_a_window_costs_the_same_however_long_the_run(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
