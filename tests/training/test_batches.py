@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import LOADERS, ROWS, clouds, seed_everything, unequal
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 
 from rhc import InputError
-from rhc.containers import to_device
 from rhc.rng import RandomState
 from rhc.training.batches import DrawnAsNeeded, MicroBatches, Position, StepBatches, batch_size
 
@@ -185,6 +182,27 @@ def test_a_position_taken_while_looking_ahead(name: str) -> None:
         assert unequal(drawn[min(t + 2, 24) :], third.take(min(t + 2, 24), 25)) == [], t
 
 
+def test_going_further_within_an_epoch_does_not_begin_it_anew() -> None:
+    begun = []
+
+    class Noted(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            begun.append(len(begun))
+            return super().__iter__()
+
+    loader = Noted(torch.arange(10.0))
+    stream = StepBatches(loader, isolated=True)
+    stream.take(0, 8)
+    early, late = stream.position(2), stream.position(7)
+    again = StepBatches(loader, isolated=True)
+    again.seek(early)
+    passes = len(begun)
+    again.seek(late)
+    assert [int(b.opened()) for b in again.take(7, 9)] == [7, 8] and len(begun) == passes
+    again.seek(early)
+    assert [int(b.opened()) for b in again.take(2, 4)] == [2, 3] and len(begun) == passes + 1
+
+
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=8), st.data())
 def test_any_walk_sees_the_same_stream(strides: list[int], data: st.DataObject) -> None:
     """Windows slide, look ahead by any length, and are interrupted between any two of them."""
@@ -311,24 +329,7 @@ def test_another_number_of_generators() -> None:
         StepBatches(made("shuffled"), isolated=True).seek(batches.position(3))
 
 
-# Nested batches ----------------------------------------------------------------------------------
-
-
-class Pair(NamedTuple):
-    x: Tensor
-    extra: Any
-
-
-def test_nested_batches_are_moved_whole() -> None:
-    x = torch.zeros(4, 2)
-    batch = {"a": [x, "text"], "b": Pair(x, OrderedDict(c=(x, 3))), "d": None}
-    moved = to_device(batch, torch.device("meta"))
-    assert moved["a"][0].is_meta and moved["a"][1] == "text" and moved["d"] is None
-    assert isinstance(moved["b"], Pair) and moved["b"].x.is_meta
-    assert isinstance(moved["b"].extra, OrderedDict)
-    assert moved["b"].extra["c"][0].is_meta and moved["b"].extra["c"][1] == 3
-    assert not x.is_meta
-    assert to_device(batch, None) is batch
+# Counting ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -338,7 +339,6 @@ def test_nested_batches_are_moved_whole() -> None:
         (torch.zeros(()), 1),
         ([torch.zeros(3), torch.zeros(5)], 3),
         ({"a": (torch.zeros(7, 1), 0)}, 7),
-        (Pair(torch.zeros(2), None), 2),
         ([], 1),
         ("text", 1),
         (MicroBatches(((torch.zeros(4, 2), 0), (torch.zeros(3, 2), 0))), 7),

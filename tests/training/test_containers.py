@@ -79,7 +79,7 @@ def test_every_container_is_moved_as_what_it_is() -> None:
         "encoding": Encoding({"a": x}, "fast"),
         "movable": Movable(x),
         "default": default,
-        "ordered": OrderedDict(b=x),
+        "ordered": OrderedDict(b=(x, 3), d=None),
         "packed": pack_sequence([torch.zeros(3, 2), torch.zeros(1, 2)]),
         "array": np.zeros(3),
     }
