@@ -318,7 +318,13 @@ def chosen(case: Case, wanted: list[bool], dtype: torch.dtype = torch.float64) -
 BIAS_ALONE = "torch 2.13's own second derivative fails where there is a bias and no weight"
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = [name for name in CASES if "two layers both ways" in name]
+"""Differences take seconds here; against torch's own derivatives they are always tested."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES]
+)
 def test_first_and_second_derivatives_are_those_of_differences(name: str) -> None:
     case = CASES[name]
     with torchs_own(), ours():
