@@ -1,15 +1,19 @@
-"""What all kernels ask: what kind of sweep is under way, and whether they may take part at all."""
+"""What kernels share: the form of one with two derivatives written out, and when it takes part."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.autograd import Function
 
 Grads = tuple[Tensor | None, ...]
+Needed = Sequence[bool]
+Saved = Sequence[Any]
 
 
 class Sweep:
@@ -82,3 +86,119 @@ def total(*terms: Tensor | None) -> Tensor | None:
     for t in found[1:]:
         total = total + t
     return total
+
+
+class Kernel(NamedTuple):
+    """A function of torch whose first and second derivative are written out.
+
+    needed: of every input, whether a derivative by it is asked for. settings: all that is no input.
+    """
+
+    reference: Callable[..., Tensor]
+    """(settings, *inputs) -> y, torch's plain composition: the derivatives beyond the second."""
+    value: Callable[..., tuple[Tensor, Sequence[Tensor | None]]]
+    """(settings, needed, *inputs) -> y and what is saved: the inputs, None for those that no
+    derivative reads, and whatever else serves."""
+    gradient: Callable[..., Sequence[Tensor | None]]
+    """(settings, needed, gy, saved) -> of every input; then what else the pullback reads."""
+    pullback: Callable[..., Sequence[Tensor | None]]
+    """(settings, needed, vs, gy, saved) -> of gy and every input, where vs come for the gradients;
+    `needed` begins with gy here, and `saved` ends with what else the gradient gave."""
+
+    def __call__(self, settings: Any, leaves: Sequence[bool], *inputs: Tensor | None) -> Tensor:
+        """leaves: inputs whose gradient's value is read as a parameter's alone."""
+        found: Tensor = _Value.apply(self, settings, leaves, *inputs)
+        return found
+
+
+class _Value(Function):
+    @staticmethod
+    def forward(ctx: Any, kernel: Kernel, settings: Any, leaves: Any, *inputs: Any) -> Tensor:
+        y, saved = kernel.value(settings, ctx.needs_input_grad[3:], *inputs)
+        ctx.save_for_backward(*saved)
+        shapes = [None if t is None else t.shape for t in inputs]
+        ctx.fixed = kernel, settings, leaves, shapes
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> Grads:
+        kernel, settings, *_ = ctx.fixed
+        needed = ctx.needs_input_grad[3:]
+        if tracked():
+            found = _Gradient.apply(*ctx.fixed, needed, gy, *ctx.saved_tensors)
+        else:
+            found = kernel.gradient(settings, needed, gy, ctx.saved_tensors)[: len(needed)]
+        return None, None, None, *found
+
+
+class _Gradient(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernel: Kernel,
+        settings: Any,
+        leaves: Sequence[bool],
+        shapes: Sequence[torch.Size],
+        needed: Sequence[bool],
+        gy: Tensor,
+        *saved: Any,
+    ) -> Grads:
+        unread = [
+            leaf and need and Sweep.valueless for leaf, need in zip(leaves, needed, strict=True)
+        ]
+        real = [need and not none for need, none in zip(needed, unread, strict=True)]
+        found = kernel.gradient(settings, real, gy, saved)
+        ctx.save_for_backward(gy, *saved, *found[len(needed) :])
+        ctx.set_materialize_grads(False)
+        ctx.fixed, ctx.besides = (kernel, settings, shapes), len(saved) - len(needed)
+        return tuple(
+            gy.new_zeros(()).expand(shape) if none else g
+            for none, shape, g in zip(unread, shapes, found[: len(needed)], strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *vs: Tensor | None) -> Grads:
+        kernel, settings, shapes = ctx.fixed
+        gy, *saved = ctx.saved_tensors
+        if tracked():
+            found = _by_composition(kernel, settings, shapes, vs, gy, saved)
+        else:
+            needed = ctx.needs_input_grad[5 : 6 + len(shapes)]
+            found = kernel.pullback(settings, needed, vs, gy, saved)
+        return *[None] * 5, *found, *[None] * ctx.besides
+
+
+def _by_composition(
+    kernel: Kernel,
+    settings: Any,
+    shapes: Sequence[torch.Size | None],
+    vs: Sequence[Tensor | None],
+    gy: Tensor,
+    saved: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """A pullback with a graph of its own: autograd's, through the reference."""
+    gy = gy.view_as(gy)  # views, because one tensor may be several inputs
+    inputs: list[Tensor | None] = []
+    for shape, t in zip(shapes, saved[: len(shapes)], strict=True):
+        if shape is None:
+            inputs.append(None)
+        else:
+            inputs.append(gy.new_zeros(shape).requires_grad_() if t is None else t.view_as(t))
+    gradients = _graded([kernel.reference(settings, *inputs)], inputs, [gy])
+    pairs = [
+        (g, v)
+        for g, v in zip(gradients, vs, strict=True)
+        if g is not None and v is not None and g.requires_grad
+    ]
+    if not pairs:
+        return [None] * (1 + len(inputs))
+    return _graded([g for g, _ in pairs], [gy, *inputs], [v for _, v in pairs])
+
+
+def _graded(
+    outputs: list[Tensor], inputs: Sequence[Tensor | None], seeds: list[Tensor]
+) -> list[Tensor | None]:
+    """autograd.grad with a graph, and None for inputs that require no gradient."""
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(outputs, wanted, seeds, create_graph=True, allow_unused=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]

@@ -14,8 +14,10 @@ from torch.autograd import Function
 from rhc.hypergradient.kernels import matrices
 from rhc.hypergradient.kernels.common import (
     Grads,
+    Kernel,
+    Needed,
+    Saved,
     Sweep,
-    nothing,
     plain,
     total,
     tracked,
@@ -42,84 +44,49 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def affine(input: Tensor, weight: Tensor, bias: Tensor | None, leaves: tuple[bool, bool]) -> Tensor:
     """`linear` of ordinary tensors. leaves: whether nothing reads the value of the gradient of the
     weight, and of the bias, but as a parameter's."""
-    return _Linear.apply(input, weight, bias, leaves)
+    return _LINEAR(None, (False, *leaves), input, weight, bias)
 
 
-class _Linear(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, leaves: tuple[bool, bool]
-    ) -> Tensor:
-        # Of a first layer, whose input is data, nobody asks for the weight again.
-        ctx.save_for_backward(x, w if ctx.needs_input_grad[0] else None)
-        ctx.leaves = leaves
-        return matrices.linear(x, w, b)
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> Grads:
-        x, w = ctx.saved_tensors
-        need = ctx.needs_input_grad[:3]
-        if tracked():
-            return *_LinearBackward.apply(gy, x, w, *need, ctx.leaves), None
-        return *_linear_backward(gy, x, w, *need), None
+def _linear_value(_: None, needed: Needed, x: Tensor, w: Tensor, b: Tensor | None) -> Any:
+    # Of a first layer, whose input is data, nobody asks for the weight again.
+    return matrices.linear(x, w, b), (x, w if needed[0] else None, None)
 
 
-def _linear_backward(
-    gy: Tensor, x: Tensor, w: Tensor | None, need_x: bool, need_w: bool, need_b: bool
-) -> Grads:
-    rows = gy.reshape(-1, gy.shape[-1])
+def _linear_gradient(_: None, needed: Needed, gy: Tensor, saved: Saved) -> Grads:
+    x, w, _b = saved
+    need_x, need_w, need_b = needed
     return (
         matrices.product(gy, w) if need_x and w is not None else None,
         matrices.over_rows(gy, x) if need_w else None,
-        rows.sum(0) if need_b else None,
+        gy.reshape(-1, gy.shape[-1]).sum(0) if need_b else None,
     )
 
 
-class _LinearBackward(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        gy: Tensor,
-        x: Tensor,
-        w: Tensor | None,
-        need_x: bool,
-        need_w: bool,
-        need_b: bool,
-        leaves: tuple[bool, bool],
-    ) -> Grads:
-        ctx.save_for_backward(gy, x, w)
-        ctx.set_materialize_grads(False)
-        leaf_w, leaf_b = (leaf and Sweep.valueless for leaf in leaves)
-        gx, gw, gb = _linear_backward(
-            gy, x, w, need_x, need_w and not leaf_w, need_b and not leaf_b
-        )
-        if need_w and leaf_w:
-            gw = x.new_zeros(()).expand(gy.shape[-1], x.shape[-1])
-        if need_b and leaf_b:
-            gb = gy.new_zeros(()).expand(gy.shape[-1])
-        return gx, gw, gb
+def _linear_pullback(_: None, needed: Needed, vs: Grads, gy: Tensor, saved: Saved) -> Grads:
+    """Of gx = gy w, gw = gyᵀ x, gb = Σ gy."""
+    x, w, _b = saved
+    vx, vw, vb = vs
+    need_gy, need_x, need_w, _b = needed
+    ggy = None
+    if need_gy:
+        if vw is not None:
+            ggy = matrices.linear(x, vw, vb)
+        elif vb is not None:
+            ggy = vb.expand_as(gy)
+        if vx is not None and vw is not None and ggy is not None:
+            # In place, which saves a pass over the largest tensor of the layer.
+            rows = ggy.view(-1, ggy.shape[-1])
+            matrices.add_product(rows, vx.reshape(-1, vx.shape[-1]), w.t())
+        elif vx is not None:
+            ggy = total(ggy, matrices.product(vx, w.t()))
+    gx = matrices.product(gy, vw) if need_x and vw is not None else None
+    gw = matrices.over_rows(gy, vx) if need_w and vx is not None else None
+    return ggy, gx, gw, None
 
-    @staticmethod
-    def backward(ctx: Any, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None) -> Grads:
-        gy, x, w = ctx.saved_tensors
-        need_gy, need_x, need_w = ctx.needs_input_grad[:3]
-        ggy = None
-        if need_gy:
-            if vw is not None:
-                ggy = matrices.linear(x, vw, vb)
-            elif vb is not None:
-                ggy = vb.expand_as(gy)
-            if vx is not None and ggy is not None and vw is not None and not tracked():
-                # In place, which saves a pass over the largest tensor of the layer.
-                rows = ggy.view(-1, ggy.shape[-1])
-                matrices.add_product(rows, vx.reshape(-1, vx.shape[-1]), w.t())
-            elif vx is not None:
-                ggy = total(ggy, matrices.product(vx, w.t()))
-        gx = matrices.product(gy, vw) if need_x and vw is not None else None
-        gw = None
-        if need_w and vx is not None:
-            gw = matrices.over_rows(gy, vx)
-        return ggy, gx, gw, None, None, None, None
+
+_LINEAR = Kernel(
+    lambda _, *inputs: _linear(*inputs), _linear_value, _linear_gradient, _linear_pullback
+)
 
 
 # Convolution -------------------------------------------------------------------------------------
@@ -143,7 +110,7 @@ def convolution(dims: int, native: Callable[..., Tensor]) -> Callable[..., Tenso
         ):
             return native(input, weight, bias, stride, padding, dilation, groups)
         settings = (*(_each(v, dims) for v in (stride, padding, dilation)), groups)
-        return _Convolution.apply(input, weight, bias, settings, which_leaves(weight, bias))
+        return _CONVOLUTION(settings, (False, *which_leaves(weight, bias)), input, weight, bias)
 
     return conv
 
@@ -152,85 +119,48 @@ def _each(value: Any, dims: int) -> list[int]:
     return [int(value)] * dims if not isinstance(value, (tuple, list)) else [int(v) for v in value]
 
 
-def _convolve(x: Tensor, w: Tensor, b: Tensor | None, settings: Any) -> Tensor:
+def _convolve(settings: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     stride, padding, dilation, groups = settings
     return torch.convolution(x, w, b, stride, padding, dilation, False, [0] * len(stride), groups)
 
 
-def _convolve_backward(
-    gy: Tensor, x: Tensor, w: Tensor, settings: Any, mask: list[bool]
-) -> tuple[Tensor | None, ...]:
-    if not any(mask):
+def _convolution_gradient(settings: Any, needed: Needed, gy: Tensor, saved: Saved) -> Grads:
+    x, w, *_ = saved
+    if not any(needed):
         return None, None, None
     stride, padding, dilation, groups = settings
-    return torch.ops.aten.convolution_backward(
-        gy, x, w, [w.shape[0]], stride, padding, dilation, False, [0] * len(stride), groups, mask
-    )
+    fixed = [w.shape[0]], stride, padding, dilation, False, [0] * len(stride), groups, list(needed)
+    return torch.ops.aten.convolution_backward(gy, x, w, *fixed)
 
 
-class _Convolution(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        w: Tensor,
-        b: Tensor | None,
-        settings: Any,
-        leaves: tuple[bool, bool],
-    ) -> Tensor:
-        ctx.save_for_backward(x, w)
-        ctx.settings, ctx.leaves = settings, leaves
-        return _convolve(x, w, b, settings)
+def _convolution_pullback(
+    settings: Any, needed: Needed, vs: Grads, gy: Tensor, saved: Saved
+) -> Grads:
+    """A gradient of a convolution is linear in gy, and in the other of x and w."""
+    x, w, _b = saved
+    vx, vw, vb = vs
+    need_gy, need_x, need_w, _ = needed
+    ggy = gx = gw = None
+    if need_gy:
+        ggy = total(
+            None if vw is None else _convolve(settings, x, vw, vb),
+            None if vx is None else _convolve(settings, vx, w, None),
+        )
+        if vw is None and vb is not None:
+            ggy = total(ggy, vb.view(1, -1, *[1] * (gy.dim() - 2)).expand_as(gy))
+    if need_x and vw is not None:
+        gx = _convolution_gradient(settings, (True, False, False), gy, (x, vw))[0]
+    if need_w and vx is not None:
+        gw = _convolution_gradient(settings, (False, True, False), gy, (vx, w))[1]
+    return ggy, gx, gw, None
 
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> Grads:
-        x, w = ctx.saved_tensors
-        need = list(ctx.needs_input_grad[:3])
-        if tracked():
-            return *_ConvolutionBackward.apply(gy, x, w, ctx.settings, need, ctx.leaves), None, None
-        return *_convolve_backward(gy, x, w, ctx.settings, need), None, None
 
-
-class _ConvolutionBackward(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        gy: Tensor,
-        x: Tensor,
-        w: Tensor,
-        settings: Any,
-        need: list[bool],
-        leaves: tuple[bool, bool],
-    ) -> Grads:
-        ctx.save_for_backward(gy, x, w)
-        ctx.settings = settings
-        ctx.set_materialize_grads(False)
-        leaf_w, leaf_b = (leaf and Sweep.valueless for leaf in leaves)
-        real = [need[0], need[1] and not leaf_w, need[2] and not leaf_b]
-        gx, gw, gb = _convolve_backward(gy, x, w, settings, real)
-        if need[1] and leaf_w:
-            gw = nothing(w)
-        if need[2] and leaf_b:
-            gb = gy.new_zeros(()).expand(w.shape[0])
-        return gx, gw, gb
-
-    @staticmethod
-    def backward(ctx: Any, vx: Tensor | None, vw: Tensor | None, vb: Tensor | None) -> Grads:
-        gy, x, w = ctx.saved_tensors
-        need_gy, need_x, need_w = ctx.needs_input_grad[:3]
-        ggy = gx = gw = None
-        if need_gy:
-            ggy = total(
-                None if vw is None else _convolve(x, vw, vb, ctx.settings),
-                None if vx is None else _convolve(vx, w, None, ctx.settings),
-            )
-            if vw is None and vb is not None:
-                ggy = total(ggy, vb.view(1, -1, *[1] * (gy.dim() - 2)).expand_as(gy))
-        if need_x and vw is not None:
-            gx = _convolve_backward(gy, x, vw, ctx.settings, [True, False, False])[0]
-        if need_w and vx is not None:
-            gw = _convolve_backward(gy, vx, w, ctx.settings, [False, True, False])[1]
-        return ggy, gx, gw, None, None, None
+_CONVOLUTION = Kernel(
+    _convolve,
+    lambda settings, needed, x, w, b: (_convolve(settings, x, w, b), (x, w, None)),
+    _convolution_gradient,
+    _convolution_pullback,
+)
 
 
 # GELU --------------------------------------------------------------------------------------------
