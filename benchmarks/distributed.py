@@ -109,7 +109,7 @@ def measured(arguments: argparse.Namespace, ranks: Ranks | None) -> dict[str, An
         if before is not None:
             plant.restore(before)
         gc.collect()
-        sent = 0.0 if ranks is None else ranks.traffic.seconds
+        sent = 0.0 if ranks is None else ranks.waited
         found: list[Any] = []
 
         def timed() -> None:
@@ -122,7 +122,7 @@ def measured(arguments: argparse.Namespace, ranks: Ranks | None) -> dict[str, An
 
         peaks[name] = _peak(device, timed) - held
         if ranks is not None:
-            waited[name] = (ranks.traffic.seconds - sent) / steps
+            waited[name] = (ranks.waited - sent) / steps
         return found[0]
 
     run("plain", plain)
@@ -149,9 +149,9 @@ def measured(arguments: argparse.Namespace, ranks: Ranks | None) -> dict[str, An
             recorder.close()
 
     h = run("look", look)
-    once = 0 if ranks is None else ranks.traffic.elements
+    once = 0 if ranks is None else ranks.sent
     run("plain again", plain)
-    elements = 0 if ranks is None else (ranks.traffic.elements - once) // steps
+    elements = 0 if ranks is None else (ranks.sent - once) // steps
     base = (seconds["plain"] + seconds["plain again"]) / 2
     base_cpu = (computed["plain"] + computed["plain again"]) / 2
     return {

@@ -30,7 +30,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 import rhc
 import rhc.runner
-from rhc.distributed import leave, ranks_of, whole_of
+from rhc.distributed import leave, ranks_of
 from rhc.errors import InputError
 from rhc.events import Committed, Notice
 from rhc.training.plant import Plant
@@ -180,7 +180,7 @@ def trained(
         **settings,
     ).fit(steps)
     return {
-        "parameters": [whole_of(p.detach()).flatten().tolist() for p in model.parameters()],
+        "parameters": [whole(p.detach()).flatten().tolist() for p in model.parameters()],
         "buffers": [b.flatten().tolist() for b in model.buffers()],
         "schedule": {k: v.tolist() for k, v in result.schedule.values.items()},
         "windows": [w["outcome"] for w in result.windows],
@@ -311,6 +311,10 @@ def _disk(here: Callable[[], bool], fault: Callable[[], None]) -> Iterator[None]
         yield
     finally:
         FileSystem.create_stream = opened
+
+
+def whole(t: Tensor) -> Tensor:
+    return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def local(t: Tensor) -> Tensor:

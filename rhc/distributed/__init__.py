@@ -10,23 +10,13 @@ the run's directory, which the first rank writes.
 """
 
 from rhc.distributed.batch_norm import SyncBatchNorm, synchronised
-from rhc.distributed.dtensors import is_dtensor, local_part, placed_as, shared_as, whole_of
-from rhc.distributed.parallel import OneProcess, parallel_of
-from rhc.distributed.parts import read_parts, write_parts
-from rhc.distributed.ranks import (
-    Ranks,
-    RanksDiffer,
-    Unshared,
-    joined,
-    launched,
-    leave,
-    ranks_of,
-    unwrapped,
-)
-from rhc.distributed.shards import RankLoader, Shard, shard, weighing
+from rhc.distributed.dtensors import is_dtensor, local_part, placed_as, shared_as
+from rhc.distributed.parallel import parallel_of
+from rhc.distributed.parts import read_parts
+from rhc.distributed.ranks import Ranks, RanksDiffer, Unshared, joined, leave, ranks_of, unwrapped
+from rhc.distributed.shards import RankLoader, Shard, shard
 
 __all__ = [
-    "OneProcess",
     "RankLoader",
     "Ranks",
     "RanksDiffer",
@@ -35,7 +25,6 @@ __all__ = [
     "Unshared",
     "is_dtensor",
     "joined",
-    "launched",
     "leave",
     "local_part",
     "parallel_of",
@@ -46,7 +35,4 @@ __all__ = [
     "shared_as",
     "synchronised",
     "unwrapped",
-    "weighing",
-    "whole_of",
-    "write_parts",
 ]

@@ -16,11 +16,6 @@ def local_part(value: Any) -> Any:
     return value.detach().to_local() if is_dtensor(value) else value
 
 
-def whole_of(value: Any) -> Any:
-    """A DTensor's whole tensor, anything else as it is. All ranks must ask, for all get it."""
-    return value.full_tensor() if is_dtensor(value) else value
-
-
 def placed_as(part: Any, like: Any) -> Any:
     """This rank's part of a tensor, as a DTensor like `like`; as it is where that is none."""
     if not (is_dtensor(like) and isinstance(part, Tensor)):

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, NoReturn
 
@@ -47,17 +46,6 @@ class Unshared(InputError):
     """An InputError that every rank raises alike, so that one of them tells it."""
 
 
-@dataclass
-class Traffic:
-    """What this rank has sent: elements of all-reduced tensors, and seconds waited for others.
-
-    On an accelerator the host does not wait.
-    """
-
-    elements: int = 0
-    seconds: float = 0.0
-
-
 class Ranks:
     """This process's place among those that train together, and the means over all of them."""
 
@@ -65,7 +53,10 @@ class Ranks:
         self.group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
-        self.traffic = Traffic()
+        self.sent = 0
+        """Elements of tensors that this rank has summed with others."""
+        self.waited = 0.0
+        """Seconds that it waited for others; on an accelerator the host does not wait."""
         self.counted = True
         """Whether the rows being evaluated are this rank's own, and not a stand-in for none."""
         nccl_only = "gloo" not in str(dist.get_backend(group)).lower()
@@ -114,7 +105,7 @@ class Ranks:
 
     def begin(self, flat: Tensor) -> Any:
         """Begins to sum a tensor over ranks, in place; what `finish` waits for."""
-        self.traffic.elements += flat.numel()
+        self.sent += flat.numel()
         return dist.all_reduce(flat, group=self.group, async_op=True)
 
     def finish(self, work: Any, flat: Tensor) -> None:
@@ -125,7 +116,7 @@ class Ranks:
     def _wait(self, work: Any) -> None:
         began = time.monotonic()
         work.wait()
-        self.traffic.seconds += time.monotonic() - began
+        self.waited += time.monotonic() - began
 
     # Words ---------------------------------------------------------------------------------------
 
@@ -238,19 +229,15 @@ class SumOverRanks(Function):
 # Joining ------------------------------------------------------------------------------------------
 
 
-def launched() -> bool:
-    """Whether torchrun, or what sets the same variables, started this process among others."""
-    named = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-    return named and int(os.environ["WORLD_SIZE"]) > 1
-
-
 @contextmanager
 def joined(device: str = "auto") -> Iterator[Ranks | None]:
-    """The ranks that torchrun started, with a process group for as long; None for one process.
+    """The ranks that torchrun, or what sets the same variables, started; None for one process.
 
-    device: cuda and auto take the GPU of this process's local rank where there are any.
+    The process group lives as long. device: cuda and auto take the GPU of this process's local
+    rank where there are any.
     """
-    if not launched():
+    named = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    if not named or int(os.environ["WORLD_SIZE"]) < 2:
         yield None
         return
     if dist.is_initialized():

@@ -194,7 +194,7 @@ def agreed(fit: Fit) -> bool:
         {name: json.dumps(part, default=str).encode() for name, part in parts.items()},
         f"window {window} (up to step {state.step})",
         interrupts.asked(),
-        ranks.traffic.seconds - waited_before,
+        ranks.waited - waited_before,
     )
     slow = straggler(waited, now - since)
     if slow is not None and slow not in known:
@@ -203,7 +203,7 @@ def agreed(fit: Fit) -> bool:
             f"window {window}: look at its machine, its data and who else computes there"
         )
         known |= {slow}
-    _CLOCK[ranks] = time.monotonic(), ranks.traffic.seconds, known
+    _CLOCK[ranks] = time.monotonic(), ranks.waited, known
     return stop
 
 
