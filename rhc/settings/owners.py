@@ -48,6 +48,7 @@ def parsed_segment(given: Any) -> int | Literal["auto"]:
     """A segment as a number, where it is one; `Window` knows how long it may be."""
     if given == "auto":
         return "auto"
+    given = given.item() if hasattr(given, "item") else given  # of numpy or torch
     number = int(given) if str(given).isdecimal() else 0
     if number < 1:
         raise InputError(f"segment must be auto or ≥ 1, got {given!r}; try --segment auto")
