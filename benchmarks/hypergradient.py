@@ -41,7 +41,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -319,6 +319,10 @@ def measure(mode: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Times and peaks of plain training and of `mode`, taking turns in this process."""
     import torch
 
+    from rhc.training import memory
+
+    stack = ExitStack()
+    stack.enter_context(memory.held(2**32))  # as a run has it from window to window
     torch.set_num_threads(arguments.threads)
     (steps,) = arguments.steps
     task = Task(arguments.model, arguments.optimizer, arguments.device, steps)

@@ -64,7 +64,7 @@ from rhc.rng import mixed_seed
 from rhc.schedule import Schedule, Template
 from rhc.schedulers import EpochPlanner
 from rhc.storage.run_directory import RunDirectory, hardware, length, module_text, versions
-from rhc.training import interrupts
+from rhc.training import interrupts, memory
 from rhc.training.batches import StepBatches
 from rhc.training.diagnostics import check_loader, check_parts
 from rhc.training.losses import LossFn
@@ -464,6 +464,7 @@ class Runner:
                         torch.enable_grad(),  # also where fit is called under no_grad
                         deterministic(self.deterministic),
                         synchronised(self.plant.model, self.ranks),
+                        memory.held(self._settings[2].memory_budget),
                     ):
                         yield
                 except DivergedError:

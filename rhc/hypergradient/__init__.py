@@ -20,17 +20,13 @@ from rhc.containers import kept
 from rhc.distributed import Ranks, Shard, Unshared, ranks_of, synchronised, unwrapped
 from rhc.distributed.ranks import Group
 from rhc.errors import InputError, whole_number
+from rhc.hypergradient.adjoint import Damping, Terminal
 from rhc.hypergradient.hvp import PRODUCT_COST, PRODUCTS, Product
 from rhc.hypergradient.memory_plan import Plan
-from rhc.hypergradient.reverse_pass import (
-    SAME_GRADIENT,
-    Hypergradient,
-    Outcome,
-    ReversePass,
-    stage_sum,
-)
-from rhc.hypergradient.segments import Damping, Terminal
+from rhc.hypergradient.outcome import SAME_GRADIENT, Outcome
+from rhc.hypergradient.reverse_pass import Hypergradient, ReversePass, stage_sum
 from rhc.schedule import CONTROLS, Schedule, control
+from rhc.training import memory
 from rhc.training.batches import MicroBatches, batch_size
 from rhc.training.losses import LossFn
 from rhc.training.module_state import Buffers
@@ -86,45 +82,56 @@ def hypergradient(
 ) -> Hypergradient:
     """dJ/du_t for J = stage_weight · Σ_t ℓ_t + terminal(θ̄), over the optimizer steps of `batches`.
 
-    batches: one per step, or `accumulate` micro-batches per step, whose mean loss is stepped on.
-    They stay as they are, whatever loss_fn does to its own: every use has a copy.
-    controls: name -> (K,) values in natural units, (K, groups) for a value per parameter group, or
-    one number for all steps; each is used in the steps and differentiated. What is absent stays as
-    the optimizer has it. terminal: a differentiable scalar of the model, taken at the end of the
-    window, or at the exponential average of its iterates with decay `average`. segment: steps per
-    rebuilt graph, 1 to K. seed: of the gradient noise. clip_norm, clip_value: as in a Plant.
+    Model, optimizer and random state are left as they were found. A hypergradient that cannot be
+    trusted is reported in `result`, not raised.
 
-    product: how the Hessian is applied: exact (reverse over reverse), forward-over-reverse (exact,
-    with less memory), forward-difference (one gradient per step), central-difference. "auto" is
-    exact. Where the model has no second derivative, or rolls contradict it, "auto" takes forward
-    differences to either side of every step; where these disagree the result is "inconsistent".
-    `why` says what was taken and why. Other than exact needs segment 1.
+    Buffers other than the running statistics of BatchNorm and InstanceNorm are constants of each
+    step, and those statistics are followed for a terminal that reads them (in eval mode), not for
+    a loss_fn that does. The singular vectors of spectral_norm are such constants, though they
+    depend on the weights: expect an error of 1e-4 to 1e-3. `why` names buffers, and frozen
+    parameters, that training changes. Hooks of parameters (Tensor.register_hook) are followed.
 
-    verify: "auto" holds the first hypergradient of a model, loss and optimizer against rolls of the
-    plain loop, at most 20 steps: h.check has the relative disagreement of every control over the
-    first steps, and of the terminal loss. Above 5 % (in float64 1e-6, of differences 1e-5, in
-    reduced precision 20 %) the result is "inconsistent", and `why` says what was found. False
-    leaves it out. Engine "higher" is not verified.
+    Args:
+        batches: one per step, or `accumulate` micro-batches per step, whose mean loss is stepped
+            on. They stay as they are, whatever loss_fn does to its own: every use has a copy.
+        controls: name -> (K,) values in natural units, (K, groups) for a value per parameter
+            group, or one number for all steps; each is used in the steps and differentiated. What
+            is absent stays as the optimizer has it.
+        terminal: a differentiable scalar of the model, taken at the end of the window, or at the
+            exponential average of its iterates with decay `average`.
+        segment: how many of the last steps' graphs the roll keeps, 1 to K, where memory_budget
+            does not decide it; "auto" and 1: as many as cost little memory.
+        product: how the Hessian is applied: "exact" (reverse over reverse),
+            "forward-over-reverse" (exact, with less memory), "forward-difference" (one gradient
+            per step), "central-difference", "none" (left out). "auto" is exact; where the model
+            has no second derivative, or rolls contradict it, forward differences to either side of
+            every step, and where these disagree the result is "inconsistent". `why` says what was
+            taken and why. Other than exact needs segment 1.
+        engine: "adjoint"; or "higher", the library, as an independent check.
+        seed: of the gradient noise.
+        clip_norm, clip_value: of gradients, as in a Plant.
+        memory_budget: bytes that the reverse pass may take beyond plain training; decides what the
+            roll keeps, what is spilled to disk and what is rolled again.
+        spill: False, True for the temporary folder, or a folder.
+        discount: γ ≤ 1 multiplies the costate at every step backwards.
+        costate_clip: largest norm of the costate, as a multiple of its norm at the window's end.
+        process_group: the ranks that call this together, each with rows of its own of every batch,
+            and a terminal on data of its own (or on the same), of which the mean over ranks
+            counts; the result is that of one process with all rows, and the same on every rank.
+            "auto": the default process group, if it has several ranks; None: this process alone.
+        verify: "auto" holds the first hypergradient of a model, loss and optimizer against rolls
+            of the plain loop, at most 20 steps: h.check has the relative disagreement of every
+            control over the first steps. Where one, or that of the terminal loss, is above 5 % (in
+            float64 1e-6, of differences 1e-5, in reduced precision 20 %) the result is
+            "inconsistent". False leaves it out. Engine "higher" is not verified.
 
-    memory_budget: bytes that looking back may take beyond plain training; decides what the roll
-    keeps, what is spilled to disk (spill: False, True for the temporary folder, or a folder) and
-    what is rolled again. discount: γ ≤ 1 multiplies the costate at every step backwards.
-    costate_clip: largest norm of the costate, as a multiple of its norm at the window's end.
+    Returns:
+        J, its derivatives, and whether they can be trusted.
 
-    process_group: the ranks that call this together, each with rows of its own of every batch, and
-    a terminal on data of its own (or on the same), of which the mean over ranks counts; the result
-    is that of one process with all rows, and the same on every rank. "auto": the default process
-    group, if it has several ranks; None: this process alone.
-
-    Model, optimizer and random state are left as they were found. Raises InputError for arguments
-    that cannot be used, and where an operator lacks the derivative that `product` insists on. A
-    hypergradient that cannot be trusted is reported in `result`, not raised. Buffers other than the
-    running statistics of BatchNorm and InstanceNorm are treated as constants of each step, and
-    those statistics are followed for a terminal that reads them (in eval mode), not for a loss_fn
-    that does. The singular vectors of spectral_norm are such constants, though they depend on the
-    weights: expect an error of 1e-4 to 1e-3. `why` names buffers, and frozen parameters, that
-    training changes. Hooks of parameters (Tensor.register_hook) are followed; hooks that change a
-    step otherwise, and a loss_fn that moves trained parameters, are InputErrors.
+    Raises:
+        InputError: for arguments that cannot be used, where an operator lacks the derivative that
+            `product` insists on, and for hooks that change a step otherwise than through a
+            gradient, or a loss_fn that moves trained parameters.
     """
     accumulate, seed = whole_number("accumulate", accumulate), whole_number("seed", seed)
     segment = segment if segment == "auto" else whole_number("segment", segment)
@@ -172,7 +179,7 @@ def hypergradient(
     try:
         for p in model.parameters():
             p.grad = None  # backward would add to those that the optimizer does not hold
-        with torch.enable_grad(), synchronised(model, ranks):
+        with torch.enable_grad(), synchronised(model, ranks), memory.held(memory_budget):
             if engine == "higher":
                 from rhc.hypergradient.crosscheck import higher_hypergradient
 

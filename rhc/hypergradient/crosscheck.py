@@ -1,6 +1,6 @@
 """A second, independent engine: the whole window unrolled by the library `higher`.
 
-It shares nothing with `segments` but the user's code, and is there to check it. SGD and Adam only,
+It shares nothing with `adjoint` but the user's code, and is there to check it. SGD and Adam only,
 no clipping, weight decay as Adam's L2; memory grows with K. higher 0.2.1 (Apache-2.0) is
 unmaintained since 2021, which is why it is not the workhorse.
 """
@@ -25,7 +25,7 @@ from rhc.training.plant import Plant
 
 if TYPE_CHECKING:
     from rhc.hypergradient import Hypergradient
-    from rhc.hypergradient.segments import Terminal
+    from rhc.hypergradient.adjoint import Terminal
 
 
 def higher_hypergradient(
@@ -109,18 +109,18 @@ def higher_hypergradient(
             end = float(value.detach())
             cost = cost + objective.terminal_weight * value.double().cpu()
         flat = [leaf for name in controls for leaf in leaves[name]]
-        pulled = torch.autograd.grad(cost, [*flat, *start], allow_unused=True)
+        found = torch.autograd.grad(cost, [*flat, *start], allow_unused=True)
     grad = {
         name: torch.stack(
             [
                 torch.zeros((), dtype=torch.float64) if g is None else g
-                for g in pulled[c * steps : (c + 1) * steps]
+                for g in found[c * steps : (c + 1) * steps]
             ]
         )
         for c, name in enumerate(controls)
     }
     norms = torch.full((steps,), math.nan, dtype=torch.float64)
-    of_start = [g.double().norm() for g in pulled[len(flat) :] if g is not None]
+    of_start = [g.double().norm() for g in found[len(flat) :] if g is not None]
     norms[0] = torch.stack(of_start).norm() if of_start else 0.0
     finite = all(bool(torch.isfinite(g).all()) for g in grad.values())
     return Hypergradient(

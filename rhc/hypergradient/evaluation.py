@@ -1,9 +1,7 @@
 """The differentiable map θ, b ↦ (loss, stage cost, b′): user code run at any θ_t.
 
-Two ways to have `loss_fn(model, batch)` see θ_t. `Scratch` puts the values into the live model
-for a while: whatever works in training works there, compiled models and activation checkpointing
-included. `Evaluation.inside` replaces the tensors themselves (torch.func.functional_call), which is
-needed where the graph goes on beyond the parameters of one step.
+`Evaluation` puts the values into the live model for a while: whatever works in training works
+there, compiled models and activation checkpointing included. `Places` replaces the parameters.
 
 Buffers are treated as constants of a step, with one exception: the running statistics of
 BatchNorm and InstanceNorm. PyTorch updates them in a kernel that autograd does not see, although a
@@ -14,9 +12,9 @@ differentiable.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -44,8 +42,6 @@ from rhc.training.objective import Objective
 from rhc.training.plant import Plant
 from rhc.training.trajectory import Block
 
-Result = TypeVar("Result")
-
 _run_backward: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
 
 
@@ -59,175 +55,33 @@ class Evaluated(NamedTuple):
 
 
 class Evaluation:
-    """Evaluates a plant's loss at given flat parameters and buffers."""
+    """Evaluates a plant's loss at any θ and b, inside `with`: the live model is scratch space.
+
+    Afterwards it is as it was found. parameters: per block, the model's own parameters, which are
+    the leaves of every graph. kept: the buffers as they were found. statistics_names: of the
+    running statistics that are followed.
+    """
 
     def __init__(self, plant: Plant, blocks: Sequence[Block], objective: Objective) -> None:
-        self.plant = plant
-        self.blocks = blocks
-        self.objective = objective
+        self.plant, self.blocks, self.objective = plant, blocks, objective
+        self.model = plant.model
+        self.parameters = [[plant.parameters[i] for i in block.indices] for block in blocks]
+        self.leaves = [p for of_block in self.parameters for p in of_block]
+        self.in_place = plant.parallel.sharded
         self.statistics_names = [
             f"{prefix}.{name}" if prefix else name
             for prefix, module in plant.model.named_modules()
             if _has_statistics(module)
             for name in ("running_mean", "running_var")
         ]
-        self.substitution = _Substitution(plant.model)
-        self.names = [name for block in blocks for name in block.names]
-
-    def substituted(self, flats: Sequence[Tensor], buffers: Values) -> dict[str, Tensor | None]:
-        """name -> tensor for every parameter of the blocks and every buffer."""
-        tensors = {
-            name: view
-            for block, flat in zip(self.blocks, flats, strict=True)
-            for name, view in zip(block.names, block.views(flat), strict=True)
-        }
-        return tensors | {
-            # A clone, since forward passes update buffers in place; graph tensors are kept.
-            name: b if b is None or b.requires_grad else b.clone()
-            for name, b in buffers.items()
-        }
-
-    def __call__(
-        self,
-        flats: Sequence[Tensor],
-        buffers: Values,
-        batch: Any,
-        *,
-        statistics: bool = False,
-    ) -> Evaluated:
-        """Loss and stage cost of one step's batch; the caller sets the random state before."""
-        return self.inside(flats, buffers, batch, lambda found: found, statistics=statistics)
-
-    def inside(
-        self,
-        flats: Sequence[Tensor],
-        buffers: Values,
-        batch: Any,
-        then: Callable[[Evaluated], Result],
-        *,
-        statistics: bool = False,
-    ) -> Result:
-        """then(evaluated), called while the tensors are still substituted.
-
-        A model that uses activation checkpointing runs parts of itself again in the backward pass,
-        with the parameters that it then finds.
-        """
-
-        def evaluate(model: nn.Module) -> Result:
-            return then(self.of_model(model, batch, statistics=statistics, twice=True))
-
-        return self.substitution.at(self.substituted(flats, buffers), evaluate, whole=True)
-
-    def of_model(
-        self,
-        model: nn.Module,
-        batch: Any,
-        *,
-        statistics: bool = False,
-        twice: bool = False,
-        stage: bool = True,
-    ) -> Evaluated:
-        """Loss and, if `stage`, stage cost of the model as it is; micro-batches in one graph.
-
-        twice: the loss is to be differentiated twice. OnceDifferentiable where a part of it cannot
-        be.
-        """
-        with functions_noted(self.plant, batch) if twice else nullcontext():
-            loss, metrics = mean_loss(self.plant.loss_fn, model, batch)
-        names = self.statistics_names if statistics else ()
-        after = {name: model.get_buffer(name) for name in names}
-        cost = self.objective.stage(loss, metrics) if stage else None
-        return Evaluated(loss, cost, after, metrics)
-
-    def terminal(
-        self,
-        terminal: Callable[[nn.Module], Tensor],
-        flats: Sequence[Tensor],
-        buffers: Values,
-        then: Callable[[Tensor], Result],
-    ) -> Result:
-        """then(terminal(model)) at the given parameters; the modules' modes are left alone."""
-        modes = [(m, m.training) for m in self.plant.model.modules()]
-        try:
-            return self.substitution.at(
-                self.substituted(flats, buffers),
-                lambda model: then(checked_loss(terminal(model), "terminal")[0]),
-            )
-        finally:
-            for module, training in modes:
-                module.training = training
-
-
-class _Substitution:
-    """The model with other tensors in the places of its own.
-
-    torch.func.functional_call does this too, but puts substitutes back for good where a module
-    occurs twice (torch 2.13.0).
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def at(
-        self,
-        tensors: Mapping[str, Tensor | None],
-        function: Callable[[nn.Module], Result],
-        *,
-        whole: bool = False,
-    ) -> Result:
-        """function(model) with these tensors; whole: they are all buffers that there are."""
-        owners = [
-            (f"{prefix}." if prefix else "", own, dict(own), own is module._buffers)
-            for prefix, module in self.model.named_modules()
-            for own in (module._parameters, module._buffers)
-        ]
-        left = dict(tensors)
-        placed: dict[int, Tensor | None] = {}
-        try:
-            for prefix, own, live, of_buffers in owners:
-                for name, t in live.items():
-                    full = prefix + name
-                    if full in left:
-                        own[name] = left.pop(full)
-                        if t is not None:
-                            placed[id(t)] = own[name]
-                    elif t is not None and id(t) in placed:
-                        own[name] = placed[id(t)]
-                    elif whole and of_buffers:
-                        del own[name]
-            for full, t in left.items():  # buffers that are not there now
-                prefix, dot, name = full.rpartition(".")
-                next(own for known, own, _, b in owners if b and known == prefix + dot)[name] = t
-            return function(self.model)
-        finally:
-            for _, own, live, _ in owners:
-                own.clear()
-                own.update(live)
-
-
-class Scratch:
-    """The live model as scratch space: any θ and b can be put in, and it is left as it was found.
-
-    parameters: per block, the model's own parameters, which are the leaves of every graph.
-    """
-
-    def __init__(self, plant: Plant, blocks: Sequence[Block]) -> None:
-        self.model = plant.model
-        self.blocks = blocks
-        self.parameters = [[plant.parameters[i] for i in block.indices] for block in blocks]
-        self.leaves = [p for of_block in self.parameters for p in of_block]
-        self.in_place = plant.parallel.sharded
-        self.settle = plant.parallel.settle
-        self.moved = plant.moved
-        self.hooks = plant.hooks
         self._without = ExitStack()
 
-    def __enter__(self) -> Scratch:
-        self._without.enter_context(self.hooks.taken())
-        self.buffers = Buffers(self.model, self.moved)
-        self._kept = self.buffers.copies()
+    def __enter__(self) -> Evaluation:
+        self._without.enter_context(self.plant.hooks.taken())
+        self.buffers = Buffers(self.model, self.plant.moved)
+        self.kept = self.buffers.copies()
         self._data = [p.data.clone() if self.in_place else p.data for p in self.leaves]
-        self.settle()
+        self.plant.parallel.settle()
         self._all = [p for p in self.model.parameters() if p.requires_grad]
         self._grads = [p.grad for p in self._all]
         for p in self._all:
@@ -235,12 +89,12 @@ class Scratch:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.settle()
+        self.plant.parallel.settle()
         for p, data in zip(self.leaves, self._data, strict=True):
             self._set(p, data)
         for p, grad in zip(self._all, self._grads, strict=True):
             p.grad = grad
-        self.buffers.put(self._kept)
+        self.buffers.put(self.kept)
         self._without.close()
 
     def place(
@@ -250,7 +104,7 @@ class Scratch:
         leaves: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Puts θ (a vector per block) and b in; `leaves` take the place of buffers of a graph."""
-        self.settle()
+        self.plant.parallel.settle()
         for block, flat, own in zip(self.blocks, flats, self.parameters, strict=True):
             for p, values in zip(own, block.views(flat), strict=True):
                 self._set(p, values)
@@ -258,6 +112,34 @@ class Scratch:
         for name, leaf in (leaves or {}).items():
             prefix, _, local = name.rpartition(".")
             self.model.get_submodule(prefix)._buffers[local] = leaf
+
+    def __call__(
+        self,
+        batch: Any,
+        *,
+        statistics: bool = False,
+        twice: bool = False,
+        stage: bool = True,
+    ) -> Evaluated:
+        """Loss and, if `stage`, stage cost of one step's batch; micro-batches in one graph.
+
+        twice: the loss is to be differentiated twice. OnceDifferentiable where a part of it cannot
+        be. The caller sets the random state before.
+        """
+        with functions_noted(self.plant, batch) if twice else nullcontext():
+            loss, metrics = mean_loss(self.plant.loss_fn, self.model, batch)
+        names = self.statistics_names if statistics else ()
+        after = {name: self.model.get_buffer(name) for name in names}
+        cost = self.objective.stage(loss, metrics) if stage else None
+        return Evaluated(loss, cost, after, metrics)
+
+    def joint(self, statistics: Collection[str]) -> bool:
+        """Whether more than the loss is differentiated: these running statistics, or a reward."""
+        return bool(statistics) or bool(self.objective.reward_weight)
+
+    def clear_gradients(self) -> None:
+        for p in self.leaves:
+            p.grad = None
 
     def gradients(self) -> list[Tensor]:
         """The `.grad`s as a vector per block; 0 for parameters that have none."""
@@ -274,6 +156,44 @@ class Scratch:
             p.data.copy_(values)
         else:
             p.data = values
+
+
+class Places:
+    """Where parameters lie in a model's modules: other tensors can take their places.
+
+    torch.func.functional_call does this too, but puts substitutes back for good where a module
+    occurs twice (torch 2.13.0).
+    """
+
+    def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
+        index = {id(p): n for n, p in enumerate(parameters)}
+        self._places = [
+            (module._parameters, name, index[id(p)])
+            for _, module in model.named_modules()
+            for name, p in module._parameters.items()
+            if id(p) in index
+        ]
+
+    def put(self, tensors: Sequence[Any]) -> None:
+        """One tensor for each parameter, in their order."""
+        for own, name, n in self._places:
+            own[name] = tensors[n]
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards every module is in the mode (train or eval) that it was in before."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def fresh_leaves(values: Values, names: Iterable[str]) -> dict[str, Tensor]:
+    """Copies of the named buffers that a graph can begin at."""
+    return {n: b.detach().clone().requires_grad_() for n in names if (b := values[n]) is not None}
 
 
 def parts(batch: Any) -> Sequence[Any]:
@@ -405,7 +325,7 @@ def gradients_by_backward(
             p.grad = grad
 
 
-def pulled_through(
+def unchecked_grad(
     outputs: Sequence[Tensor | GradientEdge],
     inputs: Sequence[Tensor],
     seeds: Sequence[Tensor | None],

@@ -1,43 +1,42 @@
 """Products with the Hessian of one step's loss: the only expensive term of the adjoint.
 
-A product pulls (λ_g, λ_b) of a step's gradient g_t and BatchNorm statistics back to (θ_t, b_t), and
-adds the stage cost's own gradient. Costs in gradient evaluations: exact 3 (g again, and twice that
-to pull it back; 2 where the roll kept the graph of g), forward over reverse 3, forward difference
-1 (the roll's g_t is known), central difference 2. Where no exact product exists, a difference is
-held against one in the again direction, which steps over other kinks: one gradient more.
+The vjp of a step's gradient g_t and BatchNorm statistics takes (λ_g, λ_b) to (θ_t, b_t), and adds
+the stage cost's own gradient. Costs in gradient evaluations: exact 3 (g again, and twice that for
+its vjp; 2 where the roll kept the graph of g), forward over reverse 3, forward difference 1 (the
+roll's g_t is known), central difference 2. Where no exact product exists, a difference is held
+against one in the other direction, which steps over other kinks: one gradient more.
 "none" leaves the Hessian out: no more than a baseline, but exact where lr is 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from rhc.containers import Kept, tensors_of
+from rhc.containers import Kept
 from rhc.distributed import shard
+from rhc.hypergradient.differences import difference
 from rhc.hypergradient.evaluation import (
     Evaluated,
     Evaluation,
-    Scratch,
+    Places,
+    fresh_leaves,
     gradients_by_backward,
     mean_loss,
     parts,
-    pulled_through,
+    unchecked_grad,
 )
 from rhc.hypergradient.kernels import valueless_gradients
 from rhc.rng import RandomState
 from rhc.training.batches import batch_size
 from rhc.training.module_state import Values
-from rhc.training.plant import Plant
 from rhc.training.trajectory import Block, HiddenState
 
 Product = Literal[
@@ -78,10 +77,11 @@ class KeptGraph:
 
 @dataclass(frozen=True)
 class StepPoint:
-    """Where a product is taken: θ_t per block, b_t, the batch, the random state, the roll's g_t.
+    """Where a vjp is taken: θ_t per block, b_t, the batch, the random state, the roll's g_t.
 
     theta: gives θ_t, which a graph that was kept does without. rng: None where the step draws
-    nothing. owned: θ_t is not needed after this product, which may change it. loss: the roll's ℓ_t.
+    nothing. of_gradients, of_statistics: λ_g per block, λ_b by name. owned: θ_t is not needed
+    after this product, which may change it. loss: the roll's ℓ_t.
     """
 
     theta: Callable[[], Sequence[Tensor]]
@@ -89,6 +89,8 @@ class StepPoint:
     batch: Any
     rng: RandomState | HiddenState | None
     gradients: Sequence[Tensor | None]
+    of_gradients: Sequence[Tensor | None]
+    of_statistics: Mapping[str, Tensor] = field(default_factory=dict)
     graph: KeptGraph | None = None
     owned: bool = False
     loss: Tensor | None = None
@@ -96,6 +98,10 @@ class StepPoint:
     @cached_property
     def flats(self) -> Sequence[Tensor]:
         return self.theta()
+
+    def restore_rng(self) -> None:
+        if self.rng is not None:
+            self.rng.restore()
 
 
 class NotAMean(Exception):
@@ -107,7 +113,7 @@ SAME_LOSS = 200
 
 
 @dataclass(frozen=True)
-class Pulled:
+class StepVjp:
     """What came back: one tensor (or None) per block, and per statistic.
 
     discrepancy: |g − g_t| / |g_t| of the gradient that was computed again, where it was compared.
@@ -118,19 +124,16 @@ class Pulled:
     discrepancy: float = 0.0
 
 
-def pull_back(
+def step_vjp(
     product: Product,
     evaluation: Evaluation,
-    scratch: Scratch,
     point: StepPoint,
-    gradient_costates: Sequence[Tensor | None],
-    statistics_costates: Mapping[str, Tensor],
     *,
     compare: bool = False,
     again: bool = False,
     into: Sequence[Tensor | None] | None = None,
     pieces: int = 1,
-) -> Pulled:
+) -> StepVjp:
     """H_t λ_g + ∂b′/∂θ ᵀ λ_b + ∇(stage cost), and the statistics' own costates.
 
     pieces: an exact product takes the batch's rows in so many parts, one graph after the other,
@@ -140,137 +143,123 @@ def pull_back(
     how far its own g_t is from the roll's. again: a forward difference is taken backwards,
     (g(θ) − g(θ − εv)) / ε, a central one at half the distance.
     """
-    objective = evaluation.objective
-    joint = bool(statistics_costates) or bool(objective.reward_weight)
+    joint = evaluation.joint(point.of_statistics)
     if product == "exact":
         if point.graph is not None:
             try:
-                return _kept(evaluation, point, gradient_costates, statistics_costates, into)
+                return _kept(evaluation, point, into)
             except RuntimeError as error:
                 # A graph that saves other parameters than those that its maker copied.
                 if "modified by an inplace operation" not in str(error):
                     raise
-        return _exact(
-            evaluation,
-            scratch,
-            point,
-            gradient_costates,
-            statistics_costates,
-            compare,
-            into,
-            pieces,
-        )
+        return _exact(evaluation, point, compare, into, pieces)
+    curvature: Sequence[Tensor | None] = [None] * len(point.of_gradients)
     if product == "forward-over-reverse":
-        curvature = _forward_over_reverse(evaluation, scratch, point, gradient_costates)
-    elif product == "none":
-        curvature = [None] * len(gradient_costates)
-    else:
+        curvature = _forward_over_reverse(evaluation, point)
+    elif product != "none":
         # Terms of first order are taken at θ after the product.
         in_place = point.owned and not joint and product == "forward-difference"
-        curvature = _difference(
-            product, evaluation, scratch, point, gradient_costates, again, into, in_place
+        curvature = difference(
+            evaluation,
+            point,
+            central=product == "central-difference",
+            again=again,
+            into=into,
+            in_place=in_place,
         )
         into = None  # it is in there
     if into is not None:
         curvature = [_into(a, b) for a, b in zip(into, curvature, strict=True)]
     if not joint:
-        return Pulled(_with_gradient(curvature, point.gradients, objective.loss_weight))
-    first = _first_order(evaluation, scratch, point, statistics_costates)
+        weight = evaluation.objective.loss_weight
+        return StepVjp(_with_gradient(curvature, point.gradients, weight))
+    first = _first_order(evaluation, point)
     found = [_into(a, b) for a, b in zip(curvature, first.parameters, strict=True)]
-    return Pulled(found, first.statistics)
-
-
-# Exact -------------------------------------------------------------------------------------------
+    return StepVjp(found, first.statistics)
 
 
 def _exact(
     evaluation: Evaluation,
-    scratch: Scratch,
     point: StepPoint,
-    gradient_costates: Sequence[Tensor | None],
-    statistics_costates: Mapping[str, Tensor],
     compare: bool,
     into: Sequence[Tensor | None] | None,
     pieces: int,
-) -> Pulled:
+) -> StepVjp:
     """Reverse over reverse: Pearlmutter 1994."""
-    statistics = _statistics_leaves(point, statistics_costates)
-    scratch.place(point.flats, point.buffers, statistics)
-    seeds = per_parameter(scratch.blocks, gradient_costates)
-    wanted = [*scratch.leaves, *statistics.values()]
+    statistics = fresh_leaves(point.buffers, point.of_statistics)
+    evaluation.place(point.flats, point.buffers, statistics)
+    leaves, plant = evaluation.leaves, evaluation.plant
+    seeds = per_parameter(evaluation.blocks, point.of_gradients)
+    wanted = [*leaves, *statistics.values()]
     total: list[Tensor | None] = [None] * len(wanted)
-    found: list[Tensor | None] = [None] * len(scratch.leaves)
-    joint = bool(statistics) or bool(evaluation.objective.reward_weight)
-    _restore(point.rng)
+    found: list[Tensor | None] = [None] * len(leaves)
+    joint = evaluation.joint(statistics)
+    point.restore_rng()
     if joint or point.rng is not None:
         pieces = 1
     mean = 0.0
     for batch, share in _shares(point.batch, joint, pieces):
-        evaluated = evaluation.of_model(
-            scratch.model, batch, statistics=bool(statistics), twice=True, stage=joint
-        )
+        evaluated = evaluation(batch, statistics=bool(statistics), twice=True, stage=joint)
         loss = evaluated.loss if share == 1 else evaluated.loss * share
         if pieces > 1:
             mean += float(loss.detach())
-        gradients = _gradients(loss, scratch.leaves, seeds, valueless=not compare)
+        gradients = _gradients(loss, leaves, seeds, valueless=not compare)
         if compare:
             found = [_sum(a, b) for a, b in zip(found, gradients, strict=True)]
-        outputs, output_seeds = _outputs(gradients, seeds)
+        # A loss that is linear in θ has no curvature.
+        outputs = [
+            (g, seed)
+            for g, seed in zip(gradients, seeds, strict=True)
+            if g is not None and g.requires_grad
+        ]
         if joint:
-            _add_first_order(outputs, output_seeds, evaluated, statistics_costates)
+            outputs += _first_order_outputs(evaluated, point)
         del evaluated, loss, gradients
         if outputs:
-            pulled = pulled_through(outputs, wanted, output_seeds)
-            total = [_sum(a, b) for a, b in zip(total, pulled, strict=True)]
+            of_share = unchecked_grad([t for t, _ in outputs], wanted, [v for _, v in outputs])
+            total = [_sum(a, b) for a, b in zip(total, of_share, strict=True)]
+        del outputs
     if pieces > 1 and point.loss is not None:
         expected, rounding = float(point.loss), torch.finfo(point.loss.dtype).eps
         if not abs(mean - expected) <= SAME_LOSS * rounding * abs(expected):
             raise NotAMean
-    if evaluation.plant.ranks is not None:
-        like = [*wanted, *(scratch.leaves if compare else ())]
-        total = evaluation.plant.parallel.means([*total, *(found if compare else ())], like)
+    if plant.ranks is not None:
+        like = [*wanted, *(leaves if compare else ())]
+        total = plant.parallel.means([*total, *(found if compare else ())], like)
         total, found = total[: len(wanted)], total[len(wanted) :]
     discrepancy = 0.0
     if compare:
+        costates = point.of_gradients
+        expected_gradients = [
+            None if v is None else g for g, v in zip(point.gradients, costates, strict=True)
+        ]
         discrepancy = relative_difference(
-            _per_block(scratch.blocks, found, only=gradient_costates),
-            [
-                None if v is None else g
-                for g, v in zip(point.gradients, gradient_costates, strict=True)
-            ],
+            per_block(evaluation.blocks, found, only=costates), expected_gradients
         )
-    return _result(evaluation, point, scratch.blocks, total, statistics, joint, discrepancy, into)
+    return _result(evaluation, point, total, statistics, into, discrepancy)
 
 
 def _kept(
-    evaluation: Evaluation,
-    point: StepPoint,
-    gradient_costates: Sequence[Tensor | None],
-    statistics_costates: Mapping[str, Tensor],
-    into: Sequence[Tensor | None] | None,
-) -> Pulled:
+    evaluation: Evaluation, point: StepPoint, into: Sequence[Tensor | None] | None
+) -> StepVjp:
     """The second half of an exact product, through the graph that the roll kept."""
     graph = point.graph
     assert graph is not None
-    blocks = evaluation.blocks
-    seeds = per_parameter(blocks, gradient_costates)
-    pairs = [
-        (g, s)
-        for g, s in zip(graph.gradients, seeds, strict=True)
-        if g is not None and s is not None
+    seeds = per_parameter(evaluation.blocks, point.of_gradients)
+    outputs: list[tuple[Any, Tensor | None]] = [
+        (g, seed)
+        for g, seed in zip(graph.gradients, seeds, strict=True)
+        if g is not None and seed is not None
     ]
-    outputs: list[Any] = [g for g, _ in pairs]
-    output_seeds: list[Tensor | None] = [s for _, s in pairs]
-    joint = bool(statistics_costates) or bool(evaluation.objective.reward_weight)
-    if joint:
-        _add_first_order(outputs, output_seeds, graph.evaluated, statistics_costates)
-    statistics = {n: graph.statistics_leaves[n] for n in statistics_costates}
+    if evaluation.joint(point.of_statistics):
+        outputs += _first_order_outputs(graph.evaluated, point)
+    statistics = {n: graph.statistics_leaves[n] for n in point.of_statistics}
     wanted = [*graph.leaves, *statistics.values()]
     total: list[Tensor | None] = [None] * len(wanted)
     if outputs:
-        total = pulled_through(outputs, wanted, output_seeds)
+        total = unchecked_grad([t for t, _ in outputs], wanted, [v for _, v in outputs])
     total = evaluation.plant.parallel.means(total, wanted)
-    return _result(evaluation, point, blocks, total, statistics, joint, 0.0, into)
+    return _result(evaluation, point, total, statistics, into)
 
 
 def _gradients(
@@ -289,254 +278,84 @@ def _gradients(
     return result
 
 
-def _outputs(
-    gradients: Sequence[Tensor | None], seeds: Sequence[Tensor | None]
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The gradients that can be pulled back: a loss linear in θ has no curvature."""
-    pairs = [
-        (g, s)
-        for g, s in zip(gradients, seeds, strict=True)
-        if g is not None and s is not None and g.requires_grad
-    ]
-    return [g for g, _ in pairs], [s for _, s in pairs]
+def _forward_over_reverse(evaluation: Evaluation, point: StepPoint) -> list[Tensor | None]:
+    """The derivative of g along λ_g, in forward mode: no graph of a graph, so less memory."""
+    blocks, leaves, plant = evaluation.blocks, evaluation.leaves, evaluation.plant
+    tangents = per_parameter(blocks, point.of_gradients)
+    if all(v is None for v in tangents):
+        return [None] * len(blocks)
+    active = per_parameter(blocks, point.gradients)
+    evaluation.place(point.flats, point.buffers)
+    places = Places(evaluation.model, leaves)
+    total: list[Tensor | None] = [None] * len(leaves)
+    point.restore_rng()
+    for batch, share in _shares(point.batch, False):
+        with forward_ad.dual_level():
+            duals = [
+                p if v is None else forward_ad.make_dual(p, v.to(p.dtype))
+                for p, v in zip(leaves, tangents, strict=True)
+            ]
+            places.put(duals)
+            try:
+                loss, _ = mean_loss(plant.loss_fn, evaluation.model, batch)
+                inputs = [d for d, g in zip(duals, active, strict=True) if g is not None]
+                of_inputs = iter(torch.autograd.grad(loss * share, inputs, allow_unused=True))
+            finally:
+                places.put(leaves)
+            found = [None if g is None else next(of_inputs) for g in active]
+            moved = [None if g is None else forward_ad.unpack_dual(g).tangent for g in found]
+            total = [_sum(a, b) for a, b in zip(total, moved, strict=True)]
+    return per_block(blocks, plant.parallel.means(total, leaves), only=point.gradients)
+
+
+def _first_order(evaluation: Evaluation, point: StepPoint) -> StepVjp:
+    """The part without the Hessian, where statistics or a reward take part."""
+    statistics = fresh_leaves(point.buffers, point.of_statistics)
+    evaluation.place(point.flats, point.buffers, statistics)
+    wanted = [*evaluation.leaves, *statistics.values()]
+    point.restore_rng()
+    outputs = _first_order_outputs(evaluation(point.batch, statistics=bool(statistics)), point)
+    total = gradients_by_backward(
+        [t for t, _ in outputs], wanted, [v for _, v in outputs], evaluation.model
+    )
+    total = evaluation.plant.parallel.means(total, wanted)
+    return _result(evaluation, point, total, statistics)
+
+
+def _first_order_outputs(
+    evaluated: Evaluated, point: StepPoint
+) -> list[tuple[Tensor, Tensor | None]]:
+    """(stage cost or statistic after the step, its costate)."""
+    outputs: list[tuple[Tensor, Tensor | None]] = []
+    if evaluated.stage is not None:
+        outputs.append((evaluated.stage, None))
+    for name, costate in point.of_statistics.items():
+        after = evaluated.statistics[name]
+        if after.requires_grad:
+            outputs.append((after, costate))
+    return outputs
 
 
 def _result(
     evaluation: Evaluation,
     point: StepPoint,
-    blocks: Sequence[Block],
     total: Sequence[Tensor | None],
     statistics: Mapping[str, Tensor],
-    joint: bool,
-    discrepancy: float,
     into: Sequence[Tensor | None] | None = None,
-) -> Pulled:
+    discrepancy: float = 0.0,
+) -> StepVjp:
+    """total: a tensor per parameter, then per statistic."""
     count = len(total) - len(statistics)
     if into is None:
-        parameters = _per_block(blocks, total[:count])
+        parameters = per_block(evaluation.blocks, total[:count])
     else:
-        parameters = _added(blocks, into, total[:count])
+        parameters = _added(evaluation.blocks, into, total[:count])
     weight = evaluation.objective.loss_weight
-    if weight and not joint:  # the stage cost is c_ℓ ℓ_t, whose gradient is known
+    if weight and not evaluation.joint(point.of_statistics):
+        # The stage cost is c_ℓ ℓ_t, whose gradient is known.
         parameters = _with_gradient(parameters, point.gradients, weight)
-    pulled = {n: p for n, p in zip(statistics, total[count:], strict=True) if p is not None}
-    return Pulled(parameters, pulled, discrepancy)
-
-
-# Without a second derivative in reverse ----------------------------------------------------------
-
-
-def _forward_over_reverse(
-    evaluation: Evaluation,
-    scratch: Scratch,
-    point: StepPoint,
-    direction: Sequence[Tensor | None],
-) -> list[Tensor | None]:
-    """The derivative of g along v, in forward mode: no graph of a graph, so less memory."""
-    blocks = scratch.blocks
-    tangents = per_parameter(blocks, direction)
-    if all(v is None for v in tangents):
-        return [None] * len(direction)
-    active = per_parameter(blocks, point.gradients)
-    scratch.place(point.flats, point.buffers)
-    total: list[Tensor | None] = [None] * len(scratch.leaves)
-    _restore(point.rng)
-    for batch, share in _shares(point.batch, False):
-        with forward_ad.dual_level():
-            duals = [
-                p if v is None else forward_ad.make_dual(p, v.to(p.dtype))
-                for p, v in zip(scratch.leaves, tangents, strict=True)
-            ]
-
-            def gradient(
-                model: Any, batch: Any = batch, share: float = share, duals: Any = duals
-            ) -> list[Tensor | None]:
-                loss, _ = mean_loss(evaluation.plant.loss_fn, model, batch)
-                inputs = [d for d, g in zip(duals, active, strict=True) if g is not None]
-                found = iter(torch.autograd.grad(loss * share, inputs, allow_unused=True))
-                return [None if g is None else next(found) for g in active]
-
-            named = dict(zip(evaluation.names, duals, strict=True))
-            found = evaluation.substitution.at(named, gradient)
-            moved = [None if g is None else forward_ad.unpack_dual(g).tangent for g in found]
-            total = [_sum(a, b) for a, b in zip(total, moved, strict=True)]
-    total = evaluation.plant.parallel.means(total, scratch.leaves)
-    return _per_block(blocks, total, only=point.gradients)
-
-
-def _difference(
-    product: Product,
-    evaluation: Evaluation,
-    scratch: Scratch,
-    point: StepPoint,
-    direction: Sequence[Tensor | None],
-    again: bool,
-    into: Sequence[Tensor | None] | None,
-    in_place: bool,
-) -> list[Tensor | None]:
-    """(g(θ + εv) − g(θ)) / ε or (g(θ + εv) − g(θ − εv)) / 2ε, with ε = c |θ| / |v|.
-
-    It is added to `into` in place, if there is one. in_place: θ may be changed to θ + εv.
-
-    c is the square (cube) root of the machine's epsilon, which balances rounding and truncation
-    for the forward (central) difference of a smooth function; at kinks nothing does. Where loss_fn
-    computes in reduced precision (autocast), that precision's epsilon counts.
-    """
-    # A block that v leaves alone has a row of H v all the same.
-    active = [i for i, g in enumerate(point.gradients) if g is not None]
-    moved = [i for i, v in enumerate(direction) if v is not None]
-    result: list[Tensor | None] = [None] * len(direction) if into is None else list(into)
-    if not moved or not active:
-        return result
-    length = evaluation.plant.parallel.norm([v for v in direction if v is not None])
-    size = evaluation.plant.parallel.norm([point.flats[i] for i in moved])
-
-    def evaluate(scale: Tensor) -> None:
-        """Fills the `.grad`s at θ + scale v."""
-        flats = [
-            f
-            if v is None
-            else torch.addcmul(f, v, scale.to(f.device, f.dtype), out=f if in_place else None)
-            for f, v in zip(point.flats, direction, strict=True)
-        ]
-        scratch.place(flats, point.buffers)
-        _restore(point.rng)
-        for p in scratch.leaves:
-            p.grad = None
-        evaluation.plant.backward(point.batch)
-
-    def distance(precision: float) -> Tensor:
-        c = precision**0.5 if product == "forward-difference" else precision ** (1 / 3)
-        # On the device all the way: asking for a number would make the host wait. v = 0 gives 0.
-        epsilon = c * size.clamp_min(1e-3) / length.clamp_min(torch.finfo(length.dtype).tiny)
-        if not again:
-            return epsilon
-        return -epsilon if product == "forward-difference" else epsilon / 2
-
-    plant = evaluation.plant
-    own = torch.finfo(point.flats[active[0]].dtype).eps
-    known = plant in _PRECISION
-    in_place = in_place and known
-    epsilon = distance(max(own, _PRECISION.get(plant, 0.0)))
-    with nullcontext() if known else noting_precision(plant):
-        evaluate(epsilon)
-    if not known and _PRECISION[plant] > own:
-        epsilon = distance(_PRECISION[plant])
-        evaluate(epsilon)
-    other: Sequence[Tensor | None] = point.gradients
-    width = epsilon
-    if product == "central-difference":
-        other, width = scratch.gradients(), -2 * epsilon
-        evaluate(-epsilon)
-    for i in active:
-        own_other = other[i]
-        assert own_other is not None
-        result[i] = _add_difference(
-            scratch.blocks[i], scratch.parameters[i], own_other, width, result[i]
-        )
-    for p in scratch.leaves:
-        p.grad = None
-    return result
-
-
-@torch.no_grad()
-def _add_difference(
-    block: Block,
-    parameters: Sequence[Tensor],
-    other: Tensor,
-    width: Tensor,
-    target: Tensor | None,
-) -> Tensor:
-    """target + (the block's `.grad`s − other) / width, target changed; the `.grad`s are used up.
-
-    Parameter by parameter, while its gradient is in the processor's cache: over whole vectors every
-    one of these passes would fetch them from memory again.
-    """
-    result = torch.zeros_like(other) if target is None else target
-    scale = width.reciprocal().to(other.device, other.dtype)
-    for p, to, known in zip(parameters, block.views(result), block.views(other), strict=True):
-        difference = -known if p.grad is None else p.grad.sub_(known)
-        if scale.device.type == "cpu":
-            to.add_(difference, alpha=float(scale))
-        else:
-            to.addcmul_(difference, scale)
-    return result
-
-
-_PRECISION: WeakKeyDictionary[Plant, float] = WeakKeyDictionary()
-
-
-def precision_known(plant: Plant) -> bool:
-    """Whether `precision` has been noted."""
-    return plant in _PRECISION
-
-
-def precision(plant: Plant) -> float:
-    """The machine epsilon of the coarsest type that the modules of a plant's model compute in."""
-    return _PRECISION[plant]
-
-
-@contextmanager
-def noting_precision(plant: Plant) -> Iterator[Callable[[], float]]:
-    """Notes the plant's precision while its loss is evaluated inside; gives what was seen so far.
-
-    Autocast is on inside loss_fn only, so that it is the modules that must be asked. What loss_fn
-    computes outside any module is not seen.
-    """
-    coarsest = 0.0
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        nonlocal coarsest
-        dtypes = [t.dtype for t in tensors_of(output) if t.is_floating_point()]
-        kind = plant.parameters[0].device.type
-        if torch.is_autocast_enabled(kind):
-            dtypes.append(torch.get_autocast_dtype(kind))
-        coarsest = max([coarsest, *(torch.finfo(dtype).eps for dtype in dtypes)])
-
-    handles = [module.register_forward_hook(note) for module in plant.model.modules()]
-    before = _PRECISION.get(plant)
-    try:
-        yield lambda: coarsest
-    finally:
-        for handle in handles:
-            handle.remove()
-    _PRECISION[plant] = coarsest if before is None else before
-
-
-def _first_order(
-    evaluation: Evaluation,
-    scratch: Scratch,
-    point: StepPoint,
-    statistics_costates: Mapping[str, Tensor],
-) -> Pulled:
-    """The part without the Hessian, where statistics or a reward take part."""
-    statistics = _statistics_leaves(point, statistics_costates)
-    scratch.place(point.flats, point.buffers, statistics)
-    wanted = [*scratch.leaves, *statistics.values()]
-    outputs: list[Tensor] = []
-    seeds: list[Tensor | None] = []
-    _restore(point.rng)
-    evaluated = evaluation.of_model(scratch.model, point.batch, statistics=bool(statistics))
-    _add_first_order(outputs, seeds, evaluated, statistics_costates)
-    total = gradients_by_backward(outputs, wanted, seeds, scratch.model)
-    total = evaluation.plant.parallel.means(total, wanted)
-    return _result(evaluation, point, scratch.blocks, total, statistics, True, 0.0)
-
-
-def _add_first_order(
-    outputs: list[Tensor],
-    seeds: list[Tensor | None],
-    evaluated: Evaluated,
-    costates: Mapping[str, Tensor],
-) -> None:
-    if evaluated.stage is not None:
-        outputs.append(evaluated.stage)
-        seeds.append(None)
-    for name, costate in costates.items():
-        after = evaluated.statistics[name]
-        if after.requires_grad:
-            outputs.append(after)
-            seeds.append(costate)
+    of_statistics = {n: p for n, p in zip(statistics, total[count:], strict=True) if p is not None}
+    return StepVjp(parameters, of_statistics, discrepancy)
 
 
 # Helpers -----------------------------------------------------------------------------------------
@@ -563,19 +382,6 @@ def _shares(batch: Any, joint: bool, pieces: int = 1) -> list[tuple[Any, float]]
     return found
 
 
-def _restore(rng: RandomState | HiddenState | None) -> None:
-    if rng is not None:
-        rng.restore()
-
-
-def _statistics_leaves(point: StepPoint, costates: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name: b.detach().clone().requires_grad_()
-        for name in costates
-        if (b := point.buffers[name]) is not None
-    }
-
-
 def per_parameter(blocks: Sequence[Block], vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """A vector per block as a view per parameter."""
     return [
@@ -585,7 +391,7 @@ def per_parameter(blocks: Sequence[Block], vectors: Sequence[Tensor | None]) -> 
     ]
 
 
-def _per_block(
+def per_block(
     blocks: Sequence[Block],
     tensors: Sequence[Tensor | None],
     only: Sequence[Tensor | None] | None = None,
@@ -621,7 +427,7 @@ def _added(
         own = tensors[place : place + len(block.sizes)]
         place += len(block.sizes)
         if vector is None:
-            result += _per_block([block], own)
+            result += per_block([block], own)
             continue
         pairs = [(v, t) for v, t in zip(block.views(vector), own, strict=True) if t is not None]
         if pairs:

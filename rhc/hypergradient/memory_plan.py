@@ -1,6 +1,6 @@
 """How a window is remembered within a memory budget, and what that costs.
 
-Looking back needs, at every step and in reverse order, the state, the gradient, and the graph of
+A reverse pass needs, at every step and in reverse order, the state, the gradient, and the graph of
 the gradient. From the dearest in memory to the dearest in time:
 
 - the roll keeps the graph (`graphs` last steps): no gradient is evaluated again;
@@ -8,23 +8,23 @@ the gradient. From the dearest in memory to the dearest in time:
   made again;
 - state and gradient are spilled to disk (`spilled` first steps);
 - or nothing but `snapshots` states is kept, and the steps are rolled again in chunks of `chunk`, in
-  the order of Revolve (Griewank, Walther 2000), which evaluates the fewest gradients.
+  the order of `revolve`.
 
 What one product takes is a floor under all of these. Where that is more than the budget, the
 product takes the rows of a batch in parts (`pieces`), each with a graph of its own, if the loss is
 a mean over rows: then H v is the mean of the parts' products.
 
-Segments longer than one step do not occur: a graph over several steps holds as much as the graphs
-of these steps, and what they save (pulling through the optimizer's step) is cheap.
+`segment` = N asks for the graphs of the last N steps, whatever they take.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 
 from rhc.hypergradient.hvp import KEPT_COST, PRODUCT_COST, Product
+from rhc.hypergradient.revolve import chunk_evaluations, recomputed_steps
 
 FREE_GRAPHS = 16 * 2**20
 """Bytes of graphs that the roll keeps where no budget is given: small models are bound by Python's
@@ -74,13 +74,15 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a window of `steps` keeps. budget, predicted_bytes: beyond plain training.
+    """What a window of `steps` keeps.
 
-    gradient_equivalents: predicted cost of looking back, in gradient evaluations, terminal loss not
-    counted. recomputed: of these, the steps that are rolled again. twice: at how many steps a
-    difference is taken twice. pieces: in how many parts a product takes the
-    rows of its batch. onednn: whether matrices may be multiplied by a library that keeps kernels of
-    its own.
+    graphs: of how many last steps the graph is kept. states_every: how far the kept states lie
+    apart; 0 for one state. kept: of how many last steps the gradient is in memory. spilled: how
+    many first steps are on disk. snapshots, chunk: what steps are rolled again from, and how many
+    at a time; recomputed: how many are. twice: at how many steps a difference is taken twice.
+    pieces: in how many parts a product takes the rows of its batch. onednn: whether matrices may be
+    multiplied by a library that keeps kernels of its own. budget, predicted_bytes: beyond plain
+    training.
     """
 
     steps: int
@@ -101,8 +103,9 @@ class Plan:
 
     @property
     def gradient_equivalents(self) -> float:
+        """Predicted cost of the reverse pass, in gradient evaluations, without a terminal loss."""
         products = (self.steps + self.twice) * PRODUCT_COST[self.product]
-        if self.product == "exact" and self.segment == 1:
+        if self.product == "exact":
             products -= (PRODUCT_COST["exact"] - KEPT_COST) * self.graphs
         return float(products + self.recomputed)
 
@@ -172,6 +175,12 @@ def make_plan(
     return replace(planned(budget), onednn=False)
 
 
+def with_graphs(steps: int, graphs: int) -> Plan:
+    """The plan that keeps the graphs of the last steps, so many, and every gradient."""
+    every = math.isqrt(max(0, steps - 1)) + 1
+    return Plan(steps, "exact", graphs, graphs=graphs, states_every=every, kept=steps)
+
+
 def _planned(
     steps: int,
     product: Product,
@@ -205,8 +214,8 @@ def _planned(
         if whole.predicted_bytes - lean.predicted_bytes <= 2 * sizes.graph:
             lean = whole
         assert lean.predicted_bytes is not None
-        room = min(budget - lean.predicted_bytes, most)
-        return _kept(steps, product, sizes, budget, min(steps, int(room // max(1, sizes.graph))))
+        left = min(budget - lean.predicted_bytes, most)
+        return _kept(steps, product, sizes, budget, min(steps, int(left // max(1, sizes.graph))))
     plans = [_within(steps, product, sizes, budget, spill=spill)]
     for pieces, size in sizes.pieces or ():
         lighter = replace(sizes, product=min(size, sizes.product))
@@ -264,7 +273,7 @@ def _kept(
     states = 2 * apart * one
     # One state is what the window began with, which the caller keeps to go back to.
     fixed = steps * sizes.parameters + sizes.state + sizes.costates + sizes.product
-    # A product without a graph does not find its room where the kept ones were: the heap has holes.
+    # A product without a graph does not fit in where the kept ones were: the heap has holes.
     fixed += graphs * sizes.graph
     most = max(FREE_STATES, min(MOST_STATES, steps * sizes.parameters))
     if graphs == steps and sizes.folded:
@@ -319,7 +328,7 @@ def _recomputed(steps: int, product: Product, sizes: Sizes, budget: int) -> Plan
             )
         )
     # The first chunk may be shorter, which the formula does not know.
-    likely = sorted(plans, key=_rank)[: 1024 if steps <= 1024 else 16]
+    likely = sorted(plans, key=_rank)[: 256 if steps <= 1024 else 16]
     exactly = (replace(p, recomputed=recomputed_steps(steps, p.chunk, p.snapshots)) for p in likely)
     return min(exactly, key=_rank)
 
@@ -338,64 +347,6 @@ def _rank(plan: Plan) -> tuple[bool, float, float]:
     if plan.fits:
         return False, cost, plan.predicted_bytes
     return True, plan.predicted_bytes, cost
-
-
-# Revolve -----------------------------------------------------------------------------------------
-
-
-def chunk_bounds(steps: int, chunk: int) -> list[int]:
-    """Where the chunks of a window begin, and its end: the first chunk may be shorter."""
-    first = steps % chunk
-    bounds = list(range(first, steps + 1, chunk))
-    return bounds if first == 0 else [0, *bounds]
-
-
-def recomputed_steps(steps: int, chunk: int, snapshots: int) -> int:
-    """Steps that are rolled again, beyond the first roll, by the order of `split`."""
-    bounds = chunk_bounds(steps, chunk)
-
-    def again(first: int, stop: int, free: int, rolled: bool) -> int:
-        """For chunks [first, stop), from a snapshot at `first`. rolled: the roll passes anyway."""
-        if stop - first == 1:
-            return 0 if rolled else bounds[stop] - bounds[first]
-        if stop - first - 1 <= free:  # room for every state
-            way = 0 if rolled else bounds[stop - 1] - bounds[first]
-            return way + bounds[stop] - bounds[first] - (bounds[stop] - bounds[stop - 1]) * rolled
-        middle = first + split(stop - first, free)
-        way = 0 if rolled else bounds[middle] - bounds[first]
-        if not free:  # every chunk is reached from the first
-            total = sum(bounds[k + 1] - bounds[first] for k in range(first, stop - 1))
-            return total + (0 if rolled else bounds[stop] - bounds[first])
-        return way + again(middle, stop, free - 1, rolled) + again(first, middle, free, False)
-
-    return again(0, len(bounds) - 1, snapshots - 1, True)
-
-
-@lru_cache(maxsize=100_000)
-def chunk_evaluations(chunks: int, free: int) -> int:
-    """Chunks rolled to reverse `chunks` of them with room for `free` states beside the first.
-
-    Griewank, Walther 2000: l chunks with s states take r l − C(s + r, s + 1) advances, r the
-    smallest number with C(s + r, s) ≥ l, and every chunk is rolled once more to be recorded.
-    """
-    if chunks <= 1:
-        return chunks
-    s = free + 1
-    r = 0
-    while math.comb(s + r, s) < chunks:
-        r += 1
-    return r * chunks - math.comb(s + r, s + 1) + chunks
-
-
-@lru_cache(maxsize=100_000)
-def split(chunks: int, free: int) -> int:
-    """After how many of `chunks` the next snapshot is best taken."""
-    if free == 0:
-        return chunks - 1
-    return min(
-        range(1, chunks),
-        key=lambda m: m + chunk_evaluations(chunks - m, free - 1) + chunk_evaluations(m, free),
-    )
 
 
 def _bytes(count: int) -> str:

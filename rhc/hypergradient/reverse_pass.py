@@ -1,4 +1,4 @@
-"""Rolling windows and looking back at them, with everything that is decided on the way.
+"""Rolling windows and differentiating them, with everything that is decided on the way.
 
 `rhc.hypergradient` uses a `ReversePass` once, a Runner for all its windows: which product is taken
 (`auto`), what the roll keeps (`plan`), and what became of it (`Outcome`).
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rhc.errors import InputError
+from rhc.hypergradient.adjoint import Adjoint, Damping, Terminal, adjoint
 from rhc.hypergradient.evaluation import (
     Evaluation,
     functions_of,
@@ -30,16 +31,13 @@ from rhc.hypergradient.kernels import matrices
 from rhc.hypergradient.memory_plan import (
     Plan,
     Sizes,
-    keeps_whole,
-    make_plan,
 )
+from rhc.hypergradient.outcome import Outcome, outcome_of
+from rhc.hypergradient.planning import Planner
+from rhc.hypergradient.product_check import try_product
 from rhc.hypergradient.record import WindowRecorder
-from rhc.hypergradient.segments import Adjoint, Damping, Terminal, adjoint
 from rhc.hypergradient.sizes import (
-    forget_pieces,
     known_of,
-    measure_pieces,
-    measure_sizes,
     signature,
 )
 from rhc.hypergradient.support import missing, unsupported
@@ -48,86 +46,38 @@ from rhc.hypergradient.verification import (
     hooks,
     is_double,
     steps_to_cut,
-    try_product,
     verify,
 )
 from rhc.rng import RandomState
 from rhc.schedule import Schedule
-from rhc.settings import Engine
-from rhc.training import memory
 from rhc.training.module_state import Buffers, Captured
 from rhc.training.objective import Average, Objective
 from rhc.training.plant import Plant
 from rhc.training.trajectory import StepRecord, Trajectory
-
-SAME_GRADIENT = 0.01
-"""Largest relative difference between a step's gradient and the same computed again. Other kernels
-and reduced precision stay below it; hidden state and randomness do not."""
-
-EXPLODING = 1e4
-"""A costate that has grown by this factor on its way back says more about rounding and chaos than
-about the schedule (Metz et al. 2021)."""
-
-VANISHING = 1e-6
-"""A costate that has shrunk by this factor: steps before have no say in the objective."""
-
-
-HEAP = 0.9
-"""The share of a budget that is planned with on a CPU: the C heap resides in a tenth more than is
-allocated, in holes between tensors."""
-
-FRESH_GRAPHS = 2**30
-"""Bytes of graphs that are kept at most, whatever the budget, on a CPU whose heap is not held. The
-system's fresh pages take more time than is saved: a GPT with K = 50 took 3.9 plain steps a step
-with 16 graphs of 80 MB, 5.0 with 22, 5.4 with all 50; from the second window on 3.3, where they
-are held."""
-
-AGREES = 0.05
-"""Largest sum over a window of what differences to either side differ by, as shares of the costate,
-that is put up with: about the error of dJ/du. Smooth models stay below 1e-3 in float32; one kink
-crossed is off by a third of a product and more."""
-
 
 SAMPLED = 12
 """Steps at which difference products that were asked for are held against others, once."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a hypergradient ended; `message` says the mend.
-
-    name: "successful"; "vanishing" and "exploding", where the costate shrinks or grows too much on
-    its way back; "non-finite"; or "inconsistent", where rolls of the plain loop contradict the
-    numbers, a step that is computed again is not the step that was rolled, or differences to either
-    side disagree, so that the numbers cannot be trusted.
-
-    step: the absolute step at which it began, going backwards; None where it succeeded.
-    """
-
-    name: str
-    message: str
-    step: int | None = None
-
-    @property
-    def successful(self) -> bool:
-        return self.name == "successful"
-
-    @property
-    def usable(self) -> bool:
-        """Whether a schedule may be rewritten from it as it is."""
-        return self.name in ("successful", "vanishing")
-
-
-@dataclass(frozen=True)
 class Hypergradient:
     """J and its derivatives.
 
-    value: J. grad: control -> (K,) float64, dJ/du_t in natural units; (K, groups) where the
-    schedule has a value per group. costate_norms: (K,) float64, |dJ/ds_t|. terminal: the terminal
-    loss, NaN without one. losses: (K,) as rolled. product, why: the product that was taken.
-    plan: what the roll kept. gradient_equivalents: what looking back cost, in gradient evaluations.
-    check: control -> relative disagreement with two rolls of the plain loop over the first steps;
-    "terminal": of the terminal loss with its gradient. {} where nothing was verified.
+    Attributes:
+        value: J.
+        grad: control -> (K,) float64, dJ/du_t in natural units; (K, groups) where the schedule has
+            a value per group.
+        costate_norms: (K,) float64, |dJ/ds_t|.
+        result: whether it can be trusted.
+        terminal: the terminal loss, NaN without one.
+        losses: (K,) as rolled.
+        engine, product, segment: what was used.
+        hessian_products: how many.
+        gradient_equivalents: what the reverse pass cost, in gradient evaluations.
+        why: why this product was taken, and what it leaves out.
+        plan: what the roll kept.
+        check: control -> relative disagreement with two rolls of the plain loop over the first
+            steps; {} where nothing was verified.
     """
 
     value: float
@@ -147,7 +97,7 @@ class Hypergradient:
 
 
 class ReversePass:
-    """Rolls windows of a plant and looks back at them.
+    """Rolls windows of a plant and differentiates them.
 
     segment, product, memory_budget (bytes beyond plain training), spill (False; True for the
     system's temporary folder; or a folder), damping: as in `rhc.hypergradient`. verified: whether
@@ -169,21 +119,6 @@ class ReversePass:
         verified: bool = False,
         notice: Callable[[str], None] = lambda message: None,
     ) -> None:
-        # What a budget allows is held from one window to the next.
-        self.held = plant.parameters[0].device.type == "cpu" and memory.hold(memory_budget or 0)
-        damping = damping or Damping()
-        if memory_budget is not None and not memory_budget > 0:
-            raise InputError(f"memory_budget must be > 0 bytes, got {memory_budget}")
-        if memory_budget is not None and segment not in ("auto", 1):
-            raise InputError(
-                f"memory_budget decides what is kept, got segment {segment} beside it; leave "
-                "segment 'auto'"
-            )
-        Engine(discount=damping.discount, costate_clip=damping.clip).checked()
-        if plant.ranks is not None and segment not in ("auto", 1):
-            raise InputError(
-                f"segment must be 1 where ranks train together, got {segment}; leave segment 'auto'"
-            )
         if plant.parallel.sharded and objective.reward_weight:
             raise InputError(
                 "rewards are not there for parameters that are shared out (fully_shard); judge "
@@ -194,15 +129,13 @@ class ReversePass:
                 "running statistics of BatchNorm are not followed where parameters are shared out "
                 "(fully_shard); normalise otherwise, or leave fully_shard out"
             )
-        if damping != Damping() and segment not in ("auto", 1):
-            raise InputError(
-                f"discount and costate_clip need segment 1, got {segment}; leave segment 'auto'"
-            )
         self.plant, self.objective, self.controls = plant, objective, tuple(controls)
-        self.segment = segment
+        self.planner = Planner(
+            plant, objective, self.controls, segment, memory_budget, spill is not False
+        )
         self.memory_budget = memory_budget
         self.spill = spill
-        self.damping = damping
+        self.damping = damping or Damping()
         self.notice = notice
         self.automatic = product == "auto"
         self.product, self.why = self._first_choice(product)
@@ -211,7 +144,6 @@ class ReversePass:
         self.check: Disagreements | None = None
         self.moving: list[str] | None = None
         self.whole = ""  # why no product takes batches in parts any more
-        self._sizes: dict[str, Sizes] = {}
         self._tried: set[type] = set()
 
     # Plan and roll -------------------------------------------------------------------------------
@@ -221,32 +153,7 @@ class ReversePass:
 
         scheduled: the controls that are set at every step.
         """
-        product = self.product
-        if self.segment not in ("auto", 1):
-            return Plan(steps, product, min(int(self.segment), steps), kept=steps)
-        spill = self.spill is not False
-        budget = self.memory_budget
-        on_cpu = self.plant.parameters[0].device.type == "cpu"
-        with matrices.torchs_own(budget is not None):
-            sizes = self._measured(batch, product)
-            allocated = budget
-            if budget is not None and on_cpu:
-                allocated = max(0, int(HEAP * (budget + sizes.plain)) - sizes.plain)
-            if sizes.pieces is None and not (
-                allocated is None or keeps_whole(steps, product, sizes, allocated)
-            ):
-                sizes = self._measured_in_pieces(batch, product)
-        if not self.plant.slots_alone(scheduled, self.controls):
-            sizes = replace(sizes, slots=0)
-        if self.plant.hooks.of_tensors:  # every step keeps its state beside its gradient
-            sizes = replace(sizes, parameters=sizes.parameters + sizes.state)
-        sizes = replace(sizes, folded=self.plant.folds(scheduled, self.controls))
-        most = None if self.held or not on_cpu else FRESH_GRAPHS
-        plan = make_plan(steps, product, sizes, allocated, spill=spill, graph_bytes=most)
-        if on_cpu:
-            assert plan.predicted_bytes is not None
-            resident = int((plan.predicted_bytes + sizes.plain) / HEAP) - sizes.plain
-            plan = replace(plan, budget=budget, predicted_bytes=resident)
+        plan = self.planner.plan(steps, self.product, batch, scheduled)
         return replace(plan, twice=len(self._twice(steps)))
 
     def _twice(self, steps: int, start: int = 0) -> Sequence[int]:
@@ -274,14 +181,18 @@ class ReversePass:
     ) -> WindowRecorder:
         """Rolls the live plant through the window; the recorder has the trajectory.
 
-        Raises Unseen where a step does what looking back cannot see through.
+        Raises Unseen where a step does what a reverse pass cannot see through.
         """
         self.plant.refuse_overlaps()
         plan = self.plan(len(batches), batches[0], schedule)
         folder = None if isinstance(self.spill, bool) else Path(self.spill)
-        blind = self.plant.slots_alone(schedule, self.controls)
         recorder = WindowRecorder(
-            self.plant, self.objective, plan, folder, blind=blind, ceiling=self._ceiling(plan)
+            self.plant,
+            self.objective,
+            plan,
+            folder,
+            without_theta=self.plant.slots_alone(schedule, self.controls),
+            ceiling=self.planner.ceiling(plan),
         )
         if self.verified and self.check is None:
             self.check = self._remembered(batches[0]).get("check")
@@ -300,24 +211,6 @@ class ReversePass:
             recorder.close()
             raise
         return recorder
-
-    def _ceiling(self, plan: Plan) -> memory.Ceiling | None:
-        """Of a CPU's heap, where there is a budget; it begins now.
-
-        What the window began with is there already, and the budget's.
-        """
-        if plan.budget is None or self.plant.parameters[0].device.type != "cpu":
-            return None
-        sizes = self._sizes[plan.product]
-        whole = sizes.plain + plan.budget - sizes.state
-        if plan.graphs:
-            # The next graph must have room, with holes that it cannot use, and a product; in all no
-            # more than a tenth above the budget. Trimming earlier costs more than it is worth.
-            room = 2 * sizes.graph - 2 * plan.budget // 25
-            above = max(whole // 2, whole - room)
-            return memory.Ceiling(above, work=sizes.graph, spare=plan.budget // 4)
-        work = sizes.plain + dict(sizes.pieces or ()).get(plan.pieces, sizes.product)
-        return memory.Ceiling(whole - int((1 - HEAP) * plan.budget), work=work)
 
     # Differentiate -------------------------------------------------------------------------------
 
@@ -352,20 +245,12 @@ class ReversePass:
             if trajectory.diverged is not None and plan.chunk:
                 # The roll ended before the chunk that it would have recorded.
                 found, end = _undefined(trajectory, self.controls), None
-                outcome = _outcome(found, trajectory, end, damping)
+                outcome = outcome_of(found, trajectory, end, damping)
                 break
-            beginning = recorder.beginning if self.check is None else None
-            hessian = self.memory_budget is None and self.plant.ranks is None
-            rng = None if beginning is None else RandomState.capture()
-            cut = 0
-            if beginning is not None and trajectory.diverged is None:
-                damped = damping != Damping()
-                few = hessian and not is_double(self.plant)  # the product is tried on its own
-                cut = steps_to_cut(len(trajectory), self.controls, product, few=few, damped=damped)
+            rng = RandomState.capture()
             try:
                 with matrices.torchs_own(not plan.onednn):
                     found, end = adjoint(
-                        self.plant,
                         recorder,
                         self.objective,
                         self.controls,
@@ -374,20 +259,21 @@ class ReversePass:
                         product=product,
                         damping=damping,
                         twice=self._twice(len(trajectory), trajectory.start),
-                        cut=cut,
+                        cut=self._steps_to_verify(recorder, damping),
                     )
             except (RuntimeError, NotImplementedError) as error:
                 self._fall_back(error, trajectory)
                 continue
-            outcome = _outcome(found, trajectory, end, damping)
-            if beginning is None or rng is None or found.cut is None or not outcome.usable:
+            outcome = outcome_of(found, trajectory, end, damping)
+            if found.cut is None or not outcome.usable:
                 break
             # A terminal loss that draws or counts is taken again as it was.
             rng.restore()
             counted.restore()
+            assert recorder.beginning is not None
             check = verify(
                 self.plant,
-                beginning,
+                recorder.beginning,
                 trajectory,
                 self.objective,
                 found.gradient,
@@ -396,7 +282,7 @@ class ReversePass:
                 terminal,
                 0.0 if end is None else float(end),
                 average.values,
-                hessian=hessian,
+                hessian=self._tries_product,
             )
             # A terminal loss is counted by its size, where that is known.
             taken = check.terminals * getattr(terminal, "share", 1.0) / 3
@@ -438,6 +324,22 @@ class ReversePass:
             check={} if self.check is None else self.check.of,
         )
 
+    def _steps_to_verify(self, recorder: WindowRecorder, damping: Damping) -> int:
+        """The k of `verify`; 0 where nothing is verified."""
+        trajectory = recorder.trajectory
+        checked = recorder.beginning is None or self.check is not None
+        if checked or trajectory.diverged is not None:
+            return 0
+        # Two steps are enough where the product is tried on its own.
+        few = self._tries_product and not is_double(self.plant)
+        return steps_to_cut(
+            len(trajectory), self.controls, self.product, few=few, damped=damping != Damping()
+        )
+
+    @property
+    def _tries_product(self) -> bool:
+        return self.memory_budget is None and self.plant.ranks is None
+
     @property
     def prior_cost(self) -> float:
         """Gradient evaluations that the first hypergradient's proof takes, about at most."""
@@ -452,7 +354,7 @@ class ReversePass:
 
     def state(self) -> dict[str, Any]:
         """What was decided and measured, JSON-able: a resumed run must roll as the run did."""
-        sizes = {key: asdict(found) for key, found in self._sizes.items()}
+        sizes = {key: asdict(found) for key, found in self.planner.sizes.items()}
         return {
             "product": self.product,
             "why": self.why,
@@ -467,7 +369,7 @@ class ReversePass:
         self.product, self.why = state["product"], state["why"]
         self.exact_fails = bool(state["exact_fails"])
         self.whole = state.get("whole", "")  # not in checkpoints of before
-        self._sizes = {key: Sizes(**found) for key, found in state["sizes"].items()}
+        self.planner.sizes = {key: Sizes(**found) for key, found in state["sizes"].items()}
         check = state.get("check")  # not in checkpoints of before
         self.check = None if check is None else Disagreements(**check)
 
@@ -510,7 +412,7 @@ class ReversePass:
 
     def _tries_differences(self, check: Disagreements, recorder: WindowRecorder) -> bool:
         """Takes difference products where exact ones do not hold and it is ours to choose."""
-        ours = self.automatic and self.product == "exact" and self.segment in ("auto", 1)
+        ours = self.automatic and self.product == "exact"
         if not (ours and check.of_the_product and recorder.again):
             return False
         self.exact_fails = True
@@ -552,7 +454,6 @@ class ReversePass:
             "verified",
             type(self.plant.optimizer),
             self.product,
-            self.segment in ("auto", 1),
             self.controls,
             bool(self.objective.terminal_weight),
             hooks(self.plant),
@@ -561,8 +462,7 @@ class ReversePass:
         return known_of(self.plant).setdefault(key, {})
 
     def _divide_no_more(self, product: Product, trajectory: Trajectory, i: int) -> None:
-        self._sizes[product] = replace(self._sizes[product], pieces=())
-        forget_pieces(self.plant, trajectory.batches[i], self.objective)
+        self.planner.divide_no_more(product, trajectory.batches[i])
         self.whole = (
             f"the loss of step {trajectory.start + i} is not the mean of its rows' losses: "
             "products take whole batches from now on, which may be more than the memory budget"
@@ -572,7 +472,7 @@ class ReversePass:
     def _fall_back(self, error: BaseException, trajectory: Trajectory) -> None:
         """An operator lacks the derivative: differences where that is ours to choose."""
         batch = trajectory.batches[-1]
-        if not self.automatic or self.exact_fails or self.segment not in ("auto", 1):
+        if not self.automatic or self.exact_fails:
             raise unsupported(error, self.plant, batch, self.product) or error from error
         found = missing(error, self.plant, batch, "exact")
         if found is None:
@@ -581,26 +481,6 @@ class ReversePass:
         self.product = "forward-difference"
         self.why = f"no exact product: {found.reason}"
         self.notice(f"product forward-difference: {self.why}; {found.mend}")
-
-    # Sizes ---------------------------------------------------------------------------------------
-
-    def _measured(self, batch: Any, product: Product) -> Sizes:
-        if product not in self._sizes:
-            sizes = measure_sizes(
-                self.plant, batch, self.objective, product, full=self.memory_budget is not None
-            )
-            if self.plant.ranks is not None:  # one plan for all
-                sizes = Sizes(**self.plant.ranks.share(asdict(sizes)))
-            self._sizes[product] = sizes
-        return self._sizes[product]
-
-    def _measured_in_pieces(self, batch: Any, product: Product) -> Sizes:
-        """Also of a product that takes the batch in parts: only where a budget is tight."""
-        pieces: tuple[tuple[int, int], ...] = ()
-        if product == "exact":
-            pieces = measure_pieces(self.plant, batch, self.objective)
-        self._sizes[product] = replace(self._sizes[product], pieces=pieces)
-        return self._sizes[product]
 
 
 def _has_moved(live: Tensor, before: Sequence[Tensor | None]) -> bool:
@@ -618,7 +498,7 @@ def _left_out(moving: Sequence[str]) -> str:
 
 
 def _undefined(trajectory: Trajectory, controls: Sequence[str]) -> Adjoint:
-    """The adjoint of a window that cannot be looked back at: NaN everywhere."""
+    """The adjoint of a window whose reverse pass is impossible: NaN everywhere."""
     steps, schedule = len(trajectory), trajectory.schedule
     nothing = torch.full((steps,), math.nan, dtype=torch.float64)
     gradient = {n: torch.full_like(schedule[n][:steps], math.nan) for n in controls}
@@ -642,72 +522,3 @@ def stage_sum(objective: Objective, trajectory: Trajectory) -> float:
 def _padded(values: Tensor, missing: int) -> Tensor:
     where = (0, 0, 0, missing) if values.dim() == 2 else (0, missing)
     return pad(values, where, value=math.nan)
-
-
-def _outcome(
-    found: Adjoint, trajectory: Trajectory, end: Tensor | None, damping: Damping
-) -> Outcome:
-    norms = found.costate_norms
-    bad = ~torch.isfinite(norms)
-    for g in found.gradient.values():
-        bad |= ~torch.isfinite(g).reshape(len(norms), -1).all(1)
-    last = trajectory.start + len(trajectory) - 1
-    if bool(bad.any()):
-        step = trajectory.start + int(bad.nonzero().max())
-        return Outcome(
-            "non-finite",
-            f"the costate is not finite from step {step} backwards; use a shorter window, a lower "
-            "lr, discount < 1 or costate_clip",
-            step,
-        )
-    losses = [*trajectory.losses[-1:], *([] if end is None else [end])]
-    if trajectory.diverged is not None or not all(math.isfinite(float(x)) for x in losses):
-        message = f"the loss is not finite at step {last}; use a shorter window or a lower lr"
-        return Outcome("non-finite", message, last)
-    taken = max(1, len(found.disagreements))
-    share = sum(found.disagreements.values()) * len(trajectory) / taken
-    if not share <= AGREES:
-        worst = max(found.disagreements, key=lambda i: found.disagreements[i])
-        return Outcome(
-            "inconsistent",
-            f"differences of gradients disagree by {share:.2g} over the window, "
-            f"most at step {trajectory.start + worst}, as they do at kinks (ReLU, max-pooling) and "
-            "in reduced precision; make exact products possible (`why` says what stands against "
-            "them), or use float64",
-            trajectory.start + worst,
-        )
-    worst = max(found.discrepancies, key=lambda i: found.discrepancies[i], default=0)
-    share = found.discrepancies.get(worst, 0.0)
-    if share > SAME_GRADIENT:
-        step = trajectory.start + worst
-        return Outcome(
-            "inconsistent",
-            f"the gradient of step {step}, computed again, differs by {share:.2g} of its norm; "
-            "look for randomness or state that loss_fn keeps outside the model, activation "
-            "checkpointing with segment > 1, and operators that are not deterministic",
-            step,
-        )
-    # Of θ alone: other slots have units of their own.
-    norms, last_norm = found.parameter_norms[:-1], float(found.parameter_norms[-1])
-    grown = norms > EXPLODING * last_norm
-    if last_norm > 0 and damping.clip is None and bool(grown.any()):
-        step = trajectory.start + int(grown.nonzero().max())
-        return Outcome(
-            "exploding",
-            f"the costate has grown {float(norms.max()) / last_norm:.1g}-fold, beyond "
-            f"{EXPLODING:g} from step {step} backwards; use costate_clip, discount < 1, a shorter "
-            "window, a lower lr",
-            step,
-        )
-    largest = float(found.parameter_norms.max())
-    faint = norms < VANISHING * largest
-    if largest > 0 and bool(faint[0]):
-        alive = (~faint).nonzero()
-        step = trajectory.start + (int(alive.min()) - 1 if len(alive) else len(norms) - 1)
-        return Outcome(
-            "vanishing",
-            f"the costate has shrunk below {VANISHING:g} of its largest from step {step} "
-            "backwards, so that earlier steps have no say; use a shorter window",
-            step,
-        )
-    return Outcome("successful", "every hypergradient is finite")

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from rhc.containers import tensors_of
+from rhc.hypergradient.differences import noting_precision, precision
 from rhc.hypergradient.evaluation import (
     Evaluation,
-    Scratch,
     double_backward,
     parts,
     visible_statistics,
 )
-from rhc.hypergradient.hvp import Product, StepPoint, noting_precision, precision, pull_back
+from rhc.hypergradient.graphs import GraphMaker, TooMuch
+from rhc.hypergradient.hvp import Product, StepPoint, step_vjp
 from rhc.hypergradient.kernels import matrices
 from rhc.hypergradient.memory_plan import FREE_GRAPHS, PIECES_COST, Sizes
-from rhc.hypergradient.record import GraphMaker, TooMuch
 from rhc.hypergradient.support import missing_derivative
 from rhc.rng import RandomState
 from rhc.training import memory
@@ -36,24 +36,9 @@ from rhc.training.recovery import out_of_memory
 NEVER = 1 << 62
 """Bytes of a graph that cannot be kept."""
 
-
-def measure_sizes(
-    plant: Plant, batch: Any, objective: Objective, product: Product, *, full: bool
-) -> Sizes:
-    """What one step at the live state holds; the plant is put back. full: also a product's peak.
-
-    Without `full`, graphs that could not be kept anyway are not measured.
-    """
-    known = known_of(plant)
-    key = (product, full, signature(plant, batch), bool(objective.reward_weight))
-    if key not in known:
-        known[key] = _measured_product(plant, batch, objective, product, full=full)
-    return Sizes(
-        parameters=_parameter_bytes(plant),
-        state=_snapshot_bytes(plant),
-        slots=_slot_bytes(plant),
-        **known[key]._asdict(),
-    )
+SAME_PARTS = 1000
+"""Largest relative difference between a batch's gradient and its parts' mean, in machine epsilons.
+"""
 
 
 class Measured(NamedTuple):
@@ -67,6 +52,26 @@ class Measured(NamedTuple):
     kernels: int = 0
 
 
+def measure_sizes(
+    plant: Plant, batch: Any, objective: Objective, product: Product, *, full: bool
+) -> Sizes:
+    """What one step at the live state holds; the plant is put back. full: also a product's peak.
+
+    Without `full`, graphs that could not be kept anyway are not measured.
+    """
+    known = known_of(plant)
+    key = (product, full, signature(plant, batch), bool(objective.reward_weight))
+    if key not in known:
+        with _put_back(plant):
+            known[key] = _Measuring(plant, batch, objective).sizes(product, full=full)
+    return Sizes(
+        parameters=_parameter_bytes(plant),
+        state=_snapshot_bytes(plant),
+        slots=_slot_bytes(plant),
+        **known[key]._asdict(),
+    )
+
+
 def measure_pieces(plant: Plant, batch: Any, objective: Objective) -> tuple[tuple[int, int], ...]:
     """(n, bytes that an exact product in n parts of the batch takes), fewer parts first.
 
@@ -75,7 +80,7 @@ def measure_pieces(plant: Plant, batch: Any, objective: Objective) -> tuple[tupl
     known, key = known_of(plant), _pieces_key(plant, batch, objective)
     if key not in known:
         with _put_back(plant):
-            known[key] = _with_pieces(plant, batch, objective)
+            known[key] = _Measuring(plant, batch, objective).pieces()
     return known[key]
 
 
@@ -110,11 +115,6 @@ def signature(plant: Plant, batch: Any) -> tuple[Any, ...]:
     return kinds, tuple(m.training for m in plant.model.modules())
 
 
-def _too_large(error: BaseException, plant: Plant) -> bool:
-    """Whether this is memory that runs out, which a budget is there to prevent."""
-    return out_of_memory(error) and plant.ranks is None
-
-
 @contextmanager
 def _put_back(plant: Plant) -> Iterator[None]:
     """Inside, the live state may be stepped on."""
@@ -129,145 +129,133 @@ def _put_back(plant: Plant) -> Iterator[None]:
             p.grad = g
 
 
-def _measured_product(
-    plant: Plant, batch: Any, objective: Objective, product: Product, *, full: bool
-) -> Measured:
-    """By a step or two at the live state, which is put back."""
-    with _put_back(plant):
-        graph = _parameter_bytes(plant)
-        if product == "exact" and (full or graph <= FREE_GRAPHS):
-            for p in plant.model.parameters():
-                p.grad = None
-            # Ranks that go through a layer of all ranks must not leave it in the middle.
-            enough = math.inf if full or plant.ranks is not None else FREE_GRAPHS
-            try:
-                graph = _graph_bytes(plant, batch, objective, enough)
-            except (RuntimeError, MemoryError) as error:
-                if missing_derivative(error) is None and not _too_large(error, plant):
-                    raise
-                graph = NEVER
-            gc.collect()
-        return _with_product(plant, batch, objective, product, graph) if full else Measured(graph)
-
-
-def _graph_bytes(plant: Plant, batch: Any, objective: Objective, enough: float) -> int:
-    """Bytes that the graph of one step's gradient holds; NEVER where it cannot be kept.
-
-    enough: bytes from which on it is not worth going on.
-    """
-    make_graph = GraphMaker(Evaluation(plant, plant.blocks(), objective))
-    try:
-        found = make_graph.survey(batch, enough)
-    except TooMuch:
-        return NEVER
-    return found.size if found.steady else NEVER
-
-
-def _with_product(
-    plant: Plant, batch: Any, objective: Objective, product: Product, size: int
-) -> Measured:
-    """The most that a Hessian product takes beyond one plain gradient. size: bytes of a graph."""
-    if size <= FREE_GRAPHS:  # beside a small model the code of kernels counts, read the first time
-        _one_product(plant, batch, objective, product)
-    with matrices.noted() as kept:
-        taken, plain = _one_product(plant, batch, objective, product)
-    return Measured(size, taken, None, plain, kept())
-
-
-def _one_product(
-    plant: Plant, batch: Any, objective: Objective, product: Product
-) -> tuple[int, int]:
-    """Bytes of a product, of a gradient."""
-    with _Probe.on(plant, batch, objective) as probe:
-        try:
-            taken, _ = probe.product(product)
-        except (RuntimeError, MemoryError) as error:
-            if _too_large(error, plant):
-                taken = NEVER
-            elif missing_derivative(error) is not None:
-                taken = probe.beyond()
-            else:
-                raise
-        gc.collect()  # what an error has cut off may be held by cycles
-        return taken, probe.plain
-
-
-def _with_pieces(plant: Plant, batch: Any, objective: Objective) -> tuple[tuple[int, int], ...]:
-    found = []
-    with _Probe.on(plant, batch, objective) as probe:
-        if probe.draws or not _may_be_cut(plant, objective):
-            return ()
-        rounding = SAME_PARTS * torch.finfo(plant.parameters[0].dtype).eps
-        for pieces in PIECES_COST:
-            if min(batch_size(part) for part in parts(batch)) < pieces:
-                break
-            try:
-                _, discrepancy = probe.product("exact", pieces, compare=True)
-                if not discrepancy <= rounding:
-                    break
-                taken, _ = probe.product("exact", pieces, times=2)
-                found.append((pieces, taken))
-            except Exception as error:  # a loss that cannot do with fewer rows raises what it likes
-                if not out_of_memory(error):
-                    break
-                gc.collect()
-    return tuple(found)
-
-
-class _Probe:
-    """Takes products at the live state, and says how much memory they take.
-
-    plain: bytes of one gradient while it is evaluated. draws: whether it draws random numbers.
-    """
+class _Measuring:
+    """Takes a step or two at the live state, and says how much memory they take."""
 
     def __init__(self, plant: Plant, batch: Any, objective: Objective) -> None:
+        self.plant, self.batch, self.objective = plant, batch, objective
+        self.evaluation = Evaluation(plant, plant.blocks(), objective)
         self.device = plant.parameters[0].device
-        blocks = plant.blocks()
-        for p in plant.model.parameters():
-            p.grad = None
-        plant.backward(batch)  # warm
-        plant.refuse_sparse()
-        for p in plant.model.parameters():
-            p.grad = None
-        memory.trim()  # holes in the heap would hide what is taken
-        memory.reset_peak(self.device)
-        ground = memory.current_peak(self.device)
-        watch = RandomState.capture()
-        with noting_precision(plant):
-            loss, _ = plant.backward(batch)
-        self._top = memory.current_peak(self.device)
-        self.plain = max(0, self._top - ground)
-        self.draws = not watch.same(RandomState.capture())
-        self._gradients = [
-            block.flatten([_gradient(p) for p in plant.parameters]) for block in blocks
-        ]
-        for p in plant.model.parameters():
-            p.grad = None
-        self._evaluation = Evaluation(plant, blocks, objective)
-        theta = [block.flatten(plant.parameters) for block in blocks]
-        self._point = StepPoint(
-            lambda: theta,
-            Buffers(plant.model, plant.moved).copies(),
-            batch,
-            None,
-            self._gradients,
-            loss=loss.detach(),
-        )
-        self._scratch = Scratch(plant, blocks)
 
-    @classmethod
+    def sizes(self, product: Product, *, full: bool) -> Measured:
+        graph = _parameter_bytes(self.plant)
+        if product == "exact" and (full or graph <= FREE_GRAPHS):
+            # Ranks that go through a layer of all ranks must not leave it in the middle.
+            ranks = self.plant.ranks is not None
+            graph = self._graph(math.inf if full or ranks else FREE_GRAPHS)
+        if not full:
+            return Measured(graph)
+        if graph <= FREE_GRAPHS:  # a small model: the code of kernels counts, read the first time
+            self._one_product(product)
+        with matrices.noted() as kept:
+            taken, plain = self._one_product(product)
+        return Measured(graph, taken, None, plain, kept())
+
+    def _graph(self, enough: float) -> int:
+        """Bytes that the graph of one step's gradient holds; NEVER where it cannot be kept.
+
+        enough: bytes from which on it is not worth going on.
+        """
+        self._clear()
+        try:
+            found = GraphMaker(self.evaluation).survey(self.batch, enough)
+        except TooMuch:
+            size = NEVER
+        except (RuntimeError, MemoryError) as error:
+            if missing_derivative(error) is None and not self._too_large(error):
+                raise
+            size = NEVER
+        else:
+            size = found.size if found.steady else NEVER
+        gc.collect()
+        return size
+
+    def _one_product(self, product: Product) -> tuple[int, int]:
+        """Bytes of a product, of a gradient."""
+        with self._ready():
+            try:
+                taken, _ = self._product(product)
+            except (RuntimeError, MemoryError) as error:
+                if self._too_large(error):
+                    taken = NEVER
+                elif missing_derivative(error) is not None:
+                    taken = self._beyond()
+                else:
+                    raise
+            gc.collect()  # what an error has cut off may be held by cycles
+            return taken, self._plain
+
+    def pieces(self) -> tuple[tuple[int, int], ...]:
+        """As `measure_pieces`."""
+        found = []
+        with self._ready():
+            if self._draws or not self._may_be_cut():
+                return ()
+            rounding = SAME_PARTS * torch.finfo(self.plant.parameters[0].dtype).eps
+            for pieces in PIECES_COST:
+                if min(batch_size(part) for part in parts(self.batch)) < pieces:
+                    break
+                try:
+                    _, discrepancy = self._product("exact", pieces, compare=True)
+                    if not discrepancy <= rounding:
+                        break
+                    taken, _ = self._product("exact", pieces, times=2)
+                    found.append((pieces, taken))
+                except Exception as error:  # a loss that needs all rows raises what it likes
+                    if not out_of_memory(error):
+                        break
+                    gc.collect()
+        return tuple(found)
+
+    def _may_be_cut(self) -> bool:
+        """Whether the loss could be a mean over rows, as far as can be seen from here."""
+        full = precision(self.plant) <= torch.finfo(torch.float32).eps
+        return full and self.plant.ranks is None and not self.objective.reward_weight
+
+    def _too_large(self, error: BaseException) -> bool:
+        """Whether this is memory that runs out, which a budget is there to prevent."""
+        return out_of_memory(error) and self.plant.ranks is None
+
     @contextmanager
-    def on(cls, plant: Plant, batch: Any, objective: Objective) -> Iterator[_Probe]:
+    def _ready(self) -> Iterator[None]:
+        """Takes gradients at the live state; inside, products can be measured against them."""
+        plant, blocks = self.plant, self.evaluation.blocks
         with torch.enable_grad():
-            probe = cls(plant, batch, objective)
-            with (
-                double_backward(plant.model),
-                visible_statistics(plant.model, update=False),
-                probe._scratch,
-            ):
-                yield probe
+            self._clear()
+            plant.backward(self.batch)  # warm
+            plant.refuse_sparse()
+            self._clear()
+            memory.trim()  # holes in the heap would hide what is taken
+            memory.reset_peak(self.device)
+            ground = memory.current_peak(self.device)
+            watch = RandomState.capture()
+            with noting_precision(plant):
+                loss, _ = plant.backward(self.batch)
+            self._top = memory.current_peak(self.device)
+            self._plain = max(0, self._top - ground)
+            self._draws = not watch.same(RandomState.capture())
+            gradients = [
+                block.flatten([_gradient(p) for p in plant.parameters]) for block in blocks
+            ]
+            self._clear()
+            theta = [block.flatten(plant.parameters) for block in blocks]
+            self._point = StepPoint(
+                lambda: theta,
+                Buffers(plant.model, plant.moved).copies(),
+                self.batch,
+                None,
+                gradients,
+                gradients,
+                loss=loss.detach(),
+            )
+            visible = visible_statistics(plant.model, update=False)
+            try:
+                with double_backward(plant.model), visible, self.evaluation:
+                    yield
+            finally:
+                del self._point  # what is measured next would use its memory
 
-    def product(
+    def _product(
         self, product: Product, pieces: int = 1, *, compare: bool = False, times: int = 1
     ) -> tuple[int, float]:
         """(bytes beyond those of a gradient, how far its gradient is off).
@@ -277,31 +265,15 @@ class _Probe:
         memory.trim()
         memory.reset_peak(self.device)
         for _ in range(times):
-            pulled = pull_back(
-                product,
-                self._evaluation,
-                self._scratch,
-                self._point,
-                self._gradients,
-                {},
-                compare=compare,
-                pieces=pieces,
-            )
-        return self.beyond(), pulled.discrepancy
+            found = step_vjp(product, self.evaluation, self._point, compare=compare, pieces=pieces)
+        return self._beyond(), found.discrepancy
 
-    def beyond(self) -> int:
+    def _beyond(self) -> int:
         return max(0, memory.current_peak(self.device) - self._top)
 
-
-def _may_be_cut(plant: Plant, objective: Objective) -> bool:
-    """Whether the loss could be a mean over rows, as far as can be seen from here."""
-    full = precision(plant) <= torch.finfo(torch.float32).eps
-    return full and plant.ranks is None and not objective.reward_weight
-
-
-SAME_PARTS = 1000
-"""Largest relative difference between a batch's gradient and its parts' mean, in machine epsilons.
-"""
+    def _clear(self) -> None:
+        for p in self.plant.model.parameters():
+            p.grad = None
 
 
 def _gradient(p: Tensor) -> Tensor:

@@ -11,11 +11,7 @@ the reverse pass had at step k. The derivatives of J_k with respect to the first
 are those of J, so that no other reverse pass is needed: 2k plain steps a control. The terminal
 loss, which is in J_k by its gradient alone, is held against its own values to either side.
 
-In float32 so few steps do not show a Hessian that is wrong: its share of dJ/du grows with every
-step. So the product itself is tried once in float64, on a few rows: with B its matrix, v the
-costate and w a direction, ⟨Bᵀv, w⟩ = ⟨v, g(θ + εw) − g(θ − εw)⟩ / 2ε, g the plain gradient. There
-no kink lies within ε, and a product that leaves something out (a detached value, a custom backward)
-is off by far more than rounding. In float32 ReLU and max-pooling would be as far off, rightly so.
+The product with the Hessian is tried on its own (`product_check`).
 """
 
 from __future__ import annotations
@@ -24,44 +20,30 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rhc.containers import Kept, mapped
-from rhc.distributed import shard
-from rhc.hypergradient.evaluation import Evaluation, Scratch, parts
-from rhc.hypergradient.hvp import (
-    PRODUCT_COST,
-    Product,
-    StepPoint,
-    noting_precision,
-    per_parameter,
-    precision,
-    precision_known,
-    pull_back,
-)
-from rhc.hypergradient.segments import Costate, Cut, Terminal, kernels_for
+from rhc.hypergradient.adjoint import Cut, Terminal
+from rhc.hypergradient.differences import noting_precision, precision, precision_known
+from rhc.hypergradient.evaluation import modes_kept, parts
+from rhc.hypergradient.hvp import Product, per_parameter
+from rhc.hypergradient.optimizer_step import Costate
+from rhc.hypergradient.product_check import double, doubled, in_double, try_product
 from rhc.hypergradient.states import float_tensors
-from rhc.rng import RandomState, preserved
+from rhc.rng import preserved
 from rhc.schedule import CONTROLS
-from rhc.training.batches import MicroBatches, batch_size
 from rhc.training.losses import checked_loss
-from rhc.training.module_state import Buffers
 from rhc.training.objective import Objective
 from rhc.training.plant import Plant
 from rhc.training.snapshot import Snapshot
-from rhc.training.trajectory import Block, Trajectory
+from rhc.training.trajectory import Trajectory
 
 MOST_STEPS = 4
 """Steps that are rolled to either side."""
 
 _COARSE = 1e-4
 """A machine epsilon above this is reduced precision (bfloat16, float16)."""
-
-_ROWS = 4
-"""Of a batch, at least, that the product is tried on; an eighth of a larger one."""
 
 _AT_ZERO = {"noise": 0.1, "weight_decay": 0.01}
 """How far a control of 0, whose coordinate is a logarithm, is moved by a step of 1."""
@@ -349,9 +331,9 @@ class _Rolls:
         cost = self.cost
         try:
             with in_double(self.plant.model):
-                self.batches = [_doubled(batch) for batch in own]
+                self.batches = [doubled(batch) for batch in own]
                 for _, live, values in slots:
-                    live.update({n: _double(v) for n, v in values.items() if n != "step"})
+                    live.update({n: double(v) for n, v in values.items() if n != "step"})
                 yield
         finally:
             self.batches, self.cost = own, 2 * self.cost - cost
@@ -479,152 +461,5 @@ def _of_terminal(
 
 def _taken(plant: Plant, terminal: Terminal) -> float:
     """terminal(model) of the live model, whose modes and random state are put back."""
-    modes = [(m, m.training) for m in plant.model.modules()]
-    try:
-        with preserved():
-            return plant.value(checked_loss(terminal(plant.model), "terminal")[0].detach())
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-# The product --------------------------------------------------------------------------------------
-
-
-def try_product(
-    plant: Plant,
-    product: Product,
-    blocks: Sequence[Block],
-    batch: Any,
-    costate: Costate | None = None,
-    *,
-    before: Snapshot | None = None,
-) -> tuple[float, float]:
-    """(How far ⟨Bᵀv, w⟩ is from differences of plain gradients in float64, gradient evaluations).
-
-    costate: v; in a direction of its own without. 0 where that says nothing: the model or loss_fn
-    does not compute in float64, or not smoothly. The live state is used, and put back to `before`.
-    """
-    ours = parts(batch)[0]
-    ours = ours.opened() if isinstance(ours, Kept) else ours
-    rows = batch_size(ours)
-    few = max(_ROWS, rows // 8)
-    if few < rows:
-        ours = shard(ours, rows, 0, rows // few).rows
-    size = 2 * min(1.0, few / rows) / len(parts(batch))  # float64 takes twice as long
-    before = before or plant.snapshot()
-    try:
-        with in_double(plant.model), noting_precision(plant) as coarsest:
-            found, count = _projected(plant, product, blocks, _doubled(ours), costate)
-            return (found if coarsest() < 1e-10 else 0.0), count * size
-    except Exception:  # code that is bound to float32; what is wrong with it, others say
-        return 0.0, 0.0
-    finally:
-        plant.restore(before)
-
-
-def _projected(
-    plant: Plant, product: Product, blocks: Sequence[Block], batch: Any, costate: Costate | None
-) -> tuple[float, int]:
-    """(The relative disagreement, gradient evaluations), of a plant that is in float64."""
-    evaluation = Evaluation(plant, blocks, Objective(loss_weight=0.0, terminal_weight=1.0))
-    buffers = Buffers(plant.model).copies()
-    theta = [block.flatten(plant.parameters) for block in blocks]
-    rng = RandomState.capture()
-    with Scratch(plant, blocks) as scratch:
-
-        def gradient(flats: Sequence[Tensor]) -> list[Tensor | None]:
-            scratch.place(flats, buffers)
-            rng.restore()
-            for p in scratch.leaves:
-                p.grad = None
-            loss, _ = plant.backward(batch)
-            if loss.dtype != torch.float64:
-                raise TypeError
-            there = [any(p.grad is not None for p in own) for own in scratch.parameters]
-            return [g if some else None for g, some in zip(scratch.gradients(), there, strict=True)]
-
-        exact = product in ("exact", "forward-over-reverse")
-        # A difference goes from the gradient here; to an exact product any direction will do.
-        known = [t.double() for t in theta] if exact else gradient(theta)
-        length = _norm(theta)
-        w = [None if g is None else g / _norm(known) * length for g in known]
-        v: list[Tensor | None] = [t if t is None else t.double() for t in along(costate, theta)]
-        v = [None if g is None else t for g, t in zip(known, v, strict=True)]
-        point = StepPoint(lambda: theta, buffers, batch, rng, known)
-        sides = []
-        with kernels_for(product, plant.model):
-            for again in (False, True) if product == "forward-difference" else (False,):
-                pulled = pull_back(product, evaluation, scratch, point, v, {}, again=again)
-                sides.append(_inner(pulled.parameters, w))
-        predicted = sum(sides) / len(sides)
-        differences = []
-        for distance in (1e-5, 1e-6):
-            there, back = (
-                gradient([t if d is None else t + s * d for t, d in zip(theta, w, strict=True)])
-                for s in (distance, -distance)
-            )
-            differences.append((_inner(v, there) - _inner(v, back)) / (2 * distance))
-            if abs(differences[-1] - predicted) <= 1e-5 * abs(predicted):
-                return 0.0, PRODUCT_COST[product] + (not exact) + 2 * len(differences)
-    first, second = differences
-    apart = abs(second - predicted) / max(abs(second), abs(predicted), 1e-300)
-    # Where the differences have not settled, they say nothing.
-    settled = abs(first - second) <= 0.02 * max(abs(first), abs(second))
-    return apart if settled else 0.0, PRODUCT_COST[product] + 5
-
-
-def along(costate: Costate | None, theta: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """The costate of the parameters, or a direction of its own where there is none."""
-    if costate is not None and any(t is not None and bool(t.any()) for t in costate.parameters):
-        return costate.parameters
-    draw = torch.Generator().manual_seed(0)
-    return [torch.randn(t.shape, generator=draw, dtype=torch.float64).to(t.device) for t in theta]
-
-
-@contextmanager
-def in_double(model: nn.Module) -> Iterator[None]:
-    """The model's parameters and buffers in float64; the very same ones as before afterwards."""
-    kept = [(p, p.data, p.grad) for p in model.parameters() if p.is_floating_point()]
-    held = [
-        (module, name, buffer)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and buffer.is_floating_point()
-    ]
-    twins: dict[int, Tensor] = {}
-    try:
-        for p, values, _ in kept:
-            p.grad, p.data = None, values.double()
-        for module, name, buffer in held:
-            module._buffers[name] = twins.setdefault(id(buffer), buffer.double())
-        yield
-    finally:
-        for p, values, grad in kept:
-            p.grad = None
-            p.data, p.grad = values, grad
-        for module, name, buffer in held:
-            module._buffers[name] = buffer
-
-
-def _doubled(batch: Any) -> Any:
-    """The batch with its floating-point tensors in float64."""
-    if isinstance(batch, Kept):
-        return _doubled(batch.opened())
-    if isinstance(batch, MicroBatches):
-        return MicroBatches(map(_doubled, batch))
-    return _double(batch) if isinstance(batch, Tensor) else mapped(_doubled, batch)
-
-
-def _double(value: Any) -> Any:
-    floating = isinstance(value, Tensor) and value.is_floating_point()
-    return value.double() if floating else value
-
-
-def _inner(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float:
-    pairs = zip(a, b, strict=True)
-    return sum(float(x @ y) for x, y in pairs if x is not None and y is not None)
-
-
-def _norm(tensors: Sequence[Tensor | None]) -> float:
-    return math.hypot(*(float(t.norm()) for t in tensors if t is not None))
+    with preserved(), modes_kept(plant.model):
+        return plant.value(checked_loss(terminal(plant.model), "terminal")[0].detach())

@@ -283,7 +283,7 @@ class Engine(Settings):
     segment: int | str = setting(
         "auto", "N", place="rare", parse=parsed_segment, rewriting=True, recorded="by the runner"
     )
-    """Steps per rebuilt graph: 1 (least memory) to the window (fastest)."""
+    """Last steps whose graphs the roll keeps: 1 (least memory) to the window (fastest)."""
     memory_budget: int | None = setting(
         None,
         "SIZE",

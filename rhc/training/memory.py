@@ -8,6 +8,7 @@ import functools
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,11 @@ def trim() -> None:
 
 
 HELD = 2**30
-"""Bytes of freed memory at the end of the C heap that `hold` lets stay there, at the least."""
+"""Bytes of freed memory at the end of the C heap that `held` lets stay there, at the least."""
+
+MAPPED, RETURNED = 2**25, 2**26
+"""Where glibc's thresholds end by themselves once large blocks were freed: bytes of a block that is
+mapped, and of freed memory that may stay."""
 
 TUNED = (
     "MALLOC_TRIM_THRESHOLD_",
@@ -91,27 +96,40 @@ TUNED = (
 _held = 0
 
 
-def hold(size: int = HELD) -> bool:
-    """Makes glibc keep freed memory for the next step instead of handing it back; whether it does.
+@contextlib.contextmanager
+def held(size: int | None = None) -> Iterator[bool]:
+    """Inside, glibc keeps freed memory for the next step instead of handing it back.
 
     A reverse pass takes and frees megabytes at every step. As it comes, glibc returns the end of
     its heap to the system again and again, and each of its pages is faulted in anew: a GPT of 0.6 M
     parameters lost 0.1 plain steps a step, and 1.3 with all graphs kept. `trim` still hands back
-    what is free. Left alone are other allocators, and a glibc that its user has tuned by the
-    environment. size: bytes that may stay, which never become fewer.
+    what is free. size: bytes that may stay; of several that are open, the most. Gives whether it
+    is so, by `can_hold`.
     """
     global _held
-    if any(name in os.environ for name in TUNED) or platform.libc_ver()[0] != "glibc":
-        return False
-    size = max(size, HELD)
-    if size > _held and hasattr(_libc(), "mallopt"):
-        mmap_threshold, trim_threshold = -3, -1
-        # The first is where that threshold ends by itself; setting either would freeze it. The
-        # second is an int: what it cannot say is "never", -1.
-        limit = size if size < 2**31 else -1
-        if _libc().mallopt(mmap_threshold, 2**25) and _libc().mallopt(trim_threshold, limit):
-            _held = size
-    return _held > 0
+    before, wanted = _held, max(size or 0, HELD)
+    if can_hold() and wanted > before:
+        _set_trim_threshold(wanted)
+        _held = wanted
+    try:
+        yield can_hold()
+    finally:
+        if _held != before:
+            _set_trim_threshold(before or RETURNED)
+            _held = before
+
+
+def can_hold() -> bool:
+    """Whether the heap is glibc's, and not tuned by its user in the environment."""
+    tuned = any(name in os.environ for name in TUNED)
+    return not tuned and platform.libc_ver()[0] == "glibc" and hasattr(_libc(), "mallopt")
+
+
+def _set_trim_threshold(size: int) -> None:
+    mmap_threshold, trim_threshold = -3, -1
+    _libc().mallopt(mmap_threshold, MAPPED)  # setting either freezes it
+    # An int, of which -1 is "never".
+    _libc().mallopt(trim_threshold, size if size < 2**31 else -1)
 
 
 GROWTH = 2**20

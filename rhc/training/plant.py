@@ -516,11 +516,11 @@ class Plant:
             for key, indices in members.items()
         )
 
-    def block_states(self, blocks: Sequence[Block]) -> list[BlockState]:
-        """A flattened copy of parameters and optimizer state, one per block."""
+    def block_states(self, blocks: Sequence[Block], *, theta: bool = True) -> list[BlockState]:
+        """A flattened copy of optimizer state and, if `theta`, parameters, one per block."""
         slots = self.block_slots(blocks)
         return [
-            BlockState(block.flatten(self.parameters), own)
+            BlockState(block.flatten(self.parameters) if theta else None, own)
             for block, own in zip(blocks, slots, strict=True)
         ]
 

@@ -68,10 +68,8 @@ class Recorder:
     def before(self, i: int, batch: Any) -> None:
         """Called before every step."""
         plant, trajectory = self.plant, self.trajectory
-        if self.states(i) and self.whole(i):
-            trajectory.states[i] = plant.block_states(trajectory.blocks)
-        elif self.states(i):
-            trajectory.slots[i] = plant.block_slots(trajectory.blocks)
+        if self.states(i):
+            trajectory.states[i] = plant.block_states(trajectory.blocks, theta=self.whole(i))
         trajectory.batches.append(batch)
         if i == 1:
             self._find_moved()

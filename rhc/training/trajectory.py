@@ -62,9 +62,12 @@ def _templates(shapes: tuple[torch.Size, ...]) -> list[Tensor]:
 
 @dataclass
 class BlockState:
-    """θ and the optimizer's state of one block, flattened: everything that Φ maps."""
+    """θ and the optimizer's state of one block, flattened: everything that Φ maps.
 
-    parameters: Tensor
+    parameters: None where the state is kept without.
+    """
+
+    parameters: Tensor | None
     optimizer: Any
 
 
@@ -103,10 +106,9 @@ class Trajectory:
     losses, metrics, gradient_norms: as observed. diverged: the roll index of the first step whose
     loss was not finite, or above the limit.
 
-    Of a recorded roll: states: roll index -> one BlockState per block, where the whole state was
-    kept; slots: the optimizer's state alone, where no more was kept. gradients: per step one vector
-    per block, before parameter hooks, None without a gradient. batches, buffers, rng: as each step
-    found them; rng None where it draws nothing. hooks: of the parameters.
+    Of a recorded roll: states: roll index -> one BlockState per block. gradients: per step one
+    vector per block, before parameter hooks, None without a gradient. batches, buffers, rng: as
+    each step found them; rng None where it draws nothing. hooks: of the parameters.
     """
 
     start: int
@@ -114,7 +116,6 @@ class Trajectory:
     blocks: tuple[Block, ...]
     batches: list[Any] = field(default_factory=list)
     states: dict[int, list[BlockState]] = field(default_factory=dict)
-    slots: dict[int, list[Any]] = field(default_factory=dict)
     gradients: list[list[Tensor | None]] = field(default_factory=list)
     buffers: list[dict[str, Tensor | None]] = field(default_factory=list)
     rng: list[RandomState | HiddenState | None] = field(default_factory=list)
@@ -129,9 +130,12 @@ class Trajectory:
 
     def split_blocks(self) -> None:
         """Makes every parameter a block of its own, also in what was recorded so far."""
-        for i, states in self.states.items():
-            self.states[i] = split_states(self.blocks, states)
-        self.slots.clear()  # can be recomputed from the states
+        self.states = {
+            i: split_states(self.blocks, states)
+            for i, states in self.states.items()
+            # Those without θ can be made of the others again.
+            if all(state.parameters is not None for state in states)
+        }
         self.gradients = [split_gradients(self.blocks, g) for g in self.gradients]
         self.blocks = tuple(single for block in self.blocks for single in block.singles())
 
@@ -151,6 +155,7 @@ def split_states(blocks: Sequence[Block], states: Sequence[BlockState]) -> list[
     """States recorded for `blocks`, one for every parameter of them."""
     result = []
     for block, state in zip(blocks, states, strict=True):
+        assert state.parameters is not None
         total = sum(block.sizes)
         slots = [
             v.split(block.sizes)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 import rhc
-from rhc.hypergradient import segments
+from rhc.hypergradient import adjoint
 from rhc.hypergradient.evaluation import Evaluation
-from rhc.hypergradient.record import GraphMaker, WindowRecorder
+from rhc.hypergradient.graphs import GraphMaker
+from rhc.hypergradient.record import WindowRecorder
 from rhc.hypergradient.reverse_pass import ReversePass
 from rhc.schedule import Schedule
 from rhc.training.objective import Average, Objective
@@ -124,7 +125,7 @@ def test_of_a_state_only_the_optimizers_is_kept_where_nothing_reads_more(
         )
         schedule = Schedule({"lr": [0.1] * 9, "momentum": [0.8] * 9})
         recorder = reverse_pass.roll(batches(False)[:1] * 9, schedule)
-        kept.append(len(recorder.trajectory.slots))
+        kept.append(sum(s[0].parameters is None for s in recorder.trajectory.states.values()))
         return torch.cat(
             list(reverse_pass.differentiate(recorder, Average(None), None).grad.values())
         )
@@ -161,14 +162,14 @@ def looked_back(reverse_pass: ReversePass, recorder: WindowRecorder) -> Tensor:
 
 def unfolded(*arguments: Any, **options: Any) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(segments._Reverse, "_folds", lambda *_: False)
+        patch.setattr(Plant, "folds", lambda *_: False)
         return looked_back(*rolled(*arguments, **options))
 
 
 @pytest.mark.parametrize("maximize", [False, True])
 def test_momentum_takes_the_place_of_gradients_and_they_come_back(maximize: bool) -> None:
     reverse_pass, recorder = rolled(maximize=maximize)
-    assert list(recorder.trajectory.states) == [0] and not recorder.trajectory.slots
+    assert list(recorder.trajectory.states) == [0]
     before = [g.clone() for (g,) in recorder.trajectory.gradients]
     found = looked_back(reverse_pass, recorder)
     torch.testing.assert_close(found, unfolded(maximize=maximize), rtol=1e-12, atol=1e-14)
@@ -181,14 +182,14 @@ def test_momentum_takes_the_place_of_gradients_and_they_come_back(maximize: bool
 def test_gradients_come_back_where_looking_back_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     reverse_pass, recorder = rolled()
     before = [g.clone() for (g,) in recorder.trajectory.gradients]
-    through = segments._Reverse._pull_through_gradient
+    through = adjoint._Recursion._through_gradient
 
     def fails(self: Any, i: int, *rest: Any) -> Any:
         if i == 1:
             raise KeyboardInterrupt
         return through(self, i, *rest)
 
-    monkeypatch.setattr(segments._Reverse, "_pull_through_gradient", fails)
+    monkeypatch.setattr(adjoint._Recursion, "_through_gradient", fails)
     with pytest.raises(KeyboardInterrupt):
         looked_back(reverse_pass, recorder)
     for (g,), expected in zip(recorder.trajectory.gradients, before, strict=True):
@@ -218,5 +219,32 @@ def test_gradients_stay_where_they_are_read(
 
     reverse_pass, recorder = rolled(**options)
     assert recorder.plan.graphs == STEPS and recorder.plan.states_every > 0
-    monkeypatch.setattr(segments, "Folded", never)
+    monkeypatch.setattr(adjoint, "Folded", never)
     assert torch.equal(looked_back(reverse_pass, recorder), unfolded(**options))
+
+
+def test_noise_is_added_once_where_two_parameters_have_one_gradient() -> None:
+    """The biases of a recurrent layer: a roll with kept graphs is the plain loop's."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(4, 3, batch_first=True), nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.lstm(x)[0][:, -1])
+
+    def value(product: Any) -> float:
+        torch.manual_seed(0)
+        model = Recurrent().double()
+        return rhc.hypergradient(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            lambda m, x: m(x).square().mean(),
+            [torch.randn(4, 5, 4, dtype=torch.float64) for _ in range(3)],
+            controls={"lr": 0.1, "noise": 0.5},
+            product=product,
+            verify=False,
+        ).value
+
+    assert value("exact") == pytest.approx(value("none"), rel=1e-12)

@@ -36,16 +36,10 @@ from torch.optim import Optimizer
 import rhc
 from rhc import InputError, Runner
 from rhc.hypergradient import Hypergradient, Plan, ReversePass
-from rhc.hypergradient.memory_plan import (
-    Sizes,
-    chunk_bounds,
-    chunk_evaluations,
-    make_plan,
-    recomputed_steps,
-    split,
-)
+from rhc.hypergradient.memory_plan import Sizes, make_plan
 from rhc.hypergradient.record import WindowRecorder
-from rhc.hypergradient.sizes import Measured, _with_product, measure_pieces
+from rhc.hypergradient.revolve import chunk_bounds, chunk_evaluations, recomputed_steps, split
+from rhc.hypergradient.sizes import Measured, _Measuring, measure_pieces
 from rhc.schedule import Schedule
 from rhc.training import memory
 from rhc.training.objective import Average, Objective
@@ -566,7 +560,7 @@ def test_a_loss_that_is_no_mean_later_on_is_noticed(monkeypatch: pytest.MonkeyPa
             plant, Objective(loss_weight=1.0, terminal_weight=0.0), list(START),
             product="exact", memory_budget=10**9, notice=notices.append,
         )  # fmt: skip
-        reverse_pass._measured(batches[0], "exact")
+        reverse_pass.planner.measured(batches[0], "exact")
         assert reverse_pass._measured_in_pieces(batches[0], "exact").pieces
         if tight:
             plan = Plan(4, "exact", kept=4, pieces=2)
@@ -575,7 +569,7 @@ def test_a_loss_that_is_no_mean_later_on_is_noticed(monkeypatch: pytest.MonkeyPa
         found.append(reverse_pass.differentiate(recorder, Average(None), None))
         plant.restore(before)
     assert len(notices) == 1 and "step 2 is not the mean of its rows' losses" in notices[0]
-    assert reverse_pass._measured(batches[0], "exact").pieces == ()
+    assert reverse_pass.planner.measured(batches[0], "exact").pieces == ()
     assert measure_pieces(plant, batches[0], reverse_pass.objective) == ()
     assert "not the mean of its rows' losses" in found[1].why
     for control, expected in found[0].grad.items():
@@ -588,13 +582,13 @@ def test_a_product_for_which_there_is_no_memory_is_too_large(
 ) -> None:
     """Measuring it is what runs out; in so many parts it does not. There is a plan all the same."""
 
-    def pull_back(*arguments: Any, pieces: int = 1, **options: Any) -> Any:
+    def step_vjp(*arguments: Any, pieces: int = 1, **options: Any) -> Any:
         if pieces <= most:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return own(*arguments, pieces=pieces, **options)
 
-    own = rhc.hypergradient.sizes.pull_back
-    monkeypatch.setattr("rhc.hypergradient.sizes.pull_back", pull_back)
+    own = rhc.hypergradient.sizes.step_vjp
+    monkeypatch.setattr("rhc.hypergradient.sizes.step_vjp", step_vjp)
     torch.manual_seed(0)
     model = dense().double()
     batches = [tuple(t.double() for t in rows()) for _ in range(4)]
@@ -781,7 +775,7 @@ def test_a_run_within_a_budget_can_be_interrupted(
         measured += 1
         return Sizes(1000, 3000, 5000 * measured, 2000 * measured)
 
-    monkeypatch.setattr("rhc.hypergradient.reverse_pass.measure_sizes", other_sizes)
+    monkeypatch.setattr("rhc.hypergradient.planning.measure_sizes", other_sizes)
     options: dict[str, Any] = {
         "tiny": {"memory_budget": 20_000, "spill": False},
         "spilled": {"memory_budget": 20_000, "spill": tmp_path / "spill"},
@@ -820,12 +814,14 @@ def test_a_model_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Called again with the same model and loss, a hypergradient finds its sizes known."""
     measured = 0
 
-    def counted(*args: Any) -> Measured:
+    sizes = _Measuring.sizes
+
+    def counted(*args: Any, **kwargs: Any) -> Measured:
         nonlocal measured
         measured += 1
-        return _with_product(*args)
+        return sizes(*args, **kwargs)
 
-    monkeypatch.setattr("rhc.hypergradient.sizes._with_product", counted)
+    monkeypatch.setattr(_Measuring, "sizes", counted)
     chosen = setting("mlp", momentum)
     batches = fixed_batches(chosen.problem, 3)
     fewer = [tuple(t[:2] for t in batch) for batch in batches]

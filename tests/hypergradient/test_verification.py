@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rhc
+from rhc.hypergradient import adjoint as engine
 from rhc.hypergradient import hvp as products
-from rhc.hypergradient import segments, verification
+from rhc.hypergradient import verification
 
 K = 12
 
@@ -126,14 +127,14 @@ def test_every_control_and_segment(segment: int, dtype: torch.dtype) -> None:
 def test_a_derivative_that_is_off_is_found(
     control: str, segment: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adjoint = segments._Reverse._adjoint
+    adjoint = engine._Recursion.run
 
     def off(self: Any) -> Any:
         result = adjoint(self)
         result.gradient[control] = 1.2 * result.gradient[control]
         return result
 
-    monkeypatch.setattr(segments._Reverse, "_adjoint", off)
+    monkeypatch.setattr(engine._Recursion, "run", off)
     controls = {"lr": 0.05, "momentum": 0.9, "noise": 0.1, "weight_decay": 1e-3}
     h = found(dtype=dtype, segment=segment, controls=controls)
     assert h.result.name == "inconsistent"
@@ -152,7 +153,7 @@ def test_a_product_that_is_off_is_found(monkeypatch: pytest.MonkeyPatch) -> None
         moved = [None if t is None else 1.3 * t for t in result.parameters]
         if into is not None:
             moved = [products._into(a, b) for a, b in zip(into, moved, strict=True)]
-        return products.Pulled(moved, result.statistics, result.discrepancy)
+        return products.StepVjp(moved, result.statistics, result.discrepancy)
 
     monkeypatch.setattr(products, "_exact", off)
     h = found(lr=1e-3, product="exact", memory_budget=None, stage_weight=0.0, segment=1)

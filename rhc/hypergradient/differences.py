@@ -1,0 +1,159 @@
+"""Differences of gradients in place of Hessian products: no second derivative is needed.
+
+They are right to rounding where the loss is smooth. At kinks nothing is: one that is crossed makes
+the gradient jump, and the jump is divided by the distance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from rhc.containers import tensors_of
+from rhc.hypergradient.evaluation import Evaluation
+from rhc.training.plant import Plant
+from rhc.training.trajectory import Block
+
+if TYPE_CHECKING:
+    from rhc.hypergradient.hvp import StepPoint
+
+
+def difference(
+    evaluation: Evaluation,
+    point: StepPoint,
+    *,
+    central: bool,
+    again: bool,
+    into: Sequence[Tensor | None] | None,
+    in_place: bool,
+) -> list[Tensor | None]:
+    """(g(θ + εv) − g(θ)) / ε or (g(θ + εv) − g(θ − εv)) / 2ε, with v = λ_g and ε = c |θ| / |v|.
+
+    It is added to `into` in place, if there is one. again: as in `step_vjp`. in_place: θ may be
+    changed to θ + εv.
+
+    c is the square (cube) root of the machine's epsilon, which balances rounding and truncation
+    for the forward (central) difference of a smooth function. Where loss_fn computes in reduced
+    precision (autocast), that precision's epsilon counts.
+    """
+    plant, direction = evaluation.plant, point.of_gradients
+    # A block that v leaves alone has a row of H v all the same.
+    active = [i for i, g in enumerate(point.gradients) if g is not None]
+    moved = [i for i, v in enumerate(direction) if v is not None]
+    result: list[Tensor | None] = [None] * len(direction) if into is None else list(into)
+    if not moved or not active:
+        return result
+    length = plant.parallel.norm([v for v in direction if v is not None])
+    size = plant.parallel.norm([point.flats[i] for i in moved])
+
+    def evaluate(scale: Tensor) -> None:
+        """Fills the `.grad`s at θ + scale v."""
+        flats = [
+            f
+            if v is None
+            else torch.addcmul(f, v, scale.to(f.device, f.dtype), out=f if in_place else None)
+            for f, v in zip(point.flats, direction, strict=True)
+        ]
+        evaluation.place(flats, point.buffers)
+        point.restore_rng()
+        evaluation.clear_gradients()
+        plant.backward(point.batch)
+
+    def distance(precision: float) -> Tensor:
+        c = precision ** (1 / 3) if central else precision**0.5
+        # On the device all the way: asking for a number would make the host wait. v = 0 gives 0.
+        epsilon = c * size.clamp_min(1e-3) / length.clamp_min(torch.finfo(length.dtype).tiny)
+        if not again:
+            return epsilon
+        return epsilon / 2 if central else -epsilon
+
+    own = torch.finfo(point.flats[active[0]].dtype).eps
+    known = plant in _PRECISION
+    in_place = in_place and known
+    epsilon = distance(max(own, _PRECISION.get(plant, 0.0)))
+    with nullcontext() if known else noting_precision(plant):
+        evaluate(epsilon)
+    if not known and _PRECISION[plant] > own:
+        epsilon = distance(_PRECISION[plant])
+        evaluate(epsilon)
+    other, width = point.gradients, epsilon
+    if central:
+        other, width = evaluation.gradients(), -2 * epsilon
+        evaluate(-epsilon)
+    for i in active:
+        own_other = other[i]
+        assert own_other is not None
+        result[i] = _add_difference(
+            evaluation.blocks[i], evaluation.parameters[i], own_other, width, result[i]
+        )
+    evaluation.clear_gradients()
+    return result
+
+
+@torch.no_grad()
+def _add_difference(
+    block: Block,
+    parameters: Sequence[Tensor],
+    other: Tensor,
+    width: Tensor,
+    target: Tensor | None,
+) -> Tensor:
+    """target + (the block's `.grad`s − other) / width, target changed; the `.grad`s are used up.
+
+    Parameter by parameter, while its gradient is in the processor's cache: over whole vectors every
+    one of these passes would fetch them from memory again.
+    """
+    result = torch.zeros_like(other) if target is None else target
+    scale = width.reciprocal().to(other.device, other.dtype)
+    for p, to, known in zip(parameters, block.views(result), block.views(other), strict=True):
+        difference = -known if p.grad is None else p.grad.sub_(known)
+        if scale.device.type == "cpu":
+            to.add_(difference, alpha=float(scale))
+        else:
+            to.addcmul_(difference, scale)
+    return result
+
+
+_PRECISION: WeakKeyDictionary[Plant, float] = WeakKeyDictionary()
+
+
+def precision_known(plant: Plant) -> bool:
+    """Whether `precision` has been noted."""
+    return plant in _PRECISION
+
+
+def precision(plant: Plant) -> float:
+    """The machine epsilon of the coarsest type that the modules of a plant's model compute in."""
+    return _PRECISION[plant]
+
+
+@contextmanager
+def noting_precision(plant: Plant) -> Iterator[Callable[[], float]]:
+    """Notes the plant's precision while its loss is evaluated inside; gives what was seen so far.
+
+    Autocast is on inside loss_fn only, so that it is the modules that must be asked. What loss_fn
+    computes outside any module is not seen.
+    """
+    coarsest = 0.0
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        nonlocal coarsest
+        dtypes = [t.dtype for t in tensors_of(output) if t.is_floating_point()]
+        kind = plant.parameters[0].device.type
+        if torch.is_autocast_enabled(kind):
+            dtypes.append(torch.get_autocast_dtype(kind))
+        coarsest = max([coarsest, *(torch.finfo(dtype).eps for dtype in dtypes)])
+
+    handles = [module.register_forward_hook(note) for module in plant.model.modules()]
+    before = _PRECISION.get(plant)
+    try:
+        yield lambda: coarsest
+    finally:
+        for handle in handles:
+            handle.remove()
+    _PRECISION[plant] = coarsest if before is None else before
