@@ -23,8 +23,8 @@ from rhc.hindsight.policy import LIMIT, Lesson, Policy
 from rhc.schedule import Schedule
 from rhc.schedulers import AdaptiveRL
 from rhc.schedulers.laws import Bounds, Cap, Controls
+from rhc.schedulers.shared import NoiseOn
 from rhc.schedulers.signals import clip
-from rhc.schedulers.steering import NoiseOn
 
 VARIES = 1e-6
 """A control whose coordinate moves by less than this in a run is not steered there."""

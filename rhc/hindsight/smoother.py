@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -42,6 +42,11 @@ USUAL_GAINS = Gains(
 """Twelve times AdaptiveRL's for lr, since trends that look both ways need less caution; momentum
 stays, and noise where it is. Chosen on seeds 0-3 of MNIST, sine and drifting sine
 (docs/hindsight.md)."""
+
+BOUNDS, SMOOTHING = Bounds(), Smoothing()
+
+CAP: Cap = (0.8, 1.25)
+"""Factors that no block of steps goes beyond."""
 
 ROSE_AGAIN = 0.25
 """A smoothed loss that rises again by this share of its fall says that the data changed."""
@@ -80,9 +85,8 @@ class Tape:
 class Smoother:
     """From a probe's tape and schedule to the schedule of the next run.
 
-    every, bounds, cap, smoothing: as of AdaptiveRL, gains larger; of smoothing the β
-    of loss and reward are used, in both directions. source: "both"; "loss": a reward is not looked
-    at; "reward": the terms of the loss are left out.
+    every, source: as of AdaptiveRL, like the bounds, the cap and the smoothing of loss and reward,
+    which goes in both directions; gains are larger.
     baseline: trends count from their mean over the tape: controls go up where the run made more
     progress than usual, and down where it made less. A causal law cannot know that mean; without
     it every fall of the loss raises lr, up to the last step.
@@ -93,9 +97,6 @@ class Smoother:
 
     every: int = 20
     gains: Gains = USUAL_GAINS
-    bounds: Bounds = field(default_factory=Bounds)
-    cap: Cap | None = (0.8, 1.25)
-    smoothing: Smoothing = field(default_factory=Smoothing)
     source: str = "both"
     baseline: bool = True
 
@@ -116,11 +117,11 @@ class Smoother:
                 "'reward' from loss_fn, or use source 'loss'"
             )
         marks = range(self.every, len(tape.losses), self.every)
-        loss = self._shares(tape.losses, self.smoothing.loss, marks)
+        loss = self._shares(tape.losses, SMOOTHING.loss, marks)
         reward = [-share for share in loss]
         if tape.rewards is not None and self.source != "loss":
-            reward = self._shares(tape.rewards, self.smoothing.reward, marks)
-        plateaus = _plateaus(tape.losses, self.smoothing, marks)
+            reward = self._shares(tape.rewards, SMOOTHING.reward, marks)
+        plateaus = _plateaus(tape.losses, marks)
         return [Trends(*values) for values in zip(loss, reward, plateaus, strict=True)]
 
     def schedule(self, tape: Tape, probe: Schedule) -> Schedule:
@@ -132,13 +133,13 @@ class Smoother:
             )
         gains = self.gains.for_source(self.source)
         lost = _lost(tape, self.every)
-        first = self.bounds.clipped(_controls(probe))
-        current = lowered(first, self.bounds) if 0 in lost else first
+        first = BOUNDS.clipped(_controls(probe))
+        current = lowered(first, BOUNDS) if 0 in lost else first
         walk = [current]
         for block, trends in enumerate(self.trends(tape), start=1):
-            current = updated(current, trends, gains, self.bounds, self.cap)
+            current = updated(current, trends, gains, BOUNDS, CAP)
             if block in lost:  # what will not be finite there is known beforehand
-                current = lowered(current, self.bounds)
+                current = lowered(current, BOUNDS)
             walk.append(current)
         return self._moved(probe, first, walk)
 
@@ -161,7 +162,7 @@ class Smoother:
             if name not in probe:
                 continue
             known, old = CONTROLS[name], probe[name]
-            start, bounds = getattr(first, name), getattr(self.bounds, name)
+            start, bounds = getattr(first, name), getattr(BOUNDS, name)
             path = [getattr(controls, name) for controls in walk]
             if start is None or (name == "momentum" and not bool((old > 0).all())):
                 continue
@@ -302,16 +303,16 @@ def _centred(values: Sequence[float], beta: float) -> list[float]:
     return [(b + a) / 2 if math.isfinite(b + a) else math.nan for b, a in pairs]
 
 
-def _plateaus(losses: Sequence[float], smoothing: Smoothing, marks: range) -> list[float]:
+def _plateaus(losses: Sequence[float], marks: range) -> list[float]:
     """P of `rhc.schedulers.signals.plateau` at the marks, from means that look both ways."""
-    mean = _centred(losses, smoothing.loss)
+    mean = _centred(losses, SMOOTHING.loss)
     change = [*(b - a for a, b in pairwise(mean)), 0.0]
-    moved = _centred(change, smoothing.loss)
-    size = _centred([abs(c) for c in change], smoothing.loss)
+    moved = _centred(change, SMOOTHING.loss)
+    size = _centred([abs(c) for c in change], SMOOTHING.loss)
     squares = [
         (x - m) ** 2 if is_usable(x) else math.nan for x, m in zip(losses, mean, strict=True)
     ]
-    variance = _centred(squares, smoothing.variance)
+    variance = _centred(squares, SMOOTHING.variance)
     finite = [v for v in variance if math.isfinite(v)]
     usual = sum(finite) / len(finite) if finite else 0.0
     found = []

@@ -25,6 +25,16 @@ from rhc.schedulers.laws import (
     paced,
     updated,
 )
+from rhc.schedulers.shared import (
+    NOISE_ON,
+    NoiseOn,
+    Scalar,
+    add_noise,
+    momentum_of,
+    numbers,
+    scalar,
+    set_momentum,
+)
 from rhc.schedulers.signals import (
     Signals,
     Smoothing,
@@ -38,16 +48,6 @@ from rhc.schedulers.signals import (
     sigmoid,
     surprise,
     trends,
-)
-from rhc.schedulers.steering import (
-    NOISE_ON,
-    NoiseOn,
-    Scalar,
-    add_noise,
-    momentum_of,
-    numbers,
-    scalar,
-    set_momentum,
 )
 
 VERSION = 2

@@ -30,9 +30,7 @@ from rhc.schedulers.plan import (
 )
 from rhc.schedulers.rewards import FreshSeeds, RewardSource, TrainingTape, ValidationLoss
 from rhc.schedulers.sampler import LossSampler
-from rhc.schedulers.signals import logit, sigmoid
-from rhc.schedulers.statistics import EpochState, EpochStats, after_epoch, after_step
-from rhc.schedulers.steering import (
+from rhc.schedulers.shared import (
     Scalar,
     add_noise,
     momentum_of,
@@ -40,6 +38,8 @@ from rhc.schedulers.steering import (
     scalar,
     set_momentum,
 )
+from rhc.schedulers.signals import logit, sigmoid
+from rhc.schedulers.statistics import EpochState, EpochStats, after_epoch, after_step
 
 VERSION = 1
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,14 @@ from rhc.cli.main import main
 from rhc.compare.methods import method_of
 from rhc.compare.runs import Task, run
 from rhc.rng import seed_everything
-from rhc.schedulers import VALUES, EpochPlanner, FreshSeeds, hf_callback, lightning_callback
+from rhc.schedulers import (
+    VALUES,
+    EpochPlanner,
+    FreshSeeds,
+    LossSampler,
+    hf_callback,
+    lightning_callback,
+)
 from rhc.workload import Workload, load_runner, optimizer_of
 
 
@@ -195,14 +204,61 @@ def regression() -> tuple[TensorDataset, TensorDataset]:
 
 
 class TestOtherLoops:
+    def test_lightning_s_hooks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Played by hand, without the package."""
+        stub: Any = ModuleType("lightning.pytorch")
+        stub.Callback = object
+        monkeypatch.setitem(sys.modules, "lightning", ModuleType("lightning"))
+        monkeypatch.setitem(sys.modules, "lightning.pytorch", stub)
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+        planner = EpochPlanner(steer=("lr",))
+        callback = lightning_callback(planner)
+        trainer = SimpleNamespace(
+            lr_scheduler_configs=[], optimizers=[optimizer], global_step=1, callback_metrics={},
+            val_dataloaders=[1], current_epoch=0, check_val_every_n_epoch=1,
+        )  # fmt: skip
+        callback.on_fit_start(trainer, None)
+        callback.on_train_batch_end(trainer, None, {"loss": torch.tensor(1.0)}, None, 0)
+        with pytest.raises(rhc.InputError, match="the module logs no 'val_loss'"):
+            callback.on_train_epoch_end(trainer, None)
+        for loss in (2.0, 1.0):
+            trainer.callback_metrics["val_loss"] = torch.tensor(loss)
+            callback.on_train_epoch_end(trainer, None)
+        assert planner.steps == 1 and optimizer.param_groups[0]["lr"] > 0.1
+        again = EpochPlanner(steer=("lr",))
+        resumed = lightning_callback(again)
+        resumed.load_state_dict(callback.state_dict())
+        resumed.on_fit_start(trainer, None)
+        assert again.plan == planner.plan
+
+    def test_the_trainer_s_hooks(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        stub: Any = ModuleType("transformers")
+        stub.TrainerCallback = object
+        monkeypatch.setitem(sys.modules, "transformers", stub)
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+        planner = EpochPlanner(steer=("lr",), knobs=[LossSampler(5)])
+        callback = hf_callback(planner)
+        given = {"optimizer": SimpleNamespace(optimizer=optimizer), "lr_scheduler": None}
+        args, state = SimpleNamespace(output_dir=tmp_path), SimpleNamespace(global_step=0)
+        callback.on_train_begin(args, state, None, **given)
+        callback.on_log(args, state, None, logs={"loss": 1.0, "grad_norm": 2.0})
+        callback.on_epoch_end(args, state, None)
+        assert not planner.history
+        callback.on_evaluate(args, state, None, metrics={"eval_loss": 1.0})
+        assert planner.history[0].gradient_rms == 2.0
+        state.global_step = 7
+        (tmp_path / "checkpoint-7").mkdir()
+        callback.on_save(args, state, None)
+        again = EpochPlanner(steer=("lr",), knobs=[LossSampler(5)])
+        hf_callback(again).on_train_begin(args, state, None, **given)
+        assert again.plan == planner.plan and again.steps == 1
+
     @pytest.mark.parametrize(
         "make, module", [(lightning_callback, "lightning"), (hf_callback, "transformers")]
     )
     def test_what_is_not_installed_is_named(
         self, make: Callable[..., Any], module: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        import sys
-
         for name in (module, "lightning.pytorch", "pytorch_lightning"):
             monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(rhc.InputError, match=f"pip install {module}"):
