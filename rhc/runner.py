@@ -36,7 +36,7 @@ from rhc.loop.checks import (
 )
 from rhc.loop.epochs import begin_planning, epoch_steps
 from rhc.loop.fit import Data, EventLog, Fit, ReversePasses
-from rhc.loop.lr_search import Start, find_first_lr
+from rhc.loop.lr_search import find_first_lr
 from rhc.loop.shift import adapt_to_shift
 from rhc.loop.state import Cost, State
 from rhc.loop.steps import replay, restore
@@ -63,6 +63,7 @@ from rhc.report.loggers import Logger, Logging, listeners_of
 from rhc.rng import mixed_seed
 from rhc.schedule import Schedule, Template
 from rhc.schedulers import EpochPlanner
+from rhc.settings.owners import Start
 from rhc.storage.run_directory import RunDirectory, hardware, length, module_text, versions
 from rhc.training import interrupts, memory
 from rhc.training.batches import StepBatches

@@ -15,7 +15,6 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,10 +27,8 @@ from rhc.loop.fit import Fit
 from rhc.loop.trials import NoRoom, Trial, Trials
 from rhc.rng import preserved
 from rhc.schedule import CONTROLS
+from rhc.settings.owners import Start
 from rhc.training.loaders import pristine
-
-Start = Literal["zero", "probe", "given"]
-STARTS: tuple[Start, ...] = ("zero", "probe", "given")
 
 ZERO_STEPS = 50
 """Steps with frozen weights behind the hypergradient at α = 0."""

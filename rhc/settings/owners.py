@@ -11,7 +11,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from rhc.errors import InputError
 from rhc.settings.fields import (
@@ -29,13 +29,13 @@ from rhc.workload import OPTIMIZERS
 MOST_STEPS = 50_000_000
 """Of a run: it is planned step by step, which takes 8 bytes for every control of each."""
 
-STARTS = ("zero", "probe", "given")
+Start = Literal["zero", "probe", "given"]
 TEMPLATES = ("constant", "cosine", "linear", "wsd", "1cycle")
 PRODUCTS = (
     *("auto", "exact", "forward-over-reverse", "forward-difference", "central-difference"),
     "none",
 )
-"""These and the starts and templates are those of rooms that import torch: a test compares them."""
+"""Templates and products are those of rooms that import torch: a test compares them."""
 
 
 def parsed_names(given: Any) -> tuple[str, ...]:
@@ -181,7 +181,7 @@ class Shape(Settings):
 
     heading = "its schedule"
 
-    start: str | None = setting(None, "NAME", one_of(*STARTS), unset="by --lr")
+    start: str | None = setting(None, "NAME", one_of(*get_args(Start)), unset="by --lr")
     """zero, probe or given: how lr is found. zero needs no --lr, and finds one for every parameter
     group by a hypergradient and short rolls; probe takes --lr for a first guess; given keeps
     it. zero by default, probe with --lr, given with --no-rewrite."""

@@ -37,7 +37,6 @@ from rhc.events import (
     WindowAttempted,
 )
 from rhc.hypergradient import PRODUCTS as KNOWN_PRODUCTS
-from rhc.loop.lr_search import STARTS as KNOWN_STARTS
 from rhc.loop.update_rule import usual_law, usual_objective
 from rhc.optimizers import DIFFERENTIABLE
 from rhc.report.live import (
@@ -52,7 +51,7 @@ from rhc.report.records import one_number
 from rhc.report.text import print_result
 from rhc.schedule import TEMPLATES as KNOWN_TEMPLATES
 from rhc.settings import TrainConfig, parsed_bytes
-from rhc.settings.owners import PRODUCTS, STARTS, TEMPLATES
+from rhc.settings.owners import PRODUCTS, TEMPLATES
 from rhc.workload import OPTIMIZERS
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -882,7 +881,7 @@ def test_module_and_status(tmp_path: Path) -> None:
 
 def test_the_names_that_are_offered_are_those_that_exist() -> None:
     assert ("auto", *KNOWN_PRODUCTS) == PRODUCTS
-    assert STARTS == KNOWN_STARTS and TEMPLATES == KNOWN_TEMPLATES
+    assert TEMPLATES == KNOWN_TEMPLATES
     assert set(OPTIMIZERS) <= {kind.__name__.lower() for kind in DIFFERENTIABLE}
 
 
