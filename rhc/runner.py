@@ -79,6 +79,9 @@ DEFAULT_CONTROLS = ("lr",)
 """Rewriting momentum and noise too made runs worse on all three tasks tried (docs/log.md)."""
 
 
+GONE_RULE, GONE_MEMORY = {"rule": "normalised"}, {"memory": False}
+"""Entries of settings that are gone, so that older runs are found and continued."""
+
 LOADERS = ("train_loader", "val_loader", "test_loader")
 
 SHOWN = 4
@@ -666,8 +669,8 @@ class Runner:
             "window": self.window,
             "stride": self.stride,
             "controls": list(self.controls),
-            "rewrite": asdict(self.law) | _GONE_RULE if self.rewriting else False,
-            "objective": {k: _described(v) for k, v in vars(self.objective).items()} | _GONE_MEMORY,
+            "rewrite": asdict(self.law) | GONE_RULE if self.rewriting else False,
+            "objective": {k: _described(v) for k, v in vars(self.objective).items()} | GONE_MEMORY,
             "validation": self.val_loader is not None,
             "product": self.product,
             "segment": self.segment,
@@ -713,10 +716,6 @@ class Runner:
         for each in self._settings:
             given |= each.if_given()
         return given
-
-
-_GONE_RULE, _GONE_MEMORY = {"rule": "normalised"}, {"memory": False}
-"""Entries of settings that are gone, so that older runs can be continued."""
 
 
 def _described(value: Any) -> Any:

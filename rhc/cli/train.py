@@ -27,7 +27,7 @@ from rhc.loop.update_rule import Rewrite, usual_law, usual_objective, usual_temp
 from rhc.report.live import Screen
 from rhc.report.loggers import Logging, TensorBoard
 from rhc.report.watch import Followed
-from rhc.runner import Runner
+from rhc.runner import GONE_MEMORY, GONE_RULE, Runner
 from rhc.settings import TrainConfig
 from rhc.settings.fields import plain_value
 from rhc.storage.run_files import read_record
@@ -144,8 +144,8 @@ def _default_directory(
     usual = {name: plain_value(each.default) for name, each in known if each.setting.hashed}
     record = {
         **{name: value for name, value in resolved.items() if value != usual.get(name, value)},
-        "law": law and asdict(law),
-        "objective": vars(objective),
+        "law": law and asdict(law) | GONE_RULE,
+        "objective": vars(objective) | GONE_MEMORY,
     }
     return hashed(config.short_name, record)
 
