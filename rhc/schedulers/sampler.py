@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from rhc.errors import InputError, whole_number
 
 _CHUNK = 1 << 18
 _HALF = float(np.finfo(np.float16).max)
-_KEPT = ("recent", "older", "count")
+_KEPT = ("recent", "older", "count", "norm", "norms")
 
 
 class LossSampler(Sampler[int]):
@@ -41,7 +41,7 @@ class LossSampler(Sampler[int]):
     1 / (N p_i): with it the weighted mean over a pass is the plain mean, in expectation exactly.
     Resumable: `state_dict()` has weights, statistics, and the place within the pass.
 
-    It keeps 9 bytes per example and 4 more during a pass: 10⁷ examples take 130 MB. Losses are kept
+    It keeps 9 bytes per example (12 by gradient) and 4 more during a pass. Losses are kept
     in half precision, which is good to a thousandth.
 
     Args:
@@ -49,6 +49,7 @@ class LossSampler(Sampler[int]):
         strength: In [0, 1].
         most: Largest N p_i.
         least: Smallest 1 + strength · …, before N p is scaled to mean 1.
+        by: "loss", or "gradient" for the norms of the gradients in place of h.
         generator: Of the order; None for torch's global one, from which each pass draws one number.
 
     Raises:
@@ -64,6 +65,7 @@ class LossSampler(Sampler[int]):
         strength: float = 0.5,
         most: float = 3.0,
         least: float = 0.3,
+        by: Literal["loss", "gradient"] = "loss",
         generator: torch.Generator | None = None,
     ) -> None:
         examples = whole_number("examples", examples)
@@ -75,12 +77,19 @@ class LossSampler(Sampler[int]):
             raise InputError(
                 f"least and most must be 0 < least ≤ 1 ≤ most, got {least:g} and {most:g}"
             )
+        if by not in ("loss", "gradient"):
+            raise InputError(f"by must be 'loss' or 'gradient', got {by!r}")
+        self.by = by
         self.recent = np.zeros(examples, np.float16)
         """Mean loss of each example with weight ½ for the newest, in units of `unit`."""
         self.older = np.zeros(examples, np.float16)
         """The same with weight ⅛: their difference says whether the example is being learned."""
         self.count = np.zeros(examples, np.uint8)
         """How often it was seen, up to 255."""
+        self.norm = np.zeros(examples if by == "gradient" else 0, np.float16)
+        """Mean norm of each example's gradient, with weight ½ for the newest."""
+        self.norms = np.zeros(len(self.norm), np.uint8)
+        """Whether there is one."""
         self.unit: float | None = None
         """The mean of the first losses: half precision has its own range."""
         self.strength, self.most, self.least = strength, most, least
@@ -119,8 +128,8 @@ class LossSampler(Sampler[int]):
         weights = torch.from_numpy(1 / self.weights[at])
         return weights.to(indices.device) if isinstance(indices, Tensor) else weights
 
-    def observe(self, indices: Any, losses: Any) -> None:
-        """Takes in the losses of a step's examples.
+    def observe(self, indices: Any, losses: Any, norms: Any = None) -> None:
+        """Takes in the losses of a step's examples, and the norms of their gradients.
 
         What is not finite, or negative, is left out. An example that comes twice counts once, with
         its last value.
@@ -128,6 +137,7 @@ class LossSampler(Sampler[int]):
         Args:
             indices: (B,), of the examples.
             losses: (B,).
+            norms: (B,), for a sampler by gradient.
 
         Raises:
             InputError: Where the two do not fit each other, or the dataset.
@@ -143,6 +153,13 @@ class LossSampler(Sampler[int]):
                 f"indices must be in [0, {len(self)}), got {at.min()} to {at.max()}; build the "
                 "sampler for the whole dataset"
             )
+        if self.by == "gradient" and norms is not None:
+            sizes = _array(norms, np.float64)
+            fine = np.isfinite(sizes) & (sizes >= 0)
+            place, sizes = at[fine], np.minimum(sizes[fine], _HALF)
+            old = self.norm[place].astype(np.float64)
+            self.norm[place] = np.where(self.norms[place] == 0, sizes, old + 0.5 * (sizes - old))
+            self.norms[place] = 1
         good = np.isfinite(values) & (values >= 0)
         at, values = at[good], values[good]
         if self.unit is None and len(at):
@@ -160,18 +177,20 @@ class LossSampler(Sampler[int]):
         """Makes the weights of the next pass from what was observed; call it between passes."""
         parts = _parts(len(self))
         self._seed, self._taken = None, 0
-        level = _mean(self.recent[part][self.count[part] > 0] for part in parts)
+        gradient = self.by == "gradient"
+        hard, known = (self.norm, self.norms) if gradient else (self.recent, self.count)
+        level = _mean(hard[part][known[part] > 0] for part in parts)
         if self.strength == 0 or level == 0:
             self.weights[:] = 1
             return
         usual = _mean(self._falls(part)[self.count[part] > 1] for part in parts)
         for part in parts:
-            h = np.minimum(self.recent[part].astype(np.float64) / level, self.most)
+            h = np.minimum(hard[part].astype(np.float64) / level, self.most)
             learned = np.minimum(self._falls(part) / usual, 1.0) if usual > 0 else np.ones(len(h))
             # Whether it can be learned shows only after it was seen twice.
             learned[self.count[part] < 2] = 1.0
             more = (h - 1) * np.where(h > 1, learned, 1.0)
-            more[self.count[part] == 0] = 0.0
+            more[known[part] == 0] = 0.0
             self.weights[part] = np.maximum(1 + self.strength * more, self.least)
         self._normalise()
 
@@ -213,7 +232,8 @@ class LossSampler(Sampler[int]):
             )
         self.weights[:] = state["weights"].numpy()
         for name in _KEPT:
-            getattr(self, name)[:] = state["statistics"][name].numpy()
+            if len(getattr(self, name)):
+                getattr(self, name)[:] = state["statistics"][name].numpy()
         self.unit = state["statistics"]["unit"]
         self.strength = float(state["strength"])
         self._seed, self._taken = state["seed"], int(state["taken"])

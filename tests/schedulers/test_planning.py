@@ -665,6 +665,12 @@ def hard_sampler(n: int = 50, strength: float = 1.0, **settings: Any) -> tuple[L
 
 
 class TestSampler:
+    def test_by_gradient_norm(self) -> None:
+        sampler = LossSampler(4, strength=1.0, by="gradient")
+        sampler.observe([0, 1, 2, 3], [1.0] * 4, [4.0, 1.0, 1.0, 0.0])
+        sampler.next_epoch()
+        assert sampler.weights[0] > sampler.weights[1] > sampler.weights[3]
+
     def test_without_strength_a_pass_is_a_permutation(self) -> None:
         sampler, _ = hard_sampler(strength=0.0)
         found = passes(sampler, 3)
