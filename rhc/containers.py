@@ -1,8 +1,7 @@
-"""What batches are made of: moved, copied and counted, whatever containers people put them in.
+"""Batches in any container: moved, copied and counted.
 
-What has a method `.to` moves by it, as in accelerate's `send_to_device`; mappings, sequences and
-named tuples are rebuilt as torch's `pin_memory` rebuilds them, dataclasses field by field as
-Lightning does. For `torch.utils._pytree` dataclasses, PackedSequence and BatchEncoding are leaves.
+As accelerate moves by `.to`, torch's `pin_memory` rebuilds containers and Lightning dataclasses;
+`torch.utils._pytree` takes dataclasses, PackedSequence and BatchEncoding for leaves.
 """
 
 from __future__ import annotations
@@ -26,27 +25,25 @@ from rhc.errors import InputError
 PLAIN = (str, bytes, int, float, bool, complex, type(None))
 
 NO_DATA = (nn.Module, nn.Parameter, Dataset, DataLoader)
-"""What a batch may refer to without owning it; it stays the same object in a copy."""
+"""Not owned by a batch that refers to it: the same object in a copy."""
 
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """A batch that is used several times: a loss may pop, scale or fill its own copy of it."""
+    """A batch for several uses: a loss may modify its own copy."""
 
     batch: Any
 
     def opened(self) -> Any:
-        """A copy of the batch, for one use."""
         return copied(self.batch)
 
 
 def kept(batch: Any) -> Kept:
-    """The batch, for several uses."""
     return batch if isinstance(batch, Kept) else Kept(batch)
 
 
 def opening(loss_fn: Callable[[nn.Module, Any], Any]) -> Callable[[nn.Module, Any], Any]:
-    """loss_fn for batches that are `Kept`; others it gets as they are."""
+    """loss_fn that also takes `Kept` batches."""
 
     @functools.wraps(loss_fn, updated=())
     def loss(model: nn.Module, batch: Any) -> Any:
@@ -59,23 +56,20 @@ def opening(loss_fn: Callable[[nn.Module, Any], Any]) -> Callable[[nn.Module, An
 
 
 def to_device(batch: Any, device: torch.device | None, *, wait: bool = False) -> Any:
-    """The batch with all that can be moved on `device`; None moves nothing.
-
-    wait: until it is there, so that pinned memory may be filled anew at once.
-    """
+    """The batch on `device`, if any. wait: until pinned memory can be reused."""
     if device is None:
         return batch
     move = getattr(batch, "to", None)
     if callable(move) and not isinstance(batch, type):
         try:
             return move(device, non_blocking=not wait)
-        except TypeError:  # a method that takes the device alone
+        except TypeError:  # no argument non_blocking
             return move(device)
     return mapped(lambda part: to_device(part, device, wait=wait), batch)
 
 
 def mapped(function: Callable[[Any], Any], value: Any) -> Any:
-    """The same container with function(part) in the place of every part; a leaf as it is."""
+    """The same container with function(part) for every part; a leaf unchanged."""
     kind: Any = type(value)
     made: Any
     if isinstance(value, PLAIN):
@@ -101,14 +95,10 @@ def mapped(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def copied(batch: Any, name: str = "batches") -> Any:
-    """A batch that shares no memory with this one; `name` says where it comes from in errors.
-
-    By `copy.deepcopy`, but for tensors, of which that would copy the whole storage: of a slice of a
-    dataset, all of it. Modules, parameters and datasets stay the same objects. Raises InputError
-    where it cannot be copied.
-    """
+    """A deep copy, but of a tensor only its view, not its storage; modules, parameters and datasets
+    are shared. InputError, which calls the batch `name`, where it cannot be copied."""
     memo: dict[int, Any] = {}
-    tensors: dict[int, Tensor] = {}  # held, so that no id is given out again
+    tensors: dict[int, Tensor] = {}  # kept alive, so that ids stay unique
     for part in _parts(batch):
         (memo if isinstance(part, NO_DATA) else tensors)[id(part)] = part
     try:
@@ -124,7 +114,7 @@ def copied(batch: Any, name: str = "batches") -> Any:
 
 
 def spare(batch: Any) -> Any:
-    """A copy for a use after which the loader may yield it again; itself where it has none."""
+    """A copy in case the loader reuses the batch; the batch itself if it cannot be copied."""
     try:
         return copied(batch)
     except InputError:
@@ -132,15 +122,12 @@ def spare(batch: Any) -> Any:
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors in a batch, or in what a module takes or gives."""
+    """The tensors in a batch, or in the inputs or outputs of a module."""
     return [part for part in _parts(value) if isinstance(part, Tensor)]
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two tensors have the same elements, with NaNs in the same places, or both are None.
-
-    Of those that are not strided only the shapes are compared.
-    """
+    """Whether both are None, or equal with NaNs in the same places; only shapes if not strided."""
     if a is None or b is None:
         return a is b
     if a.shape != b.shape or a.layout != torch.strided:
@@ -149,7 +136,7 @@ def same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    """The tensors in it and what is NO_DATA, in order, each as often as it is met."""
+    """Tensors and NO_DATA, in order, with repetitions."""
     stack, seen = [value], set[int]()
     while stack:
         part = stack.pop()
@@ -161,7 +148,7 @@ def _parts(value: Any) -> Iterator[Any]:
 
 
 def _inside(value: Any) -> Sequence[Any]:
-    """What a container or an object holds; nothing of one that says itself how it is copied."""
+    """The contents of a container or object; none where it defines its own copying."""
     if isinstance(value, Mapping):
         return list(value.values())
     if isinstance(value, (list, tuple)):
@@ -179,10 +166,7 @@ def _inside(value: Any) -> Sequence[Any]:
 
 
 def _clones(tensors: Mapping[int, Tensor], name: str) -> dict[int, Tensor]:
-    """By id, a copy of every tensor that does not share most of its storage with others of them.
-
-    Those are left to deepcopy, which copies a storage once: they overlap in the copy too.
-    """
+    """By id, copies of tensors that share little of a storage; deepcopy keeps others' overlap."""
     of_storage: dict[int, list[Tensor]] = {}
     for tensor in tensors.values():
         if tensor.grad_fn is not None:
@@ -207,12 +191,9 @@ def _clones(tensors: Mapping[int, Tensor], name: str) -> dict[int, Tensor]:
 
 
 def rows_of(batch: Any) -> int:
-    """The examples in a batch, by which means over batches are weighted.
-
-    What its `batch_size` says, where it has one; else the first dimension that most of its tensors
-    and arrays have, or the length of a list of plain values or of single examples. 1 where there is
-    nothing to count (None, a number, a text). A warning where it cannot be told.
-    """
+    """Examples in a batch, as weights of means: its `batch_size`, else the most frequent first
+    dimension or the length of a list of examples; 1, perhaps with a warning, if they cannot be
+    counted."""
     found = list(_lengths(batch))
     if not found and _is_single(batch):
         return 1
@@ -231,7 +212,7 @@ def rows_of(batch: Any) -> int:
 
 
 def _lengths(value: Any) -> Iterator[int]:
-    """What may be the number of rows, from every part that says something about it."""
+    """Candidates for the number of rows, one per part."""
     told = getattr(value, "batch_size", None)
     if isinstance(told, torch.Size):  # of a TensorDict
         told = next(iter(told), None)
@@ -256,8 +237,8 @@ def _lengths(value: Any) -> Iterator[int]:
 
 
 def may_be_examples(values: list[Any]) -> bool:
-    """Whether a list may be one of examples that nobody put together; sure where each has a number
-    or a text. torch's own collate makes lists of tensors, and of lists."""
+    """Whether a list may hold uncollated examples, certain if each has a number or text; torch's
+    collate itself makes lists of tensors and of lists."""
     alike = len({type(v) for v in values}) == 1
     return alike and not isinstance(values[0], (*PLAIN, Tensor, list)) and bool(_inside(values[0]))
 

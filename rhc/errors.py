@@ -1,4 +1,4 @@
-"""Exceptions that a person can act on, checks of settings that are numbers, text for terminals."""
+"""Exceptions for users, checks of numeric settings, and text that is safe on a terminal."""
 
 from __future__ import annotations
 
@@ -7,27 +7,24 @@ import re
 from typing import Any
 
 _COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""Control characters but for tabs and ends of lines, and those that turn the order of a line."""
+"""Control characters but tab and newline, and those that change the direction of text."""
 
 
 def plain(text: str) -> str:
-    """The text with what a terminal would obey written out: `\\x1b[2J` does not clear the screen.
-
-    For whatever comes from a file or a path: these may be somebody else's.
-    """
+    """`text` with control characters escaped, so that a file or path cannot control a terminal."""
     return _COMMANDS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class InputError(ValueError):
-    """A setting, file or object that rhc was given cannot be used.
+    """A setting, file or object given to rhc cannot be used.
 
-    Its message is one sentence that names the argument, its value and the mend; the command line
-    prints it without a traceback and exits with status 2.
+    The message is one sentence with the argument, its value and the remedy; the command line prints
+    it and exits with status 2.
     """
 
 
 class Unseen(InputError):
-    """A step does what a hypergradient cannot see through; a run goes on without reverse passes."""
+    """The reverse pass cannot differentiate a step; a run goes on without reverse passes."""
 
 
 class DivergedError(RuntimeError):
@@ -35,25 +32,19 @@ class DivergedError(RuntimeError):
 
 
 class StorageError(RuntimeError):
-    """A run went on to its end although the disk failed, and something of it is not saved.
-
-    Its message is one sentence; the command line prints it and exits with status 3. result: what
-    the run ended with, as `Runner.fit` would have returned it; None where it did not end.
-    """
+    """A run ended, but the disk failed and part of it is not saved (exit status 3). result: of
+    `Runner.fit`, or None."""
 
     result: object = None
 
 
 class RunWarning(UserWarning):
-    """Nothing failed, but a run is not what the caller may take it for. The message says why."""
+    """Nothing failed, but the run differs from what the caller may expect."""
 
 
 def whole_number(name: str, value: Any) -> int:
-    """`value` as Python's int: of any type that counts (numpy's integers, a tensor of one).
-
-    Raises InputError for other numbers, and for True and False, which are most often a flag in the
-    wrong place.
-    """
+    """`value` as an int, also from numpy integers and one-element tensors. InputError for other
+    numbers and for bools, which are most often misplaced flags."""
     flag = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
     try:
         if not flag:
@@ -64,7 +55,7 @@ def whole_number(name: str, value: Any) -> int:
 
 
 def plain_numbers(settings: Any) -> None:
-    """Makes Python's own of numbers of numpy and torch in a frozen dataclass, in its making."""
+    """Converts scalars of numpy and torch in a frozen dataclass to Python's; for __post_init__."""
     for name, value in vars(settings).items():
         if hasattr(value, "item"):
             object.__setattr__(settings, name, value.item())

@@ -1,4 +1,4 @@
-"""What the loop tells its listeners: displays, loggers, tests. Listeners decide nothing."""
+"""Events of the loop, for displays and loggers; listeners never influence a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VERBS: tuple[Verb, ...] = get_args(Verb)
 
 @dataclass(frozen=True)
 class RunStarted:
-    """A fit begins, at step `start` (not 0: resumed) of `steps`."""
+    """A fit begins at step `start` of `steps`, or resumes if start > 0."""
 
     start: int
     steps: int
@@ -26,18 +26,14 @@ class RunStarted:
 
 @dataclass(frozen=True)
 class StartTried:
-    """A probe of where to start, or the hypergradient at lr 0; `record` is its line in
-    start.jsonl."""
+    """A probe of the lr search, or the hypergradient at lr 0; `record`: its line in start.jsonl."""
 
     record: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class StartFound:
-    """Where the schedule starts: `lr`, a number or one per parameter group, in place of `given`.
-
-    cost: in plain runs.
-    """
+    """The first `lr`, a number or one per group, in place of `given`; cost in baseline runs."""
 
     start: str
     lr: Any
@@ -58,10 +54,7 @@ class VerbStarted:
 
 @dataclass(frozen=True)
 class StepTaken:
-    """An optimizer step was taken while rolling or replaying; not yet committed.
-
-    controls: a number each, or a tuple of one per parameter group.
-    """
+    """An uncommitted step of a roll or replay; controls are numbers, or tuples per group."""
 
     step: int
     loss: float | None
@@ -77,10 +70,7 @@ class WindowAttempted:
 
 @dataclass(frozen=True)
 class Committed:
-    """Steps [start, stop) are final; `rows` are their lines in tape.jsonl.
-
-    plain_run_equivalents: the cost of the whole run, if the rest is as dear as what was so far.
-    """
+    """Steps [start, stop) are final; rows: lines of the tape; cost: projected for the whole run."""
 
     start: int
     stop: int
@@ -90,18 +80,13 @@ class Committed:
 
 @dataclass(frozen=True)
 class CheckpointSaved:
-    """A checkpoint was written."""
-
     step: int
     path: Path
 
 
 @dataclass(frozen=True)
 class Intervened:
-    """A guard of the epoch planner, or a drift of the data, changed the plan beyond its laws.
-
-    kind: "drift", "failsafe", "re-armed", "not finite", …; reason: a sentence.
-    """
+    """A guard or a drift changed the plan. kind: "drift", "failsafe", "re-armed", "not finite" …"""
 
     step: int
     epoch: int
@@ -111,7 +96,7 @@ class Intervened:
 
 @dataclass(frozen=True)
 class EpochPlanned:
-    """Epoch `epoch` ended before step `step`: its statistics, and the plan of the next one."""
+    """Epoch `epoch` ended before step `step`: its statistics, and the next plan."""
 
     step: int
     epoch: int
@@ -121,7 +106,7 @@ class EpochPlanned:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something a person should know."""
+    """Something that the user should know."""
 
     message: str
 

@@ -1,8 +1,6 @@
-"""Random numbers: gradient noise as a function of time, and the global state as one value.
+"""Random numbers: gradient noise as a function of time, and the global state as a value.
 
-ξ_t is a standard normal draw from a private generator seeded by (seed, t) alone: it never touches
-the global random state, and a rolled, recomputed or replayed step t sees the same ξ_t. The idea is
-diffrax's, where Brownian motion is a function that can be asked twice.
+ξ_t comes from a generator seeded by (seed, t), so that a replay sees the same (as in diffrax).
 """
 
 from __future__ import annotations
@@ -22,11 +20,8 @@ _MASK = (1 << 64) - 1
 
 
 def mixed_seed(seed: int, step: int) -> int:
-    """A 64-bit seed for `step`, well spread in all its bits (SplitMix64, Steele et al. 2014).
-
-    torch's CPU generator uses the low 32 bits only, so neighbouring steps must not differ in a
-    few high bits alone.
-    """
+    """A 64-bit seed for `step` (SplitMix64, Steele et al. 2014). All bits are mixed, since torch's
+    CPU generator uses only the low 32."""
     z = (seed * 0x9E3779B97F4A7C15 + (step + 1) * 0xD1B54A32D192ED03) & _MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -34,7 +29,7 @@ def mixed_seed(seed: int, step: int) -> int:
 
 
 def standard_noise(like: Sequence[Tensor], seed: int, step: int) -> list[Tensor]:
-    """Independent standard normal tensors ξ_t, one of each shape, dtype and device in `like`."""
+    """Independent standard normal ξ_t with the shape, dtype and device of each in `like`."""
     return list(drawn_noise(like, seed, step))
 
 
@@ -54,11 +49,8 @@ def root_mean_square(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def add_gradient_noise(parameters: Sequence[Tensor], sigma: float, seed: int, step: int) -> None:
-    """Adds σ·RMS(g)·ξ_t to every `.grad`, in place; does nothing, and draws nothing, at σ = 0.
-
-    ξ_t is drawn for every parameter, also for one without a gradient, so that the noise of one
-    tensor does not depend on which others took part in the step.
-    """
+    """Adds σ·RMS(g)·ξ_t to every `.grad`, in place; draws ξ_t also for parameters without one, so
+    that the noise of others is the same."""
     if sigma == 0:
         return
     for parameter, xi in zip(parameters, standard_noise(parameters, seed, step), strict=True):
@@ -67,7 +59,6 @@ def add_gradient_noise(parameters: Sequence[Tensor], sigma: float, seed: int, st
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds every global generator."""
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
@@ -75,7 +66,7 @@ def seed_everything(seed: int) -> None:
 
 @dataclass(frozen=True)
 class RandomState:
-    """A copy of every global generator; `capture()` takes it, `restore()` puts it back."""
+    """The state of every global generator."""
 
     torch_cpu: Tensor
     torch_cuda: tuple[Tensor, ...]
@@ -84,7 +75,7 @@ class RandomState:
 
     @classmethod
     def capture(cls, numpy: Any = None) -> RandomState:
-        """The state now, where numpy's is known already with that. CUDA is asked only if used."""
+        """The state now. `numpy`: its state, if known. CUDA's is captured only if initialized."""
         return cls(
             torch.get_rng_state(),
             tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else (),
@@ -93,7 +84,6 @@ class RandomState:
         )
 
     def restore(self) -> None:
-        """Puts every global generator back to this state."""
         torch.set_rng_state(self.torch_cpu)
         if self.torch_cuda and torch.cuda.device_count() == len(self.torch_cuda):
             torch.cuda.set_rng_state_all(list(self.torch_cuda))
@@ -101,11 +91,8 @@ class RandomState:
         random.setstate(self.python)
 
     def now(self) -> RandomState:
-        """The state now: this very object if nothing was drawn since it was captured.
-
-        To ask numpy takes 60 µs. As long as it has no half of a pair of normal draws in store, its
-        state is the memory of its bit generator, a Mersenne Twister: 624 words and a position.
-        """
+        """The current state: this object if nothing was drawn since. The memory of numpy's Mersenne
+        Twister, 624 words and a position, is compared, as asking numpy takes 60 µs."""
         generator = np.random.get_bit_generator()  # type: ignore[attr-defined]
         numpy = None
         if type(generator) is np.random.MT19937 and not self.numpy[3]:
@@ -126,7 +113,6 @@ class RandomState:
         )
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """The state as named tensors, for safetensors."""
         _, keys, position, has_gauss, cached = self.numpy
         version, words, gauss = self.python
         tensors = {
@@ -141,7 +127,6 @@ class RandomState:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> RandomState:
-        """The inverse of `to_tensors`."""
         position, has_gauss = tensors["numpy_position"].tolist()
         version, *words = tensors["python_words"].tolist()
         gauss = tensors["python_gauss"].tolist()
@@ -166,7 +151,7 @@ def _same_numpy(a: Any, b: Any) -> bool:
 
 @contextmanager
 def preserved() -> Iterator[None]:
-    """Whatever is drawn inside leaves the global random state as it was found."""
+    """Restores the global random state on exit."""
     state = RandomState.capture()
     try:
         yield

@@ -1,8 +1,7 @@
 """Runner files as modules: `rhc.runner_files./home/me/my_run%2Epy` is that file.
 
-A name of its own, since a file called data.py or test.py must not replace an installed module; and
-one that any process can import, since workers that are spawned (DataLoader on macOS and Windows,
-forkserver from Python 3.14 on) look up the file's classes by their module's name.
+The name does not hide an installed module (data.py, test.py), and spawned DataLoader workers can
+import it to unpickle the file's classes.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ __path__: list[str] = []  # what makes it a package
 
 
 def module_name(path: Path) -> str:
-    """The name under which the file at this absolute path can be imported."""
+    """The importable name of the file at this absolute path."""
     return f"{__name__}.{str(path).replace('%', '%25').replace('.', '%2E')}"
 
 

@@ -1,15 +1,8 @@
-"""What is trained: the Workload that a runner returns, and how a runner is found by name.
+"""Workload, which a runner returns, and how a runner is found by name; without importing torch.
 
-A runner is a function that makes everything a run needs:
-
-    def digits(*, seed: int = 0, data: Path | None = None) -> Workload
-
-`rhc` never imports one. It is found through the entry-point group `rhc.runners`, which any package
-can join, or as `path/to/file.py:function`. The caller seeds the global generator with `seed` before
-it calls the runner, so that weights made in the usual way depend on the seed alone; a runner draws
-nothing else from the global generator, and gives its data splits a generator of their own.
-
-Importing this module does not import torch: `rhc --help` and `rhc runs` stay quick.
+A runner, `def digits(*, seed=0, data=None) -> Workload`, is an entry point of `rhc.runners`, or
+`path/to/file.py:function`. Before the call the global generator is seeded with `seed`, for weights
+alone: data are split by a generator of their own.
 """
 
 from __future__ import annotations
@@ -38,44 +31,44 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP = "rhc.runners"
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "radam", "adamax", "rmsprop", "adagrad")
-"""What `optimizer_of` knows. Muon takes matrices alone: not a whole model."""
+"""Names for `optimizer_of`. Muon takes only matrices, not a whole model."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What runs are compared by where it is not the test loss: a metric of every training step."""
+    """The metric that compares runs in place of the test loss."""
 
     metric: str
-    """A name among the metrics that loss_fn returns."""
+    """A name among the metrics of loss_fn."""
     over: int
     """Steps of its running mean."""
     last: bool = True
-    """The mean over the last of these counts; False for the mean over all steps."""
+    """Whether the mean of the last of these counts, or that over all steps."""
     higher: bool = False
-    """Higher is better."""
+    """Whether higher is better."""
     target: float | None = None
-    """What a good run's running mean reaches."""
+    """Running mean that a good run reaches."""
 
 
 @dataclass(frozen=True)
 class Plannable:
-    """What an epoch planner can drive in a run beside its optimizer."""
+    """What an epoch planner can drive beside the optimizer."""
 
     names: tuple[str, ...]
-    """Of the values that there are knobs for, see `rhc.schedulers.VALUES`."""
+    """Values with knobs; see `rhc.schedulers.VALUES`."""
     build: Callable[[Workload, Sequence[str]], tuple[Workload, list[Any]]]
-    """(the workload, some of the names) -> the same run with these knobs, and the knobs."""
+    """(workload, some of the names) -> (the workload with these knobs, the knobs)."""
     epoch_steps: int | None = None
-    """Steps of an epoch, where a pass over train_loader has no end."""
+    """Steps of an epoch, if train_loader is endless."""
     returns: str | None = None
-    """The metric that is a return played on fresh seeds, in reinforcement learning."""
+    """In reinforcement learning, the metric that is a return on fresh seeds."""
 
 
 @dataclass
 class Workload:
-    """What a runner hands to the command line: model, loss and data, with defaults that suit them.
+    """Model, loss and data of a run, with defaults that suit them.
 
-    The loaders yield batches that loss_fn understands; rhc never looks inside a batch.
+    Batches are opaque to rhc: only loss_fn must understand them.
     """
 
     model: nn.Module
@@ -83,11 +76,11 @@ class Workload:
     loss_fn: Callable[[nn.Module, Any], Any]
     """(model, batch) -> scalar tensor, or (loss, {"accuracy": tensor, ...})."""
     train_loader: Iterable[Any]
-    """One pass is one epoch; a shuffling loader is asked for a new order by each pass."""
+    """One pass is one epoch; a shuffling loader gives a new order in each."""
     val_loader: Iterable[Any] | None = None
-    """Data for objectives and choices; None where there is none."""
+    """Data for objectives and choices; None if there are none."""
     test_loader: Iterable[Any] | None = None
-    """Data for the final figures, on which nothing is chosen."""
+    """Data for the final figures alone."""
     steps: int = 1000
     """Default number of optimizer steps."""
     optimizer: str = "sgd"
@@ -95,21 +88,21 @@ class Workload:
     lr: Mapping[str, float] = field(
         default_factory=lambda: {"sgd": 0.01, "adam": 1e-3, "adamw": 1e-3}
     )
-    """Default learning rate for each optimizer by name."""
+    """Default learning rate by optimizer."""
     parameter_groups: list[dict[str, Any]] | None = None
-    """Passed to the optimizer in place of model.parameters()."""
+    """For the optimizer, in place of model.parameters()."""
     threads: int | None = None
-    """Default CPU threads; None leaves it to torch. Small tensors are slower on several."""
+    """Default CPU threads; None for torch's. Small tensors are slower on several."""
     noise: float = 0.0
-    """Gradient noise, relative to the RMS of the gradient, that a causal scheduler begins with."""
+    """Initial gradient noise of causal schedulers, relative to the gradient's RMS."""
     goal: Goal | None = None
     """What `rhc compare` compares by; None for the test loss."""
     reward: Callable[[nn.Module, int, Mapping[str, Any]], float | None] | None = None
-    """(model, steps taken, metrics of the step) -> what a causal scheduler is told beside the loss,
-    after every step; None where there is nothing new. Its attribute `forward_passes`, where it has
-    one, counts those of a training batch that it spent."""
+    """(model, steps taken, metrics of the step) -> reward of a causal scheduler after each step,
+    None if there is none. Its attribute `forward_passes`, if any, counts those it used, of a
+    training batch."""
     plannable: Plannable | None = None
-    """What `rhc.EpochPlanner` can drive here beside lr, momentum and noise."""
+    """What `rhc.EpochPlanner` can drive beside lr, momentum and noise."""
 
 
 def optimizer_of(
@@ -121,11 +114,8 @@ def optimizer_of(
     weight_decay: float | None = None,
     nesterov: bool = False,
 ) -> Optimizer:
-    """The optimizer of torch.optim that has this name, one of OPTIMIZERS.
-
-    momentum: β1 where it has betas; adagrad has neither. weight_decay: None for the usual one, 0.01
-    for adamw and 0 for the others.
-    """
+    """The torch.optim optimizer called `name`, one of OPTIMIZERS. momentum: or β1; adagrad has
+    none. weight_decay: None for 0.01 with adamw, else 0."""
     import torch
 
     kinds: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -149,19 +139,14 @@ def usual_weight_decay(optimizer: str) -> float:
 
 
 def usual_lr(workload: Workload, optimizer: str) -> float | None:
-    """The workload's default for this optimizer; adam's where it has none of its own.
-
-    None where it has neither, and for sgd, whose steps have another unit.
-    """
+    """The workload's default for this optimizer, else adam's, except for sgd; or None."""
     own = workload.lr.get(optimizer)
     return workload.lr.get("adam") if own is None and optimizer != "sgd" else own
 
 
 def available_runners() -> dict[str, str]:
-    """`module:function` of the installed runners by name, in alphabetical order; none is imported.
-
-    Raises InputError where two packages claim one name, as either choice would be a silent one.
-    """
+    """Name -> `module:function` of the installed runners, sorted, without importing them.
+    InputError where two packages claim one name."""
     found: dict[str, str] = {}
     for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):
         known = found.setdefault(entry.name, entry.value)
@@ -174,10 +159,7 @@ def available_runners() -> dict[str, str]:
 
 
 def runner_summary(target: str) -> str:
-    """First line of the docstring of `module:function`; empty where there is none to be read.
-
-    Parses the module's source instead of importing it, because a runner's module imports torch.
-    """
+    """First line of the docstring of `module:function`, or ""; parsed: importing imports torch."""
     module_name, _, function_name = target.partition(":")
     try:
         spec = importlib.util.find_spec(module_name)
@@ -192,13 +174,10 @@ def runner_summary(target: str) -> str:
 
 
 def load_runner(name: str) -> Callable[..., Workload]:
-    """The runner of that name; calling it checks that what it returns is a Workload.
+    """The runner of that name; calling it checks that it returns a Workload.
 
-    name: one of `available_runners()`, `path/to/file.py:function`, or `path/to/file.py` for the
-    function that is called like the file.
-    Raises InputError for an unknown name, a missing file or function, and a function that cannot be
-    called with `seed` and `data`. An exception of the runner's own module passes through unchanged:
-    its traceback is what its author needs.
+    name: of `available_runners()`, or `path/to/file.py[:function]`. InputError if unknown or
+    without arguments `seed` and `data`. Exceptions of the runner's module keep their traceback.
     """
     name = with_function(name)
     path, _, function_name = name.rpartition(":")
@@ -228,16 +207,14 @@ def load_runner(name: str) -> Callable[..., Workload]:
 
 
 def with_function(name: str) -> str:
-    """`my_run.py` as `my_run.py:my_run`; other names as they are."""
+    """`my_run.py` as `my_run.py:my_run`; other names unchanged."""
     return f"{name}:{Path(name).stem}" if name.endswith(".py") else name
 
 
 def refuse_strange(run: str, path: Path, *, trust: bool) -> None:
-    """An InputError where the settings in `path` name a file to run that is not the person's own.
-
-    Settings may come from somebody else. A file of the current folder is run, unless it lies in the
-    run's directory that names it; so is whatever is named as RUN, or where `trust` says so.
-    """
+    """Raises InputError where settings in `path` name a file to run that may be somebody else's:
+    outside the current folder or in the run's own directory, not named as RUN, and without
+    `trust`."""
     name = with_function(run).rpartition(":")[0]
     if trust or not name.endswith(".py"):
         return
@@ -290,7 +267,7 @@ def _function_in_file(path: Path, function_name: str, name: str) -> Callable[...
 
 
 def module_of_file(path: Path) -> ModuleType:
-    """The module in that file; its folder joins sys.path, as in `python path/to/file.py`."""
+    """Imports a file; its folder joins sys.path, as in `python path/to/file.py`."""
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
     name = runner_files.module_name(path)

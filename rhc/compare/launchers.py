@@ -1,9 +1,6 @@
-"""Where the runs of a comparison are computed: processes here, or an engine that is there already.
+"""Launchers: local processes, submitit (Slurm, else local) and ray (RAY_ADDRESS, else local).
 
-A launcher takes lines of JSON, one per run, and gives their answers as they come. submitit hands
-runs to Slurm where there is one, else to processes of this machine; ray to the cluster that
-RAY_ADDRESS names, else to one that it begins here. Both are optional: pip install 'rhc[submitit]',
-'rhc[ray]'.
+A launcher takes one line of JSON per run and yields the answers as they arrive.
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ LAUNCHERS = (PROCESSES, "submitit", "ray")
 
 
 def parsed_launcher(text: str) -> tuple[str, dict[str, Any]]:
-    """("submitit", {"timeout_min": 60}) of "submitit:timeout_min=60"; InputErrors for the rest."""
+    """("submitit", {"timeout_min": 60}) from "submitit:timeout_min=60"; InputError otherwise."""
     name, _, rest = text.partition(":")
     if name not in LAUNCHERS:
         raise InputError(f"launcher must be one of {', '.join(LAUNCHERS)}, got {name!r}")
@@ -57,10 +54,8 @@ def parsed_launcher(text: str) -> tuple[str, dict[str, Any]]:
 def launched(
     launcher: str, answer: Answer, lines: Sequence[str], jobs: int, folder: Path
 ) -> Iterator[tuple[int, str | Exception]]:
-    """(index of a line, its answer or why there is none), in the order in which they come.
-
-    answer: a function of a module that other processes can import. jobs: how many at once.
-    """
+    """(index of a line, its answer or exception), as they arrive. `answer` must be importable in
+    other processes; `jobs` run at once."""
     name, options = parsed_launcher(launcher)
     begin = {PROCESSES: _by_processes, "submitit": _by_submitit, "ray": _by_ray}[name]
     return begin(answer, lines, jobs, folder, options)
@@ -96,11 +91,7 @@ def _by_processes(
 
 
 class _Worker:
-    """A process that answers lines, begun anew where it dies.
-
-    They speak JSON, a line for a cell and a line for its row: nothing is pickled, and a worker that
-    is killed costs one cell.
-    """
+    """A process that answers lines of JSON; restarted when it dies, at the cost of one cell."""
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
@@ -123,8 +114,8 @@ class _Worker:
         return answer
 
     def _begin(self) -> subprocess.Popen[str]:
-        # A process of its own session is not reached by Ctrl-C, after which the parent kills it;
-        # and torch's threads would fight over the cores that the other workers use.
+        # In its own session Ctrl-C does not reach it; the parent kills it. One thread, since the
+        # other workers use the other cores.
         module, name = self.answer.__module__, self.answer.__qualname__
         code = f"from {__name__} import serve; from {module} import {name}; serve({name})"
         return subprocess.Popen(
@@ -144,15 +135,15 @@ class _Worker:
 
 
 def serve(answer: Answer) -> None:
-    """A worker: reads lines from stdin and writes their answers, while its parent is there."""
+    """A worker process: answers lines from stdin until its parent exits."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a run prints must not come between the answers
+    os.dup2(2, 1)  # stdout is for answers alone
     asked: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def listen() -> None:
         for line in sys.stdin:
             asked.put(line)
-        os._exit(0)  # whatever it trains: the one that asks is gone
+        os._exit(0)  # even while training: the parent is gone
 
     threading.Thread(target=listen, daemon=True).start()
     while True:
@@ -211,7 +202,7 @@ def _answers(
     result: Callable[[Any], str],
     cancel: Callable[[Any], None],
 ) -> Iterator[tuple[int, str | Exception]]:
-    """Answers of an engine: `jobs` lines at once, each a job that it begins and ends."""
+    """Answers of an engine that runs each line as a job, `jobs` at once."""
     waiting = list(enumerate(lines))[::-1]
     running: dict[Any, int] = {}
     try:

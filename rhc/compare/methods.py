@@ -1,4 +1,4 @@
-"""What can be compared: `METHODS`, and those of a file of one's own, file.py:NAME."""
+"""Methods of a comparison: `METHODS`, and those of a file, as file.py:NAME."""
 
 from __future__ import annotations
 
@@ -32,60 +32,55 @@ Groups = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train a workload."""
-
     summary: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Of the Runner."""
     needs_lr: bool = False
-    """Run once per first lr."""
+    """Run once per given lr."""
     optimizer: str | None = None
-    """In place of the workload's own."""
+    """Replaces the workload's."""
     groups: Callable[[Workload, Groups, float, random.Random], Groups] | None = None
-    """(workload, parameter groups, first lr, random numbers of the seed) -> the groups with lrs."""
+    """(workload, parameter groups, given lr, seeded generator) -> groups with lrs."""
     trials: tuple[Mapping[str, Any], ...] = ({},)
-    """Further settings of whole runs of which the best by validation is taken."""
+    """Settings of further runs; the best by validation counts."""
     smooths: int = 0
-    """Passes of the two-pass smoother, whose kept run is taken."""
+    """Passes of the two-pass smoother."""
     replays: bool = False
-    """Follows the schedule of the task."""
+    """Uses the task's schedule."""
     distilled: bool = False
-    """Steered by the policy of the task."""
+    """Uses the task's policy."""
     drives: Drives | None = None
-    """Makes the optimizer of a plain loop, and is told the loss and reward of every step."""
+    """Makes the optimizer and scheduler of a plain loop."""
     plans: Plans | None = None
     """Plans the epochs of a Runner."""
 
 
 @dataclass
 class Driver:
-    """What steers a plain loop."""
+    """The optimizer and scheduler of a plain loop."""
 
     optimizer: Optimizer
     step: Callable[[Tensor, Any], None] = lambda loss, reward: None
-    """Told the loss and the reward, None where there is none, after every step."""
+    """Called with loss and reward (or None) after every step."""
     rewarded: bool = False
-    """Whether it looks at rewards, which cost something."""
+    """Whether rewards are used; they have a cost."""
     course: Callable[[], Mapping[str, float | None]] | None = None
-    """The numbers of now, for pictures."""
+    """Current values, for plots."""
     mode: Callable[[bool], None] = lambda training: None
-    """Told True before training and False before the model is evaluated."""
+    """Called with True before training, False before evaluation."""
 
 
 Drives = Callable[[Workload, str, Any, float, int], Driver]
-"""(workload, name of the optimizer, parameters, first lr, steps) -> Driver."""
+"""(workload, optimizer's name, parameters, given lr, steps) -> Driver."""
 
 
 Plans = Callable[[Workload], tuple[Workload, EpochPlanner]]
-"""(the workload) -> the workload with the knobs that are planned, and the planner."""
+"""workload -> (the workload with the planned knobs, the planner)."""
 
 
 def planned(*names: str, fixed: bool = False, **settings: Any) -> Plans:
-    """An EpochPlanner that steers those of the names that there are in the run, and nothing else.
-
-    fixed: the knobs are there, and stay as they begin. Without a name for a guard ("drift",
-    "failsafe") there is none.
-    """
+    """An EpochPlanner of these names where the run has them, with guards only if named ("drift",
+    "failsafe"). fixed: the knobs keep their first values."""
 
     def plans(workload: Workload) -> tuple[Workload, EpochPlanner]:
         nothing = Gains(**dict.fromkeys(vars(Gains()), 0.0))
@@ -111,7 +106,7 @@ def planned(*names: str, fixed: bool = False, **settings: Any) -> Plans:
 
 
 def adaptive(*, rewarded: bool = True, paced: bool = True, **settings: Any) -> Drives:
-    """AdaptiveRL, told the length of the run unless not `paced`."""
+    """AdaptiveRL, which knows the number of steps if `paced`."""
 
     def drives(workload: Workload, name: str, parameters: Any, lr: float, steps: int) -> Driver:
         optimizer = optimizer_of(name, parameters, lr)
@@ -146,7 +141,7 @@ def _on_plateau(workload: Workload, name: str, parameters: Any, lr: float, steps
 
 
 def _schedule_free(workload: Workload, name: str, parameters: Any, lr: float, steps: int) -> Driver:
-    """Schedule-Free SGD or AdamW (Defazio et al. 2024), with a warm-up of a twentieth."""
+    """Schedule-Free SGD or AdamW (Defazio et al. 2024), warm-up over a twentieth of the run."""
     free = _optional("schedulefree", "schedule-free")
     warmup = steps // 20
     if name == "sgd":
@@ -160,7 +155,7 @@ def _schedule_free(workload: Workload, name: str, parameters: Any, lr: float, st
 
 
 def _prodigy(workload: Workload, name: str, parameters: Any, lr: float, steps: int) -> Driver:
-    """Prodigy (Mishchenko & Defazio 2024), its lr of 1 falling along a cosine."""
+    """Prodigy (Mishchenko & Defazio 2024) with a cosine from lr 1."""
     optimizer = _optional("prodigyopt", "prodigy").Prodigy(parameters, lr=1.0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     return Driver(optimizer, lambda loss, reward: scheduler.step())
@@ -176,8 +171,6 @@ def _optional(module: str, method: str) -> Any:
 
 
 def distilled(policy: Policy) -> Drives:
-    """The scheduler that a policy is."""
-
     def drives(workload: Workload, name: str, parameters: Any, lr: float, steps: int) -> Driver:
         optimizer = optimizer_of(name, parameters, lr)
         scheduler = DistilledScheduler(optimizer, policy, steps=steps)
@@ -191,18 +184,18 @@ def distilled(policy: Policy) -> Drives:
 def _lrs_at_random(
     workload: Workload, groups: Groups, first: float, draws: random.Random
 ) -> Groups:
-    """Every group's own, in [1e-5, 1]."""
+    """One lr per group, log-uniform in [1e-5, 1]."""
     return [g | {"lr": 10 ** draws.uniform(-5, 0)} for g in groups]
 
 
 def _lr_around(workload: Workload, groups: Groups, first: float, draws: random.Random) -> Groups:
-    """One factor on the lrs of all groups, two and a half decades around what is given."""
+    """The lrs of all groups times one factor, log-uniform in [0.1, 30]."""
     factor = math.exp(draws.uniform(math.log(0.1), math.log(30.0)))
     return [g | {"lr": g.get("lr", first) * factor} for g in groups]
 
 
 def plainly(summary: str, template: str | None = None, **more: Any) -> Method:
-    """A method that rewrites nothing, from the lr that is given."""
+    """A method without rewriting, from the given lr."""
     settings = {"rewrite": False, "start": "given"}
     if template is not None:
         settings["template"] = template
@@ -222,10 +215,10 @@ def _driven(summary: str, drives: Drives) -> Method:
 FIXED_NOISE = Bounds(noise=(0.02, 0.02))
 
 PLANNED = ("lr", "failsafe")
-"""What `planner` plans; docs/planning.md says why no more."""
+"""What `planner` plans; docs/planning.md gives the reasons."""
 
 SEARCHED = 5
-"""Runs of a random search: about as many plain runs as the whole of rhc may cost."""
+"""Runs of a random search: about the budget of rhc in baseline runs."""
 
 METHODS: dict[str, Method] = {
     "constant": _template("constant"),
@@ -321,15 +314,11 @@ ABLATIONS = (
     "adaptive-fixed-noise",
     "adaptive-parameter-noise",
 )
-"""What `--ablations` runs: AdaptiveRL, and AdaptiveRL with one part changed."""
+"""Methods of `--ablations`: AdaptiveRL, and variants with one part changed."""
 
 
 def method_of(name: str) -> Method:
-    """The method of that name, or NAME of METHODS in file.py, as file.py:NAME.
-
-    Raises:
-        InputError: there is no such method.
-    """
+    """The method `name` of METHODS, or NAME in file.py for file.py:NAME; InputError if unknown."""
     path, _, own = name.rpartition(":")
     known = METHODS
     if path.endswith(".py"):
@@ -346,7 +335,7 @@ def method_of(name: str) -> Method:
 def cells(
     methods: Sequence[str], lrs: Sequence[float | None], seeds: Sequence[int]
 ) -> Iterator[tuple[str, float | None, int]]:
-    """(method, lr, seed) of every run, in order; lr None where a method needs none."""
+    """(method, lr, seed) of every run; lr None for methods that need none."""
     for name in methods:
         for lr in (lrs or [None]) if method_of(name).needs_lr else [None]:
             for seed in seeds:

@@ -1,8 +1,6 @@
-"""`rhc compare`: many runs, in parallel, kept on disk as they end, and the table of what they gave.
+"""`rhc compare`: runs in parallel, cached on disk, and the table of their results.
 
-A cell is (method, lr, seed). Its row is appended to rows.jsonl of the comparison's directory when
-it is done, and is not computed again while what is trained is the same. A cell that cannot be run
-says why in one sentence, and the others go on.
+A cell is (method, lr, seed); its row is reused while the task is the same.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ from rhc.storage.jsonl import encode, read_lines
 Cell = tuple[str, float | None, int]
 
 GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-"""What `--tune` chooses from where no lrs are given."""
+"""Default lrs of `--tune`."""
 
 PATHS = ("data", "schedule", "policy")
 """Fields of a Task that are paths."""
@@ -54,7 +52,7 @@ ROWS, RESULT = "rows.jsonl", "comparison.json"
 
 @dataclass(frozen=True)
 class Failure:
-    """A cell that could not be run, and why, in a sentence."""
+    """A cell that failed, and why, as a sentence."""
 
     method: str
     lr: float | None
@@ -63,10 +61,7 @@ class Failure:
 
 
 def print_comparison(console: Console, asked: CompareConfig) -> int:
-    """Runs everything, says how it goes, prints the tables, writes the files; the exit status.
-
-    Returns 1 where nothing could be run, else 0. Raises InputError for what cannot be used.
-    """
+    """Runs everything, prints tables, writes files; exit status 1 if nothing ran, else 0."""
     methods = [*asked.methods, *(ABLATIONS if asked.ablations else ())] or [*USUAL_METHODS]
     reference = asked.versus or ("adaptive" if asked.ablations else methods[-1])
     oracle = asked.oracle
@@ -79,7 +74,7 @@ def print_comparison(console: Console, asked: CompareConfig) -> int:
     sizes = asked.width, asked.batch_size
     task = Task(asked.run, asked.data, asked.steps, asked.schedule, asked.policy, *sizes)
     check_files(task, names)
-    goal = task.workload(seeds[0]).goal  # what is wrong with the run itself is said here, once
+    goal = task.workload(seeds[0]).goal  # errors of the run itself are raised here, once
     folder = asked.directory or Path("runs") / f"compare-{asked.run.rpartition(':')[2]}"
     pool = WorkerPool(console, task, folder, asked.jobs, asked.launcher)
 
@@ -134,7 +129,7 @@ def print_comparison(console: Console, asked: CompareConfig) -> int:
 
 
 def _checked(asked: CompareConfig, names: Sequence[str]) -> tuple[list[int], list[int]]:
-    """The seeds that are reported, and those that lrs are chosen on."""
+    """The seeds that are reported, and those that choose the lr."""
     for name in names:
         method_of(name)
     for lr in asked.lrs:
@@ -172,7 +167,7 @@ MOST_SEEDS = 10**5
 
 
 def parsed_seeds(text: str) -> list[int]:
-    """`100-109` is ten seeds; a number N is N of them, from 100 on."""
+    """Ten seeds for `100-109`; N seeds from 100 on for a number N."""
     match = re.fullmatch(r"(\d{1,10})(?:-(\d{1,10}))?", text.strip())
     seeds = range(0)
     if match is not None and match[2] is None:
@@ -188,7 +183,7 @@ def parsed_seeds(text: str) -> list[int]:
 
 
 class WorkerPool:
-    """Runs cells, tells each row as it comes, and keeps the rows of earlier times in a folder."""
+    """Runs cells, prints each row as it arrives, and stores rows in a folder."""
 
     def __init__(
         self, console: Console, task: Task, folder: Path, jobs: int, launcher: str = PROCESSES
@@ -215,7 +210,7 @@ class WorkerPool:
                 self._kept[row.method, row.lr, row.seed] = row
 
     def rows(self, wanted: Sequence[Cell]) -> list[Row]:
-        """The rows of these cells in their order, without those that failed."""
+        """The rows of these cells, in order, without failures."""
         missing = [cell for cell in wanted if cell not in self._kept]
         if len(missing) < len(wanted):
             self.console.print(
@@ -241,7 +236,7 @@ class WorkerPool:
         self.console.print(f"{what} seed {row.seed}: {ended}, cost {row.cost:.2f}", highlight=False)
 
     def _fail(self, failure: Failure) -> None:
-        """Says why, once for all seeds that fail alike."""
+        """Prints a failure, once for seeds with the same one."""
         if (failure.method, failure.why) not in {(f.method, f.why) for f in self.failures}:
             what = _named(failure.method, failure.lr)
             self.console.print(f"{what} is left out: {failure.why}", highlight=False)
@@ -253,7 +248,7 @@ def _named(method: str, lr: float | None) -> str:
 
 
 def _identity(task: Task) -> dict[str, Any]:
-    """What rows must have in common to be compared: a file's runner with what the file holds."""
+    """What rows must share to be compared, with the contents of files."""
     path, separator, _ = task.run.rpartition(":")
     source = None
     if separator and Path(path).is_file():
@@ -271,7 +266,6 @@ def _identity(task: Task) -> dict[str, Any]:
 
 
 def _content(path: Path | None) -> str | None:
-    """What tells a schedule or a policy from another one."""
     if path is None:
         return None
     files = sorted(p for p in path.glob("*") if p.name in CONTENTS) if path.is_dir() else [path]
@@ -279,8 +273,7 @@ def _content(path: Path | None) -> str | None:
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file; a line that a kill cut short is cut off, and one that is damaged is not
-    taken: its cell is run again."""
+    """The rows of a file; truncates an incomplete last line and skips damaged ones."""
     lines = list(read_lines(path))
     whole = lines[-1].stop if lines else 0
     if path.exists() and path.stat().st_size > whole:
@@ -301,7 +294,7 @@ _FIELDS = {
 
 
 def _row(record: Any) -> Row | None:
-    """A row as it was before JSON, which has no infinities; None for what is no row."""
+    """A row from JSON, which has no infinities; None if it is damaged."""
     if not isinstance(record, dict) or _FIELDS.keys() - record or misfit(record, _FIELDS):
         return None
     row = {f.name: record[f.name] for f in fields(Row) if f.name in record}
@@ -324,7 +317,6 @@ def _row(record: Any) -> Row | None:
 def _outcomes(
     launcher: str, task: Task, wanted: Sequence[Cell], jobs: int, folder: Path
 ) -> Iterator[Row | Failure]:
-    """Rows, or why there are none, in the order in which they come."""
     if not wanted or (jobs == 1 and launcher == PROCESSES):
         yield from (_attempted(task, cell) for cell in wanted)
         return
@@ -342,13 +334,12 @@ def _outcomes(
 
 
 def asked(task: Task, cell: Cell) -> str:
-    """A cell as a line of JSON."""
     plain = {n: str(v) if isinstance(v, Path) else v for n, v in asdict(task).items()}
     return encode({"task": plain, "cell": list(cell)})
 
 
 def answered(line: str) -> str:
-    """Runs the cell of a line, and says its row, or why there is none: JSON to JSON."""
+    """Runs the cell of a JSON line; returns its row or failure as JSON."""
     asked = json.loads(line)
     task = asked["task"]
     paths = {n: None if task[n] is None else Path(task[n]) for n in PATHS}

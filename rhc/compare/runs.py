@@ -1,8 +1,6 @@
-"""One method on one seed: what it ends with, and what it cost.
+"""One method on one seed: its result, and its cost with lr search, replays and discarded runs.
 
-Every number comes from a run of its own; the cost counts everything that was spent on the way to
-it: the lr search, reverse passes, replays, objectives, and the runs that a race or a search
-throws away. Seeds 0 to 9 are for choosing, 100 and more for reporting.
+Seeds 0 to 9 are for development, 100 and more for reports.
 """
 
 from __future__ import annotations
@@ -33,46 +31,46 @@ from rhc.training.plant import Plant
 from rhc.workload import Goal, Workload, load_runner, optimizer_of
 
 TRACKING = Goal("tracking", over=50, last=False)
-"""Of workloads without a goal whose steps all have this metric."""
+"""Default goal of workloads whose steps all have this metric."""
 
 EVERY = 50
-"""Steps between two points of a run's curve, at most a twentieth of the run where nothing is
-rewritten; the window of a Runner that rewrites, which commits that often."""
+"""Steps between points of a curve (at most a twentieth of the run) without rewriting; the window of
+a Runner that rewrites."""
 
 JUDGED_BATCHES = 8
-"""Batches of held-out data behind a point of the curve, at most."""
+"""Maximum of held-out batches per point of the curve."""
 
 POINTS = 100
-"""Points of a run's course that are kept, at most."""
+"""Maximum of points in a run's course."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one method ended with on one seed; a run that diverges for good has infinite losses."""
+    """The result of one method on one seed; losses are infinite if the run diverged."""
 
     method: str
     lr: float | None
     seed: int
     score: float
-    """That of the workload's goal where it has one, else the mean over all steps of the metric
-    "tracking" where there is one, else the test loss of the final weights."""
+    """The goal's metric if the workload has a goal, else the mean of "tracking" over all steps if
+    there is such a metric, else the test loss of the final weights."""
     test_loss: float | None
     test_accuracy: float | None
     average_test_loss: float | None
     validation: float
-    """What the best of several trials is chosen by."""
+    """Chooses the best of several trials."""
     cost: float
     """In baseline runs."""
     higher: bool = False
     """Whether a higher score is better."""
     gradient_evaluations: float | None = None
     curve: Sequence[Sequence[float | None]] = ()
-    """(steps taken, value) of the goal's metric, a running mean, or else of the held-out loss."""
+    """(steps taken, running mean of the goal's metric, or held-out loss)."""
     course: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
-    """Columns of numbers over the run, for pictures: "step" and whatever the method steers."""
+    """Columns over the run, for plots: "step" and the controls."""
 
     def steps_to(self, target: float) -> int | None:
-        """Steps after which the curve first reaches the target; None where it never does."""
+        """Steps until the curve reaches the target; None if it never does."""
         for step, value in self.curve:
             if value is not None and (value >= target if self.higher else value <= target):
                 return int(step or 0)
@@ -81,11 +79,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained: a runner's name, its data, and the steps of every run.
-
-    schedule, policy: files of the methods that use one. width, batch_size: for runs that have other
-    ones; None for the run's own.
-    """
+    """A runner, its data, and settings of every run; schedule and policy are files of methods that
+    need one, width and batch_size None for the runner's own."""
 
     run: str
     data: Path | None = None
@@ -106,7 +101,6 @@ class Task:
 
 
 def run(task: Task, name: str, lr: float | None, seed: int) -> Row:
-    """One method on one seed."""
     method = method_of(name)
     if method.smooths:
         best = _smoothed(task, method, lr, seed)
@@ -119,7 +113,7 @@ def run(task: Task, name: str, lr: float | None, seed: int) -> Row:
         more = {"schedule": _schedule(task, seed)} if method.replays else {}
         tried = [_one(task, method, lr, seed, draws, **more, **trial) for trial in method.trials]
         best = min(tried, key=lambda found: found["validation"])
-        # The lr search is the same every time, and is paid for once.
+        # The lr search is the same every time: its cost counts once.
         start = tried[0]["start"]
         best["cost"] = start + sum(found["cost"] - start for found in tried)
     del best["start"]
@@ -148,7 +142,7 @@ def _one(
 
 
 def _fitted(runner: Runner, workload: Workload, steps: int) -> tuple[dict[str, Any], RunResult]:
-    """A Runner's run to its end, as the fields of a row. Raises DivergedError."""
+    """Trains to the end; returns the fields of a row. Raises DivergedError."""
     points: list[tuple[int, float | None]] = []
 
     def judge(event: Event) -> None:
@@ -178,7 +172,7 @@ def _fitted(runner: Runner, workload: Workload, steps: int) -> tuple[dict[str, A
 
 
 def _smoothed(task: Task, method: Method, lr: float | None, seed: int) -> dict[str, Any]:
-    """The run that the smoother keeps, and what all of its runs cost."""
+    """The run that the smoother keeps, with the cost of all its runs."""
     goal = task.workload(seed).goal
 
     def train(number: int, schedule: Schedule | None) -> Pass:
@@ -197,7 +191,7 @@ def _smoothed(task: Task, method: Method, lr: float | None, seed: int) -> dict[s
 
 
 def check_files(task: Task, names: Sequence[str]) -> None:
-    """Raises InputError unless the task has what the methods need, and nothing that none needs."""
+    """Raises InputError unless the task has exactly the files that the methods need."""
     methods = [method_of(name) for name in names]
     if any(method.replays for method in methods):
         _schedule(task, 0)
@@ -217,7 +211,6 @@ def check_files(task: Task, names: Sequence[str]) -> None:
 
 
 def _schedule(task: Task, seed: int) -> Schedule:
-    """The task's schedule, of the run's length."""
     if task.schedule is None:
         raise InputError("method replay follows a schedule; give --schedule DIR or FILE")
     given = task.schedule
@@ -232,7 +225,7 @@ def _policy(task: Task) -> Policy:
 
 
 def _driven(task: Task, method: Method, lr: float | None, seed: int) -> dict[str, Any]:
-    """A plain loop whose scheduler is told every loss; nothing is rewound."""
+    """A plain loop with a causal scheduler; nothing is rewound."""
     workload = task.workload(seed)
     model, steps = workload.model, task.steps or workload.steps
     name = method.optimizer or workload.optimizer
@@ -302,7 +295,7 @@ def _found(
     test: float | None,
     train: float | None,
 ) -> dict[str, Any]:
-    """Score, curve and what a search chooses by, of a run that went to its end."""
+    """Score, curve and validation of a completed run."""
     tracked = [value for value in metric(TRACKING.metric) if value is not None]
     if goal is None and len(tracked) == len(losses):
         goal = TRACKING
@@ -327,8 +320,8 @@ def _found(
 
 
 def running_means(values: Sequence[float], over: int) -> list[tuple[int, float | None]]:
-    """(steps taken, mean of the last `over` values) at every tenth step from `over` on, and at the
-    last; over all values where there are fewer."""
+    """(steps taken, mean of the last `over` values or of all if fewer), at every tenth step from
+    `over` on and at the last."""
     over = max(1, min(over, len(values)))
     sums = np.cumsum([0.0, *values])
     every = 10 if len(values) - over >= 100 else 1
@@ -339,15 +332,14 @@ def running_means(values: Sequence[float], over: int) -> list[tuple[int, float |
 
 
 def _judged(plant: Plant, loader: Any) -> float | None:
-    """The loss on held-out data; the run that goes on afterwards is the same."""
+    """The held-out loss, or None if not finite; preserves the random state."""
     with preserved():
         losses = evaluate(plant, loader, most=JUDGED_BATCHES)
     return None if losses is None or not math.isfinite(losses.loss) else losses.loss
 
 
 def _course(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
-    """Columns of what is a number, or absent, in all rows, at no more than POINTS steps; of a
-    control that differs by parameter group, the largest."""
+    """Numeric columns of at most POINTS rows; the largest of values per parameter group."""
     kept = rows[:: math.ceil(len(rows) / POINTS)] if rows else []
     names = dict.fromkeys(chain.from_iterable(kept))
     columns = {name: [_largest(row.get(name)) for row in kept] for name in names}
@@ -370,10 +362,7 @@ def prepared(
     draws: random.Random | None = None,
     **more: Any,
 ) -> tuple[Runner, Workload, int]:
-    """A Runner that is about to train the task by `method`, with what, and its steps.
-
-    more: further settings of the Runner.
-    """
+    """(Runner, workload, steps) for a task and method. more: settings of the Runner."""
     workload = task.workload(seed)
     if method.plans is not None:
         workload, more["planner"] = method.plans(workload)
@@ -404,7 +393,7 @@ def _every(steps: int) -> int:
 
 
 def _first_lr(workload: Workload, optimizer: str, lr: float | None) -> float:
-    """The lr that is given, or the workload's own for that optimizer, or torch's."""
+    """The given lr, else the workload's for that optimizer, else 1e-3."""
     return workload.lr.get(optimizer, 1e-3) if lr is None else lr
 
 

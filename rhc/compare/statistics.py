@@ -1,8 +1,4 @@
-"""Of rows: means over seeds, their intervals, paired differences, and the tables that show them.
-
-Intervals are bootstrap 95 % intervals of the mean over seeds (Efron 1979); differences are paired,
-seed by seed.
-"""
+"""Means over seeds, bootstrap 95 % intervals (Efron 1979), paired differences, and tables."""
 
 from __future__ import annotations
 
@@ -19,25 +15,25 @@ from rhc.compare.runs import Row
 
 @dataclass(frozen=True)
 class Line:
-    """A method at one lr over all seeds."""
+    """A method at one lr, over all seeds."""
 
     method: str
     lr: float | None
     score: float
-    """The mean, as all that follows."""
+    """Mean over seeds, as below."""
     interval: tuple[float, float]
     cost: float
     """In baseline runs."""
     apart: tuple[float, float, float] | None = None
-    """Paired difference to the reference and its interval; None for the reference itself."""
+    """Paired difference to the reference, with its interval; None for the reference."""
     target: float | None = None
     steps: float | None = None
-    """Over the `reached` of `seeds` runs that reach the target."""
+    """Mean over the `reached` of `seeds` runs that reach the target."""
     reached: int = 0
     seeds: int = 0
     gradient_evaluations: float | None = None
     tuning: float = 0.0
-    """What choosing the lr took, in baseline runs."""
+    """Cost of choosing the lr, in baseline runs."""
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -59,7 +55,6 @@ def _by_seed(rows: Sequence[Row], method: str | None) -> dict[float | None, dict
 
 
 def _best_lr(rows: Sequence[Row], method: str) -> float | None:
-    """The lr with the best mean score."""
     sign = -1 if any(row.higher for row in rows) else 1
     scores = _by_seed(rows, method)
     return min(scores, key=lambda lr: sign * mean(scores[lr].values()))
@@ -72,11 +67,8 @@ def summarise(
     target: float | None = None,
     tuning: Mapping[str, float] | None = None,
 ) -> list[Line]:
-    """A line per method and lr, in their order.
-
-    versus: compared with, at its best lr. target: None for what the reference's curves end with,
-    give or take 5 %. tuning: baseline runs by method.
-    """
+    """A line per method and lr. versus: the reference, at its best lr. target: None for the final
+    values of its curves ± 5 %. tuning: baseline runs by method."""
     found: dict[tuple[str, float | None], list[Row]] = {}
     for row in rows:
         found.setdefault((row.method, row.lr), []).append(row)
@@ -91,7 +83,7 @@ def summarise(
     for key, rs in found.items():
         apart = None
         if best is not None and key != best:
-            # A seed that one of the two has not (it failed, or is not done yet) makes no pair.
+            # Pairs need a seed that both have: one may have failed or be missing yet.
             both = scores[key].keys() & scores[best].keys()
             differences = [scores[key][s] - scores[best][s] for s in sorted(both)]
             sound = bool(differences) and bool(np.isfinite(differences).all())
@@ -123,11 +115,8 @@ def _usual_target(rows: Sequence[Row], higher: bool) -> float | None:
 
 
 def share_of_gain(rows: Sequence[Row], reference: str, oracle: str, name: str) -> str:
-    """What a method keeps of the oracle's gain over the reference, in a sentence.
-
-    Of the means over the seeds that all three have, each at its best lr; the interval resamples
-    seeds.
-    """
+    """The share of the oracle's gain over the reference that a method has, as a sentence: of means
+    over the seeds that all three have, each at its best lr; the interval resamples seeds."""
     sign = -1 if any(row.higher for row in rows) else 1
     names = (reference, oracle, name)
     known = {row.method for row in rows}
@@ -150,10 +139,7 @@ def share_of_gain(rows: Sequence[Row], reference: str, oracle: str, name: str) -
 
 
 def tuned(rows: Sequence[Row]) -> tuple[dict[str, float], dict[str, float]]:
-    """The lr with the best mean score of every method, and what all its rows cost together.
-
-    A method that diverges at every lr is left out.
-    """
+    """Per method, the lr with the best mean score, if it is finite, and the cost of all rows."""
     names = dict.fromkeys(row.method for row in rows)
     spent = {name: sum(row.cost for row in rows if row.method == name) for name in names}
     best = {name: _best_lr(rows, name) for name in names}
@@ -163,7 +149,7 @@ def tuned(rows: Sequence[Row]) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def table(lines: Sequence[Line]) -> Table:
-    """Scores, their intervals and paired differences, for a terminal of 80 columns."""
+    """Scores, intervals and paired differences, in 80 columns."""
     shown = _empty("method", "lr", "score", "95 %", "cost", "apart", "95 %")
     for line in lines:
         low, high = line.interval
@@ -181,7 +167,7 @@ def table(lines: Sequence[Line]) -> Table:
 
 
 def costs(lines: Sequence[Line]) -> Table:
-    """Steps to the target, and what a run and the choice of its lr took."""
+    """Steps to the target, and costs of the run and of choosing its lr."""
     target = lines[0].target
     heading = "to target" if target is None else f"steps to {_number(target)}"
     shown = _empty("method", "lr", heading, "reached", "gradients", "cost", "tuning")

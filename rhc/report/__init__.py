@@ -1,8 +1,6 @@
-"""The report: one HTML page about one run or several, which needs no network.
+"""The report: one self-contained HTML page about one run or several.
 
-`page_of` reads the directories and renders page.html; charts are in `rhc.report.charts`, where one
-more is one more function. Everything that a run wrote is escaped, in the text by Jinja, in the data
-by `_inline`, and the page forbids itself every connection by its content security policy.
+Everything a run wrote is escaped, and a content security policy forbids all connections.
 """
 
 from __future__ import annotations
@@ -22,17 +20,13 @@ from rhc.storage.files import write_durably
 __all__ = ["page_of", "write_report"]
 
 LIBRARY = Path(__file__).parent / "plotly-cartesian.min.js"
-"""plotly.js with the charts of a plane alone, 1.3 MB. The Python package plotly has the whole of it
-only, which made every page 4.9 MB. It is the file of npm's plotly.js-cartesian-dist-min, under the
-MIT licence beside it; a newer one takes its place as it is."""
+"""plotly.js with cartesian charts alone (1.3 MB; the whole library made pages of 4.9 MB): npm's
+plotly.js-cartesian-dist-min, unchanged, with its MIT licence beside it."""
 
 
 def write_report(directories: Sequence[Path], output: Path | None = None) -> Path:
-    """Writes the page of these runs, and returns where.
-
-    output: by default report.html in the directory of the one run, or here for several. Raises
-    InputError where a directory holds no run, a package is missing or the page cannot be written.
-    """
+    """Writes the page of these runs and returns its path, by default report.html in the one run's
+    directory, or here for several. InputError where a run or a package is missing."""
     page = page_of(directories)
     given = output is not None
     if output is None:
@@ -43,7 +37,7 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> Pat
         if given and output.exists() and not output.is_file():  # a pipe or a device stays one
             output.write_bytes(page.encode("utf-8", "replace"))
             return output
-        # Whole or not at all; it can be made again, so nothing waits for the disk.
+        # Atomic, but not fsynced: it can be made again.
         fresh = output.with_name(f".{output.name}.{os.getpid()}")
         write_durably(fresh, page.encode("utf-8", "replace"), wait=False)
         os.replace(fresh, output)
@@ -55,7 +49,6 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> Pat
 
 
 def page_of(directories: Sequence[Path]) -> str:
-    """The whole page about the runs in these directories."""
     if not directories:
         raise InputError("DIR is missing: give the directory of a run")
     runs: list[RunRecord] = [read_run(directory) for directory in dict.fromkeys(directories)]
@@ -86,7 +79,6 @@ def page_of(directories: Sequence[Path]) -> str:
 
 
 def _facts(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """The variables of the template beside its charts."""
     facts: dict[str, Any] = {
         "title": f"{len(runs)} runs",
         "faults": [f"{run.name}: {fault}" for run in runs for fault in run.faults],
@@ -118,7 +110,7 @@ _FIGURES = (
     ("cost in plain runs", ("cost", "plain_run_equivalents"), ".2f"),
     ("seconds", ("wall_seconds",), ".1f"),
 )
-"""Label, place in result.json and format of the figures at the top of the page about a run."""
+"""Label, path in result.json and format of the figures of one run."""
 
 _COMPARED = (
     ("val loss", ("val_loss",)),
@@ -126,11 +118,10 @@ _COMPARED = (
     ("test accuracy", ("test_accuracy",)),
     ("cost in plain runs", ("cost", "plain_run_equivalents")),
 )
-"""Label and place in result.json of the columns of the table of several runs."""
+"""Label and path in result.json of the columns that compare runs."""
 
 
 def _numbers(run: RunRecord) -> list[tuple[str, str]]:
-    """Label and value of the figures at the top."""
     known = [(label, number(entry(run.result, *path)), form) for label, path, form in _FIGURES]
     found = [(label, format(value, form)) for label, value, form in known if value is not None]
     return [*found, ("attempts", run.outcomes)] if run.windows else found
@@ -140,7 +131,7 @@ _DECIDED = {
     "steps", "stride", "optimizer", "lr", "weight_decay", "controls", "start", "template", "warmup",
     "cooldown", "until", "budget", "average", "objective_batches", "threads", "device",
 }  # fmt: skip
-"""Settings that the run fills in where they are left open: nobody may have chosen their values."""
+"""Settings that the run chooses where they are not given."""
 _NOT_SETTINGS = ("format", "version", "versions", "hardware", "directory", "resume", "config")
 
 
@@ -152,7 +143,7 @@ def _settings(run: RunRecord) -> list[tuple[str, str, str]]:
         if name in _NOT_SETTINGS:
             continue
         default = usual.get(name)
-        # What the run resolved by itself, as its update rule, was not set by anybody.
+        # The run resolved it, as its update rule.
         decided = isinstance(value, dict) or name in _DECIDED
         differs = name in usual and value != default and not decided
         given = json.dumps(default, ensure_ascii=False) if differs else ""
@@ -179,7 +170,6 @@ def _comparison(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
 
 
 def _mean(values: Sequence[float]) -> str:
-    """The mean of some values, with its bootstrap 95 % interval where there are several."""
     import numpy as np
 
     if not values:
@@ -193,7 +183,7 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def _library() -> str:
-    """plotly.js, so that a script element can hold it."""
+    """plotly.js, safe within a script element."""
     try:
         text = LIBRARY.read_text(encoding="utf-8")
     except OSError:
@@ -202,7 +192,7 @@ def _library() -> str:
 
 
 def _inline(value: Any) -> str:
-    """JSON that a script element can hold: nothing in it ends the element or begins a comment."""
+    """JSON that neither ends a script element nor begins a comment in it."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

@@ -1,9 +1,6 @@
-"""The charts of the report, as figures of plotly.js: plain data, thinned before it is embedded.
+"""The charts of the report, as plotly.js figures of thinned data.
 
-To add a chart, write one function here under `@chart` (of all runs) or `@chart_of_one` (of the page
-about a single run). It yields a `Chart` with its title and caption, and draws into it with `line`
-and `marks`; what it adds to `says` is read out in its place. Charts come in the order of this file;
-one without traces is left out.
+To add one, write a function under `@chart` or `@chart_of_one`; `says` is the text alternative.
 """
 
 from __future__ import annotations
@@ -28,41 +25,39 @@ from rhc.report.records import (
 )
 
 INK = ("#0b5fa5", "#b45309", "#117733", "#9b2d77", "#5b5b00", "#374151", "#a61c1c", "#0f6674")
-"""At least 4.5 to 1 on white, each."""
+"""Contrast with white: at least 4.5 to 1."""
 NIGHT = {
     **dict(zip(INK, ("#7cc0f5", "#f0a35c", "#5fd38d", "#e58bc5", "#d0cf62", "#cbd5e1", "#f28b82",
                      "#5cc8d8"), strict=True)),
     "#9db4c8": "#52708c", "#e5e7eb": "#374151", "#6b7280": "#9ca3af", "#1f2937": "#e5e7eb",
     "#ffffff": "#111827",
 }  # fmt: skip
-"""The colour of each ink on a dark page: at least 4.5 to 1 on it."""
+"""Ink -> its colour on a dark page, with a contrast of at least 4.5 to 1."""
 OUTCOMES = {
     "accepted": ("#117733", "circle"),
     "rejected": ("#b45309", "x"),
     "rewound": ("#a61c1c", "triangle-down"),
 }
 MOST_RUNS = 12
-"""Runs whose own curves are drawn; more are in the means and the table."""
+"""Runs with curves of their own; means and table include the others."""
 MOST_ATTEMPTS = 250
-"""Attempts of each outcome in the chart of the windows: more are a wall, and slow to draw."""
+"""Attempts drawn per outcome: more are illegible, and slow."""
 SWEEP = 25
-"""Runs of the usual sweep, five learning rates by five momenta, that one run replaces."""
+"""Runs of a usual grid search that one run replaces: five lrs by five momenta."""
 
 Trace = dict[str, Any]
 
 
 @dataclass
 class Chart:
-    """A figure while it is drawn, its title, and a caption on what is to be seen."""
-
     key: str
     title: str
     caption: str
     y: str
-    """Title of the axis, as x."""
+    """Axis title, as x."""
     x: str = "step"
     log: bool = False
-    """A logarithmic y axis where all values are positive; log_x likewise."""
+    """Logarithmic y axis if all values are positive; log_x likewise."""
     log_x: bool = False
     traces: list[Trace] = field(default_factory=list)
     says: list[str] = field(default_factory=list)
@@ -79,7 +74,7 @@ class Chart:
         width: int = 2,
         **settings: Any,
     ) -> Trace:
-        """Adds a curve through points; None interrupts it. settings: of plotly's line."""
+        """Adds a curve; None interrupts it. settings: of plotly's line."""
         return self._scatter("lines", points, name, line={"color": ink, "width": width, **settings})
 
     def marks(
@@ -90,7 +85,7 @@ class Chart:
         symbol: str = "circle",
         **settings: Any,
     ) -> Trace:
-        """Adds a mark at each point. settings: of plotly's marker."""
+        """Adds a mark per point. settings: of plotly's marker."""
         marker = {"color": ink, "symbol": symbol, "size": 8, **settings}
         return self._scatter("markers", points, name, marker=marker)
 
@@ -101,17 +96,15 @@ class Chart:
         return self.traces[-1]
 
     def follow(self, name: str, values: Sequence[float]) -> None:
-        """Says where a curve begins and ends."""
+        """Adds the ends of a curve to the text alternative."""
         self.says.append(f"{name} from {values[0]:.4g} to {values[-1]:.4g}")
 
     @property
     def alternative(self) -> str:
-        """The text that stands for the chart."""
         return f"{self.title}. {'; '.join(self.says[:12])}."
 
     @property
     def figure(self) -> dict[str, Any]:
-        """The figure as plotly.js takes it."""
         axis = {
             "automargin": True,
             "gridcolor": "#e5e7eb",
@@ -143,23 +136,22 @@ _MAKERS: list[Maker] = []
 
 
 def chart(maker: Maker) -> Maker:
-    """Puts what a function draws of all runs on the page."""
+    """Registers a chart of all runs."""
     _MAKERS.append(maker)
     return maker
 
 
 def chart_of_one(maker: Callable[[RunRecord], Iterable[Chart]]) -> Maker:
-    """Puts what a function draws of one run on the page about a single run."""
+    """Registers a chart for pages about a single run."""
     return chart(lambda runs: maker(runs[0]) if len(runs) == 1 else ())
 
 
 def charts_of(runs: Sequence[RunRecord]) -> list[Chart]:
-    """All charts that there are data for."""
     return [each for maker in _MAKERS for each in maker(runs) if each.traces]
 
 
 def groups_of(runs: Sequence[RunRecord]) -> list[tuple[str, list[RunRecord]]]:
-    """Runs that differ in nothing but the seed, under a name each."""
+    """(name, runs) per group of runs that differ in the seed alone."""
     apart = ("seed", "directory", "versions", "hardware", "resume", "config", "data", "device")
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
@@ -301,7 +293,7 @@ def _controls(runs: Sequence[RunRecord]) -> Iterator[Chart]:
 
 
 def _draw_changes(drawn: Chart, run: RunRecord, name: str) -> None:
-    """A band per window from the mean that was rolled first to the mean that was committed."""
+    """A band per window between its first and its committed mean."""
     first: dict[int, float] = {}
     for row in run.windows:
         value = number(entry(row, "before", name))
@@ -370,7 +362,6 @@ def _objectives(runs: Sequence[RunRecord]) -> Iterator[Chart]:
 
 
 def _moved(row: dict[str, Any]) -> float:
-    """How far an attempt moved J."""
     return abs((row.get("objective_before") or 0.0) - (row.get("objective_after") or 0.0))
 
 
@@ -514,7 +505,7 @@ def _costates(run: RunRecord) -> Iterator[Chart]:
 
 @chart_of_one
 def _whole(run: RunRecord) -> Iterator[Chart]:
-    """What `rhc hypergradient` found: the run as one window."""
+    """The result of `rhc hypergradient`: the run as one window."""
     drawn = Chart(
         "whole",
         "The whole run looked back at",

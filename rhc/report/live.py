@@ -1,7 +1,6 @@
-"""What a person sees while a run trains: a live display on a terminal, plain lines elsewhere.
+"""Progress of a run, live on a terminal or as plain lines.
 
-Both listen to the same events and show the same `Progress`. Steps come every few milliseconds, so
-a step only stores a reference; drawing takes at most 2 % of the time.
+Steps take a few milliseconds: each only stores a reference, and drawing takes at most 2 % of time.
 """
 
 from __future__ import annotations
@@ -45,20 +44,20 @@ from rhc.report.records import CONTROLS, entry, one_number
 from rhc.storage.jsonl import read_lines
 
 DRAWING = 0.01
-"""Share of the time spent on drawing; twice that at the most. One frame takes 3 to 5 ms."""
+"""Mean share of time spent drawing, and half the maximum; a frame takes 3 to 5 ms."""
 REFRESHES = 8.0
-"""Per second, at most."""
+"""Maximum per second."""
 ATTEMPTS_SHOWN = 4
 PANEL = (56, 9)
-"""Columns and rows of a screen below which the display is a few lines without a frame."""
+"""Columns and rows below which the display has no frame."""
 _OUTCOME_STYLE = {"accepted": "green", "rejected": "yellow", "rewound": "red"}
 _JUDGED = ("accepted", "rejected")
-"""Outcomes of attempts that were replayed."""
+"""Outcomes of replayed attempts."""
 
 
 @dataclass
 class Progress:
-    """Everything that the events have said so far."""
+    """The state of a run according to its events."""
 
     name: str
     clock: Callable[[], float] = time.monotonic
@@ -72,7 +71,7 @@ class Progress:
     committed: int = 0
     saved: int = 0
     cost: float | None = None
-    """In plain runs; None where nothing has said it."""
+    """In baseline runs; None if unknown."""
     verb: VerbStarted | None = None
     step: StepTaken | None = None
     losses: list[float] = field(default_factory=list)
@@ -81,16 +80,15 @@ class Progress:
     of_newest: list[Mapping[str, Any]] = field(default_factory=list)
     """Attempts at the newest window."""
     outcomes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_OUTCOME_STYLE, 0))
-    """Windows by what became of them; one can be rewound and accepted."""
+    """Counts of windows; a window can be both rewound and accepted."""
     row: Mapping[str, Any] = field(default_factory=dict)
-    """The tape's newest line."""
+    """The newest line of the tape."""
     started: bool = False
     tried: deque[Mapping[str, Any]] = field(default_factory=lambda: deque(maxlen=ATTEMPTS_SHOWN))
-    """The newest rolls of the lr search; none once it has ended."""
+    """The newest rolls of the lr search; empty after it."""
     result: Mapping[str, Any] | None = None
 
     def observe(self, event: Event) -> None:
-        """Takes an event in."""
         match event:
             case StepTaken():
                 self.step = event
@@ -122,7 +120,7 @@ class Progress:
                 self.rewriting, self.directory = event.rewriting, event.directory
                 self.began = self.clock()
                 if event.start and event.directory is not None:
-                    # The counts are of the whole run, also of one that is resumed.
+                    # The counts include windows before a resume.
                     for line in read_lines(event.directory / "windows.jsonl"):
                         if line.row is not None:
                             self._count(line.row)
@@ -131,7 +129,6 @@ class Progress:
                 self.cost = entry(result, "cost", "plain_run_equivalents") or self.cost
 
     def _count(self, record: Mapping[str, Any]) -> None:
-        """Counts what became of a window, by its newest attempt."""
         before = self.of_window(record["start"])
         if before is None:
             self.of_newest.clear()
@@ -142,8 +139,7 @@ class Progress:
         self.outcomes["rewound"] += record["outcome"] == "rewound" and record["attempt"] == 0
 
     def of_window(self, start: int) -> Mapping[str, Any] | None:
-        """What became of the window that begins at `start`: its newest attempt, or the newest one
-        that was accepted, with the objective from before the first."""
+        """Its newest accepted attempt, else its newest, with J before the first."""
         of_it = [record for record in self.of_newest if record["start"] == start]
         kept = [record for record in of_it if record["outcome"] == "accepted"]
         if not kept:
@@ -153,7 +149,7 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the pace since this fit began; None before anything more is committed."""
+        """At the pace of this fit; None before its first commit."""
         done = self.committed - self.start
         if done <= 0:
             return None
@@ -166,12 +162,8 @@ class Progress:
 
 
 class Screen(Console):
-    """A console that shows strings as they are, and ends the command where nobody reads it.
-
-    Paths, names and messages hold brackets and colons (`lr[0.1]`, `a[/b]`), which rich takes for
-    markup and emoji. And in `rhc train | head` rich's own console would end with status 1, which
-    says that a run diverged.
-    """
+    """A console without markup and emoji, since paths and messages contain brackets and colons. A
+    closed pipe raises BrokenPipeError: rich would exit with 1, the status of a diverged run."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(markup=False, emoji=False, **settings)
@@ -179,7 +171,7 @@ class Screen(Console):
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterator[Segment]:
-        """What rich would show, its own control codes being the only ones."""
+        """rich's segments, with control codes in the text escaped."""
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else plain(text), style, control)
 
@@ -187,7 +179,7 @@ class Screen(Console):
         super().out(*(plain(str(each)) for each in objects), **options)
 
     def say(self, text: str) -> None:
-        """A line without colours; in a pipe it stays one."""
+        """Prints a line without colours, unwrapped in a pipe."""
         self.print(text, highlight=False, soft_wrap=True)
 
     def on_broken_pipe(self) -> None:
@@ -195,11 +187,11 @@ class Screen(Console):
 
     @property
     def animated(self) -> bool:
-        """Whether what was shown can be shown anew in its place."""
+        """Whether the terminal can redraw."""
         return self.is_terminal and not self.is_dumb_terminal
 
     def waiting(self, what: str) -> AbstractContextManager[Any]:
-        """A line that says what is waited for, gone afterwards; nothing but on a terminal."""
+        """Shows `what` until the context ends; nothing outside a terminal."""
         return self.status(Text(what, style="dim")) if self.animated else nullcontext()
 
 
@@ -209,7 +201,7 @@ class PlainLines(AbstractContextManager["PlainLines"]):
     def __init__(self, progress: Progress, console: Console) -> None:
         self.progress = progress
         self.console = console
-        # Columns are for logs; on a small screen a line that fits is worth more.
+        # On a small screen lines that fit matter more than columns.
         self.small = console.is_terminal and console.width < 100
 
     def __call__(self, event: Event) -> None:
@@ -231,11 +223,10 @@ class PlainLines(AbstractContextManager["PlainLines"]):
                 self.write(f"notice: {message}")
 
     def write(self, text: str) -> None:
-        """Writes a line of its own."""
         self.console.out(re.sub(" {2,}", " ", text) if self.small else text, highlight=False)
 
     def draw(self) -> None:
-        """Does nothing: what was written stands."""
+        """Does nothing: lines are not redrawn."""
 
     def __exit__(self, *error: object) -> None:
         return None
@@ -262,7 +253,7 @@ class PlainLines(AbstractContextManager["PlainLines"]):
 
 
 class LiveDisplay(AbstractContextManager["LiveDisplay"]):
-    """A listener that keeps a frame of a terminal up to date."""
+    """A listener that redraws a frame on a terminal."""
 
     def __init__(self, progress: Progress, console: Console) -> None:
         self.progress = progress
@@ -277,7 +268,7 @@ class LiveDisplay(AbstractContextManager["LiveDisplay"]):
         progress.observe(event)
         match event:
             case StepTaken():
-                # The reverse pass may take long: the end of a roll is drawn, so that it is seen.
+                # Draws the end of a roll, since the reverse pass may take long.
                 end = progress.verb is not None and event.step + 1 == progress.verb.stop
                 if progress.clock() - self.drawn > (self.pause / 2 if end else self.pause):
                     self.draw()
@@ -296,11 +287,10 @@ class LiveDisplay(AbstractContextManager["LiveDisplay"]):
         self.console.print(Text(text))
 
     def draw(self) -> None:
-        """Shows the frame as it stands."""
         if self.live.is_started:
             began = self.progress.clock()
             if self.console.width != self.width:
-                # The terminal has broken the lines of the frame anew, so its place is not known.
+                # The terminal rewrapped the frame, so its position is unknown.
                 self.width = self.console.width
                 self.live.stop()
                 self.console.clear()
@@ -312,7 +302,7 @@ class LiveDisplay(AbstractContextManager["LiveDisplay"]):
             self.pause = max(1 / REFRESHES, (self.drawn - began) / DRAWING)
 
     def _fresh(self) -> Live:
-        # No refreshing thread: it would compete with the training for the interpreter.
+        # A refreshing thread would compete with the training for the GIL.
         return Live(
             console=self.console,
             auto_refresh=False,
@@ -329,13 +319,13 @@ class LiveDisplay(AbstractContextManager["LiveDisplay"]):
 
 
 def display(progress: Progress, console: Console) -> PlainLines | LiveDisplay:
-    """The listener that suits where `console` writes to; a context manager."""
+    """The listener for this console, as a context manager."""
     animated = console.is_terminal and not console.is_dumb_terminal
     return LiveDisplay(progress, console) if animated else PlainLines(progress, console)
 
 
 def heading(progress: Progress) -> list[str]:
-    """What begins, or goes on, and how to stop it: one or two lines."""
+    """What begins or resumes, and how to stop it: one or two lines."""
     what = f"rewriting {', '.join(progress.controls)}" if progress.rewriting else "not rewriting"
     where = f", from step {progress.start}" if progress.start else ""
     lines = [f"{progress.name}: {progress.steps} steps{where}, window {progress.window}, {what}"]
@@ -349,7 +339,7 @@ def heading(progress: Progress) -> list[str]:
 
 
 def frame(progress: Progress, width: int, height: int = 24) -> RenderableType:
-    """The display as it stands, for a screen of `width` columns and `height` rows."""
+    """The display for a screen of `width` columns and `height` rows."""
     if width < PANEL[0] or height < PANEL[1]:
         return _small(progress, height)
     parts: list[RenderableType] = [_bars(progress)]
@@ -359,7 +349,7 @@ def frame(progress: Progress, width: int, height: int = 24) -> RenderableType:
         if progress.result is None and progress.verb is not None:
             parts.append(_verbs(progress.verb.verb))
         parts += [_controls(progress), _loss(progress)]
-        # Border, bars, verbs, controls, loss and counters are eight lines, the prompt one.
+        # Eight lines without attempts, and one for the prompt.
         shown = list(progress.attempts)[-max(height - 9, 0) :] if height > 9 else []
         if shown:
             parts.append(_attempts(shown))
@@ -369,13 +359,13 @@ def frame(progress: Progress, width: int, height: int = 24) -> RenderableType:
         title=Text(progress.name, style="bold"),
         title_align="left",
         border_style="dim",
-        # The terminal's ^C must fit beside the last line, or it scrolls the frame by one.
+        # Leaves space for the terminal's ^C, which would scroll the frame.
         width=min(width - 3, 92),
     )
 
 
 def _small(progress: Progress, height: int) -> RenderableType:
-    """The display for a small screen: the lines that matter most, as many as there is room for."""
+    """The display for a small screen: the most important lines that fit."""
     head = _line(f"{progress.name} {progress.committed}/{progress.steps}", "bold")
     lines = [head]
     if progress.tried:
@@ -395,12 +385,10 @@ def _small(progress: Progress, height: int) -> RenderableType:
 
 
 def _line(text: str = "", style: str = "") -> Text:
-    """Text whose lines end where the screen does."""
     return Text(text, style=style, no_wrap=True, overflow="ellipsis")
 
 
 def _left(progress: Progress) -> str:
-    """How long the run will take, where that is known."""
     if progress.result is not None:
         return "done"
     seconds = progress.seconds_left
@@ -408,7 +396,6 @@ def _left(progress: Progress) -> str:
 
 
 def _bars(progress: Progress) -> RenderableType:
-    """How far the run and the window are."""
     grid = Table.grid(expand=True, padding=(0, 2, 0, 0))
     grid.add_column(style="dim")
     grid.add_column(ratio=1)
@@ -441,7 +428,6 @@ def _joined(parts: Iterable[Text], gap: str = "  ") -> Text:
 
 
 def _verbs(now: str) -> Text:
-    """The verbs of the loop, the one that is under way among them."""
     return _joined(Text(verb, "bold reverse" if verb == now else "dim") for verb in VERBS)
 
 
@@ -471,7 +457,7 @@ def _loss(progress: Progress) -> Text:
 
 
 def _attempts(records: Sequence[Mapping[str, Any]]) -> Text:
-    """Attempts at windows, one a line; text, since a table costs 2 ms to lay out."""
+    """One attempt a line; not a table, whose layout takes 2 ms."""
     text = _line()
     places = [f"{record['start']}–{record['stop']}" for record in records]
     changes = [
@@ -501,13 +487,12 @@ def _counters(progress: Progress) -> Text:
 
 
 def change(record: Mapping[str, Any], arrow: str) -> str:
-    """J before and after an attempt: `0.2107 -> 0.1890`."""
+    """`0.2107 -> 0.1890`: J before and after an attempt."""
     before, after = record["objective_before"], record["objective_after"]
     return f"{_number(before)} {arrow} {_number(after)}"
 
 
 def tried(record: Mapping[str, Any]) -> str:
-    """What one roll of the lr search gave."""
     if record["kind"] == "zero":
         lr = "no lr lowers J" if record["lr"] is None else f"lr {one_number(record['lr']):.3g}"
         return f"{record['steps']} steps at lr 0, J {_number(record['objective'])}: {lr}"
@@ -518,7 +503,7 @@ def tried(record: Mapping[str, Any]) -> str:
 
 
 def found(event: StartFound) -> str:
-    """Where the run starts, and how to keep what was given."""
+    """Where the run starts, and how to keep the given lr."""
     lrs = event.lr if isinstance(event.lr, list) else [event.lr]
     text = f"lr {', '.join(f'{lr:.3g}' for lr in lrs[:8])}{', …' if len(lrs) > 8 else ''}"
     if len(lrs) > 1:
@@ -529,7 +514,7 @@ def found(event: StartFound) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """`12s`, `3m20s`, `1h05m`; `?` where it is not known."""
+    """`12s`, `3m20s`, `1h05m`; `?` if unknown."""
     if seconds is None or not math.isfinite(seconds):
         return "?"
     whole = round(seconds)
@@ -540,7 +525,7 @@ def duration(seconds: float | None) -> str:
 
 
 def sparkline(values: list[float]) -> str:
-    """Positive values on a logarithmic scale, in one character each."""
+    """Positive values on a logarithmic scale, one character each."""
     logs = [math.log(v) if v > 0 and math.isfinite(v) else None for v in values]
     known = [v for v in logs if v is not None]
     if not known:

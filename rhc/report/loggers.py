@@ -1,12 +1,7 @@
-"""Loggers: what a run committed, told to TensorBoard, Weights & Biases, MLflow or your own.
+"""Loggers of committed steps, as `rhc.Runner(…, logger=rhc.loggers.TensorBoard("runs/demo/tb"))`.
 
-    rhc.Runner(…, logger=rhc.loggers.TensorBoard("runs/demo/tensorboard"))
-    rhc train --tensorboard
-
-A logger hears of committed steps only, in their order, each once. Attempts at windows are a series
-of their own, counted from the beginning of the run. A run that is resumed goes on where its
-checkpoint is; what was logged beyond it is written over, or left out where a service cannot do that
-(the steps are the same to the bit).
+Each step is logged once, in order; attempts at windows are a series of their own. On resume,
+entries beyond the checkpoint are overwritten, or skipped where a service cannot do that.
 """
 
 from __future__ import annotations
@@ -39,14 +34,11 @@ from rhc.storage.jsonl import read_lines
 
 
 class Logger(Protocol):
-    """What a service has to offer; values are finite numbers by name.
-
-    Where `step` or `attempt` raises, it is called again with one value at a time, to find the names
-    that it does not take.
-    """
+    """What a service implements; values are finite numbers by name. If `step` or `attempt` raises,
+    it is called again with one value at a time, to find unsupported names."""
 
     def begin(self, step: int, attempts: int, settings: Mapping[str, Any]) -> None:
-        """A run begins, or goes on, before this step and after so many attempts at windows."""
+        """A run begins or resumes before `step`, after this many attempts."""
 
     def step(self, step: int, values: Mapping[str, float]) -> None:
         """A committed step: loss, controls, metrics."""
@@ -55,18 +47,14 @@ class Logger(Protocol):
         """An attempt at a window: J before and after, and whether it was accepted."""
 
     def text(self, step: int, kind: str, message: str) -> None:
-        """Something that happened: an intervention of a guard, a notice."""
+        """A notice, or an intervention of a guard."""
 
     def end(self, result: Mapping[str, float]) -> None:
-        """The run is over: the numbers of result.json; none where it was stopped, or where this
-        logger has failed."""
+        """The run ends. result: numbers of result.json; empty if the run or this logger failed."""
 
 
 class Logging:
-    """The listener of a run that tells a logger what is committed.
-
-    A name that the logger does not take is left out; a logger that raises otherwise is ended.
-    """
+    """Calls a logger, leaving out names that it refuses; one that raises otherwise is ended."""
 
     def __init__(self, logger: Logger, settings: Mapping[str, Any] | None = None) -> None:
         self.logger, self.settings = logger, dict(settings or {})
@@ -90,7 +78,7 @@ class Logging:
             self.close()
 
     def close(self) -> None:
-        """Ends the logger of a run that did not end by itself, so that the next has its own."""
+        """Ends the logger of an interrupted run."""
         if self.begun:
             self.begun = False
             with contextlib.suppress(Exception):
@@ -99,7 +87,7 @@ class Logging:
     def _values(
         self, tell: Callable[[int, Mapping[str, float]], None], at: int, values: Mapping[str, Any]
     ) -> None:
-        """Tells values; names that fail by themselves, while others do not, are left out."""
+        """Logs values; if that fails, one by one without the names that fail."""
         values = {name: v for name, v in values.items() if name not in self._refused}
         try:
             tell(at, values)
@@ -144,7 +132,7 @@ class Logging:
             case Notice() if not self.begun:
                 self._early.append(event.message)
             case _ if not self.begun:
-                pass  # of a run that had ended before
+                pass  # an attempt of a run that had ended
             case Committed():
                 for row in event.rows:
                     self._values(self.logger.step, int(row["step"]), dict(_numbers(row)))
@@ -170,7 +158,6 @@ class Logging:
 def listeners_of(
     loggers: Logger | Sequence[Logger] | None, settings: Mapping[str, Any] | None
 ) -> list[Logging]:
-    """The listeners of one logger, several or none."""
     given = [] if loggers is None else loggers
     several: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
     for logger in several:
@@ -184,7 +171,7 @@ def listeners_of(
 
 
 def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Every finite number in it, by name; those within by name/name, lists by name/index."""
+    """Every finite number by path: name/name in mappings, name/index in lists."""
     for name, value in values.items():
         if name == "step" and not prefix:
             continue
@@ -216,10 +203,7 @@ def _imported(module: str, package: str, who: str) -> Any:
 
 
 class TensorBoard:
-    """Event files in `folder`; of a run that is resumed, what lies beyond its checkpoint is hidden.
-
-    Attempts at windows are under `windows/`, by their number.
-    """
+    """Event files in `folder`, attempts under `windows/`; resuming hides later entries."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -227,7 +211,7 @@ class TensorBoard:
         self._writers: list[Any] = []
 
     def begin(self, step: int, attempts: int, settings: Mapping[str, Any]) -> None:
-        # Steps and attempts count apart, and a file can be cut at one number only.
+        # Steps and attempts have separate counts, and purge_step cuts a file at one.
         of_steps, of_attempts = (
             self._module.SummaryWriter(str(self.folder / name), purge_step=first if first else None)
             for name, first in (("steps", step), ("windows", attempts))
@@ -256,11 +240,7 @@ class TensorBoard:
 
 
 class _Service:
-    """A service on a server, which cannot go back: it is told each step and each attempt once.
-
-    A run that is active is logged into, and left active; that of a run which is resumed from its
-    directory is taken up again, and steps that it has are left out.
-    """
+    """A service that cannot overwrite: each step and attempt is sent once, even after a resume."""
 
     package = ""
 
@@ -283,7 +263,7 @@ class _Service:
             self._log({f"windows/{name}": value for name, value in values.items()}, number)
 
     def _known(self, settings: Mapping[str, Any]) -> str | None:
-        """The id that the service gave the run of this directory."""
+        """The service's id of the run in this directory."""
         try:
             path = Path(settings["directory"]) / f"{self.package}.id"
             return read_regular(path, 2**10).decode().strip() or None
@@ -291,7 +271,6 @@ class _Service:
             return None
 
     def _know(self, settings: Mapping[str, Any], name: Any) -> None:
-        """Keeps the id for a run that is resumed, which would begin a new run without it."""
         if settings.get("directory") and isinstance(name, str):
             with contextlib.suppress(OSError):
                 path = Path(settings["directory"]) / f"{self.package}.id"
@@ -299,12 +278,10 @@ class _Service:
 
 
 class WandB(_Service):
-    """A Weights & Biases run; settings: as of wandb.init (project, mode="offline", id, resume …).
+    """A Weights & Biases run; settings: of wandb.init (project, mode="offline", id, resume …).
 
-    Steps are the axis `step`, attempts at windows the axis `windows/number`. What wandb has is not
-    to be seen offline; so every row has the number that it had before, and wandb drops what comes
-    again. A run that is active is logged into, and left active; that of a run which is resumed from
-    its directory is taken up again.
+    The axis is `step`, or `windows/number` for attempts. A resumed run numbers its rows as before,
+    and wandb drops duplicates. An active run is used and left active.
     """
 
     package = "wandb"
@@ -343,7 +320,7 @@ class WandB(_Service):
         self._log({f"events/{kind}": message}, step)  # with the row that comes next
 
     def _log(self, values: Mapping[str, Any], at: int) -> None:
-        # A run that was active before has rows of its own.
+        # A run that was active before has other rows.
         row = self._next_step + self._next_attempt
         self.run.log(values, step=max(row, int(self.run.step)))
 
@@ -356,11 +333,10 @@ class WandB(_Service):
 
 
 class MLflow(_Service):
-    """An MLflow run; settings: as of mlflow.start_run (run_name, run_id, experiment_id …).
+    """An MLflow run; settings: of mlflow.start_run (run_name, run_id, experiment_id …).
 
-    Attempts at windows are metrics `windows/…`, by their number as step. What MLflow does not take
-    in a name ("acc@1") is an underscore in its place. A run that is active is logged into, and left
-    active; that of a run which is resumed from its directory is taken up again.
+    Attempts are metrics `windows/…`. Characters that MLflow refuses in names ("acc@1") become
+    underscores. An active run is used and left active.
     """
 
     package = "mlflow"
@@ -383,7 +359,6 @@ class MLflow(_Service):
                 warnings.warn(f"MLflow does not take the settings: {error}", stacklevel=2)
 
     def _last(self, run: str, metric: str, otherwise: int) -> int:
-        """The last step of a metric that the run has."""
         history = self._module.MlflowClient().get_metric_history(run, metric)
         return max((int(entry.step) for entry in history), default=otherwise)
 
@@ -402,8 +377,7 @@ class MLflow(_Service):
                 self._module.end_run("FINISHED" if result else "FAILED")
 
     def _name(self, name: str) -> str:
-        """What MLflow takes for this name: letters, digits and "_-. " in parts between slashes, 250
-        at most; and for no other name."""
+        """A unique name that MLflow accepts: letters, digits, "_-. " and slashes, at most 250."""
         if name not in self._names:
             parts = re.sub(r"[^\w\-. /]", "_", name).split("/")
             taken = "/".join(p if p.strip(". ") else "_" for p in parts)[:240]

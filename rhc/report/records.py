@@ -1,4 +1,4 @@
-"""What the files of a run's directory say: the one record that everything shown of a run reads."""
+"""RunRecord: what the files of a run's directory contain, for everything that displays a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NO_METRIC = {"step", "loss", "val_loss", "gradient_norm", "planning", *CONTROLS
 
 @dataclass
 class RunRecord:
-    """One run: its rows, its records, and a sentence for each file that is not whole."""
+    """The rows and records of one run, and a message for each damaged file."""
 
     directory: Path
     config: dict[str, Any] = field(default_factory=dict)
@@ -38,13 +38,12 @@ class RunRecord:
 
     @property
     def steps(self) -> int:
-        """Steps in all, as configured; what is on the tape where nothing says more."""
+        """Configured steps, else those on the tape."""
         steps = self.config.get("steps")
         return steps if isinstance(steps, int) and steps > 0 else len(self.tape)
 
     @property
     def runner(self) -> str:
-        """The name of what was trained."""
         return str(self.config.get("run", "a Runner of a script"))
 
     @property
@@ -54,15 +53,12 @@ class RunRecord:
         return tuple(map(str, controls)) if isinstance(controls, list) else ()
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
-        """(steps, values) of an entry of the tape, where it is a finite number.
-
-        One value per parameter group is averaged, as for an lr that differs by group.
-        """
+        """(steps, finite values) of a tape entry; values per parameter group are averaged."""
         pairs = [(float(row["step"]), number(row.get(name))) for row in self.tape]
         return finite_pairs(pairs)
 
     def groups(self, name: str) -> int:
-        """How many parameter groups a control has values for; 1 where it is one number."""
+        """Number of parameter groups with values of their own for a control."""
         sizes = [len(row[name]) for row in self.tape[:1] if isinstance(row.get(name), list)]
         return max(sizes, default=1)
 
@@ -74,7 +70,7 @@ class RunRecord:
 
     @property
     def kept(self) -> list[dict[str, Any]]:
-        """The attempt that each window was committed with: the newest accepted, else the newest."""
+        """The committed attempt at each window: the newest accepted, else the newest."""
         newest: dict[int, dict[str, Any]] = {}
         for row in self.windows:
             before = newest.get(row["start"])
@@ -84,12 +80,12 @@ class RunRecord:
 
     @property
     def outcomes(self) -> str:
-        """How many attempts at windows ended how: `2 accepted, 1 rejected`."""
+        """Counts of attempts: `2 accepted, 1 rejected`."""
         return _counted(Counter(row["outcome"] for row in self.windows))
 
     @property
     def product(self) -> str:
-        """What stood for the Hessian products, in a sentence; nothing where there were none."""
+        """What approximated the hvp, as a sentence; empty without hvps."""
         found = Counter(str(row["product"]) for row in self.windows if row.get("product"))
         if not found:
             return ""
@@ -99,7 +95,7 @@ class RunRecord:
 
     @property
     def events(self) -> list[tuple[int, str, str]]:
-        """(step, kind, reason) of drifts, guards and plateaus that the tape has."""
+        """(step, kind, reason) of drifts, guards and plateaus on the tape."""
         return [
             (row["step"], str(what["kind"]), str(what.get("reason", "")))
             for row in self.tape
@@ -111,7 +107,7 @@ class RunRecord:
 
 
 def read_run(directory: Path) -> RunRecord:
-    """The run in `directory`; an InputError where there is nothing of a run."""
+    """The run in `directory`; InputError where there is none."""
     if not directory.is_dir():
         what = "is not a directory" if directory.exists() else "does not exist"
         raise InputError(f"directory {directory} {what}; give one that `rhc runs` lists")
@@ -148,7 +144,6 @@ def _document(run: RunRecord, name: str) -> dict[str, Any]:
 
 
 def _rows(run: RunRecord, name: str) -> list[dict[str, Any]]:
-    """The rows of a file up to the first that is damaged."""
     rows: list[dict[str, Any]] = []
     try:
         for line in read_lines(run.directory / name):
@@ -185,7 +180,7 @@ def number(value: Any) -> float | None:
 
 
 def one_number(value: Any) -> Any:
-    """A control's value, or the geometric mean of those of its parameter groups that are not 0."""
+    """A control's value, or the geometric mean of its nonzero values per group."""
     if not isinstance(value, list | tuple):
         return value
     positive = [v for v in value if isinstance(v, int | float) and v > 0]
@@ -193,7 +188,7 @@ def one_number(value: Any) -> Any:
 
 
 def entry(record: Mapping[str, Any], *path: str) -> Any:
-    """record[path[0]][path[1]]…, None where something on the way is missing."""
+    """record[path[0]][path[1]]…, or None."""
     value: Any = record
     for name in path:
         value = value.get(name) if isinstance(value, Mapping) else None
@@ -201,7 +196,7 @@ def entry(record: Mapping[str, Any], *path: str) -> Any:
 
 
 def finite_pairs(pairs: Any) -> tuple[list[float], list[float]]:
-    """(xs, ys) of those pairs whose two numbers are known."""
+    """(xs, ys) of the pairs without None."""
     known = [(x, y) for x, y in pairs if x is not None and y is not None]
     return [x for x, _ in known], [y for _, y in known]
 
@@ -209,10 +204,7 @@ def finite_pairs(pairs: Any) -> tuple[list[float], list[float]]:
 def thinned(
     steps: list[float], values: list[float], most: int = 1500
 ) -> tuple[list[float], list[float]]:
-    """At most about `most` of the points: the least and the greatest of every stretch.
-
-    Peaks stay, which a mean or every n-th point would lose.
-    """
+    """About `most` points, the minimum and maximum of every stretch, to keep peaks."""
     count = len(values)
     if count <= most:
         return steps, values
@@ -234,7 +226,7 @@ def means(steps: list[float], values: list[float], most: int) -> tuple[list[floa
 
 
 def stretches(count: int, most: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of at most `most` stretches of about the same length."""
+    """(start, stop) of at most `most` stretches of similar length."""
     pieces = min(count, most)
     for i in range(pieces):
         yield count * i // pieces, count * (i + 1) // pieces

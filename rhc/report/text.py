@@ -1,4 +1,4 @@
-"""What a run did, in words: the end of `rhc train`, `rhc inspect` and `rhc runs`; without torch."""
+"""A run in words, for `rhc train`, `rhc inspect` and `rhc runs`; does not import torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from rhc.workload import available_runners, runner_summary
 def print_result(
     console: Console, record: Mapping[str, Any], directory: Path, *, inspect: bool
 ) -> None:
-    """Losses, cost, where the files are and how to use the schedule."""
     rows = _losses(record)
     if console.width < 56:  # the table would lose its labels
         for name, final, averaged in rows:
@@ -51,7 +50,7 @@ def print_result(
 
 
 def _losses(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(name, of the final, of the averaged weights) of the losses and the accuracy, as text."""
+    """(name, of the final weights, of the averaged ones) of losses and accuracy, as text."""
     found = [
         (name, record.get(f"{name}_loss"), record.get(f"average_{name}_loss"))
         for name in ("train", "val", "test")
@@ -65,8 +64,6 @@ def _losses(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def print_run(console: Console, directory: Path) -> None:
-    """A run's configuration, progress, schedule and result."""
-
     def told(sentence: str) -> None:
         _line(console, "altered", sentence)
 
@@ -103,7 +100,7 @@ def print_run(console: Console, directory: Path) -> None:
 
 
 def print_runs(console: Console) -> None:
-    """What can be trained, and which runs lie in `runs/`."""
+    """Prints the available runners and the runs in `runs/`."""
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True, style="bold")
     grid.add_column()
@@ -132,7 +129,7 @@ def _state(directory: Path) -> str:
 
 
 def _place(run: RunRecord) -> str:
-    """The step that a resumed run would continue at."""
+    """The step at which the run would resume."""
     saved = checkpoint_steps(run.directory / "checkpoints")
     return f"at step {max(saved, default=0)} of {run.config.get('steps')}"
 
@@ -140,5 +137,5 @@ def _place(run: RunRecord) -> str:
 def _line(console: Console, label: str, text: str) -> None:
     line = Text(f"{label:<10}", style="dim")
     line.append(text, style="not dim")
-    # In a pipe a line stays a line.
+    # No wrapping in a pipe.
     console.print(line, soft_wrap=not console.is_terminal)

@@ -1,4 +1,4 @@
-"""What a run's files say, as the events that its own process has told: `rhc watch`, and loggers."""
+"""Another process's run as events, from its files."""
 
 from __future__ import annotations
 
@@ -22,24 +22,20 @@ from rhc.storage.jsonl import read_lines
 from rhc.storage.run_files import read_record, read_result
 
 MOST_EARLIER = 8
-"""Events before the watching began that plain lines tell of."""
+"""Earlier events that plain lines show."""
 
 
 def watch(
     directory: Path, console: Console, wait: Callable[[], None] = lambda: time.sleep(1)
 ) -> None:
-    """Shows what `rhc train` shows of a run that trains elsewhere, until it has a result.
-
-    A run that is stopped has none, and is waited for, as it may be resumed; that nobody trains it
-    is said once. Nothing is written to its files.
-    """
+    """Displays another process's run until it has a result; writes nothing to its files."""
     files = Followed(directory)
     progress = Progress(files.name)
     console.print(Text(f"watching {directory}; Ctrl-C ends the watching alone", style="dim"))
     with display(progress, console) as shown:
         shown(files.begun)
         events = files.news()
-        # The pace is that since it has been watched.
+        # The pace counts from now on.
         progress.start = max((e.stop for e in events if isinstance(e, Committed)), default=0)
         for event in events[:-MOST_EARLIER]:
             progress.observe(event)
@@ -65,8 +61,6 @@ def watch(
 
 
 class Followed:
-    """The files of a run that another process writes, or has written."""
-
     def __init__(self, directory: Path) -> None:
         config = read_record(directory)
         self.directory = directory
@@ -83,14 +77,11 @@ class Followed:
         self._read: dict[str, int] = {}
 
     def news(self) -> list[Event]:
-        """What was written since it was last asked for; verbs and steps on the way are not kept.
-
-        The result comes last, and rows that are damaged are left out.
-        """
+        """Events since the last call, the result last; without verbs and uncommitted steps."""
         ended = (self.directory / "result.json").exists()
         events: list[Event] = []
         for row in self._rows("start.jsonl"):
-            with contextlib.suppress(KeyError, TypeError, ValueError):  # of another version
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # a row of another version
                 tried(row)
                 events.append(StartTried(row))
         attempts = self._rows("windows.jsonl")
@@ -107,7 +98,6 @@ class Followed:
         return events
 
     def _rows(self, name: str) -> list[dict[str, Any]]:
-        """The rows that were added to a file."""
         path = self.directory / name
         if path.exists() and path.stat().st_size < self._read.get(name, 0):
             self._read[name] = 0  # a resumed run cut it back
@@ -117,7 +107,7 @@ class Followed:
         return [line.row for line in lines if line.row is not None]
 
     def _committed(self, rows: list[dict[str, Any]]) -> list[Event]:
-        """The commits of these steps; what they cost is in no file before the result."""
+        """The commits of these steps, of unknown cost."""
         stride = max(1, self.begun.stride)
         parts = (rows[at : at + stride] for at in range(0, len(rows), stride))
         return [Committed(p[0]["step"], p[-1]["step"] + 1, p, math.nan) for p in parts]
@@ -128,10 +118,8 @@ def _whole(value: Any) -> int:
 
 
 def is_trained(directory: Path) -> bool | None:
-    """Whether a process of this machine holds the run's lock; None where that cannot be seen.
-
-    The lock itself is left alone: taking it, for a moment only, could refuse the run that begins.
-    """
+    """Whether a local process holds the run's lock; None if unknown. The lock is not tried: a run
+    that starts meanwhile would be refused."""
     try:
         file = (directory / ".lock").stat()
         locks = Path("/proc/locks").read_text(encoding="ascii", errors="replace")

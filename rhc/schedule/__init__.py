@@ -1,4 +1,4 @@
-"""Schedules: the controls, their values at every step, and the shapes that lr begins with."""
+"""Controls, schedules of their values, and templates of lr."""
 
 from rhc.schedule.controls import (
     CONTROLS,

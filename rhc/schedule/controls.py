@@ -1,4 +1,4 @@
-"""What is steered, within which bounds, and where an optimizer has it."""
+"""The controls: their coordinates and bounds."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Scalar = float | Tensor
 
 @dataclass(frozen=True)
 class Control:
-    """One steered quantity: its unconstrained coordinate, and its bounds in natural units.
+    """A scheduled hyperparameter: its unconstrained coordinate, and its bounds in natural units.
 
-    0 has no finite coordinate. Where it is allowed, `to_raw(0)` is the coordinate of `lower`, and
-    `from_raw` returns 0 at or below that: an update rule can leave 0 and come back to it.
+    0 has no finite coordinate. Where it is allowed, `to_raw(0)` is the coordinate of `lower` and
+    `from_raw` maps that and everything below to 0, so that an update rule can leave 0 and return.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Control:
         return clipped.log() if self.coordinate == "log" else clipped.logit()
 
     def from_raw(self, raw: Tensor) -> Tensor:
-        """Natural value of `raw` (any shape), within the bounds (or exactly 0 if allowed)."""
+        """Natural value of `raw` (any shape), within the bounds, or exactly 0 if allowed."""
         raw = raw.to(torch.float64)
         natural = raw.exp() if self.coordinate == "log" else raw.sigmoid()
         natural = natural.clamp(self.lower, self.upper)
@@ -46,17 +46,16 @@ class Control:
         return natural
 
     def slope(self, natural: Tensor) -> Tensor:
-        """d natural / d raw: the factor that turns dJ/d natural into dJ/d raw.
-
-        α for a log coordinate, μ(1 − μ) for a logit; at 0 the slope of `lower`, see the class.
-        """
+        """d natural / d raw: α for a log coordinate, μ(1 − μ) for a logit; at 0 that of `lower`."""
         clipped = natural.to(torch.float64).clamp(self.lower, self.upper)
         return clipped if self.coordinate == "log" else clipped * (1 - clipped)
 
     def rescale(self, value: Scalar, ratio: float) -> Scalar:
-        """`value` moved by log(ratio) in its coordinate; with ratio 1 it is returned as it is.
+        """`value` moved by log(ratio) in its coordinate; unchanged at ratio 1.
 
-        ratio: a factor of lr, noise and weight decay, of the odds μ/(1 − μ) of momentum.
+        Args:
+            value: in natural units.
+            ratio: a factor of lr, noise and weight decay; of the odds μ/(1 − μ) of momentum.
         """
         if ratio == 1.0:
             return value
@@ -73,7 +72,7 @@ class Control:
         return value * (1 - reference) / (reference * (1 - value))
 
     def check(self, value: float, argument: str | None = None) -> None:
-        """Raises InputError unless `value` is within the bounds (or 0 where that is allowed)."""
+        """Raises InputError unless `value` is within the bounds, or 0 where that is allowed."""
         if (self.zero and value == 0) or self.lower <= value <= self.upper:
             return
         zero = "0 or " if self.zero else ""
@@ -95,7 +94,7 @@ CONTROLS: Mapping[str, Control] = {
 
 
 def control(name: str) -> Control:
-    """The control called `name`; an unknown name is an InputError that says which exist."""
+    """The control called `name`; InputError for an unknown name."""
     if name in CONTROLS:
         return CONTROLS[name]
     near = difflib.get_close_matches(name, CONTROLS, n=1, cutoff=0.5)

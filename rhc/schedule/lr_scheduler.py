@@ -1,4 +1,4 @@
-"""ScheduleReplay: a finished schedule as a genuine torch.optim.lr_scheduler."""
+"""ScheduleReplay: a schedule as a torch.optim.lr_scheduler."""
 
 from __future__ import annotations
 
@@ -30,11 +30,8 @@ class ScheduleReplay(BeforeSteps, LRScheduler):
         LRScheduler.__init__(self, optimizer, last_epoch)
 
     def get_lr(self) -> list[float | torch.Tensor]:
-        """The lr of every group at the current step; as a side effect writes the other controls.
-
-        LRScheduler.step() calls this once per step and writes only what is returned, so the
-        other controls are written here.
-        """
+        """The lr of every group. Also writes the other controls, since LRScheduler.step() calls
+        this once per step and writes lr alone."""
         self.steers()
         self._noise_is_due = True
         self.controls.take_up()
@@ -49,7 +46,7 @@ class ScheduleReplay(BeforeSteps, LRScheduler):
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Position and last values; the schedule itself is not repeated in it."""
+        """The position and last values, without the schedule."""
         return {
             "last_epoch": self.last_epoch,
             "_step_count": self._step_count,
@@ -59,7 +56,7 @@ class ScheduleReplay(BeforeSteps, LRScheduler):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken, and writes the controls of that step."""
+        """Resumes from `state_dict` and writes the controls of that step."""
         state = dict(state_dict)
         own = state.pop("own")
         known = self.controls.own  # the state may be from before a group was added
@@ -77,8 +74,7 @@ class ScheduleReplay(BeforeSteps, LRScheduler):
         return self.schedule.at(self.schedule.start + self.last_epoch)
 
     def _add_noise(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        # A step's noise is added once: who steps another scheduler in this one's place, as
-        # SequentialLR does, would get the last step's again and again.
+        # Once per step(): SequentialLR steps another scheduler, which must not repeat old noise.
         if not (self._noise_is_due and self.is_steering and self.last_epoch >= 0):
             return
         self._noise_is_due = False

@@ -1,4 +1,4 @@
-"""Where a torch.optim optimizer has its controls, and how they are set in it."""
+"""Reads and writes the controls of a torch.optim optimizer."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ from rhc.schedule.controls import CONTROLS, Scalar
 
 
 class OptimizerControls:
-    """The controls of a torch.optim.Optimizer: reads them, writes them, keeps groups' ratios.
+    """The controls of an optimizer, per parameter group.
 
-    Where a schedule has one value for a control, it is that of the *reference* group, the first
-    whose value is not 0, and every other group follows at the ratio it had when this object was
-    made (in the unconstrained coordinate: a factor for lr and weight decay, of the odds for
-    momentum). A group at 0 stays at 0: biases without weight decay keep being without. Where it
-    has one per group, each group takes its own. Groups that are added later follow at the ratio
-    that they have when they are taken up.
+    A schedule with one value for a control sets the *reference* group, the first with a nonzero
+    value; the others keep their initial ratio to it in the unconstrained coordinate, and 0 stays 0.
+    A schedule with a value per group sets each. Groups added later keep their ratio at that time.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -33,7 +30,7 @@ class OptimizerControls:
         self.adopt({n: [float(_read(g, n) or 0.0) for g in groups] for n in self.available})
 
     def adopt(self, own: Mapping[str, list[float]]) -> None:
-        """Takes `own`, control -> the value of every group, as where the ratios come from."""
+        """Sets the initial values, control -> one per group, that define the ratios."""
         self.own = {name: list(values) for name, values in own.items()}
         self.initial: dict[str, float] = {}
         self.ratios: dict[str, list[float]] = {}
@@ -45,7 +42,7 @@ class OptimizerControls:
             ]
 
     def take_up(self) -> None:
-        """Takes up groups that were added since."""
+        """Adopts parameter groups that were added."""
         groups = self.optimizer.param_groups
         for name, own in self.own.items():
             if len(own) >= len(groups):
@@ -61,11 +58,7 @@ class OptimizerControls:
                 self.ratios[name].append(ratio)
 
     def part(self, names: Iterable[str]) -> None:
-        """Gives every group a tensor of its own for these controls.
-
-        `torch.optim.Adam(groups, lr=torch.tensor(0.1))` is one tensor for all groups, which could
-        only have the last one's value.
-        """
+        """Gives groups tensors of their own: `Adam(groups, lr=torch.tensor(0.1))` shares one."""
         for name in names:
             seen: set[int] = set()
             for group in self.optimizer.param_groups:
@@ -77,7 +70,7 @@ class OptimizerControls:
             self._parted.add(name)
 
     def check_groups(self, groups: int | None) -> None:
-        """An InputError where values are for another number of parameter groups than there are."""
+        """Raises InputError where a schedule has values for another number of groups."""
         have = len(self.optimizer.param_groups)
         if groups not in (None, have):
             raise InputError(
@@ -86,11 +79,8 @@ class OptimizerControls:
             )
 
     def group_value(self, name: str, group: int, value: Scalar | tuple[float, ...]) -> Scalar:
-        """What parameter group number `group` gets when the schedule says `value`.
-
-        value: a number, or one per group: a tuple, or a tensor (G,). Of a tensor, a group at 0
-        gets the number 0: it is not steered, and without momentum there is no buffer.
-        """
+        """The value of a parameter group for the schedule's `value`: a number, or a tuple or tensor
+        (G,). A group at 0 of a tensor gets the float 0, so that it needs no momentum buffer."""
         if isinstance(value, (tuple, list)):
             if group >= len(value):  # it was added later
                 self.check_groups(len(value))
@@ -98,11 +88,11 @@ class OptimizerControls:
         if isinstance(value, Tensor) and value.dim() == 1:
             return value[group] if float(value[group].detach()) else 0.0
         if not isinstance(value, Tensor) and value == self.initial[name]:
-            return self.own[name][group]  # to the bit, which a ratio does not give back
+            return self.own[name][group]  # bit-identical, unlike through a ratio
         return CONTROLS[name].rescale(value, self.ratios[name][group])
 
     def group_slope(self, name: str, group: int, value: float | Sequence[float]) -> float:
-        """d(the group's value) / d(the schedule's value): 1 where every group has its own."""
+        """d(the group's value) / d(the schedule's value); 1 where every group has its own."""
         if isinstance(value, Sequence):
             return 1.0
         ratio = self.ratios[name][group]
@@ -111,10 +101,7 @@ class OptimizerControls:
         return ratio / (1 - value + value * ratio) ** 2
 
     def write(self, values: Mapping[str, float | tuple[float, ...]]) -> None:
-        """Sets every control but noise in every parameter group.
-
-        values: as `Schedule.at` gives them, a number or one per group.
-        """
+        """Sets the controls except noise. values: as of `Schedule.at`."""
         self.take_up()
         self.part(n for n, v in values.items() if type(v) is tuple and n not in self._parted)
         for index, group in enumerate(self.optimizer.param_groups):
@@ -139,5 +126,5 @@ def _write(group: dict[str, Any], name: str, value: Scalar) -> None:
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """All parameters of the optimizer in the order of its groups: the order of the noise."""
+    """Parameters in the order of the groups, which is that of the noise."""
     return [p for group in optimizer.param_groups for p in group["params"]]

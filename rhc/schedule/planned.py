@@ -1,9 +1,4 @@
-"""The schedule of a run that goes on: by a few numbers, not by one for every step to come.
-
-What is committed is on the tape. What is planned is one value per control, held to the end, and a
-template that shapes lr. The values of a window are made when it begins, so that what a window takes
-and writes does not grow with the length of the run.
-"""
+"""The schedule of an unfinished run: per control one value to the end, and a template of lr."""
 
 from __future__ import annotations
 
@@ -22,10 +17,10 @@ from rhc.schedule.templates import TEMPLATES, Template, shaped, template_factors
 from rhc.storage.jsonl import JsonLines, read_rows
 
 PLAN_VERSION = 2
-"""Of a schedule.json that holds a plan; version 1 has a value for every step."""
+"""Of a schedule.json with a plan; version 1 has a value for every step."""
 
 MOST_VALUES = 2 * 10**8
-"""Of a schedule that a plan is read into: a small file can ask for any number of steps."""
+"""Limit of a schedule expanded from a plan, since a small file can claim any number of steps."""
 
 
 @dataclass(frozen=True)
@@ -39,31 +34,28 @@ class Shape:
     start: int = 0
 
     def factors(self, start: int, stop: int) -> Tensor:
-        """(stop - start,) factors on lr of the absolute steps [start, stop)."""
+        """(stop - start,) factors on lr for the absolute steps [start, stop)."""
         at = torch.arange(start - self.start, stop - self.start, dtype=torch.float64)
         return template_factors(self.template, self.steps, self.cooldown, self.warmup, at)
 
     @property
     def flat(self) -> bool:
-        """Whether all factors are 1. A template that moves does so at its first or last step."""
+        """Whether all factors are 1: any other template differs at its first or last step."""
         first, last = self.start, self.start + self.steps - 1
         return all(bool(self.factors(t, t + 1) == 1) for t in (first, last))
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """The plan from step `start` on, to the next piece or the end.
-
-    values: of one step, held throughout, or of all steps of the piece. shape: of lr, whose value is
-    then the highest.
-    """
+    """The plan from `start` to the next piece or the end: values of one step, or of all steps, and
+    a shape of lr, whose value is then the maximum."""
 
     start: int
     values: Schedule
     shape: Shape | None = None
 
     def window(self, start: int, stop: int) -> dict[str, Tensor]:
-        """The values of the absolute steps [start, stop) by control."""
+        """Control -> values of the absolute steps [start, stop)."""
         if len(self.values) > 1:
             return dict(self.values.window(start, stop).values)
         held = self.values.values.items()
@@ -75,7 +67,7 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class PlannedSchedule:
-    """The controls of the steps [start, stop) as they are planned. Every change gives a new one."""
+    """The planned controls of the steps [start, stop); immutable."""
 
     pieces: tuple[Piece, ...]
     stop: int
@@ -85,21 +77,19 @@ class PlannedSchedule:
 
     @property
     def start(self) -> int:
-        """The first step that is planned."""
         return self.pieces[0].start
 
     @property
     def seed(self) -> int:
-        """Of the noise."""
+        """Of the gradient noise."""
         return self.pieces[0].values.seed
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The controls."""
         return tuple(self.pieces[0].values.values)
 
     def window(self, start: int, stop: int) -> Schedule:
-        """The part of the absolute steps [start, stop), which must lie within what is planned."""
+        """The absolute steps [start, stop), which must lie within the plan."""
         if not self.start <= start < stop <= self.stop:
             raise InputError(
                 f"window [{start}, {stop}) must lie within the planned steps "
@@ -113,11 +103,7 @@ class PlannedSchedule:
         return Schedule.of_checked(_joined(parts), start, self.seed)
 
     def changed(self, start: int, change: Callable[[Schedule], Schedule]) -> PlannedSchedule:
-        """The plan from `start` on with the values of every piece changed alike.
-
-        change: what moves all steps of a schedule by the same, in their unconstrained coordinates.
-        A template goes on as it was: a factor on its highest lr is one on all of it.
-        """
+        """The plan from `start` on; `change` must shift all steps equally in their coordinates."""
         pieces = []
         for piece, end in self._ending():
             if end <= start:
@@ -129,7 +115,7 @@ class PlannedSchedule:
         return PlannedSchedule(tuple(pieces), self.stop)
 
     def begun_anew(self, step: int, lr: Tensor, shape: Shape) -> PlannedSchedule:
-        """The plan with another lr, () or (G,), in another shape, from `step` on."""
+        """The plan with another lr, () or (G,), and shape from `step` on."""
         last = self.pieces[-1].values
         values = {**last.window(last.stop - 1, last.stop).values, "lr": lr[None]}
         piece = Piece(step, Schedule(values, seed=self.seed), shape)
@@ -137,14 +123,13 @@ class PlannedSchedule:
         return PlannedSchedule((*before, piece), self.stop)
 
     def _ending(self) -> Iterator[tuple[Piece, int]]:
-        """(a piece, the step that it ends before)."""
         ends = [*(piece.start for piece in self.pieces[1:]), self.stop]
         return zip(self.pieces, ends, strict=True)
 
     # Files ---------------------------------------------------------------------------------------
 
     def to_json(self, committed: int) -> dict[str, Any]:
-        """The schedule.json of a run of which `committed` steps, at least, are on the tape."""
+        """The schedule.json of a run with at least `committed` steps on the tape."""
         return {
             "format": "rhc.schedule",
             "version": PLAN_VERSION,
@@ -162,7 +147,7 @@ class PlannedSchedule:
 
     @classmethod
     def from_json(cls, document: Any, source: str) -> tuple[PlannedSchedule, int]:
-        """(the plan, how many steps were committed), from what `to_json` gave."""
+        """(plan, committed steps), the inverse of `to_json`."""
         with reading(source):
             if document["version"] != PLAN_VERSION:
                 raise InputError(
@@ -183,7 +168,7 @@ class PlannedSchedule:
 
 
 def _piece(entry: Mapping[str, Any], source: str) -> Piece:
-    """A piece from its entry in the document; an error of any kind where it is none."""
+    """A piece from its entry in the document; any exception where it is invalid."""
     values = Schedule.from_json(entry["values"], source)
     if entry["template"] is None:
         return Piece(int(entry["start"]), values)
@@ -199,10 +184,7 @@ def _piece(entry: Mapping[str, Any], source: str) -> Piece:
 
 
 def of_unfinished_run(document: Mapping[str, Any], path: Path) -> Schedule:
-    """The whole schedule of a run that goes on, from its schedule.json and the tape beside.
-
-    Steps that were committed since the document was written are taken from the tape as well.
-    """
+    """The committed steps on the tape, then those planned in schedule.json."""
     plan, least = PlannedSchedule.from_json(document, str(path))
     columns = sum(v[0].numel() for v in plan.pieces[0].values.values.values())
     if plan.stop * columns > MOST_VALUES:
@@ -227,14 +209,13 @@ def of_unfinished_run(document: Mapping[str, Any], path: Path) -> Schedule:
 
 
 def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The values of consecutive steps, by control."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def of_tape(
     rows: Sequence[Mapping[str, Any]], names: Sequence[str], source: str
 ) -> dict[str, Tensor]:
-    """The controls of committed steps, (T,) or (T, G) each, from the tape's rows."""
+    """Control -> (T,) or (T, G) values of committed steps."""
     try:
         return {
             name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in names

@@ -1,9 +1,7 @@
-"""Controls and schedules: what is steered, within which bounds, and its value at every step.
+"""Schedules: the values of the controls at every step.
 
-A schedule holds natural values (an lr of 0.01 is stored as 0.01) in float64 and gives the
-unconstrained coordinates, log or logit, on demand. Storing the coordinates themselves would lose
-two things that must be exact: a value of 0, whose coordinate is −∞, and the bits of an lr that
-nobody rewrote, since exp(log(0.1)) ≠ 0.1.
+Natural values are stored in float64, not coordinates: 0 has the coordinate −∞, and an lr that is
+not rewritten must keep its bits, but exp(log(0.1)) ≠ 0.1.
 """
 
 from __future__ import annotations
@@ -50,12 +48,12 @@ def total_variation(raw: Tensor) -> Tensor:
 class Schedule:
     """The controls of the steps [start, start + T): one natural value per control and step.
 
-    Schedules are values: every change returns a new one.
+    Immutable: every change returns a new schedule.
     """
 
     values: Mapping[str, Tensor]
-    """Control name -> (T,) float64, natural units; or (T, G), one value per parameter group too, in
-    the optimizer's order of groups. noise has no groups."""
+    """Control -> (T,) float64 in natural units, or (T, G) with a value per parameter group, in the
+    optimizer's order. noise has no groups."""
     start: int = 0
     seed: int = 0
     """Of the gradient noise."""
@@ -69,7 +67,7 @@ class Schedule:
         }
         _check_shapes({name: tuple(v.shape) for name, v in values.items()})
         for name, v in values.items():
-            finite = v.float().isfinite()  # as a step takes it
+            finite = v.float().isfinite()  # in the precision of a step
             if not finite.all():
                 at = (~finite).nonzero()[0].tolist()
                 raise InputError(
@@ -87,9 +85,12 @@ class Schedule:
     def constant(
         cls, steps: int, seed: int = 0, /, **controls: float | Sequence[float]
     ) -> Schedule:
-        """`steps` times the same controls: `Schedule.constant(100, lr=0.1, momentum=0.9)`.
+        """The same controls for `steps` steps: `Schedule.constant(100, lr=0.1, momentum=0.9)`.
 
-        A sequence stands for one value per parameter group: `lr=(0.1, 0.01)`.
+        Args:
+            steps: length of the schedule.
+            seed: of the gradient noise.
+            controls: a number, or one per parameter group: `lr=(0.1, 0.01)`.
         """
         steps = whole_number("steps", steps)
         rows = {name: torch.as_tensor(v, dtype=torch.float64) for name, v in controls.items()}
@@ -116,16 +117,16 @@ class Schedule:
 
     @property
     def stop(self) -> int:
-        """The first step after the last: steps are [start, stop)."""
+        """The end of the steps [start, stop)."""
         return self.start + len(self)
 
     @property
     def groups(self) -> int | None:
-        """The number G of parameter groups that it has values for; None where it has none."""
+        """The number G of parameter groups with values of their own; None without groups."""
         return next((v.shape[1] for v in self.values.values() if v.dim() == 2), None)
 
     def at(self, step: int) -> dict[str, Any]:
-        """The controls of absolute step `step`; after the end the last ones are held.
+        """The controls at absolute step `step`; the last ones after the end.
 
         Returns:
             A number for every control, or a tuple of G where it has one per parameter group.
@@ -140,7 +141,7 @@ class Schedule:
 
     @functools.cached_property
     def _columns(self) -> dict[str, list[Any]]:
-        """Every control as a list of numbers or tuples: a tensor takes 2 µs to give one of them."""
+        """Control -> numbers or tuples: reading one from a tensor takes 2 µs."""
         return {
             name: v.tolist() if v.dim() == 1 else [tuple(row) for row in v.tolist()]
             for name, v in self.values.items()
@@ -161,16 +162,13 @@ class Schedule:
 
     @classmethod
     def of_checked(cls, values: Mapping[str, Tensor], start: int, seed: int) -> Schedule:
-        """A schedule of float64 values that come from one: they are not checked, nor copied.
-
-        A schedule is made for every window, which checking would take ten times as long for.
-        """
+        """A schedule of valid float64 values, unchecked and not copied: ten times faster."""
         schedule = object.__new__(cls)
         schedule.__dict__.update(values=values, start=start, seed=seed)
         return schedule
 
     def replaced(self, part: Schedule) -> Schedule:
-        """This schedule with `part` in place of its steps and controls, which it must have."""
+        """This schedule with the steps and controls of `part`, which it must have, replaced."""
         self.window(part.start, part.stop)
         values = {name: v.clone() for name, v in self.values.items()}
         where = slice(part.start - self.start, part.stop - self.start)
@@ -184,10 +182,10 @@ class Schedule:
         return Schedule(values, self.start, self.seed)
 
     def stretched(self, steps: int) -> Schedule:
-        """The same shape over `steps` steps, by interpolation in the unconstrained coordinates.
+        """The same shape over `steps` steps, interpolated in the unconstrained coordinates.
 
-        Step i of the new one lies where step (i + ½) T / steps − ½ of this one does; beyond the
-        first and the last step those are held. Between a value and an exact 0, the nearer of them.
+        Step i lies at (i + ½) T / steps − ½ of this schedule, clipped to its ends. Between a value
+        and an exact 0 it takes the nearer one.
         """
         steps = whole_number("steps", steps)
         if steps < 1:
@@ -237,7 +235,7 @@ class Schedule:
         return Schedule({**self.values, name: moved}, self.start, self.seed)
 
     def digest(self) -> str:
-        """Sixteen hexadecimal digits that tell schedules of other values apart."""
+        """Sixteen hexadecimal digits that identify the values."""
         content = hashlib.sha256()
         for name in sorted(self.values):
             v = self.values[name]
@@ -245,10 +243,8 @@ class Schedule:
         return content.hexdigest()[:16]
 
     def means(self) -> dict[str, Any]:
-        """The mean of every control over the steps: a number, or a list of one per group.
-
-        Geometric where its coordinate is log and no value is 0.
-        """
+        """The mean of every control over the steps, a number or one per group; geometric for a log
+        coordinate without zeros."""
 
         def mean(name: str, v: Tensor) -> Any:
             if v.dim() == 2:
@@ -259,10 +255,8 @@ class Schedule:
         return {name: mean(name, v) for name, v in self.values.items()}
 
     def raw(self, names: Iterable[str] | None = None) -> Tensor:
-        """(T, C) unconstrained coordinates of the controls in `names` (default: all, in order).
-
-        A control with values per parameter group has G columns.
-        """
+        """(T, C) unconstrained coordinates of the controls in `names` (default: all, in order), G
+        columns for a control with values per group."""
         chosen = list(self.values) if names is None else list(names)
         columns = [CONTROLS[n].to_raw(self.values[n]) for n in chosen]
         return torch.cat([c.reshape(len(self), -1) for c in columns], dim=1)
@@ -270,11 +264,7 @@ class Schedule:
     # Files ---------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON document; floats are written by repr, so that they come back bit for bit.
-
-        `values` of a control are a list of T numbers, or of T lists of G numbers, one per
-        parameter group.
-        """
+        """A JSON document that keeps floats bit for bit; values are T numbers, or T lists of G."""
         return {
             "format": "rhc.schedule",
             "version": SCHEDULE_VERSION,
@@ -294,7 +284,7 @@ class Schedule:
 
     @classmethod
     def from_json(cls, document: Any, source: str = "schedule") -> Schedule:
-        """The inverse of `to_json`; a document of another shape or version is an InputError."""
+        """The inverse of `to_json`; InputError for another shape or version."""
         with reading(source):
             if document["format"] != "rhc.schedule":
                 raise KeyError("format")
@@ -316,10 +306,10 @@ class Schedule:
 
     @classmethod
     def load(cls, path: str | Path) -> Schedule:
-        """Reads what `save` wrote, or the schedule.json of a run.
+        """Reads a file of `save`, or the schedule.json of a run, finished or not.
 
-        Where the run has not ended: what it has committed, by the tape beside, and what is planned.
-        A file that was altered since it was written is taken, with a warning.
+        An unfinished run gives its committed steps, from the tape beside it, and then its plan. An
+        altered file is read with a warning.
 
         Raises:
             InputError: the file cannot be read, or is no schedule.
@@ -341,13 +331,15 @@ class Schedule:
     def to_lr_scheduler(
         self, optimizer: torch.optim.Optimizer, last_epoch: int = -1
     ) -> LRScheduler:
-        """A torch.optim.lr_scheduler that replays this schedule in an ordinary loop.
+        """A torch.optim.lr_scheduler of this schedule; call `step()` after `optimizer.step()`.
 
-        Call its `step()` after each `optimizer.step()`. It sets lr, momentum (β1) and weight
-        decay of every parameter group, keeping the groups' ratios where the schedule has one value
-        for all of them, and adds the gradient noise through a step hook, once per `step()`, until
-        its `close()`. A group that is added to the optimizer later keeps the ratio that it then
-        has.
+        It sets lr, momentum (β1) and weight decay. With one value for all parameter groups, groups
+        keep their ratios, also those added later. Noise is added by a hook, once per `step()`,
+        until `close()`.
+
+        Args:
+            optimizer: to be scheduled.
+            last_epoch: as of torch's schedulers.
 
         Raises:
             InputError: the schedule has values for another number of parameter groups.
@@ -359,7 +351,7 @@ class Schedule:
 
 @contextmanager
 def reading(source: str) -> Iterator[None]:
-    """Inside, whatever is wrong with a document is an InputError that names its source."""
+    """Turns errors of parsing into InputErrors that name `source`."""
     try:
         yield
     except InputError:
@@ -372,7 +364,7 @@ def reading(source: str) -> Iterator[None]:
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises InputError unless all are (T,) or (T, G) with one T and one G, noise's (T,)."""
+    """Raises InputError unless all are (T,) or (T, G) with equal T and G; noise is (T,)."""
     if not shapes:
         raise InputError("a schedule needs at least one control; give it lr values")
     per_step = all(len(shape) in (1, 2) for shape in shapes.values())
@@ -393,6 +385,6 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _parsed(values: Any) -> Tensor:
-    """(T,) or (T, G) from the JSON lists of `Schedule.to_json`; ValueError for ragged ones."""
+    """(T,) or (T, G) from JSON lists; ValueError for ragged ones."""
     rows = [[float(x) for x in v] if isinstance(v, list) else float(v) for v in values]
     return torch.tensor(rows, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What steers an optimizer step by step, and acts right before its steps."""
+"""The base of schedulers that act right before an optimizer's steps."""
 
 from __future__ import annotations
 
@@ -11,11 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 
 class BeforeSteps:
-    """What steers an optimizer and acts before its steps, by methods that are hooked to it.
-
-    The optimizer holds it weakly: who drops a scheduler for another is rid of its noise. A copy
-    (copy.deepcopy, pickle) has hooks of its own; torch copies no optimizer's.
-    """
+    """Calls methods before an optimizer's steps, by weak hooks, so that a dropped scheduler adds no
+    noise. Copies of the scheduler have hooks of their own, copies of the optimizer none."""
 
     optimizer: Optimizer | None
     _hooked: tuple[str, ...] = ()
@@ -30,19 +27,19 @@ class BeforeSteps:
         ]
 
     def close(self) -> None:
-        """Takes the noise off the optimizer; controls stay as they are."""
+        """Stops the noise; the other controls keep their values."""
         for handle in getattr(self, "_handles", ()):
             handle.remove()
         self._handles, self._hooked = [], ()
 
     def steers(self) -> None:
-        """Says that this is what steers the optimizer from now on, in place of any other."""
+        """Makes this the optimizer's current scheduler."""
         assert self.optimizer is not None
         _STEERED_BY[self.optimizer] = weakref.ref(self)
 
     @property
     def is_steering(self) -> bool:
-        """Whether nothing else that lives has taken the optimizer over."""
+        """Whether no other live scheduler has replaced this one."""
         other = _STEERED_BY.get(self.optimizer)
         return other is None or other() in (None, self)
 

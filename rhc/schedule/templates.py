@@ -1,4 +1,4 @@
-"""Shapes of lr over a run, as factors on its largest value."""
+"""Templates of lr: its shape over a run, as factors on its maximum."""
 
 from __future__ import annotations
 
@@ -12,23 +12,19 @@ from rhc.schedule.controls import CONTROLS
 
 Template = Literal["constant", "cosine", "linear", "wsd", "1cycle"]
 TEMPLATES: tuple[Template, ...] = get_args(Template)
-"""Shapes of lr over a run: none; half a cosine; a line; constant, then linear at the end (warm-up,
-stable, decay); up and down along half cosines (Smith, Topin 2019), of which only lr is taken."""
+"""Constant; half a cosine; a line; warm-up, stable, decay (constant, then linear); 1cycle along
+half cosines (Smith, Topin 2019), for lr alone."""
 
 ONE_CYCLE_UP, ONE_CYCLE_FIRST = 0.3, 0.04
-"""Fraction of the run in which 1cycle rises, and the factor that it rises from: torch's."""
+"""Fraction of the run in which 1cycle rises, and its first factor, as in torch."""
 
 
 def template_factors(
     template: Template, steps: int, fraction: float, warmup: float = 0.0, at: Tensor | None = None
 ) -> Tensor:
-    """Factors on lr, 1 at the highest; none of them is 0, so that every step counts.
-
-    fraction: of the run, in which wsd cools down. warmup: of the run, in which lr rises linearly
-    to what the template says; 1cycle has a rise of its own. at: (n,) float64, the steps, of the
-    run's `steps`, to give factors for; None for all of them. A step's factor has the same bits
-    whichever others are asked for with it.
-    """
+    """Factors on lr, 1 at the maximum and never 0, at steps `at`, (n,) float64, or all. wsd cools
+    down in the last `fraction`; lr rises in the first `warmup`, but for 1cycle. A factor's bits are
+    the same whichever other steps are requested."""
     done = _steps(steps) if at is None else at
     if template == "1cycle":
         return _one_cycle(steps, done)
@@ -44,10 +40,7 @@ def template_factors(
 
 
 def warming(steps: int, fraction: float, at: Tensor | None = None) -> Tensor:
-    """Factors: linear upwards over the first `fraction` of the steps, then 1.
-
-    at: as of `template_factors`.
-    """
+    """Factors: linear upwards over the first `fraction` of the steps, then 1."""
     done = _steps(steps) if at is None else at
     n = math.floor(steps * fraction)
     return torch.where(done < n, (done + 1) / (n + 1), 1.0)
@@ -65,25 +58,17 @@ def _one_cycle(steps: int, done: Tensor) -> Tensor:
 
 
 def _half_cosine(done: Tensor) -> Tensor:
-    """From 1 to 0 as `done` goes from 0 to 1."""
     return 0.5 * (1 + (math.pi * done).cos())
 
 
 def shaped(lr: Tensor, factors: Tensor) -> Tensor:
-    """(T,) or (T, G): lr, () or (G,), times factors (T,), within the bounds of lr.
-
-    A group that is at 0 stays there.
-    """
+    """(T,) or (T, G): lr, () or (G,), times factors (T,), within its bounds; 0 stays 0."""
     values = factors * lr if lr.dim() == 0 else factors[:, None] * lr
     return torch.where(values == 0, values, values.clamp(min=CONTROLS["lr"].lower))
 
 
 def cooldown(steps: int, fraction: float, at: Tensor | None = None) -> Tensor:
-    """Factors: 1, then linear towards 0 over the last `fraction` of the steps.
-
-    The last factor is 1/(n + 1) of n cooling steps, not 0, so that the last step still counts.
-    at: as of `template_factors`.
-    """
+    """Factors: 1, then linear to 1/(n + 1) over the n steps of the last `fraction`; never 0."""
     done = _steps(steps) if at is None else at
     n = math.floor(steps * fraction)
     return torch.where(done < steps - n, 1.0, (steps - done) / (n + 1))

@@ -1,9 +1,6 @@
-"""Checkpoints: a directory of safetensors with a manifest, which is there whole or not at all.
+"""Checkpoints: directories with a manifest of sizes and SHA-256, written aside and then renamed.
 
-All files are written into a temporary directory, fsynced and read back, the manifest (sizes and
-SHA-256) last; then the directory is renamed, and only then are older ones removed. A directory that
-does not match its manifest is left out with a notice, and the one before it is used. Nothing is
-pickled, and nothing that a stranger may have put there is trusted (docs/reliability.md).
+Nothing is pickled, and files are not trusted; docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -50,7 +47,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 VALUES = "values.json"
 SHARDS = "shards"
-"""The folder of a checkpoint with files of every rank, by torch.distributed.checkpoint."""
+"""Folder of the files that torch.distributed.checkpoint writes on every rank."""
 
 _SHARD = re.compile(rf"{SHARDS}/shard-[0-9]{{5}}-model-[0-9]{{5}}-of-[0-9]{{5}}\.safetensors")
 _NAME = re.compile(rf"[A-Za-z0-9_]{{1,64}}\.safetensors|values\.json|{_SHARD.pattern}")
@@ -59,18 +56,16 @@ MOST_FILES = 64
 MOST_SHARDS = 4096
 MOST_MANIFEST_BYTES = 2**20
 MOST_HEADER_BYTES = 32 * 2**20
-"""The largest JSON part of a safetensors file that is read; it has 100 bytes a tensor."""
+"""Limit of a safetensors header, which has 100 bytes a tensor."""
 
 MOST_TENSOR_BYTES = 2**40
 
 PARALLEL = 32 * 2**20
-"""Bytes from which the files of a checkpoint are hashed and written by several threads."""
+"""Checkpoints of this many bytes and more are hashed and written by several threads."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A state of a run on disk."""
-
     step: int
     """Committed steps."""
     tensors: dict[str, dict[str, Tensor]]
@@ -78,12 +73,12 @@ class Checkpoint:
     values: dict[str, Any]
     """The JSON part."""
     shards: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """Name -> (bytes, SHA-256) of the files that the ranks write into the folder of
-    `CheckpointStore.prepare`, and read by themselves."""
+    """Name -> (bytes, SHA-256) of the files that the ranks write to the folder of
+    `CheckpointStore.prepare` and read themselves."""
 
 
 class CheckpointStore:
-    """The checkpoints of one run, in `root`; the `keep` newest ones stay."""
+    """The checkpoints of one run, in `root`; the `keep` newest stay."""
 
     def __init__(
         self, root: Path, keep: int = 3, notice: Callable[[str], None] = lambda message: None
@@ -94,21 +89,20 @@ class CheckpointStore:
         self.keep = keep
         self.notice = notice
         self.most_bytes = MOST_TENSOR_BYTES
-        """A checkpoint whose manifest says more is refused before it is read."""
+        """A checkpoint whose manifest lists more is refused unread."""
         self._damaged: set[int] = set()
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint of `step` is."""
         return checkpoint_path(self.root, step)
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint directory, valid or not, ascending."""
+        """Steps with a checkpoint directory, valid or not, ascending."""
         return checkpoint_steps(self.root)
 
     # Saving --------------------------------------------------------------------------------------
 
     def prepare(self, step: int) -> Path:
-        """An empty folder for the shards of the checkpoint of `step`, which is to be saved next."""
+        """An empty folder for the shards of `step`, to be filled before `save`."""
         temporary = self._temporary(step)
         make_directory(self.root)
         remove(temporary)
@@ -119,10 +113,8 @@ class CheckpointStore:
         return self.root / f".writing-{self.path(step).name}"
 
     def save(self, checkpoint: Checkpoint) -> Path:
-        """Writes a checkpoint, returns its directory, and removes those older than the newest n.
-
-        An OSError leaves the checkpoints that there were as they were.
-        """
+        """Writes a checkpoint, then removes those beyond the `keep` newest; returns its directory.
+        After an OSError the earlier checkpoints are unchanged."""
         final = self.path(checkpoint.step)
         temporary = self._temporary(checkpoint.step)
         make_directory(self.root)
@@ -133,23 +125,23 @@ class CheckpointStore:
             self._write(temporary, checkpoint)
             gone = self.root / f".removing-{checkpoint.step:08d}"
             remove(gone)
-            if os.path.lexists(final):  # it is damaged, or saved a second time
+            if os.path.lexists(final):  # damaged, or saved before
                 os.rename(final, gone)
             os.rename(temporary, final)
             sync(self.root)
         except BaseException:
-            # A leftover would take room from the next attempt.
+            # A leftover would take up disk space at the next attempt.
             with contextlib.suppress(OSError):
                 remove(temporary)
             raise
         self._damaged.discard(checkpoint.step)
-        with contextlib.suppress(OSError):  # the checkpoint is there; what is old can wait
+        with contextlib.suppress(OSError):  # the next save retries
             good = [step for step in self.steps() if step not in self._damaged]
             self._clear(step for step in self.steps() if step not in good[-self.keep :])
         return final
 
     def make_room(self) -> bool:
-        """Removes all but the newest checkpoint that can be used; whether there were any others."""
+        """Removes all but the newest valid checkpoint; returns whether anything was removed."""
         if not self.root.is_dir():
             return False
         before = self.steps()
@@ -162,7 +154,7 @@ class CheckpointStore:
         return self.steps() != before
 
     def _write(self, directory: Path, checkpoint: Checkpoint) -> None:
-        """All files of a checkpoint, each read back before the manifest names it."""
+        """Writes all files and reads each back before the manifest lists it."""
         values = (encode(spelled(checkpoint.values)) + "\n").encode()
         contents: dict[str, Callable[[], Iterable[Piece]]] = {
             f"{group}.safetensors": functools.partial(_pieces, tensors)
@@ -200,11 +192,7 @@ class CheckpointStore:
         sync(directory)
 
     def tidy(self, *, ended: bool) -> None:
-        """Removes what a process left that died while it saved; an OSError leaves the rest.
-
-        ended: whether the run has ended, so that its checkpoints stay; else those beyond the newest
-        `keep` go as well.
-        """
+        """Removes leftovers of a save and, unless the run has `ended`, surplus checkpoints."""
         good = [] if ended else [step for step in self.steps() if step not in self._damaged]
         self._clear(good[: -self.keep])
 
@@ -221,11 +209,11 @@ class CheckpointStore:
     # Loading -------------------------------------------------------------------------------------
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that matches its manifest, or None."""
+        """The newest valid checkpoint, or None."""
         return next(self.usable(), None)
 
     def usable(self) -> Iterator[Checkpoint]:
-        """The checkpoints that match their manifests, newest first; a notice of all others."""
+        """Valid checkpoints, newest first; each invalid one is reported and skipped."""
         for step in reversed(self.steps()):
             try:
                 yield self.load(step)
@@ -233,16 +221,13 @@ class CheckpointStore:
                 self.leave_out(step, str(error))
 
     def leave_out(self, step: int, why: str) -> None:
-        """Says that a checkpoint is not used; it is removed when others have taken its place."""
+        """Reports an unusable checkpoint, which does not count towards `keep`."""
         self._damaged.add(step)
         self.notice(f"{why}; passing over this checkpoint")
 
     def load(self, step: int, share: tuple[int, int] = (0, 1)) -> Checkpoint:
-        """Reads one checkpoint; whatever does not match its manifest is an InputError.
-
-        Shards are not read, but compared with the manifest: every n-th from the r-th on, where
-        share is (r, n), since n ranks look at them together.
-        """
+        """Reads one checkpoint; InputError where it does not match its manifest. Shards are not
+        read but verified, by rank r of n every n-th from the r-th on: share is (r, n)."""
         directory = self.path(step)
         files = self._manifest(step)
         tensors: dict[str, dict[str, Tensor]] = {}
@@ -266,7 +251,7 @@ class CheckpointStore:
     def _contents(
         self, step: int, files: Mapping[str, tuple[int, str]], share: tuple[int, int] = (0, 1)
     ) -> Iterator[tuple[str, bytes]]:
-        """(name, content) of every file, checked against the manifest's sizes and digests."""
+        """(name, content) of every file, verified against the manifest."""
         directory = self.path(step)
         if sum(size for size, _ in files.values()) > self.most_bytes:
             raise InputError(
@@ -293,7 +278,7 @@ class CheckpointStore:
             yield name, data
 
     def _check_folder(self, folder: Path, names: Sequence[str]) -> None:
-        """An InputError unless a folder, not a link, has these shards and nothing else."""
+        """Raises InputError unless the folder is no link and holds exactly these shards."""
         if not names:
             return
         try:
@@ -307,7 +292,7 @@ class CheckpointStore:
             )
 
     def _manifest(self, step: int) -> dict[str, tuple[int, str]]:
-        """name -> (bytes, SHA-256) of every file of a checkpoint."""
+        """Name -> (bytes, SHA-256) of every file of a checkpoint."""
         directory = self.path(step)
         path = directory / MANIFEST
         try:
@@ -320,7 +305,7 @@ class CheckpointStore:
             files = {
                 str(k): (int(v["bytes"]), str(v["sha256"])) for k, v in manifest["files"].items()
             }
-            # Manifests had no digest of their own at first.
+            # The first manifests had no digest of their own.
             if set(manifest) != _UNSEALED and data != _sealed(manifest):
                 raise ValueError("it does not match its own digest")
             if int(manifest["step"]) != step:
@@ -342,7 +327,6 @@ class CheckpointStore:
         return files
 
     def _whole(self, step: int) -> bool:
-        """Whether a checkpoint matches its manifest."""
         try:
             return all(True for _ in self._contents(step, self._manifest(step)))
         except InputError:
@@ -353,29 +337,25 @@ _UNSEALED = {"format", "version", "step", "torch", "files"}
 
 
 def _sealed(manifest: Mapping[str, Any]) -> bytes:
-    """The manifest as it is written, with the SHA-256 of what is before that."""
     return sealed(manifest, indent=None)
 
 
 Piece = bytes | memoryview
 
 _PIECE = 2**20
-"""Bytes that are hashed, written and compared at once, so that they stay in the processor's cache.
-A gigabyte at once takes three times as long."""
+"""Bytes hashed, written and compared at a time, to stay in the cache: a gigabyte at a time is three
+times slower."""
 
 _TYPES = {
     **{torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16"},
     **{torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32", torch.float32: "F32"},
     **{torch.float64: "F64", torch.int64: "I64"},
 }
-"""The names of safetensors, in the reverse of the order that it sorts by."""
+"""Names of dtypes in safetensors, in the reverse of its sort order."""
 
 
 def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[Piece]:
-    """The bytes of `safetensors.torch.save`, which is left to types that `_TYPES` lacks.
-
-    It would copy the content of all tensors.
-    """
+    """The bytes of `safetensors.torch.save`, without its copy of all tensors."""
     if not all(t.dtype in _TYPES for t in tensors.values()):
         yield save_tensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
         return
@@ -396,7 +376,7 @@ def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[Piece]:
 
 
 def _write_pieces(path: Path, content: Iterable[Piece]) -> tuple[int, str]:
-    """Writes a file without waiting for the disk; (its bytes, its SHA-256)."""
+    """Writes a file without fsync; returns (bytes, SHA-256)."""
     digest, size = hashlib.sha256(), 0
     with created(path) as descriptor:
         for piece in _cut(content):
@@ -414,7 +394,7 @@ def _cut(pieces: Iterable[Piece]) -> Iterator[memoryview]:
 
 
 def _read_back(path: Path, content: Iterable[Piece]) -> None:
-    """An OSError unless the file gives back what was written."""
+    """Raises OSError unless the file holds what was written."""
     with open(os.open(path, os.O_RDONLY | CLOSED_ON_EXEC | NO_LINK), "rb", buffering=0) as file:
         same = all(file.read(len(piece)) == bytes(piece) for piece in _cut(content))
         same = same and not file.read(1)
@@ -423,7 +403,7 @@ def _read_back(path: Path, content: Iterable[Piece]) -> None:
 
 
 def _tensors(path: Path, data: bytes) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; an InputError where it is none."""
+    """The tensors of a safetensors file; InputError where it is damaged."""
     size = int.from_bytes(data[:8], "little")
     if size > min(MOST_HEADER_BYTES, len(data)):
         raise InputError(
@@ -431,5 +411,5 @@ def _tensors(path: Path, data: bytes) -> dict[str, Tensor]:
         )
     try:
         return load_tensors(data)
-    except Exception as error:  # of a parser in Rust, and of what it gives to torch
+    except Exception as error:  # safetensors' Rust parser or torch
         raise InputError(f"{path} is damaged ({error})") from None

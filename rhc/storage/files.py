@@ -1,8 +1,6 @@
-"""Files written durably, and files and JSON documents read within limits, whoever wrote them.
+"""Durable writes, and reads within limits: files may be huge, deeply nested, links or pipes.
 
-All writing goes through the few functions of `os` that are called here, by their names in that
-module, so that benchmarks/faults.py can put a fault in the place of any of them. A file from a
-stranger may be huge, deeply nested, a link or a pipe.
+benchmarks/faults.py injects faults into the functions of `os` that are called here by name.
 """
 
 from __future__ import annotations
@@ -25,18 +23,18 @@ from typing import Any, BinaryIO
 from rhc.errors import InputError
 
 MOST_JSON_BYTES = 256 * 2**20
-"""The largest JSON document that is read; the tape of a million steps is smaller."""
+"""Limit of a JSON document; the tape of a million steps is smaller."""
 
 MOST_TOML_BYTES = 2**20
 
 MOST_DEPTH = 64
-"""How deep lists and objects may be nested; rhc writes six levels at most."""
+"""Limit of nesting; rhc writes six levels at most."""
 
 OWN = re.compile(
     r"\.?[a-z]+(-\d+)?\.(json|jsonl|html|id)(\.crc32)?|\.lock|\.writing-.*|"
     r"checkpoints|tensorboard|jobs|pass-\d+"
 )
-"""Names that rhc writes, removes or makes in a directory of its own."""
+"""Names that rhc writes, removes or makes in its directories."""
 
 CLOSED_ON_EXEC = getattr(os, "O_CLOEXEC", 0)
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
@@ -46,10 +44,7 @@ NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
 def write_durably(path: Path, data: bytes, *, wait: bool = True) -> None:
-    """Writes a file and returns when its content is on disk; a link in its place is replaced.
-
-    wait: False leaves waiting to a later `sync`.
-    """
+    """Writes a file, replacing a link, and fsyncs it unless `wait` is False."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     with created(path) as descriptor:
@@ -60,7 +55,7 @@ def write_durably(path: Path, data: bytes, *, wait: bool = True) -> None:
 
 @contextlib.contextmanager
 def created(path: Path) -> Iterator[int]:
-    """The descriptor of a new file, to be written to; an OSError where there is one already."""
+    """A descriptor of a new file; OSError where the file exists."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | CLOSED_ON_EXEC, 0o644)
     try:
         yield descriptor
@@ -69,7 +64,7 @@ def created(path: Path) -> Iterator[int]:
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
-    """Writes all of `data`, however little the system takes at once."""
+    """Writes all of `data`, in as many calls as the system needs."""
     rest = memoryview(data)
     while rest:
         written = os.write(descriptor, rest[: 2**26])
@@ -77,7 +72,7 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
 
 
 def replace_durably(path: Path, data: bytes) -> None:
-    """Replaces a file in one step: a reader sees the old content or the new, never half."""
+    """Replaces a file atomically."""
     temporary = path.with_name(f".writing-{path.name}")
     write_durably(temporary, data)
     os.replace(temporary, path)
@@ -85,7 +80,7 @@ def replace_durably(path: Path, data: bytes) -> None:
 
 
 def sync(path: Path) -> None:
-    """Returns when the content of a file, or the names in a directory, are on disk."""
+    """Fsyncs a file, or the names in a directory."""
     descriptor = os.open(path, os.O_RDONLY | CLOSED_ON_EXEC)
     try:
         os.fsync(descriptor)
@@ -94,7 +89,7 @@ def sync(path: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Makes a directory and those above it, each name durable in the one above."""
+    """Makes a directory and its parents, each fsynced in the one above."""
     missing = []
     while not path.is_dir():
         missing.append(path)
@@ -106,7 +101,6 @@ def make_directory(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, or a directory and what is in it; nothing where there is none."""
     if os.path.islink(path) or path.is_file():
         os.unlink(path)
     elif path.exists():
@@ -114,11 +108,8 @@ def remove(path: Path) -> None:
 
 
 def refuse_links(directory: Path) -> None:
-    """Raises an OSError where something that rhc writes in a directory is a link, pipe or device.
-
-    What a link points to would be written, emptied or removed, wherever that is. The directory
-    itself may be a link, and so may files that are not rhc's.
-    """
+    """Raises OSError where a name that rhc writes in a directory is a link, pipe or device: writing
+    would change what it points to. The directory itself may be a link."""
     with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
         for entry in entries:
             usual = entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)
@@ -132,7 +123,7 @@ def refuse_links(directory: Path) -> None:
 
 
 def cut(path: Path, length: int) -> None:
-    """Cuts a file back to `length` bytes; a link is not followed."""
+    """Truncates a file to `length` bytes without following a link."""
     descriptor = os.open(path, os.O_WRONLY | CLOSED_ON_EXEC | NO_LINK)
     try:
         os.ftruncate(descriptor, length)
@@ -141,7 +132,7 @@ def cut(path: Path, length: int) -> None:
 
 
 def unshare(path: Path) -> None:
-    """Breaks a hard link, so that a change of this file changes no other."""
+    """Breaks a hard link, so that changes to this file affect no other."""
     with contextlib.suppress(FileNotFoundError):
         if os.stat(path, follow_symlinks=False).st_nlink > 1:
             replace_durably(path, read_regular(path, sys.maxsize))
@@ -157,10 +148,7 @@ def reason(error: OSError | ValueError) -> str:
 
 @contextlib.contextmanager
 def opened_regular(path: Path) -> Iterator[BinaryIO]:
-    """A regular file, to be read; OSError or ValueError otherwise.
-
-    A link is not followed, a pipe or device not opened to wait for it.
-    """
+    """A regular file, open for reading; OSError or ValueError for a link, pipe or device."""
     flags = os.O_RDONLY | CLOSED_ON_EXEC | NO_LINK | getattr(os, "O_NONBLOCK", 0)
     with open(os.open(path, flags), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -169,10 +157,8 @@ def opened_regular(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_regular(path: Path, most: int, *, exactly: int | None = None) -> bytes:
-    """The content of a regular file of at most `most` bytes; OSError or ValueError otherwise.
-
-    exactly: the size that it must have; another is a ValueError before anything is read.
-    """
+    """The content of a regular file of at most `most` bytes, and `exactly` so many where that is
+    given; OSError or ValueError otherwise."""
     with opened_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if exactly is not None and size != exactly:
@@ -186,24 +172,22 @@ def read_regular(path: Path, most: int, *, exactly: int | None = None) -> bytes:
 
 
 _LONG_NUMBER = re.compile(rb"[0-9]{300}|[eE]\+?0*[1-9][0-9]{2}")
-"""Matches within every number of 1e300 or more."""
+"""Matches in every number ≥ 1e300."""
 
 
 def parsed_json(data: bytes | str) -> Any:
-    """A JSON document of bounded size and depth; anything else is a ValueError.
-
-    NaN, infinities and numbers that no float holds (1e400) are refused.
-    """
+    """Parses JSON of bounded size and depth; ValueError otherwise, also for NaN, infinities and
+    numbers that overflow a float (1e400)."""
     raw = data.encode() if isinstance(data, str) else bytes(data)
     if len(raw) > MOST_JSON_BYTES:
         raise ValueError(f"it has {len(raw)} bytes, more than the {MOST_JSON_BYTES} that are read")
-    # These hooks replace the parser of numbers in C, which is faster, only where it might overflow.
+    # The hooks are slower than the number parser in C: only for numbers that may overflow.
     hooks: dict[str, Any] = {}
     if _LONG_NUMBER.search(raw):
         hooks = {"parse_float": _finite, "parse_int": lambda text: int(_finite(text) and text)}
     try:
         value = json.loads(raw.decode("utf-8"), parse_constant=_no_constant, **hooks)
-        # So few brackets cannot be too deep.
+        # With fewer brackets the depth is within the limit.
         if raw.count(b"[") + raw.count(b"{") > MOST_DEPTH and _depth(value) > MOST_DEPTH:
             raise RecursionError
     except RecursionError:
@@ -212,7 +196,6 @@ def parsed_json(data: bytes | str) -> Any:
 
 
 def _depth(value: Any) -> int:
-    """How deep lists and objects are nested in a value."""
     if not isinstance(value, (list, dict)):
         return 0
     inner = value.values() if isinstance(value, dict) else value
@@ -233,10 +216,9 @@ def _finite(text: str) -> float:
 # What a document must have -----------------------------------------------------------------------
 
 Kinds = Mapping[str, "tuple[type, ...] | Kinds"]
-"""Entry of a JSON object -> the types that it may have, or the entries of an object in it.
+"""Entry of a JSON object -> the types it may have, or the entries of a nested object.
 
-Where an entry may be missing or null, its types include NoneType; an object in it always may.
-"""
+An entry may be missing or null where its types include NoneType; a nested object always may."""
 
 NUMBER = (int, float)
 NUMBER_OR_NONE = (int, float, type(None))
@@ -253,7 +235,7 @@ _WORDS = {
 
 
 def misfit(record: Mapping[str, Any], kinds: Kinds, within: str = "") -> str | None:
-    """What is wrong with an object that was read, in a clause; None where all is of its kind."""
+    """What is wrong with an object, as a clause; None where every entry has its type."""
     for name, known in kinds.items():
         value = record.get(name)
         types = (dict, type(None)) if isinstance(known, Mapping) else known
@@ -268,7 +250,7 @@ def misfit(record: Mapping[str, Any], kinds: Kinds, within: str = "") -> str | N
 
 
 def check_kinds(record: Mapping[str, Any], kinds: Kinds, source: Path | str) -> None:
-    """An InputError that names `source` where an entry is of another kind."""
+    """Raises InputError naming `source` where an entry has another type."""
     fault = misfit(record, kinds)
     if fault is not None:
         raise InputError(f"{source} is damaged: {fault}; restore it")
@@ -277,11 +259,11 @@ def check_kinds(record: Mapping[str, Any], kinds: Kinds, source: Path | str) -> 
 # Documents: JSON objects with a digest -----------------------------------------------------------
 
 SEAL = "sha256"
-"""The last entry of a document that says whether anything was altered since it was written."""
+"""Last entry of a document: the digest of what precedes it."""
 
 
 def finite(value: Any) -> Any:
-    """`value` as strict JSON holds it: NaN and infinities become null, arrays become lists."""
+    """`value` as strict JSON: NaN and infinities become null, arrays become lists."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -294,42 +276,33 @@ def finite(value: Any) -> Any:
 
 
 def plain_document(value: Mapping[str, Any]) -> bytes:
-    """A JSON document as it is written."""
     return (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode()
 
 
 def sealed(value: Mapping[str, Any], *, indent: int | None = 1) -> bytes:
-    """A JSON document whose last entry is the SHA-256 of what is before it.
-
-    indent: of the text that is hashed; what is written has an indent of 1.
-    """
+    """A JSON document that ends with the SHA-256 of its other entries, as text with `indent`."""
     plain = {key: entry for key, entry in finite(value).items() if key != SEAL}
     text = json.dumps(plain, indent=indent, allow_nan=False)
     return plain_document({**plain, SEAL: hashlib.sha256(text.encode()).hexdigest()})
 
 
 def sum_beside(path: Path) -> Path:
-    """Where the CRC-32 of a file lies that is written by `replace_summed`."""
     return path.with_name(f".{path.name}.crc32")
 
 
 def crc32_line(data: bytes) -> bytes:
-    """The CRC-32 of `data` as it is written: eight hexadecimal digits and a newline."""
     return b"%08x\n" % zlib.crc32(data)
 
 
 def replace_summed(path: Path, data: bytes) -> None:
-    """Replaces a file that must hold nothing but its content; its CRC-32 lies beside it."""
+    """Replaces a file and its CRC-32, which is kept in a file beside it."""
     replace_durably(sum_beside(path), crc32_line(data))
     replace_durably(path, data)
 
 
 def read_document(path: Path) -> tuple[Any, bool]:
-    """(what a file of JSON holds, without its seal; whether it was altered since it was written).
-
-    One without a seal or a checksum is taken as it is: it is older than these, or by a person.
-    OSError or ValueError where there is no JSON.
-    """
+    """(content without its seal, whether it was altered), also of an old or handwritten document
+    without a seal; OSError or ValueError where it is no JSON."""
     # A run's own files may be reached through a link; a checkpoint's may not.
     data = read_regular(path.resolve(), MOST_JSON_BYTES)
     found = parsed_json(data)
@@ -345,7 +318,6 @@ def read_document(path: Path) -> tuple[Any, bool]:
 
 
 def altered(path: Path) -> str:
-    """What is said of a file that was altered."""
     return (
         f"{path} was altered since it was written (restore it or, if that is meant, delete its "
         f"{SEAL} entry or the checksum beside it)"
@@ -353,10 +325,8 @@ def altered(path: Path) -> str:
 
 
 def read_json(path: Path, told: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """A JSON object from a file; anything else is an InputError that begins with its path.
-
-    told: called with a sentence where the document was altered since it was written.
-    """
+    """A JSON object from a file; InputErrors begin with its path. `told` gets a message where the
+    document was altered."""
     try:
         found, changed = read_document(path)
     except OSError as error:
@@ -371,14 +341,14 @@ def read_json(path: Path, told: Callable[[str], None] = lambda text: None) -> di
 
 
 def parsed_toml(data: bytes) -> dict[str, Any]:
-    """A TOML document of bounded size and depth; anything else is a ValueError."""
+    """Parses TOML of bounded size and depth; ValueError otherwise."""
     import tomllib
 
     if len(data) > MOST_TOML_BYTES:
         raise ValueError(f"it has {len(data)} bytes, more than the {MOST_TOML_BYTES} that are read")
     text = data.decode("utf-8")
     for line in text.splitlines():
-        # Dotted keys nest without a bracket, and tomllib takes time by the square of their number.
+        # Dotted keys nest without brackets, and tomllib takes quadratic time for them.
         if line.count(".") > 8 * MOST_DEPTH or line.count("[") + line.count("{") > 64 * MOST_DEPTH:
             raise ValueError("it is nested too deep")
     try:

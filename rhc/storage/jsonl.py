@@ -1,12 +1,6 @@
-"""Files of JSON lines: the one reader and the one writer of them.
+"""Append-only files of JSON lines; .NAME.crc32 has the CRC-32 of every line of NAME.
 
-tape.jsonl, windows.jsonl and start.jsonl are appended to and never rewritten; a resumed run cuts
-them back to the length that its checkpoint recorded. They hold nothing that differs between two
-runs of the same computation (no wall-clock times), so that the tape of a run that was interrupted
-equals that of one that was not, byte by byte.
-
-Beside a file NAME lies .NAME.crc32 with the CRC-32 of each of its lines, so that a damaged line is
-known by its number.
+They hold no wall-clock times: a resumed run writes the tape of an uninterrupted one, byte by byte.
 """
 
 from __future__ import annotations
@@ -42,13 +36,12 @@ from rhc.storage.files import (
 from rhc.storage.run_files import ROWS
 
 MOST_BYTES = 2**34
-"""The largest such file that is read."""
+"""Limit of a file that is read."""
 
 _SUM = len(crc32_line(b""))
 
 
 def encode(row: Mapping[str, Any]) -> str:
-    """One line of strict JSON: NaN and infinities, which JSON lacks, become null."""
     return json.dumps(finite(row), allow_nan=False)
 
 
@@ -56,21 +49,18 @@ def encode(row: Mapping[str, Any]) -> str:
 
 
 class Line(NamedTuple):
-    """A line of a file: its row, or None and what is wrong with it."""
+    """A line of a file: its row, or None and the fault."""
 
     number: int
     stop: int
-    """Bytes of the file up to the end of the line."""
+    """Byte at which the line ends."""
     row: dict[str, Any] | None
     fault: str = ""
 
 
 def read_lines(path: Path, at: int = 0) -> Iterator[Line]:
-    """The lines of a file from byte `at` on; none where there is no file.
-
-    A last line without its end is left out: it is being written, or was never finished.
-    Raises InputError where the file cannot be read.
-    """
+    """The lines of a file from byte `at` on, but for an incomplete last one; none where it is
+    missing. InputError where it cannot be read."""
     try:
         with opened_regular(path.resolve()) as file:
             if file.seek(0, os.SEEK_END) > MOST_BYTES:
@@ -102,7 +92,7 @@ def _lines(data: bytes, kinds: Kinds, at: int = 0) -> Iterator[Line]:
 
 
 def read_rows(path: Path, most: int | None = None) -> list[dict[str, Any]]:
-    """The first `most` rows of a file, or all; an InputError names the first damaged line."""
+    """The first `most` rows, or all; InputError names the first damaged line."""
     return _rows_of(path, itertools.islice(read_lines(path), most))
 
 
@@ -120,10 +110,8 @@ def _rows_of(path: Path, lines: Iterable[Line]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Intact:
-    """How much of a file can be trusted: bytes, lines, and why it is no more.
-
-    damaged: there are whole lines behind these; False where a last one was never finished.
-    """
+    """The valid start of a file: its bytes and lines, and why it ends there. damaged: whole lines
+    follow it, not only an incomplete one."""
 
     length: int
     lines: int
@@ -132,11 +120,8 @@ class Intact:
 
 
 class JsonLines:
-    """An append-only file of JSON objects, one per line.
-
-    `append` keeps rows in memory, `flush` brings them to the disk; where that fails they stay, and
-    the next flush tries again. `length`: bytes that are on the disk for good.
-    """
+    """An append-only file of JSON objects, one per line; `length` is its durable size in bytes.
+    `append` buffers rows; `flush` writes them, or keeps them buffered where it fails."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -147,16 +132,14 @@ class JsonLines:
         self._files: list[int] = []
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Adds rows, which the next `flush` writes."""
         self._pending += [encode(row).encode() for row in rows]
 
     @property
     def pending(self) -> int:
-        """Rows that are not on the disk yet."""
+        """Number of buffered rows."""
         return len(self._pending)
 
     def flush(self) -> None:
-        """Writes what was appended and returns when it is on disk; an OSError leaves it pending."""
         rows, self._files = list(self._pending), self._files or self._opened()
         self._put_back()
         if not rows:
@@ -190,7 +173,7 @@ class JsonLines:
         return opened
 
     def _put_back(self) -> None:
-        """Makes the paths the open files again, as long as they were, whoever changed them."""
+        """Restores both files at their paths and lengths if another process changed them."""
         lengths = (self.length, _SUM * self.lines)
         for file, path, length in zip(self._files, (self.path, self.sums), lengths, strict=True):
             here = os.fstat(file)
@@ -211,16 +194,12 @@ class JsonLines:
             os.close(fresh)
 
     def close(self) -> None:
-        """Lets go of the file."""
         files, self._files = self._files, []
         for descriptor in files:
             os.close(descriptor)
 
     def intact(self) -> Intact:
-        """The lines from the first on that are whole and as they were written.
-
-        A file without checksums, of a run before there were any, is taken at its word.
-        """
+        """The leading lines that match their checksums; without checksums, those that are JSON."""
         if not self.path.exists():
             return Intact(0, 0, f"{self.path} is missing", damaged=False)
         try:
@@ -237,7 +216,7 @@ class JsonLines:
         return Intact(length, lines, fault, damaged=False)
 
     def _fault(self, before: int, line: bytes, sums: bytes | None) -> str:
-        """What is wrong with the line behind the first `before`; nothing where all is well."""
+        """What is wrong with the line after the first `before`; empty where it is valid."""
         number = before + 1
         if sums is None:
             (found,) = _lines(line + b"\n", {})
@@ -250,7 +229,7 @@ class JsonLines:
         return ""
 
     def truncate(self, length: int) -> None:
-        """Cuts the file back to `length` bytes, which must be whole lines that are intact."""
+        """Cuts the file to `length` bytes, which must be whole, intact lines."""
         if not self.path.exists():
             self.length = self.lines = 0
             return
@@ -274,6 +253,6 @@ class JsonLines:
             cut(self.sums, whole)
 
     def read(self) -> list[dict[str, Any]]:
-        """All rows, on the disk and pending; an InputError names a line that is damaged."""
+        """All rows, written and buffered; InputError names a damaged line."""
         pending = b"".join(row + b"\n" for row in self._pending)
         return read_rows(self.path) + _rows_of(self.path, _lines(pending, {}))

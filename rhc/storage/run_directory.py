@@ -1,8 +1,4 @@
-"""A run's directory while its run is trained: opened, continued or refused, and written to.
-
-Opening it is the one place where an existing run is recognised; nothing is overwritten that another
-run wrote. What lies in it is in `rhc.storage.run_files`.
-"""
+"""The directory of a run in training: opened, resumed or refused, and written."""
 
 from __future__ import annotations
 
@@ -43,30 +39,25 @@ from rhc.storage.jsonl import JsonLines
 from rhc.storage.run_files import FILES, RESULT
 
 NOT_COMPARED = ("versions", "hardware", "code")
-"""Entries of config.json that may differ when a run is continued, beside settings that may."""
+"""Entries of config.json that may differ on resume, beside `may_change`."""
 
 MOST_OF_A_MODULE = 200
-"""Letters of a module's text in config.json."""
+"""Characters of a module's text in config.json."""
 
 
 class Plan(Protocol):
-    """A schedule while its run goes on."""
-
     def to_json(self, committed: int) -> dict[str, Any]: ...
 
 
 class Whole(Protocol):
-    """A schedule whose run has ended."""
-
     def to_json(self) -> dict[str, Any]: ...
 
 
 class RunDirectory:
-    """The files of one run. `open` must be called first.
+    """The files of one run; call `open` first.
 
-    A disk that is full, read-only or broken stops no training: what could not be written is kept
-    in memory and tried again with every save, a notice says so once, and `finish` raises a
-    StorageError if something is missing in the end.
+    A failed write does not stop training: it is reported once and retried at every save. `finish`
+    raises StorageError if something is still missing.
     """
 
     def __init__(
@@ -78,26 +69,26 @@ class RunDirectory:
     ) -> None:
         self.path = path
         self.may_change = may_change
-        """Settings that a resumed run may have otherwise, and what is then said; "" for nothing."""
+        """Setting that may differ on resume -> the message then; "" for none."""
         self.notice = notice
         self.checkpoints = CheckpointStore(path / "checkpoints", keep_checkpoints, notice)
         self.tape = JsonLines(path / "tape.jsonl")
         self.windows = JsonLines(path / "windows.jsonl")
         self.starts = JsonLines(path / "start.jsonl")
         self.saved: int | None = None
-        """The step of the newest checkpoint that was saved."""
+        """Step of the newest saved checkpoint."""
         self.differences: list[str] = []
-        """What shows of the code and the data that is not as it was when the run began."""
+        """Visible changes of code and data since the run began."""
         self.elsewhere = False
-        """Whether other versions or another machine began it, so that its bits may differ."""
+        """Whether versions or hardware differ from those at the beginning, so that bits may."""
         self.trouble: OSError | None = None
-        """Why the disk does not take what is written; None while it does."""
+        """The last write error; None while writes succeed."""
         self._first: Checkpoint | None = None
-        """The run's first checkpoint, until it or a later one is saved."""
+        """The first checkpoint, until one is saved."""
         self._late: tuple[Checkpoint, Plan] | None = None
-        """What the last `save` was given, where it failed."""
+        """Arguments of the last `save`, if it failed."""
         self._plan: Plan | None = None
-        """The plan that schedule.json holds."""
+        """The plan in schedule.json."""
         self._lock: int | None = None
         self._config = b""
         self._settings = ""
@@ -107,11 +98,8 @@ class RunDirectory:
     def open(
         self, config: Mapping[str, Any], resume: Literal["auto", "never"]
     ) -> Checkpoint | None:
-        """The checkpoint to continue from, or None for a run that begins.
-
-        Raises InputError where the directory cannot be written, holds a run although resume is
-        "never", or holds a run of another configuration (the message shows what differs).
-        """
+        """The checkpoint to resume from, or None for a new run. InputError where the directory
+        cannot be written, or holds a run that is not to be resumed or has another configuration."""
         with self._refusing("written"):
             make_directory(self.path)
             refuse_links(self.path)
@@ -149,7 +137,6 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def _refusing(self, what: str) -> Iterator[None]:
-        """Makes an OSError an InputError: the directory cannot be used as it is."""
         try:
             yield
         except BlockingIOError:
@@ -163,7 +150,7 @@ class RunDirectory:
     def _continue(
         self, config: Mapping[str, Any], old: Mapping[str, Any] | None, changed: bool
     ) -> Checkpoint | None:
-        """The newest checkpoint, with the other files as they were when it was saved."""
+        """The newest checkpoint, after cutting the other files back to it."""
         checkpoint = self._newest()
         self._settings = self._digest(config)
         began = None if checkpoint is None else checkpoint.values.get("settings")
@@ -186,17 +173,13 @@ class RunDirectory:
             self.windows.truncate(int(lengths.get("windows", 0)))
             self.tape.flush()
             self.windows.flush()
-        with contextlib.suppress(OSError):  # what is left over can wait
+        with contextlib.suppress(OSError):  # leftovers do no harm
             self.checkpoints.tidy(ended=result.exists())
         self.saved = None if checkpoint is None else checkpoint.step
         return checkpoint
 
     def _take_starts(self, step: int) -> None:
-        """Cuts start.jsonl back to what can be trusted of it, and says if that is not all.
-
-        Once the run is under way nothing is tried any more, and the file stays as it is. What was
-        tried before the first checkpoint is not tried again.
-        """
+        """Reports damage in start.jsonl and, at step 0, cuts the file to its valid lines."""
         found = self.starts.intact()
         if found.damaged:
             then = "what was tried for a start is not needed any more"
@@ -205,7 +188,7 @@ class RunDirectory:
             self.starts.truncate(found.length)
 
     def _newest(self) -> Checkpoint | None:
-        """The newest checkpoint that can be continued: whole, and with all lines that it saw."""
+        """The newest valid checkpoint whose lines of tape and windows are all intact."""
         lines = {"tape": self.tape.intact(), "windows": self.windows.intact()}
         lost = ""
         for checkpoint in self.checkpoints.usable():
@@ -232,7 +215,7 @@ class RunDirectory:
         return None
 
     def earlier(self, step: int) -> Checkpoint | None:
-        """The newest checkpoint before that of `step` that is whole, without a notice of others."""
+        """The newest valid checkpoint before `step`; invalid ones are not reported."""
         for other in reversed(self.checkpoints.steps()):
             if other < step:
                 with contextlib.suppress(InputError):
@@ -240,7 +223,7 @@ class RunDirectory:
         return None
 
     def close(self) -> None:
-        """Lets another process write here. A process that dies does so by itself."""
+        """Releases the lock; the end of the process would, too."""
         for lines in (self.tape, self.windows, self.starts):
             lines.close()
         if self._lock is not None:
@@ -251,10 +234,8 @@ class RunDirectory:
     # Writing -------------------------------------------------------------------------------------
 
     def save(self, checkpoint: Checkpoint, schedule: Plan) -> Path | None:
-        """Writes tape, windows, the checkpoint and then the plan; the checkpoint's directory.
-
-        None where the disk does not take them: the next call tries again.
-        """
+        """Writes tape, windows, the checkpoint and then the plan; returns the checkpoint's
+        directory, or None where writing fails and the next call retries."""
         if self._first is None and self.saved is None:
             self._first = checkpoint
         self._late = checkpoint, schedule
@@ -263,7 +244,7 @@ class RunDirectory:
                 self._present()
                 path = self._save(checkpoint, schedule)
             except OSError as error:
-                # Older checkpoints make room for a newer one; the newest that is good stays.
+                # Frees space by removing all but the newest valid checkpoint.
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT)
                 if attempt == 0 and full and not checkpoint.shards and self.checkpoints.make_room():
                     self.notice(f"{self.path} is full: older checkpoints are removed to make room")
@@ -278,8 +259,7 @@ class RunDirectory:
         return None
 
     def _save(self, checkpoint: Checkpoint, schedule: Plan) -> Path:
-        # No line of the tape is on the disk before a checkpoint is, so that a run can always go on
-        # or begin again.
+        # The first checkpoint precedes the tape, so that a run can always resume or start again.
         if self._first is not None and self._first is not checkpoint:
             self._save_checkpoint(self._first, 0, 0)
         if self.starts.pending:
@@ -288,7 +268,7 @@ class RunDirectory:
             self.tape.flush()
             self.windows.flush()
         path = self._save_checkpoint(checkpoint, self.tape.length, self.windows.length)
-        # After the tape: a reader never lacks a step that the document says is committed.
+        # After the tape, which must have all steps that the document calls committed.
         if schedule is not self._plan or not (self.path / "schedule.json").exists():
             document = schedule.to_json(checkpoint.step)
             replace_durably(self.path / "schedule.json", sealed(document))
@@ -296,14 +276,13 @@ class RunDirectory:
         return path
 
     def _save_checkpoint(self, checkpoint: Checkpoint, tape: int, windows: int) -> Path:
-        """Saves a checkpoint with the lengths of the files beside it."""
         beside = {"lengths": {"tape": tape, "windows": windows}, "settings": self._settings}
         path = self.checkpoints.save(replace(checkpoint, values=checkpoint.values | beside))
         self.saved, self._first = checkpoint.step, None
         return path
 
     def record_start(self, record: Mapping[str, Any]) -> None:
-        """Adds a line to start.jsonl, at once: it is not tried again after a stop."""
+        """Appends a line to start.jsonl, durably: a resumed run does not repeat the roll."""
         self.starts.append([record])
         try:
             self.starts.flush()
@@ -311,7 +290,6 @@ class RunDirectory:
             self._troubled(error)
 
     def flush(self) -> None:
-        """Writes what was recorded, if the disk takes it."""
         try:
             if self._first is None:
                 self.tape.flush()
@@ -328,7 +306,7 @@ class RunDirectory:
         self.trouble = error
 
     def _present(self) -> None:
-        """Puts back what was removed, and makes sure that nobody else writes here."""
+        """Restores removed files and checks that no other process holds the lock."""
         make_directory(self.path)
         refuse_links(self.path)
         config = self.path / "config.json"
@@ -354,7 +332,7 @@ class RunDirectory:
         self._lock = fresh
 
     def result(self) -> dict[str, Any] | None:
-        """The content of result.json where the run has ended; None for one that is damaged."""
+        """result.json of a finished run; None where it is missing or damaged."""
         path = self.path / "result.json"
         if not path.exists():
             return None
@@ -376,7 +354,7 @@ class RunDirectory:
         steps = result["steps"]
         for seconds in (0.0, 0.2, 1.0):
             time.sleep(seconds)
-            # Ranks have gathered their parts already: this is the first rank alone.
+            # Not an override that gathers parts of all ranks: only the first rank is here.
             if self._late is not None and RunDirectory.save(self, *self._late) is None:
                 continue
             try:
@@ -402,11 +380,7 @@ class RunDirectory:
         )
 
     def _compare(self, old: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-        """Whether the run has other settings than before; an InputError where it is another run.
-
-        What differs is said. More steps, or another place or budget of memory, leave a run what
-        it is; anything else would make it another one in the middle.
-        """
+        """Whether settings that may change did, each with a notice; InputError if others did."""
         new = json.loads(json.dumps(finite(config)))
         said = {name: text for name, text in self.may_change.items() if text}
         silent = {*NOT_COMPARED, *self.may_change} - said.keys()
@@ -440,13 +414,13 @@ class RunDirectory:
                     self.notice(
                         f"the run began with {key} {then}, {remark} {here}: its bits may differ"
                     )
-        # Modules describe themselves in torch's words, which its versions change.
+        # The text of modules depends on torch's version.
         if old.get("versions") == new.get("versions"):
             self.differences = _differences(old.get("code") or new["code"], new["code"])
         return bool(safe)
 
     def _digest(self, config: Mapping[str, Any]) -> str:
-        """Of the settings that a run cannot be continued without."""
+        """Digest of the settings that must not change on resume."""
         kept = {
             k: v for k, v in config.items() if k not in (*NOT_COMPARED, *self.may_change, "steps")
         }
@@ -454,7 +428,7 @@ class RunDirectory:
 
 
 def _locked(path: Path) -> int | None:
-    """A lock that ends with this process; BlockingIOError where another process has it."""
+    """Locks a file until the process ends; BlockingIOError where another process holds the lock."""
     try:
         import fcntl
     except ImportError:  # not on this operating system
@@ -473,7 +447,7 @@ _LOCKS: set[int] = set()
 
 
 def _let_go() -> None:
-    """In a forked process: a DataLoader's worker that outlives the run must not hold its lock."""
+    """After a fork: a DataLoader worker that outlives the run must not hold its lock."""
     while _LOCKS:
         os.close(_LOCKS.pop())
 
@@ -483,12 +457,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def versions() -> dict[str, str]:
-    """Versions that a run's numbers depend on."""
     return {"rhc": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """The machine that a run's numbers depend on."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "processor": platform.machine(),
@@ -498,15 +470,15 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def module_text(module: torch.nn.Module) -> str:
-    """A module alone in words, `Dropout(p=0.2, inplace=False)`: the same in every process."""
-    # FSDP gives a module a class of its own, made of the one that it had; ranks share statistics.
+    """A module without its children, as `Dropout(p=0.2, inplace=False)`: equal in every process."""
+    # FSDP subclasses a module's class; SyncBatchNorm replaces BatchNorm.
     kind = re.sub(r"^FSDP|(?<=BatchNorm)[123]d$|^Sync(?=BatchNorm)", "", type(module).__name__)
     text = f"{kind}({module.extra_repr()})"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)[:MOST_OF_A_MODULE]
 
 
 def length(loader: Any) -> int | None:
-    """How many batches a loader says that it has; None where it does not."""
+    """len(loader), or None where it has none."""
     try:
         return len(loader)
     except (TypeError, NotImplementedError):

@@ -1,16 +1,16 @@
-"""The files of a run's directory: what each holds, who writes it, and what its readers rely on.
+"""Files of a run's directory.
 
-    config.json      settings, versions, machine, code: by `RunDirectory.open`, compared on resume
-    start.jsonl      a line for each roll of the lr search (loop/start.py), by `record_start`
-    tape.jsonl       a line for each committed step (loop/committing.py), by `RunDirectory.save`
-    windows.jsonl    a line for each attempt at a window (loop/records.py), by `RunDirectory.save`
-    schedule.json    the plan while the run goes on, then the committed schedule
-    checkpoints/     window-00000050/ …: by `rhc.storage.checkpoint`
-    result.json      losses and cost; it comes last and says that the run has ended
+    config.json      settings, versions, machine and code; compared on resume
+    start.jsonl      one line per roll of the lr search
+    tape.jsonl       one line per committed step
+    windows.jsonl    one line per attempt at a window
+    schedule.json    the plan during the run, then the committed schedule
+    checkpoints/     see `rhc.storage.checkpoint`
+    result.json      losses and cost; written last
     report.html      by `rhc report`; hypergradient.json by `rhc hypergradient`
 
-Beside *.jsonl and result.json lie their CRC-32s (.NAME.crc32); config.json and schedule.json end
-with their own SHA-256. The process that writes holds `.lock`.
+CRC-32s of *.jsonl and result.json are in .NAME.crc32; config.json and schedule.json end with their
+SHA-256. The training process holds `.lock`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from rhc.errors import InputError, plain
 from rhc.storage.files import NUMBER, NUMBER_OR_NONE, Kinds, misfit, read_json
 
 FILES = ("config.json", "schedule.json", "tape.jsonl", "windows.jsonl", "result.json")
-"""A directory that has any of these holds a run, or a part of one."""
+"""A directory with any of these holds a run, or part of one."""
 
 RUNS = Path("runs")
-"""Where `rhc train` puts its runs, below the current folder."""
+"""Where `rhc train` puts its runs."""
 
 _CHECKPOINT = "window-"
 
@@ -48,7 +48,7 @@ ROWS: Mapping[str, Kinds] = {
         ),
     },
 }
-"""What each line of a file must have."""
+"""Required entries of every line."""
 
 RESULT: Kinds = {
     **{
@@ -62,16 +62,15 @@ RESULT: Kinds = {
     ),
     "average_metrics": {"test": {"accuracy": NUMBER_OR_NONE}},
 }
-"""What result.json must have."""
+"""Required entries of result.json."""
 
 
 def checkpoint_path(root: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is, in the folder of a run's checkpoints."""
     return root / f"{_CHECKPOINT}{step:08d}"
 
 
 def checkpoint_steps(root: Path) -> list[int]:
-    """Steps that have a checkpoint there, valid or not, ascending."""
+    """Steps with a checkpoint directory, valid or not, ascending."""
     if not root.is_dir():
         return []
     names = [path.name.removeprefix(_CHECKPOINT) for path in root.glob(f"{_CHECKPOINT}*")]
@@ -82,10 +81,7 @@ def checkpoint_steps(root: Path) -> list[int]:
 def read_record(
     directory: Path, name: str = "config.json", told: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
-    """A JSON object of a run's directory; where there is none, an InputError says what to give.
-
-    told: called with a sentence where the file was altered; None prints it once a process.
-    """
+    """A JSON object of a run's directory. `told` is called if it was altered; None prints that."""
     path = directory / name
     try:
         return read_json(path, told or _warned)
@@ -108,7 +104,7 @@ def _warned(sentence: str) -> None:
 
 
 def read_result(directory: Path, told: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """result.json of a run that has ended; an InputError where it is not what a run writes."""
+    """result.json of a finished run; InputError where it is damaged."""
     record = read_record(directory, "result.json", told)
     fault = misfit(record, RESULT)
     if fault is not None:

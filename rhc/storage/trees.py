@@ -1,7 +1,6 @@
-"""Trees of plain values and tensors as what JSON and safetensors hold, and back.
+"""Trees of values and tensors, to JSON and safetensors and back, without pickle.
 
-JSON lacks tuples, keys that are no strings, bytes, and numbers that are not finite: each is written
-as an object with one key, its kind. Nothing is pickled, so other objects are refused by name.
+What JSON lacks (tuples, bytes, infinities, …) becomes an object whose one key is its kind.
 """
 
 from __future__ import annotations
@@ -18,10 +17,7 @@ from rhc.errors import InputError
 
 
 def parted(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` for JSON; its tensors and arrays go into `tensors`, below `name`.
-
-    InputError where something in it is neither a plain value nor a tensor or array.
-    """
+    """`value` as JSON; its tensors and arrays go into `tensors`. InputError for other objects."""
     if isinstance(value, np.generic):
         value = np.asarray(value)
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -54,7 +50,7 @@ def parted(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def joined(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `parted`; what was never parted comes out as it is."""
+    """The inverse of `parted`; other values pass unchanged."""
     if isinstance(value, list):
         return [joined(v, tensors) for v in value]
     if not isinstance(value, dict) or len(value) != 1:
@@ -84,7 +80,7 @@ def joined(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def spelled(value: Any) -> Any:
-    """`value` with {"float": "inf"} in place of every number that JSON lacks."""
+    """`value` with non-finite numbers replaced by {"float": "inf"}."""
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": repr(float(value))}
     if isinstance(value, Mapping):
@@ -93,7 +89,6 @@ def spelled(value: Any) -> Any:
 
 
 def unspelled(value: Any) -> Any:
-    """The inverse of `spelled`."""
     if isinstance(value, dict):
         if value.keys() == {"float"} and value["float"] in ("nan", "inf", "-inf"):
             return float(value["float"])
