@@ -69,7 +69,8 @@ def adam(
 
         def moved(theta: Tensor) -> Tensor:
             c1, c2 = 1 - beta1**t, (1 - beta2**t) ** 0.5
-            w = _root(largest if amsgrad else v) + eps * c2
+            root = _root(largest if amsgrad else v)
+            w = root + eps * c2 if root.requires_grad else root.add_(eps * c2)
             scale = -lr * c2 / c1
             if isinstance(scale, Tensor):
                 return theta + scale * m / w
@@ -303,4 +304,5 @@ def _moments(state: Any, d: Tensor, beta1: Scalar, beta2: float) -> tuple[Tensor
 
 
 def _root(v: Tensor) -> Tensor:
-    return torch.add(v, ROOT_EPSILON).sqrt_()
+    """√v, with a finite slope at 0 where it is differentiated."""
+    return torch.add(v, ROOT_EPSILON).sqrt_() if v.requires_grad else v.sqrt()
