@@ -43,7 +43,7 @@ class Goal:
     over: int
     """Steps of its running mean."""
     last: bool = True
-    """Whether the mean of the last of these counts, or that over all steps."""
+    """True for the mean over the last of these, False for that over all steps."""
     higher: bool = False
     """Whether higher is better."""
     target: float | None = None

@@ -74,7 +74,7 @@ class ScheduleReplay(BeforeSteps, LRScheduler):
         return self.schedule.at(self.schedule.start + self.last_epoch)
 
     def _add_noise(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        # Once per step(): SequentialLR steps another scheduler, which must not repeat old noise.
+        # Once per step(): while SequentialLR steps another scheduler, this one must not repeat it.
         if not (self._noise_is_due and self.is_steering and self.last_epoch >= 0):
             return
         self._noise_is_due = False

@@ -226,8 +226,8 @@ class CheckpointStore:
         self.notice(f"{why}; passing over this checkpoint")
 
     def load(self, step: int, share: tuple[int, int] = (0, 1)) -> Checkpoint:
-        """Reads one checkpoint; InputError where it does not match its manifest. Shards are not
-        read but verified, by rank r of n every n-th from the r-th on: share is (r, n)."""
+        """Reads one checkpoint; InputError where it does not match its manifest. Shards are only
+        verified: with share (r, n), every n-th from the r-th on, since n ranks divide them."""
         directory = self.path(step)
         files = self._manifest(step)
         tensors: dict[str, dict[str, Tensor]] = {}

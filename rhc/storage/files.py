@@ -108,8 +108,8 @@ def remove(path: Path) -> None:
 
 
 def refuse_links(directory: Path) -> None:
-    """Raises OSError where a name that rhc writes in a directory is a link, pipe or device: writing
-    would change what it points to. The directory itself may be a link."""
+    """Raises OSError where a name that rhc writes in a directory is a link, pipe or device, since
+    writing would change what it points to. The directory itself may be a link."""
     with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
         for entry in entries:
             usual = entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)

@@ -354,7 +354,7 @@ class RunDirectory:
         steps = result["steps"]
         for seconds in (0.0, 0.2, 1.0):
             time.sleep(seconds)
-            # Not an override that gathers parts of all ranks: only the first rank is here.
+            # Not the override, which gathers the ranks' parts: only the first rank runs this.
             if self._late is not None and RunDirectory.save(self, *self._late) is None:
                 continue
             try:
