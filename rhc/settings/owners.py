@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from rhc.errors import InputError
+from rhc.errors import InputError, whole_number
 from rhc.settings.fields import (
     SEEDS,
     Settings,
@@ -48,8 +48,10 @@ def parsed_segment(given: Any) -> int | Literal["auto"]:
     """A segment as a number, where it is one; `Window` knows how long it may be."""
     if given == "auto":
         return "auto"
-    given = given.item() if hasattr(given, "item") else given  # of numpy or torch
-    number = int(given) if str(given).isdecimal() else 0
+    if isinstance(given, str):
+        number = int(given) if given.isdecimal() else 0
+    else:
+        number = whole_number("segment", given)
     if number < 1:
         raise InputError(f"segment must be auto or ≥ 1, got {given!r}; try --segment auto")
     return number
