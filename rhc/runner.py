@@ -5,10 +5,8 @@ Roll, rewrite, restore, replay, commit, slide: the verbs are functions in `rhc.l
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,14 +17,16 @@ from rhc import settings
 from rhc.distributed import ranks_of, synchronised, unwrapped
 from rhc.distributed.directory import directory_of
 from rhc.distributed.ranks import Group
-from rhc.errors import DivergedError, InputError, RunWarning, StorageError, whole_number
+from rhc.errors import DivergedError, InputError, StorageError, whole_number
 from rhc.events import Listener, RunEnded, RunStarted
 from rhc.hypergradient import Damping, Engine, Product, ReversePass, resolve
-from rhc.loop.agreement import begin_together, check_ranks, draw_apart, loaders_of
+from rhc.loop import description
+from rhc.loop.agreement import begin_together, check_ranks, draw_apart
 from rhc.loop.base_schedule import BaseSchedule
-from rhc.loop.checkpointing import finish, resume_from, save, write_checkpoint
+from rhc.loop.checkpointing import finish, open_run, save
 from rhc.loop.checks import (
     check_storable,
+    checked_loaders,
     followed,
     grouped,
     leave,
@@ -37,6 +37,7 @@ from rhc.loop.checks import (
 from rhc.loop.epochs import begin_planning, epoch_steps
 from rhc.loop.fit import Data, EventLog, Fit, ReversePasses
 from rhc.loop.lr_search import find_first_lr
+from rhc.loop.result import RunResult
 from rhc.loop.shift import adapt_to_shift
 from rhc.loop.state import Cost, State
 from rhc.loop.steps import replay, restore
@@ -64,12 +65,12 @@ from rhc.rng import mixed_seed
 from rhc.schedule import Schedule, Template
 from rhc.schedulers import EpochPlanner
 from rhc.settings.owners import Start
-from rhc.storage.run_directory import RunDirectory, hardware, length, module_text, versions
+from rhc.storage.run_directory import RunDirectory, hardware, versions
 from rhc.training import interrupts, memory
 from rhc.training.batches import StepBatches
-from rhc.training.diagnostics import check_loader, check_parts
+from rhc.training.diagnostics import check_parts
 from rhc.training.losses import LossFn
-from rhc.training.objective import HeldOutBatches, Objective
+from rhc.training.objective import Objective
 from rhc.training.plant import Plant
 from rhc.training.recovery import OomFallback, deterministic
 
@@ -77,47 +78,6 @@ __all__ = ["Cost", "DivergedError", "RunResult", "Runner"]
 
 DEFAULT_CONTROLS = ("lr",)
 """Rewriting momentum and noise too made runs worse on all three tasks tried (docs/log.md)."""
-
-
-GONE_RULE, GONE_MEMORY = {"rule": "normalised"}, {"memory": False}
-"""Entries of settings that are gone, so that older runs are found and continued."""
-
-LOADERS = ("train_loader", "val_loader", "test_loader")
-
-SHOWN = 4
-"""Differences from the run that is resumed of which a warning speaks; one is enough."""
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a fit ended with. record: the content of result.json."""
-
-    schedule: Schedule
-    record: dict[str, Any]
-    tape: list[dict[str, Any]]
-    windows: list[dict[str, Any]]
-    directory: Path | None
-
-    @property
-    def train_loss(self) -> float | None:
-        return self.record["train_loss"]
-
-    @property
-    def val_loss(self) -> float | None:
-        return self.record["val_loss"]
-
-    @property
-    def test_loss(self) -> float | None:
-        return self.record["test_loss"]
-
-    @property
-    def test_accuracy(self) -> float | None:
-        return self.record["test_accuracy"]
-
-    @property
-    def cost(self) -> dict[str, Any]:
-        """The ledger: plain_run_equivalents, gradient_evaluations, hessian_products and others."""
-        return self.record["cost"]
 
 
 class Runner:
@@ -128,7 +88,7 @@ class Runner:
         optimizer: as in a plain loop; its controls are what a run starts from.
         loss_fn: (model, batch) -> scalar tensor, or (scalar tensor, {"accuracy": tensor, …}).
             Tensors of a batch are moved to the model's device. With rewriting every use of a batch
-            has a copy of its own, which loss_fn may change; without, what the loader yields.
+            has a copy of its own; without, loss_fn has what the loader yields.
         train_loader: batches; anything that can be iterated again and again.
         val_loader: batches that windows are judged on; None for the training batches that follow.
         test_loader: batches for the result alone.
@@ -137,25 +97,21 @@ class Runner:
         controls: what is rewritten, of lr, momentum, noise and weight_decay; None for lr.
         per_group: controls with a value per parameter group as well as per step; the groups of the
             others keep their ratios.
-        start: where lr starts. "given": as the optimizer has it. "probe": that is a first guess, on
-            which short rolls find a factor, and the ratio of parameter groups with the same lr.
-            "zero": no guess is needed, and every group's own lr is found. Where short rolls learn
-            nothing, longer ones are taken, and then the optimizer's own lr. None for "probe" with
-            rewriting, else "given".
-        template: the shape of lr over the run that is rewritten, or followed: "constant", "cosine",
-            "linear", "wsd" (constant, then linear over the update rule's cooldown), "1cycle". None,
-            with a search for the first lr, for "cosine", or "linear" with an Adam; without, for
-            "wsd" with rewriting, else "constant".
+        start: where lr starts. "given": as the optimizer has it. "probe": short rolls find a factor
+            on that, and the ratio of parameter groups with the same lr. "zero": every group's own
+            lr is found, without a guess. None for "probe" with rewriting, else "given".
+        template: the shape of lr that is rewritten, or followed: "constant", "cosine", "linear",
+            "wsd" (constant, then linear over the update rule's cooldown), "1cycle". None where lr
+            is found for "cosine", with an Adam "linear"; else for "wsd", plain "constant".
         warmup: fraction of the run in which lr rises linearly to the template. None for a tenth
-            where the first lr of an Adam is searched for, else 0.
+            where the first lr of an Adam is found, else 0.
         rewrite: an update rule; True for the usual one; False for the plain loop, bit for bit.
         schedule: followed as it is where nothing is rewritten, in place of a template; a control
             that it lacks stays as the optimizer has it.
         objective: what a window is judged by; None for the usual one.
         engine: "adjoint"; others check single hypergradients (`rhc.hypergradient`).
-        product: Hessian products, as in `rhc.hypergradient`. Where the first lr is searched for,
-            "auto" is "none": exact products cost half a run there, and gain nothing
-            (docs/outcome.md).
+        product: Hessian products, as in `rhc.hypergradient`. Where the first lr is found, "auto"
+            is "none": exact ones cost half a run there, and gain nothing (docs/outcome.md).
         segment: steps of a segment of the reverse pass, as in `rhc.hypergradient`.
         memory_budget: bytes that a reverse pass may take beyond plain training; None for no limit.
         spill: whether states may go to disk for it: True for the system's temporary folder, or a
@@ -177,10 +133,9 @@ class Runner:
         listeners: told of every event of `rhc.events`.
         logger: one or several of `rhc.report.loggers`, told of what is committed.
         config: further entries of config.json, which the run's numbers depend on.
-        process_group: ranks that train this model together, each from a Runner built alike. "auto"
-            for the default process group where it has several; None for this process alone. All
-            together do what one process does with these loaders, or, with a DistributedSampler,
-            each its own batches (docs/scaling.md).
+        process_group: ranks that train this model together, each from a Runner built alike, as one
+            process would with these loaders, or, with a DistributedSampler, on batches of their own
+            (docs/scaling.md). "auto" for the default group; None for this process alone.
 
     Raises:
         InputError: for settings that cannot be used, before anything is touched.
@@ -267,7 +222,11 @@ class Runner:
             unwrapped(model), optimizer, loss_fn, seed=self.seed, ranks=self.ranks, **clips
         )
         self.device = self.plant.parameters[0].device
-        self._take_data(train_loader, val_loader, test_loader, planner, objective)
+        if self.ranks is not None:
+            check_ranks(planner, objective)
+        loaders = (train_loader, val_loader, test_loader)
+        loaders = checked_loaders(*loaders, self.validate_every, self.ranks)
+        self.train_loader, self.val_loader, self.test_loader = loaders
         self._take_schedule(shape, rewrite, schedule, planner)
         self.objective = objective or usual_objective(self.start, self.window)
         self._take_engine(windows, engine_settings)
@@ -278,31 +237,14 @@ class Runner:
         self._streams: list[StepBatches] = []
         self._state: State | None = None
         self._fitted = False
-        self._take_planner(planner)
-
-    def _take_data(
-        self,
-        train_loader: Iterable[Any],
-        val_loader: Iterable[Any] | None,
-        test_loader: Iterable[Any] | None,
-        planner: EpochPlanner | None,
-        objective: Objective | None,
-    ) -> None:
-        if train_loader is None:
-            raise InputError("train_loader is missing; give one that yields batches")
-        if self.validate_every is not None and val_loader is None:
-            raise InputError(
-                f"validate_every needs a val_loader, got {self.validate_every} and none; leave it "
-                "out, or give both"
-            )
-        loaders = (train_loader, val_loader, test_loader)
-        for name, loader in zip(LOADERS, loaders, strict=True):
-            check_loader(name, loader)
-        if self.ranks is not None:
-            check_ranks(planner, objective)
-            self.train_loader, self.val_loader, self.test_loader = loaders_of(self.ranks, *loaders)
-        else:
-            self.train_loader, self.val_loader, self.test_loader = loaders
+        self.planner = planner
+        self._epoch_steps = epoch_steps(
+            planner,
+            self.train_loader,
+            self.accumulate,
+            validated=self.val_loader is not None,
+            ahead=self.rewriting and not self._judged_on_val,
+        )
 
     def _take_schedule(
         self,
@@ -318,8 +260,7 @@ class Runner:
         adaptive = "betas" in self.plant.optimizer.param_groups[0]
         usual = usual_template(self.start, adaptive, self.rewriting)
         self.template = cast(Template, shape.template or usual)
-        usual_rise = usual_warmup(self.start, adaptive)
-        self.warmup = usual_rise if shape.warmup is None else shape.warmup
+        self.warmup = usual_warmup(self.start, adaptive) if shape.warmup is None else shape.warmup
         follows_lr = schedule is not None and "lr" in schedule
         self._low_lr = None if follows_lr else low_lr(self.plant, self.start)
         self.prior_cost = 0.0
@@ -380,18 +321,6 @@ class Runner:
         size = sum(p.nbytes for p in self.plant.model.parameters())
         opened.checkpoints.most_bytes = 2**30 + 64 * size
         return opened
-
-    def _take_planner(self, planner: EpochPlanner | None) -> None:
-        self.planner = planner
-        self._epoch_steps = 0
-        if planner is not None:
-            self._epoch_steps = epoch_steps(
-                planner,
-                self.train_loader,
-                self.accumulate,
-                validated=self.val_loader is not None,
-                ahead=self.rewriting and not self._judged_on_val,
-            )
 
     # fit -----------------------------------------------------------------------------------------
 
@@ -476,7 +405,7 @@ class Runner:
                         self.directory.flush()  # what was tried last
                     raise
                 except StorageError as error:
-                    if self.state.result is not None:
+                    if self._state is not None and self._state.result is not None:
                         error.result = self._result()
                     raise
                 finally:
@@ -520,10 +449,8 @@ class Runner:
         stream = StepBatches(
             self.train_loader, isolated=True, device=self._moved_to, accumulate=self.accumulate
         )
-        try:
+        with closing(stream):
             (batch,) = stream.take(0, 1)
-        finally:
-            stream.close()
         fallback = OomFallback() if self._state is None else self._state.fallback
         reverse_pass = self._reverse_passes.make(fallback)
         return [
@@ -561,7 +488,9 @@ class Runner:
         if self.ranks is not None:
             draw_apart(self.ranks)
         if self.directory is not None:
-            self._open(fit, self.directory, resume)
+            try_first_batch(fit)
+            checkpoint = self.directory.open(self._description(steps), resume)
+            open_run(fit, self.directory, checkpoint, self.prior_cost)
         if state.result is None:
             path = None if self.directory is None else self.directory.path
             sizes = (state.step, steps, self.window, self.stride)
@@ -610,46 +539,6 @@ class Runner:
             validation,
         )
 
-    def _open(self, fit: Fit, directory: RunDirectory, resume: Literal["auto", "never"]) -> None:
-        """Takes over the run that the directory holds, or writes the first checkpoint there."""
-        state = fit.state
-        try_first_batch(fit)
-        checkpoint = directory.open(self._description(state.steps), resume)
-        if checkpoint is None:
-            state.cost.gradients(self.prior_cost)
-            state.start_gradients = self.prior_cost
-            write_checkpoint(fit)
-            return
-        differs = resume_from(fit, directory, checkpoint)
-        if state.step == state.steps:
-            state.result = directory.result()
-        if self.ranks is None or self.ranks.first:
-            self._tell_of(state, directory.path, differs)
-
-    def _tell_of(self, state: State, path: Path, differs: list[str]) -> None:
-        """Says of a run that is resumed what is not as it was, and that it is finished."""
-        finished = state.result is not None
-        goes_on = (
-            "it is finished: nothing was trained, and its result is returned"
-            if finished
-            else f"it goes on from step {state.step} with what it is given now"
-        )
-        if differs:
-            more = f"; and {len(differs) - SHOWN} more" if len(differs) > SHOWN else ""
-            self._events.warn(
-                f"{path} holds a run of other code or data ({'; '.join(differs[:SHOWN])}{more}); "
-                f"{goes_on}. Give what it began with, or another directory for a new run; a "
-                "sampler, dataset or loader with a state of its own needs state_dict and "
-                "load_state_dict, as for torchdata's StatefulDataLoader, and no persistent_workers"
-            )
-        elif finished:
-            warnings.warn(
-                f"{path} holds this run, and {goes_on}; give more steps to train on, or another "
-                "directory for a new run",
-                RunWarning,
-                stacklevel=2,
-            )
-
     @property
     def _judged_on_val(self) -> bool:
         """Whether windows are judged on batches of val_loader, not of the training data."""
@@ -669,8 +558,8 @@ class Runner:
             "window": self.window,
             "stride": self.stride,
             "controls": list(self.controls),
-            "rewrite": asdict(self.law) | GONE_RULE if self.rewriting else False,
-            "objective": {k: _described(v) for k, v in vars(self.objective).items()} | GONE_MEMORY,
+            "rewrite": description.of_rule(self.law) if self.rewriting else False,
+            "objective": description.of_objective(self.objective),
             "validation": self.val_loader is not None,
             "product": self.product,
             "segment": self.segment,
@@ -681,21 +570,16 @@ class Runner:
             "initial": self._base.own(),
             "parameters": sum(p.numel() for p in self.plant.owned),
             "device": str(self.device),
-            "code": self._code(),
+            "code": description.of_code(
+                self.plant.model,
+                train_loader=self.train_loader,
+                val_loader=self.val_loader,
+                test_loader=self.test_loader,
+            ),
             "versions": versions(),
             "hardware": hardware(self.device),
         }
         return described if self.config is None else {**described, **self.config}
-
-    def _code(self) -> dict[str, Any]:
-        """What shows of the model and the data: modules, shapes of buffers, numbers of batches."""
-        loaders = (self.train_loader, self.val_loader, self.test_loader)
-        model = self.plant.model
-        return {
-            "modules": {name or "model": module_text(m) for name, m in model.named_modules()},
-            "buffers": {name: list(b.shape) for name, b in model.named_buffers()},
-            "batches": {n: length(loader) for n, loader in zip(LOADERS, loaders, strict=True)},
-        }
 
     def _unusual(self) -> dict[str, Any]:
         """Settings that are recorded where they differ from what a run without them has.
@@ -716,10 +600,3 @@ class Runner:
         for each in self._settings:
             given |= each.if_given()
         return given
-
-
-def _described(value: Any) -> Any:
-    """A field of the objective, for config.json."""
-    if isinstance(value, HeldOutBatches):
-        return {"held_out": value.count}
-    return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else value

@@ -23,11 +23,12 @@ from rhc.cli.building import (
 )
 from rhc.distributed import ranks_of
 from rhc.events import Listener
+from rhc.loop.description import GONE_MEMORY, GONE_RULE
 from rhc.loop.update_rule import Rewrite, usual_law, usual_objective, usual_template, usual_warmup
 from rhc.report.live import Screen
 from rhc.report.loggers import Logging, TensorBoard
 from rhc.report.watch import Followed
-from rhc.runner import GONE_MEMORY, GONE_RULE, Runner
+from rhc.runner import Runner
 from rhc.settings import TrainConfig
 from rhc.settings.fields import plain_value
 from rhc.storage.run_files import read_record

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from dataclasses import asdict, astuple
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from rhc.distributed import local_part, placed_as, shared_as
-from rhc.errors import InputError
+from rhc.errors import InputError, RunWarning
 from rhc.events import CheckpointSaved
 from rhc.loop.agreement import agreed
 from rhc.loop.fit import Fit
@@ -38,6 +40,9 @@ from rhc.training.snapshot import (
 HERE, ELSEWHERE = 1e-4, 1e-2
 """Relative difference of a loss that tells other code: on the machine and by the versions that the
 run had, where it has the same bits but for the kernels, and on others."""
+
+SHOWN = 4
+"""Differences from the run that is resumed of which a warning speaks; one is enough."""
 
 _KINDS = {
     **dict.fromkeys(("optimizer", "cost"), (dict,)),
@@ -129,7 +134,52 @@ def finish(fit: Fit) -> None:
 # Resume -------------------------------------------------------------------------------------------
 
 
-def resume_from(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> list[str]:
+def open_run(
+    fit: Fit, directory: RunDirectory, checkpoint: Checkpoint | None, prior_cost: float
+) -> None:
+    """Goes on from a run's checkpoint, or writes the first one of a run that begins.
+
+    prior_cost: gradient evaluations that the latter's schedule took.
+    """
+    state = fit.state
+    if checkpoint is None:
+        state.cost.gradients(prior_cost)
+        state.start_gradients = prior_cost
+        write_checkpoint(fit)
+        return
+    differs = _resume(fit, directory, checkpoint)
+    if state.step == state.steps:
+        state.result = directory.result()
+    if fit.plant.ranks is None or fit.plant.ranks.first:
+        _tell_of(fit, directory.path, differs)
+
+
+def _tell_of(fit: Fit, path: Path, differs: list[str]) -> None:
+    """Says of a run that is resumed what is not as it was, and that it is finished."""
+    finished = fit.state.result is not None
+    goes_on = (
+        "it is finished: nothing was trained, and its result is returned"
+        if finished
+        else f"it goes on from step {fit.state.step} with what it is given now"
+    )
+    if differs:
+        more = f"; and {len(differs) - SHOWN} more" if len(differs) > SHOWN else ""
+        fit.events.warn(
+            f"{path} holds a run of other code or data ({'; '.join(differs[:SHOWN])}{more}); "
+            f"{goes_on}. Give what it began with, or another directory for a new run; a "
+            "sampler, dataset or loader with a state of its own needs state_dict and "
+            "load_state_dict, as for torchdata's StatefulDataLoader, and no persistent_workers"
+        )
+    elif finished:
+        warnings.warn(
+            f"{path} holds this run, and {goes_on}; give more steps to train on, or another "
+            "directory for a new run",
+            RunWarning,
+            stacklevel=2,
+        )
+
+
+def _resume(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> list[str]:
     """The state and the plant as they were saved; what in code or data is not as it was then.
 
     The first step after the checkpoint before it is evaluated once more: its loss is on the tape,

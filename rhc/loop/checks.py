@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rhc.containers import spare
+from rhc.distributed import Ranks
 from rhc.errors import InputError
 from rhc.hypergradient import check_steerable
+from rhc.loop.agreement import loaders_of
 from rhc.loop.fit import Fit
 from rhc.schedule import CONTROLS, Schedule, control
 from rhc.training.batches import StepBatches
-from rhc.training.diagnostics import explained
+from rhc.training.diagnostics import check_loader, explained
 from rhc.training.loaders import pristine
 from rhc.training.losses import checked_loss
 from rhc.training.plant import Plant
@@ -38,6 +40,30 @@ def steered(plant: Plant, asked: Sequence[str] | None, usual: Sequence[str]) -> 
     for name in controls:
         CONTROLS[name].check(initial[name])
     return controls
+
+
+def checked_loaders(
+    train_loader: Iterable[Any],
+    val_loader: Iterable[Any] | None,
+    test_loader: Iterable[Any] | None,
+    validate_every: int | None,
+    ranks: Ranks | None,
+) -> tuple[Any, Any, Any]:
+    """The three loaders as this process sees them."""
+    if train_loader is None:
+        raise InputError("train_loader is missing; give one that yields batches")
+    if validate_every is not None and val_loader is None:
+        raise InputError(
+            f"validate_every needs a val_loader, got {validate_every} and none; leave it out, or "
+            "give both"
+        )
+    check_loader("train_loader", train_loader)
+    check_loader("val_loader", val_loader)
+    check_loader("test_loader", test_loader)
+    if ranks is None:
+        return train_loader, val_loader, test_loader
+    train, val, test = loaders_of(ranks, train_loader, val_loader, test_loader)
+    return train, val, test
 
 
 def check_storable(model: nn.Module) -> None:

@@ -23,18 +23,20 @@ from rhc.storage.files import finite
 
 
 def epoch_steps(
-    planner: EpochPlanner,
+    planner: EpochPlanner | None,
     train_loader: Iterable[Any],
     accumulate: int,
     *,
     validated: bool,
     ahead: bool,
 ) -> int:
-    """The steps of an epoch, of a planner that is checked.
+    """The steps of an epoch, of a planner that is checked; 0 without one.
 
     validated: whether there is a validation loss. ahead: whether windows are judged on training
     batches that follow them.
     """
+    if planner is None:
+        return 0
     if planner.optimizer is not None:
         raise InputError(
             "planner steers its optimizer by itself, and so would the Runner; build it without "
