@@ -125,6 +125,8 @@ def two_rates(seed: int = 0) -> Run:
     return run._replace(optimizer=optimizer)
 
 
+SLOW = pytest.mark.slow
+
 CASES: dict[str, tuple[Callable[[int], Run], dict[str, Any]]] = {
     "chunks": (lambda seed: make_run("adamw", seed=seed), {}),
     "sliding": (lambda seed: make_run("sgd", seed=seed), {"stride": 3}),
@@ -190,15 +192,19 @@ def interrupt(name: str, directory: Path, number: int, *, seed: int) -> bool:
 # Interrupted at every event ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_interrupted_at_every_verb(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "every"),
+    [
+        *((name, 4 if name == "sliding" else 9) for name in CASES),
+        pytest.param("sliding", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_interrupted_at_every_verb(name: str, every: int, tmp_path: Path) -> None:
     """And at every checkpoint, commit and attempt, and in the middle of some rolls."""
     events: list[Any] = []
     expected = uninterrupted(name, tmp_path / "whole", events.append)
     numbers = [i for i, e in enumerate(events) if not isinstance(e, StepTaken) or e.step % 7 == 1]
-    if name != "sliding":
-        numbers = numbers[::8]
-    for number in numbers:
+    for number in numbers[::every]:
         directory = tmp_path / f"stopped-{number}"
         assert interrupt(name, directory, number, seed=0)
         # Before the first checkpoint there is nothing to continue but the seed.
@@ -207,7 +213,13 @@ def test_interrupted_at_every_verb(name: str, tmp_path: Path) -> None:
         shutil.rmtree(directory)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("sliding", "augmented", "held out") else pytest.param(name, marks=SLOW)
+        for name in CASES
+    ],
+)
 def test_interrupted_again_and_again(name: str, tmp_path: Path) -> None:
     """Always a little later than the last time, often twice before anything is committed."""
     expected = uninterrupted(name, tmp_path / "whole")
@@ -224,7 +236,7 @@ def test_interrupted_again_and_again(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "every"),
-    [("sliding", 41), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in CASES)],
+    [("sliding", 83), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in CASES)],
 )
 def test_killed_at_every_operation_on_the_disk(name: str, every: int, tmp_path: Path) -> None:
     """Half a write, a file without a name, a name without a file: nothing of it matters.
@@ -740,7 +752,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[s
     yield final(directory), seconds
 
 
-@pytest.mark.parametrize(("kills", "seed"), [(5, 0), pytest.param(20, 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "seed"), [(2, 0), pytest.param(20, 1, marks=SLOW)])
 def test_sigkill_at_random_moments(
     kills: int, seed: int, reference: tuple[dict[str, Any], float], tmp_path: Path
 ) -> None:

@@ -264,7 +264,9 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize("law", [USUAL, Twin()], ids=["usual", "twin"])
-@pytest.mark.parametrize("windows", [2, 5, pytest.param(6, marks=pytest.mark.slow), 7])
+@pytest.mark.parametrize(
+    "windows", [2, 5, *(pytest.param(n, marks=pytest.mark.slow) for n in (6, 7))]
+)
 def test_a_run_that_is_resumed_around_a_shift_ends_the_same(
     tmp_path: Path, windows: int, law: Rewrite
 ) -> None:
