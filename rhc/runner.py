@@ -125,11 +125,9 @@ class Runner:
         directory: of the run; None keeps everything in memory.
         keep_checkpoints: the newest that are kept.
         deterministic: only operators that give the same bits again; torch raises where it has none.
-        validate_every: steps after which the loss and metrics of val_loader go into the tape; a
-            batch costs a third of a gradient.
+        validate_every: steps from one row of the tape with the losses of val_loader to the next.
         seed: of the gradient noise.
-        planner: plans every epoch from the one before, on top of the template; built without an
-            optimizer. Windows end where epochs do.
+        planner: plans every epoch, where windows end too; it is built without an optimizer.
         listeners: told of every event of `rhc.events`.
         logger: one or several of `rhc.report.loggers`, told of what is committed.
         config: further entries of config.json, which the run's numbers depend on.
