@@ -120,6 +120,7 @@ def _estimate_statistics(plant: Plant, loader: Iterable[Any]) -> None:
     if not layers:
         return
     momenta = [m.momentum for m in layers]
+    statistics = [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
     with _drawn(plant, loader, TRAIN_BATCHES) as batches:
         for m in layers:
             m.reset_running_stats()
@@ -127,9 +128,9 @@ def _estimate_statistics(plant: Plant, loader: Iterable[Any]) -> None:
             m.train()
         for batch in batches:
             plant.loss(spare(batch))
-    plant.parallel.mean_(
-        [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
-    )
+        found = [b.clone() for b in statistics]  # an evaluation leaves buffers as they were
+    torch._foreach_copy_(statistics, found)
+    plant.parallel.mean_(statistics)
     for m, momentum in zip(layers, momenta, strict=True):
         m.momentum = momentum
 

@@ -40,6 +40,7 @@ from rhc.rng import (
     root_mean_square,
     standard_noise,
 )
+from rhc.training.evaluate import at_average
 from rhc.training.objective import Average, average_weights
 
 STEPS = 30
@@ -236,6 +237,23 @@ def test_evaluating_leaves_modes_buffers_and_randomness() -> None:
         assert not any(m.training for m in model.modules())
         plant.loss(batches[0])
         raise ZeroDivisionError
+    assert_identical(before, state(plant))
+
+
+def test_averaged_weights_are_evaluated_with_statistics_of_their_own() -> None:
+    plant, batches = make_plant()
+    mean = Average(0.5)
+    plant.roll(batches[:5], Schedule.constant(5, lr=0.1), average=mean)
+    norm, before = plant.model[1], state(plant)
+    live = norm.running_mean.clone()
+    plant.model[3].p = 0.0
+    seen: list[Tensor] = []
+    handle = norm.register_forward_pre_hook(lambda module, x: seen.append(x[0].mean(0)))
+    with at_average(plant, mean, batches[:3]):
+        assert len(seen) == 3
+        torch.testing.assert_close(norm.running_mean, torch.stack(seen).mean(0))
+        assert not torch.equal(norm.running_mean, live)
+    handle.remove()
     assert_identical(before, state(plant))
 
 
