@@ -174,7 +174,7 @@ def write_mnist(folder: Path, prefix: str, count: int, *, compress: bool) -> tup
     for name, array in (("images-idx3", images), ("labels-idx1", labels)):
         content = idx_bytes(array)
         path = folder / f"{prefix}-{name}-ubyte{'.gz' if compress else ''}"
-        path.write_bytes(gzip.compress(content) if compress else content)
+        path.write_bytes(gzip.compress(content, mtime=0) if compress else content)
     return images, labels
 
 
@@ -183,7 +183,7 @@ def test_read_idx_returns_what_was_written(tmp_path: Path) -> None:
     path = tmp_path / "array"
     path.write_bytes(idx_bytes(array))
     assert torch.equal(read_idx(path), array)
-    path.write_bytes(gzip.compress(idx_bytes(array)))
+    path.write_bytes(gzip.compress(idx_bytes(array), mtime=0))
     assert torch.equal(read_idx(path), array)
 
 
@@ -220,9 +220,9 @@ VALID = idx_bytes(torch.zeros(2, 3))
         (VALID[:10], "is cut short: 10 bytes, where the header alone has 12; fetch it again"),
         (VALID[:-1], r"holds 5 bytes of data where its header, \(2, 3\) of uint8, promises 6"),
         (VALID + b"\0", r"holds 7 bytes of data where its header, \(2, 3\) of uint8, promises 6"),
-        (gzip.compress(VALID)[:-9], r"is damaged gzip \(.*\); fetch it again"),
-        (gzip.compress(VALID)[:-8] + b"\0" * 8, r"is damaged gzip \(CRC check failed"),
-        (gzip.compress(VALID)[:10] + b"\xff" * 20, r"is damaged gzip \(.*\); fetch it again"),
+        (gzip.compress(VALID, mtime=0)[:-9], r"is damaged gzip \(.*\); fetch it again"),
+        (gzip.compress(VALID, mtime=0)[:-8] + b"\0" * 8, r"is damaged gzip \(CRC check failed"),
+        (gzip.compress(VALID, mtime=0)[:10] + b"\xff" * 20, r"is damaged gzip \(.*\); fetch it again"),
     ],
 )
 def test_read_idx_names_the_file_and_the_fault(
