@@ -207,6 +207,7 @@ def test_read_idx_knows_every_element_type(
 
 
 VALID = idx_bytes(torch.zeros(2, 3))
+ZIPPED = gzip.compress(VALID, mtime=0)
 
 
 @pytest.mark.parametrize(
@@ -220,9 +221,12 @@ VALID = idx_bytes(torch.zeros(2, 3))
         (VALID[:10], "is cut short: 10 bytes, where the header alone has 12; fetch it again"),
         (VALID[:-1], r"holds 5 bytes of data where its header, \(2, 3\) of uint8, promises 6"),
         (VALID + b"\0", r"holds 7 bytes of data where its header, \(2, 3\) of uint8, promises 6"),
-        (gzip.compress(VALID, mtime=0)[:-9], r"is damaged gzip \(.*\); fetch it again"),
-        (gzip.compress(VALID, mtime=0)[:-8] + b"\0" * 8, r"is damaged gzip \(CRC check failed"),
-        (gzip.compress(VALID, mtime=0)[:10] + b"\xff" * 20, r"is damaged gzip \(.*\); fetch it again"),
+        (ZIPPED[:-9], r"is damaged gzip \(.*\); fetch it again"),
+        (ZIPPED[:-8] + b"\0" * 8, r"is damaged gzip \(CRC check failed"),
+        (
+            ZIPPED[:10] + b"\xff" * 20,
+            r"is damaged gzip \(.*\); fetch it again",
+        ),
     ],
 )
 def test_read_idx_names_the_file_and_the_fault(
