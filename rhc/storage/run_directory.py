@@ -142,9 +142,10 @@ class RunDirectory:
         except BlockingIOError:
             raise
         except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise InputError(
-                f"directory {self.path} cannot be {what} ({error.strerror}); make room there, or "
-                "choose another --directory"
+                f"directory {self.path} cannot be {what} ({error.strerror}); "
+                f"{'make room there, or ' if full else ''}choose another --directory"
             ) from None
 
     def _continue(
