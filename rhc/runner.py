@@ -1,7 +1,4 @@
-"""The Runner: it checks what it is given, and `fit` is the loop of the six verbs.
-
-Roll, rewrite, restore, replay, commit, slide: the verbs are functions in `rhc.loop`.
-"""
+"""The Runner: `fit` is the loop of roll, rewrite, restore, replay, commit and slide."""
 
 from __future__ import annotations
 
@@ -182,7 +179,7 @@ class Runner:
         windows = settings.Window(
             window=window,
             stride=stride,
-            controls=cast(Any, controls),  # made tuples of by the check
+            controls=cast(Any, controls),  # the check makes tuples of them
             per_group=cast(Any, per_group or None),
         ).checked()
         shape = settings.Shape(start=start, template=template, warmup=warmup).checked()
@@ -251,7 +248,7 @@ class Runner:
         schedule: Schedule | None,
         planner: EpochPlanner | None,
     ) -> None:
-        """How lr is found and shaped, and by which rule it is rewritten; or what is followed."""
+        """Takes how lr is found, shaped and rewritten, or the schedule to follow."""
         self.rewriting = isinstance(rewrite, Rewrite) or bool(rewrite)
         self.start = cast(Start, shape.start or ("probe" if self.rewriting else "given"))
         self.law = rewrite if isinstance(rewrite, Rewrite) else usual_law(self.start)
@@ -262,7 +259,7 @@ class Runner:
         follows_lr = schedule is not None and "lr" in schedule
         self._low_lr = None if follows_lr else low_lr(self.plant, self.start)
         self.prior_cost = 0.0
-        """Gradient evaluations that went into a schedule that is followed: the ledger's first."""
+        """Gradient evaluations that produced a followed schedule, first on the ledger."""
         self.followed = schedule
         if schedule is not None:
             plain = not self.rewriting and self.start == "given" and planner is None
@@ -270,7 +267,6 @@ class Runner:
             followed(self.plant, schedule, free=free)
 
     def _take_engine(self, windows: settings.Window, engine: settings.Engine) -> None:
-        """What is rewritten, and what differentiates by it."""
         self.segment = cast(int | Literal["auto"], engine.segment)
         self.product = cast(Product | Literal["auto"], engine.product)
         if self.product == "auto" and self.segment == "auto" and self.start != "given":
@@ -343,7 +339,7 @@ class Runner:
             fit = self._begin(steps, resume)
             while fit.state.step < steps:
                 window = next_window(fit)
-                attempt = roll(fit, window)  # at an lr that is lowered until all is finite
+                attempt = roll(fit, window)  # lr is lowered until all is finite
                 attempt = adapt_to_shift(fit, window, attempt)
                 attempt = antithetic_search(fit, window, attempt)
                 while worth_rewriting(fit, window, attempt):
@@ -364,7 +360,6 @@ class Runner:
         return self._result()
 
     def _checked(self, steps: int, resume: str) -> int:
-        """The steps of a fit, if it can be done."""
         steps = whole_number("steps", steps)
         if steps < 1:
             raise InputError(f"steps must be a whole number ≥ 1, got {steps}; try steps=1000")
@@ -386,13 +381,13 @@ class Runner:
 
     @contextmanager
     def _fitting(self) -> Iterator[None]:
-        """What is global is set up inside, and all is closed at the end, however it comes."""
+        """Sets global state inside, and closes everything at the end."""
         try:
             with self.plant.optimizing():
                 try:
                     with (
                         interrupts.at_steps(),
-                        torch.enable_grad(),  # also where fit is called under no_grad
+                        torch.enable_grad(),  # fit may be called under no_grad
                         deterministic(self.deterministic),
                         synchronised(self.plant.model, self.ranks),
                         memory.held(self._settings[2].memory_budget),
@@ -421,7 +416,7 @@ class Runner:
 
     @property
     def state(self) -> State:
-        """Where the run stands, or stood at the end of the last fit."""
+        """The state of the current or the last fit."""
         if self._state is None:
             raise InputError("nothing has been fitted yet; call fit first")
         return self._state
@@ -438,10 +433,8 @@ class Runner:
         )
 
     def plan(self) -> list[str]:
-        """What a window will cost, in lines for people: gradient evaluations per step, bytes.
-
-        Nothing is trained or written; model, optimizer and random states are left as they were.
-        """
+        """The cost of a window in lines for people: gradient evaluations per step, bytes. Nothing
+        is trained or written; model, optimizer and random states stay as they were."""
         if self._reverse_passes is None:
             raise InputError("a plan is of looking back; turn rewriting on to have one")
         stream = StepBatches(
@@ -459,7 +452,7 @@ class Runner:
     # Begin ---------------------------------------------------------------------------------------
 
     def _begin(self, steps: int, resume: Literal["auto", "never"]) -> Fit:
-        """A run that begins, with its first lr, or the one that the directory holds."""
+        """A new run with its first lr, or the one in the directory."""
         self.plant.take_up()
         if self.ranks is not None:
             described = self._description(steps) | {"directory": self.directory is not None}
@@ -500,8 +493,7 @@ class Runner:
         return fit
 
     def _data(self) -> Data:
-        """The loaders, and fresh streams of their batches."""
-        # With rewriting off nothing may be drawn that the plain loop does not draw.
+        # Without rewriting nothing may be drawn that the plain loop does not draw.
         seed = int(torch.randint(2**31, ())) if self.rewriting else None
         resumable = self.directory is not None
         train = StepBatches(
@@ -539,12 +531,11 @@ class Runner:
 
     @property
     def _judged_on_val(self) -> bool:
-        """Whether windows are judged on batches of val_loader, not of the training data."""
         return self.val_loader is not None and isinstance(self.objective.batches, int)
 
     @property
     def _moved_to(self) -> torch.device | None:
-        """Where batches are moved to; None where they can stay."""
+        """The device that batches are moved to; None where they can stay."""
         return None if self.device.type == "cpu" else self.device
 
     # config.json ---------------------------------------------------------------------------------
@@ -580,10 +571,8 @@ class Runner:
         return described if self.config is None else {**described, **self.config}
 
     def _unusual(self) -> dict[str, Any]:
-        """Settings that are recorded where they differ from what a run without them has.
-
-        So that a directory that was begun before they existed can be continued.
-        """
+        """Settings recorded only where not at their default, so that older directories can
+        resume."""
         wsd = self.rewriting and self.start == "given"
         values: dict[str, tuple[Any, Any]] = {
             "ranks": (self.ranks and self.ranks.size, None),

@@ -1,4 +1,4 @@
-"""From settings to what is trained: the device, the optimizer, the Runner, and a run as it was."""
+"""From settings to what is trained: device, optimizer, Runner, and runs as recorded."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from rhc.workload import Workload, load_runner, optimizer_of, refuse_strange
 
 
 def device_of(name: str) -> torch.device:
-    """The device that a setting means; one that torch does not find is an InputError."""
+    """The torch device of a setting; an InputError where it is not available."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise InputError(
@@ -46,7 +46,7 @@ def device_of(name: str) -> torch.device:
 
 
 def check_controls(config: TrainConfig) -> None:
-    """Unknown names, and values outside their bounds."""
+    """Raises InputError for unknown controls and values out of bounds."""
     for name in (*(config.controls or ()), *(config.per_group or ())):
         control(name)
     for name in ("lr", "momentum", "weight_decay"):
@@ -56,19 +56,18 @@ def check_controls(config: TrainConfig) -> None:
 
 
 def hashed(name: str, document: Any) -> Path:
-    """runs/<name>-<hash of the document>: the directory of a run that none was named for."""
+    """runs/<name>-<hash of the document>: the default directory of a run."""
     digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
     return RUNS / f"{name}-{digest[:8]}"
 
 
 def built_workload(config: TrainConfig, sizes: Mapping[str, int]) -> Workload:
-    """The run's model and data, as they are at step 0. sizes: what its function is asked for."""
+    """The run's model and data at step 0. sizes: keywords of its function."""
     seed_everything(config.seed)
     return load_runner(config.run)(seed=config.seed, data=config.data, **sizes)
 
 
 def built_optimizer(config: TrainConfig, workload: Workload) -> torch.optim.Optimizer:
-    """The optimizer of the workload's parameters. config: resolved."""
     parameters: Any = workload.parameter_groups or workload.model.parameters()
     assert config.optimizer is not None and config.lr is not None
     return optimizer_of(
@@ -95,7 +94,7 @@ def built_runner(
     """The Runner of a workload. config: resolved. record: of config.json, beside the settings."""
     owners = (Window, Shape, Engine, Step)
     settings = {name: getattr(config, name) for owner in owners for name in owner.known()}
-    # Event files that were begun are gone on with.
+    # Existing event files are continued.
     events = None if directory is None else directory / "tensorboard"
     logged = events is not None and (config.tensorboard or events.is_dir())
     return Runner(
@@ -126,10 +125,7 @@ def shown(
     build: Callable[[Listener], Runner],
     told: Callable[[DivergedError], str] = str,
 ) -> int:
-    """Runs to the end what `build` makes, shown while it goes, and returns the exit status.
-
-    told: what is said of a run that diverged.
-    """
+    """Runs what `build` makes, with a display; the exit status. told: words for a diverged run."""
     assert config.steps is not None
     progress = Progress(config.short_name)
     try:
@@ -140,7 +136,7 @@ def shown(
             with synchronised(runner.plant.model, runner.ranks, every=True):
                 runner.fit(config.steps, cast(Literal["auto", "never"], config.resume))
     except (KeyboardInterrupt, BrokenPipeError) as stop:
-        # What a run did until then is saved, whether it was stopped or lost its reader.
+        # Earlier work is saved, whether the run was stopped or lost its reader.
         text = " before the first step"
         if progress.started:
             saved = f"{progress.saved} of {progress.steps} steps are saved"
@@ -168,16 +164,12 @@ def shown(
 
 @dataclass(frozen=True)
 class PlainRun:
-    """A run with no rewriting, ready for a schedule. config: resolved by `plain_run`.
-
-    sizes: what the run function is asked for besides seed and data.
-    """
+    """A run without rewriting, ready for a schedule. config: resolved. sizes: of its function."""
 
     config: TrainConfig
     sizes: Mapping[str, int]
 
     def workload(self) -> Workload:
-        """The run's model and data, as they are at step 0, on its device."""
         workload = built_workload(self.config, self.sizes)
         assert self.config.threads is not None
         torch.set_num_threads(self.config.threads)
@@ -193,10 +185,8 @@ class PlainRun:
         *,
         spent: float = 0.0,
     ) -> Runner:
-        """A Runner that follows `schedule`, or keeps the optimizer's own controls without one.
-
-        record: what config.json has besides the settings. spent: plain runs on its ledger already.
-        """
+        """A Runner that follows `schedule`, or keeps the optimizer's controls without one. record:
+        of config.json, beside the settings. spent: plain runs on its ledger already."""
         runner = built_runner(
             self.config,
             self.workload(),
@@ -218,7 +208,6 @@ class PlainRun:
         *,
         spent: float = 0.0,
     ) -> int:
-        """The run by `schedule`, shown while it goes, and its exit status."""
         return shown(
             self.config,
             directory,
@@ -232,13 +221,13 @@ class PlainRun:
 
 
 def plain_settings(config: SmoothConfig | TrainConfig) -> dict[str, Any]:
-    """What a run's numbers depend on where nothing is rewritten."""
+    """Settings that a run's numbers depend on where nothing is rewritten."""
     owners = (Run, OptimizerSettings, Step)
     return {name: getattr(config, name) for owner in owners for name in owner.known()}
 
 
 def plain_run(config: TrainConfig, sizes: Mapping[str, int]) -> PlainRun:
-    """The run of these settings, those that they leave open filled in from the workload."""
+    """The run of these settings, completed by the workload's defaults."""
     check_sizes(config.run, sizes)
     device_of(config.device)
     check_controls(config)
@@ -248,7 +237,6 @@ def plain_run(config: TrainConfig, sizes: Mapping[str, int]) -> PlainRun:
 
 
 def check_sizes(run: str, sizes: Mapping[str, int]) -> None:
-    """Raises InputError where the run function knows no such size."""
     for name, value in sizes.items():
         if name not in usual_sizes(run):
             raise InputError(
@@ -258,7 +246,6 @@ def check_sizes(run: str, sizes: Mapping[str, int]) -> None:
 
 
 def usual_sizes(run: str) -> dict[str, Any]:
-    """The run function's own sizes."""
     found = inspect.signature(load_runner(run)).parameters
     return {name: found[name].default for name in SIZES if name in found}
 
@@ -269,11 +256,9 @@ def usual_sizes(run: str) -> dict[str, Any]:
 def config_of(
     directory: Path, *, trust: bool, data: Path | None = None, device: str | None = None
 ) -> TrainConfig:
-    """The settings of the run in `directory`, from its config.json, to continue or repeat it.
-
-    trust: whether they may name any file to run, see `rhc.workload.refuse_strange`. data, device:
-    in place of its own.
-    """
+    """The settings of the run in `directory`, to continue or repeat it. trust: whether they may
+    name any file to run (`rhc.workload.refuse_strange`). data, device: replace the recorded
+    ones."""
     path = directory / "config.json"
     was = TrainConfig.from_run(read_record(directory), path)
     refuse_strange(was.run, path, trust=trust)
@@ -282,7 +267,6 @@ def config_of(
 
 
 def sizes_of(directory: Path) -> dict[str, int]:
-    """What the run in `directory` was asked for besides seed and data."""
     record = read_record(directory)
     check_kinds(record, dict.fromkeys(SIZES, (int, type(None))), directory / "config.json")
     return {name: record[name] for name in SIZES if record.get(name) is not None}

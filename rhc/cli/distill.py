@@ -1,4 +1,4 @@
-"""`rhc distill`: reads runs, fits a policy, lets it steer and corrects it, and says how it did."""
+"""`rhc distill`: reads runs, fits a policy, corrects it where it steers, and reports."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ from rhc.training.plant import Plant
 
 
 def run(config: DistillConfig, screen: Screen) -> int:
-    """Fits a policy to the runs, writes it, and returns the exit status."""
     _check_output(config.output)
     sources = [_Source.read(path, config.data, config.trust) for path in config.directories]
     examples = [source.example for source in sources]
@@ -57,7 +56,7 @@ def run(config: DistillConfig, screen: Screen) -> int:
         policy = fitted(config.kind, form, config.every, lessons, judged_by, seed=config.seed)
         driven = [drive(source, policy) for source in judges]
         spent += len(driven)
-        # Without a run that can be trained again, the moves themselves are all there is.
+        # Without a run to train again, only the moves can be compared.
         score = statistics.fmean(d.apart for d in driven) if driven else error(policy, unseen)
         screen.say(
             f"round {number}   off by {error(policy, unseen):.3f} of the moves; "
@@ -93,7 +92,6 @@ def run(config: DistillConfig, screen: Screen) -> int:
 
 
 def _check_output(folder: Path) -> None:
-    """A folder that holds something else than a policy is not written into."""
     other = folder.exists() and not (folder / "policy.json").exists()
     if other and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"output {folder} holds something that is no policy; choose another -o")
@@ -104,10 +102,8 @@ def _check_output(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Source:
-    """A run to learn from. run: how it can be trained again; None where a script made it.
-
-    loss: what it ended with on validation data, or its mean training loss.
-    """
+    """A run to learn from. run: None where a script made it, so that it cannot be trained again.
+    loss: final validation loss, or mean training loss."""
 
     example: Example
     run: PlainRun | None
@@ -141,7 +137,7 @@ def _loss_of(validation: float | None, rows: Sequence[Any]) -> float:
 def _split(
     sources: Sequence[_Source], share: float, seed: int
 ) -> tuple[list[_Source], list[_Source]]:
-    """(to learn from, held out): whole runs, never steps of one."""
+    """(training runs, held-out runs): whole runs, never steps of one."""
     count = int(share * len(sources)) or (1 if share and len(sources) >= 3 else 0)
     order = list(range(len(sources)))
     random.Random(seed).shuffle(order)
@@ -153,7 +149,7 @@ def _split(
 
 
 def _lessons(sources: Sequence[_Source], form: Form, every: int) -> list[Lesson]:
-    """Every run twice: its length known, and not."""
+    """Every run twice: with and without its length known."""
     return [
         lesson(source.example, form, every, known=known)
         for source in sources
@@ -166,8 +162,8 @@ def _lessons(sources: Sequence[_Source], form: Form, every: int) -> list[Lesson]
 
 @dataclass(frozen=True)
 class Driven:
-    """A run that a policy steered. loss: its validation loss, or mean training loss; own: that of
-    the run that was written with hindsight. lessons: where it went, and what was right there."""
+    """A run steered by a policy. loss: its validation loss, or mean training loss; own: that of the
+    run written with hindsight. lessons: its states, with the right moves there."""
 
     name: str
     loss: float
@@ -177,14 +173,13 @@ class Driven:
 
     @property
     def apart(self) -> float:
-        """How far above the run's own loss it ended, as a share of it."""
+        """Its loss above the original run's, as a share of it."""
         if not math.isfinite(self.loss):
             return 10.0
         return (self.loss - self.own) / max(abs(self.own), 1e-12)
 
 
 def drive(source: _Source, policy: Policy) -> Driven:
-    """Trains the run's workload once more, steered by the policy."""
     run, example = source.run, source.example
     assert run is not None
     config, workload = run.config, run.workload()
@@ -238,7 +233,6 @@ def drive(source: _Source, policy: Policy) -> Driven:
 
 
 def _print_gains(screen: Screen, policy: Policy) -> None:
-    """The laws, term by term, in nats or logits per unit of the feature."""
     network = policy.network
     weights = network.linear.weight / network.scale
     constants = network.linear.bias - weights @ network.mean

@@ -1,8 +1,5 @@
-"""Flags of a command from its settings: they are read, helped with and completed by one parser.
-
-`--help` is one screen, with the first sentence of each usual flag; `--help-all` has every flag in
-full.
-"""
+"""Flags of a command from its settings: one parser reads them, formats help and completes them.
+`--help` is one screen with the first sentence of each usual flag; `--help-all` has everything."""
 
 from __future__ import annotations
 
@@ -38,7 +35,7 @@ def parsed(name: str, flags: type[Config], words: Sequence[str], usual: Config |
 
 
 def page(name: str, flags: type[Settings], *, whole: bool) -> str:
-    """The help of a command; whole: with every flag, all its sentences, and more examples."""
+    """The help of a command; whole: with all flags, sentences and examples."""
     text = _parser(name, flags, whole=whole, helping=True).format_help().rstrip()
     if whole:
         return text
@@ -49,7 +46,6 @@ def page(name: str, flags: type[Settings], *, whole: bool) -> str:
 
 
 def completion(shell: str, commands: Mapping[str, type[Settings]]) -> str:
-    """A script for the shell to source; shell: one of `SHELLS`."""
     flags = {name: " ".join(_parser(name, known).options()) for name, known in commands.items()}
     if shell == "tcsh":
         every = " ".join(sorted({flag for line in flags.values() for flag in line.split()}))
@@ -86,7 +82,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Flags and their values as they are written, beside sentences from column 24 on."""
+    """Flags and values at the left, sentences from column 24 on."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=24, width=80)
@@ -166,7 +162,6 @@ def _reader(kind: Any, each: Known) -> Callable[[str], Any]:
 
 
 def _help(each: Known, *, whole: bool) -> str:
-    """Its sentences and its default, in words."""
     default = each.setting.unset
     if not default and each.kind is not bool and each.default not in (None, ()):
         default = "" if each.required else f"{each.default}"

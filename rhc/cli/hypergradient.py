@@ -1,9 +1,6 @@
-"""`rhc hypergradient`: a recorded run as one window, differentiated, and rewritten as a whole.
-
-The run is rolled again from its seed: the same weights, batches and dropout as it had, so that the
-derivatives are those of what was recorded. Where another machine rounds otherwise, the rolled
-losses are not the recorded ones, and that is said.
-"""
+"""`rhc hypergradient`: a recorded run as one window, differentiated, and rewritten as a whole. The
+run is rolled again from its seed, with the same weights, batches and dropout. Where another machine
+rounds otherwise, a message says so."""
 
 from __future__ import annotations
 
@@ -58,7 +55,6 @@ NAME = "hypergradient.json"
 
 
 def run(config: HypergradientConfig, screen: Screen) -> int:
-    """Differentiates the run, writes what came out, and returns the exit status."""
     with _recorded(config) as recorded:
         episode, schedule = recorded.episode, recorded.schedule
         asked = config.controls or tuple(steerable(schedule))
@@ -101,7 +97,7 @@ def run(config: HypergradientConfig, screen: Screen) -> int:
 
 @dataclass
 class _Recorded:
-    """A run that can be rolled again. losses: those of its tape."""
+    """A run that can be rolled again. losses: of its tape."""
 
     episode: Episode
     schedule: Schedule
@@ -111,7 +107,7 @@ class _Recorded:
 
 @contextmanager
 def _recorded(config: HypergradientConfig) -> Iterator[_Recorded]:
-    """The run of a directory at its step 0, its batches on disk."""
+    """The run of a directory at step 0, its batches on disk."""
     directory = config.directory
     record = read_record(directory)
     old = config_of(directory, trust=config.trust, data=config.data, device=config.device)
@@ -129,7 +125,7 @@ def _recorded(config: HypergradientConfig) -> Iterator[_Recorded]:
     workload, device = run.workload(), device_of(old.device)
     optimizer = built_optimizer(run.config, workload)
     isolated = record.get("rewrite", False) is not False
-    # As Runner._begin does: a rewriting run draws its batches from a stream of their own.
+    # Like Runner._begin: a rewriting run draws its batches from a separate stream.
     seed = int(torch.randint(2**31, ())) if isolated else 0
     stream = StepBatches(
         workload.train_loader,
@@ -175,11 +171,9 @@ def _put_on_disk(
     schedule: Schedule,
     steps: int,
 ) -> list[Any]:
-    """References to the run's batches, `accumulate` of them a step.
-
-    A plain loop draws batches and dropout from one random state in turn. Where the model draws, the
-    run is therefore trained once more, to see each batch and the state that its loss began with.
-    """
+    """References to the run's batches, `accumulate` of them per step. A plain loop draws batches
+    and dropout from one random state in turn. A model that draws is therefore trained once more, to
+    see each batch and the random state of its loss."""
     plant = Plant(
         workload.model,
         optimizer,
@@ -320,7 +314,6 @@ def _print(screen: Screen, document: dict[str, Any], path: Path) -> None:
 
 
 def _course(norms: list[float | None]) -> str:
-    """The first and the last norm, and a sparkline between them."""
     known = [n or 0.0 for n in norms]
     return f"{known[0]:.2g} {sparkline(means(known, known, 40)[1])} {known[-1]:.2g}"
 
@@ -345,7 +338,7 @@ def _trained(
     spent: float,
     screen: Screen,
 ) -> int:
-    """Trains by the rewritten schedule, with what everything cost, and returns the status."""
+    """Trains by the rewritten schedule, with all costs on the ledger, and returns the status."""
     was = recorded.run
     settings = {**plain_settings(was.config), "steps": len(schedule)}
     plain = plain_run(TrainConfig(**settings), was.sizes)

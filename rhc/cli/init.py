@@ -1,4 +1,4 @@
-"""`rhc init`: a runner to begin with."""
+"""`rhc init`: writes a runner to start from."""
 
 from __future__ import annotations
 
@@ -47,7 +47,6 @@ def loss(model, batch):
 
 
 def run(config: InitConfig, screen: Screen) -> int:
-    """Writes a runner that works as it stands, and prints the command that trains it."""
     path, name = config.run, config.run.stem
     if path.suffix != ".py" or not name.isidentifier():
         raise InputError(f"file must be a name of Python like my_run.py, got {path}; give another")

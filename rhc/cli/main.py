@@ -1,9 +1,6 @@
-"""The command line `rhc`: flags from types, errors in one sentence, exit statuses.
-
-0 done, 1 the run diverged, 2 something that was given cannot be used, 3 the disk did not take all,
-130 and 143 stopped by Ctrl-C and SIGTERM. torch is imported by the commands that need it, so that
-help and mistyped flags are answered at once.
-"""
+"""The command line `rhc`. Commands import torch only when needed, so that help is immediate. Exit
+statuses: 0 done, 1 the run diverged, 2 unusable input, 3 the disk did not take all, 130 and 143
+stopped by Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
@@ -67,19 +64,19 @@ COMMANDS: dict[str, tuple[type[Settings], str]] = {
     "watch": (WatchConfig, "Follow a run:        rhc watch runs/digits-1a2b3c4d"),
     "init": (InitConfig, "A run of your own:   rhc init my_run.py"),
 }
-"""The settings of each command and its line in `rhc --help`; `rhc.cli.NAME.run` does it."""
+"""The settings of each command and its line in `rhc --help`; `rhc.cli.NAME.run` runs it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line (default: the process's own) and returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that is not UTF-8 gets a question mark in place of "≥", not a traceback.
+        # A terminal without UTF-8 gets a question mark for "≥", not a traceback.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     if argv is None and _is_rank(arguments):
-        # A rank that waits for others cannot answer, and torchrun would wait for it in its turn.
-        # What a run has saved is whole at any moment.
+        # A rank that waits for others cannot answer, and torchrun would wait for it.
+        # Saved files are complete at any moment.
         interrupts.at_once(signal.SIGTERM)
     with interrupts.handled():
         status = _status(arguments)
@@ -95,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_rank(arguments: Sequence[str]) -> bool:
-    """Whether torchrun started this command on several ranks, to train together."""
+    """Whether torchrun started this command on several ranks."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
     return several and bool(arguments) and arguments[0] in ("train", "resume", "replay")
 
@@ -126,16 +123,16 @@ def _status(arguments: list[str]) -> int:
         what = str(error).partition("\n")[0] or type(error).__name__
         print(plain(f"rhc: error: memory does not suffice ({what}); lower a size"), file=sys.stderr)
         return 2
-    except SystemExit as stop:  # of a runner's own code
+    except SystemExit as stop:  # of the user's code
         return int(stop.code or 0)
     except OSError as error:
-        # Of the screen, or of the file or the pipe in its place: any other file has a name.
+        # Of standard output, a file or a pipe: any other file has a name.
         if error.filename is not None or error.errno not in UNWRITABLE:
             raise
-        with contextlib.suppress(OSError):  # what is left to be written goes nowhere
+        with contextlib.suppress(OSError):  # discard the rest of the output
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if error.errno == errno.EPIPE:
-            return 141  # as of SIGPIPE: `rhc inspect DIR | head` is no error
+            return 141  # like SIGPIPE: `rhc inspect DIR | head` is no error
         print(f"rhc: error: the output cannot be written ({error.strerror})", file=sys.stderr)
         return 3
 
@@ -147,7 +144,7 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments[:1] == ["--version"]:
         print(f"rhc {__version__}")
         return 0
-    if arguments[:1] == ["help"]:  # as of git and pip
+    if arguments[:1] == ["help"]:  # like git and pip
         arguments = [*arguments[1:2], "--help"]
     if not arguments or arguments[0] in ("-h", "--help"):
         lines = [f"  {name:<14} {summary}" for name, (_, summary) in COMMANDS.items()]
@@ -165,7 +162,7 @@ def _dispatch(arguments: list[str]) -> int:
     if {"-h", "--help", "--help-all"} & set(rest):
         print(page(name, COMMANDS[name][0], whole="--help-all" in rest))
         return 0
-    config = parsed(name, rest).checked()  # before torch is imported, so that it is said at once
+    config = parsed(name, rest).checked()  # before torch is imported, to fail at once
     from rhc.report.live import Screen
 
     screen = Screen()
@@ -176,7 +173,6 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def parsed(name: str, words: Sequence[str]) -> Settings:
-    """The settings that a command line means."""
     below = None
     if name == "train" and (source := _named_file(words)) is not None:
         below = replace(TrainConfig.from_file(source), config=source)
@@ -191,7 +187,7 @@ def parsed(name: str, words: Sequence[str]) -> Settings:
 
 
 def _named_file(words: Sequence[str]) -> Path | None:
-    """What --config names, whose settings lie below the flags."""
+    """The file of --config, whose settings flags override."""
     path: str | None = None
     for place, word in enumerate(words):
         flag, given, value = word.partition("=")
@@ -201,7 +197,6 @@ def _named_file(words: Sequence[str]) -> Path | None:
 
 
 def _completion(arguments: Sequence[str]) -> int:
-    """`rhc --completion bash`: a script for the shell to source."""
     if len(arguments) != 1 or arguments[0] not in SHELLS:
         raise InputError(
             f"--completion takes one of {', '.join(SHELLS)}, got {' '.join(arguments) or 'none'}; "

@@ -1,4 +1,4 @@
-"""`rhc replay`: a plain run by a schedule that is there already, of any seed, batch size, width."""
+"""`rhc replay`: a plain run by an existing schedule, with any seed, batch size or width."""
 
 from __future__ import annotations
 
@@ -30,11 +30,10 @@ _OF_THE_SOURCE = (
     *("optimizer", "lr", "momentum", "weight_decay", "nesterov", "clip_norm", "clip_value"),
     *("accumulate", "data", "threads"),
 )
-"""Settings that a replay takes over from the run that wrote the schedule."""
+"""Settings taken from the run that wrote the schedule."""
 
 
 def run(config: ReplayConfig, screen: Screen) -> int:
-    """Trains by the schedule that is named, and returns the exit status."""
     source = _Source.read(config.schedule)
     if config.run is None and source.run is not None:
         refuse_strange(source.run, source.path.with_name("config.json"), trust=config.trust)
@@ -107,12 +106,11 @@ def resume(config: TrainConfig, directory: Path, was: Mapping[str, Any], screen:
 
 
 def rescaling(rule: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[float, str]:
-    """(the factor on lr, what it is and why, in words). was, now: sizes by name, None if unknown.
+    """(factor on lr, its explanation). was, now: sizes by name, None if unknown.
 
     rule: "none"; "linear": × B/B₀ (Goyal et al. 2017); "sqrt": × √(B/B₀), for Adam (Malladi et al.
-    2022); "width": × N₀/N, as muP has it for hidden weights under Adam (Yang et al. 2022). muP
-    leaves the lr of biases and of the first layer: one factor for all is a simplification, and so
-    is its use with SGD.
+    2022); "width": × N₀/N, as muP for hidden weights under Adam (Yang et al. 2022). muP exempts
+    biases and the first layer: one factor for all, or its use with SGD, is a simplification.
     """
     if rule == "none":
         changed = [name for name in SIZES if was.get(name) != now.get(name)]
@@ -130,10 +128,8 @@ def rescaling(rule: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> tupl
 
 
 def _default_directory(run: PlainRun, schedule: Schedule, record: Mapping[str, Any]) -> Path:
-    """runs/<run>-replay-<hash of everything that the run's numbers depend on, and of the record>.
-
-    Two runs can have written the same schedule, and each has a replay of its own.
-    """
+    """runs/<run>-replay-<hash of everything that the run's numbers depend on, and of the record>,
+    as two runs may have written the same schedule."""
     config = run.config.to_record("directory", "resume", "device", "keep_checkpoints")
     document = [config, run.sizes, schedule.digest(), record]
     return hashed(f"{run.config.short_name}-replay", document)
@@ -141,11 +137,9 @@ def _default_directory(run: PlainRun, schedule: Schedule, record: Mapping[str, A
 
 @dataclass(frozen=True)
 class _Source:
-    """A schedule and what is known of the run that wrote it.
-
-    settings: fields of TrainConfig. sizes: that the run was asked for. planned: the step from which
-    on the schedule was never run; None where it was run to its end, or where nobody knows.
-    """
+    """A schedule and what is known of the run that wrote it. settings: fields of TrainConfig.
+    planned: the step from which it was never run; None where it was run to its end, or if
+    unknown."""
 
     path: Path
     schedule: Schedule
@@ -156,7 +150,7 @@ class _Source:
 
     @classmethod
     def read(cls, given: Path) -> _Source:
-        """From the directory of a run, or from a file, which may lie in such a directory."""
+        """From a run's directory, or from a file, which may be in one."""
         if not given.exists():
             raise InputError(
                 f"schedule {given} does not exist; give a schedule.json or the directory of a run"
@@ -176,7 +170,7 @@ class _Source:
         record = read_record(directory) if (directory / "config.json").exists() else {}
         if path.name != "schedule.json" or "run" not in record:
             return cls(path, schedule, None, {}, {}, None)
-        old = config_of(directory, trust=True)  # for its settings: what it names is not run here
+        old = config_of(directory, trust=True)  # for its settings only: its code is not run here
         settings = {name: getattr(old, name) for name in _OF_THE_SOURCE}
         if settings["data"] is not None and not settings["data"].exists():
             del settings["data"]
@@ -185,7 +179,6 @@ class _Source:
         return cls(path, schedule, old.run, settings, sizes_of(directory), planned)
 
     def remarks(self, config: TrainConfig) -> list[str]:
-        """What a person should know before the run begins."""
         found = []
         if self.planned is not None:
             found.append(

@@ -1,4 +1,4 @@
-"""`rhc resume`: what the directory holds says which command goes on."""
+"""`rhc resume`: the directory's content decides which command continues."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rhc.storage.run_files import read_record
 
 def run(config: ResumeConfig, screen: Screen) -> int:
     directory = config.directory
-    record = read_record(directory)  # what is no run is said before torch is imported
+    record = read_record(directory)  # fails before torch is imported if it is no run
     if config.steps is not None and "command" in record:
         raise InputError(
             f"steps belongs to the schedule that is used again, got {config.steps}; leave --steps "

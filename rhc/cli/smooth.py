@@ -1,4 +1,4 @@
-"""`rhc smooth`: a probe, then runs by what the smoother writes from the best of those so far."""
+"""`rhc smooth`: a probe, then runs by the smoother's schedules from the best run so far."""
 
 from __future__ import annotations
 
@@ -39,11 +39,10 @@ from rhc.storage.run_files import read_result
 from rhc.workload import Goal, refuse_strange
 
 COPIED = ("schedule.json", "tape.jsonl", "windows.jsonl")
-"""Files of the best run that the whole has too."""
+"""Files of the best run that are copied into the whole's directory."""
 
 
 def run(config: SmoothConfig, screen: Screen) -> int:
-    """Trains passes + 1 times, and returns the exit status."""
     smoother = _smoother(config)
     base = plain_run(TrainConfig(**plain_settings(config), rewrite=False).checked(), {})
     goal = base.workload().goal
@@ -93,7 +92,6 @@ def run(config: SmoothConfig, screen: Screen) -> int:
 
 
 def resume(record: Mapping[str, Any], directory: Path, screen: Screen, *, trust: bool) -> int:
-    """Goes on with the smoothing that `directory` holds, and returns the exit status."""
     path = directory / "config.json"
     check_kinds(record, {"smooth": (dict,)}, path)
     names = {name: record[name] for name in SmoothConfig.known() if name in record}
@@ -107,7 +105,6 @@ def _name(number: int) -> str:
 
 
 def _smoother(config: SmoothConfig) -> Smoother:
-    """The smoother that the flags describe."""
     gains = {name: config.gain * gain for name, gain in asdict(USUAL_GAINS).items()}
     return Smoother(
         every=config.every, gains=Gains(**gains), source=config.source, baseline=config.baseline
@@ -115,7 +112,7 @@ def _smoother(config: SmoothConfig) -> Smoother:
 
 
 def _templated(base: PlainRun, template: str) -> Schedule | None:
-    """lr in the shape of a template; None for a constant one, which the optimizer has already."""
+    """lr in the shape of a template; None for a constant one."""
     if template == "constant":
         return None
     assert base.config.lr is not None and base.config.steps is not None
@@ -132,7 +129,7 @@ def _train(
     schedule: Schedule | None,
     screen: Screen,
 ) -> Pass:
-    """One plain run in a directory of its own; what is there already is not trained again."""
+    """One plain run in a directory of its own; a finished one is not repeated."""
     assert base.config.steps is not None
     progress = Progress(f"{base.config.short_name}, {_name(number)}")
     path = directory / f"pass-{number}"
@@ -140,7 +137,7 @@ def _train(
     with display(progress, screen) as listener:
 
         def told(event: Event) -> None:
-            # What can be gone on with is the whole, not one of its runs.
+            # The whole can be resumed, not one of its runs.
             if isinstance(event, RunStarted):
                 event = replace(event, directory=directory)
             listener(event)
@@ -154,7 +151,6 @@ def _train(
 
 
 def _record(config: SmoothConfig, run: PlainRun) -> dict[str, Any]:
-    """config.json: the settings, resolved."""
     own = ("passes", "template", "source", "every", "gain", "baseline")
     return {
         "format": "rhc.config",
@@ -175,7 +171,7 @@ def _default_directory(run: PlainRun, record: dict[str, Any]) -> Path:
 
 
 def _open(directory: Path, record: dict[str, Any]) -> None:
-    """Makes the directory with its config.json, or checks that it holds the same."""
+    """Makes the directory with its config.json, or checks that it has the same."""
     path = directory / "config.json"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -206,11 +202,10 @@ def _open(directory: Path, record: dict[str, Any]) -> None:
 
 
 def _finish(directory: Path, runs: list[Pass], best: int) -> None:
-    """The best run's files, and a result with what all of them cost."""
     path, record = runs[best].result
     for name in COPIED:
         replace_durably(directory / name, (path / name).read_bytes())
-    remove(directory / "checkpoints")  # of an attempt that was killed
+    remove(directory / "checkpoints")  # of a killed attempt
     shutil.copytree(path / "checkpoints", directory / "checkpoints")
     costs = [run.result[1]["cost"] for run in runs]
     total = {

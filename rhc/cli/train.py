@@ -1,7 +1,4 @@
-"""`rhc train` once its flags are read: from a TrainConfig to a run that is finished or stopped.
-
-Nothing is created before everything that can be checked has been.
-"""
+"""`rhc train`: from a TrainConfig to a finished run. Nothing is created before all checks."""
 
 from __future__ import annotations
 
@@ -37,10 +34,8 @@ from rhc.workload import load_runner
 
 
 def run(config: TrainConfig, screen: Screen, *, recorded_data: Path | None = None) -> int:
-    """Trains, and returns the exit status. config: checked by itself (`TrainConfig.checked`).
-
-    recorded_data: what config.json says of a resumed run's data, where they have moved since.
-    """
+    """Trains, and returns the exit status. config: checked (`TrainConfig.checked`). recorded_data:
+    from config.json of a resumed run whose data have moved."""
     load_runner(config.run)
     check_controls(config)
     device = device_of(config.device)
@@ -80,7 +75,7 @@ def run(config: TrainConfig, screen: Screen, *, recorded_data: Path | None = Non
 
 
 def _log_again(directory: Path) -> None:
-    """Event files of a run that had ended before they were asked for, from its own files."""
+    """Writes event files of a finished run, from its own files."""
     logging = Logging(TensorBoard(directory / "tensorboard"), read_record(directory))
     files = Followed(directory)
     for event in (files.begun, *files.news()):
@@ -88,18 +83,18 @@ def _log_again(directory: Path) -> None:
 
 
 def _report(screen: Screen, directory: Path) -> None:
-    """Writes report.html into the run's directory; whatever hinders it is one line, no error."""
+    """Writes report.html into the run's directory; a failure is one line, no error."""
     from rhc.report import write_report
 
     try:
         text = str(write_report([directory]))
-    except Exception as error:  # the run has ended well, and its files are all there
+    except Exception as error:  # the run ended well, and its files are complete
         text = f"no page: {error}"
     screen.print(Text.assemble(("report    ", "dim"), text), soft_wrap=True)
 
 
 def _law(config: TrainConfig) -> tuple[Rewrite | Literal[False], Objective, TrainConfig]:
-    """The law, the objective, and the settings with what these left open filled in."""
+    """The update rule, the objective, and the settings with defaults filled in."""
     if not config.rewrite:
         return False, Objective(), config
     assert config.start is not None
@@ -126,11 +121,9 @@ def _law(config: TrainConfig) -> tuple[Rewrite | Literal[False], Objective, Trai
 def _default_directory(
     config: TrainConfig, law: Rewrite | Literal[False], objective: Objective
 ) -> Path:
-    """runs/<run>-<hash of everything that the run's numbers depend on>.
-
-    The same for a run and its repetition by config.json, where what was left open stands resolved;
-    and a setting at its default is left out, so that a new one changes no run's directory.
-    """
+    """runs/<run>-<hash of everything that the run's numbers depend on>. Settings are resolved, so
+    that a repetition by config.json has the same; those at their default are left out, so that a
+    new one changes no run's directory."""
     adaptive, start = "adam" in str(config.optimizer), str(config.start)
     resolved = replace(
         config,
@@ -152,10 +145,8 @@ def _default_directory(
 
 
 def _apart(directory: Path, source: Path) -> Path:
-    """The directory, or the next one, NAME-2 …, where it is that of the run that is repeated.
-
-    A repetition that was interrupted is continued by the same command.
-    """
+    """The directory, or the next of NAME-2 … where it is that of the repeated run. An interrupted
+    repetition is continued by the same command."""
     number, found = 1, directory
     while found.resolve() == source.resolve().parent or (
         number > 1 and (found / "result.json").exists()

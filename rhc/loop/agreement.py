@@ -1,9 +1,5 @@
-"""What a Runner does beside its loop where ranks train together: begin alike, and stay alike.
-
-The loop itself is the same on all ranks, because everything that it decides from is a mean over
-them. Here is what makes that so at the beginning, and what looks after every window whether it
-still is.
-"""
+"""Ranks that train together: they start from the same state, and are compared after every window.
+All decisions of the loop come from means over ranks, so that every rank decides alike."""
 
 from __future__ import annotations
 
@@ -47,11 +43,8 @@ _OF_ONE_LEDGER = ("peak_memory_bytes",)
 
 
 def as_rank(command: Callable[[], int]) -> int:
-    """The exit status of a command that torchrun runs on every rank; the first one shows it.
-
-    1 where the others are gone or differ: torchrun starts all again if it may, and the run goes on
-    from its last checkpoint.
-    """
+    """The exit status of a command that torchrun runs on every rank; only the first one prints. 1
+    where ranks were lost or differ, so that torchrun may restart from the last checkpoint."""
     with joined() as ranks:
         assert ranks is not None
         try:
@@ -98,7 +91,7 @@ def _disconnected(error: RuntimeError) -> bool:
 
 
 def check_ranks(planner: EpochPlanner | None, objective: Objective | None) -> None:
-    """An InputError for settings that ranks together cannot do."""
+    """Raises InputError for settings that need a single process."""
     if planner is not None and planner.samples:
         raise InputError(
             "a LossSampler sees the examples of one process only; leave it out of the planner, or "
@@ -112,7 +105,6 @@ def check_ranks(planner: EpochPlanner | None, objective: Objective | None) -> No
 
 
 def loaders_of(ranks: Ranks, *loaders: Iterable[Any] | None) -> list[Any]:
-    """The train, validation and test loaders as this rank sees them."""
     names = ("train_loader", "val_loader", "test_loader")
     return [
         None if loader is None else RankLoader(loader, ranks, batch_size, name)
@@ -127,11 +119,7 @@ def begin_together(
     *,
     wrapped: bool,
 ) -> None:
-    """Makes sure that all ranks begin alike: settings, versions, parameters, random state.
-
-    description: what the run's numbers depend on. wrapped: whether the model came in a
-    DistributedDataParallel.
-    """
+    """Checks that ranks have equal descriptions, shapes and slots; copies the first one's state."""
     ranks = plant.ranks
     assert ranks is not None
     described = {k: v for k, v in description.items() if k not in _OF_ONE_RANK}
@@ -162,14 +150,14 @@ def begin_together(
 
 
 def draw_apart(ranks: Ranks) -> None:
-    """From here on every rank draws what is random inside the model by itself (dropout)."""
+    """Gives every rank a random stream of its own inside the model, such as for dropout."""
     seed = int(torch.initial_seed() % 2**31)
     if not ranks.first:
         seed_everything(mixed_seed(seed, ranks.rank) % 2**31)
 
 
 def agreed(fit: Fit) -> bool:
-    """Whether some rank is being stopped; RanksDiffer where the window ended differently."""
+    """Whether some rank was asked to stop; RanksDiffer where their windows ended differently."""
     state, ranks, length = fit.state, fit.plant.ranks, fit.window
     assert ranks is not None
     cost = {k: v for k, v in asdict(state.cost).items() if k not in _OF_ONE_LEDGER}
@@ -208,11 +196,11 @@ def agreed(fit: Fit) -> bool:
 
 
 _CLOCK: WeakKeyDictionary[Ranks, tuple[float, float, frozenset[int]]] = WeakKeyDictionary()
-"""When the last window ended, what had been waited until then, and whom a notice has named."""
+"""End of the last window, seconds waited until then, and ranks already named by a notice."""
 
 
 def straggler(waited: Sequence[float], seconds: float) -> int | None:
-    """The rank that hardly waits while each of the others waits half of the time."""
+    """The rank that waits < 10 % of the time while all others wait > 50 % of it."""
     least, *others = sorted(waited)
     if least < 0.1 * seconds and others[0] > 0.5 * seconds:
         return list(waited).index(least)
@@ -220,7 +208,7 @@ def straggler(waited: Sequence[float], seconds: float) -> int | None:
 
 
 def _own_statistics(model: nn.Module) -> str | None:
-    """The first layer with statistics of one rank's rows."""
+    """The first BatchNorm layer whose statistics are of one rank's rows."""
     for name, module in model.named_modules():
         together = isinstance(module, (SyncBatchNorm, nn.SyncBatchNorm))
         if isinstance(module, _BatchNorm) and not together:

@@ -1,4 +1,4 @@
-"""What a run may cost by its update rule, in plain runs, and what it will."""
+"""What a run may cost and is expected to cost, in plain runs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,12 @@ from rhc.loop.state import Window
 from rhc.loop.window_objective import terminal_loss
 
 REWRITE = 3
-"""Ways through a window that a rewrite takes: the roll, a replay, and one by plain kernels."""
+"""Rolls of a window that a rewrite takes: the roll, a replay, and one by plain kernels."""
 
 
 def search_budget(fit: Fit) -> float:
-    """Gradient evaluations that the search for the first lr may take.
-
-    Beside it there is the run itself, and a rewrite of the first window, unless that takes more
-    than a third of the rest.
-    """
+    """Gradient evaluations left for the lr search. The run itself is reserved, and a rewrite of the
+    first window, up to a third of the rest."""
     state = fit.state
     rest = (fit.rule.budget - 1) * state.steps - state.cost.gradient_equivalents
     if not fit.rewrites:
@@ -28,14 +25,14 @@ def search_budget(fit: Fit) -> float:
 
 
 def affords(fit: Fit, window: Window, ways: int, reverse_passes: int = 0) -> bool:
-    """Whether the budget has room for so many more ways through the window, of which so many are
-    differentiated, beside plain steps to the end of the run."""
+    """Whether the budget allows `ways` more rolls of the window, `reverse_passes` more reverse
+    passes, and plain steps to the end of the run."""
     state, budget = fit.state, fit.rule.budget
     if math.isinf(budget):
         return True
     length, terminal = window.stop - window.start, terminal_loss(fit, window)
     share = 0.0 if terminal is None else terminal.share
-    more = ways * (length + share / 3)  # a replay's terminal loss takes no gradient
+    more = ways * (length + share / 3)  # no gradient of a replay's terminal loss
     more += reverse_passes * (_reverse_pass(fit, length) + share)
     if state.cost.gradient_equivalents + more + state.steps - state.step <= budget * state.steps:
         return True
@@ -48,8 +45,8 @@ def affords(fit: Fit, window: Window, ways: int, reverse_passes: int = 0) -> boo
 
 
 def projected_cost(fit: Fit) -> float:
-    """Of the whole run, in plain runs: the windows that will be differentiated as dear as those so
-    far, the others plain, the search for the first lr paid for once."""
+    """Expected cost of the run in plain runs: windows to differentiate cost as those so far, others
+    a plain roll, and the lr search counts once."""
     state = fit.state
     spent = state.cost.gradient_equivalents - state.start_gradients
     differentiated = math.ceil(fit.rule.until * state.steps) if fit.rewrites else 0
@@ -61,7 +58,7 @@ def projected_cost(fit: Fit) -> float:
 
 
 def _reverse_pass(fit: Fit, length: int) -> float:
-    """Gradient evaluations that the next one takes, at most, where memory is not short."""
+    """Gradient evaluations of the next reverse pass, at most, if memory suffices."""
     reverse_pass = fit.state.reverse_pass
     if reverse_pass is None:
         return 0.0

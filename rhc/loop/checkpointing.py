@@ -1,4 +1,4 @@
-"""Saving and resuming: a checkpoint of everything that the next window depends on, and back."""
+"""Saving and resuming: a checkpoint holds everything that the next window depends on."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from rhc.training.snapshot import (
 )
 
 HERE, ELSEWHERE = 1e-4, 1e-2
-"""Relative difference of a loss that tells other code: on the machine and by the versions that the
-run had, where it has the same bits but for the kernels, and on others."""
+"""Relative difference of a loss that indicates changed code: on the same machine and versions,
+where only kernels may differ, and elsewhere."""
 
 SHOWN = 4
-"""Differences from the run that is resumed of which a warning speaks; one is enough."""
+"""Differences from the resumed run that a warning mentions."""
 
 _KINDS = {
     **dict.fromkeys(("optimizer", "cost"), (dict,)),
@@ -52,14 +52,14 @@ _KINDS = {
     "seconds": NUMBER,
     "singletons": (bool,),
 }
-"""Of values.json: what later steps would trip over."""
+"""Types of those entries of values.json on which later steps would fail."""
 
 
 # Save ---------------------------------------------------------------------------------------------
 
 
 def save(fit: Fit) -> None:
-    """Saves a committed window, once ranks agree on it; raises what a signal asked for."""
+    """Saves a committed window once ranks agree on it; raises what a signal asked for."""
     stop = fit.plant.ranks is not None and agreed(fit)
     write_checkpoint(fit)
     interrupts.check()
@@ -68,7 +68,7 @@ def save(fit: Fit) -> None:
 
 
 def write_checkpoint(fit: Fit) -> None:
-    """A checkpoint, where there is a directory; an event says so, unless the disk refused it."""
+    """Writes a checkpoint and emits an event, if there is a directory and its disk accepts it."""
     if fit.directory is not None:
         path = fit.directory.save(_checkpoint(fit), fit.state.schedule)
         if path is not None:
@@ -82,8 +82,8 @@ def _checkpoint(fit: Fit) -> Checkpoint:
     tensors["average"] = {str(i): placed_as(v, p) for i, (v, p) in enumerate(average)}
     tensors["train_batches"] = fit.data.train.position(state.step).to_tensors()
     if validation is not None:
-        # A window that was cut short, or the last of a run that goes on, is followed by one that is
-        # judged on the same batches.
+        # After a window that was cut short, and after the last of a run that goes on, the next
+        # window is judged on the same batches.
         first, _ = judged_on(fit, state.step)
         place = validation.position(min(first, validation.next_step))
         tensors["validation_batches"] = place.to_tensors()
@@ -97,7 +97,7 @@ def _checkpoint(fit: Fit) -> Checkpoint:
         "plan": state.schedule.to_json(state.step) if _replans(fit) else None,
         "twin": astuple(state.antithetic),
         "patience": astuple(state.patience),
-        "history": {},  # of update rules that are gone
+        "history": {},  # of update rules that no longer exist
         "relief": state.fallback.to_json(),
         "deviation": deviation and asdict(deviation),
         "singletons": plant.singletons,
@@ -112,17 +112,17 @@ def _checkpoint(fit: Fit) -> Checkpoint:
 
 
 def _replans(fit: Fit) -> bool:
-    """Whether the plan can become another than what the run began with."""
+    """Whether the plan can differ from the one at step 0."""
     return fit.rewrites or fit.planner is not None
 
 
 def finish(fit: Fit) -> None:
-    """Evaluates the final and the averaged weights, and writes the result, unless it is there."""
+    """Evaluates the final and the averaged weights and writes the result, once."""
     state, directory = fit.state, fit.directory
     if state.result is not None:
         return
     if directory is not None and directory.saved != state.steps:
-        write_checkpoint(fit)  # the disk did not take it before
+        write_checkpoint(fit)  # an earlier attempt failed
     for stream in (fit.data.train, fit.data.validation):
         if stream is not None:
             stream.close()  # its loader is iterated anew
@@ -137,10 +137,8 @@ def finish(fit: Fit) -> None:
 def open_run(
     fit: Fit, directory: RunDirectory, checkpoint: Checkpoint | None, prior_cost: float
 ) -> None:
-    """Goes on from a run's checkpoint, or writes the first one of a run that begins.
-
-    prior_cost: gradient evaluations that the latter's schedule took.
-    """
+    """Resumes a run, or writes its first checkpoint. prior_cost: gradient evaluations of its
+    schedule."""
     state = fit.state
     if checkpoint is None:
         state.cost.gradients(prior_cost)
@@ -155,7 +153,7 @@ def open_run(
 
 
 def _tell_of(fit: Fit, path: Path, differs: list[str]) -> None:
-    """Says of a run that is resumed what is not as it was, and that it is finished."""
+    """Reports how a resumed run differs from before, and whether it is finished."""
     finished = fit.state.result is not None
     goes_on = (
         "it is finished: nothing was trained, and its result is returned"
@@ -180,13 +178,11 @@ def _tell_of(fit: Fit, path: Path, differs: list[str]) -> None:
 
 
 def _resume(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> list[str]:
-    """The state and the plant as they were saved; what in code or data is not as it was then.
-
-    The first step after the checkpoint before it is evaluated once more: its loss is on the tape,
-    so that nothing had to be kept for this. InputError where the checkpoint is of another run.
-    """
+    """Loads state and plant; returns how code or data differ from when they were saved.
+    Re-evaluates the first step after the previous checkpoint, whose loss is on the tape. InputError
+    where the checkpoint is of another run."""
     said: list[str] = []
-    with contextlib.suppress(InputError):  # which is raised once more if it stands in the way
+    with contextlib.suppress(InputError):  # raised again below if it matters
         earlier = directory.earlier(checkpoint.step)
         said = [] if earlier is None else _loss_differs(fit, directory, earlier)
     _take_over(fit, directory, checkpoint)
@@ -196,14 +192,14 @@ def _resume(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> list[s
 
 
 def _loss_differs(fit: Fit, directory: RunDirectory, earlier: Checkpoint) -> list[str]:
-    """How the loss of the step after a checkpoint differs from the tape's, if it does."""
+    """How the loss of the step after a checkpoint differs from the tape's."""
     step, tolerance = earlier.step, ELSEWHERE if directory.elsewhere else HERE
     found = _loss_after(fit, directory, earlier)
     tape = fit.state.tape
     told = tape[step]["loss"] if step < len(tape) and tape[step]["step"] == step else None
     if told is None:
         return []
-    # A loss that is all but zero is what rounding left of the first one.
+    # A loss near zero is mostly rounding of the first one.
     least = 1e-6 * abs(tape[0]["loss"] or 0.0)
     if math.isclose(found, told, rel_tol=tolerance, abs_tol=least) or fit.data.train.differs:
         return []
@@ -217,7 +213,7 @@ def _loss_differs(fit: Fit, directory: RunDirectory, earlier: Checkpoint) -> lis
 
 
 def _loss_after(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> float:
-    """The loss of the first step after a checkpoint, without the step."""
+    """The loss of the first step after a checkpoint; the step is not taken."""
     _take_over(fit, directory, checkpoint)
     step, plant = checkpoint.step, fit.plant
     batch = next(fit.data.train.lazily(step, step + 1))
@@ -253,7 +249,7 @@ def _load(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> None:
     if checkpoint.shards:
         tensors = with_parts(plant, tensors, rest, folder / SHARDS)
     snapshot = snapshot_from_tensors(plant, tensors, rest)
-    if fit.planner is not None:  # before the loader is asked for this epoch's order again
+    if fit.planner is not None:  # before the loader is asked for this epoch's order
         planned = joined(tensors.get("controller", {}), values["controller"])
         fit.planner.load_state_dict(planned, place=False)
     place = Position.from_tensors(tensors["train_batches"])
@@ -295,23 +291,23 @@ def _load(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> None:
     state.seconds_before = float(values["seconds"])
     if "start_gradients" in values:
         state.start_gradients = float(values["start_gradients"])
-    elif state.step:  # of a run before checkpoints had it
+    elif state.step:  # a run of an older version
         with contextlib.suppress(InputError):
             tried = directory.starts.read()
             state.start_gradients = sum(record["gradients"] for record in tried)
-    adopt(plant, tensors, rest, snapshot)  # now that nothing can fail any more
+    adopt(plant, tensors, rest, snapshot)  # last, when nothing can fail any more
     state.tape = directory.tape.read()
     state.windows = directory.windows.read()
 
 
 def _plan(fit: Fit, checkpoint: Checkpoint, source: str) -> PlannedSchedule | None:
-    """The plan as it was saved; None where it is what the run began with."""
+    """The saved plan; None where it equals the one at step 0."""
     if not _replans(fit):
         return None
     if "plan" in checkpoint.values:
         return PlannedSchedule.from_json(checkpoint.values["plan"], source)[0]
-    # Of a version that kept a value for every step. safetensors gives names back in any order, and
-    # the tape's lines keep the schedule's.
+    # Older versions kept a value per step. safetensors returns names in any order; the tape has the
+    # schedule's.
     kept = checkpoint.tensors["schedule"]
     values = {name: kept[name] for name in fit.state.schedule.names}
     whole = Schedule(values, 0, fit.base.seed)

@@ -1,4 +1,4 @@
-"""What can only be checked against the model, the optimizer and the data that it is for."""
+"""Checks of settings against the model, the optimizer and the data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rhc.training.recovery import out_of_memory
 
 
 def steered(plant: Plant, asked: Sequence[str] | None, usual: Sequence[str]) -> tuple[str, ...]:
-    """The controls to rewrite: what was asked for, or what of the usual ones can move."""
+    """The controls to rewrite: `asked`, or those of `usual` that can move."""
     initial = plant.controls.initial
     if asked is None:
         known = [name for name in usual if name in plant.controls.available]
@@ -49,7 +49,7 @@ def checked_loaders(
     validate_every: int | None,
     ranks: Ranks | None,
 ) -> tuple[Any, Any, Any]:
-    """The three loaders as this process sees them."""
+    """The three loaders of this process."""
     if train_loader is None:
         raise InputError("train_loader is missing; give one that yields batches")
     if validate_every is not None and val_loader is None:
@@ -67,7 +67,7 @@ def checked_loaders(
 
 
 def check_storable(model: nn.Module) -> None:
-    """An InputError where a checkpoint, a safetensors file, has no room for the model's dtypes."""
+    """Raises InputError for dtypes that safetensors cannot hold."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor) and tensor.dtype == torch.complex128:
             raise InputError(
@@ -77,10 +77,10 @@ def check_storable(model: nn.Module) -> None:
 
 
 _left: WeakKeyDictionary[Optimizer, tuple[list[float], list[float]]] = WeakKeyDictionary()
-"""Of optimizers that were fitted in this process: the lrs that the fit found, and that it left."""
+"""Optimizer -> the lrs that a fit in this process found, and the lrs that it left."""
 
 _LOW = 0.1
-"""An lr is low where a fit began with this many times as much."""
+"""An lr is low below this share of what an earlier fit started at."""
 
 
 def leave(plant: Plant) -> None:
@@ -90,10 +90,7 @@ def leave(plant: Plant) -> None:
 
 
 def low_lr(plant: Plant, start: str) -> str | None:
-    """Says that the optimizer's lr is 0, or what an earlier fit left of it; None where it is not.
-
-    Raises InputError where a search for a start would begin at 0.
-    """
+    """A warning where lr is 0, or what an earlier fit left; InputError if a search starts at 0."""
     own = list(plant.controls.own["lr"])
     mend = "set it anew, by group['lr'] = … for every group of optimizer.param_groups"
     if not any(own):
@@ -113,7 +110,6 @@ def low_lr(plant: Plant, start: str) -> str | None:
 
 
 def grouped(plant: Plant, controls: Sequence[str], asked: Sequence[str]) -> tuple[str, ...]:
-    """The controls with a value per parameter group."""
     names = (asked,) if isinstance(asked, str) else tuple(dict.fromkeys(asked))
     for name in names:
         control(name)
@@ -131,7 +127,7 @@ def grouped(plant: Plant, controls: Sequence[str], asked: Sequence[str]) -> tupl
 
 
 def followed(plant: Plant, schedule: Schedule, *, free: bool) -> Schedule:
-    """A schedule that is to be followed. free: whether nothing else writes one."""
+    """The schedule to follow, checked. free: whether nothing else writes one."""
     if not free:
         raise InputError(
             "a schedule that is given is followed as it is: use it with rewrite=False, and "
@@ -154,9 +150,9 @@ def followed(plant: Plant, schedule: Schedule, *, free: bool) -> Schedule:
 
 
 def try_first_batch(fit: Fit) -> None:
-    """A loader or a loss that cannot be used is an InputError before anything is written."""
+    """Raises InputError for an unusable loader or loss before anything is written."""
 
-    # Streams of their own: the place of the run's is saved with the first checkpoint.
+    # Separate streams: the run's own position is saved with the first checkpoint.
     def first(loader: Iterable[Any], name: str) -> Any:
         stream = StepBatches(loader, isolated=True, device=fit.data.train.device, name=name)
         with pristine(loader):

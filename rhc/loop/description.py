@@ -1,4 +1,4 @@
-"""Parts of config.json: what a run's numbers depend on beside its settings."""
+"""Parts of config.json: what a run's numbers depend on besides its settings."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ from rhc.storage.run_directory import length, module_text
 from rhc.training.objective import HeldOutBatches, Objective
 
 GONE_RULE, GONE_MEMORY = {"rule": "normalised"}, {"memory": False}
-"""Entries of settings that are gone, so that older runs are found and continued."""
+"""Entries of settings that no longer exist, so that older runs are found and resumed."""
 
 
 def of_rule(rule: Rewrite) -> dict[str, Any]:
-    """The update rule."""
     return asdict(rule) | GONE_RULE
 
 
 def of_objective(objective: Objective) -> dict[str, Any]:
-    """What windows are judged by; functions by their names."""
+    """The objective, with functions by name."""
     known = {name: _described(value) for name, value in vars(objective).items()}
     return known | GONE_MEMORY
 
 
 def of_code(model: nn.Module, **loaders: Any) -> dict[str, Any]:
-    """What shows of the model and the data: modules, shapes of buffers, numbers of batches."""
+    """What identifies model and data: modules, shapes of buffers, numbers of batches."""
     return {
         "modules": {name or "model": module_text(m) for name, m in model.named_modules()},
         "buffers": {name: list(b.shape) for name, b in model.named_buffers()},

@@ -1,5 +1,4 @@
-"""Epochs that an `EpochPlanner` plans: it is told of what is committed, and what it plans moves the
-rest of the schedule."""
+"""Epochs planned by an `EpochPlanner`: it observes committed steps and replans the rest."""
 
 from __future__ import annotations
 
@@ -30,11 +29,8 @@ def epoch_steps(
     validated: bool,
     ahead: bool,
 ) -> int:
-    """The steps of an epoch, of a planner that is checked; 0 without one.
-
-    validated: whether there is a validation loss. ahead: whether windows are judged on training
-    batches that follow them.
-    """
+    """The steps of an epoch, once the planner fits the run; 0 without one. validated: whether there
+    is a validation loss. ahead: whether the training batches after a window judge it."""
     if planner is None:
         return 0
     if planner.optimizer is not None:
@@ -71,20 +67,19 @@ def epoch_steps(
 
 
 def begin_planning(fit: Fit, lr: float) -> None:
-    """The planner's first plan: the run's first lr, and the optimizer's own other controls."""
+    """Makes the planner's first plan, from the first lr and the optimizer's other controls."""
     if fit.planner is not None:
         own = fit.plant.controls.initial
         fit.planner.begin(lr, own.get("momentum"), own.get("noise", 0.0))
 
 
 def epoch_end(fit: Fit, step: int) -> int:
-    """The end of the epoch that a step is in."""
     return (step // fit.data.epoch_steps + 1) * fit.data.epoch_steps
 
 
 def plan_epochs(fit: Fit, attempt: Attempt, rows: list[dict[str, Any]]) -> None:
-    """Tells the planner of committed steps; where an epoch ends, or the data drift, the rest of the
-    schedule follows its new plan, and the tape says why."""
+    """Passes committed steps to the planner; at the end of an epoch, or when data drift, moves the
+    rest of the schedule to its new plan."""
     planner, trajectory, state = fit.planner, attempt.trajectory, fit.state
     assert planner is not None and planner.plan is not None and trajectory is not None
     before, reward = planner.plan, planner.reward_metric
@@ -123,7 +118,6 @@ def plan_epochs(fit: Fit, attempt: Attempt, rows: list[dict[str, Any]]) -> None:
 
 
 def _follow(state: State, before: EpochPlan, after: EpochPlan) -> None:
-    """Moves the rest of the schedule from one plan to the other."""
     moves = dict[str, Callable[[Tensor], Tensor]]()
     if state.step >= state.steps:
         return
@@ -146,7 +140,7 @@ def _follow(state: State, before: EpochPlan, after: EpochPlan) -> None:
 
 
 def _rescaled(name: str, ratio: float, values: Tensor) -> Tensor:
-    """A control's values moved by log(ratio) in its coordinate, within its bounds; 0 stays 0."""
+    """Values moved by log(ratio) in the control's coordinate, within its bounds; 0 stays 0."""
     known = CONTROLS[name]
     moved = torch.as_tensor(known.rescale(values, ratio)).clamp(known.lower, known.upper)
     return torch.where(values == 0, values, moved)

@@ -1,4 +1,4 @@
-"""What the verbs of one fit work with."""
+"""What the functions of the loop share during one fit."""
 
 from __future__ import annotations
 
@@ -25,38 +25,33 @@ from rhc.training.recovery import OomFallback
 
 @dataclass(frozen=True)
 class EventLog:
-    """Tells the listeners what happens.
-
-    warns: whether `tell` warns where nobody listens; of several ranks one is enough.
-    """
+    """Sends events to the listeners. warns: whether `tell` warns without any (one rank does)."""
 
     listeners: Sequence[Listener]
     warns: bool = True
 
     def emit(self, event: Event) -> None:
-        """Tells every listener of an event."""
         for listener in self.listeners:
             listener(event)
 
     def notice(self, message: str) -> None:
-        """Tells the listeners what happens, in words."""
         self.emit(Notice(message))
 
     def tell(self, message: str) -> None:
-        """Tells what a person should know: by a warning, where nobody listens."""
+        """A notice; a warning where there are no listeners."""
         if self.warns and not self.listeners:
             warnings.warn(message, RunWarning, stacklevel=2)
         self.notice(message)
 
     def warn(self, message: str) -> None:
-        """Tells what a person must not miss: by a warning too, also where somebody listens."""
+        """A notice and a warning."""
         self.notice(message)
         warnings.warn(message, RunWarning, stacklevel=2)
 
 
 @dataclass(frozen=True)
 class ReversePasses:
-    """The settings of a run's reverse passes, and what makes one."""
+    """The settings of a run's reverse passes."""
 
     plant: Plant
     objective: Objective
@@ -69,10 +64,7 @@ class ReversePasses:
     events: EventLog
 
     def make(self, fallback: OomFallback, state: Mapping[str, Any] | None = None) -> ReversePass:
-        """A reverse pass within what memory was found to suffice for.
-
-        state: of another, which this one goes on from.
-        """
+        """A reverse pass under the fallback's memory limits. state: of its predecessor."""
         made = ReversePass(
             self.plant,
             self.objective,
@@ -92,12 +84,9 @@ class ReversePasses:
 
 @dataclass(frozen=True)
 class Data:
-    """The loaders of a run, and the streams that windows take their batches from.
-
-    accumulate: batches of a step. validate_every: steps from one evaluation of val_loader to the
-    next. epoch_steps: steps of an epoch, where epochs are planned. validation: batches that windows
-    are judged on; None where those are training batches.
-    """
+    """Loaders of a run, and the streams that windows take batches from. accumulate: batches per
+    step. validate_every: steps between evaluations. epoch_steps: with a planner. validation:
+    batches that judge windows; None for training batches."""
 
     train_loader: Iterable[Any]
     val_loader: Iterable[Any] | None
@@ -111,10 +100,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Fit:
-    """What does not change during a fit. What does is `state`, the plant and the streams.
-
-    window, stride: in steps. reverse_passes: None where nothing is rewritten.
-    """
+    """What stays constant during a fit, and its `state`, plant and streams, which change. window,
+    stride: in steps. reverse_passes: None where nothing is rewritten."""
 
     plant: Plant
     state: State
@@ -131,27 +118,25 @@ class Fit:
 
     @property
     def rewrites(self) -> bool:
-        """Whether windows are rewritten, and so may be gone through again."""
+        """Whether windows are rewritten, and so may be rolled again."""
         return self.reverse_passes is not None
 
     def announce(self, verb: Verb, start: int, stop: int, attempt: int) -> None:
-        """Tells which verb comes next. Raises what a signal asked for, but where a window is done:
-        that is saved first."""
+        """Emits the next verb. Raises what a signal asked for, except when a window is to be
+        saved."""
         if verb not in ("commit", "slide"):
             self.check_stop()
         self.events.emit(VerbStarted(verb, self.state.cost.windows, start, stop, attempt))
 
     def check_stop(self) -> None:
-        """Raises what a signal asked for. Ranks stop together, when a window is done."""
+        """Raises what a signal asked for. Ranks stop together, after a window."""
         if self.plant.ranks is None:
             interrupts.check()
 
     def here(self) -> Moment:
-        """The present state, to come back to."""
         return Moment(self.plant.snapshot(), self.state.average.copy())
 
     def go_back(self, moment: Moment) -> None:
-        """Restores a state."""
         self.state.live = None
         self.plant.restore(moment.snapshot)
         self.state.average.assign(moment.average)

@@ -1,12 +1,7 @@
-"""Where a schedule starts: an lr for every parameter group, found before the first step.
-
-`zero` needs no lr at all: the hypergradient at α = 0 says how fast the objective falls per unit of
-every group's lr, and so in which ratio the groups want theirs. `probe` finds the common scale by
-short rolls from the initial state, which the Runner takes and judges; of several groups with one lr
-it takes the ratio from the hypergradient too. Where short rolls learn nothing, their losses say
-nothing about lr: then longer ones are taken, and where these learn nothing either, the lr that the
-optimizer has. Numbers: docs/log.md.
-"""
+"""The lr search: an lr for every parameter group, before the first step (numbers: docs/log.md).
+`zero_lrs` gives the ratio between groups from the hypergradient at α = 0, `probe` the common scale
+from short rolls. Where these learn nothing, longer rolls follow, and then the optimizer's own
+lr."""
 
 from __future__ import annotations
 
@@ -31,49 +26,48 @@ from rhc.settings.owners import Start
 from rhc.training.loaders import pristine
 
 ZERO_STEPS = 50
-"""Steps with frozen weights behind the hypergradient at α = 0."""
+"""Steps at constant weights of the hypergradient at α = 0."""
 
 DROP = 0.05
-"""The share of the objective by which the lrs from zero lower it, to first order."""
+"""Relative fall of the objective by the lrs from zero, to first order."""
 
 GREED = 1.5
-"""What the factor found is divided by: even a quarter of the run prefers an lr that is too high."""
+"""Divisor of the factor found: even a quarter of the run prefers an lr that is too high."""
 
 ADAPTIVE_GREED = 1 / 1.5
-"""The same for optimizers that divide by a second moment. Their probes are short beside the rise of
-lr and err to the other side: a language model wants twice the lr that a quarter of its run does."""
+"""The same for optimizers that divide by a second moment. Their probes are short beside the warm-up
+and err to the other side: a language model wants twice the lr that a quarter of its run does."""
 
 FEWEST, LEAST = 10, 5
-"""Steps of a probe, at least: fewer say little, and cost little anyway. Where the budget does not
-allow these, the second number; where it does not allow that either, there is no probe."""
+"""Minimal steps of a probe, as fewer show little and save little; the second where the budget does
+not allow the first. Below that, there is no probe."""
 
 FEWEST_OF_STAGE = 3
-"""Probes that a stage must have room for: one at the best lr so far, and one on either side."""
+"""Probes that a stage must afford: one at the best lr so far and one on either side."""
 
 LEARNED = 0.1
-"""The share by which a loss must lie below that of shorter rolls to show that something is learned.
-What is learned in the first steps may be no more than the mean of the targets."""
+"""Relative fall below the loss of shorter rolls that shows learning, which in the first steps may
+be no more than the mean of the targets."""
 
 ERRORS = 2.0
-"""And the number of standard errors of the difference, over the batches that both are judged on."""
+"""The fall must also exceed this many standard errors of the difference over common batches."""
 
 LONGER_ROLLS, LONGER = 4, 1.5
-"""Where nothing is learned: rolls as long as the budget has room for four of them, if these are
-longer than any before by this factor."""
+"""Where nothing is learned: as many rolls as this, as long as the budget allows, if that is longer
+than any before by this factor."""
 
 LONGER_STEP = 3.0
-"""The factor between their lrs; less where the lr that was given and the highest that does no harm
-are near each other: then one lies between them."""
+"""Factor between the lrs of longer rolls; less where the given and the highest harmless lr are
+close, so that one lies between them."""
 
 LONGER_DIVERGED = 50.0
-"""These diverge where their loss exceeds so many times the first: nothing else was learned, there
-are but a few, and a first loss can be low by chance."""
+"""Longer rolls diverge above this times the first loss, since that one may be low by chance and
+there are few rolls."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Probes of `share` of the run's steps, at lrs a factor apart, `farthest` moves to one side at
-    most."""
+    """Probes of `share` of the run's steps, a factor apart, at most `farthest` to one side."""
 
     share: float
     factor: float
@@ -81,8 +75,8 @@ class Stage:
 
 
 STAGES = (Stage(0.025, 10.0, 12), Stage(0.1, 3.0, 4), Stage(0.25, 2.0, 2))
-"""Short probes find the decade, long ones the factor of two: short ones alone prefer an lr that is
-too high, and what early greed costs cannot be undone."""
+"""Short probes find the decade, long ones the factor of two. Short ones alone prefer an lr that is
+too high, and the harm cannot be undone."""
 
 
 def zero_lrs(
@@ -90,12 +84,12 @@ def zero_lrs(
 ) -> list[float] | None:
     """Every group's lr from dJ/dα at α = 0; None where no group's lr lowers the objective.
 
-    gradient: (K, G) dJ/dα_t of every step and group. value: J there. sizes: n_i, trainable
-    parameters per group. own: the groups' lrs as the optimizer has them; a group at 0 stays there.
+    gradient: (K, G) dJ/dα_ti. value: J there. sizes: n_i, parameters per group. own: the
+    optimizer's lrs; a group at 0 stays there.
 
-    α_i = DROP √n_i / (s_i Σ_j √n_j) with s_i = −Σ_t dJ/dα_ti / |J|: every group lowers J by a share
-    that goes by its size, whatever units it is written in. A group whose own lr would raise the
-    objective gets the lowest of the others.
+    α_i = DROP √n_i / (s_i Σ_j √n_j), s_i = −Σ_t dJ/dα_ti / |J|: every group lowers J by a share
+    that goes by its size, in any units. A group whose lr would raise J gets the lowest of the
+    others.
     """
     slopes = (-gradient.sum(0) / max(abs(value), 1e-12)).tolist()
     active = [i for i, lr in enumerate(own) if lr != 0 and sizes[i]]
@@ -123,12 +117,12 @@ def probe(
     """The common factor on all lrs; None where no probe is finite.
 
     judge(n, factor): the loss after n steps at `factor` times the lrs, inf where they diverge;
-    raises NoRoom instead of a roll that costs too much. steps: of the run. lowest, highest: between
-    which the factor must stay. longest(rolls): the steps of each of so many more rolls, at most.
+    raises NoRoom where that costs too much. longest(rolls): affordable steps for each of so many
+    more rolls.
 
-    Every stage begins at the best factor so far, looks at both sides, and goes on to the better one
-    until it is passed. Through the last three losses goes a parabola in log lr. A stage for which
-    there is no room takes shorter rolls, and none where they would be shorter than those before.
+    Every stage starts at the best factor so far, tries both sides and descends until the minimum is
+    passed; a parabola in log lr goes through the last three losses. A stage beyond the budget takes
+    shorter rolls, or none if they would be shorter than those before.
     """
     centre, before = 1.0, min(LEAST, steps)
     for number, stage in enumerate(stages):
@@ -170,7 +164,7 @@ def probe(
 
 
 def _lowest(at: Callable[[int], float], farthest: int) -> int:
-    """Where `at` is lowest, downhill from 0; what is infinite lies above everything else."""
+    """The index of the minimum of `at`, downhill from 0; infinite values count as highest."""
     k = 0
     while not math.isfinite(at(k)) and k > -farthest:
         k -= 1
@@ -182,7 +176,7 @@ def _lowest(at: Callable[[int], float], farthest: int) -> int:
 
 
 def _vertex(left: float, middle: float, right: float) -> float:
-    """The place of the minimum of the parabola through three losses at -1, 0, 1; within ±1/2."""
+    """The minimum of the parabola through losses at -1, 0, 1, within ±1/2."""
     curvature = left - 2 * middle + right
     if not math.isfinite(curvature) or curvature <= 0:
         return 0.0
@@ -193,11 +187,8 @@ def _vertex(left: float, middle: float, right: float) -> float:
 
 
 def find_first_lr(fit: Fit, start: Start) -> None:
-    """Searches the first lr, from 0 or from the optimizer's own, and plans the run from it.
-
-    What was tried is in start.jsonl, so that a run that is resumed at step 0 finds the same.
-    Raises DivergedError where no probe is finite.
-    """
+    """Searches the first lr and plans the run from it; DivergedError where no probe is finite.
+    Trials are kept in start.jsonl, so that a run resumed at step 0 finds the same lr."""
     state, train_loader = fit.state, fit.data.train_loader
     search = LrSearch(fit)
     with preserved(), pristine(train_loader):
@@ -216,7 +207,7 @@ def find_first_lr(fit: Fit, start: Start) -> None:
 
 
 class LrSearch:
-    """What trial rolls say of the first lr. rolls: those at an lr above 0, in order."""
+    """What trial rolls say about the first lr. rolls: those at an lr above 0, in order."""
 
     def __init__(self, fit: Fit) -> None:
         self.fit, self.trials = fit, Trials(fit)
@@ -224,18 +215,20 @@ class LrSearch:
         self.rolls: list[Trial] = []
 
     def find(self, start: Start) -> Tensor | None:
-        """The lr of step 0, (), or (G,) per parameter group; None where nothing is finite."""
+        """The lr of step 0, () or (G,); None where nothing is finite."""
         base, own = self.given, self.fit.plant.controls.own["lr"]
         if start == "zero":
             base = self._from_zero(base)
-        elif len(own) > 1 and len(set(own)) == 1 and own[0] > 0:  # nobody has chosen a ratio
+        elif (
+            len(own) > 1 and len(set(own)) == 1 and own[0] > 0
+        ):  # the ratio is not the user's choice
             ratio = self._from_zero(base)
             base = base.max() * ratio / ratio.max()
-            # The search begins where the least of them is within its bounds.
+            # Start where the smallest lr is within its bounds.
             base = base * max(1.0, CONTROLS["lr"].lower / float(base[base > 0].min()))
         factor = self._factor(base)
         if factor is None:
-            # Where the first loss is by chance among the lowest, all others are above the limit.
+            # A first loss that is low by chance would put all others above the limit.
             self.trials.limit = None
             factor = self._factor(base)
         if factor is None:
@@ -252,11 +245,11 @@ class LrSearch:
         return found if self._learned() else self._by_longer_rolls(found)
 
     def _from_zero(self, given: Tensor) -> Tensor:
-        """The lrs at which the objective falls by DROP; as given where it does not fall at all, or
-        there is no room to see it."""
+        """The lrs at which the objective falls by DROP; `given` where it does not fall, or the
+        budget does not allow the hypergradient."""
         trials, plant = self.trials, self.fit.plant
         steps = math.floor(min(ZERO_STEPS, trials.steps, trials.room / 4))
-        # What it finds has to be looked at by probes.
+        # Its result must be probed.
         probes = FEWEST_OF_STAGE * (min(LEAST, trials.steps) + trials.share / 3)
         if steps < 1 or steps + trials.share + probes > trials.room:
             return given
@@ -293,11 +286,8 @@ class LrSearch:
     # Where nothing is learned ---------------------------------------------------------------------
 
     def _learned(self) -> bool:
-        """Whether longer rolls learned what shorter ones had not.
-
-        The shortest ones say so only where there are no longer ones: a loss that falls at first and
-        then no more has found the mean of the targets, and that at any lr.
-        """
+        """Whether longer rolls learned more than shorter ones; without any, the shortest decide. A
+        loss that only falls at first may have found the mean of the targets, which any lr does."""
         lengths = sorted({trial.steps for trial in self._finite()})
         for n in lengths:
             shorter = [trial for trial in self._finite() if 2 * trial.steps <= n]
@@ -312,10 +302,8 @@ class LrSearch:
         return False
 
     def _below(self, a: Trial, b: Trial, least: float = 0.0) -> bool:
-        """Whether the loss of a lies below that of b by more than noise, and by the share `least`.
-
-        Of single batches the noise is not known; there the share is `LEARNED` at least.
-        """
+        """Whether a's loss is below b's by more than noise, and by the share `least`. With single
+        batches the noise is unknown, and the share is `LEARNED` at least."""
         x, y, error = a.batches, b.batches, 0.0
         if min(len(x), len(y)) < 2:
             least = max(least, LEARNED)
@@ -329,12 +317,11 @@ class LrSearch:
         return [trial for trial in self.rolls if math.isfinite(trial.loss)]
 
     def _best(self, n: int) -> Trial:
-        """The roll of n steps that ended lowest."""
         return min((trial for trial in self.rolls if trial.steps == n), key=_loss)
 
     def _by_longer_rolls(self, found: Tensor) -> Tensor:
-        """The lr by longer rolls where short ones, which say `found`, learned nothing; else the one
-        that was given."""
+        """The lr by longer rolls where short ones, which found `found`, learned nothing; else the
+        given."""
         before = max(trial.steps for trial in self.rolls)
         highest = self._highest()
         n = self.trials.longest(LONGER_ROLLS)
@@ -354,7 +341,7 @@ class LrSearch:
                 f"{n} steps lr is {_words(lr)}"
             )
             return lr
-        # What was given stays unless it was seen to do worse than what was found.
+        # The given lr stays unless a roll showed it to be worse.
         given = [trial for trial in self.rolls if trial.asked == self.given.tolist()]
         last = max(given, key=lambda trial: trial.steps, default=None)
         worse = last is not None and (
@@ -369,7 +356,7 @@ class LrSearch:
         return lr
 
     def _best_of_longer(self, n: int, highest: Tensor) -> Tensor:
-        """The lr that rolls of n steps find, around the better of the given and the highest one."""
+        """The lr that rolls of n steps find around the better of the given and the highest one."""
         with contextlib.suppress(NoRoom):
             centre = self._best(n).lr
             apart = math.sqrt(float(highest.max() / self.given.max()))
@@ -377,7 +364,7 @@ class LrSearch:
             if not 1.2 <= step <= LONGER_STEP:
                 step = LONGER_STEP
             _lowest(lambda k: self._roll(n, centre * step**k).loss, 2)
-        # A longer run wants no higher lr than a roll: the lowest of the good ones.
+        # A run is longer than a roll and wants no higher lr: the lowest of the good ones.
         best, untrained = self._best(n), self.trials.untrained(n)
         good = [
             trial
@@ -389,8 +376,7 @@ class LrSearch:
         return min(good or [best], key=lambda trial: trial.highest).lr
 
     def _highest(self) -> Tensor:
-        """The highest lr that does no harm in the first steps: where a loss is flat, the fastest
-        way on."""
+        """The highest lr that does no harm in the first steps: the fastest where a loss is flat."""
         n = min(trial.steps for trial in self.rolls)
         harmful = [trial.highest for trial in self.rolls if self._harms(trial)]
         edge = min(harmful, default=math.inf)

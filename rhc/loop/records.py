@@ -1,4 +1,4 @@
-"""What is written of a run: the tape's rows, the lines of windows.jsonl, losses and the result."""
+"""Records of a run: rows of the tape, lines of windows.jsonl, losses and the result."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from rhc.training.evaluate import TRAIN_BATCHES, UNSIZED_BATCHES, Losses, at_ave
 from rhc.training.loaders import loader_preserved
 
 PER_EXAMPLE = "example_"
-"""Metrics that begin so have a value per example: they are a LossSampler's, and not of the tape."""
+"""Prefix of metrics with a value per example: for a LossSampler, not for the tape."""
 
 # The tape -----------------------------------------------------------------------------------------
 
 
 def tape_rows(attempt: Attempt, commit: int) -> list[dict[str, Any]]:
-    """The tape's lines of the attempt's steps up to `commit`."""
+    """The tape's rows of the attempt's steps up to `commit`."""
     trajectory = attempt.trajectory
     assert trajectory is not None
     n = commit - attempt.schedule.start
@@ -44,7 +44,7 @@ def tape_rows(attempt: Attempt, commit: int) -> list[dict[str, Any]]:
         for name, values in controls.items():
             row[name] = values[i]
         for name, value in trajectory.metrics[i].items():
-            # A metric called "loss" or "lr" does not take the place of the loop's own.
+            # A metric called "loss" or "lr" must not replace the loop's own.
             if name not in row and not name.startswith(PER_EXAMPLE):
                 row[name] = finite(_number(value))  # as it will be read back
         rows.append(row)
@@ -52,7 +52,6 @@ def tape_rows(attempt: Attempt, commit: int) -> list[dict[str, Any]]:
 
 
 def _numbers(values: Sequence[float | Tensor]) -> list[float]:
-    """The values on the host, which waits once for all that are tensors."""
     tensors = [v for v in values if isinstance(v, Tensor)]
     moved = iter(torch.stack(tensors).double().tolist() if tensors else [])
     return [next(moved) if isinstance(v, Tensor) else v for v in values]
@@ -70,11 +69,11 @@ def _number(value: Tensor) -> float | list[Any]:
 def record(
     fit: Fit, attempt: Attempt, outcome: str, reason: str | None, compared: Attempt | None = None
 ) -> None:
-    """A line of windows.jsonl: an attempt, what became of it, and what it was compared with."""
+    """Adds a line to windows.jsonl: an attempt, its outcome, and what it was compared with."""
     line = _line(fit.state.cost.windows, attempt, outcome, reason, compared)
     fit.state.windows.append(line)
     if fit.directory is not None:
-        fit.directory.windows.append([line])  # on the disk with the next save
+        fit.directory.windows.append([line])  # written with the next save
     fit.events.emit(WindowAttempted(line))
 
 
@@ -115,10 +114,8 @@ def _line(
 
 
 def smoothness(measured: float | None, predicted: float | None) -> float | None:
-    """Measured change of J over the first-order prediction: 1 where the linear model holds.
-
-    Below 0 the objective rose where it should have fallen. None where there is no such ratio.
-    """
+    """Measured change of J over the first-order prediction: 1 where the linear model holds, < 0
+    where the objective rose instead."""
     if measured is None or not predicted or not math.isfinite(measured + predicted):
         return None
     return measured / predicted
@@ -128,7 +125,7 @@ def smoothness(measured: float | None, predicted: float | None) -> float | None:
 
 
 def validation_losses(fit: Fit) -> Losses:
-    """The mean loss and metrics of the live weights; a batch costs a third of a gradient."""
+    """Mean loss and metrics of the live weights; a batch costs a third of a gradient."""
     state, loader = fit.state, fit.data.val_loader
     found = evaluate(fit.plant, loader)
     assert found is not None and loader is not None
@@ -143,7 +140,6 @@ def validation_losses(fit: Fit) -> Losses:
 
 
 def final_result(fit: Fit) -> dict[str, Any]:
-    """The content of result.json: the final and the averaged weights, evaluated."""
     plant, state, data = fit.plant, fit.state, fit.data
 
     def evaluated() -> dict[str, Losses | None]:
@@ -175,7 +171,7 @@ def final_result(fit: Fit) -> dict[str, Any]:
 
 
 def _smoothness_summary(windows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Over all attempts that have a smoothness: its median, and the share of those above 0."""
+    """Median smoothness of all attempts that have one, and the share above 0."""
     values = [w["smoothness"] for w in windows if w.get("smoothness") is not None]
     if not values:
         return {"median": None, "share_positive": None}

@@ -1,4 +1,4 @@
-"""What a fit ends with."""
+"""The result of a fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rhc.schedule import Schedule
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a fit ended with. record: the content of result.json."""
+    """The result of a fit. record: the content of result.json."""
 
     schedule: Schedule
     record: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Shift detection: whether the data change within a window, and what is done about it."""
+"""Shift detection: whether the data change within a window, and the reaction to it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from rhc.schedule.planned import PlannedSchedule
 from rhc.training.plant import PATIENCE
 
 REMEMBERED = 50
-"""Committed steps whose losses a window is compared with, to see whether the data changed."""
+"""Committed steps whose losses a window is compared with."""
 
 FEWEST = 20
-"""Committed steps that say enough of how losses spread."""
+"""Committed steps needed to estimate the spread of losses."""
 
 
 def adapt_to_shift(fit: Fit, window: Window, attempt: Attempt) -> Attempt:
-    """Sees whether the window's losses have risen. Then the window ends there, or, at its first
-    steps, the base schedule is restarted if that is not worse. An attempt whose end is live."""
+    """The attempt after a test for a shift: cut where losses rise, or, if that is in its first
+    steps, with the base schedule restarted unless that is worse. Its end is live."""
     rule, step = fit.rule, _shift_of(fit, attempt)
     if step is None or not affords(fit, window, len(rule.restart) + 4, reverse_passes=1):
         return attempt
@@ -38,7 +38,7 @@ def adapt_to_shift(fit: Fit, window: Window, attempt: Attempt) -> Attempt:
 
 
 def _shift_of(fit: Fit, attempt: Attempt) -> int | None:
-    """The step from which losses are higher than those committed lately."""
+    """The step from which losses exceed those committed lately."""
     state, errors = fit.state, fit.rule.surprise
     if not fit.rewrites or errors is None or attempt.trajectory is None:
         return None
@@ -50,13 +50,11 @@ def _shift_of(fit: Fit, attempt: Attempt) -> int | None:
 
 
 def rise(before: Sequence[float], losses: Sequence[float], errors: float) -> int | None:
-    """The first of `losses` at which they have risen above what they were before; None for none.
+    """The index in `losses` at which they rose above `before`; None for none.
 
-    They have where the mean of some block of a tenth of their number, five at least, lies `errors`
-    of its standard errors and a tenth above the mean of `before`, and all but a fifth of the block
-    a standard deviation: one outlier is no shift. The spread is that of `before`.
-    Multiplying all losses by a number changes nothing. Fewer than `FEWEST` losses before say too
-    little of their spread.
+    Some block of a tenth of them, at least five, must have a mean `errors` of its standard errors
+    and 10 % above that of `before`, and all but a fifth of it must lie a standard deviation above:
+    one outlier is no shift. The spread is that of `before`, if it has `FEWEST` losses.
     """
     if len(before) < FEWEST or not losses:
         return None
@@ -72,12 +70,12 @@ def rise(before: Sequence[float], losses: Sequence[float], errors: float) -> int
     high = next((i for i in places if risen(losses[i : i + block])), None)
     if high is None:
         return None
-    # The block that is first above the bar may have begun before the rise.
+    # The first block above the threshold may start before the rise.
     return next((i for i in range(high, high + block) if losses[i] > bar), high)
 
 
 def _cut(fit: Fit, window: Window, rolled: Attempt, step: int) -> Attempt:
-    """The same way up to `step`, where the window ends now."""
+    """The same steps up to `step`, where the window now ends."""
     fit.events.notice(f"the losses rise at step {step}, and the window ends there")
     window.stop, window.commit, window.cut = step, step, True
     short = rolled.again(
@@ -91,7 +89,7 @@ def _cut(fit: Fit, window: Window, rolled: Attempt, step: int) -> Attempt:
 
 
 def _restart(fit: Fit, window: Window, rolled: Attempt, step: int) -> Attempt:
-    """The window with the base schedule restarted at `step`, unless it is better as planned."""
+    """The window with the base schedule restarted at `step`, unless the plan is better."""
     rule, state = fit.rule, fit.state
     if rolled.hypergradient is None:
         restore(fit, window, rolled)

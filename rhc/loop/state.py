@@ -1,4 +1,4 @@
-"""What changes during a fit, in one record, and what a window is gone through in."""
+"""What changes during a fit, in one record; windows, and attempts at them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from rhc.training.snapshot import Snapshot
 from rhc.training.trajectory import Trajectory
 
 AVERAGE_EVERY = 5
-"""The average behind the `average_…` results is of every fifth committed iterate, counted from the
-last one. Taking all in would cost a small model 8 % of its time, for the same weights."""
+"""The average behind the `average_…` results takes every fifth committed iterate, counted from the
+last one: all of them would cost a small model 8 % of its time, for the same weights."""
 
 AVERAGE_DECAY = 0.95
-"""Of that average, from one such iterate to the next: 0.99 a step."""
+"""Decay between two such iterates: 0.99 per step."""
 
 
 @dataclass
@@ -40,7 +40,6 @@ class Cost:
     peak_memory_bytes: int = 0
 
     def gradients(self, count: float) -> None:
-        """Counts `count` gradient evaluations."""
         self.gradient_evaluations += count
         self.gradient_equivalents += count
 
@@ -54,12 +53,9 @@ class Cost:
 
 @dataclass
 class Patience:
-    """Which windows are differentiated, by what that was worth before.
-
-    after_shift: since the data changed, and until a window is unhelpful again, windows are
-    differentiated also beyond the rule's `until`. data_since: the step from which the data are as
-    they are.
-    """
+    """Which windows are differentiated, by the gain of earlier rewrites. after_shift: since a
+    shift, until a window is unhelpful, windows beyond the rule's `until` are differentiated too.
+    data_since: the step of the last shift."""
 
     unhelpful_windows: int = 0
     windows_to_skip: int = 0
@@ -69,7 +65,7 @@ class Patience:
 
 @dataclass
 class AntitheticSearch:
-    """Where the search of a `Twin` stands: its next step in log lr, and where the last one led."""
+    """State of a `Twin`: its next step in log lr, and the direction of the last one."""
 
     delta: float = Twin.first
     upwards: bool | None = None
@@ -77,11 +73,8 @@ class AntitheticSearch:
 
 @dataclass
 class ReplayCheck:
-    """Whether a step that is taken again gives the same, which is looked at once.
-
-    first: the window's start, and the loss and gradient norm of its first step. deviation: how the
-    step differed.
-    """
+    """Whether a repeated step gives the same result, checked once. first: the window's start, and
+    its first step's loss and gradient norm."""
 
     done: bool = False
     first: tuple[int, Tensor] | None = None
@@ -90,13 +83,11 @@ class ReplayCheck:
 
 @dataclass
 class State:
-    """Where a run stands: everything that changes from window to window, but for the plant.
+    """Everything that changes from window to window, except the plant.
 
-    schedule: planned from `step` on. first_lr: () or (G,), what the base schedule begins with.
-    reference: (mean loss of the last committed window, first loss of the run). correction: what
-    rewriting has moved the schedule ahead by, in raw coordinates. live: the attempt at whose end
-    the plant stands. validation_batches: of val_loader, once they are counted. result: of a run
-    that is finished.
+    schedule: planned from `step` on. first_lr: () or (G,). reference: (mean loss of the last
+    window, first loss of the run). correction: shift of the schedule ahead by rewrites, in raw
+    coordinates. live: the attempt at whose end the plant stands. result: of a finished run.
     """
 
     steps: int
@@ -123,11 +114,11 @@ class State:
     seconds_before: float = field(default=0.0, init=False)
 
     def seconds(self) -> float:
-        """The run's time so far, with that of the processes before it was resumed."""
+        """Seconds of the run, with those before it was resumed."""
         return self.seconds_before + time.monotonic() - self.began
 
     def committed(self) -> Schedule:
-        """The controls of the steps so far, at least one, as the tape has them."""
+        """The controls of the steps so far, at least one, from the tape."""
         plan = self.schedule
         return Schedule(of_tape(self.tape, plan.names, "the tape"), 0, plan.seed)
 
@@ -142,12 +133,8 @@ class Moment:
 
 @dataclass
 class Window:
-    """Steps [start, stop) that are gone through until they are good, and committed up to `commit`.
-
-    before: the moment at its beginning; None where nothing is rewritten. differentiated: whether
-    its roll has a hypergradient. shift: the step at which its data change; cut: whether it was made
-    to end there. terminal: the terminal loss, once it is drawn (`rhc.loop.window_objective`).
-    """
+    """Steps [start, stop), committed up to `commit`. before: the moment at its start; None without
+    rewriting. shift: the step at which its data change; cut: whether it was ended there."""
 
     start: int
     stop: int
@@ -161,13 +148,12 @@ class Window:
 
 @dataclass
 class Attempt:
-    """One way through a window: its schedule, what it saw, and how it was judged.
+    """One roll of a window: its schedule, its observations and how it was judged.
 
-    first_outcome: how the hypergradient ended, before any remedy. value: J. rewrites: how many led
-    from the roll to here; scale: how far the next may go; last_gain, gain: the share by which J
-    fell by the last of them, and by all. guarded: whether a finite loss that is far too high is a
-    failure. plain: whether it went by the plain loop's own kernels. inside, end: the moments at the
-    step that is committed to, and at its end, where they are kept.
+    first_outcome: of the hypergradient, before any remedy. value: J. rewrites: how many led from
+    the roll to here; scale: of the next; last_gain, gain: relative fall of J by the last and by
+    all. guarded: whether a far too high loss is a failure. plain: whether by the plain loop's
+    kernels. inside, end: the moments at the commit and at the end, if kept.
     """
 
     number: int
@@ -190,5 +176,5 @@ class Attempt:
     end: Moment | None = field(default=None, init=False)
 
     def again(self, **changes: Any) -> Attempt:
-        """A way through the same window that is still to be gone, with these changes."""
+        """An attempt at the same window that is still to be rolled, with these changes."""
         return replace(self, **changes)

@@ -1,7 +1,4 @@
-"""Live steps through a window: plain, or recorded and then differentiated.
-
-While a window is gone through, nothing else moves the plant forward or back.
-"""
+"""Live steps through a window: plain, or recorded and differentiated."""
 
 from __future__ import annotations
 
@@ -27,23 +24,22 @@ from rhc.training.recovery import Deviation, out_of_memory, replay_deviation
 from rhc.training.trajectory import StepRecord, Trajectory
 
 DIVERGED = 4.0
-"""A window counts as diverged where its loss exceeds this times the loss that it began with, and
-this times the mean loss of the window before, and 1.5 times the run's first loss."""
+"""A window diverges where its loss exceeds this times its first loss, this times the mean loss of
+the window before, and 1.5 times the run's first loss."""
 
 EXPLODING_CLIP = 10.0
-"""Where costates explode, the reverse pass is taken once more with their norms clipped to this
-times the norm at the window's end, unless the run has a costate_clip of its own."""
+"""Where costates explode, the reverse pass is repeated with their norms clipped to this times the
+norm at the window's end, unless costate_clip is set."""
 
 
 def restore(fit: Fit, window: Window, attempt: Attempt) -> None:
-    """Goes back to the window's beginning, for the attempt's sake."""
     fit.announce("restore", attempt.schedule.start, attempt.schedule.stop, attempt.number)
     assert window.before is not None
     fit.go_back(window.before)
 
 
 def replay(fit: Fit, window: Window, attempt: Attempt) -> Attempt:
-    """The attempt, gone by plain steps from the window's beginning, with its J unless they fail."""
+    """The attempt, rolled by plain steps from the window's start, with its J unless they fail."""
     fit.announce("replay", attempt.schedule.start, attempt.schedule.stop, attempt.number)
     mean = Average(fit.objective.average)
     take_steps(fit, window, attempt, mean)
@@ -57,7 +53,7 @@ def replay(fit: Fit, window: Window, attempt: Attempt) -> Attempt:
 
 
 def take_steps(fit: Fit, window: Window, attempt: Attempt, mean: Average | None = None) -> None:
-    """The plain loop's steps through the attempt's window. mean: takes every iterate in."""
+    """Takes plain steps through the attempt's window. mean: updated with every iterate."""
     trajectory = fit.plant.roll(
         attempt.batches,
         attempt.schedule,
@@ -70,10 +66,8 @@ def take_steps(fit: Fit, window: Window, attempt: Attempt, mean: Average | None 
 
 
 def take_recorded_steps(fit: Fit, window: Window, attempt: Attempt) -> None:
-    """Steps through the attempt's window, and its hypergradient and J unless they fail.
-
-    Where memory does not suffice, later reverse passes do with less of it.
-    """
+    """Takes recorded steps through the window; adds hypergradient and J unless they fail. Where
+    memory runs out, later reverse passes use less."""
     reverse_pass, terminal = fit.state.reverse_pass, terminal_loss(fit, window)
     assert reverse_pass is not None
     unseen: str | None = None
@@ -90,7 +84,7 @@ def take_recorded_steps(fit: Fit, window: Window, attempt: Attempt) -> None:
             attempt.plain = not recorder.plan.graphs
             _observe(fit, attempt, recorder.trajectory)
             if attempt.failure is None:
-                # The next window may go on from the roll's random state.
+                # The next window may continue from the roll's random state.
                 with preserved():
                     _differentiate(fit, attempt, recorder, mean, terminal)
     except Unseen as error:
@@ -99,7 +93,7 @@ def take_recorded_steps(fit: Fit, window: Window, attempt: Attempt) -> None:
         if not out_of_memory(error) or fit.plant.ranks is not None:
             raise
         attempt.out_of_memory = True
-    if attempt.out_of_memory:  # out of the handler, whose traceback holds what there was
+    if attempt.out_of_memory:  # outside the handler, whose traceback keeps the graphs alive
         attempt.hypergradient, attempt.trajectory, fit.state.live = None, None, None
         _fall_back(fit, attempt, unseen)
 
@@ -111,7 +105,7 @@ def _differentiate(
     mean: Average,
     terminal: HeldOutLoss | None,
 ) -> None:
-    """The hypergradient and J of a recorded roll whose end is the live state."""
+    """Adds hypergradient and J of a recorded roll, whose end is the live state."""
     assert fit.reverse_passes is not None
     clip = fit.reverse_passes.damping.clip
     h = _reverse_pass(fit, recorder, mean, terminal, clip)
@@ -130,7 +124,6 @@ def _reverse_pass(
     terminal: HeldOutLoss | None,
     clip: float | None,
 ) -> Hypergradient:
-    """A reverse pass, on the ledger."""
     assert fit.reverse_passes is not None and fit.state.reverse_pass is not None
     damping, cost = replace(fit.reverse_passes.damping, clip=clip), fit.state.cost
     h = fit.state.reverse_pass.differentiate(recorder, mean, terminal, damping)
@@ -150,7 +143,7 @@ def _check_value(attempt: Attempt) -> None:
 
 
 def _on_step(fit: Fit, window: Window, attempt: Attempt) -> Callable[[int, StepRecord], None]:
-    """What is done after every step; keeps the moment at the window's `commit` if it is inside."""
+    """The callback after every step; keeps the moment at `commit` if it is inside the window."""
     state, events, schedule = fit.state, fit.events, attempt.schedule
     steps, commit, rewrites = state.steps, window.commit, fit.rewrites
     parameters = fit.plant.parameters
@@ -170,7 +163,7 @@ def _on_step(fit: Fit, window: Window, attempt: Attempt) -> Callable[[int, StepR
 
 
 def _limit(fit: Fit, attempt: Attempt) -> Callable[[float], float]:
-    """The first loss of a roll -> the loss above which it counts as diverged."""
+    """First loss of a roll -> the loss above which it counts as diverged."""
 
     def limit(first: float) -> float:
         lately, ever = fit.state.reference or (first, first)
@@ -182,7 +175,6 @@ def _limit(fit: Fit, attempt: Attempt) -> Callable[[float], float]:
 
 
 def _observe(fit: Fit, attempt: Attempt, trajectory: Trajectory) -> None:
-    """What a roll has come to."""
     attempt.trajectory = trajectory
     fit.state.live = attempt
     fit.state.cost.gradients(len(trajectory))
@@ -197,11 +189,8 @@ def _observe(fit: Fit, attempt: Attempt, trajectory: Trajectory) -> None:
 
 
 def _check_replay(fit: Fit, attempt: Attempt) -> None:
-    """Whether a step that is taken again is the same: once, in the first window that has one.
-
-    The first loss and gradient of two ways through a window depend on where it begins alone, so
-    that this costs nothing unless they differ.
-    """
+    """Compares a repeated step with its first run, in the first window that repeats one. A window's
+    first step depends on its start alone, so that the check is free unless they differ."""
     check, trajectory = fit.state.replay, attempt.trajectory
     if check.done or not attempt.plain or not trajectory:
         return
@@ -227,7 +216,7 @@ def _check_replay(fit: Fit, attempt: Attempt) -> None:
 
 
 def _fall_back(fit: Fit, attempt: Attempt, unseen: str | None) -> None:
-    """Makes the next reverse passes do with less memory. unseen: why none is possible at all."""
+    """Makes later reverse passes use less memory. unseen: why none is possible at all."""
     plant, state = fit.plant, fit.state
     plant.optimizer.zero_grad()
     if unseen is not None:
@@ -235,7 +224,7 @@ def _fall_back(fit: Fit, attempt: Attempt, unseen: str | None) -> None:
         attempt.failure = f"not looked back at: {unseen}"
         fit.events.tell(f"windows are not rewritten from now on: {unseen}")
         return
-    # What an exception cut off is in cycles: without this the next plain step failed as well.
+    # What an exception leaves is in cycles; without this the next plain step ran out of memory too.
     gc.collect()
     trim()
     if plant.parameters[0].device.type == "cuda":

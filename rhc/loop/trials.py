@@ -1,4 +1,4 @@
-"""Trials: rolls from a run's initial state, which is put back after each, and their records."""
+"""Trial rolls from a run's initial state, which is restored after each, and their records."""
 
 from __future__ import annotations
 
@@ -24,29 +24,26 @@ from rhc.training.batches import StepBatches
 from rhc.training.objective import Average
 
 MOST_BATCHES, FEWEST_BATCHES = 16, 4
-"""Validation batches that rolls are judged on, at most; in short runs down to the second."""
+"""Validation batches that judge a roll, at most; in short runs as few as the second."""
 
 COOLDOWN = 0.3
-"""Every roll ends with a virtual cooldown: the share of its steps in which lr falls to 0."""
+"""Share of a roll's steps, at its end, in which lr falls to 0."""
 
 DIVERGED = 2.0
-"""A roll diverges where its loss exceeds this times the loss that it began with."""
+"""A roll diverges where its loss exceeds this times its first."""
 
 PART = 1000
-"""Steps that are rolled at once: a roll keeps a kilobyte a step."""
+"""Steps rolled at once: a roll keeps a kilobyte per step."""
 
 
 class NoRoom(Exception):
-    """What the search may take is spent."""
+    """The budget of the search is spent."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of a roll.
-
-    asked: the highest lr of its steps, or of every group's. loss: after it, inf where it diverged.
-    batches: the loss on each batch that it was judged on.
-    """
+    """The result of a roll. asked: the highest lr of its steps, () or per group. loss: at its end,
+    inf where it diverged. batches: the loss on each batch that judged it."""
 
     steps: int
     asked: float | list[float]
@@ -59,37 +56,31 @@ class Trial:
 
     @property
     def highest(self) -> float:
-        """Of the parameter groups."""
         return float(self.lr.max())
 
 
 class Trials:
-    """Takes rolls, within `room`, and remembers them; those of a search that was cut short are
-    taken from start.jsonl.
-
-    gradients: gradient evaluations that were taken. fixed: whether all rolls are judged on the same
-    batches, those of val_loader; where not, on the batches after the roll, `share` of a training
-    batch each time. limit: a roll diverges where its loss exceeds this times the first; None for
-    never.
-    """
+    """Takes rolls within `room` and records them; those in start.jsonl are not repeated. fixed:
+    whether all rolls are judged on the same batches of val_loader; else on those after the roll,
+    `share` of a training batch each. limit: divergence as a multiple of the first loss."""
 
     def __init__(self, fit: Fit) -> None:
         self.fit, self.plant, self.steps = fit, fit.plant, fit.state.steps
         data, objective = fit.data, fit.objective
         self.planned = fit.base.unshaped(self.steps)
-        # At lr 0 nothing moves: training losses say no more than the held-out one.
+        # At lr 0 nothing moves: training losses add nothing to the held-out one.
         alone = bool(objective.terminal_weight)
         self.objective = replace(objective, loss_weight=0.0) if alone else objective
         self.stream = StepBatches(
             data.train_loader, isolated=True, device=data.train.device, accumulate=data.accumulate
         )
         self.stream.seek(data.train.position(0))  # the run's own first batches
-        # So few that judging is cheap beside rolling.
+        # Few, so that judging costs little beside rolling.
         self.count = min(MOST_BATCHES, max(FEWEST_BATCHES, self.steps // 5))
         self.validation = self._validation_batches()
         self.fixed = bool(self.validation)
         self.share = self._held_out(0).share if self.fixed else self.count * data.accumulate
-        # Less what the untrained loss takes, where it is needed.
+        # Less the cost of the untrained loss, where it is needed.
         self.room = search_budget(fit) - 2 * self.share / 3
         self.gradients = 0.0
         self.limit: float | None = DIVERGED
@@ -100,19 +91,18 @@ class Trials:
         self._before = self.plant.snapshot()
 
     def longest(self, rolls: int) -> int:
-        """The steps of each of so many more rolls for which there is room, at most the run's."""
+        """Affordable steps for each of `rolls` more rolls, at most the run's."""
         room = (self.room - self.gradients) / rolls - self.share / 3
         return math.floor(min(room, self.steps))
 
     def roll(self, n: int, lr: Tensor) -> Trial:
-        """n steps, with these highest lrs; raises NoRoom."""
         asked = {"kind": "probe", "steps": n, "from": lr.tolist()}
         if self.limit != DIVERGED:
             asked["limit"] = self.limit
         return _trial(self._record(asked, lambda: self._loss_after(n, lr), self.share / 3))
 
     def untrained(self, n: int) -> Trial:
-        """No step, judged by what a roll of n steps is judged by."""
+        """No steps, judged like a roll of n steps."""
         n = 0 if self.fixed else n
         asked = {"kind": "untrained", "steps": n, "from": 0.0}
         return _trial(self._record(asked, lambda: self._judged(n)))
@@ -120,7 +110,7 @@ class Trials:
     def from_zero(
         self, n: int, lrs: Callable[[Hypergradient], list[float] | None]
     ) -> list[float] | None:
-        """What `lrs` makes of the hypergradient of n steps at lr 0."""
+        """`lrs` of the hypergradient of n steps at lr 0."""
         own = self.plant.controls.own["lr"]
         asked = {"kind": "zero", "steps": n, "from": own}
 
@@ -136,11 +126,8 @@ class Trials:
         attempt: Callable[[], tuple[dict[str, Any], float]],
         judging: float | None = None,
     ) -> dict[str, Any]:
-        """A line of start.jsonl; from those that are known, if it is there.
-
-        attempt: gives what came out, and its cost. judging: gradient evaluations that are needed
-        beside its steps; None for what there is always room for. Raises NoRoom.
-        """
+        """A line of start.jsonl, read if there, else made by `attempt` -> (result, its cost).
+        judging: evaluations needed beside its steps; None to ignore the budget. Raises NoRoom."""
         key = _key(asked)
         if key in self._taken:
             return self._taken[key]
@@ -171,7 +158,7 @@ class Trials:
             return reverse_pass.differentiate(recorder, mean, terminal), n + terminal.share
 
     def _loss_after(self, n: int, highest: Tensor) -> tuple[dict[str, Any], float]:
-        # As long a rise as the run's, but in a short roll no more than its third.
+        # Warm-up as long as the run's, but at most a third of a roll.
         rise = min(self.fit.base.warmup * self.steps / n, 1 / 3)
         most, losses, diverged = self.limit, array("d"), False
         batches = self._batches(n)
@@ -197,7 +184,7 @@ class Trials:
         return {"course": _course(losses), **found}, n + cost
 
     def _judged(self, n: int) -> tuple[dict[str, Any], float]:
-        """(the live model's loss after n steps, of all batches and of each, what it cost)."""
+        """(loss of the live model after n steps, in total and per batch; its cost)."""
         held_out = self._held_out(n)
         with torch.no_grad():
             losses = held_out.each()
@@ -210,7 +197,7 @@ class Trials:
     # Data -----------------------------------------------------------------------------------------
 
     def _validation_batches(self) -> list[Any]:
-        """The batches that all rolls are judged on: the first ones that the run's windows are."""
+        """The batches that judge all rolls: those of the run's first windows."""
         data = self.fit.data
         if data.val_loader is None or not isinstance(self.objective.batches, int):
             return []
@@ -228,11 +215,9 @@ class Trials:
         return judged
 
     def _held_out(self, n: int) -> HeldOutLoss:
-        """The loss that judges a roll of n steps."""
         return held_out_loss(self.plant, self.validation or self.stream.take(n, n + self.count))
 
     def _batches(self, n: int) -> Iterator[Any]:
-        """The first n batches of the run, a few at a time."""
         self.stream.seek(self._first)
         for start in range(0, n, 32):
             stop = min(start + 32, n)
@@ -257,7 +242,6 @@ _KINDS_OF = {
 
 
 def _key(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What was asked for."""
     lr = record["from"]
     asked = tuple(lr) if isinstance(lr, (list, tuple)) else lr
     return record["kind"], record["steps"], asked, record.get("limit", DIVERGED)
@@ -269,7 +253,7 @@ def _trial(record: Mapping[str, Any]) -> Trial:
 
 
 def _readable(record: Mapping[str, Any]) -> bool:
-    """Whether a line is one that was written whole; another is tried again."""
+    """Whether a line is complete; others are tried again."""
     kind = record.get("kind")
     known = _KINDS_OF.get(kind) if isinstance(kind, str) else None
     if known is None or misfit(record, known) or not known.keys() - _MAY_LACK <= record.keys():

@@ -1,8 +1,5 @@
-"""The update rule: from a hypergradient to a new schedule, how far to go and along which shapes.
-
-It only proposes. Whether a proposal is kept is decided by replaying the window with it, on the same
-batches, noise and objective data (common random numbers): `rhc.loop.windows`.
-"""
+"""The update rule: from a hypergradient to a proposed schedule. It only proposes:
+`rhc.loop.windows` decides by a replay with common random numbers."""
 
 from __future__ import annotations
 
@@ -19,22 +16,20 @@ from rhc.schedule.planned import PlannedSchedule
 from rhc.training.objective import Objective
 
 WARMUP = 0.1
-"""The share of the run in which lr rises, for optimizers that divide by a second moment: without it
-a small language model ends 0.14 nats higher. With plain SGD it gains nothing (docs/log.md)."""
+"""Share of the run in which lr rises, for optimizers that divide by a second moment: without it a
+small language model ends 0.14 nats higher. With plain SGD it gains nothing (docs/log.md)."""
 
 LEAVES_ZERO = 0.5
-"""A control at exactly 0 stays there unless the rule wants this share of its largest move."""
+"""A control at 0 stays there unless the rule wants this share of its largest move."""
 
 Shift = float | tuple[float, ...]
-"""By how much a control moves in raw coordinates; one number per group where it has such values."""
+"""Move of a control in raw coordinates; one number, or one per group."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A window's schedule, rewritten.
-
-    carry: control -> shift for the steps after the window. predicted: first-order change of J.
-    """
+    """A rewritten schedule of a window. carry: control -> shift for the steps after it. predicted:
+    first-order change of J."""
 
     schedule: Schedule
     carry: dict[str, Shift]
@@ -45,16 +40,14 @@ class Proposal:
 class Rewrite:
     """The update rule: a normalised step, per control and knot, in unconstrained coordinates.
 
-    Δ_k = −step · g_k / (|g_k| + damping / n), g_k = Σ_t B_tk dJ/du_t / |J| with B the n hat
-    functions of the knots: log J falls by about |g_k| per unit, so damping is the relative gain
-    below which the step shrinks. One knot moves the whole window alike. A control with values per
-    parameter group is as many controls, each moved by its own gradient; of those, one at 0 stays
-    there, and none comes down to it.
+    Δ_k = −step · g_k / (|g_k| + damping / n), g_k = Σ_t B_tk dJ/du_t / |J|, B the n hat functions
+    of the knots: log J falls by about |g_k| per unit. One knot moves the whole window alike.
+    Parameter groups move separately; a group at 0 stays there, and none reaches 0.
 
     Args:
         step: control -> largest move per rewrite (nats for log controls, logits for momentum).
         damping: relative gain below which a step shrinks.
-        knots: of the hat functions.
+        knots: number of hat functions.
         total_variation: weight of Σ|u_{t+1} − u_t| in the objective.
         retries: how often a rejected proposal is tried again, `shrink` times as far.
         shrink: factor on the step for each retry.
@@ -68,15 +61,15 @@ class Rewrite:
         carry: share of a correction that is left after each window; 1 to keep it for good.
         patience: windows in a row that were not worth rewriting before windows are skipped, twice
             as many each time; None to skip none.
-        surprise: standard errors by which the losses of a window must rise above those before it
-            for a shift of the data, after which windows are rewritten again; None for no such test.
-        restart: factors of the template's highest lr at which it is also tried from the step of a
-            shift on, without corrections. The best is taken unless it is worse than the window as
-            planned by the share `worth`: the window is short, and the lr is for what follows.
-        most: nats by which a rewritten lr may exceed the highest lr of the template; while the
-            template rises, the template.
-        budget: plain runs that the whole run may cost, with the search for the first lr; beyond it
-            windows are rolled plainly. Windows that diverge, and `validate_every`, come on top.
+        surprise: standard errors by which a window's losses must rise to be a shift of the data,
+            after which windows are rewritten again; None for no such test.
+        restart: factors of the template's highest lr at which it is tried from the step of a shift
+            on, without corrections. The best is taken unless it is worse than the plan by the share
+            `worth`: the window is short, and the lr is for what follows.
+        most: nats by which a rewritten lr may exceed the template's highest lr; in warm-up, the
+            template itself.
+        budget: plain runs that the whole run may cost, with the lr search; beyond it windows are
+            rolled plainly. Windows that diverge, and `validate_every`, come on top.
         lower_lr: factor on lr when a window diverges.
         rewinds: how often in a row lr is lowered, at most.
 
@@ -147,14 +140,13 @@ class Rewrite:
 
         Args:
             schedule: the window as rolled, K steps.
-            gradient: control -> dJ/du in natural units, of the shape of the schedule's values, (K,)
-                or (K, G), without the penalty's.
+            gradient: control -> dJ/du in natural units, (K,) or (K, G), without the penalty's.
             value: J.
             scale: factor on all steps.
 
         Returns:
-            The proposal. Controls whose gradient is 0 everywhere do not move, nor do those at
-            exactly 0 for less than `LEAVES_ZERO`.
+            The proposal. Controls without a gradient do not move, nor do those at 0 for less than
+            `LEAVES_ZERO`.
         """
         basis = hat_functions(len(schedule), self.knots)
         values: dict[str, Tensor] = {}
@@ -174,10 +166,8 @@ class Rewrite:
         return Proposal(new, carry, predicted)
 
     def bounded(self, new: Schedule, old: Schedule, highest: Tensor) -> Schedule:
-        """`new` with no lr above `most`, unless it was above it in `old`.
-
-        highest: what `most` is counted from, of the shape of the lrs or one for all steps.
-        """
+        """`new` with no lr above `highest` by more than `most` nats, unless it was so in `old`.
+        highest: (K,), (K, G), or one for all steps."""
         if "lr" not in new or not math.isfinite(self.most):
             return new
         ceiling = (highest * math.exp(self.most)).expand(new["lr"].shape)
@@ -205,10 +195,10 @@ class Rewrite:
         move = -self.step.get(name, 0.0) * scale * direction
         shift = basis @ move
         new = control.from_raw(raw + shift)
-        # What does not move keeps its bits, and 0 is left for a good reason only.
+        # What does not move keeps its bits, and 0 is left only by a large move.
         if of_group:
             held = (shift == 0) | (old == 0)
-            new = new.clamp(min=control.lower)  # 0 would be for ever
+            new = new.clamp(min=control.lower)  # 0 could not be left again
         else:
             least = LEAVES_ZERO * scale * self.step.get(name, 0.0)
             held = (shift == 0) | ((old == 0) & (shift < least))
@@ -231,7 +221,7 @@ class Twin(Rewrite):
     """Antithetic search: every window is replayed at lr e^δ and lr e^−δ, the better is kept.
 
     δ grows by half where the direction repeats and halves where it turns, within [0.02, 1.2].
-    Nothing is differentiated; one lr is moved, of all steps and groups alike.
+    Nothing is differentiated; lr moves alike for all steps and groups.
 
     Args:
         first: δ of the first window.
@@ -240,11 +230,9 @@ class Twin(Rewrite):
     first: float = 0.3
 
     def next_delta(self, delta: float, *, repeats: bool) -> float:
-        """δ of the next window."""
         return min(max(delta * (1.5 if repeats else 0.5), 0.02), 1.2)
 
     def twins(self, schedule: Schedule, delta: float) -> list[Proposal]:
-        """The window's schedule at a higher and at a lower lr."""
         return [
             Proposal(carried(schedule, schedule.start, {"lr": d}), {"lr": d}, math.nan)
             for d in (delta, -delta)
@@ -262,49 +250,42 @@ USUAL = Rewrite(
     most=0.4,
     budget=5.0,
 )
-"""The rule where the first lr was searched for. Corrections are small and fade; windows are
-rewritten while that is worth it, at the beginning and after a shift: docs/outcome.md."""
+"""The default rule with an lr search: corrections are small and fade, and windows are rewritten
+while that is worth it, at the beginning and after a shift (docs/outcome.md)."""
 
 
 def usual_law(start: str) -> Rewrite:
-    """The rule where none is given: `USUAL`, or far steps to the end where lr was given."""
+    """The default rule: `USUAL`, or, with a given lr, far steps to the end."""
     return Rewrite() if start == "given" else USUAL
 
 
 def usual_template(start: str, adaptive: bool, rewriting: bool) -> Template:
-    """The shape of lr where none is given. adaptive: whether the optimizer is an Adam."""
+    """The default shape of lr."""
     if start != "given":
         return "linear" if adaptive else "cosine"
     return "wsd" if rewriting else "constant"
 
 
 def usual_warmup(start: str, adaptive: bool) -> float:
-    """The fraction of the run over which lr rises, where none is given."""
+    """The default share of the run in which lr rises."""
     return WARMUP if adaptive and start != "given" else 0.0
 
 
 def usual_objective(start: str, window: int) -> Objective:
-    """What windows are judged by where nothing is said: a held-out loss at their averaged end.
-
-    Where the start was looked for, also the mean of their training losses, without which lrs rise
-    that only the average bears.
-    """
+    """The default objective: a held-out loss at the window's averaged end. After an lr search also
+    its mean training loss, without which lr rises to what only the average bears."""
     return Objective() if start == "given" else Objective(loss_weight=1 / window)
 
 
 def _columns(values: Tensor) -> Sequence[Tensor]:
-    """(K,) of every parameter group; of all together, where they have no values of their own."""
     return values.unbind(1) if values.dim() == 2 else [values]
 
 
 def faded(
     correction: Mapping[str, Shift], shifts: Mapping[str, Shift], left: float
 ) -> tuple[dict[str, Shift], dict[str, Shift]]:
-    """(the correction after a window, by how much the plan moves for it).
-
-    correction: control -> what the plan is moved by so far, in raw coordinates. shifts: what this
-    window's rewrites add. left: the share of both that stays.
-    """
+    """(correction after a window, shift of the plan), in raw coordinates. correction: the shift so
+    far. shifts: added by this window. left: the share of both that stays."""
     after: dict[str, Shift] = {}
     change: dict[str, Shift] = {}
     for name in {**correction, **shifts}:
@@ -316,7 +297,6 @@ def faded(
 
 
 def added(first: Mapping[str, Shift], second: Mapping[str, Shift]) -> dict[str, Shift]:
-    """The sum of the shifts of every control."""
     return faded(first, second, 1.0)[0]
 
 
@@ -325,7 +305,7 @@ def _plain(value: Tensor) -> Shift:
 
 
 def hat_functions(steps: int, knots: int) -> Tensor:
-    """(K, n) piecewise-linear basis on equally spaced knots; rows sum to 1. n is at most K."""
+    """(K, n) piecewise-linear basis on equally spaced knots; rows sum to 1. n ≤ K."""
     n = min(knots, steps)
     if n == 1:
         return torch.ones(steps, 1, dtype=torch.float64)
@@ -334,21 +314,14 @@ def hat_functions(steps: int, knots: int) -> Tensor:
 
 
 def replanned(plan: PlannedSchedule, start: int, shifts: Mapping[str, Shift]) -> PlannedSchedule:
-    """The plan of the steps from `start` on shifted in raw coordinates; the same where nothing is.
-
-    shifts: as of `carried`.
-    """
+    """The plan with its steps from `start` on shifted in raw coordinates."""
     if not any(bool(torch.as_tensor(shift).any()) for shift in shifts.values()):
         return plan
     return plan.changed(start, lambda values: carried(values, values.start, shifts))
 
 
 def carried(schedule: Schedule, start: int, shifts: Mapping[str, Shift]) -> Schedule:
-    """The schedule with its steps from `start` on shifted in raw coordinates.
-
-    shifts: control -> one number, or one per parameter group. Of a control with values per group,
-    a group at 0 stays there.
-    """
+    """The schedule shifted from `start` on, in raw coordinates; groups at 0 stay there."""
     values = {name: v.clone() for name, v in schedule.values.items()}
     where = slice(start - schedule.start, None)
     for name, shift in shifts.items():

@@ -1,4 +1,4 @@
-"""What a window is judged by: the objective, on data that its steps did not train on."""
+"""The value of a window: its objective, on data that its steps did not train on."""
 
 from __future__ import annotations
 
@@ -32,20 +32,18 @@ class HeldOutLoss:
         return self.mean(self.each())
 
     def each(self) -> list[Tensor]:
-        """The live model's loss on each batch, ()."""
-        # Running statistics belong to the last iterate, not to the average that is judged.
+        # Running statistics are of the last iterate, not of the average that is judged.
         with self.plant.evaluating() as model:
             batch_statistics(model)
             return [self.plant.loss(batch)[0] for batch in self.batches]
 
     def mean(self, losses: Sequence[Tensor]) -> Tensor:
-        """The loss that those of the batches make, ()."""
         weighed = [loss * size for loss, size in zip(losses, self.sizes, strict=True)]
         return torch.stack(weighed).sum() / sum(self.sizes)
 
 
 def held_out_loss(plant: Plant, batches: Sequence[Any], train: Any = None) -> HeldOutLoss:
-    """The mean loss on `batches`. share: their size beside `train`'s, else their number."""
+    """The mean loss on `batches`; its share is their size beside `train`, else their number."""
     batches = [m for b in batches for m in (b if isinstance(b, MicroBatches) else (b,))]
     sizes = [batch_size(b) for b in batches]
     share = float(len(batches))
@@ -55,7 +53,7 @@ def held_out_loss(plant: Plant, batches: Sequence[Any], train: Any = None) -> He
 
 
 def terminal_loss(fit: Fit, window: Window) -> HeldOutLoss | None:
-    """The terminal loss on the window's objective data; None where it has no weight."""
+    """The terminal loss on held-out batches; None where it has no weight."""
     if fit.objective.terminal_weight == 0:
         return None
     if window.terminal is None:
@@ -80,7 +78,7 @@ def judged_on(fit: Fit, step: int) -> tuple[int, int]:
 
 
 def at_most(loader: Any, count: int) -> int:
-    """The number of batches of a loader, if it says so, up to `count`."""
+    """The number of batches of a loader, if it has one, up to `count`."""
     try:
         return max(1, min(len(loader), count))
     except TypeError:
@@ -89,10 +87,7 @@ def at_most(loader: Any, count: int) -> int:
 
 @torch.no_grad()
 def value_of(fit: Fit, window: Window, attempt: Attempt, mean: Average) -> float:
-    """J of a replayed window, by the same formula and data as the roll's.
-
-    mean: the average of its iterates.
-    """
+    """J of a replayed window, by the roll's formula and data. mean: average of its iterates."""
     assert attempt.trajectory is not None
     plant, terminal = fit.plant, terminal_loss(fit, window)
     value = stage_sum(fit.objective, attempt.trajectory)
@@ -107,6 +102,5 @@ def value_of(fit: Fit, window: Window, attempt: Attempt, mean: Average) -> float
 
 
 def penalty_of(fit: Fit, attempt: Attempt) -> float:
-    """The update rule's penalty on the attempt's schedule, on top of the objective."""
     assert fit.reverse_passes is not None
     return fit.rule.penalty(attempt.schedule, fit.reverse_passes.controls)

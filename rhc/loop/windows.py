@@ -1,4 +1,4 @@
-"""One window, from the state before it to the attempt that is committed: the verbs of the loop."""
+"""One window, from the state before it to the committed attempt: the verbs of the loop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from rhc.training.plant import PATIENCE
 
 
 def next_window(fit: Fit) -> Window:
-    """The steps to go through next, and the state at their beginning if they are rewritten."""
+    """The next steps, and the state at their start if they may be rewritten."""
     state, start = fit.state, fit.state.step
     length = fit.window if fit.rewrites else fit.stride
     stop = min(start + min(length, state.fallback.longest or length), state.steps)
@@ -42,11 +42,9 @@ def next_window(fit: Fit) -> Window:
 
 
 def roll(fit: Fit, window: Window, *, differentiate: bool | None = None) -> Attempt:
-    """The window as it is planned, at an lr that is lowered until all is finite; its end is live.
-
-    differentiate: whether its hypergradient is taken; None where the update rule decides. Raises
-    DivergedError where no lr is finite, or the lr is not and nothing is rewritten.
-    """
+    """The window as planned, at an lr lowered until all is finite; its end is live. differentiate:
+    whether to take its hypergradient; None for the update rule's choice. Raises DivergedError where
+    no lr is finite, or, without rewriting, the planned one is not."""
     if not fit.rewrites:
         return _roll_lazily(fit, window)
     if differentiate is None:
@@ -54,7 +52,7 @@ def roll(fit: Fit, window: Window, *, differentiate: bool | None = None) -> Atte
     state, rule, number = fit.state, fit.rule, 0
     failed: tuple[int, float] | None = None
     for schedule, correction, guarded in _schedules_to_roll(fit, window):
-        # A loss that no lr lowers is not the lr's: if it is finite, it is let through.
+        # A loss that no lr lowers is not due to the lr: if finite, it is accepted.
         if not guarded and (failed is None or not math.isfinite(failed[1])):
             break
         state.schedule, state.correction, failed = schedule, correction, None
@@ -77,7 +75,7 @@ def roll(fit: Fit, window: Window, *, differentiate: bool | None = None) -> Atte
             record(fit, attempt, "rewound", attempt.failure)
             state.cost.rewound_windows += number == 0
             if attempt.out_of_memory:
-                # This window is let through where the next one will be shorter.
+                # This window is accepted where the next one will be shorter.
                 length = window.stop - window.start
                 differentiate = length <= (state.fallback.longest or fit.window)
                 differentiate = differentiate and not state.fallback.never_differentiate
@@ -96,9 +94,8 @@ def roll(fit: Fit, window: Window, *, differentiate: bool | None = None) -> Atte
 
 
 def _roll_lazily(fit: Fit, window: Window) -> Attempt:
-    """The plain loop, bit for bit."""
     fit.announce("roll", window.start, window.stop, 0)
-    # The plain loop draws each batch just before its step, from the same random state.
+    # Like the plain loop, draw each batch just before its step, from the same random state.
     batches = fit.data.train.lazily(window.start, window.stop)
     if fit.plant.ranks is None:  # ranks end at the same step
         batches = interrupts.until_asked(batches)
@@ -110,7 +107,7 @@ def _roll_lazily(fit: Fit, window: Window) -> Attempt:
             f"{attempt.failure}; lower the lr, or turn rewriting on to have it lowered"
         )
     assert attempt.trajectory is not None
-    window.commit = window.start + len(attempt.trajectory)  # fewer where the run is being stopped
+    window.commit = window.start + len(attempt.trajectory)  # fewer where the run is stopped
     return attempt
 
 
@@ -129,13 +126,13 @@ def _wants_hypergradient(fit: Fit, window: Window) -> bool:
 def _schedules_to_roll(
     fit: Fit, window: Window
 ) -> Iterator[tuple[PlannedSchedule, dict[str, Shift], bool]]:
-    """(schedule, correction, whether it is guarded) to roll from, each when the last failed."""
+    """(schedule, correction, whether it is guarded) to roll, each when the last failed."""
     planned, correction = fit.state.schedule, fit.state.correction
     yield planned, correction, True
     first = fit.base.at_first(fit.state)
     here, then = (plan.window(window.start, window.stop) for plan in (planned, first))
     if not all(torch.equal(here[name], then[name]) for name in planned.names if name != "lr"):
-        # No lr helps: it may be what rewriting made of the others.
+        # No lr helps: the rewritten other controls may be the cause.
         fit.events.notice(
             f"no lr keeps the steps from {window.start} on finite: all controls go back to what "
             "the run began with"
@@ -145,7 +142,7 @@ def _schedules_to_roll(
 
 
 def _place(attempt: Attempt) -> tuple[int, float] | None:
-    """(the step of the window at which the loss was too high, the loss); None for none."""
+    """(step of the window at which the loss was too high, the loss)."""
     trajectory = attempt.trajectory
     if trajectory is None or trajectory.diverged is None:
         return None
@@ -153,7 +150,7 @@ def _place(attempt: Attempt) -> tuple[int, float] | None:
 
 
 def _same_place(before: tuple[int, float] | None, now: tuple[int, float] | None) -> bool:
-    """Whether a lower lr changed little: then the data are other than they were."""
+    """Whether a lower lr changed little, so that the data must have changed."""
     if before is None or now is None or not math.isfinite(before[1] + now[1]):
         return False
     return abs(before[0] - now[0]) <= PATIENCE and now[1] > 0.7 * before[1]
@@ -163,8 +160,8 @@ def _same_place(before: tuple[int, float] | None, now: tuple[int, float] | None)
 
 
 def worth_rewriting(fit: Fit, window: Window, attempt: Attempt) -> bool:
-    """Whether the attempt is rewritten: the roll by the rule's choice, and what came of it once
-    more where the last rewrite was worth it and the budget has room."""
+    """Whether to rewrite the attempt: a roll by the rule's choice, a rewrite if the last one was
+    worth it and the budget allows another."""
     rule, reverse_pass = fit.rule, fit.state.reverse_pass
     if not fit.rewrites or isinstance(rule, Twin) or window.cut:
         return False
@@ -178,10 +175,7 @@ def worth_rewriting(fit: Fit, window: Window, attempt: Attempt) -> bool:
 
 
 def hypergradient(fit: Fit, window: Window, attempt: Attempt) -> Attempt:
-    """The attempt with its hypergradient, for which it is rolled once more unless it has one.
-
-    As it was where that fails.
-    """
+    """The attempt with its hypergradient, rolled again if needed; unchanged where that fails."""
     if attempt.hypergradient is not None:
         return attempt
     restore(fit, window, attempt)
@@ -223,7 +217,7 @@ def rewrite(fit: Fit, window: Window, attempt: Attempt) -> Iterator[Attempt]:
 
 
 def accepts(fit: Fit, attempt: Attempt, trial: Attempt) -> bool:
-    """Whether a replayed trial takes the place of the attempt that it was made from."""
+    """Whether a replayed trial replaces the attempt that it was made from."""
     rule = fit.rule
     if trial.failure is None and rule.accept and not trial.value < attempt.value:
         assert trial.proposal is not None
@@ -241,7 +235,7 @@ def accepts(fit: Fit, attempt: Attempt, trial: Attempt) -> bool:
 
 
 def antithetic_search(fit: Fit, window: Window, rolled: Attempt) -> Attempt:
-    """The better of the window at a higher and at a lower lr, by a `Twin`; as rolled otherwise."""
+    """The better of the window at a higher and at a lower lr, by a `Twin`; else as rolled."""
     rule, search = fit.rule, fit.state.antithetic
     if not isinstance(rule, Twin) or window.cut or not affords(fit, window, REWRITE):
         return rolled
@@ -272,12 +266,9 @@ def antithetic_search(fit: Fit, window: Window, rolled: Attempt) -> Attempt:
 
 
 def settle(fit: Fit, window: Window, attempt: Attempt) -> Attempt:
-    """The attempt with its end state live, as the plain loop's own steps reach it.
-
-    A roll that keeps graphs takes kernels that can be differentiated twice, which differ from the
-    plain ones by roundings: what is committed anyone can replay. Rolled anew, where the attempt
-    fails when its steps are taken once more.
-    """
+    """The attempt with its end live, as the plain loop's own kernels reach it. Recorded rolls use
+    kernels that can be differentiated twice, which round otherwise: committed steps must be
+    reproducible by the plain loop. Rolled anew where the repeated steps fail."""
     if attempt.plain and attempt.end is not None and attempt is not fit.state.live:
         fit.go_back(attempt.end)
     elif not (attempt.plain and attempt is fit.state.live):
@@ -296,7 +287,7 @@ def settle(fit: Fit, window: Window, attempt: Attempt) -> Attempt:
 
 
 def commit(fit: Fit, window: Window, attempt: Attempt) -> None:
-    """The attempt's steps up to the window's `commit` become the run's: state, tape and plan."""
+    """Commits the attempt's steps up to `commit`: to state, tape and plan."""
     state, data, stop = fit.state, fit.data, window.commit
     fit.announce("commit", window.start, attempt.schedule.stop, attempt.number)
     if attempt.inside is not None:
@@ -329,14 +320,13 @@ def commit(fit: Fit, window: Window, attempt: Attempt) -> None:
 
 
 def slide(fit: Fit, window: Window, attempt: Attempt) -> None:
-    """Tells that the next window follows."""
     number, stop = fit.state.cost.windows - 1, attempt.schedule.stop
     if fit.state.step < fit.state.steps:
         fit.events.emit(VerbStarted("slide", number, window.start, stop, attempt.number))
 
 
 def _update_patience(fit: Fit, window: Window, attempt: Attempt) -> None:
-    """Decides how many windows are left as they are, by what rewriting this one was worth."""
+    """Sets how many windows to skip, by the gain of rewriting this one."""
     rule, patience = fit.rule, fit.state.patience
     if window.cut:
         return

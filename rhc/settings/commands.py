@@ -1,7 +1,5 @@
-"""The settings of the commands beside `rhc train`, of the same fields where they mean the same.
-
-The docstring of each is its help; "more examples" and what follows are in `--help-all` alone.
-"""
+"""The settings of the commands besides `rhc train`, with the same fields for the same meaning. Each
+docstring is a command's help; from "more examples" on it is in `--help-all` only."""
 
 # ruff: noqa: RUF009  (the default of a setting is a field)
 from __future__ import annotations
@@ -24,7 +22,7 @@ from rhc.settings.owners import Engine, Law, OptimizerSettings, Run, Shape, Step
 from rhc.settings.train import Files
 
 SIZES = ("batch_size", "width")
-"""What a run function may be asked for besides seed and data."""
+"""Keywords of a run function besides seed and data."""
 
 
 @dataclass(frozen=True, kw_only=True)

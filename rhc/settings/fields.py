@@ -1,8 +1,5 @@
-"""A setting: default, help, check and what is kept of it, once, on the field of a dataclass.
-
-Flags and help, TOML files, config.json, the hash in a directory's name, what a resumed run may
-change, and the checks of the Runner's keywords all derive from these fields.
-"""
+"""A setting: its default, help, check and recording, defined once, on the field of a dataclass.
+Flags, help, TOML files, config.json, directory hashes and the Runner's checks derive from it."""
 
 from __future__ import annotations
 
@@ -24,10 +21,7 @@ from rhc.errors import InputError, whole_number
 
 @dataclass(frozen=True)
 class Check:
-    """What a value must be, in words and as a predicate, and what to do about another one.
-
-    known: the values, where they are names.
-    """
+    """What a value must be, in words and as a predicate, and how to fix it. known: its names."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -41,7 +35,7 @@ def at_least(least: int, example: int, unit: str = "", mend: str = "try") -> Che
 
 
 def above_0(what: str) -> Check:
-    """what: that None stands for."""
+    """what: the meaning of None."""
     return Check("> 0", lambda x: x > 0, f"use None {what}, or leave {{flag}} out")
 
 
@@ -50,7 +44,7 @@ def fraction(example: float, what: str = "a fraction of the run") -> Check:
 
 
 def share(example: float = 1.0) -> Check:
-    """example: 1 where that is none at all."""
+    """example: 1 for none at all."""
     mend = f"it is a fraction of the run, try {{flag}} {example:g}"
     none = "use 1 for none, or leave {flag} out"
     return Check("in (0, 1]", lambda x: 0 < x <= 1, none if example == 1 else mend)
@@ -66,7 +60,7 @@ SEEDS = Check("in [0, 2**32)", lambda x: 0 <= x < 2**32, "try {flag} 0")
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of a setting beside its type and its default."""
+    """What is known of a setting besides its type and default."""
 
     metavar: str = ""
     """The value in help."""
@@ -93,7 +87,7 @@ class Setting:
 
     @property
     def hashed(self) -> bool:
-        """Whether it is in the name of a run's directory: two runs in one cannot differ in it."""
+        """Whether it enters the hash in a run's directory name."""
         return self.on_resume != "" and self.recorded != "never"
 
 
@@ -105,10 +99,7 @@ def setting(
 
 
 def like(owner: type[Settings], name: str, **changed: Any) -> Any:
-    """The field of another `Settings`, with another default or attributes.
-
-    What stands below it are its own sentences, in place of the other's.
-    """
+    """The field of another `Settings`, changed. A text below it replaces the other's."""
     known = owner.known()[name]
     default = changed.pop("default", known.default)
     same = replace(known.setting, **{"heading": "", **changed})
@@ -141,12 +132,12 @@ class Known(NamedTuple):
 
     @property
     def text(self) -> str:
-        """What stands below it: the first sentence in `--help`, all of them in `--help-all`."""
+        """The text below it: its first sentence in `--help`, all of it in `--help-all`."""
         own = _sentences(self.owner).get(self.name, "")
         return own if own or self.like is None else self.like.text
 
     def checked(self, value: Any) -> Any:
-        """The value as Python's own; an InputError says what it should be."""
+        """The value as a Python value; an InputError says what it should be."""
         what = self.setting
         if value is None and self.optional:
             return None
@@ -168,7 +159,7 @@ class Known(NamedTuple):
         return value
 
     def typed(self, value: Any, source: str) -> Any:
-        """A value of JSON or TOML as the field's; an InputError names its source."""
+        """A value of JSON or TOML in the field's type; an InputError names its source."""
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is None and self.optional:
             return None
@@ -204,29 +195,28 @@ _KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings of one owner. Fields without a `Setting` are Python's alone: no flag, no record."""
+    """Settings of one owner. Fields without a `Setting` have no flag and no record."""
 
     heading: ClassVar[str] = ""
     """Of its flags in help."""
 
     @classmethod
     def known(cls) -> dict[str, Known]:
-        """The settings by name."""
         owner: Any = cls
         return _known(owner)
 
     def checked(self) -> Self:
-        """These settings as Python's own values, if each makes sense; an InputError otherwise."""
+        """These settings as Python values, if valid; InputError otherwise."""
         known = self.known().items()
         return replace(self, **{name: each.checked(getattr(self, name)) for name, each in known})
 
     def to_record(self, *without: str) -> dict[str, Any]:
-        """Flat JSON values; trust is for one command alone."""
+        """Flat JSON values, without trust, which is for one command only."""
         left_out = ("trust", *without)
         return {n: plain_value(getattr(self, n)) for n in self.known() if n not in left_out}
 
     def if_given(self) -> dict[str, Any]:
-        """Those that are recorded where they are not at their default, as JSON values."""
+        """Those recorded only where they are not at their default, as JSON values."""
         return {
             name: plain_value(getattr(self, name))
             for name, each in self.known().items()
@@ -235,10 +225,8 @@ class Settings:
 
     @classmethod
     def from_record(cls, values: Mapping[str, Any], source: str) -> Self:
-        """The inverse of `to_record`; what is absent has its default.
-
-        Raises InputError for an unknown name or a value of another type, naming `source`.
-        """
+        """The inverse of `to_record`; absent ones have their default. InputError for an unknown
+        name or a value of another type, with `source`."""
         known = {name: each for name, each in cls.known().items() if name != "trust"}
         given: dict[str, Any] = {}
         for key, value in values.items():
@@ -286,7 +274,7 @@ def _known(owner: Any) -> dict[str, Known]:
 
 @functools.cache
 def _sentences(owner: Any) -> dict[str, str]:
-    """What stands below the fields of a class, by their names, on one line."""
+    """The text below each field of a class, on one line, by name."""
     tree: Any = ast.parse(textwrap.dedent(inspect.getsource(owner)))
     return {
         node.target.id: " ".join(ast.literal_eval(below.value).split())
@@ -298,7 +286,6 @@ def _sentences(owner: Any) -> dict[str, str]:
 
 
 def shown(value: Any) -> str:
-    """A value in an error."""
     if isinstance(value, tuple):
         return ",".join(value)
     return f"{value:g}" if isinstance(value, float) else f"{value}"
@@ -310,7 +297,6 @@ def nearest(value: Any, known: Iterable[str]) -> str:
 
 
 def plain_value(value: Any) -> Any:
-    """A setting as a JSON value."""
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value

@@ -1,8 +1,5 @@
-"""The settings of a run, one dataclass for each part of it that owns some.
-
-The Runner makes these of its keywords, and the command line of its flags: what is checked here is
-checked once, and said in the same words.
-"""
+"""The settings of a run, one dataclass for each part of it that has some. The Runner makes them
+from keywords, the command line from flags, with the same checks."""
 
 # ruff: noqa: RUF009  (the default of a setting is a field)
 from __future__ import annotations
@@ -27,7 +24,7 @@ from rhc.settings.fields import (
 from rhc.workload import OPTIMIZERS
 
 MOST_STEPS = 50_000_000
-"""Of a run: it is planned step by step, which takes 8 bytes for every control of each."""
+"""Limit of a run, whose plan takes 8 bytes per control and step."""
 
 Start = Literal["zero", "probe", "given"]
 TEMPLATES = ("constant", "cosine", "linear", "wsd", "1cycle")
@@ -35,7 +32,7 @@ PRODUCTS = (
     *("auto", "exact", "forward-over-reverse", "forward-difference", "central-difference"),
     "none",
 )
-"""Templates and products are those of rooms that import torch: a test compares them."""
+"""Templates and products repeat those of modules that import torch; a test compares them."""
 
 
 def parsed_names(given: Any) -> tuple[str, ...]:
@@ -45,7 +42,7 @@ def parsed_names(given: Any) -> tuple[str, ...]:
 
 
 def parsed_segment(given: Any) -> int | Literal["auto"]:
-    """A segment as a number, where it is one; `Window` knows how long it may be."""
+    """A segment as a number, if it is one; `Window` checks its length."""
     if given == "auto":
         return "auto"
     if isinstance(given, str):

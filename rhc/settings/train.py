@@ -1,8 +1,5 @@
-"""TrainConfig: the one source of `rhc train`'s flags, of a --config file and of config.json.
-
-Every check here is cheap and needs no torch, so that a mistyped flag is answered at once. What
-depends on the model or the numerics is checked where it is used.
-"""
+"""TrainConfig: the one source of `rhc train`'s flags, of a --config file and of config.json. Checks
+here are cheap and need no torch, so that wrong flags fail at once."""
 
 # ruff: noqa: RUF009  (the default of a setting is a field)
 from __future__ import annotations
@@ -29,7 +26,7 @@ from rhc.storage.files import MOST_TOML_BYTES, parsed_json, parsed_toml, read_re
 from rhc.workload import Workload, usual_lr, usual_weight_decay
 
 RECORD_VERSION = 1
-"""Of the command line's part of config.json."""
+"""Version of the command line's part of config.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +69,7 @@ class TrainConfig(Files, Storage, Engine, Law, Window, Shape, Step, OptimizerSet
     """
 
     def checked(self) -> Self:
-        """A setting that would be ignored is an error too, not a silence."""
+        """Also raises for settings that would be ignored."""
         for name, each in self.known().items():
             given = getattr(self, name)
             if not self.rewrite and each.setting.rewriting and given != each.default:
@@ -94,13 +91,12 @@ class TrainConfig(Files, Storage, Engine, Law, Window, Shape, Step, OptimizerSet
         return checked
 
     def without_rewriting(self) -> Self:
-        """The same run by the plain loop."""
         known = self.known().items()
         usual = {name: each.default for name, each in known if each.setting.rewriting}
         return replace(self, rewrite=False, template=None, warmup=None, **usual)
 
     def resolved(self, workload: Workload, threads: int) -> Self:
-        """These settings with the workload's defaults filled in; threads: where it has none."""
+        """These settings with the workload's defaults; threads: where it has none."""
         optimizer = self.known()["optimizer"].checked(self.optimizer or workload.optimizer)
         if optimizer == "adagrad" and self.momentum != TrainConfig.momentum:
             raise InputError(
@@ -126,11 +122,10 @@ class TrainConfig(Files, Storage, Engine, Law, Window, Shape, Step, OptimizerSet
 
     @property
     def short_name(self) -> str:
-        """The run's name as part of a directory's name: a file's runner by its function."""
+        """The run's name in a directory's name: a file's runner by its function."""
         return self.run.rpartition(":")[2]
 
     def recorded(self) -> dict[str, Any]:
-        """The command line's part of config.json."""
         known = self.known().items()
         always = {name for name, each in known if each.setting.recorded == "always"}
         record = {name: v for name, v in self.to_record().items() if name in always}
@@ -145,10 +140,8 @@ class TrainConfig(Files, Storage, Engine, Law, Window, Shape, Step, OptimizerSet
 
     @classmethod
     def from_run(cls, record: Mapping[str, Any], path: Path) -> Self:
-        """The settings of a run of `rhc train`, from its config.json, which is at `path`.
-
-        In no directory of their own: whoever trains by them says where.
-        """
+        """The settings in config.json, at `path`, of a run of `rhc train`, without its
+        directory."""
         if "run" not in record:
             raise InputError(
                 f"{path} was written by rhc.Runner in a script, not by rhc train; run that script "
@@ -213,6 +206,6 @@ def _read(path: Path, parsed: Callable[[bytes], Any], language: str, what: str) 
 
 
 def _absolute(run: str) -> str:
-    """A file's runner is recorded by its absolute path, so that a run resumes from anywhere."""
+    """The name with a file's absolute path, so that a run resumes from anywhere."""
     path, separator, function = run.rpartition(":")
     return f"{Path(path).resolve()}:{function}" if separator and path.endswith(".py") else run

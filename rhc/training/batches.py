@@ -1,14 +1,7 @@
-"""Batches addressed by step: a loader whose place can be found again.
-
-The loop looks ahead K batches, trains on them twice, and must continue in the middle of an epoch
-after a crash. So batches are kept until they are released, and the place of each one is known as
-(epoch, index), together with the random state in which its epoch began: iterating again from that
-state and skipping `index` batches yields the same batches.
-
-A batch that is kept is a copy (`Kept`), since its loader may fill the same memory with the next
-one, and every use has another, since a loss may change what it is given. A copy takes 8 µs of a
-batch of 64 x 784 floats, beside a step of 420 µs of a small network, and 1.4 ms of 32 x 3 x 224².
-"""
+"""Batches by step number, from a loader whose position can be found again: its epoch's random state
+and the batches to skip. Batches are kept until released, since a window is trained on twice. A kept
+batch is a copy (`Kept`), as the loader may reuse its memory, and so is every use of it, as a loss
+may change it: 8 µs for 64 x 784 floats beside a step of 420 µs, 1.4 ms for 32 x 3 x 224²."""
 
 from __future__ import annotations
 
@@ -40,11 +33,8 @@ from rhc.training.loaders import (
 
 @dataclass(frozen=True)
 class EpochStart:
-    """What decides an epoch's order: the random state, the loader's own generators, and the state
-    of whatever has a `state_dict`, by name.
-
-    first: a sample of the epoch's first batch, by which other data are known.
-    """
+    """What decides an epoch's order: the random state, the loader's own generators, and states by
+    name. first: a sample of its first batch, to recognise the data."""
 
     rng: RandomState
     generators: tuple[Tensor, ...]
@@ -54,11 +44,8 @@ class EpochStart:
 
 @dataclass(frozen=True)
 class Position:
-    """Where the next batch is: `index` batches into epoch `epoch`, which began in `start`.
-
-    start is None before the first batch was drawn: then rng and generators are what the first epoch
-    begins in.
-    """
+    """The next batch: `index` batches into epoch `epoch`, which began in `start`. start is None
+    before the first batch; rng and generators are then those of the first epoch."""
 
     step: int
     epoch: int
@@ -68,7 +55,6 @@ class Position:
     generators: tuple[Tensor, ...]
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """The position as named tensors, for safetensors."""
         tensors = {"place": torch.tensor([self.step, self.epoch, self.index])}
         tensors |= {f"rng.{k}": v for k, v in self.rng.to_tensors().items()}
         tensors |= {f"own.{i}": g for i, g in enumerate(self.generators)}
@@ -113,11 +99,9 @@ class MicroBatches(tuple[Any, ...]):
 
 
 class DrawnAsNeeded:
-    """The micro-batches of one step, each drawn when it is asked for; they can be taken once.
-
-    A plain loop that accumulates draws a batch, takes its gradient, and only then draws the next:
-    where a loader and dropout share the global random state, the order matters to the bit.
-    """
+    """The micro-batches of one step, each drawn on demand, once. A plain loop draws each batch
+    after the gradient of the one before; with a loader and dropout on the global random state, that
+    order matters to the bit."""
 
     def __init__(self, count: int, batches: Iterator[Any]) -> None:
         self.count = count
@@ -131,10 +115,7 @@ class DrawnAsNeeded:
 
 
 def batch_size(batch: Any) -> int:
-    """The examples in a batch: `rhc.containers.rows_of`.
-
-    Of `MicroBatches`, the sum over all of them; of a `Shard`, the size of the whole batch.
-    """
+    """The examples in a batch: the sum over `MicroBatches`, and of a `Shard` the whole batch."""
     if isinstance(batch, MicroBatches):
         return sum(batch_size(micro) for micro in batch)
     if isinstance(batch, Kept):
@@ -143,15 +124,13 @@ def batch_size(batch: Any) -> int:
 
 
 class StepBatches:
-    """The batches of a loader by step number, from 0, over as many epochs as it takes.
+    """The batches of a loader by step number, from 0, over as many epochs as needed.
 
-    loader: anything that can be iterated again and again. isolated: draw in a random stream of its
-    own, so that looking ahead disturbs nothing; otherwise batches are drawn from the global random
-    state exactly when they are taken, as a plain loop does. device: where tensors are moved to.
-    accumulate n: step t has the loader's batches [n t, n (t + 1)), as `MicroBatches` where n > 1.
-    resumable: positions will be gone back to, maybe by another process: they keep the state of
-    loaders, samplers and datasets that have a `state_dict`, but for those in `besides`, and a
-    sample of the data. differs: once such data came back as others.
+    loader: can be iterated repeatedly. isolated: draws from a random stream of its own; otherwise
+    from the global one, when batches are taken, as a plain loop does. accumulate n: step t has
+    batches [n t, n (t + 1)), as `MicroBatches` where n > 1. resumable: positions keep the state of
+    loaders, samplers and datasets with a `state_dict`, except `besides`, and a sample of the data.
+    differs: set once such data came back different.
     """
 
     def __init__(
@@ -166,12 +145,12 @@ class StepBatches:
         resumable: bool = False,
         besides: Iterable[Any] = (),
     ) -> None:
-        # Without isolation it is iterated as by a plain loop, workers that persist included.
+        # Without isolation it is iterated as by a plain loop, with persistent workers.
         self.loader: Any = apart(loader) if isolated else loader
         self.isolated, self.resumable, self.accumulate = isolated, resumable, accumulate
         self.device, self.name = device, name
         self.next_step = 0
-        """The step whose batch will be drawn next."""
+        """The step whose batch is drawn next."""
         self.differs: str | None = None
         self._order = LoaderOrder(self.loader)
         self._stateful = stateful_parts(loader, besides) if resumable else {}
@@ -186,15 +165,13 @@ class StepBatches:
             self._rng, self._generators = RandomState.capture(), self._order.states()
 
     def take(self, start: int, stop: int) -> list[Any]:
-        """The batches of steps [start, stop), `Kept`; none of them may have been released."""
+        """The batches of steps [start, stop), `Kept`; none may have been released."""
         self._draw_until(stop, again=True)
         return [self._kept[step][0] for step in range(start, stop)]
 
     def lazily(self, start: int, stop: int) -> Iterator[Any]:
-        """The loader's own batches, each drawn when it is asked for and forgotten afterwards.
-
-        Not isolated, micro-batches too are drawn one by one: `DrawnAsNeeded`.
-        """
+        """The loader's own batches, each drawn on demand and not kept; micro-batches of a stream
+        that is not isolated are `DrawnAsNeeded`."""
         for step in range(start, stop):
             if self.isolated or self.next_step != step:
                 self._draw_until(step + 1, again=False)
@@ -209,22 +186,20 @@ class StepBatches:
                 yield batch
 
     def release(self, before: int) -> None:
-        """Forgets the batches of steps before `before`."""
         for step in [s for s in self._kept if s < before]:
             del self._kept[step]
 
     def close(self) -> None:
-        """Lets go of the iterator and, by that, of a DataLoader's worker processes."""
+        """Drops the iterator, which ends a DataLoader's worker processes."""
         self._pass = None
         if self.isolated:
-            self.loader = apart(self.loader)  # without the workers that persist in this one
+            self.loader = apart(self.loader)  # without this one's persistent workers
 
     def epoch_of(self, step: int) -> int:
-        """The epoch (from 0) that a kept batch belongs to."""
         return self._kept[step][1]
 
     def position(self, step: int) -> Position:
-        """The place of step `step`, which is kept or the next to be drawn."""
+        """The position of step `step`, which is kept or the next to be drawn."""
         own = self._generators if self.isolated else self._order.states()
         epoch, index, start = self._epoch, self._index, self._start
         if step in self._kept:
@@ -232,12 +207,10 @@ class StepBatches:
         return Position(step, epoch, index, start, self._rng, own)
 
     def seek(self, position: Position) -> None:
-        """Continues at `position`, which was taken from a loader like this one.
-
-        Batches before it in its epoch are drawn and dropped. The global random state is left alone.
-        """
+        """Continues at `position`, drawing and dropping earlier batches of its epoch. The global
+        random state does not change."""
         generators, counters = len(self._order.generators), len(self._order.counters)
-        # Checkpoints of before have no counters.
+        # Older checkpoints have no counters.
         if len(position.generators) not in (generators, generators + counters):
             raise InputError(
                 f"{self.name} has {generators} generators of its own, the run "
@@ -263,14 +236,13 @@ class StepBatches:
             self.take(position.step, position.step + 1)  # compared before it is trained on
 
     def _is_further(self, position: Position) -> bool:
-        """Whether the pass that lasts comes to `position` without beginning anew."""
         if self._pass is None or self._start is None or position.start is None:
             return False
         same = self._epoch == position.epoch and position.start.rng.same(self._start.rng)
         return same and self._index <= position.index
 
     def _begin_again(self, start: EpochStart) -> None:
-        """The epoch that began in `start`, before its first batch."""
+        """Restarts the epoch that began in `start`, before its first batch."""
         self._expected = start.first
         start.rng.restore()
         self._order.restore(start.generators)
@@ -284,14 +256,14 @@ class StepBatches:
         self._begin_pass()
 
     def _skip(self, drawn: int, index: int) -> None:
-        """Draws an epoch's batches from number `drawn` on and drops them, up to number `index`."""
+        """Draws and drops an epoch's batches from `drawn` up to `index`."""
         again = bool(self._start and self._start.states)
         while drawn < index:
             assert self._pass is not None
             try:
                 batch = next(self._pass)
             except StopIteration:
-                if drawn == 0 and again:  # a state between two epochs may be the end of the first
+                if drawn == 0 and again:  # a state between epochs may be the end of the first
                     again = False
                     self._begin_pass()
                     continue
@@ -305,7 +277,7 @@ class StepBatches:
             drawn += 1
 
     def _compare(self, first: tuple[Tensor, ...]) -> None:
-        """Notes in `differs` where the first batch of an epoch that is gone back to is another."""
+        """Notes in `differs` if the first batch of a repeated epoch is another."""
         if self._expected and not alike(self._expected, first):
             self.differs = f"the first batch of epoch {self._epoch} of {self.name} is another"
         self._expected = ()
@@ -314,11 +286,10 @@ class StepBatches:
 
     @contextmanager
     def _own_random_state(self) -> Iterator[None]:
-        """Inside, an isolated stream goes on from its own random state."""
         if not self.isolated:
             yield
             return
-        # Two loaders may share a generator: each stream goes on from its own state of it.
+        # Two loaders may share a generator: each stream continues from its own state of it.
         with preserved(), loader_preserved(self.loader):
             self._rng.restore()
             self._order.restore(self._generators)
@@ -332,7 +303,7 @@ class StepBatches:
         with self._own_random_state():
             while self.next_step < stop:
                 batch = self._draw(again)
-                # A step's place is that of its first batch; the others may be of the next epoch.
+                # A step's position is that of its first batch; others may be of the next epoch.
                 place = self._epoch, self._index - 1, self._start
                 if self.accumulate > 1:
                     others = [self._draw(again) for _ in range(self.accumulate - 1)]
@@ -346,7 +317,7 @@ class StepBatches:
         self.next_step += 1
 
     def _draw(self, again: bool = False) -> Any:
-        """The loader's next batch; a copy of it, where it may be used `again`."""
+        """The loader's next batch; a copy if it may be used `again`."""
         end = object()
         batch = end if self._pass is None else next(self._pass, end)
         if batch is end:
@@ -362,7 +333,7 @@ class StepBatches:
             )
         if self.resumable and self._index == 0:
             assert self._start is not None
-            # Before the loss has it, which may change it in place.
+            # Before the loss, which may change it in place.
             self._start = replace(self._start, first=sample(batch))
             self._compare(self._start.first)
         self._index += 1
@@ -371,7 +342,6 @@ class StepBatches:
         return to_device(batch, self.device)
 
     def _begin_pass(self) -> Pass:
-        """A pass over the loader, as epoch `_epoch`."""
         self._pass = None  # nor is the last one in the way of this
         if isinstance(self.loader, RankLoader):
             self.loader.begin_epoch(self._epoch)

@@ -1,9 +1,5 @@
-"""What is wrong with a model, an optimizer, a loss or a loader, and the mend, in one sentence.
-
-The first ten minutes of a new user fail here: a loss that takes predictions, labels of another
-dtype, a class in the place of an optimizer. What torch says of these names neither the batch nor
-rhc's convention.
-"""
+"""What is wrong with a model, an optimizer, a loss or a loader, and how to fix it, in one sentence.
+torch's messages name neither the batch nor rhc's convention."""
 
 from __future__ import annotations
 
@@ -55,14 +51,14 @@ MENDS = (
     (r"indices must be|not subscriptable|KeyError|out of range",
      "it takes from the batch what is not there"),
 )  # fmt: skip
-"""What torch and Python say, and what is to be done; the first that matches."""
+"""Messages of torch and Python -> how to fix the cause; the first match counts."""
 
 _OWN = Path(__file__).parent
 _TORCH = Path(torch.__file__).parent
 
 
 def check_parts(model: Any, optimizer: Any, loss_fn: Any) -> None:
-    """Raises InputError where one of them is not what its place is for."""
+    """Raises InputError where one of them has the wrong kind."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be an nn.Module, got {_called(model)}; {ORDER}")
     if not hasattr(optimizer, "param_groups") or isinstance(optimizer, type):
@@ -107,7 +103,7 @@ def check_parts(model: Any, optimizer: Any, loss_fn: Any) -> None:
 
 
 def check_loader(name: str, loader: Any) -> None:
-    """Raises InputError where it cannot be a loader of batches; None is none."""
+    """Raises InputError where it cannot be a loader of batches; None is accepted."""
     if loader is None:
         return
     several = isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
@@ -122,16 +118,14 @@ def check_loader(name: str, loader: Any) -> None:
 
 
 def mend_of(error: BaseException) -> str | None:
-    """What is to be done about it; None where that is not known."""
+    """How to fix the cause; None if unknown."""
     said = f"{type(error).__name__}: {error}"
     return next((mend for pattern, mend in MENDS if re.search(pattern, said)), None)
 
 
 def explained(error: BaseException, where: str, model: nn.Module, batch: Any) -> str:
-    """One sentence: what loss_fn failed with, where, on what, and the mend.
-
-    where: such as "at the first batch of train_loader".
-    """
+    """One sentence: how loss_fn failed, `where` ("at the first batch of train_loader"), on which
+    batch, and how to fix it."""
     said = " ".join(str(error).split())
     said = f"{type(error).__name__}: {said[:200]}{'…' if len(said) > 200 else ''}"
     mend = mend_of(error) or "try it alone: loss_fn(model, next(iter(train_loader)))"

@@ -1,4 +1,4 @@
-"""Losses of a model over whole loaders; modes, buffers and randomness stay as they were."""
+"""Losses of a model over whole loaders, without changes to modes, buffers or random state."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from rhc.training.objective import Average
 from rhc.training.plant import Plant
 
 TRAIN_BATCHES = 200
-"""The training loss is taken over at most this many batches of train_loader."""
+"""Batches of train_loader for the training loss, at most."""
 UNSIZED_BATCHES = 1000
-"""Of a loader without a length, which may have no end."""
+"""Batches of a loader without a length, which may be endless."""
 
 
 class Losses(NamedTuple):
-    """Means over examples: loss, and every metric that loss_fn returned. NaN without data."""
+    """Means over examples: loss, and every metric of loss_fn. NaN without data."""
 
     loss: float
     metrics: dict[str, float]
@@ -38,10 +38,8 @@ class Losses(NamedTuple):
 def evaluate(
     plant: Plant, loader: Iterable[Any] | None, *, most: int | None = None
 ) -> Losses | None:
-    """Mean loss and metrics in eval mode over (the first `most` batches of) a loader.
-
-    most: by default all of them, of a loader without a length the first `UNSIZED_BATCHES`.
-    """
+    """Mean loss and metrics in eval mode over the loader's first `most` batches. By default over
+    all, or `UNSIZED_BATCHES` without a length."""
     if loader is None:
         return None
     unsized = most is None and not _has_length(loader)
@@ -51,13 +49,13 @@ def evaluate(
     with _drawn(plant, loader, most) as batches:
         for batch in batches:
             n = batch_size(batch)
-            loss, metrics = plant.loss(spare(batch))  # a list yields it again
+            loss, metrics = plant.loss(spare(batch))  # a list yields the same batch again
             drawn += 1
             rows += n
             total += n * float(loss)
             for name, value in metrics.items():
                 sums[name][0] += n * float(value.double().mean())
-                sums[name][1] += n  # a metric may be missing at some of the batches
+                sums[name][1] += n  # a metric may be missing at some batches
     if unsized and drawn == most:
         warnings.warn(
             f"a loader without a length has not ended after {most} batches: its figures are of "
@@ -74,7 +72,6 @@ def evaluate(
 
 @contextmanager
 def _drawn(plant: Plant, loader: Iterable[Any], most: int | None) -> Iterator[Iterator[Any]]:
-    """The loader's first batches, alike on all ranks, for a model in eval mode."""
     device = plant.parameters[0].device
     moved = None if device.type == "cpu" else device
     with plant.evaluating(), loader_preserved(loader):
@@ -91,7 +88,7 @@ def _has_length(loader: Any) -> bool:
 
 @contextmanager
 def at_average(plant: Plant, average: Average, train_loader: Iterable[Any]) -> Iterator[None]:
-    """The model at its averaged weights, with BatchNorm statistics estimated anew for them."""
+    """Inside, the model has its averaged weights, with BatchNorm statistics estimated for them."""
     if average.values is None:
         yield
         return
@@ -113,7 +110,7 @@ def at_average(plant: Plant, average: Average, train_loader: Iterable[Any]) -> I
 
 
 def _estimate_statistics(plant: Plant, loader: Iterable[Any]) -> None:
-    """As torch.optim.swa_utils.update_bn, but through loss_fn, which knows what a batch is."""
+    """Like torch.optim.swa_utils.update_bn, but through loss_fn, which understands batches."""
     layers = [
         m for m in plant.model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None
     ]
@@ -136,7 +133,7 @@ def _estimate_statistics(plant: Plant, loader: Iterable[Any]) -> None:
 
 
 def batch_statistics(model: nn.Module) -> None:
-    """Switches BatchNorm layers to the statistics of the batch, in a model that is in eval mode."""
+    """Makes BatchNorm layers of a model in eval mode use the batch's statistics."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.training = True

@@ -1,9 +1,6 @@
-"""Hooks that people hang on parameters and optimizers, in steps that are to be seen through.
-
-What `Tensor.register_hook` makes of a parameter's gradient is a function of it, which is
-differentiated like clipping. Other hooks run, and where they change anything, that is said: what
-they do is no function of what a hypergradient knows.
-"""
+"""User hooks on parameters and optimizers, in steps that are to be differentiated.
+`Tensor.register_hook` on a parameter is a function of its gradient and is differentiated like
+clipping. Other hooks run, but raise Unseen if they change anything."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ Hook = Callable[..., Any]
 
 
 class Hooks:
-    """Those of an optimizer and its parameters. names: of every parameter."""
+    """The hooks of an optimizer and its parameters. names: of every parameter."""
 
     def __init__(
         self,
@@ -32,10 +29,10 @@ class Hooks:
     ) -> None:
         self.optimizer, self.parameters, self.names = optimizer, parameters, names
         self.acting: str | None = None
-        """A parameter whose gradient some hook has changed."""
+        """The name of a parameter whose gradient a hook changed."""
         self.of_tensors = self._having("_backward_hooks")
         """Index of a parameter -> its hooks of Tensor.register_hook."""
-        # To look at every step again takes 10 µs of a small model's.
+        # Searching again at every step takes 10 µs of a small model's.
         self._none = not self.of_tensors and not self._having("_post_accumulate_grad_hooks")
 
     def _having(self, kind: str) -> dict[int, tuple[Hook, ...]]:
@@ -43,7 +40,7 @@ class Hooks:
         return {i: tuple(own.values()) for i, own in hooks.items() if own}
 
     def taken(self) -> AbstractContextManager[Any]:
-        """Inside, hooks of parameters are off: backward leaves gradients as they are."""
+        """Inside, hooks of parameters are off, so that backward yields raw gradients."""
         if self._none:
             return nullcontext()
         kinds = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -51,10 +48,8 @@ class Hooks:
         return without([getattr(p, kind) for p, kind in places])
 
     def run(self) -> None:
-        """What backward would have called, on the gradients of all parameters.
-
-        Raises Unseen where a post-accumulate hook changes anything.
-        """
+        """Runs the hooks that backward would have called, on the gradients of all parameters.
+        Raises Unseen where a post-accumulate hook changes anything."""
         if self._none:
             return
         self.of_tensors = self._having("_backward_hooks")
@@ -77,7 +72,7 @@ class Hooks:
                     )
 
     def step(self) -> None:
-        """`optimizer.step()`. Raises Unseen where one of its step hooks changes anything."""
+        """`optimizer.step()`. Raises Unseen where a step hook changes anything."""
         own: Any = self.optimizer
         common: Any = torch_optimizer
         before = [common._global_optimizer_pre_hooks, own._optimizer_step_pre_hooks]
@@ -104,7 +99,7 @@ class Hooks:
             self._watched(hook, arguments, f"{kind} {_called(hook)} of the optimizer", mend)
 
     def _watched(self, hook: Hook, arguments: tuple[Any, ...], called: str, mend: str) -> None:
-        """Calls it, and compares what was before with what is after."""
+        """Calls a hook and raises Unseen if it changed anything."""
         before = [_copied(t) for p in self.parameters for t in (p, p.grad)]
         returned = hook(*arguments)
         after = [t for p in self.parameters for t in (p, p.grad)]
@@ -117,11 +112,8 @@ class Hooks:
 
 @contextmanager
 def watched_inside(model: nn.Module) -> Iterator[None]:
-    """Raises Unseen at the end where hooks changed gradients on their way back through the model.
-
-    Of modules, and of tensors that a forward pass inside makes: then what comes back is not the
-    derivative of what went forwards, and a second derivative takes it for that.
-    """
+    """Raises Unseen at the end where hooks of modules or intermediate tensors changed gradients:
+    these are then no derivatives of the forward pass, and second ones would be wrong."""
     acting: list[str] = []
 
     def watched(hook: Hook, called: str) -> Hook:
@@ -172,7 +164,7 @@ def _tuple(value: Any) -> tuple[Any, ...]:
 
 @contextmanager
 def without(hooks: Sequence[MutableMapping[Any, Any]]) -> Iterator[list[dict[Any, Any]]]:
-    """Inside, these are empty; afterwards they are what they were, with what was added to them."""
+    """Inside, these dicts are empty; afterwards they have old and new entries."""
     kept = [dict(own) for own in hooks]
     for own in hooks:
         own.clear()
@@ -186,7 +178,7 @@ def without(hooks: Sequence[MutableMapping[Any, Any]]) -> Iterator[list[dict[Any
 
 
 def through(hooks: Sequence[Hook], gradient: Tensor) -> Tensor:
-    """What hooks of Tensor.register_hook make of a gradient, one after the other."""
+    """The gradient after hooks of Tensor.register_hook, in order."""
     for hook in hooks:
         found = hook(gradient)
         gradient = gradient if found is None else found

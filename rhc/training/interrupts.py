@@ -1,11 +1,7 @@
-"""What happens at SIGINT (Ctrl-C) and SIGTERM while a run trains.
-
-The first signal is noted, and the run goes on to the end of its step, where `check` raises
-KeyboardInterrupt or Terminated. Where no step ends within GRACE seconds (a long reverse pass, a
-loader that waits), and at a second signal, it is raised in the middle: what was saved stays. Python
-swallows what is raised inside some callbacks (`__del__`, after a fork), so every `check` raises it
-again until it has left the run.
-"""
+"""SIGINT (Ctrl-C) and SIGTERM during training. The first signal is noted, and `check` raises it at
+the end of the step. After GRACE seconds, or at a second signal, it is raised at once. Python
+swallows what is raised in some callbacks (`__del__`, after a fork), so that every `check` raises it
+again until it has left the run."""
 
 from __future__ import annotations
 
@@ -20,16 +16,16 @@ from types import FrameType
 from typing import Any, TypeVar
 
 GRACE = 2.0
-"""Seconds for the step that is being taken; a stopped process is to be gone after five."""
+"""Seconds for the current step; a stopped process should be gone after five."""
 
 STATUS: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
-"""What shells say of a process that a signal ended."""
+"""Exit statuses by signal, as in shells."""
 
 Item = TypeVar("Item")
 
 
 class Terminated(KeyboardInterrupt, SystemExit):
-    """SIGTERM, raised where SIGINT raises KeyboardInterrupt: uncaught, the exit status is 143."""
+    """SIGTERM, raised where SIGINT raises KeyboardInterrupt; uncaught, the exit status is 143."""
 
     def __init__(self) -> None:
         super().__init__(STATUS[signal.SIGTERM])
@@ -38,8 +34,8 @@ class Terminated(KeyboardInterrupt, SystemExit):
 
 @dataclass
 class _State:
-    """waiting: how many runs wait for the end of a step. received: the first signal of all, which
-    the exit status tells; asked: one that nothing has ended by yet. at_once: signals left alone."""
+    """waiting: runs inside `at_steps`. received: the first signal, for the exit status; asked: one
+    that has not been raised to the end yet. at_once: signals left alone."""
 
     waiting: int = 0
     received: int | None = None
@@ -53,7 +49,7 @@ _state = _State()
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Signals are ours inside, where they are nobody else's; in the main thread alone."""
+    """Handles signals inside, where nobody else does; in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -69,7 +65,7 @@ def handled() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _state.asked = None  # it has been acted on
+        _state.asked = None  # it has been handled
         raise
     finally:
         for number in taken:
@@ -84,7 +80,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
         _state.timer.daemon = True
         _state.timer.start()
         return
-    # A loader whose worker does not answer is left after half a second; torch waits for five.
+    # A loader with an unresponsive worker is left after half a second; torch waits for five.
     loading: Any = sys.modules.get("torch.utils.data._utils")
     if loading is not None and hasattr(loading, "MP_STATUS_CHECK_INTERVAL"):
         loading.MP_STATUS_CHECK_INTERVAL = 0.5
@@ -93,13 +89,13 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def at_steps() -> Iterator[None]:
-    """A signal inside waits for `check`; an error that it causes on the way is not told."""
+    """Inside, signals wait for `check`; an error that they cause is not reported."""
     with handled():
         _state.waiting += 1
         try:
             yield
         except Exception:
-            # A terminal's Ctrl-C goes to the loader's workers too, and their death is an error.
+            # A terminal's Ctrl-C also ends the loader's workers, which is an error.
             check()
             raise
         finally:
@@ -115,17 +111,17 @@ def check() -> None:
 
 
 def _raise(number: int) -> None:
-    _stop_timer()  # nor is a signal sent while the run is being left
+    _stop_timer()  # and no signal is sent while the run is left
     raise Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
 
 
 def asked() -> bool:
-    """Whether a signal came that nothing has ended by yet."""
+    """Whether a signal is waiting."""
     return _state.asked is not None
 
 
 def until_asked(items: Iterable[Item]) -> Iterator[Item]:
-    """The items, ending early, after one at least, once a signal has come."""
+    """The items, at least one, until a signal comes."""
     check()
     for item in items:
         yield item
@@ -134,12 +130,11 @@ def until_asked(items: Iterable[Item]) -> Iterator[Item]:
 
 
 def received() -> int | None:
-    """The number of the signal that came first since the handlers were put in place."""
     return _state.received
 
 
 def at_once(number: int) -> None:
-    """From now on this signal ends the process at once, whatever it is waiting for."""
+    """From now on this signal ends the process immediately."""
     _state.at_once.add(number)
     signal.signal(number, signal.SIG_DFL)
 
@@ -158,7 +153,7 @@ def _stop_timer() -> None:
 
 
 def _in_child() -> None:
-    """A forked process, such as a loader's worker, must die of a signal."""
+    """Restores the signals in a forked process, such as a loader's worker, so that they end it."""
     for number in STATUS:
         if signal.getsignal(number) is _on_signal:
             signal.signal(number, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""What a loader is known by: what decides its order, its place in a pass, samples of its data."""
+"""What identifies a loader's state: its order, its position in a pass, samples of its data."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from rhc.errors import InputError
 
 
 class LoaderOrder:
-    """What decides a loader's order beside the global random state: private generators, and the
-    counters of what has a `set_epoch`, by which accelerate's samplers seed theirs."""
+    """What decides a loader's order besides the global random state: private generators, and
+    counters of `set_epoch`, by which accelerate's samplers seed theirs."""
 
     def __init__(self, loader: Any) -> None:
         sampler = getattr(loader, "sampler", None)
@@ -41,12 +41,11 @@ class LoaderOrder:
         ]
 
     def states(self) -> tuple[Tensor, ...]:
-        """All of them, generators first."""
         counted = [torch.tensor(getattr(holder, name)) for holder, name in self.counters]
         return (*(g.get_state() for g in self.generators), *counted)
 
     def restore(self, states: tuple[Tensor, ...]) -> None:
-        """Puts back what `states` gave; counters stay where there are none, as in old runs."""
+        """Restores `states`; counters are missing in old runs and then stay."""
         for generator, state in zip(self.generators, states, strict=False):
             generator.set_state(state)
         counted = states[len(self.generators) :]
@@ -56,7 +55,7 @@ class LoaderOrder:
 
 @contextmanager
 def loader_preserved(loader: Any) -> Iterator[None]:
-    """Iterating inside leaves the loader's private generators and counters as they were found."""
+    """Iterating inside leaves the loader's private generators and counters unchanged."""
     order = LoaderOrder(loader)
     states = order.states()
     try:
@@ -66,11 +65,9 @@ def loader_preserved(loader: Any) -> Iterator[None]:
 
 
 def stateful_parts(loader: Any, besides: Iterable[Any] = ()) -> dict[str, Any]:
-    """Name -> what has `state_dict` and `load_state_dict`: the loader, or parts of a DataLoader.
-
-    A StatefulDataLoader is taken for its parts, of which its state consists: iterating it begins an
-    epoch anew like any DataLoader, and what its workers draw at random is in no state of it.
-    """
+    """Name -> what has `state_dict` and `load_state_dict`: the loader, or parts of a DataLoader. A
+    StatefulDataLoader counts as its parts: it begins epochs like any DataLoader, and its state
+    omits what its workers draw at random."""
     found: dict[str, Any] = {}
     seen = {id(None), *map(id, besides)}
 
@@ -100,16 +97,16 @@ def _has_state(part: Any) -> bool:
     try:
         inspect.signature(part.state_dict).bind()
         part.state_dict()
-    except (TypeError, ValueError):  # another protocol of that name
+    except (TypeError, ValueError):  # another protocol of the same name
         return False
-    except (AttributeError, NotImplementedError):  # accelerate's loaders have one only at times
+    except (AttributeError, NotImplementedError):  # accelerate's loaders have one only sometimes
         return False
     return True
 
 
 @contextmanager
 def pristine(loader: Any) -> Iterator[None]:
-    """Whatever of a loader has a state has it as before, when batches were drawn for a trial."""
+    """Restores the state of a loader's stateful parts, after batches were drawn for a trial."""
     states = [(part, copy.deepcopy(part.state_dict())) for part in stateful_parts(loader).values()]
     try:
         yield
@@ -122,7 +119,7 @@ def pristine(loader: Any) -> Iterator[None]:
 
 
 class Pass:
-    """A pass over a loader during which others may want to iterate it."""
+    """A pass over a loader that others may iterate meanwhile."""
 
     lasting: ClassVar[WeakSet[Pass]] = WeakSet()
 
@@ -137,12 +134,9 @@ class Pass:
 
 
 def begun(loader: Any) -> Iterator[Any]:
-    """A new iterator of a loader.
-
-    Raises InputError where a pass that lasts would lose its place by it: iterated twice, an object
-    that is its own iterator has one place.
-    """
-    # By name, since the frames of an error would keep a pass from ending.
+    """A new iterator of a loader. InputError where a current pass would lose its position, since
+    the loader is its own iterator."""
+    # By name, since an error's frames would keep a pass alive.
     moved = [p.name for p in Pass.lasting if p.loader is loader and p.held != _held(loader)]
     own = apart(loader) if any(p.loader is loader for p in Pass.lasting) else loader
     iterator = iter(own)
@@ -159,8 +153,7 @@ def begun(loader: Any) -> Iterator[Any]:
 
 
 def _held(loader: Any) -> list[Any]:
-    """What an object of one's own holds, for comparison; a pass that changes it has no other beside
-    it. Of torch's loaders nothing, whose passes know their place."""
+    """The content of a user's object, to detect passes that change it; none of torch's loaders."""
     if isinstance(loader, (DataLoader, RankLoader)):
         return []
     held: list[Any] = []
@@ -174,17 +167,15 @@ def _held(loader: Any) -> list[Any]:
 
 
 def _place(loader: Any, iterator: Any) -> Any:
-    """What knows how far a pass has come: the iterator, or a dataset that is its own."""
+    """What holds a pass's position: the iterator, or a dataset that is its own iterator."""
     dataset = getattr(loader, "dataset", None)
     own = hasattr(dataset, "__next__") and not getattr(loader, "num_workers", 0)
     return dataset if own else iterator
 
 
 def apart(loader: Any) -> Any:
-    """The loader with workers of its own, where a DataLoader in it has some that persist.
-
-    These have one place for all that iterate it. Datasets and samplers are the same objects.
-    """
+    """The loader with workers of its own, where a DataLoader in it has persistent ones. Those have
+    one position for all iterators. Datasets and samplers are shared."""
     inside = getattr(loader, "__dict__", {})
     within = {k: v for k, v in inside.items() if isinstance(v, (DataLoader, RankLoader))}
     changed = {k: own for k, v in within.items() if (own := apart(v)) is not v}
@@ -200,15 +191,12 @@ def apart(loader: Any) -> Any:
 # Data --------------------------------------------------------------------------------------------
 
 SAMPLED = 64
-"""Elements of each tensor of a batch by which it is known: a copy takes 3 µs, a checksum of all of
-a batch of images a millisecond."""
+"""Elements sampled per tensor of a batch: copying takes 3 µs, a checksum of all images 1 ms."""
 
 
 def sample(batch: Any) -> tuple[Tensor, ...]:
-    """Some elements of everything in a batch that a tensor can be made of.
-
-    None of a rank's rows, which are others with another number of ranks.
-    """
+    """Some elements of everything in a batch that can become a tensor. None of a rank's rows, which
+    change with the number of ranks."""
     leaves = [] if isinstance(batch, Shard) else tree_leaves(batch)
     found: list[Any] = []
     for leaf in leaves:
@@ -222,7 +210,6 @@ def sample(batch: Any) -> tuple[Tensor, ...]:
 
 
 def _elements(leaf: Any) -> Tensor | None:
-    """On the CPU, in a type that safetensors has and that can be compared."""
     try:
         t = torch.as_tensor(leaf).detach()
     except (TypeError, ValueError, RuntimeError):
@@ -236,7 +223,7 @@ def _elements(leaf: Any) -> Tensor | None:
 
 
 def alike(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> bool:
-    """Whether two samples are the same, but for what other hardware rounds otherwise."""
+    """Whether two samples are equal up to the rounding of other hardware."""
     return len(first) == len(second) and all(map(_close, first, second))
 
 

@@ -18,7 +18,7 @@ Observed = tuple[Tensor, dict[str, Tensor]]
 
 
 def checked_loss(result: Any, source: str = "loss_fn") -> Observed:
-    """(loss, metrics) from what `source` returned; an InputError for anything else."""
+    """(loss, metrics) returned by `source`; an InputError for anything else."""
     loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
     if not isinstance(loss, Tensor):
         raise InputError(
@@ -63,7 +63,7 @@ def _metric(source: str, name: Any, value: Any) -> Tensor:
             f"'metric_{name}'"
         )
     try:
-        # A Python number has 64 bits, of which the default type would leave 32.
+        # Python numbers have 64 bits; the default dtype would keep 32.
         return torch.as_tensor(value, dtype=torch.float64 if type(value) is float else None)
     except (TypeError, ValueError, RuntimeError):
         raise InputError(
@@ -77,7 +77,7 @@ def mean_metrics(metrics: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {}
     for own in metrics:
         for name, value in own.items():
-            # The sum of two flags is a flag.
+            # The sum of two bools is a bool.
             is_flag = value.dtype == torch.bool
             found.setdefault(name, []).append(value.long() if is_flag else value)
     return {name: sum(v[1:], v[0]) / len(v) for name, v in found.items()}
@@ -97,6 +97,6 @@ def fill_gradients(loss: Tensor) -> None:
 
 
 def needs_grad(error: Exception) -> bool:
-    """Whether an error under no_grad comes from code that differentiates by itself."""
+    """Whether an error under no_grad is due to code that differentiates by itself."""
     words = ("does not require grad", "doesn't require gradient")
     return isinstance(error, RuntimeError) and any(each in str(error) for each in words)

@@ -1,4 +1,4 @@
-"""What the process holds: its peak, and handing back what the allocator keeps without need."""
+"""Memory of the process: its peak, and freed heap that the allocator keeps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory this process has held so far, in bytes: of the GPU, or resident on a CPU."""
+    """Peak memory of the process in bytes: of the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:
@@ -28,7 +28,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forgets the peak so far, where that can be done (CUDA; Linux), for `current_peak`."""
+    """Resets the peak for `current_peak`, where possible (CUDA; Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -37,7 +37,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def current_peak(device: torch.device) -> int:
-    """The most memory in use since `reset_peak`, in bytes; 0 where nobody can say."""
+    """Peak memory in bytes since `reset_peak`; 0 if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     with contextlib.suppress(OSError):
@@ -48,7 +48,6 @@ def current_peak(device: torch.device) -> int:
 
 
 def resident() -> int:
-    """Bytes of this process in memory; 0 where nobody can say."""
     try:
         with open("/proc/self/statm", "rb", buffering=0) as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
@@ -61,28 +60,26 @@ def resident() -> int:
 
 @functools.cache
 def _libc() -> Any:
-    """The functions of the C library on Linux; None elsewhere."""
     return ctypes.CDLL(None) if sys.platform.startswith("linux") else None
 
 
 def trim() -> None:
-    """Hands freed memory of the C heap back to the operating system, where glibc can.
+    """Returns freed memory of glibc's heap to the operating system.
 
-    torch's CPU allocations are aligned ones, which glibc before 2.38 splits so that freed space is
-    badly reused (its bug 14581): a reverse pass over 25 steps of a GPT of 0.6 M parameters holds
-    160 MB above plain training, but resides in 230; trimmed after every step, in 190, for 3 % of
-    the time. Elsewhere this does nothing.
+    torch's aligned CPU allocations are split by glibc before 2.38 so that freed space is badly
+    reused (its bug 14581): a reverse pass over 25 steps of a GPT of 0.6 M parameters uses 160 MB
+    above plain training, but 230 resident; trimmed after every step, 190, for 3 % of the time.
     """
     if hasattr(_libc(), "malloc_trim"):
         _libc().malloc_trim(0)
 
 
 HELD = 2**30
-"""Bytes of freed memory at the end of the C heap that `held` lets stay there, at the least."""
+"""Freed bytes at the end of the C heap that `held` keeps, at least."""
 
 MAPPED, RETURNED = 2**25, 2**26
-"""Where glibc's thresholds end by themselves once large blocks were freed: bytes of a block that is
-mapped, and of freed memory that may stay."""
+"""glibc's thresholds after large blocks were freed, in bytes: blocks to map, freed memory to
+keep."""
 
 TUNED = (
     "MALLOC_TRIM_THRESHOLD_",
@@ -91,20 +88,18 @@ TUNED = (
     "GLIBC_TUNABLES",
     "LD_PRELOAD",
 )
-"""Where users tune glibc's heap, or replace it."""
+"""Environment variables by which users tune or replace glibc's heap."""
 
 _held = 0
 
 
 @contextlib.contextmanager
 def held(size: int | None = None) -> Iterator[bool]:
-    """Inside, glibc keeps freed memory for the next step instead of handing it back.
+    """Inside, glibc keeps `size` freed bytes for the next step; yields whether it can.
 
-    A reverse pass takes and frees megabytes at every step. As it comes, glibc returns the end of
-    its heap to the system again and again, and each of its pages is faulted in anew: a GPT of 0.6 M
-    parameters lost 0.1 plain steps a step, and 1.3 with all graphs kept. `trim` still hands back
-    what is free. size: bytes that may stay; of several that are open, the most. Gives whether it
-    is so, by `can_hold`.
+    A reverse pass frees megabytes at every step, which glibc otherwise returns to the system and
+    faults in anew: a GPT of 0.6 M parameters lost 0.1 plain steps per step, and 1.3 with all graphs
+    kept. Of several that are open, the largest size counts. `trim` still returns free memory.
     """
     global _held
     before, wanted = _held, max(size or 0, HELD)
@@ -120,7 +115,7 @@ def held(size: int | None = None) -> Iterator[bool]:
 
 
 def can_hold() -> bool:
-    """Whether the heap is glibc's, and not tuned by its user in the environment."""
+    """Whether the heap is glibc's, and the environment does not tune it."""
     tuned = any(name in os.environ for name in TUNED)
     return not tuned and platform.libc_ver()[0] == "glibc" and hasattr(_libc(), "mallopt")
 
@@ -128,22 +123,21 @@ def can_hold() -> bool:
 def _set_trim_threshold(size: int) -> None:
     mmap_threshold, trim_threshold = -3, -1
     _libc().mallopt(mmap_threshold, MAPPED)  # setting either freezes it
-    # An int, of which -1 is "never".
+    # An int; -1 stands for "never".
     _libc().mallopt(trim_threshold, size if size < 2**31 else -1)
 
 
 GROWTH = 2**20
-"""Bytes of growth that are none: code and small objects come and go."""
+"""Growth in bytes that is ignored: code and small objects come and go."""
 
 
 class Ceiling:
-    """Keeps what the process resides in below a height, by handing back the heap's holes.
+    """Keeps resident memory below a ceiling by trimming the heap, when `check` is called between
+    pieces of work. Trimming at every step would cost a plain step each, as pages are faulted in
+    again.
 
-    It is made where nothing is held but what stays, and asked to `check` between pieces of work.
-    Trimming at every step would cost a plain step each, since all its pages are faulted in again.
-    above: bytes beyond the ground, which are the resident bytes at the first call in this process,
-    or at the last that found more than spare bytes too much. work: bytes that a piece of work
-    takes at most. Where nobody can say what resides, nothing is done.
+    above: bytes over the ground: resident bytes at the first call in this process, or at the last
+    that found more than `spare` bytes too much. work: bytes of a piece of work, at most.
     """
 
     ground: int | None = None
@@ -156,20 +150,19 @@ class Ceiling:
         self._seen = resident()
 
     def make_room(self) -> None:
-        """Before the first piece of work: it need not fit into the holes that others have left."""
+        """Trims before the first piece of work, which need not fit into the heap's holes."""
         if resident() + self.work > self.limit:
             trim()
 
     def check(self) -> None:
-        """Trims the heap if it is above."""
         if resident() > self.limit:
             trim()
-            # What is there without holes does not become less by trimming at every step.
+            # Trimming at every step does not reduce memory without holes.
             self.limit = max(self.limit, resident() + self.above // 16)
 
     def check_growth(self) -> None:
-        """Trims the heap if it is above and still grows by work: as long as it does not, what is
-        free in it is used, and would only be faulted in again."""
+        """Trims the heap if it is above and still grows by work; otherwise its free memory is in
+        use, and would only be faulted in again."""
         now = resident()
         if now > self.limit and now > self._seen + max(GROWTH, self.work // 4):
             trim()

@@ -1,9 +1,5 @@
-"""What the modules of a model hold beside parameters: buffers, and plain attributes that move.
-
-Buffers may be None until a forward pass fills them, grow, be replaced by others, be registered in a
-forward pass, or be views that cannot be written into. Attributes may be counters, generators,
-lists. Both are found, copied and put back here.
-"""
+"""Buffers, and attributes of modules that change: found, copied and restored. Buffers may appear in
+a forward pass, be None until then, grow, be replaced, or be read-only views."""
 
 from __future__ import annotations
 
@@ -20,14 +16,12 @@ from torch import Tensor, nn
 from rhc.containers import same
 
 Values = Mapping[str, Tensor | None]
-"""Name -> buffer; None where one is registered but not there yet."""
+"""Name -> buffer; None where one is registered without a value."""
 
 
 class Buffers:
-    """The buffers of a model, and what lay in their places when this was made.
-
-    moved: further tensors, by name, that are read and put back like buffers.
-    """
+    """The buffers of a model, and the tensors in their places at construction. moved: further
+    tensors, by name, treated like buffers."""
 
     def __init__(self, model: nn.Module, moved: Mapping[str, Tensor] | None = None) -> None:
         self.moved = dict(moved or {})
@@ -37,7 +31,7 @@ class Buffers:
         ]
 
     def live(self) -> dict[str, Tensor | None]:
-        """As they are now, each tensor by the first of its names."""
+        """The current buffers, each tensor by the first of its names."""
         found: dict[str, Tensor | None] = {}
         seen: set[int] = set()
         for prefix, own, _ in self._places:
@@ -48,15 +42,11 @@ class Buffers:
         return found | self.moved
 
     def copies(self) -> dict[str, Tensor | None]:
-        """Copies of what is live."""
         return {n: None if b is None else b.detach().clone() for n, b in self.live().items()}
 
     @torch.no_grad()
     def put(self, values: Values) -> None:
-        """Makes the buffers these, in the tensors that lay there first wherever these can be used.
-
-        A buffer that `values` does not name is no longer registered.
-        """
+        """Restores buffers, where possible in the tensors that were there first; removes others."""
         named: dict[str, dict[str, Tensor | None]] = {}
         for full, value in values.items():
             if full in self.moved:
@@ -65,7 +55,9 @@ class Buffers:
             else:
                 prefix, dot, name = full.rpartition(".")
                 named.setdefault(prefix + dot, {})[name] = value
-        done: dict[int, tuple[Tensor, Tensor]] = {}  # shared ones, held so that ids stay theirs
+        done: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # shared ones, held so that their ids are not reused
         for prefix, own, first in self._places:
             wanted = named.get(prefix, {})
             for name in {**first, **own, **wanted}:
@@ -84,7 +76,7 @@ class Buffers:
 
 
 def filled(live: Tensor, value: Tensor) -> Tensor:
-    """`live` with the content of `value`, or a copy of it where that cannot be written there."""
+    """`live` with the content of `value`, or a copy of it where `live` cannot hold it."""
     if live.shape == value.shape and live.dtype == value.dtype and live.device == value.device:
         if not any(s == 0 and n > 1 for s, n in zip(live.stride(), live.shape, strict=True)):
             return live.copy_(value)
@@ -94,7 +86,7 @@ def filled(live: Tensor, value: Tensor) -> Tensor:
 
 
 def _memory(t: Tensor) -> int:
-    """Where its memory begins; a number of its own where it has none to be asked for (FSDP's)."""
+    """The storage's address, or a unique number where there is none (FSDP)."""
     try:
         return t.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):
@@ -103,7 +95,6 @@ def _memory(t: Tensor) -> int:
 
 @torch.no_grad()
 def overlaps(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """The names of two tensors that share memory, if any do."""
     ends: dict[int, list[tuple[int, int, str]]] = {}
     for name, t in tensors.items():
         if t.layout == torch.strided and t.numel() and not t.is_meta:
@@ -124,11 +115,11 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _NUMBERS = (bool, int, float, complex, str, bytes, np.generic, type(None))
 
 FEW = 64
-"""Of lists and dicts with more items than these, the items themselves are not looked into."""
+"""Items of lists and dicts are inspected up to this many."""
 
 
 class Held(NamedTuple):
-    """One attribute: the object, a copy of its content, and the same of the objects in it."""
+    """An attribute: the object, a copy of its content, and the same of its items."""
 
     value: Any
     content: Any = None
@@ -155,19 +146,17 @@ Place = tuple[int, str]
 
 
 class Attributes:
-    """Counters, generators, tensors, lists and dicts that are attributes of a model's modules.
-
-    What else modules hold (functions, datasets, other objects) is left alone.
-    """
+    """Counters, generators, tensors, lists and dicts among the attributes of a model's modules;
+    other objects are left alone."""
 
     def __init__(self, model: nn.Module) -> None:
         self.holders = [vars(module) for module in model.modules()]
         self._memory = {_memory(t) for t in (*model.parameters(), *model.buffers())}
-        # A tensor larger than all parameters is data.
+        # A tensor larger than all parameters is taken for data.
         self._largest = max(2**20, sum(p.nbytes for p in model.parameters()))
 
     def capture(self, places: Sequence[Place] | None = None) -> Captured:
-        """As they are now. places: those to look at; all where None."""
+        """The current attributes at `places`; all where None."""
         found: dict[Place, Held] = {}
         for place in self.all() if places is None else places:
             index, name = place
@@ -182,7 +171,7 @@ class Attributes:
                     yield index, name
 
     def held(self, value: Any, deep: bool = True) -> Held | None:
-        """A value with its content; None for objects of other kinds. deep: with its items."""
+        """A value with its content; None for other kinds of objects. deep: with its items."""
         if isinstance(value, _NUMBERS):
             return Held(value)
         if isinstance(value, Tensor):
@@ -217,14 +206,14 @@ class Attributes:
 
 
 class Captured(NamedTuple):
-    """Attributes as they were. places: those that were looked at; all where None."""
+    """Captured attributes. places: that were inspected; all where None."""
 
     attributes: Attributes
     found: dict[Place, Held]
     places: tuple[Place, ...] | None
 
     def restore(self) -> None:
-        """Puts them back; what was not there goes."""
+        """Restores them, and deletes new ones."""
         holders = self.attributes.holders
         for place in list(self.attributes.all()) if self.places is None else self.places:
             index, name = place
@@ -235,12 +224,11 @@ class Captured(NamedTuple):
             held.restore()
 
     def only(self, places: Sequence[Place]) -> Captured:
-        """Those in these places alone."""
         found = {place: self.found[place] for place in places if place in self.found}
         return Captured(self.attributes, found, tuple(places))
 
     def moved(self, now: Captured) -> list[Place]:
-        """The places that have changed since, of those that were there."""
+        """The places of captured attributes that have changed."""
         return [
             place
             for place, held in self.found.items()
@@ -249,7 +237,6 @@ class Captured(NamedTuple):
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether two contents are the same; two that cannot be compared are not."""
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and same(a, b)
     if isinstance(a, (list, tuple)):
@@ -280,7 +267,7 @@ _GENERATORS: tuple[tuple[type, Callable[[Any], Any], Callable[[Any, Any], Any]],
     (np.random.Generator, _bits, _set_bits),
     (np.random.RandomState, np.random.RandomState.get_state, np.random.RandomState.set_state),
 )
-"""What draws at random: (its class, how its state is read, how it is put back)."""
+"""Random generators: (class, how to read the state, how to restore it)."""
 
 
 @torch.no_grad()

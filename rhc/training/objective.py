@@ -1,9 +1,6 @@
-"""What a window is judged by: stage costs, a terminal loss, and the average of its iterates.
-
-J = Σ_t (c_ℓ ℓ_t − c_r r_t) + terminal(θ̄), θ̄ an exponential average of the window's iterates.
-Averaging hides the noise that a lower lr would remove at once, so that the gradient sees progress
-instead of noise (docs/log.md has the numbers).
-"""
+"""The objective of a window: stage costs, a terminal loss, and the average of its iterates. J = Σ_t
+(c_ℓ ℓ_t − c_r r_t) + terminal(θ̄), θ̄ an exponential average of the window's iterates, which hides
+the noise that a lower lr would remove at once (numbers: docs/log.md)."""
 
 from __future__ import annotations
 
@@ -21,14 +18,12 @@ Reward = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class HeldOutBatches:
-    """The terminal loss is taken on the training batches that follow the window.
-
-    So no validation data are used up: what windows are chosen by stays unseen by `val_loader`, and
-    they are other batches for every window. In an endless stream nothing has been trained on them.
-    """
+    """Takes the terminal loss on the training batches that follow the window. They are other
+    batches for every window, and `val_loader` stays unseen. In an endless stream the model has not
+    been trained on them."""
 
     count: int = 4
-    """How many batches."""
+    """Number of batches."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "count", whole_number("held-out batches", self.count))
@@ -49,13 +44,13 @@ class Objective:
     reward_weight: float = 0.0
     """c_r, of the steps' rewards."""
     reward: Reward | None = None
-    """What gives r_t; metrics["reward"] where it is None."""
+    """Gives r_t; None for metrics["reward"]."""
     terminal_weight: float = 1.0
-    """Of the terminal loss."""
+    """Weight of the terminal loss."""
     average: float | None = 0.99
     """Decay of the iterates' exponential average, in (0, 1); None for the last iterate."""
     batches: int | HeldOutBatches = 4
-    """What the terminal loss is taken on: that many validation batches, others for each window."""
+    """Batches of the terminal loss: this many of val_loader, others for each window."""
 
     def __post_init__(self) -> None:
         plain_numbers(self)
@@ -74,7 +69,7 @@ class Objective:
 
     @property
     def count(self) -> int:
-        """Batches that the terminal loss is taken on."""
+        """Number of batches of the terminal loss."""
         return self.batches if isinstance(self.batches, int) else self.batches.count
 
     def stage(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> Tensor | None:
@@ -92,10 +87,8 @@ class Objective:
 
 
 class Average:
-    """Bias-corrected exponential average of iterates: θ̄_n = Σ_j d^{n−j} θ_j / Σ_j d^{n−j}.
-
-    Updated in place. decay None keeps the last iterate only.
-    """
+    """Bias-corrected exponential average of iterates: θ̄_n = Σ_j d^{n−j} θ_j / Σ_j d^{n−j}. Updated
+    in place. decay None keeps the last iterate only."""
 
     def __init__(self, decay: float | None, values: Sequence[Tensor] | None = None, count: int = 0):
         self.decay = decay
@@ -107,7 +100,7 @@ class Average:
         return 1.0 if self.decay is None else (1 - self.decay) / (1 - self.decay**n)
 
     def update(self, parameters: Sequence[Tensor]) -> None:
-        """Takes the next iterate in."""
+        """Adds the next iterate."""
         self.count += 1
         if self.decay is None:
             self.values = [p.detach() for p in parameters]  # live: the last iterate, no copy
@@ -118,11 +111,9 @@ class Average:
                 torch._foreach_lerp_(self.values, list(parameters), self.weight(self.count))
 
     def copy(self) -> Average:
-        """An independent copy."""
         return Average(self.decay, self.values, self.count)
 
     def assign(self, other: Average) -> None:
-        """Takes over the value of `other`."""
         self.count = other.count
         self.values = None if other.values is None else [v.clone() for v in other.values]
 

@@ -1,9 +1,6 @@
-"""The plant: a live model, its optimizer and its loss, seen as a controlled dynamical system.
-
-s_{t+1} = F_t(s_t, u_t, ξ_t): the state s holds parameters, buffers, optimizer slots and the random
-state; the controls u are lr, momentum, noise and weight decay; the data of step t is part of F_t.
-The plant steps, takes and restores snapshots, and rolls a window forward. It decides nothing.
-"""
+"""The plant: model, optimizer and loss as a controlled dynamical system, s_{t+1} = F_t(s_t, u_t,
+ξ_t). s: parameters, buffers, optimizer slots, random state; u: lr, momentum, noise, weight decay.
+It steps, takes and restores snapshots, and rolls windows; it decides nothing."""
 
 from __future__ import annotations
 
@@ -42,11 +39,11 @@ from rhc.training.snapshot import Snapshot
 from rhc.training.trajectory import Block, BlockState, StepRecord, Trajectory
 
 PATIENCE = 5
-"""One batch may have any loss; this many in a row that are high on average are no accident."""
+"""Losses in a row that must be high on average to count: a single batch may have any loss."""
 
 
 class Plant:
-    """The live model, optimizer and loss, with the verbs of the loop that act on them.
+    """A live model, optimizer and loss that can step, be restored and rolled.
 
     Args:
         model: trained in place.
@@ -56,8 +53,7 @@ class Plant:
         seed: of the gradient noise.
         clip_norm: global norm that gradients are clipped to.
         clip_value: largest absolute value of a gradient's element; one of the two at most.
-        ranks: the processes that train together; `parallel` makes gradients, losses and metrics
-            those of all of them.
+        ranks: the processes that train together; gradients, losses and metrics are means over them.
 
     Raises:
         InputError: for parts that do not fit together.
@@ -91,14 +87,14 @@ class Plant:
         closure = inspect.signature(type(optimizer).step).parameters.get("closure")
         needed = closure is not None and closure.default is inspect.Parameter.empty
         self._closure: Literal["none", "only", "second"] = "only" if needed else "none"
-        """Who evaluates a step's loss: the plant; the optimizer, as LBFGS; it too, as SAM."""
+        """Who evaluates the loss: the plant, the optimizer (LBFGS), or both (SAM)."""
         self.has_evaluation_weights = all(
             callable(getattr(optimizer, name, None)) for name in ("train", "eval")
         )
-        """Whether the optimizer keeps other weights for evaluation, as schedule-free ones do."""
+        """Whether the optimizer has separate weights for evaluation, as schedule-free ones do."""
 
     def take_up(self) -> None:
-        """Looks again at what the optimizer holds, where groups were added since the last fit."""
+        """Re-reads the optimizer, whose groups may have changed since the last fit."""
         if len(self.optimizer.param_groups) != self._count:
             self.controls.take_up()
             self._hold()
@@ -106,7 +102,7 @@ class Plant:
     def _hold(self) -> None:
         self._count = len(self.optimizer.param_groups)
         self.owned = parameters_of(self.optimizer)
-        """The optimizer's parameters; `parameters` is what this rank has of them."""
+        """The optimizer's parameters; `parameters` are this rank's parts of them."""
         if not self.owned:
             raise InputError("the optimizer holds no parameters; give it model.parameters()")
         names = {id(p): n for n, p in self.model.named_parameters()}
@@ -125,38 +121,35 @@ class Plant:
         self.parallel = parallel_of(self.model, self.owned, self.ranks)
         self.parameters = self.parallel.parameters
         self.watched = self.parallel.watched
-        # An attention mask of -inf is no sign of divergence.
+        # An attention mask may be -inf without divergence.
         buffers = self.model.named_buffers()
         self._infinite = {n for n, b in buffers if not bool(b.isfinite().all())}
         self.counted: list[Place] | None = None
-        """Attributes of modules that a step changes; None before a step was recorded."""
+        """Attributes of modules that a step changes; None before a recorded step."""
         self.moved: dict[str, Tensor] | None = None
-        """Parameters that loss_fn changes and the optimizer does not train; None likewise."""
+        """Parameters that loss_fn changes but the optimizer does not train; None likewise."""
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """The optimizer's parameter groups that are known here."""
+        """The optimizer's parameter groups at the last `take_up`."""
         return self.optimizer.param_groups[: self._count]
 
     @property
     def names(self) -> list[list[str]]:
-        """The names of the optimizer's parameters, by parameter group."""
+        """Names of the optimizer's parameters, by group."""
         names = iter(self._names)
         return [[next(names) for _ in group["params"]] for group in self.groups]
 
     @property
     def untrained(self) -> dict[str, Tensor]:
-        """The model's parameters that the optimizer leaves as they are."""
+        """The model's parameters that the optimizer does not train."""
         trained = {id(p) for p in self.owned if p.requires_grad}
         return {n: p for n, p in self.model.named_parameters() if id(p) not in trained}
 
     # One step ------------------------------------------------------------------------------------
 
     def loss(self, batch: Any) -> Observed:
-        """(loss, metrics) of the live model on a batch; a loss that cannot be used is an error.
-
-        One that differentiates by itself is evaluated with grad also where that is off.
-        """
+        """(loss, metrics) of the live model on a batch, checked; with grad if loss_fn needs it."""
         if self._holds_gradients and not torch.is_grad_enabled():
             with torch.enable_grad():
                 loss, metrics = self.loss(batch)
@@ -173,7 +166,7 @@ class Plant:
         return checked_loss(result)
 
     def value(self, loss: Tensor) -> float:
-        """A loss that each rank took on its own rows, as a number: of all ranks."""
+        """A loss of this rank's rows as a number: the mean over ranks."""
         return float(self.parallel.value(loss))
 
     def step(
@@ -183,11 +176,9 @@ class Plant:
         step: int,
         recorder: Recorder | None = None,
     ) -> StepRecord:
-        """One optimizer step in place: exactly the plain loop's, with the controls of the step.
-
-        controls: natural values; what is absent stays as the optimizer has it. recorder: sees the
-        raw gradients, before hooks, clipping and noise.
-        """
+        """One optimizer step in place, exactly the plain loop's, with these controls. controls:
+        natural values; absent ones stay as the optimizer has them. recorder: sees raw gradients,
+        before hooks, clipping and noise."""
         if len(self.optimizer.param_groups) != self._count:
             raise InputError(
                 f"the optimizer's parameter groups were {self._count} when the fit began, and are "
@@ -203,7 +194,7 @@ class Plant:
         except Exception as error:
             if "closure" not in str(error).lower():
                 raise
-            # As of SAM, whose closure is optional by its signature alone; nothing is changed yet.
+            # Like SAM, whose closure is optional by signature only; nothing has changed yet.
             self._closure = "second"
             return self._step_by_closure(batch, controls, step, observed)
         return observed
@@ -211,7 +202,7 @@ class Plant:
     def _step_by_closure(
         self, batch: Any, controls: Mapping[str, float], step: int, first: StepRecord | None = None
     ) -> StepRecord:
-        """A step of an optimizer that evaluates the loss by itself; what was observed at first."""
+        """A step of an optimizer that evaluates the loss; returns its first evaluation."""
         if isinstance(batch, DrawnAsNeeded):
             if first is not None:
                 raise InputError(
@@ -238,7 +229,7 @@ class Plant:
         step: int,
         recorder: Recorder | None = None,
     ) -> StepRecord:
-        """Fills every `.grad` with what the optimizer is to step by."""
+        """Fills every `.grad` with what the optimizer steps by."""
         self.optimizer.zero_grad()
         with nullcontext() if recorder is None else recorder.watching():
             loss, metrics = (recorder or self).backward(batch)
@@ -246,11 +237,11 @@ class Plant:
         if recorder is not None:
             recorder.keep_gradients()
         norm = self._transform_gradients(controls.get("noise", 0.0), step)
-        # A copy: the model may go on changing what it gave, such as a counter.
+        # A copy: the model may change it later, such as a counter.
         return StepRecord(loss.detach(), {k: v.detach().clone() for k, v in metrics.items()}, norm)
 
     def backward(self, batch: Any) -> Observed:
-        """Adds the gradient of a step's batch to every `.grad`; (loss, metrics), of all ranks."""
+        """Adds the gradient of a step's batch to every `.grad`; (loss, metrics) of all ranks."""
         if isinstance(batch, (MicroBatches, DrawnAsNeeded)):
             return self.parallel.backward(lambda: self._accumulate(batch), len(batch))
         return self.parallel.backward(lambda: self._backward(batch))
@@ -261,7 +252,7 @@ class Plant:
         return loss, metrics
 
     def _accumulate(self, batches: MicroBatches | DrawnAsNeeded) -> Observed:
-        """Adds the gradient of the mean loss of the micro-batches; (mean loss, mean metrics)."""
+        """Adds the gradient of the micro-batches' mean loss; (mean loss, mean metrics)."""
         count = len(batches)
         losses: list[Tensor] = []
         metrics: list[dict[str, Tensor]] = []
@@ -273,7 +264,7 @@ class Plant:
         return torch.stack(losses).mean(), mean_metrics(metrics)
 
     def _transform_gradients(self, sigma: float, step: int) -> float | Tensor:
-        """Clips gradients and adds noise σ·RMS(g)·ξ_t; their norm before."""
+        """Clips gradients and adds noise σ·RMS(g)·ξ_t; returns their norm before."""
         grads = [p.grad for p in self.parameters if p.grad is not None]
         if not grads:
             raise InputError(
@@ -303,16 +294,16 @@ class Plant:
         return Snapshot.of(self)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Puts the state back, in place; the snapshot stays usable."""
+        """Restores the state in place; the snapshot stays usable."""
         self.parallel.settle()
         snapshot.put(self)
 
     def attributes(self) -> Captured:
-        """What modules hold besides parameters and buffers: counters, generators, lists."""
+        """Attributes of modules besides parameters and buffers: counters, generators, lists."""
         return Attributes(self.model).capture()
 
     def is_finite(self) -> bool:
-        """Whether parameters, buffers and optimizer slots are finite: one host synchronisation."""
+        """Whether parameters, buffers and slots are finite, by one host synchronisation."""
         slots = [v for p in self.owned for v in self.optimizer.state.get(p, {}).values()]
         buffers = [b for n, b in self.model.named_buffers() if n not in self._infinite]
         found = [
@@ -327,7 +318,7 @@ class Plant:
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """Leaves what loss_fn moves besides trained parameters as it was found."""
+        """Restores at the end what loss_fn changes besides trained parameters."""
         buffers = Buffers(self.model, self.untrained)
         before, attributes = buffers.copies(), self.attributes()
         counts = _versions(buffers.live())
@@ -340,11 +331,11 @@ class Plant:
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
-        """The model in eval mode; leaves all that it holds and the random state as they were."""
+        """Inside, the model is in eval mode; its state and the random state are restored."""
         modes = [(m, m.training) for m in self.model.modules()]
         rng = RandomState.capture()
         self.model.eval()
-        # What a graph was made of must stay; its evaluation has buffers of its own.
+        # Buffers in a live graph must stay; evaluation uses others.
         alone = nullcontext() if torch.is_grad_enabled() else self.untouched()
         try:
             with alone, self._evaluation_weights():
@@ -357,7 +348,7 @@ class Plant:
 
     @contextmanager
     def _evaluation_weights(self) -> Iterator[None]:
-        """Those of the optimizer, where it has them; the others are then back to the bit."""
+        """Inside, the optimizer's evaluation weights, if any; afterwards the others, to the bit."""
         if not self.has_evaluation_weights:
             yield
             return
@@ -374,7 +365,7 @@ class Plant:
 
     @contextmanager
     def optimizing(self) -> Iterator[None]:
-        """The optimizer in its training mode, where it has modes; then in that which it had."""
+        """Inside, the optimizer is in training mode, if it has modes."""
         if not self.has_evaluation_weights:
             yield
             return
@@ -399,14 +390,13 @@ class Plant:
         on_step: Callable[[int, StepRecord], None] | None = None,
         limit: Callable[[float], float] = lambda first: math.inf,
     ) -> Trajectory:
-        """Takes one live step per batch from `schedule.start` on, and records what happened.
+        """Takes one live step per batch from `schedule.start` on, and records it.
 
         Args:
             batches: one per step.
             schedule: the controls of these steps, in natural units.
-            record: a `Recorder` of what the reverse pass needs, or just record(i): whether the
-                whole state is kept before the i-th step (and at the end, with i = K); None records
-                losses only.
+            record: a `Recorder` for the reverse pass, or record(i): whether to keep the whole state
+                before the i-th step (and at the end, i = K); None records losses only.
             average: is updated with the parameters after every step.
             on_step: is called after every step.
             limit: maps the roll's first loss to the level that a mean of PATIENCE losses in a row
@@ -431,7 +421,7 @@ class Plant:
                 average.update(self.parameters)
             if on_step is not None:
                 on_step(step, observed)
-            # On an accelerator asking for the loss would make the host wait at every step.
+            # On an accelerator reading the loss would block the host at every step.
             if observed.loss.device.type == "cpu":
                 losses.append(float(observed.loss))
                 if _diverged(losses, limit):
@@ -454,11 +444,10 @@ class Plant:
 
     @property
     def hooks(self) -> Hooks:
-        """Those of optimizer and parameters, in their order."""
         return Hooks(self.optimizer, self.watched, self._names[: len(self.watched)])
 
     def refuse_complex(self) -> None:
-        """An InputError where a parameter is complex: a reverse pass needs real gradients."""
+        """Raises InputError where a parameter is complex: a reverse pass needs real gradients."""
         for name, p in zip(self._names, self.owned, strict=True):
             if p.is_complex():
                 raise InputError(
@@ -468,7 +457,7 @@ class Plant:
                 )
 
     def refuse_sparse(self, *, slots: bool = True) -> None:
-        """An InputError where a gradient, or a slot that was made of one, is sparse."""
+        """Raises InputError where a gradient, or a slot made from one, is sparse."""
         for name, p in zip(self._names, self.watched, strict=False):
             tensors = [p.grad, *(self.optimizer.state.get(p, {}).values() if slots else ())]
             if any(isinstance(t, Tensor) and t.layout != torch.strided for t in tensors):
@@ -478,7 +467,7 @@ class Plant:
                 )
 
     def refuse_overlaps(self) -> None:
-        """Unseen where two parameters share memory: a step of one moves the other too."""
+        """Raises Unseen where parameters share memory: a step of one moves the other too."""
         own = {n: p.detach() for n, p in self.model.named_parameters()}
         found = None if self.parallel.sharded else overlaps(own)
         if found is not None:
@@ -490,12 +479,9 @@ class Plant:
             )
 
     def blocks(self) -> tuple[Block, ...]:
-        """The optimizer's trainable parameters, grouped by what steps them alike.
-
-        Same parameter group, dtype, device and number of steps taken: one block. Where some
-        parameters of a block had no gradient at a step, or where the optimizer looks at whole
-        matrices, every one is its own.
-        """
+        """The trainable parameters in blocks of equal group, dtype, device and step count; one
+        parameter each where some of a block had no gradient, or the optimizer uses whole
+        matrices."""
         alone = self.singletons or not self.differentiable.elementwise
         members: dict[Any, list[int]] = {}
         groups = [g for g, group in enumerate(self.optimizer.param_groups) for _ in group["params"]]
@@ -541,10 +527,8 @@ class Plant:
         ]
 
     def slots_alone(self, scheduled: Container[str], controls: Collection[str]) -> bool:
-        """Whether the optimizer's state moves on, and is differentiated, without reading θ.
-
-        scheduled: the controls that are set at every step; controls: those differentiated by.
-        """
+        """Whether the optimizer's state advances and is differentiated without θ. scheduled: the
+        controls set at every step; controls: those differentiated by."""
         decays = "weight_decay" in scheduled or "weight_decay" in controls
         return (
             not self.differentiable.reads_parameters
@@ -554,10 +538,8 @@ class Plant:
         )
 
     def folds(self, scheduled: Container[str], controls: Collection[str]) -> bool:
-        """Whether the optimizer's states of a window can lie in the memory of its gradients.
-
-        As `slots_alone`; a Schedule says with which values, else those of the groups count.
-        """
+        """Whether the optimizer's states of a window fit into the memory of its gradients. As
+        `slots_alone`; values come from a Schedule, else from the groups."""
         noisy, least = "noise" in controls, {}
         if isinstance(scheduled, Schedule):
             noisy = noisy or ("noise" in scheduled and bool(scheduled["noise"].any()))
@@ -573,7 +555,6 @@ class Plant:
 
 
 def _versions(tensors: Mapping[str, Tensor | None]) -> dict[str, tuple[int, int]]:
-    """Name -> (which tensor it is, how often it was changed)."""
     return {
         name: (id(t), 0 if t is None or t.is_inference() else t._version)
         for name, t in tensors.items()

@@ -1,4 +1,4 @@
-"""What records a roll: memory for its gradients, and checks that a reverse pass can see them."""
+"""Recording of a roll: memory for gradients, and checks that a reverse pass can represent it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,13 @@ if TYPE_CHECKING:
     from rhc.training.plant import Plant
 
 SLAB = 2**24
-"""Bytes taken at a time on a CPU: half of what glibc maps in any case."""
+"""Bytes allocated at a time on a CPU: half of the size that glibc always maps."""
 
 
 class Recorder:
-    """Keeps what a reverse pass needs on the roll's trajectory; a subclass may keep it elsewhere.
-
-    steps: how many have their gradients kept. states(i): whether the state before the i-th step is
-    kept, and at the end (i = K); whole(i): whether all of it, or the optimizer's alone. blocks:
-    which parameters form a vector; as the plant has it now where None.
-    """
+    """Keeps what a reverse pass needs on the roll's trajectory; subclasses may store it elsewhere.
+    steps: whose gradients are kept. states(i): whether to keep the state before the i-th step (i =
+    K: the end); whole(i): all of it, or the optimizer's alone. blocks: None for the plant's."""
 
     trajectory: Trajectory
 
@@ -59,14 +56,12 @@ class Recorder:
         self._norms: list[Tensor] = []
 
     def begin(self, trajectory: Trajectory) -> None:
-        """Called before the roll."""
         trajectory.blocks = self.plant.blocks() if self.blocks is None else self.blocks
         trajectory.hooks = self.hooks
         self.trajectory = trajectory
         self._scalars = Rows(len(trajectory.schedule))
 
     def before(self, i: int, batch: Any) -> None:
-        """Called before every step."""
         plant, trajectory = self.plant, self.trajectory
         if self.states(i):
             trajectory.states[i] = plant.block_states(trajectory.blocks, theta=self.whole(i))
@@ -82,7 +77,6 @@ class Recorder:
         self._norms = self._take_norms() if self.looks_closely(i) else []
 
     def backward(self, batch: Any) -> Observed:
-        """Fills every `.grad`; (loss, metrics), of all ranks."""
         return self.plant.backward(batch)
 
     def watching(self) -> AbstractContextManager[Any]:
@@ -95,13 +89,12 @@ class Recorder:
         return stack
 
     def keep_gradients(self) -> None:
-        """Called with the raw gradients, before hooks, clipping and noise."""
         plant, trajectory = self.plant, self.trajectory
         self._refuse_moved()
         plant.refuse_sparse(slots=False)
         gradients = [p.grad for p in plant.parameters]
         if any(block.is_split_by(gradients) for block in trajectory.blocks):
-            plant.singletons = True  # from now on, so that this seldom happens twice
+            plant.singletons = True  # from now on, so that this rarely happens twice
             trajectory.split_blocks()
         trajectory.gradients.append(self.keep(len(trajectory.gradients), gradients))
         self.hooks.run()
@@ -114,7 +107,7 @@ class Recorder:
             )
 
     def keep(self, i: int, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The gradients of step i as they are kept, one vector per block; [] for not."""
+        """The gradients of step i as kept, one vector per block; [] for none."""
         kept: list[Tensor | None] = []
         for block in self.trajectory.blocks:
             parts = [g.reshape(-1) for i in block.indices if (g := gradients[i]) is not None]
@@ -126,7 +119,7 @@ class Recorder:
         return kept
 
     def keep_observed(self, observed: StepRecord) -> StepRecord:
-        """The same, with its numbers moved to where those of all steps lie."""
+        """The record with its numbers moved to the memory of all steps."""
         metrics = {name: self._scalar(name, value) for name, value in observed.metrics.items()}
         return StepRecord(self._scalar(None, observed.loss), metrics, observed.gradient_norm)
 
@@ -134,7 +127,6 @@ class Recorder:
         return value if value.dim() else self._scalars.take(name, value, ()).copy_(value)
 
     def end(self) -> None:
-        """Called after the last step."""
         plant, trajectory = self.plant, self.trajectory
         self._note_randomness()
         trajectory.rng.pop()
@@ -158,7 +150,7 @@ class Recorder:
         rng.append(now)
 
     def _find_moved(self) -> None:
-        """What the plant's first recorded step has changed, and the next ones will."""
+        """Finds what the plant's first recorded step changed besides trained parameters."""
         plant, first = self.plant, self.trajectory.buffers[0]
         if plant.counted is None:
             plant.counted = self._counted[0].moved(self._attributes.capture())
@@ -170,7 +162,7 @@ class Recorder:
             self._buffers.moved = plant.moved
 
     def looks_closely(self, i: int) -> bool:
-        """Whether step i is compared by values: the first and the last one of the window."""
+        """Whether step i is compared by values: the window's first and last one."""
         return i in (0, len(self.trajectory.schedule) - 1)
 
     def _take_norms(self) -> list[Tensor]:
@@ -178,7 +170,7 @@ class Recorder:
         return list(torch._foreach_norm(watched)) if watched else []
 
     def _refuse_moved(self) -> None:
-        """Unseen where loss_fn itself has moved parameters that the optimizer trains."""
+        """Raises Unseen where loss_fn changed parameters that the optimizer trains."""
         watched = self.plant.watched
         moved = [a != p._version for a, p in zip(self._versions, watched, strict=True)]
         if self._norms:  # writing to .data counts no versions
@@ -192,10 +184,9 @@ class Recorder:
 class Rows:
     """Memory for what every step of a roll keeps: the next of `steps` rows, by key.
 
-    It is taken at once: many long-lived tensors between the short-lived ones of every step leave
-    the heap in pieces, +60 MB on a GPT of 0.6 M parameters with K = 25. On a CPU it is taken in
-    slabs that glibc takes from its heap: what is larger it maps anew for every window, and faults
-    in each page again, which took 1.4 ms of a 125 ms step of that GPT.
+    Allocated at once: many long-lived tensors between short-lived ones fragment the heap, +60 MB on
+    a GPT of 0.6 M parameters with K = 25. On a CPU in slabs that glibc takes from its heap: larger
+    ones are mapped and faulted in for every window, 1.4 ms of a 125 ms step of that GPT.
     """
 
     def __init__(self, steps: int) -> None:
@@ -220,12 +211,10 @@ class Rows:
         return iter([row for slab in slabs for row in slab.unbind()])
 
     def clear(self) -> None:
-        """Lets go of all of it."""
         self._free.clear()
 
 
 def moved_by_loss(name: str) -> Unseen:
-    """What is said where loss_fn changes a parameter that the optimizer trains."""
     return Unseen(
         f"loss_fn changes parameter {name!r} in place (clamp_, .data, Embedding(max_norm=…)), "
         "which hypergradients cannot see through; compute what it is to be inside the model "

@@ -1,7 +1,4 @@
-"""Memory that does not suffice for a reverse pass, and steps that differ when taken again.
-
-What is done about them is decided here and done by the loop.
-"""
+"""Decisions for reverse passes that run out of memory, and for steps that differ when repeated."""
 
 from __future__ import annotations
 
@@ -34,11 +31,9 @@ def out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class OomFallback:
-    """What reverse passes do without since memory did not suffice; None for nothing.
-
-    memory_budget: bytes, for segments of one step at that. product: in place of the one asked for.
-    longest: steps of a window. never_differentiate: there are no reverse passes any more.
-    """
+    """Limits on reverse passes since memory ran out; None for no limit. memory_budget: bytes, with
+    segments of one step. product: in place of the chosen one. longest: steps of a window.
+    never_differentiate: no reverse passes."""
 
     memory_budget: int | None = None
     product: str | None = None
@@ -46,11 +41,9 @@ class OomFallback:
     never_differentiate: bool = False
 
     def more(self, window: int, product: str, predicted: int | None) -> tuple[OomFallback, str]:
-        """(the next fallback, what it is in words).
-
-        First smaller segments, by half of the memory that the last plan wanted (`predicted`, None
-        where that could not be said); then difference products; then windows of half the length.
-        """
+        """(the next fallback, its description): half the memory that the last plan wanted
+        (`predicted`, None if unknown), then difference products, then windows of half the
+        length."""
         if self.memory_budget is None and predicted is not None:
             budget = max(1, predicted // 2)
             return replace(self, memory_budget=budget), f"smaller segments, within {budget} bytes"
@@ -62,18 +55,16 @@ class OomFallback:
         return replace(self, never_differentiate=True), "no looking back"
 
     def to_json(self) -> dict[str, Any]:
-        """For a checkpoint."""
         return {_IN_JSON.get(name, name): value for name, value in vars(self).items()}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> OomFallback:
-        """The inverse of `to_json`."""
         names = {_IN_JSON.get(f.name, f.name): f.name for f in fields(cls)}
         return cls(**{names[key]: value for key, value in record.items()})
 
 
 _IN_JSON = {"never_differentiate": "blind"}
-"""As checkpoints have called it from the first."""
+"""Names in checkpoints."""
 
 
 # Steps that are taken again ----------------------------------------------------------------------
@@ -81,17 +72,13 @@ _IN_JSON = {"never_differentiate": "blind"}
 
 @dataclass(frozen=True)
 class Deviation:
-    """Two steps from one state that ended differently.
-
-    largest: of any tensor's difference, relative to its largest element; inf where one is not
-    finite. operators: that torch knows to be non-deterministic, as far as it says so.
-    """
+    """Two steps from one state that ended differently. largest: of any tensor, relative to its
+    largest element; inf if not finite. operators: reported by torch as non-deterministic."""
 
     largest: float
     operators: tuple[str, ...]
 
     def sentence(self) -> str:
-        """What a person should know of it."""
         if self.operators:
             blamed = f"by {', '.join(self.operators)}"
             mend = "ask for deterministic operators (--deterministic, Runner(deterministic=True))"
@@ -110,10 +97,8 @@ class Deviation:
 def replay_deviation(
     plant: Plant, batch: Any, controls: Mapping[str, Any], step: int
 ) -> Deviation | None:
-    """How a step differs from itself taken again; None where it is equal to the bit.
-
-    Two gradient evaluations; the plant is left as it was found.
-    """
+    """How a step differs from its repetition; None where they are equal to the bit. Costs two
+    gradient evaluations; the plant is restored."""
     before = plant.snapshot()
     ends = []
     try:
@@ -123,7 +108,7 @@ def replay_deviation(
             local = plant.parallel.local
             ends.append([observed.loss.clone(), *(local(t.detach()).clone() for t in tensors)])
             plant.restore(before)
-        # Else further steps follow, on all ranks or on none.
+        # Otherwise more steps follow, on all ranks or on none.
         if plant.parallel.all(all(map(same, *ends))):
             return None
         return Deviation(max(map(_relative, *ends)), _blamed(plant, batch, controls, step))
@@ -134,10 +119,8 @@ def replay_deviation(
 
 @contextlib.contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Only deterministic operators inside, where wanted; torch raises where there is none.
-
-    What is global is then as it was found. cuBLAS looks at its variable when it is first used.
-    """
+    """Only deterministic operators inside, if wanted; torch raises where there is none. Global
+    settings are restored. cuBLAS reads its variable at its first use only."""
     if not wanted:
         yield
         return
@@ -173,7 +156,7 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 
 def _blamed(plant: Plant, batch: Any, controls: Mapping[str, Any], step: int) -> tuple[str, ...]:
-    """The operators of a step that torch warns of."""
+    """The operators of a step that torch reports as non-deterministic."""
     with _deterministic_algorithms(warn_only=True), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         plant.step(batch, controls, step)

@@ -29,10 +29,9 @@ Tensors = dict[str, dict[str, Tensor]]
 class Snapshot:
     """A copy in memory of everything a step can change.
 
-    parameters, buffers: by name, None for a buffer that is not there yet. slots: one dict per
-    parameter of the optimizer. groups: the optimizer's hyperparameters. rng: the global random
-    state. attributes: what modules hold besides tensors; None in one that came from a checkpoint.
-    others: what the optimizer's state has under keys that are no parameters.
+    parameters, buffers: by name; a buffer may be None. slots: one dict per parameter. groups: the
+    hyperparameters. rng: the global random state. attributes: of modules; None from a checkpoint.
+    others: the optimizer's state under keys that are no parameters.
     """
 
     parameters: dict[str, Tensor]
@@ -46,7 +45,7 @@ class Snapshot:
     @classmethod
     @torch.no_grad()
     def of(cls, plant: Plant) -> Snapshot:
-        """The state now; `optimizer.state_dict()` would alias the live tensors."""
+        """The current state; `optimizer.state_dict()` would alias the live tensors."""
         state = plant.optimizer.state
         return cls(
             {n: p.detach().clone() for n, p in plant.model.named_parameters()},
@@ -60,7 +59,7 @@ class Snapshot:
 
     @torch.no_grad()
     def put(self, plant: Plant) -> None:
-        """Puts the state back, in place; the snapshot stays usable."""
+        """Restores the state in place; the snapshot stays usable."""
         for name, parameter in plant.model.named_parameters():
             parameter.copy_(self.parameters[name])
         Buffers(plant.model).put(self.buffers)
@@ -84,7 +83,6 @@ class Snapshot:
 
 
 def _copied(value: Any) -> Any:
-    """A copy of a tree of dicts, lists and tuples that shares no tensor with it."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if type(value) in (list, tuple):
@@ -97,7 +95,7 @@ def _copied(value: Any) -> Any:
 
 
 def _put(live: dict[str, Any], values: Mapping[str, Any]) -> None:
-    """Tensors keep their memory, which others may share; everything else is copied."""
+    """Updates tensors in their memory, which others may share; everything else is copied."""
     for key, value in values.items():
         if isinstance(value, Tensor) and isinstance(live.get(key), Tensor):
             live[key].copy_(value)
@@ -109,10 +107,8 @@ def _put(live: dict[str, Any], values: Mapping[str, Any]) -> None:
 
 
 def snapshot_to_tensors(plant: Plant, snapshot: Snapshot) -> tuple[Tensors, dict[str, Any]]:
-    """(tensors by group: model, optimizer, rng; the rest of the optimizer, for JSON).
-
-    InputError where the optimizer's state has what no checkpoint can hold.
-    """
+    """(tensors by group: model, optimizer, rng; the rest of the optimizer, for JSON). InputError
+    where the optimizer's state cannot be stored."""
     model = {f"parameter.{n}": t for n, t in snapshot.parameters.items()}
     model |= {f"buffer.{n}": t for n, t in snapshot.buffers.items() if t is not None}
     tensors: dict[str, Tensor] = {}
@@ -134,7 +130,7 @@ def snapshot_to_tensors(plant: Plant, snapshot: Snapshot) -> tuple[Tensors, dict
 
 
 def _own_entries(optimizer: Optimizer) -> dict[str, Any]:
-    """What a class of its own adds to `state_dict()`, besides the state and the groups."""
+    """What a custom class adds to `state_dict()` besides state and groups."""
     if type(optimizer).state_dict is Optimizer.state_dict:
         return {}
     found = optimizer.state_dict()
@@ -142,10 +138,8 @@ def _own_entries(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def places(plant: Plant, rest: Mapping[str, Any]) -> list[int]:
-    """Where the checkpoint's optimizer has each parameter of this one, by their names.
-
-    InputError where they are others, or in other groups.
-    """
+    """Each parameter's position in the checkpoint's optimizer; InputError if names or groups
+    differ."""
     slots, groups = len(rest["slots"]), len(rest["groups"])
     if slots != len(plant.parameters) or groups != len(plant.optimizer.param_groups):
         raise InputError(
@@ -154,7 +148,7 @@ def places(plant: Plant, rest: Mapping[str, Any]) -> list[int]:
             "optimizer that the run began with"
         )
     now = plant.names
-    began = rest.get("names", now)  # old checkpoints know the order alone
+    began = rest.get("names", now)  # old checkpoints have the order only
     for index, (were, are) in enumerate(zip(began, now, strict=True)):
         for name in are:
             if name not in were:
@@ -167,10 +161,8 @@ def places(plant: Plant, rest: Mapping[str, Any]) -> list[int]:
 
 
 def with_parts(plant: Plant, tensors: Tensors, rest: Mapping[str, Any], folder: Path) -> Tensors:
-    """A checkpoint's tensors, and those of which ranks have written their parts into `folder`.
-
-    This process gets its parts as its model is sharded, or the whole where it is not.
-    """
+    """A checkpoint's tensors with those that ranks wrote in parts into `folder`. This process gets
+    its parts if its model is sharded, else the whole."""
     parameters = dict(plant.model.named_parameters())
     owned = {str(place): p for place, p in zip(places(plant, rest), plant.owned, strict=True)}
 
@@ -188,7 +180,7 @@ def with_parts(plant: Plant, tensors: Tensors, rest: Mapping[str, Any], folder: 
 
 
 def snapshot_from_tensors(plant: Plant, tensors: Tensors, rest: Mapping[str, Any]) -> Snapshot:
-    """The inverse of `snapshot_to_tensors`; names or shapes that the model lacks: InputError."""
+    """The inverse of `snapshot_to_tensors`; InputError for names or shapes that the model lacks."""
     found, buffers = tensors["model"], Buffers(plant.model).live()
     _check_model(plant.model, found, buffers)
     order = places(plant, rest)
@@ -203,7 +195,7 @@ def snapshot_from_tensors(plant: Plant, tensors: Tensors, rest: Mapping[str, Any
         group.pop("param_names", None)  # the live optimizer's own, in its own order
     rng = RandomState.from_tensors(tensors["rng"])
     with preserved():
-        rng.restore()  # what torch, numpy or python refuse, they refuse here
+        rng.restore()  # raise what torch, numpy or Python raise
     return Snapshot(
         {n: shared_as(found[f"parameter.{n}"], p) for n, p in plant.model.named_parameters()},
         dict.fromkeys(buffers)
@@ -218,11 +210,8 @@ def snapshot_from_tensors(plant: Plant, tensors: Tensors, rest: Mapping[str, Any
 def _check_model(
     model: nn.Module, found: Mapping[str, Tensor], buffers: Mapping[str, Tensor | None]
 ) -> None:
-    """InputError where a checkpoint's model is another.
-
-    Buffers may have another shape, and those that are None or not yet registered a value: a forward
-    pass fills them, and lets them grow.
-    """
+    """Raises InputError where a checkpoint's model is another. Buffers may differ in shape, or be
+    None or unregistered: a forward pass fills them."""
     expected: dict[str, Tensor] = {f"parameter.{n}": p for n, p in model.named_parameters()}
     expected |= {f"buffer.{n}": b for n, b in buffers.items() if b is not None}
     modules = dict(model.named_modules())
@@ -248,10 +237,8 @@ def _check_model(
 def _on_their_devices(
     plant: Plant, tensors: Mapping[str, Tensor], order: Sequence[int]
 ) -> dict[str, Tensor]:
-    """The optimizer's tensors, its slots where their parameters are.
-
-    order: where the checkpoint has each parameter. InputError for slots of another shape.
-    """
+    """The optimizer's tensors, slots on their parameters' devices; InputError for other shapes.
+    order: the checkpoint's position of each parameter."""
     known = _is_differentiable(plant)
     groups = [g for g in plant.optimizer.param_groups for _ in g["params"]]
     placed = dict(tensors)
@@ -287,7 +274,7 @@ def _is_differentiable(plant: Plant) -> bool:
 def _complete(
     slots: list[dict[str, Any]], groups: list[dict[str, Any]], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Of an old checkpoint, whose tensors have no place in the JSON, and whose tuples are lists."""
+    """Completes the JSON of an old checkpoint, without places of tensors and tuples."""
     for group in groups:
         group |= {k: tuple(v) for k, v in group.items() if isinstance(v, list)}
     for name, value in tensors.items():
@@ -296,7 +283,7 @@ def _complete(
 
 
 def adopt(plant: Plant, tensors: Tensors, rest: Mapping[str, Any], snapshot: Snapshot) -> None:
-    """Puts the plant into the state that `snapshot_from_tensors` made of these."""
+    """Puts the plant into the state of a snapshot by `snapshot_from_tensors`."""
     own = joined(rest.get("own", {}), tensors["optimizer"])
     if own:
         optimizer, count = plant.optimizer, iter(range(len(plant.owned)))

@@ -1,7 +1,5 @@
-"""What a roll leaves behind for the reverse pass: states, gradients and losses, by step.
-
-Parameters that step alike form a `Block`, for which one vector stands.
-"""
+"""The record of a roll for the reverse pass: states, gradients and losses, by step. Parameters that
+step alike form a `Block`, with one vector for all of them."""
 
 from __future__ import annotations
 
@@ -22,10 +20,8 @@ from rhc.training.module_state import Captured
 
 @dataclass(frozen=True)
 class Block:
-    """Parameters that step together.
-
-    group: index of the parameter group. indices: positions in the optimizer's parameter order.
-    """
+    """Parameters that step together. group: index of their parameter group. indices: positions in
+    the optimizer's parameter order."""
 
     group: int
     indices: tuple[int, ...]
@@ -34,7 +30,6 @@ class Block:
     sizes: tuple[int, ...]
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """A vector of the concatenated elements, seen in the parameters' shapes."""
         if len(self.sizes) == 1:
             return [flat.view(self.shapes[0])]
         return list(_unflatten_dense_tensors(flat, _templates(self.shapes)))
@@ -49,23 +44,19 @@ class Block:
         return 0 < missing < len(self.indices)
 
     def singles(self) -> list[Block]:
-        """A block for every parameter."""
         members = zip(self.indices, self.names, self.shapes, self.sizes, strict=True)
         return [Block(self.group, (i,), (n,), (shape,), (size,)) for i, n, shape, size in members]
 
 
 @functools.cache
 def _templates(shapes: tuple[torch.Size, ...]) -> list[Tensor]:
-    """Tensors of these shapes without any memory."""
     return [torch.empty(shape, device="meta") for shape in shapes]
 
 
 @dataclass
 class BlockState:
-    """θ and the optimizer's state of one block, flattened: everything that Φ maps.
-
-    parameters: None where the state is kept without.
-    """
+    """θ and the optimizer's state of one block, flattened. parameters: None where only the latter
+    is kept."""
 
     parameters: Tensor | None
     optimizer: Any
@@ -73,10 +64,7 @@ class BlockState:
 
 @dataclass(frozen=True)
 class HiddenState:
-    """What a step reads and moves besides tensors: random state, attributes of modules.
-
-    rng: None where the step draws nothing.
-    """
+    """What a step reads and moves besides tensors. rng: None where it draws nothing."""
 
     rng: RandomState | None
     attributes: Captured
@@ -89,10 +77,8 @@ class HiddenState:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step observed: loss and metrics before the update, and the raw gradient's norm.
-
-    gradient_norm: a tensor where a number would make the host wait for an accelerator.
-    """
+    """Observations of one step: loss and metrics before the update, and the raw gradient's norm,
+    which is a tensor where a number would block the host."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -101,14 +87,12 @@ class StepRecord:
 
 @dataclass
 class Trajectory:
-    """A roll of K steps from absolute step `start`.
+    """A roll of K steps from absolute step `start`. diverged: index of the first step whose loss
+    was not finite or above the limit.
 
-    losses, metrics, gradient_norms: as observed. diverged: the roll index of the first step whose
-    loss was not finite, or above the limit.
-
-    Of a recorded roll: states: roll index -> one BlockState per block. gradients: per step one
-    vector per block, before parameter hooks, None without a gradient. batches, buffers, rng: as
-    each step found them; rng None where it draws nothing. hooks: of the parameters.
+    If recorded: states: index -> one BlockState per block. gradients: per step one vector per
+    block, before parameter hooks, or None. batches, buffers, rng: before each step; rng None where
+    it draws nothing.
     """
 
     start: int
@@ -129,7 +113,7 @@ class Trajectory:
         return len(self.losses)
 
     def split_blocks(self) -> None:
-        """Makes every parameter a block of its own, also in what was recorded so far."""
+        """Makes every parameter a block of its own, also in what was recorded."""
         self.states = {
             i: split_states(self.blocks, states)
             for i, states in self.states.items()
@@ -143,7 +127,6 @@ class Trajectory:
 def split_gradients(
     blocks: Sequence[Block], gradients: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Gradients recorded for `blocks`, one for every parameter of them."""
     return [
         part
         for block, g in zip(blocks, gradients, strict=False)  # [] where they were not kept
@@ -152,7 +135,6 @@ def split_gradients(
 
 
 def split_states(blocks: Sequence[Block], states: Sequence[BlockState]) -> list[BlockState]:
-    """States recorded for `blocks`, one for every parameter of them."""
     result = []
     for block, state in zip(blocks, states, strict=True):
         assert state.parameters is not None
