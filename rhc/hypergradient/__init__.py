@@ -109,7 +109,8 @@ def hypergradient(
             taken and why. Other than exact needs segment 1.
         engine: "adjoint"; or "higher", the library, as an independent check.
         seed: of the gradient noise.
-        clip_norm, clip_value: of gradients, as in a Plant.
+        clip_norm: of the gradient of all parameters together, as in a Plant.
+        clip_value: of every element of the gradient.
         memory_budget: bytes that the reverse pass may take beyond plain training; decides what the
             roll keeps, what is spilled to disk and what is rolled again.
         spill: False, True for the temporary folder, or a folder.
