@@ -1,5 +1,4 @@
-"""What a run that has ended is good for: a smoother of its tape, schedules over the whole horizon,
-and causal schedulers distilled from many."""
+"""Uses of a finished run: smoothing its tape, whole-run schedules, distilled causal schedulers."""
 
 from rhc.hindsight.distill import DistilledScheduler
 from rhc.hindsight.policy import Policy

@@ -1,9 +1,7 @@
-"""From runs that were written with hindsight to a scheduler that needs none.
+"""Distills hindsight schedules into a causal scheduler.
 
-A lesson is a run's tape, read as a causal scheduler would, beside the moves that the run's schedule
-makes; the policy that repeats them is fitted to many. Where it steers, it comes to states that no
-lesson was in: so it is let steer, and shown what the schedule would have done from there (DAgger:
-Ross, Gordon, Bagnell 2011).
+A policy imitates the schedules' moves from causal features of tapes, then also on the states that
+it reaches itself (DAgger: Ross, Gordon, Bagnell 2011).
 """
 
 from __future__ import annotations
@@ -27,14 +25,11 @@ from rhc.schedulers.shared import NoiseOn
 from rhc.schedulers.signals import clip
 
 VARIES = 1e-6
-"""A control whose coordinate moves by less than this in a run is not steered there."""
+"""A control that varies by less in its coordinate is not steered."""
 
 
 class Example:
-    """A run to distil: its name, the lines of its tape, and the schedule that it was trained by.
-
-    start_lr: that a user would have begun with; None for the schedule's first.
-    """
+    """A run to distill. start_lr: the lr a user would start from; None for the schedule's first."""
 
     def __init__(
         self,
@@ -60,7 +55,6 @@ class Example:
 
     @property
     def steered(self) -> tuple[str, ...]:
-        """The controls that move in this run."""
         found = []
         for name, column in self.columns.items():
             if raw(name, float(column.max())) - raw(name, float(column.min())) > VARIES:
@@ -68,11 +62,9 @@ class Example:
         return tuple(found)
 
     def has(self, column: str) -> bool:
-        """Whether the tape has this anywhere."""
         return any(row.get(column) is not None for row in self.rows)
 
     def block(self, number: int, every: int) -> Controls:
-        """The controls of a block of steps: their mean in their coordinates."""
         part = slice(number * every, min((number + 1) * every, len(self.rows)))
         means = {
             name: float(column[part].log().mean().exp())
@@ -84,7 +76,6 @@ class Example:
         return Controls(means["lr"], momentum, means.get("noise", 0.0))
 
     def start(self) -> Controls:
-        """What a scheduler would begin with."""
         first = self.block(0, 1)
         return Controls(self.start_lr, first.momentum, first.noise)
 
@@ -92,7 +83,7 @@ class Example:
 def form_of(
     examples: Sequence[Example], controls: Sequence[str] | None, *, gradient_norm: bool
 ) -> Form:
-    """The features that all examples have; runs that do not go together are InputErrors."""
+    """The features that all examples have; InputError if runs are incompatible."""
     if not examples:
         raise InputError("there is nothing to distil; give at least one run")
     # A run whose schedule is constant, as a smoother's probe that was kept, goes with any other.
@@ -134,7 +125,7 @@ def form_of(
 
 
 def lesson(example: Example, form: Form, every: int, *, known: bool) -> Lesson:
-    """The example's features and moves at each update, its length known or not."""
+    """Features and target moves at each update. known: whether the length is a feature."""
     observer = Observer(form, example.start())
     steps = len(example.rows)
     features, targets = [], []
@@ -156,7 +147,7 @@ def lesson(example: Example, form: Form, every: int, *, known: bool) -> Lesson:
 
 
 def target(example: Example, form: Form, done: int, every: int, now: Controls) -> list[float]:
-    """What the example's schedule does next after `done` steps, for a run that is at `now`."""
+    """The example's next move after `done` steps, for a run at `now`."""
     then = example.block(min(done, len(example.rows) - 1) // every, every)
     moves = []
     for name in form.steered:
@@ -167,20 +158,18 @@ def target(example: Example, form: Form, done: int, every: int, now: Controls) -
 
 
 class DistilledScheduler(AdaptiveRL):
-    """A scheduler that a policy drives: `scheduler.step(loss)` after every `optimizer.step()`.
+    """AdaptiveRL with a learned policy: call `scheduler.step(loss)` after every `optimizer.step()`.
 
-    It has AdaptiveRL's interface, bounds and hooks, and sees what that sees; what it does with it
-    was learned from runs that were written with hindsight. Where a feature is outside what the
-    policy was fitted on, that update is made by AdaptiveRL's laws, `fallbacks` counts it, and a
-    warning says so once. Where the policy looks at gradient norms, it takes them itself.
+    When a feature is outside the policy's training range, AdaptiveRL's laws make that update;
+    `fallbacks` counts these, with one warning. Gradient norms, if used, are computed here.
 
     Args:
-        optimizer: As of AdaptiveRL, like all others but these two.
-        policy: What `rhc distill` wrote, see `load`.
-        steps: The run's length, where it is known: policies go by how far a run is.
+        optimizer: As in AdaptiveRL, like the arguments not listed here.
+        policy: Written by `rhc distill`, see `load`.
+        steps: Length of the run, if known; an input of policies.
 
     Raises:
-        InputError: For settings that cannot be.
+        InputError: An argument is out of range.
     """
 
     def __init__(
@@ -223,11 +212,11 @@ class DistilledScheduler(AdaptiveRL):
 
     @classmethod
     def load(cls, policy: str | Path, optimizer: Optimizer, **settings: Any) -> DistilledScheduler:
-        """The scheduler of a policy that `rhc distill` wrote; settings: as of this class."""
+        """A scheduler with the policy saved by `rhc distill`; settings as in the constructor."""
         return cls(optimizer, Policy.load(policy), **settings)
 
     def state_dict(self) -> dict[str, Any]:
-        """As of AdaptiveRL, with the policy's memory; the policy itself is in its own files."""
+        """AdaptiveRL's state and the policy's memory, without the policy itself."""
         return {
             **super().state_dict(),
             "distilled": {
@@ -240,7 +229,11 @@ class DistilledScheduler(AdaptiveRL):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The state of another DistilledScheduler of the same policy; else an InputError."""
+        """Restores `state_dict`.
+
+        Raises:
+            InputError: The state belongs to another policy.
+        """
         own = state.get("distilled")
         if (
             own is None

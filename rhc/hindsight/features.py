@@ -1,8 +1,4 @@
-"""What a distilled scheduler may look at: unit-free features of a run's past, and nothing else.
-
-The same `Observer` reads tapes to train on and runs to steer, so that a feature means the same in
-both. A loss times 1000 gives the same features, and so do gradients and lrs in other units.
-"""
+"""Unit-free causal features of tapes and live runs, the inputs of a distilled scheduler."""
 
 from __future__ import annotations
 
@@ -34,16 +30,16 @@ SCALES: Mapping[str, Smoothing] = {
 """Time constants of 10, 50 and 200 steps."""
 
 STEERED = ("lr", "momentum", "noise")
-"""What a policy may steer, in this order."""
+"""Controls that a policy may steer, in order."""
 
 _NORM = 0.2
-"""β of the mean that a gradient norm is compared with, per update."""
+"""β of the mean log gradient norm, per update."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """Which features there are. steered: controls that are moved, and looked at. reward: whether
-    there are its trends. gradient_norm: whether there is the trend of log |g|."""
+    """Which features exist. steered: controls that the policy moves and reads. gradient_norm: trend
+    of log |g|."""
 
     steered: tuple[str, ...] = ("lr", "momentum")
     reward: bool = False
@@ -51,7 +47,6 @@ class Form:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The features' names, in the order of `Observer.features`."""
         of_scales = [
             f"{scale}.{what}"
             for scale in SCALES
@@ -64,7 +59,7 @@ class Form:
 
 @dataclass
 class Observer:
-    """The past of one run, step by step: `observe` every step, `features` at every update."""
+    """The past of a run: call `observe` at every step and `features` at every update."""
 
     form: Form
     start: Controls
@@ -74,7 +69,6 @@ class Observer:
     norm: float | None = None
 
     def observe(self, loss: float | None, reward: float | None) -> None:
-        """Takes one step's loss and reward in; what is None or not finite is left out."""
         seen = math.nan if loss is None else loss
         wanted = reward if self.form.reward else None
         self.signals = {
@@ -83,14 +77,11 @@ class Observer:
         }
 
     def observe_norm(self, norm: float | None) -> None:
-        """Takes in the gradient norm of the last step before an update."""
         self.norm = norm
 
     def features(self, controls: Controls, progress: float | None) -> list[float]:
-        """The features now, in the order of `form.names`, and begins a new stretch of trends.
-
-        progress: the share of the run that is done, None where its length is not known.
-        """
+        """The features in the order of `form.names`; resets the trends. progress: share of the run
+        done, if known."""
         values: list[float] = []
         for name, smoothing in SCALES.items():
             found, self.signals[name] = trends(self.signals[name], smoothing)
@@ -107,7 +98,7 @@ class Observer:
         return values
 
     def _norm_trend(self) -> float:
-        """log |g| less its mean over the updates before."""
+        """log |g| minus its mean over earlier updates."""
         if self.norm is None or not is_usable(self.norm) or self.norm <= 0:
             return 0.0
         log = math.log(self.norm)
@@ -116,7 +107,6 @@ class Observer:
         return clip(trend, (-3.0, 3.0))
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next features depend on, as JSON."""
         return {
             "signals": {name: asdict(s) for name, s in self.signals.items()},
             "first": self.first,
@@ -126,7 +116,6 @@ class Observer:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state` gave."""
         for name, values in state["signals"].items():
             self.signals[name] = restored(Signals, values)
         self.first, self.norm = state["first"], state["norm"]
@@ -134,14 +123,14 @@ class Observer:
 
 
 def raw(name: str, value: float) -> float:
-    """The unconstrained coordinate of a control's value, within its bounds."""
+    """The unconstrained coordinate of a control, clipped to its bounds."""
     known = CONTROLS[name]
     clipped = clip(value, (known.lower, known.upper))
     return math.log(clipped) if known.coordinate == "log" else logit(clipped)
 
 
 def natural(name: str, coordinate: float) -> float:
-    """The inverse of `raw`; at or below the lower bound 0, where that is allowed."""
+    """The inverse of `raw`; 0 at or below the lower bound where 0 is allowed."""
     known = CONTROLS[name]
     if known.zero and coordinate <= raw(name, known.lower):
         return 0.0
@@ -150,13 +139,13 @@ def natural(name: str, coordinate: float) -> float:
 
 
 def moved(name: str, controls: Controls, start: Controls) -> float:
-    """How far a control is from where it began, in its coordinate; 0 where there is none."""
+    """Distance of a control from its start in its coordinate; 0 if absent."""
     now, then = getattr(controls, name), getattr(start, name)
     return 0.0 if now is None or then is None else raw(name, now) - raw(name, then)
 
 
 def stepped(controls: Controls, moves: Mapping[str, float]) -> Controls:
-    """The controls after moves in their coordinates; what has none, or is not had, stays."""
+    """The controls after moves in their coordinates; absent ones are unchanged."""
     new = {
         name: natural(name, raw(name, value) + move)
         for name, move in moves.items()
@@ -166,7 +155,7 @@ def stepped(controls: Controls, moves: Mapping[str, float]) -> Controls:
 
 
 def _fallen(first: float | None, now: float) -> float:
-    """log(mean loss now / at first), for positive losses; else 0."""
+    """log(mean loss now / at first) for positive losses; else 0."""
     if first is None or first <= 0 or now <= 0:
         return 0.0
     return clip(math.log(now / first), (-8.0, 4.0))

@@ -1,8 +1,7 @@
-"""A causal policy from features to moves of the controls: what it is, its files, how it is fitted.
+"""Causal policies from features to control moves: model, files, fitting.
 
-Two kinds. "laws": the terms of AdaptiveRL's laws (and how far the run is), with gains fitted by
-ridge regression; one can read them. "gru": a small gated recurrent network, which can remember.
-Both give (Δlog α, Δlogit μ, Δlog σ) per update, within ± `LIMIT` whatever goes in.
+"laws" is AdaptiveRL's terms (and progress) with gains from ridge regression; "gru" is a small
+recurrent network. Both return (Δlog α, Δlogit μ, Δlog σ) per update, within ± `LIMIT`.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ LIMIT = math.log(1.25)
 """Largest move per update, in nats or logits."""
 HIDDEN = 16
 LEAST = 0.05
-"""Features are of the order of 1: what hardly varies in the lessons must not be blown up."""
+"""Smallest scale of a feature; near-constant ones must not be amplified."""
 MARGIN = 0.25
-"""Features may leave the range of the training runs by this share of it."""
+"""Features may leave the training range by this share of it."""
 _LARGEST_FILE = 16 * 2**20
 
 
 class Network(nn.Module):
-    """features (R, U, F) of R runs at U updates -> moves (R, U, C); memory (1, R, H) -> memory."""
+    """Features (R, U, F) of R runs at U updates -> moves (R, U, C); memory (1, R, H) -> memory."""
 
     mean: Tensor
     scale: Tensor
@@ -55,7 +54,6 @@ class Network(nn.Module):
             self.head = nn.Linear(HIDDEN, outputs, bias=False)
 
     def memory(self, rows: int) -> Tensor:
-        """What a run begins with."""
         return torch.zeros(1, rows, HIDDEN if self.kind == "gru" else 0)
 
     def forward(self, features: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +67,7 @@ class Network(nn.Module):
 
 
 def _blank(kind: str, form: Form, seed: int = 0) -> Network:
-    """A network before it is fitted or loaded; the global random state stays as it was."""
+    """An untrained network; preserves the global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Network(kind, len(form.names), len(form.steered))
@@ -77,8 +75,8 @@ def _blank(kind: str, form: Form, seed: int = 0) -> Network:
 
 @dataclass(frozen=True)
 class Policy:
-    """A fitted policy. every: steps from one update to the next. low, high: ranges of the features
-    that it was fitted on, with `MARGIN`. notes: where it comes from, for people."""
+    """A fitted policy. every: steps per update. low, high: training ranges of the features, with
+    `MARGIN`. notes: provenance."""
 
     kind: str
     form: Form
@@ -89,7 +87,7 @@ class Policy:
     notes: Mapping[str, Any] = field(default_factory=dict)
 
     def outside(self, features: Sequence[float]) -> str | None:
-        """The name of a feature that is beyond what the policy was fitted on, or None."""
+        """The name of a feature outside the training range, or None."""
         values = torch.tensor(features)
         beyond = (values < self.low) | (values > self.high) | ~values.isfinite()
         if not bool(beyond.any()):
@@ -98,14 +96,14 @@ class Policy:
 
     @torch.no_grad()
     def moves(self, features: Sequence[float], memory: Tensor) -> tuple[dict[str, float], Tensor]:
-        """(control -> move in its coordinate, the memory for the next update)."""
+        """(control -> move in its coordinate, the next memory)."""
         out, memory = self.network(torch.tensor(features)[None, None], memory)
         return dict(zip(self.form.steered, out[0, 0].tolist(), strict=True)), memory
 
     # Files ---------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:
-        """Writes policy.json and weights.safetensors into a folder, the JSON last."""
+        """Writes policy.json and weights.safetensors, the JSON last."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.contiguous() for name, t in self.network.state_dict().items()}
@@ -128,7 +126,7 @@ class Policy:
 
     @classmethod
     def load(cls, folder: str | Path) -> Policy:
-        """Reads what `save` wrote; anything else is an InputError that names the file."""
+        """Reads what `save` wrote; InputError for an invalid file."""
         folder = Path(folder)
         path, weights = folder / "policy.json", folder / "weights.safetensors"
         with _refused(path, "not JSON: "):
@@ -170,7 +168,6 @@ class Policy:
 
 @contextmanager
 def _refused(path: Path, what: str = "") -> Iterator[None]:
-    """What is wrong with a file of a policy, as an InputError that names it."""
     try:
         yield
     except OSError as error:
@@ -183,7 +180,6 @@ def _refused(path: Path, what: str = "") -> Iterator[None]:
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], network: Network, features: int) -> None:
-    """Raises ValueError unless these are the tensors of a policy with this network."""
     expected = {name: t.shape for name, t in network.state_dict().items()}
     expected |= {name: torch.Size([features]) for name in ("low", "high")}
     for name in expected.keys() | tensors.keys():
@@ -201,7 +197,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], network: Network, features: in
 
 @dataclass(frozen=True)
 class Lesson:
-    """One run to learn from. features: (U, F) at its updates; targets: (U, C) moves."""
+    """A run to imitate. features: (U, F); targets: (U, C) moves."""
 
     name: str
     features: Tensor
@@ -219,10 +215,8 @@ def fitted(
     seed: int = 0,
     notes: Mapping[str, Any] | None = None,
 ) -> Policy:
-    """The policy of that kind that repeats the lessons' moves best, in the mean square.
-
-    held_out: other runs, on which the recurrent network's epoch is chosen; without any, the last.
-    """
+    """The policy of this kind with the least mean square error to the lessons' moves. held_out:
+    runs for early stopping of the gru; without any, its last epoch."""
     if kind not in KINDS:
         raise InputError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if not lessons:
@@ -246,7 +240,7 @@ def fitted(
 
 
 def error(policy: Policy, lessons: Sequence[Lesson]) -> float:
-    """The mean square difference of the policy's moves from the lessons', over that of no move."""
+    """Mean square error of the moves relative to predicting no move."""
     off = still = 0.0
     with torch.no_grad():
         for lesson in lessons:
@@ -272,7 +266,7 @@ def _fit_linear(network: Network, lessons: Sequence[Lesson], ridge: float = 1e-2
 def _fit_recurrent(
     network: Network, lessons: Sequence[Lesson], held_out: Sequence[Lesson], epochs: int
 ) -> None:
-    """Adam over whole runs; noise on the features stands for states that no run was in."""
+    """Adam over whole runs, with noise on the features to cover unseen states."""
     _fit_linear(network, lessons)
     with torch.no_grad():
         network.head.weight.zero_()
@@ -297,7 +291,6 @@ def _fit_recurrent(
 
 
 def _padded(lessons: Sequence[Lesson]) -> tuple[Tensor, Tensor, Tensor]:
-    """(features (R, U, F), targets (R, U, C), mask (R, U)) of runs of several lengths."""
     pad = nn.utils.rnn.pad_sequence
     features = pad([x.features for x in lessons], batch_first=True)
     targets = pad([x.targets for x in lessons], batch_first=True)

@@ -1,11 +1,7 @@
-"""The two-pass smoother: AdaptiveRL's laws, driven by the future of a run as well as its past.
+"""Two-pass smoother: AdaptiveRL's laws with trends from past and future of a probe run.
 
-A probe leaves a tape of losses, rewards and gradient norms. With all of it there, a trend at step t
-is the mean of what comes after minus the mean of what came before, weighted exponentially both
-ways, so that it lags behind nothing (zero phase); and what is large or small is judged by the whole
-tape. The bounded laws of `rhc.schedulers.laws`, walked along these trends, give the schedule that
-the run is trained with again. Nothing is differentiated: it serves rewards that have no gradient,
-and models without second derivatives.
+A trend at step t is the mean after t minus the mean before, exponentially weighted: a zero-phase
+filter. It needs no derivatives, so rewards and models without them work.
 """
 
 from __future__ import annotations
@@ -39,28 +35,25 @@ USUAL_GAINS = Gains(
     noise_plateau=0.0,
     noise_reward=0.0,
 )
-"""Twelve times AdaptiveRL's for lr, since trends that look both ways need less caution; momentum
-stays, and noise where it is. Chosen on seeds 0-3 of MNIST, sine and drifting sine
-(docs/hindsight.md)."""
+"""AdaptiveRL's × 12 for lr, since two-sided trends need less caution; momentum and noise stay.
+Chosen on seeds 0-3 of MNIST, sine and drifting sine (docs/hindsight.md)."""
 
 BOUNDS, SMOOTHING = Bounds(), Smoothing()
 
 CAP: Cap = (0.8, 1.25)
-"""Factors that no block of steps goes beyond."""
+"""Smallest and largest factor per block of steps."""
 
 ROSE_AGAIN = 0.25
-"""A smoothed loss that rises again by this share of its fall says that the data changed."""
+"""The data changed if the smoothed loss rises again by this share of its fall."""
 
 AGAINST = -0.25
-"""Gains where the data changed: lr goes up where the loss rises, and down while nothing happens."""
+"""Factor on the gains if the data changed: lr then rises with the loss."""
 
 
 @dataclass(frozen=True)
 class Tape:
-    """What a probe observed at each of its T steps; NaN where there was nothing, or nothing finite.
-
-    losses, rewards, gradient_norms: T values; None where the run has none.
-    """
+    """Observations at T steps, NaN where missing or not finite; None for columns that the run
+    lacks."""
 
     losses: Sequence[float]
     rewards: Sequence[float] | None = None
@@ -68,7 +61,6 @@ class Tape:
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]], reward: str = "reward") -> Tape:
-        """From the lines of a tape.jsonl. reward: the metric that is one."""
         if not rows:
             raise InputError("the tape is empty; train the probe first")
 
@@ -83,17 +75,11 @@ class Tape:
 
 @dataclass(frozen=True)
 class Smoother:
-    """From a probe's tape and schedule to the schedule of the next run.
-
-    every, source: as of AdaptiveRL, like the bounds, the cap and the smoothing of loss and reward,
-    which goes in both directions; gains are larger.
-    baseline: trends count from their mean over the tape: controls go up where the run made more
-    progress than usual, and down where it made less. A causal law cannot know that mean; without
-    it every fall of the loss raises lr, up to the last step.
-
-    Walked from block to block of `every` steps, the laws give factors on lr and noise, and shifts
-    of logit μ, which the probe's schedule is moved by; so that passes add up.
-    """
+    """Computes the next run's schedule from a probe's tape and schedule. every, source, bounds,
+    cap: as in AdaptiveRL; smoothing is two-sided. baseline: subtract the tape's mean trend, so that
+    controls rise only where progress is above average; without it every fall of the loss raises lr,
+    up to the last step. The laws give factors on lr and noise and shifts of logit μ per block of
+    `every` steps, relative to the probe's schedule, so that passes accumulate."""
 
     every: int = 20
     gains: Gains = USUAL_GAINS
@@ -106,11 +92,9 @@ class Smoother:
         check_source(self.source)
 
     def trends(self, tape: Tape) -> list[Trends]:
-        """The trends at the beginning of every block of `every` steps but the first.
-
-        Δ = (mean after) − (mean before); Δ̃ = clip(Δ / S, −1, 1) with S the mean of |Δ| over the
-        tape, minus its own mean with a baseline. Without a reward Δ̃r = −Δ̃ℓ.
-        """
+        """The trends at the start of every block but the first. Δ = mean after − mean before; Δ̃ =
+        clip(Δ / S, −1, 1), S the tape's mean |Δ|, minus the mean Δ̃ with a baseline. Without a
+        reward Δ̃r = −Δ̃ℓ."""
         if self.source == "reward" and tape.rewards is None:
             raise InputError(
                 "source 'reward' needs a reward, and the tape has none; return a metric called "
@@ -125,7 +109,6 @@ class Smoother:
         return [Trends(*values) for values in zip(loss, reward, plateaus, strict=True)]
 
     def schedule(self, tape: Tape, probe: Schedule) -> Schedule:
-        """The next run's schedule, of the steps and controls of `probe`, which left the tape."""
         if len(tape.losses) != len(probe):
             raise InputError(
                 f"the tape has {len(tape.losses)} steps and the schedule {len(probe)}; give both "
@@ -138,7 +121,7 @@ class Smoother:
         walk = [current]
         for block, trends in enumerate(self.trends(tape), start=1):
             current = updated(current, trends, gains, BOUNDS, CAP)
-            if block in lost:  # what will not be finite there is known beforehand
+            if block in lost:  # not finite in the probe: lower lr in advance
                 current = lowered(current, BOUNDS)
             walk.append(current)
         return self._moved(probe, first, walk)
@@ -155,7 +138,7 @@ class Smoother:
         return shares
 
     def _moved(self, probe: Schedule, first: Controls, walk: Sequence[Controls]) -> Schedule:
-        """The probe's schedule moved by how far the walk is from its first controls."""
+        """The probe's schedule, changed as the walk departs from its first controls."""
         block = [i // self.every for i in range(len(probe))]
         values = dict(probe.values)
         for name in ("lr", "momentum", "noise"):
@@ -167,7 +150,7 @@ class Smoother:
             if start is None or (name == "momentum" and not bool((old > 0).all())):
                 continue
             if name == "noise" and not start > 0:
-                if any(path):  # it was 0, which no factor moves: the walk itself
+                if any(path):  # no factor moves a probe at 0: use the walk itself
                     values[name] = torch.tensor([path[b] for b in block], dtype=torch.float64)
                 continue
             ratios = torch.tensor(
@@ -176,7 +159,7 @@ class Smoother:
             moved = old * ratios
             if known.coordinate == "logit":
                 moved = old * ratios / (1 - old + old * ratios)
-            # A template may be outside the bounds already, and is not pulled into them.
+            # A template that is already outside the bounds stays there.
             low, high = old.clamp(max=bounds[0]), old.clamp(min=bounds[1])
             values[name] = torch.where(ratios == 1, old, torch.minimum(moved.maximum(low), high))
         return Schedule(values, probe.start, probe.seed)
@@ -184,10 +167,7 @@ class Smoother:
 
 @dataclass(frozen=True)
 class Pass:
-    """A plain run of the smoother's: its schedule, the lines of its tape, and what it is judged by.
-
-    held_out: lower is better. result: whatever else its maker wants to keep of it.
-    """
+    """A run by the smoother. held_out: its criterion, lower is better. result: for the caller."""
 
     schedule: Schedule
     rows: Sequence[Mapping[str, Any]]
@@ -201,13 +181,12 @@ def smooth(
     passes: int,
     reward: str = "reward",
 ) -> tuple[list[Pass], int]:
-    """(all runs, the probe first; the number of the one with the lowest held-out loss).
+    """(all runs, the probe first; the index of the one with the lowest held-out loss).
 
-    train: trains from the beginning, with the same seed, by a schedule, or by the run's own
-    controls where it is None; called passes + 1 times, so that one pass costs two plain runs and
-    every further one another. The best run is where the next pass starts from; after a run that was
-    no better, half as far in the other direction. The first goes `AGAINST` where the data changed.
-    reward: the metric that is one.
+    train: trains from scratch with the same seed, by a schedule or, for None, by the run's own
+    controls; called passes + 1 times. Each pass starts from the best run so far; after a run that
+    was no better it goes half as far in the opposite direction. The first goes `AGAINST` if the
+    data changed.
     """
     if passes < 1:
         raise InputError(f"passes must be ≥ 1, got {passes}")
@@ -225,12 +204,10 @@ def smooth(
 
 
 def data_changed(tape: Tape) -> bool:
-    """Whether the data changed under the run, as far as its losses tell; with a reward they do not.
-
-    For data that stay, lr should be high where there is progress and low where there is none.
-    Where the data change, it is the other way round: the loss rises when much is to be learned.
-    """
-    if tape.rewards is not None:  # the loss of a policy's gradient goes nowhere in particular
+    """Whether the losses indicate a change of the data; always False with a reward. For stationary
+    data lr should be high where there is progress; for changing data where the loss rises, since
+    much is to be learned."""
+    if tape.rewards is not None:  # a policy-gradient loss has no meaningful level
         return False
     mean = [m for m in _centred(tape.losses, 0.05) if math.isfinite(m)]
     lowest, highest_rise = math.inf, 0.0
@@ -241,16 +218,15 @@ def data_changed(tape: Tape) -> bool:
 
 
 def reward_of(goal: Goal | None) -> str:
-    """The metric that is a run's reward: that of its goal where higher is better, else "reward"."""
+    """The goal's metric if higher is better, else "reward"."""
     return goal.metric if goal is not None and goal.higher else "reward"
 
 
 def held_out(
     record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], goal: Goal | None = None
 ) -> float:
-    """What a run is judged by, lower is better: its goal; its validation loss; without these its
-    mean reward, with the sign turned; else its mean training loss, which an endless stream makes a
-    held-out one."""
+    """A run's criterion, lower is better: its goal, else validation loss, else negative mean
+    reward, else mean training loss (held-out for endless streams)."""
     if goal is not None:
         values = [math.nan if r.get(goal.metric) is None else float(r[goal.metric]) for r in rows]
         values = values[-goal.over :] if goal.last else values
@@ -269,8 +245,6 @@ def _or_infinite(value: float) -> float:
 
 
 def _controls(probe: Schedule) -> Controls:
-    """Those of the probe's first step: its largest lr, its first group's momentum."""
-
     def first(name: str) -> float | None:
         return float(probe[name][0].reshape(-1)[0]) if name in probe else None
 
@@ -279,10 +253,8 @@ def _controls(probe: Schedule) -> Controls:
 
 
 def _both_ways(values: Sequence[float], beta: float) -> tuple[list[float], list[float]]:
-    """(means of what lies before each place, of what lies from it on), T + 1 each.
-
-    Exponential with β the weight of the nearest value; what is not usable is left out.
-    """
+    """(exponential means before each index, from each index on), T + 1 each; β is the weight of the
+    nearest value, unusable values are excluded."""
 
     def one_way(ordered: Sequence[float]) -> list[float]:
         total, weight, means = 0.0, 0.0, [math.nan]
@@ -297,14 +269,14 @@ def _both_ways(values: Sequence[float], beta: float) -> tuple[list[float], list[
 
 
 def _centred(values: Sequence[float], beta: float) -> list[float]:
-    """The mean of both sides at every step: a filter without lag."""
+    """The average of both one-sided means: a zero-phase filter."""
     before, after = _both_ways(values, beta)
     pairs = zip(before[1:], after[:-1], strict=True)
     return [(b + a) / 2 if math.isfinite(b + a) else math.nan for b, a in pairs]
 
 
 def _plateaus(losses: Sequence[float], marks: range) -> list[float]:
-    """P of `rhc.schedulers.signals.plateau` at the marks, from means that look both ways."""
+    """P of `signals.plateau` at the marks, from two-sided means."""
     mean = _centred(losses, SMOOTHING.loss)
     change = [*(b - a for a, b in pairwise(mean)), 0.0]
     moved = _centred(change, SMOOTHING.loss)
@@ -324,6 +296,5 @@ def _plateaus(losses: Sequence[float], marks: range) -> list[float]:
 
 
 def _lost(tape: Tape, every: int) -> set[int]:
-    """Blocks with an observation that is not finite, of losses or gradient norms."""
     columns = [tape.losses] + ([] if tape.gradient_norms is None else [tape.gradient_norms])
     return {i // every for column in columns for i, x in enumerate(column) if not is_usable(x)}

@@ -1,9 +1,7 @@
-"""The whole run as one window: exact dJ/du_t at every step, and schedules that are improved by it.
+"""The whole run as one window: exact dJ/du_t at every step, and schedules optimized by it.
 
-Thousands of steps need three things that a window does not: batches on disk, since the optimizer's
-states are not all that grows with the run; a plan for memory, which is the engine's; and few
-degrees of freedom, since a schedule with one value per step fits the objective's data and not the
-task. So the outer passes move knots, between which the logarithm (or logit) is linear.
+Batches are on disk. The outer passes move knots, log- or logit-linear in between: one value per
+step would overfit the objective's data.
 """
 
 from __future__ import annotations
@@ -35,19 +33,18 @@ from rhc.training.objective import Average
 from rhc.training.plant import Plant
 
 EXPLODING_CLIP = 10.0
-"""Where costates explode, they are taken again clipped to this times their norm at the end."""
+"""Exploding costates are recomputed, clipped to this times their final norm."""
 
 
 class DiskBatches:
-    """Batches in files, one each, so that a run of any length holds one in memory."""
+    """Batches in one file each; only one is in memory at a time."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="rhc-batches-", dir=folder))
 
     def put(self, number: int, batch: Any, rng: RandomState | None = None) -> BatchRef:
-        """A reference to the batch, which need not be kept."""
         leaves, form = _pytree.tree_flatten(batch)
-        # Leaves of one tensor's memory would be refused, and they are small beside the run.
+        # safetensors refuses tensors that share memory, so clone.
         tensors = {
             str(i): leaf.detach().cpu().contiguous().clone()
             for i, leaf in enumerate(leaves)
@@ -67,11 +64,8 @@ class DiskBatches:
 
 @dataclass(frozen=True, eq=False)
 class BatchRef:
-    """A batch on disk, which a loss function of `from_disk` takes in place of the batch.
-
-    rng: the random state that a plain loop's step began with, where the model draws (dropout) from
-    what the loader draws from.
-    """
+    """A batch on disk, for a loss function from `from_disk`. rng: random state to restore where the
+    model and the loader share a generator."""
 
     path: Path
     form: Any
@@ -83,7 +77,6 @@ class BatchRef:
         return self
 
     def batch(self, device: torch.device) -> Any:
-        """A new copy of what was put there."""
         tensors = load_file(self.path)
         rest = enumerate(self.rest)
         leaves = [tensors[str(i)] if str(i) in tensors else copied(leaf) for i, leaf in rest]
@@ -91,8 +84,6 @@ class BatchRef:
 
 
 def from_disk(loss_fn: LossFn, device: torch.device) -> LossFn:
-    """`loss_fn`, for references and for batches."""
-
     def loss(model: nn.Module, batch: Any) -> Any:
         if not isinstance(batch, BatchRef):
             return loss_fn(model, batch)
@@ -104,8 +95,7 @@ def from_disk(loss_fn: LossFn, device: torch.device) -> LossFn:
 
 
 def steerable(schedule: Schedule) -> list[str]:
-    """The controls of a schedule that dJ/du can be taken by: those that are not 0 throughout, and
-    momentum where it is 0 at no step."""
+    """The controls with a defined dJ/du: not 0 throughout; momentum: 0 nowhere."""
     found = []
     for name, values in schedule.values.items():
         positive = values > 0
@@ -116,13 +106,9 @@ def steerable(schedule: Schedule) -> list[str]:
 
 @dataclass
 class Episode:
-    """A run of T steps that can be rolled and differentiated again and again, from its step 0.
-
-    model, optimizer: as they are at step 0, which they are left at. batches: one per step, or
-    `accumulate` of them. J = stage_weight · Σ ℓ_t + the mean loss on `judged`, at the end or at the
-    average of the iterates with decay `average`; without `judged`, the sum alone.
-    spent: gradient evaluations so far.
-    """
+    """A run of T steps that is rolled and differentiated repeatedly from step 0. J = stage_weight ·
+    Σ ℓ_t + mean loss on `judged`, at the last iterate or at the average with decay `average`.
+    model, optimizer: restored to step 0 after every call. spent: gradient evaluations."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -160,7 +146,7 @@ class Episode:
         return len(self.batches) // self.accumulate
 
     def differentiate(self, schedule: Schedule, costate_clip: float | None = None) -> Hypergradient:
-        """J of the schedule and its derivative by every control of every step."""
+        """J and its derivative by every control at every step."""
         values = {n: schedule[n][: self.steps] for n in steerable(schedule)}
         self.plant.restore(self.beginning)
         h = hypergradient(
@@ -186,7 +172,7 @@ class Episode:
         return h
 
     def value(self, schedule: Schedule) -> float:
-        """J of the schedule by a plain roll on the same data; infinite where it is not finite."""
+        """J by a plain roll; infinite if it is not finite."""
         batches: Iterable[Any] = [kept(batch) for batch in self.batches]
         if self.accumulate > 1:
             batches = map(MicroBatches, zip(*[iter(batches)] * self.accumulate, strict=True))
@@ -210,7 +196,6 @@ class Episode:
         return total if math.isfinite(total) else math.inf
 
     def terminal(self, model: nn.Module) -> Tensor:
-        """The mean loss on the data that the run is judged by, in eval mode."""
         device = self.plant.parameters[0].device
         with self.plant.evaluating():
             if self.average is not None:  # running statistics are the last iterate's
@@ -222,7 +207,7 @@ class Episode:
 
     @property
     def _share(self) -> float:
-        """The size of the judging data beside a training batch."""
+        """Size of `judged` relative to a training batch."""
         if not self.judged:
             return 0.0
         size = batch_size(self.batches[0])
@@ -234,11 +219,8 @@ class Episode:
 
 @dataclass(frozen=True)
 class OuterPass:
-    """One rewrite of the whole schedule.
-
-    before, value: J before and after it. accepted: whether the schedule moved. tried: replays.
-    outcome: of the reverse pass. clipped: whether costates exploded, and were clipped.
-    """
+    """A rewrite of the whole schedule: J before and after, replays tried, outcome of the reverse
+    pass. clipped: whether exploding costates were clipped."""
 
     before: float
     value: float
@@ -259,14 +241,10 @@ def improved(
     tell: Callable[[int, OuterPass], None] = lambda number, done: None,
     first: Hypergradient | None = None,
 ) -> tuple[Schedule, list[OuterPass]]:
-    """(the schedule after up to `passes` rewrites along whole-run hypergradients, what they did).
-
-    knots: degrees of freedom per control, shared by the steps between them (piecewise log-linear);
-    as many as there are steps for one per step. step: largest move of a knot, in nats or logits.
-    A rewrite is kept where J falls on the same data; else it is tried again at 0.3 of the step,
-    twice. The passes end where none is kept, or where the hypergradient is of no use; costates that
-    explode are taken again with a clip. first: the hypergradient of `schedule`, where it is known.
-    """
+    """(the schedule after up to `passes` rewrites along whole-run hypergradients, their records).
+    knots: values per control. step: largest move of a knot, in nats or logits; if J does not fall,
+    0.3 and 0.09 of it are tried. Passes end at the first that is rejected or unusable. first: the
+    known hypergradient of `schedule`."""
     if passes < 1:
         raise InputError(f"passes must be ≥ 1, got {passes}")
     if not 1 <= knots <= episode.steps:

@@ -1,7 +1,4 @@
-"""What steers a run without a replay: causal schedulers, and a planner of epochs.
-
-`AdaptiveRL` sees the past steps alone; `EpochPlanner` plans an epoch by the tape of the one before.
-"""
+"""Schedulers without replay: `AdaptiveRL` per step, `EpochPlanner` per epoch."""
 
 from rhc.schedulers.adaptive import AdaptiveRL
 from rhc.schedulers.callbacks import hf_callback, lightning_callback

@@ -1,4 +1,4 @@
-"""AdaptiveRL: learning rate, momentum and noise from the trends of loss and reward."""
+"""AdaptiveRL sets lr, momentum and noise from the trends of loss and reward."""
 
 from __future__ import annotations
 
@@ -54,43 +54,36 @@ VERSION = 2
 
 
 class AdaptiveRL(BeforeSteps):
-    """A scheduler that is driven by what the run does: `scheduler.step(loss)` after every
-    `optimizer.step()`.
+    """A causal scheduler: call `scheduler.step(loss)` after every `optimizer.step()`.
 
-    Every `every` steps the laws of `rhc.schedulers.laws` move lr, momentum and noise by the trends
-    of all steps since the last time. Losses may be tensors on any device; they are read when an
-    update is due and not before, so that no step waits for an accelerator. One that is NaN or
-    infinite is left out of the trends, lowers lr by half once per update, is counted in `ignored`,
-    and warned of once.
+    Every `every` steps, lr, momentum and noise follow the trends since the last update. Losses may
+    be tensors; they are read only at updates, so no step waits for an accelerator. A loss that is
+    not finite is excluded from the trends, counted in `ignored` and halves lr once per update.
 
     Args:
-        optimizer: Of the SGD or Adam families. Groups with "momentum" > 0 or "betas" are steered in
-            μ, others in lr and noise alone. The lrs of groups keep their ratios, those of groups
-            that are added later the ratio that they then have, and the bounds hold for the largest.
-        steps: Length of the run, where it is known: one shorter than 10,000 steps is updated more
-            often and further at a time.
-        every: Steps between updates, of a run of 10,000 steps or more.
-        gains: How far an update may go.
-        bounds: Lowest and highest values; what begins outside begins at the bound, with a warning.
-            To switch noise off: Bounds(noise=(0, 0)).
-        cap: Factors that no update goes beyond; None for none.
+        optimizer: From the SGD or Adam families. Groups keep the ratios of their lrs; the bounds
+            apply to the largest. Groups without "momentum" > 0 or "betas" get lr and noise only.
+        steps: Length of the run, if known; below 10,000, updates are more frequent and larger.
+        every: Steps between updates, for runs of 10,000 steps or more.
+        gains: Sizes of the updates.
+        bounds: Ranges of the controls; initial values outside are clipped with a warning.
+            Bounds(noise=(0, 0)) disables noise.
+        cap: Smallest and largest factor per update; None for no cap.
         smoothing: β of the running means.
-        noise: σ at the beginning; 0.02 suits reinforcement learning.
-        noise_on: σ·RMS(g)·ξ on every gradient ("gradients"), σ·RMS(θ)·ξ on every gradient
-            ("gradients-by-weights"), or α·σ·RMS(θ)·ξ on the parameters themselves ("parameters").
-        source: Which trends count: "both"; "loss": a reward is not looked at; "reward": the terms
-            of the loss are left out.
-        surprise: Whether losses 3 standard deviations above those before begin the trends anew and
-            lower momentum (0.9 to 0.7); `surprises` counts it.
-        anneal: Where `steps` is known, whether lr is what the laws make of it times half a cosine,
-            down to the lower bound; `controls` has it without that factor. A run whose losses have
-            surprised may do so again, and is not annealed from there on.
-        couple_beta2: Whether Adam's β2 averages twice as long where the variance of the loss is
-            twice its usual one, and half as long where it is half.
-        seed: Of the noise, a private generator of (seed, step).
+        noise: Initial σ; 0.02 suits reinforcement learning.
+        noise_on: "gradients" adds σ·RMS(g)·ξ to gradients, "gradients-by-weights" σ·RMS(θ)·ξ to
+            gradients, "parameters" α·σ·RMS(θ)·ξ to parameters.
+        source: "both", "loss" (ignore the reward) or "reward" (ignore the loss).
+        surprise: Reset the trends and lower momentum (0.9 to 0.7) when losses jump by 3 standard
+            deviations; `surprises` counts the jumps.
+        anneal: Multiply lr by half a cosine over `steps`, if given, until the first surprise;
+            `controls` excludes this factor.
+        couple_beta2: Lengthen the average of Adam's β2 in proportion to the variance of the loss,
+            by ×½ to ×2.
+        seed: Of the noise, which is a function of (seed, step).
 
     Raises:
-        InputError: For settings that cannot be.
+        InputError: An argument is out of range.
     """
 
     optimizer: Optimizer
@@ -159,13 +152,12 @@ class AdaptiveRL(BeforeSteps):
     def step(
         self, loss: Tensor | float | None = None, reward: Tensor | float | None = None
     ) -> None:
-        """Once per step of the optimizer, after it.
-
-        Where a framework calls `step()` by itself, `observe` gives both beforehand.
+        """Records one step of the optimizer; call it after `optimizer.step()`.
 
         Args:
-            loss: Of that step, a scalar (a mean over accumulated micro-batches).
-            reward: A scalar, higher is better, whenever there is one.
+            loss: Scalar; the mean over accumulated micro-batches. If a framework calls `step()`
+                without arguments, call `observe` first.
+            reward: Scalar, higher is better; may be given at some steps only.
         """
         if loss is not None or reward is not None:
             self.observe(loss, reward)
@@ -176,16 +168,16 @@ class AdaptiveRL(BeforeSteps):
     def observe(
         self, loss: Tensor | float | None = None, reward: Tensor | float | None = None
     ) -> None:
-        """Adds a loss, a reward or both to what the next update looks at."""
+        """Adds a loss, a reward or both to the data of the next update."""
         self._pending.append((scalar(loss, "loss"), scalar(reward, "reward")))
 
     def get_last_lr(self) -> list[float]:
-        """The lr of every parameter group, as torch's schedulers give it."""
+        """The lr of every parameter group, as in torch's schedulers."""
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
     @property
     def values(self) -> dict[str, float | None]:
-        """Controls, trends and plateau score of the last update, for logs and pictures."""
+        """Controls, trends and plateau score of the last update, for logging."""
         return {
             "lr": self._lr(),
             "momentum": self.controls.momentum,
@@ -196,7 +188,7 @@ class AdaptiveRL(BeforeSteps):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers, lists and strings only; a scheduler that loads it goes on bit for bit."""
+        """Numbers, lists and strings, from which a scheduler continues bit for bit."""
         self._add_groups()
         self._pending = [(loss, reward) for loss, reward in numbers(self._pending)]
         return {
@@ -216,10 +208,10 @@ class AdaptiveRL(BeforeSteps):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over the state of another AdaptiveRL; also sets the optimizer's lr and momentum.
+        """Restores `state_dict`; also sets the optimizer's lr and momentum.
 
         Raises:
-            InputError: Where it is of another version or another number of parameter groups.
+            InputError: The version or the number of parameter groups differs.
         """
         if state.get("version") != VERSION:
             raise InputError(
@@ -261,7 +253,6 @@ class AdaptiveRL(BeforeSteps):
         self._write()
 
     def _take_in(self, pending: list[tuple[float | None, float | None]]) -> None:
-        """Signals and trends after the observations since the last update."""
         losses = [math.nan if loss is None else loss for loss, _ in pending]
         anew = surprise(self.signals, losses) if self.surprise else None
         if anew is not None:
@@ -274,7 +265,7 @@ class AdaptiveRL(BeforeSteps):
             self.signals = observed(self.signals, loss, wanted, self.smoothing)
         self.trends, self.signals = trends(self.signals, self.smoothing)
         if anew is not None:
-            # What begins anew has not seen the rise that it begins with.
+            # The reset trends have not seen the rise that caused the reset.
             reward = -1.0 if self.signals.reward_mark is None else self.trends.reward
             self.trends = replace(self.trends, loss=1.0, reward=reward)
 
@@ -282,7 +273,6 @@ class AdaptiveRL(BeforeSteps):
         return updated(self.controls, self.trends, self.gains, self.bounds, self.cap)
 
     def _write(self) -> None:
-        """The controls into the optimizer's groups. A tensor lr, of a compiled step, stays one."""
         self.steers()
         self._add_groups()
         longer, largest, momentum = self._beta2_factor(), self._lr(), self.controls.momentum
@@ -303,11 +293,11 @@ class AdaptiveRL(BeforeSteps):
                 group["betas"] = (moved, beta2)
 
     def _add_groups(self) -> None:
-        """Groups that were added since: in the ratio to the others that they have now."""
+        """Registers groups added since, at their present lr ratio to the others."""
         groups, known = self.optimizer.param_groups, len(self._groups)
         if len(groups) == known:
             return
-        # As they were written last: what is to be written may have moved already.
+        # From the lrs last written: the controls may have moved since.
         shares = [group.share for group in self._groups]
         lead = shares.index(max(shares))
         largest = float(groups[lead]["lr"]) / (shares[lead] or 1.0)
@@ -315,19 +305,18 @@ class AdaptiveRL(BeforeSteps):
         momentum = None if steered is None else momentum_of(groups[steered])
         self._groups += [_Group.of(group, largest, momentum) for group in groups[known:]]
         most = max(group.share for group in self._groups)
-        if most > 1:  # the bounds hold for the largest
+        if most > 1:  # the bounds apply to the largest
             self._groups = [replace(group, share=group.share / most) for group in self._groups]
             self.controls = replace(self.controls, lr=self.controls.lr * most)
 
     def _lr(self) -> float:
-        """The largest lr of the groups."""
         lr = self.controls.lr
         if self._annealed_steps is None or self.surprises:
             return lr
         return max(lr * annealed(self.steps, self._annealed_steps), min(lr, self.bounds.lr[0]))
 
     def _beta2_factor(self) -> float:
-        """How much longer β2 averages: the variance of the loss over its usual one."""
+        """Factor on the averaging time of β2: variance of the loss over its usual value."""
         usual = self.signals.usual_variance.value
         return clip(self.signals.variance.value / usual, (0.5, 2.0)) if usual > 0 else 1.0
 
@@ -360,11 +349,8 @@ class AdaptiveRL(BeforeSteps):
 
 @dataclass(frozen=True)
 class _Group:
-    """A parameter group beside the others.
-
-    share: of the largest lr. offset: logits of its momentum above the first group's that has one;
-    None where it has none to steer. beta2: the one that it began with.
-    """
+    """A parameter group. share: of the largest lr. offset: logits of its momentum above the first
+    group's that has one; None if it has none. beta2: initial value."""
 
     share: float
     offset: float | None
@@ -372,7 +358,6 @@ class _Group:
 
     @classmethod
     def of(cls, group: Mapping[str, Any], largest: float, momentum: float | None) -> _Group:
-        """largest: lr of the groups that there are; momentum: of the first that has one."""
         share = float(group["lr"]) / largest if largest > 0 else 1.0
         own, offset = momentum_of(group), None
         if own is not None:

@@ -1,10 +1,7 @@
-"""EpochPlanner inside of other people's loops: Lightning and the Hugging Face Trainer.
+"""EpochPlanner in Lightning and the Hugging Face Trainer; its state is in their checkpoints.
 
-    trainer = lightning.Trainer(callbacks=[lightning_callback(planner, validation="val_loss")])
-    trainer = transformers.Trainer(…, callbacks=[hf_callback(planner)])
-
-Both attach the planner when the loop has made its optimizer, and keep the planner's state with the
-loop's own checkpoints. Neither package is imported before it is asked for.
+trainer = lightning.Trainer(callbacks=[lightning_callback(planner, validation="val_loss")])
+trainer = transformers.Trainer(…, callbacks=[hf_callback(planner)])
 """
 
 from __future__ import annotations
@@ -21,20 +18,12 @@ from rhc.errors import InputError
 from rhc.schedulers.planner import EpochPlanner, joined, parted
 
 STATE = "rhc_planner"
-"""Name of the two files, .json and .safetensors, beside a checkpoint of the Trainer."""
+"""Stem of the .json and .safetensors files in the Trainer's checkpoints."""
 
 
 def lightning_callback(planner: EpochPlanner, *, validation: str = "val_loss") -> Any:
-    """A `lightning.pytorch.Callback` that plans epochs.
-
-    Args:
-        planner: Built without an optimizer; the trainer's first one is steered.
-        validation: Name under which the module logs its validation loss. Epochs without a
-            validation pass are not planned.
-
-    Raises:
-        InputError: Where Lightning is not installed.
-    """
+    """A `lightning.pytorch.Callback` for a planner without an optimizer: it steers the trainer's
+    first. validation: logged name of the validation loss; epochs without one are not planned."""
     base = _imported("Callback", "lightning", "lightning.pytorch", "pytorch_lightning")
 
     class PlannedEpochs(base):  # type: ignore[misc, valid-type]
@@ -54,7 +43,7 @@ def lightning_callback(planner: EpochPlanner, *, validation: str = "val_loss") -
         def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
             found = trainer.callback_metrics.get(validation)
             if found is not None or not planner.needs_validation or trainer.val_dataloaders is None:
-                planner.on_epoch_end(found)  # says what is missing
+                planner.on_epoch_end(found)  # raises the error that says what is missing
             elif trainer.current_epoch % (trainer.check_val_every_n_epoch or 1) == 0:
                 raise InputError(
                     f"the module logs no {validation!r}; log it in validation_step, or give "
@@ -71,20 +60,9 @@ def lightning_callback(planner: EpochPlanner, *, validation: str = "val_loss") -
 
 
 def hf_callback(planner: EpochPlanner, *, validation: str = "eval_loss") -> Any:
-    """A `transformers.TrainerCallback` that plans epochs.
-
-    Use it with `eval_strategy="epoch"`; the loss of training is the one that is logged, so that
-    `logging_steps=1` shows most. An epoch's plan is made when its evaluation is there, or at the
-    end of the epoch where none is needed.
-
-    Args:
-        planner: Built without an optimizer; the Trainer's own is steered, its scheduler's shape
-            kept.
-        validation: Name of the validation loss among the Trainer's metrics.
-
-    Raises:
-        InputError: Where transformers is not installed.
-    """
+    """A `transformers.TrainerCallback` for a planner without an optimizer, with
+    `eval_strategy="epoch"`. validation: name in the Trainer's metrics. The training loss is the
+    logged one, so `logging_steps=1` gives the most data."""
     base = _imported("TrainerCallback", "transformers", "transformers")
 
     class PlannedEpochs(base):  # type: ignore[misc, valid-type]
@@ -124,7 +102,6 @@ def hf_callback(planner: EpochPlanner, *, validation: str = "eval_loss") -> Any:
 
 
 def _imported(name: str, package: str, *modules: str) -> Any:
-    """The class `name` of the first of these modules that can be imported."""
     for module in modules:
         try:
             return getattr(importlib.import_module(module), name)
@@ -138,7 +115,6 @@ def _imported(name: str, package: str, *modules: str) -> Any:
 def _attach(
     planner: EpochPlanner, optimizer: Any, schedulers: list[Any], state: Mapping[str, Any] | None
 ) -> None:
-    """Hands the loop's optimizer to the planner, which then goes on from a state."""
     # Accelerate wraps the optimizer that the parameters' groups belong to.
     planner.attach(getattr(optimizer, "optimizer", optimizer), schedulers)
     if state is not None:

@@ -1,4 +1,4 @@
-"""A change-point test without units: whether the level of a sequence has risen."""
+"""A unit-free change-point test: has the level of a sequence risen?"""
 
 from __future__ import annotations
 
@@ -8,36 +8,33 @@ from typing import NamedTuple
 from rhc.schedulers.signals import clip, is_usable
 
 SHIFT = 2.0
-"""Of the level, in standard deviations of the values, that is to be found soon."""
+"""Change of level to detect quickly, in standard deviations."""
 
 FALSE_ALARMS = 0.01
-"""Probability of a claim in 1000 steps of a stationary sequence."""
+"""Probability of a false alarm in 1000 steps of a stationary sequence."""
 
 WARMUP = 100
-"""Values before the first claim."""
+"""Values before the first alarm."""
 
 LAG = 50
-"""The newest values, which are not yet part of what they are compared with."""
+"""Newest values, excluded from the reference."""
 
 FORGETTING = 0.005
-"""Least weight of one value in the reference, which it has once there are 200 of them."""
+"""Smallest weight of a value in the reference, reached after 200 values."""
 
 CUT = 3.0
-"""Standard deviations from the level beyond which a value counts as if it lay there."""
+"""Values are clipped at this many standard deviations from the level."""
 
 SLOW = 0.1
-"""Weight of the newest value in the slow average that correlations are estimated from."""
+"""Weight of the newest value in the slow average, from which φ is estimated."""
 
 MOST_CORRELATED = 0.95
 
 
 class ChangePoint(NamedTuple):
-    """State of a two-sided CUSUM of the values since the last change, or since the beginning.
-
-    With w the distance to the level, cut at `CUT` standard deviations: mean, variance and product
-    are the level and the averages of w² and w·w₋₁ of the `settled` values older than the lag; slow
-    and slow_square those of a running average of w. falling: steps for which lower has not been 0.
-    """
+    """State of a two-sided CUSUM since the last change. mean: level of the `settled` values older
+    than `LAG`. variance, product: averages of w² and w·w₋₁, w the clipped distance to the level.
+    slow, slow_square: a running average of w and its square. falling: steps since `lower` was 0."""
 
     mean: float = 0.0
     variance: float = 0.0
@@ -55,17 +52,12 @@ class ChangePoint(NamedTuple):
 
 
 def cusum(state: ChangePoint, value: float) -> tuple[ChangePoint, bool]:
-    """(the state after one more value, whether the level has risen).
-
-    A CUSUM (Page 1954) of the innovations e = (w − φ w₋₁) / (s √(1 − φ²)), which are white where
-    the values are autoregressive; e is cut at k + 1, so that no few outliers make a change. φ is
-    the larger of the correlation of neighbours and of what the variance of a slow average implies,
-    plus half a standard error; k is half of what the shift is in units of e, and the threshold is
-    Siegmund's (1985) for the mean distance between false alarms, times 1.3 for what estimating
-    costs. A level that falls begins the reference anew and is no alarm: hand returns over with
-    their sign turned. How often it is wrong, and how late: docs/planning.md.
-    What is not finite is ignored.
-    """
+    """(the state after one more value, whether the level has risen). CUSUM (Page 1954) of the
+    innovations e = (w − φ w₋₁) / (s √(1 − φ²)), which are white for autoregressive values; e is
+    clipped at k + 1 against outliers. φ: the larger of the lag-1 correlation and the one implied by
+    the slow variance, plus half a standard error; k: half the shift in units of e. The threshold is
+    Siegmund's (1985), times 1.3 for estimation errors. A falling level resets the reference without
+    an alarm; negate returns. Error rates: docs/planning.md."""
     if not is_usable(value):
         return state, False
     value = float(value)
@@ -96,7 +88,6 @@ def cusum(state: ChangePoint, value: float) -> tuple[ChangePoint, bool]:
 
 
 def _settled(state: ChangePoint, value: float) -> ChangePoint:
-    """With one more value that has grown old enough to be compared with."""
     n = state.settled
     if n == 0:
         return state._replace(mean=value, settled=1)
@@ -118,7 +109,7 @@ def _settled(state: ChangePoint, value: float) -> ChangePoint:
 
 
 def _correlation(state: ChangePoint) -> float:
-    """φ of an autoregressive sequence that swings as slowly as this one."""
+    """φ of an autoregressive sequence with this slow variance."""
     ratio = state.slow_square / state.variance
     found = max(state.product / state.variance, (ratio - 1) / (ratio + 1))
     error = 1 / math.sqrt(min(state.settled, 2 / FORGETTING))

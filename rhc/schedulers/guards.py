@@ -1,10 +1,5 @@
-"""Guards: laws wrapped around laws, each a pure function (stats, previous plan) -> plan.
-
-    law = Failsafe(Smoothed(Planned(gains, bounds), penalty=0.02), preset=CONSERVATIVE)
-
-`rhc.EpochPlanner` takes any such law. What a guard does beyond the law inside is an `Intervention`
-of the plan that it returns, with its reason.
-"""
+"""Guards: laws around laws, pure functions (stats, previous plan) -> plan, for example
+Failsafe(Smoothed(Planned(gains, bounds), penalty=0.02), preset=CONSERVATIVE)."""
 
 from __future__ import annotations
 
@@ -23,8 +18,6 @@ Law = Callable[[EpochStats, EpochPlan], EpochPlan]
 
 @dataclass(frozen=True)
 class Planned:
-    """The bounded laws, `plan_next_epoch`, with their gains, bounds and cap."""
-
     gains: Gains | None = None
     bounds: Bounds | None = None
     cap: Cap = CAP
@@ -35,12 +28,9 @@ class Planned:
 
 @dataclass(frozen=True)
 class Smoothed:
-    """The law with a total-variation penalty on the values of successive epochs.
-
-    x_e = argmin ½ (x − x̂_e)² + penalty · |x − x_{e−1}| for every value in its raw coordinate (log,
-    or logit of momentum and λ): moves are shortened by `penalty`, and those below it not made.
-    Rudin, Osher, Fatemi 1992; the leaving of 0 and the way back to it are let through.
-    """
+    """The law with a total-variation penalty over epochs (Rudin, Osher, Fatemi 1992). x_e = argmin
+    ½ (x − x̂_e)² + penalty · |x − x_{e−1}| in raw coordinates (log; logit for momentum and λ).
+    Changes from and to 0 are not penalized."""
 
     law: Law
     penalty: float = 0.02
@@ -71,8 +61,8 @@ class Smoothed:
 
 @dataclass(frozen=True)
 class Preset:
-    """Cautious values under a name. lr: a factor of the lr that the run began with, and of no use
-    where the plan is lower already; None leaves a value as it is."""
+    """Fixed cautious values. lr: factor on the first epoch's lr, never raising it; None keeps a
+    value."""
 
     name: str = "conservative"
     lr: float | None = 0.3
@@ -91,7 +81,6 @@ class Preset:
             raise InputError(f"lr of a preset must be a factor in (0, 1], got {self.lr:g}")
 
     def applied(self, plan: EpochPlan) -> EpochPlan:
-        """The plan with these values in force."""
         values = plan.values
         for name in values:
             own = getattr(self, name)
@@ -108,12 +97,8 @@ CONSERVATIVE = Preset()
 
 @dataclass(frozen=True)
 class Failsafe:
-    """The law, until validation is worse `patience` epochs in a row; then the preset.
-
-    The preset stays in force, and nothing is planned, until validation has become better `rearm`
-    epochs in a row: then the law goes on from there, and the failsafe is armed again. It is not
-    bound by the cap of an epoch.
-    """
+    """Switches to the preset after `patience` epochs of worse validation in a row. The law resumes
+    after `rearm` better epochs in a row. The cap per epoch does not apply to the switch."""
 
     law: Law
     preset: Preset = CONSERVATIVE

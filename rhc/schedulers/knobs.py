@@ -1,13 +1,4 @@
-"""Knobs: small objects with a value, which a planner drives.
-
-    knob = Entropy(0.01)
-    planner = EpochPlanner(…, knobs=[knob])
-    ...
-    loss = policy_loss - knob.value * entropy
-
-A knob has the `name` of its value in an `EpochPlan`, and a `value` that can be set.
-`rhc.schedulers.LossSampler` is one too.
-"""
+"""Values that a planner sets and the training loop reads: `loss - entropy.value * bonus`."""
 
 from __future__ import annotations
 
@@ -24,7 +15,7 @@ from rhc.schedulers.signals import clip
 
 
 class Knob(Protocol):
-    """What a planner can drive: `name` is one of `rhc.schedulers.KNOBS`."""
+    """A settable `value`; `name` is one of `rhc.schedulers.KNOBS`."""
 
     name: str
 
@@ -36,8 +27,6 @@ class Knob(Protocol):
 
 
 class Value:
-    """A number within bounds."""
-
     name: ClassVar[str]
     usual: ClassVar[float]
 
@@ -63,30 +52,28 @@ class Value:
 
 
 class Entropy(Value):
-    """The coefficient of the entropy bonus: up on a plateau, down while returns improve."""
+    """Coefficient of the entropy bonus: rises on a plateau, falls while returns improve."""
 
     name, usual = "entropy", 0.01
 
 
 class ClipRange(Value):
-    """PPO's ε: up on a plateau, down while returns fall."""
+    """PPO's ε: rises on a plateau, falls while returns fall."""
 
     name, usual = "clip_range", 0.2
 
 
 class GaeLambda(Value):
-    """λ of the generalised advantage: up on a plateau (less bias), down where the loss swings more
-    than usual (less variance)."""
+    """λ of generalized advantage estimation: rises on a plateau (less bias), falls when the
+    variance of the loss is above usual (less variance)."""
 
     name, usual = "gae_lambda", 0.95
 
 
 class Augmentation(Value):
-    """The strength of an augmentation: up on a plateau that is calm, down where validation worsens.
-
-    transform: (batch, strength in [0, 1]) -> batch, applied by calling the knob in a training loop.
-    In eval mode, that is with `training=False`, and at strength 0 it returns the batch itself and
-    draws nothing.
+    """Strength of an augmentation: rises on a calm plateau, falls when validation worsens.
+    transform: (batch, strength in [0, 1]) -> batch, applied by calling the knob. With
+    `training=False` or strength 0 the call returns the batch unchanged and draws no random numbers.
     """
 
     name, usual = "augmentation", 0.0
@@ -108,11 +95,9 @@ class Augmentation(Value):
 
 
 def shifted(images: Tensor, strength: float) -> Tensor:
-    """Images moved by whole pixels, each by its own random offset, up to 4 · strength of them.
-
-    images: (B, H, W), (B, C, H, W), or (B, n²) square ones in a row. What comes in from outside has
-    the value of the corner. Draws from torch's global generator.
-    """
+    """Images shifted by random whole pixels, up to 4 · strength in each direction. images: (B, H,
+    W), (B, C, H, W) or (B, n²). The border is filled with the corner's value. Uses torch's global
+    generator."""
     flat = images.dim() == 2
     side = round(images.shape[-1] ** 0.5)
     if flat and side * side != images.shape[-1]:

@@ -1,12 +1,11 @@
-"""The bounded update laws: from trends to the next controls, in unconstrained coordinates.
+"""Bounded update laws from trends to controls, in unconstrained coordinates.
 
     log α   ← log α   + k_r Δ̃r  − k_ℓ max(Δ̃ℓ, 0)
     logit μ ← logit μ + k_μr Δ̃r − k_μℓ max(Δ̃ℓ, 0)
     log σ   ← log σ   + k_σP P  − k_σr max(Δ̃r, 0)
 
-each clipped to its bounds. Without a reward both trends are of the loss: a fall raises log α by k_r
-as far as it stands out from the noise, a rise lowers it by k_ℓ and that much. On a noisy plateau,
-where falls and rises take turns, α and μ therefore come down.
+Without a reward Δ̃r is the fall of the loss relative to its noise, so α and μ decrease on a noisy
+plateau, where falls and rises alternate.
 """
 
 from __future__ import annotations
@@ -18,28 +17,27 @@ from rhc.errors import InputError
 from rhc.schedulers.signals import Trends, clip, logit, sigmoid
 
 USUAL_STEPS = 10_000
-"""Steps of the runs that AdaptiveRL's gains are meant for."""
+"""Run length for which AdaptiveRL's gains are tuned."""
 
 IGNITION = 1e-3
-"""σ goes from 0 to here on a plateau, and to exactly 0 below here: log σ could never leave 0."""
+"""σ jumps from 0 to this on a plateau and to 0 below it; log σ cannot reach 0."""
 
 IGNITES = 0.5
-"""The plateau score above which σ leaves 0."""
+"""Plateau score above which σ leaves 0."""
 
 DIP = 1.35
-"""Logits by which μ falls where the losses are suddenly of another kind: 0.9 becomes 0.7."""
+"""Decrease of logit μ after a surprise: 0.9 becomes 0.7."""
 
 SOURCES = ("both", "loss", "reward")
-"""Which trends the laws look at."""
+"""Trends that the laws use."""
 
 Cap = tuple[float, float]
-"""Lowest and highest factor by which one update may change a control."""
+"""Smallest and largest factor on a control per update."""
 
 
 @dataclass(frozen=True)
 class Controls:
-    """What is steered. momentum: SGD's, or Adam's β1; None where the optimizer has none. noise: σ,
-    relative to the RMS of what it is added to."""
+    """The controls. momentum: SGD's or Adam's β1; None if absent. noise: σ relative to an RMS."""
 
     lr: float
     momentum: float | None = None
@@ -48,10 +46,10 @@ class Controls:
 
 @dataclass(frozen=True)
 class Gains:
-    """How far one update may go: nats, or logits of momentum and λ.
+    """Sizes of updates, in nats, or in logits for momentum and λ.
 
-    The first six are AdaptiveRL's, per update; an `EpochPlanner` has larger ones, per epoch. The
-    others are those of its knobs.
+    The first six apply to AdaptiveRL per update and to `EpochPlanner` per epoch (with larger
+    values); the others apply to the planner's knobs.
     """
 
     lr_reward: float = 0.02
@@ -72,17 +70,15 @@ class Gains:
     gae_lambda_variance: float = 0.1
 
     def times(self, factor: float) -> Gains:
-        """Every gain times a factor."""
         return Gains(**{name: gain * factor for name, gain in asdict(self).items()})
 
     def for_source(self, source: str) -> Gains:
-        """Without the terms of the loss where only the reward counts."""
         return replace(self, lr_loss=0.0, momentum_loss=0.0) if source == "reward" else self
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Lowest and highest value of every control, and of an `EpochPlanner`'s knobs."""
+    """Lowest and highest value of every control and of every `EpochPlanner` knob."""
 
     lr: tuple[float, float] = (1e-5, 1e-1)
     momentum: tuple[float, float] = (0.6, 0.995)
@@ -105,7 +101,6 @@ class Bounds:
                 )
 
     def clipped(self, controls: Controls) -> Controls:
-        """The nearest controls within the bounds."""
         momentum = controls.momentum
         return Controls(
             clip(controls.lr, self.lr),
@@ -117,11 +112,8 @@ class Bounds:
 def updated(
     controls: Controls, trends: Trends, gains: Gains, bounds: Bounds, cap: Cap | None = None
 ) -> Controls:
-    """The next controls, within the bounds whatever the trends are.
-
-    cap: factors within which every control changes, the leaving of 0 and the way back to it
-    excepted.
-    """
+    """The next controls, within the bounds for any trends. cap: not applied when a control leaves 0
+    or returns to it."""
     rise = max(trends.loss, 0.0)
     lr = controls.lr * math.exp(gains.lr_reward * trends.reward - gains.lr_loss * rise)
     lr = _capped(lr, controls.lr, cap)
@@ -134,12 +126,12 @@ def updated(
 
 
 def lowered(controls: Controls, bounds: Bounds, factor: float = 0.5) -> Controls:
-    """After an observation that is not finite: lr times `factor`, the rest as it is."""
+    """lr times `factor`, after an observation that is not finite."""
     return bounds.clipped(replace(controls, lr=controls.lr * factor))
 
 
 def dipped(controls: Controls, bounds: Bounds) -> Controls:
-    """After losses of another kind, on which the momentum of before points the wrong way."""
+    """Lower momentum after a surprise, since the old direction is wrong for the new losses."""
     momentum = controls.momentum
     if momentum is None or not 0 < momentum < 1:
         return controls
@@ -147,13 +139,9 @@ def dipped(controls: Controls, bounds: Bounds) -> Controls:
 
 
 def paced(gains: Gains, every: int, steps: int | None) -> tuple[Gains, int, float]:
-    """(gains, steps between updates, factor on the β of ℓ̄) for a run of `steps` steps.
-
-    The laws' gains and `every` are those of runs of `USUAL_STEPS`: 500 updates. A run of 1000 steps
-    would have 50, which move lr by a factor of e at most. Shorter runs are updated more often and
-    further at a time, so that the sum of gains times updates is the same; longer ones and None are
-    left as they are.
-    """
+    """(gains, steps between updates, factor on the β of ℓ̄) for a run of `steps` steps. At the
+    default 20 steps per update a run of 1000 steps has 50 updates, which change lr by at most e.
+    Runs below `USUAL_STEPS` get more frequent, larger updates with the same sum of gains."""
     if steps is None or steps >= USUAL_STEPS:
         return gains, every, 1.0
     pace = USUAL_STEPS / max(steps, USUAL_STEPS // 20)
@@ -162,12 +150,10 @@ def paced(gains: Gains, every: int, steps: int | None) -> tuple[Gains, int, floa
 
 
 def annealed(done: int, steps: int) -> float:
-    """The factor on lr after `done` of `steps` steps: half a cosine, from 1 to 0 at the end."""
     return 0.5 * (1 + math.cos(math.pi * min(done / steps, 1.0)))
 
 
 def check_source(source: str) -> None:
-    """Raises InputError unless `source` is one of `SOURCES`."""
     if source not in SOURCES:
         raise InputError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
 

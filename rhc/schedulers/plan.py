@@ -1,15 +1,14 @@
-"""The next epoch's plan: bounded laws from the statistics of the last one. Pure, deterministic.
+"""The plan of the next epoch, a pure function of the last epoch's statistics.
 
     log α   ← log α   + k_r Δ̃r − k_ℓ max(Δ̃ℓ, 0)             likewise logit μ (Adam's β1)
     log σ   ← log σ   + k_P P − k_r max(Δ̃r, 0)
     a, s    ← up by k_P P L(v), down by k_v max(Δ̃val, 0)     augmentation, sampling strength
     log η   ← log η   + k_P P − k_r max(Δ̃r, 0)              entropy coefficient
     log ε   ← log ε   + k_P P − k_r max(−Δ̃r, 0)             PPO's clip range
-    logit λ ← logit λ + k_P P − k_v max(v̂ − 1, 0)            of the generalised advantage
+    logit λ ← logit λ + k_P P − k_v max(v̂ − 1, 0)            generalized advantage
 
-The first three are `rhc.schedulers.laws` at the granularity of an epoch. v̂ is the variance of the
-loss over its usual value and L(v) = σ((1 − v̂) / ¼): augmentation rises where nothing moves and
-little swings. Every value stays within its bounds and changes by ×[0.8, 1.25] per epoch at most.
+v̂: variance of the loss over its usual value; L(v) = σ((1 − v̂) / ¼) applies to augmentation only.
+Every value is bounded and changes by ×[0.8, 1.25] per epoch at most.
 """
 
 from __future__ import annotations
@@ -34,15 +33,15 @@ from rhc.schedulers.signals import Trends, clip
 from rhc.schedulers.statistics import EpochStats
 
 STEERED = ("lr", "momentum", "noise")
-"""Values of a plan that belong to the optimizer."""
+"""Values set on the optimizer."""
 
 KNOBS = ("augmentation", "sampling", "entropy", "clip_range", "gae_lambda")
-"""Values of a plan that belong to knobs."""
+"""Values set on knobs."""
 
 VALUES = (*STEERED, *KNOBS)
 
 CAP: Cap = (0.8, 1.25)
-"""By what factors one epoch may change any value."""
+"""Smallest and largest factor on a value per epoch."""
 
 PLAN_GAINS = Gains(
     lr_reward=0.1,
@@ -52,38 +51,32 @@ PLAN_GAINS = Gains(
     noise_plateau=0.2,
     noise_reward=0.2,
 )
-"""How far an epoch may go."""
 
 PLAN_BOUNDS = Bounds(lr=(1e-6, 1.0))
 
 MAY_BE_ZERO = ("noise", "augmentation", "sampling")
 
 LIT = 0.05
-"""Augmentation and sampling go from 0 to here, and to exactly 0 from below half of it."""
+"""Augmentation and sampling jump from 0 to this, and to 0 below half of it."""
 
 DRIFT_LOGIT = 0.5
-"""By how much momentum falls in logits where the data drift."""
+"""Decrease of logit momentum after a drift."""
 
 MOST = 50.0
-"""Nats or logits that no law goes beyond, so that exp stays finite."""
+"""Largest move in nats or logits, which keeps exp finite."""
 
 
 @dataclass(frozen=True)
 class Intervention:
-    """What a guard or a drift did beyond the laws, and why."""
-
     kind: str
     reason: str
 
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """What epoch `epoch` is trained with; None for what the run does not have.
-
-    lr: the largest of the groups, as a level: a template multiplies it. momentum: SGD's, or β1.
-    augmentation, sampling: strengths in [0, 1]. first_lr: that the run began with. mode: "planned",
-    or the name of the preset in force. interventions: that led here.
-    """
+    """Values for epoch `epoch`; None for those that the run does not have. lr: the largest of the
+    groups; a template multiplies it. momentum: SGD's or β1. augmentation, sampling: in [0, 1].
+    first_lr: of the run's first epoch. mode: "planned" or the name of a preset."""
 
     lr: float
     momentum: float | None = None
@@ -100,18 +93,15 @@ class EpochPlan:
 
     @property
     def values(self) -> dict[str, float]:
-        """By name, without what the run does not have."""
         found = {name: getattr(self, name) for name in VALUES}
         return {name: value for name, value in found.items() if value is not None}
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> EpochPlan:
-        """The inverse of `asdict`."""
         done = tuple(Intervention(**i) for i in record["interventions"])
         return cls(**{**record, "interventions": done})
 
     def changed(self, values: Mapping[str, float | None], **others: Any) -> EpochPlan:
-        """With other values."""
         return replace(self, **{**values, **others})
 
 
@@ -122,20 +112,16 @@ def plan_next_epoch(
     bounds: Bounds | None = None,
     cap: Cap = CAP,
 ) -> EpochPlan:
-    """The plan of the epoch after `stats`, of which `previous` was the plan.
+    """The plan of the epoch after `stats`, deterministic and within bounds and cap.
 
-    Deterministic, and within bounds and cap whatever the statistics are: what is not a number
-    counts as no trend. Losses that were not finite lower lr by the cap, whatever else happened.
+    NaN statistics count as no trend. Losses that were not finite lower lr by the cap.
 
     Args:
-        stats: What the epoch was like.
-        previous: What it was trained with.
-        gains: How far a value may go.
+        stats: Statistics of the last epoch.
+        previous: The plan of that epoch.
+        gains: Sizes of the changes.
         bounds: Lowest and highest values.
-        cap: Lowest and highest factor on any value.
-
-    Returns:
-        The next epoch's plan.
+        cap: Smallest and largest factor on any value.
     """
     gains, bounds = gains or PLAN_GAINS, bounds or PLAN_BOUNDS
     before = _sane(previous, bounds)
@@ -164,11 +150,8 @@ def plan_next_epoch(
 
 
 def after_drift(plan: EpochPlan, reason: str, bounds: Bounds | None = None) -> EpochPlan:
-    """The plan from the step on at which the data were found to drift: lower α and μ, higher σ.
-
-    A surprise makes the gradients of the next steps large and stale: α falls by the cap, logit μ by
-    ½ (within the cap), σ rises by the cap or to where it begins.
-    """
+    """The plan after a drift: α × 0.8, logit μ − ½ (capped), σ × 1.25 or switched on. After a drift
+    the next gradients are large and the momentum is stale."""
     bounds = bounds or PLAN_BOUNDS
     before = _sane(plan, bounds)
     momentum = before.momentum
@@ -187,10 +170,8 @@ def after_drift(plan: EpochPlan, reason: str, bounds: Bounds | None = None) -> E
 def capped(
     plan: EpochPlan, begun: EpochPlan, bounds: Bounds | None = None, cap: Cap = CAP
 ) -> EpochPlan:
-    """`plan` with every value within ×cap of the one in `begun`, and within its bounds.
-
-    The leaving of 0 and the way back to it are not capped, nor is the way back into the bounds.
-    """
+    """`plan` with every value within ×cap of that in `begun`, then within its bounds. Changes from
+    and to 0 are not capped."""
     bounds = bounds or PLAN_BOUNDS
     values = plan.values
     for name, value in values.items():
@@ -205,7 +186,6 @@ def capped(
 
 
 def checked_names(names: Iterable[str]) -> tuple[str, ...]:
-    """The names, each once, of values of a plan."""
     found = tuple(dict.fromkeys(names))
     for name in found:
         if name not in VALUES:
@@ -214,13 +194,12 @@ def checked_names(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def gains_of(names: Iterable[str], gains: Gains) -> Gains:
-    """These gains for the values of `names`, and 0 for all others."""
     kept = tuple(f"{name}_" for name in checked_names(names))
     return replace(gains, **{f.name: 0.0 for f in fields(gains) if not f.name.startswith(kept)})
 
 
 def _moves(stats: EpochStats, trends: Trends, gains: Gains) -> dict[str, float]:
-    """How far the knobs move, in nats; `gae_lambda` in logits."""
+    """Moves of the knobs in nats; of `gae_lambda` in logits."""
     up, ratio = trends.plateau, _within(stats.variance_ratio, 0.0, 1e3, 1.0)
     calm = 1 / (1 + math.exp(clip((ratio - 1) / 0.25, (-MOST, MOST))))
     worse = max(_within(stats.validation_trend, -1.0, 1.0), 0.0)
@@ -237,7 +216,6 @@ def _moves(stats: EpochStats, trends: Trends, gains: Gains) -> dict[str, float]:
 
 
 def _moved(name: str, value: float, move: float, plateau: float, bounds: Bounds, cap: Cap) -> float:
-    """A knob's next value, its bounds aside."""
     if name in MAY_BE_ZERO and value == 0:
         return LIT if move > 0 and plateau > IGNITES else 0.0
     move = clip(move, (-MOST, MOST))
@@ -256,7 +234,7 @@ def _moved_odds(value: float, logits: float) -> float:
 
 
 def _sane(plan: EpochPlan, bounds: Bounds) -> EpochPlan:
-    """The plan with the lowest bound in place of what is not a number, or negative."""
+    """Values that are negative or not finite are replaced by their lower bound."""
     return plan.changed(
         {
             name: value if math.isfinite(value) and value >= 0 else getattr(bounds, name)[0]

@@ -1,4 +1,4 @@
-"""EpochPlanner: what one epoch has taught, applied to the next, without any replay."""
+"""EpochPlanner plans each epoch from the one before, without replay."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ from rhc.schedulers.statistics import EpochState, EpochStats, after_epoch, after
 VERSION = 1
 
 READ_EVERY = 10
-"""Steps after which losses are read from the device, and a drift can be seen."""
+"""Steps between reads of losses from the device, and so between drift tests."""
 
 
 class EpochPlanner(BeforeSteps):
-    """Makes every epoch's plan from the tape of the one before.
+    """Plans each epoch from the statistics of the one before.
 
         planner = rhc.EpochPlanner(optimizer)
         for epoch in range(epochs):
@@ -58,33 +58,29 @@ class EpochPlanner(BeforeSteps):
                 planner.step(loss)
             planner.on_epoch_end(validation_loss)
 
-    or `rhc.Runner(…, planner=rhc.EpochPlanner())`; `rhc.schedulers.lightning_callback` and
-    `hf_callback` for Lightning and the Hugging Face Trainer.
+    or `rhc.Runner(…, planner=rhc.EpochPlanner())`; for Lightning and the Hugging Face Trainer
+    `rhc.schedulers.lightning_callback` and `hf_callback`.
 
     Args:
-        optimizer: Whose lr and momentum are steered, and whose gradients get the noise; None in a
-            Runner, which steers by itself. lrs are multiplied, so that groups keep their ratios.
-        steer: Which of lr, momentum and noise the plan may change; None: nothing is planned, and
-            the guards alone act on all three (planned lr and momentum gained nothing:
-            docs/planning.md).
-        knobs: What else it drives, see `rhc.schedulers.Knob`.
-        gains: How far an epoch may go, of the usual law.
-        bounds: Lowest and highest values, of the usual law and at a drift.
-        law: (stats, previous plan) -> plan, see `rhc.schedulers.guards`; None for the usual one:
-            the bounded laws, smoothed, with the failsafe around them.
-        failsafe: False for the usual law without it.
-        reward: Where the reward comes from, by default the validation loss; `TrainingTape()` has to
-            be asked for.
-        drift: Whether a drift changes the plan at once (lower α and μ, higher σ, of those that are
-            steered), or is recorded only.
-        epoch_steps: Steps of an epoch where there are none, as in an endless stream; `step` then
-            ends it by itself, unless a validation loss is needed.
-        schedulers: torch's, of this optimizer: their base lrs are multiplied too.
-        listeners: Are told `EpochPlanned` and `Intervened`.
+        optimizer: The optimizer to steer; None in a Runner. Groups keep the ratios of their lrs.
+        steer: Which of lr, momentum and noise to plan; None: only the guards act on them (planned
+            lr and momentum gained nothing: docs/planning.md).
+        knobs: Other values to plan, see `rhc.schedulers.Knob`.
+        gains: Sizes of changes per epoch, for the default law.
+        bounds: Lowest and highest values, for the default law and after a drift.
+        law: (stats, previous plan) -> plan; None for the bounded laws, smoothed, with a failsafe.
+        failsafe: False removes the failsafe from the default law.
+        reward: Source of the reward; None for the validation loss.
+        drift: Whether a drift changes the plan at once (lower α and μ, higher σ) or is only
+            recorded.
+        epoch_steps: Steps per epoch for endless streams; `step` then ends the epoch, unless a
+            validation loss is needed.
+        schedulers: torch schedulers of this optimizer, whose base lrs are scaled too.
+        listeners: Called with every `EpochPlanned` and `Intervened` event.
         seed: Of the noise.
 
     Raises:
-        InputError: For settings that cannot be.
+        InputError: An argument is out of range.
     """
 
     def __init__(
@@ -148,18 +144,17 @@ class EpochPlanner(BeforeSteps):
     # In a loop -----------------------------------------------------------------------------------
 
     def attach(self, optimizer: Optimizer, schedulers: Sequence[Any] = ()) -> None:
-        """Takes up an optimizer that was made after the planner, and its schedulers."""
+        """Sets the optimizer and its schedulers, if they were created after the planner."""
         self.close()
         self.optimizer = optimizer
         self.schedulers = [*self.schedulers, *(s for s in schedulers if s not in self.schedulers)]
         groups = optimizer.param_groups
-        # A scheduler that warms up begins low: the level is where it comes from.
+        # With a warm-up the present lr is low: the level is initial_lr.
         lr = max(float(g.get("initial_lr", g["lr"])) for g in groups)
         self.begin(lr, next((m for m in map(momentum_of, groups) if m is not None), None))
         self.hook("_add_noise")
 
     def begin(self, lr: float, momentum: float | None, noise: float = 0.0) -> EpochPlan:
-        """The plan of the first epoch: what the run has by itself."""
         own = EpochPlan(lr, momentum, noise, first_lr=lr)
         self.plan = self._begun = own.changed({knob.name: knob.value for knob in self.knobs})
         return self.plan
@@ -173,16 +168,14 @@ class EpochPlanner(BeforeSteps):
         indices: Any = None,
         losses: Any = None,
     ) -> None:
-        """Once per step of the optimizer, after it.
-
-        Losses are read, and a drift is seen, every `READ_EVERY` steps.
+        """Records one step of the optimizer; call it after `optimizer.step()`.
 
         Args:
-            loss: Of the step, a scalar.
-            reward: A return, where `reward` is a metric of the steps.
-            gradient_norm: Of the step.
-            indices: (B,) of the step's examples, for a `LossSampler` among the knobs.
-            losses: (B,) of these examples.
+            loss: Scalar.
+            reward: Scalar, if the reward is a metric of the steps.
+            gradient_norm: Scalar.
+            indices: (B,), of the step's examples, for a `LossSampler` knob.
+            losses: (B,), of these examples.
         """
         self.observe(loss, reward, gradient_norm, indices, losses)
         if len(self._pending) >= READ_EVERY:
@@ -191,14 +184,10 @@ class EpochPlanner(BeforeSteps):
             self.on_epoch_end()
 
     def on_epoch_end(self, validation: Tensor | float | None = None) -> EpochPlan:
-        """Ends the epoch.
+        """Ends the epoch and applies the next plan, which it returns.
 
         Args:
-            validation: The loss on data that was not trained on; needed unless the reward comes
-                from elsewhere. A return on fresh seeds is no loss: see `FreshSeeds`.
-
-        Returns:
-            The plan of the next epoch, which is in force from here.
+            validation: Held-out loss; required unless the reward has another source.
         """
         self.read()
         before = self._plan
@@ -207,7 +196,7 @@ class EpochPlanner(BeforeSteps):
         stats, self.state = after_epoch(self.state, validation, reward, self.reward.source)
         plan = self.law(stats, before)
         if plan.mode == before.mode and self._begun is not None:
-            # A drift has used up a part of what this epoch may change.
+            # A drift has already used a part of this epoch's cap.
             plan = capped(plan, self._begun, self.bounds)
         self.history.append(stats)
         self.plan = self._begun = plan
@@ -229,7 +218,7 @@ class EpochPlanner(BeforeSteps):
         indices: Any = None,
         losses: Any = None,
     ) -> None:
-        """Adds one committed step to what the next plan is made from."""
+        """Adds one committed step to the epoch's statistics."""
         self.steps += 1
         norm = scalar(gradient_norm, "gradient_norm")
         self._pending.append((scalar(loss, "loss"), scalar(reward, "reward"), norm))
@@ -237,10 +226,6 @@ class EpochPlanner(BeforeSteps):
             self._sampler.observe(indices, losses)
 
     def read(self) -> list[tuple[int, Intervention]]:
-        """Takes in the pending steps; (step, what was done there) for each drift that was seen.
-
-        A drift changes the plan of the rest of the epoch.
-        """
         before = self._plan
         found: list[tuple[int, Intervention]] = []
         first = self.steps - len(self._pending)
@@ -259,38 +244,29 @@ class EpochPlanner(BeforeSteps):
 
     @property
     def needs_validation(self) -> bool:
-        """Whether an epoch cannot end without a validation loss."""
         return isinstance(self.reward, ValidationLoss)
 
     @property
     def reward_metric(self) -> str | None:
-        """The metric of every step that is the reward."""
         if isinstance(self.reward, FreshSeeds):
             return self.reward.play if isinstance(self.reward.play, str) else None
         return self.reward.metric if isinstance(self.reward, TrainingTape) else None
 
     @property
     def samples(self) -> bool:
-        """Whether the order of the examples is among what is planned."""
         return self._sampler is not None
 
     def close(self) -> None:
-        """Takes the noise off the optimizer; all else stays as it is."""
         super().close()
         self.optimizer = None
 
     # State ---------------------------------------------------------------------------------------
 
     def state_dict(self, *, taken: int | None = None) -> dict[str, Any]:
-        """All that the next plans depend on; a planner that loads it goes on bit for bit.
-
-        The optimizer's lr and momentum are in its own state.
+        """The state from which a planner continues bit for bit, without the optimizer's.
 
         Args:
             taken: See `LossSampler.state_dict`.
-
-        Returns:
-            Numbers, strings, lists, and tensors of the sampler.
         """
         pending = numbers(self._pending)
         self._pending = [(loss, reward, norm) for loss, reward, norm in pending]
@@ -312,14 +288,14 @@ class EpochPlanner(BeforeSteps):
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, place: bool = True) -> None:
-        """Takes over the state of another planner.
+        """Restores `state_dict`.
 
         Args:
-            state: What `state_dict` gave.
-            place: False where the place within the epoch is found by the loop, as the Runner does.
+            state: From `state_dict`.
+            place: False if the loop restores the position in the epoch, as Runner does.
 
         Raises:
-            InputError: Where the state is of another version, or of other knobs.
+            InputError: The version or the knobs differ.
         """
         if state.get("version") != VERSION:
             raise InputError(
@@ -346,7 +322,6 @@ class EpochPlanner(BeforeSteps):
                 knob.value = float(own["value"])
 
     def describe(self) -> dict[str, Any]:
-        """For config.json: what the plans depend on."""
         return {
             "steer": list(self.steer),
             "knobs": [knob.name for knob in self.knobs],
@@ -371,7 +346,6 @@ class EpochPlanner(BeforeSteps):
         return next((knob for knob in self.knobs if isinstance(knob, LossSampler)), None)
 
     def _after_drift(self, what: Intervention) -> EpochPlan:
-        """The plan of the rest of this epoch."""
         before = self._plan
         after = after_drift(before, what.reason, self.bounds)
         after = capped(after, self._begun or before, self.bounds)
@@ -379,7 +353,6 @@ class EpochPlanner(BeforeSteps):
         return before.changed({name: values[name] for name in self.steer if name in values})
 
     def _epoch_reward(self, validation: float | None) -> float | None:
-        """The reward of the epoch as a whole, where its steps have none."""
         source = self.reward
         if isinstance(source, ValidationLoss) and validation is None:
             raise InputError(
@@ -396,8 +369,7 @@ class EpochPlanner(BeforeSteps):
         return None
 
     def _write(self, before: EpochPlan, after: EpochPlan) -> None:
-        """Moves the optimizer's lr and momentum, and its schedulers, from one plan to the other;
-        a Runner has an optimizer of its own."""
+        """Scales lr, momentum and schedulers from one plan to the next; a no-op in a Runner."""
         if self.optimizer is None:
             return
         ratio = after.lr / before.lr if before.lr > 0 else 1.0
@@ -426,7 +398,7 @@ class EpochPlanner(BeforeSteps):
 
 
 def parted(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A `state_dict` as (tensors by path, the JSON-able rest), for a checkpoint."""
+    """A `state_dict` as (tensors by path, JSON), for a checkpoint."""
     tensors: dict[str, Tensor] = {}
     rest: dict[str, Any] = {}
     for name, value in state.items():
@@ -441,7 +413,6 @@ def parted(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def joined(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `parted`."""
     state: dict[str, Any] = copy.deepcopy(dict(rest))
     for path, tensor in tensors.items():
         *folders, name = path.split(".")
@@ -453,10 +424,8 @@ def joined(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, 
 
 
 def _scale_lr(group: dict[str, Any], ratio: float, scaled: set[int]) -> None:
-    """lr, and what torch's schedulers keep of it in the group.
-
-    scaled: addresses of tensors that are done: several groups can have one for their lr.
-    """
+    """Scales lr and the copies that torch's schedulers keep in the group. scaled: ids of tensors
+    already scaled; groups may share one."""
     for name in ("lr", "initial_lr", "max_lr", "min_lr"):
         value = group.get(name)
         if isinstance(value, Tensor):
@@ -468,7 +437,6 @@ def _scale_lr(group: dict[str, Any], ratio: float, scaled: set[int]) -> None:
 
 
 def _all_schedulers(schedulers: Iterable[Any]) -> list[Any]:
-    """Those inside of SequentialLR and ChainedScheduler too."""
     found = []
     for scheduler in schedulers:
         inner = getattr(scheduler, "_schedulers", None)

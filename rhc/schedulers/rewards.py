@@ -1,13 +1,5 @@
-"""Where rewards come from: functions that a causal scheduler is told the value of, and the sources
-that an `EpochPlanner` can take the reward of an epoch from.
-
-`HeldOut` and `ZScored` are functions (model, steps taken, metrics of the step) -> number or None,
-as `Workload.reward` wants it and as a loop of one's own can call it:
-
-    reward = rhc.schedulers.HeldOut(loss_fn, val_loader, metric="accuracy")
-    ...
-    scheduler.step(loss, reward(model, step))
-"""
+"""Reward sources: `HeldOut` and `ZScored` are functions (model, steps taken, metrics) -> number or
+None, e.g. `scheduler.step(loss, reward(model, step))`; the others are for `EpochPlanner`."""
 
 from __future__ import annotations
 
@@ -28,12 +20,9 @@ from rhc.training.loaders import begun, loader_preserved
 
 
 class HeldOut:
-    """A metric, or the loss with its sign turned, on held-out data, every `every` steps.
-
-    loss_fn: as a workload's. batches: of the loader, at most. `forward_passes` counts those of a
-    training batch, of `trained_on` examples, that it has spent. The model's mode and the random
-    state stay as they are.
-    """
+    """A metric, or the negative loss, on up to `batches` held-out batches every `every` steps.
+    `forward_passes` counts its cost in forward passes of a batch of `trained_on` examples. The
+    model's mode and the random state are preserved."""
 
     def __init__(
         self,
@@ -86,10 +75,7 @@ class HeldOut:
 
 
 class ZScored:
-    """A metric of every step in standard deviations of its last `over` values, from their mean.
-
-    0 until there are two values, and where they do not differ.
-    """
+    """A step metric as a z-score over its last `over` values; 0 if they are all equal."""
 
     def __init__(self, metric: str, over: int = 100) -> None:
         if over < 2:
@@ -113,19 +99,16 @@ class ZScored:
 
 @dataclass(frozen=True)
 class ValidationLoss:
-    """The reward of an epoch is the fall of a loss on data that is not trained on."""
+    """The reward is the fall of the validation loss."""
 
     source: str = field(default="validation", init=False)
 
 
 @dataclass(frozen=True)
 class FreshSeeds:
-    """The reward is a return played with seeds that nothing was trained on.
-
-    play: (seed) -> return, called once at the end of every epoch with a seed of its own, from
-    `first` on; or the name of a metric of every step that is such a return, as an on-policy run has
-    it: its episodes are played before anything learns from them.
-    """
+    """The reward is a return on seeds that were not trained on. play: (seed) -> return, called once
+    per epoch with seeds from `first` on; or a step metric that is such a return, as in on-policy
+    training."""
 
     play: Callable[[int], float] | str = "return"
     first: int = 10**6
@@ -134,11 +117,8 @@ class FreshSeeds:
 
 @dataclass(frozen=True)
 class TrainingTape:
-    """The reward is what the training steps themselves report: named, because it flatters.
-
-    A loss that falls on the data that were trained on says nothing of other data. metric: the name
-    of a metric of every step; None for the loss, with its sign turned.
-    """
+    """The reward is a training metric, or the negative training loss for None. It is optimistic:
+    the data were trained on. So it is never the default."""
 
     metric: str | None = None
     source: str = field(default="training tape", init=False)

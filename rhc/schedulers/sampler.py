@@ -1,4 +1,4 @@
-"""Sampling by what each example still has to teach, with weights that keep the loss unbiased."""
+"""Importance sampling by learning progress, with weights that keep the loss unbiased."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KEPT = ("recent", "older", "count", "norm", "norms")
 
 
 class LossSampler(Sampler[int]):
-    """An order of examples in which those that are hard but learnable come more often.
+    """A sampler that draws hard but learnable examples more often.
 
         sampler = LossSampler(len(dataset), strength=0.5)
         loader = DataLoader(dataset, batch_size=64, sampler=sampler)
@@ -29,31 +29,25 @@ class LossSampler(Sampler[int]):
         ...
         sampler.next_epoch()
 
-    One pass has as many draws as there are examples: example i comes ⌊N p_i⌋ or ⌈N p_i⌉ times,
-    N p_i on average (systematic sampling, Madow 1949), in a random order. At strength 0 a pass is
-    an ordinary random permutation. N p_i follows from the statistics at the last `next_epoch()`:
+    A pass has N draws; example i occurs ⌊N p_i⌋ or ⌈N p_i⌉ times (systematic sampling, Madow 1949):
 
-        N p ∝ 1 + strength · (h − 1) · (ℓ where h > 1),   h = loss / mean loss, up to `most`
+        N p ∝ 1 + strength · (h − 1) · (ℓ where h > 1),   h = loss / mean loss
 
-    so saturated examples come less often, down to `least`, and hard ones more often where ℓ, the
-    share by which their loss has lately fallen relative to the others', says that they are learned:
-    a wrong label that is never learned is not trained on more and more. `importance` gives
-    1 / (N p_i): with it the weighted mean over a pass is the plain mean, in expectation exactly.
-    Resumable: `state_dict()` has weights, statistics, and the place within the pass.
-
-    It keeps 9 bytes per example (12 by gradient) and 4 more during a pass. Losses are kept
-    in half precision, which is good to a thousandth.
+    ℓ is the recent relative fall of an example's loss, so that wrong labels, which are never
+    learned, are not drawn ever more often. `importance` is 1 / (N p_i): the weighted mean over a
+    pass equals the plain mean in expectation. Strength 0 gives an ordinary random permutation.
+    Memory: 9 bytes per example (12 by gradient) and 4 more during a pass; losses in half precision.
 
     Args:
         examples: Size N of the dataset.
         strength: In [0, 1].
         most: Largest N p_i.
-        least: Smallest 1 + strength · …, before N p is scaled to mean 1.
-        by: "loss", or "gradient" for the norms of the gradients in place of h.
-        generator: Of the order; None for torch's global one, from which each pass draws one number.
+        least: Smallest 1 + strength · …, before scaling to mean 1.
+        by: "loss", or "gradient" to use norms of gradients for h.
+        generator: Of the order; None for torch's global one.
 
     Raises:
-        InputError: For settings that cannot be.
+        InputError: An argument is out of range.
     """
 
     name = "sampling"
@@ -81,17 +75,17 @@ class LossSampler(Sampler[int]):
             raise InputError(f"by must be 'loss' or 'gradient', got {by!r}")
         self.by = by
         self.recent = np.zeros(examples, np.float16)
-        """Mean loss of each example with weight ½ for the newest, in units of `unit`."""
+        """Mean loss per example, weight ½ for the newest, in units of `unit`."""
         self.older = np.zeros(examples, np.float16)
-        """The same with weight ⅛: their difference says whether the example is being learned."""
+        """The same with weight ⅛; the difference measures learning."""
         self.count = np.zeros(examples, np.uint8)
-        """How often it was seen, up to 255."""
+        """Observations per example, up to 255."""
         self.norm = np.zeros(examples if by == "gradient" else 0, np.float16)
-        """Mean norm of each example's gradient, with weight ½ for the newest."""
+        """Mean gradient norm per example, weight ½ for the newest."""
         self.norms = np.zeros(len(self.norm), np.uint8)
-        """Whether there is one."""
+        """Whether a norm was observed."""
         self.unit: float | None = None
-        """The mean of the first losses: half precision has its own range."""
+        """Mean of the first losses, for the range of half precision."""
         self.strength, self.most, self.least = strength, most, least
         self.generator = generator
         self.weights = np.ones(examples, np.float32)
@@ -101,7 +95,6 @@ class LossSampler(Sampler[int]):
 
     @property
     def value(self) -> float:
-        """The strength, under the name that every knob has."""
         return self.strength
 
     @value.setter
@@ -123,24 +116,23 @@ class LossSampler(Sampler[int]):
                 yield index
 
     def importance(self, indices: Any) -> Tensor:
-        """1 / (N p_i) of examples (B,), float32: weights that make the mean loss unbiased."""
+        """1 / (N p_i) for indices (B,), as float32: weights for an unbiased mean loss."""
         at = _array(indices, np.int64)
         weights = torch.from_numpy(1 / self.weights[at])
         return weights.to(indices.device) if isinstance(indices, Tensor) else weights
 
     def observe(self, indices: Any, losses: Any, norms: Any = None) -> None:
-        """Takes in the losses of a step's examples, and the norms of their gradients.
+        """Records the losses of a step's examples, and the norms of their gradients.
 
-        What is not finite, or negative, is left out. An example that comes twice counts once, with
-        its last value.
+        Values that are negative or not finite are ignored; of duplicates the last counts.
 
         Args:
-            indices: (B,), of the examples.
+            indices: (B,).
             losses: (B,).
-            norms: (B,), for a sampler by gradient.
+            norms: (B,), if sampling by gradient.
 
         Raises:
-            InputError: Where the two do not fit each other, or the dataset.
+            InputError: Shapes differ, or an index is outside the dataset.
         """
         at, values = _array(indices, np.int64), _array(losses, np.float64)
         if at.shape != values.shape or at.ndim != 1:
@@ -165,7 +157,7 @@ class LossSampler(Sampler[int]):
         if self.unit is None and len(at):
             mean = float(values.mean())
             self.unit = mean if mean > 0 else 1.0
-        with np.errstate(over="ignore"):  # a unit near the smallest number there is
+        with np.errstate(over="ignore"):  # unit may be subnormal
             values = np.minimum(values / (self.unit or 1.0), _HALF)
         unseen = self.count[at] == 0
         for kept, weight in ((self.recent, 0.5), (self.older, 0.125)):
@@ -174,7 +166,7 @@ class LossSampler(Sampler[int]):
         self.count[at] = np.minimum(self.count[at], 254) + 1
 
     def next_epoch(self) -> None:
-        """Makes the weights of the next pass from what was observed; call it between passes."""
+        """Computes the weights of the next pass; call it between passes."""
         parts = _parts(len(self))
         self._seed, self._taken = None, 0
         gradient = self.by == "gradient"
@@ -187,7 +179,7 @@ class LossSampler(Sampler[int]):
         for part in parts:
             h = np.minimum(hard[part].astype(np.float64) / level, self.most)
             learned = np.minimum(self._falls(part) / usual, 1.0) if usual > 0 else np.ones(len(h))
-            # Whether it can be learned shows only after it was seen twice.
+            # A fall needs two observations.
             learned[self.count[part] < 2] = 1.0
             more = (h - 1) * np.where(h > 1, learned, 1.0)
             more[known[part] == 0] = 0.0
@@ -195,14 +187,10 @@ class LossSampler(Sampler[int]):
         self._normalise()
 
     def state_dict(self, taken: int | None = None) -> dict[str, Any]:
-        """All that the order depends on.
+        """Everything that the order depends on; tensors share memory with the sampler.
 
         Args:
-            taken: Examples of this pass that were trained on, where a loader has drawn more of them
-                in advance.
-
-        Returns:
-            Numbers, and tensors that share memory with the sampler.
+            taken: Examples of this pass trained on so far, if the loader prefetches.
         """
         return {
             "strength": self.strength,
@@ -216,14 +204,11 @@ class LossSampler(Sampler[int]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, place: bool = True) -> None:
-        """Goes on from a state: the next pass is the rest of the one in which it was taken.
-
-        Nothing is left of one that had been gone through without `next_epoch()` afterwards.
+        """Restores `state_dict`; the next pass is the rest of the interrupted one.
 
         Args:
-            state: What `state_dict` gave.
-            place: False where the next pass is to be drawn anew, for loops that find their place by
-                themselves.
+            state: From `state_dict`.
+            place: False to draw a new pass, for loops that restore the position themselves.
         """
         if len(state["weights"]) != len(self):
             raise InputError(
@@ -240,12 +225,12 @@ class LossSampler(Sampler[int]):
         self._again = place
 
     def _falls(self, part: slice) -> np.ndarray:
-        """The share by which the losses of these examples have fallen lately, in [0, 1]."""
+        """The recent relative fall of these examples' losses, in [0, 1]."""
         before = self.older[part].astype(np.float64)
         return np.clip((before - self.recent[part]) / np.maximum(before, 1e-6), 0.0, 1.0)
 
     def _normalise(self) -> None:
-        """Mean 1, and the largest at most `most`: drawn towards 1 where it would be more."""
+        """Scales the weights to mean 1 and shrinks them towards 1 until none exceeds `most`."""
         total = sum(float(self.weights[part].sum(dtype=np.float64)) for part in _parts(len(self)))
         self.weights *= np.float32(len(self) / total)
         highest = float(self.weights.max())
@@ -256,7 +241,6 @@ class LossSampler(Sampler[int]):
             self.weights += 1
 
     def _order(self, seed: int) -> np.ndarray:
-        """The examples of one pass, int32: systematic sampling, then shuffled."""
         random = np.random.default_rng(seed % 2**63)
         n = len(self)
         order = np.empty(n, np.int32)
@@ -272,7 +256,7 @@ class LossSampler(Sampler[int]):
                 np.arange(part.start, part.start + len(times), dtype=np.int32), times
             )
             filled, reached = int(ends[-1]), float(sums[-1])
-        order[filled:] = n - 1  # a rounding at the very end
+        order[filled:] = n - 1  # rounding of the last sum
         random.shuffle(order)
         return order
 
@@ -282,7 +266,6 @@ def _parts(n: int) -> list[slice]:
 
 
 def _mean(parts: Iterable[np.ndarray]) -> float:
-    """The mean over all parts, 0 of none."""
     total, count = 0.0, 0
     for part in parts:
         total += float(part.sum(dtype=np.float64))

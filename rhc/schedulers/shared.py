@@ -1,4 +1,4 @@
-"""What the schedulers share: losses that are read late, momentum under its two names, noise."""
+"""Shared by the schedulers: deferred reads, momentum, noise."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ Scalar = Tensor | float | None
 
 
 def scalar(value: Any, name: str) -> Scalar:
-    """What was observed, to be read later: a tensor stays on its device, and is copied, since a
-    compiled step may use its memory again."""
+    """A scalar to read later; tensors are copied, since a compiled step may reuse their memory."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise InputError(
@@ -30,7 +29,7 @@ def scalar(value: Any, name: str) -> Scalar:
 
 
 def numbers(rows: Sequence[Sequence[Scalar]]) -> list[list[float | None]]:
-    """Rows of scalars as numbers; tensors of one device are read in one transfer."""
+    """Rows of scalars as floats, with one transfer per device."""
     tensors = [x for row in rows for x in row if isinstance(x, Tensor)]
     found: Iterator[float] = iter(())
     if tensors:
@@ -41,13 +40,12 @@ def numbers(rows: Sequence[Sequence[Scalar]]) -> list[list[float | None]]:
 
 
 def momentum_of(group: Mapping[str, Any]) -> float | None:
-    """SGD's momentum or Adam's β1 of a parameter group, if its logit can be steered."""
+    """SGD's momentum or Adam's β1, if in (0, 1)."""
     value = group["betas"][0] if "betas" in group else group.get("momentum")
     return float(value) if value and 0 < float(value) < 1 else None
 
 
 def set_momentum(group: dict[str, Any], value: float) -> None:
-    """Sets SGD's momentum or Adam's β1 of a parameter group."""
     if "betas" in group:
         group["betas"] = (value, *group["betas"][1:])
     else:
@@ -62,10 +60,8 @@ def add_noise(
     step: int,
     on: NoiseOn = "gradients",
 ) -> None:
-    """Adds σ·RMS(g)·ξ to every gradient, σ·RMS(θ)·ξ to it, or α·σ·RMS(θ)·ξ to the parameter.
-
-    ξ is drawn from a private generator of (seed + number of the group, step).
-    """
+    """Adds σ·RMS(g)·ξ or σ·RMS(θ)·ξ to gradients, or α·σ·RMS(θ)·ξ to parameters. ξ is a function of
+    (seed + index of the group, step)."""
     if sigma == 0:
         return
     for number, group in enumerate(groups):

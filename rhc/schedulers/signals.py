@@ -1,9 +1,7 @@
-"""What a causal scheduler knows of a run: trends of loss and reward, their scales, a plateau score.
+"""Causal signals of a run: trends of loss and reward, their scales, a plateau score.
 
-All of it is pure: an update takes a state and an observation and returns a new state, so that a
-tape, a scheduler and a planner compute the same numbers. Every mean is exponential with β the
-weight of the newest value, and corrected for its start as Adam's are (Kingma & Ba 2015). Every
-signal that leaves this module is free of units: a loss times 1000 gives the same trends and scores.
+All updates are pure. Means are exponential, β the weight of the newest value, with Adam's bias
+correction (Kingma & Ba 2015). Trends and scores do not depend on the loss's unit.
 """
 
 from __future__ import annotations
@@ -18,18 +16,18 @@ from rhc.errors import InputError
 Record = TypeVar("Record")
 
 LARGEST = 1e100
-"""Observations beyond ±this count as not finite: their squares must be numbers."""
+"""Observations beyond ±this count as not finite, since their squares overflow."""
 
 FEWEST = 20
-"""Observations before a plateau can be told from a beginning."""
+"""Observations before a plateau can be detected."""
 
 SURPRISING = 3.0
-"""Standard deviations of single losses above ℓ̄ from which on losses are of another kind."""
+"""Standard deviations of single losses above ℓ̄ that count as a surprise."""
 
 
 @dataclass(frozen=True)
 class RunningMean:
-    """An exponential mean: total / weight, 0 before the first observation."""
+    """An exponential mean: total / weight, 0 without observations."""
 
     total: float = 0.0
     weight: float = 0.0
@@ -39,25 +37,22 @@ class RunningMean:
         return self.total / self.weight if self.weight > 0 else 0.0
 
     def updated(self, new: float, beta: float) -> RunningMean:
-        """With one more value, of weight `beta` in (0, 1]."""
         return RunningMean((1 - beta) * self.total + beta * new, (1 - beta) * self.weight + beta)
 
 
 @dataclass(frozen=True)
 class Smoothing:
-    """β of every mean, each the weight of the newest value."""
-
     loss: float = 0.02
     """Of ℓ̄, per step; 0.01 to 0.05 suits most runs."""
 
     reward: float = 0.02
-    """Of r̄, per step: a reward that comes every n steps weighs 1 − (1 − β)ⁿ."""
+    """Of r̄, per step: a reward every n steps weighs 1 − (1 − β)ⁿ."""
 
     variance: float = 0.01
     """Of the variance v of the loss, per step."""
 
     usual: float = 0.002
-    """Of the variance that v is compared with, per step."""
+    """Of the usual variance, per step."""
 
     scale: float = 0.1
     """Of the usual changes S_ℓ and S_r, per update."""
@@ -71,13 +66,10 @@ class Smoothing:
 
 @dataclass(frozen=True)
 class Signals:
-    """State of all signals, after `steps` finite losses and `rewards` finite rewards.
-
-    variance: v of (ℓ − ℓ̄)². change, size: means of Δℓ̄ and |Δℓ̄| per step. loss_scale S_ℓ,
-    reward_scale S_r: means of |Δℓ|, |Δr| per update. loss_mark, reward_mark: ℓ̄ and r̄ at the last
-    update; fresh_losses, fresh_rewards: observations since. waited: steps since the last reward;
-    gap: between the last two; reward_trend: that of the last reward.
-    """
+    """State of all signals after `steps` finite losses and `rewards` finite rewards. variance: v of
+    (ℓ − ℓ̄)². change, size: means of Δℓ̄ and |Δℓ̄| per step. loss_scale S_ℓ, reward_scale S_r:
+    means of |Δℓ|, |Δr| per update. loss_mark, reward_mark: ℓ̄ and r̄ at the last update; fresh_*:
+    observations since. waited: steps since the last reward; gap: steps between the last two."""
 
     loss: RunningMean = RunningMean()
     variance: RunningMean = RunningMean()
@@ -100,12 +92,8 @@ class Signals:
 
 @dataclass(frozen=True)
 class Trends:
-    """What the laws are driven by.
-
-    loss: Δ̃ℓ in [−1, 1], positive where the loss rises. reward: Δ̃r in [−1, 1], positive where the
-    reward rises; where no reward was ever given, the fall of the loss as far as it stands out from
-    its noise. plateau: P in [0, 1].
-    """
+    """Δ̃ℓ and Δ̃r in [−1, 1], > 0 when rising (without rewards Δ̃r is the fall of the loss relative
+    to its noise), and P in [0, 1]."""
 
     loss: float = 0.0
     reward: float = 0.0
@@ -113,7 +101,7 @@ class Trends:
 
 
 def restored(kind: type[Record], record: Mapping[str, Any]) -> Record:
-    """A dataclass from what `asdict` made of it; dataclasses in its fields are restored too."""
+    """The inverse of `asdict`, also for nested dataclasses."""
     kinds = get_type_hints(kind)
     values = {
         name: restored(kinds[name], value) if isinstance(value, Mapping) else value
@@ -123,12 +111,10 @@ def restored(kind: type[Record], record: Mapping[str, Any]) -> Record:
 
 
 def is_usable(value: float) -> bool:
-    """Whether an observation is finite, and its square too."""
     return math.isfinite(value) and abs(value) <= LARGEST
 
 
 def observed(signals: Signals, loss: float, reward: float | None, smoothing: Smoothing) -> Signals:
-    """After one step's loss, and its reward where there is one. What is not finite is ignored."""
     if is_usable(loss):
         signals = _with_loss(signals, float(loss), smoothing)
     waited = signals.waited + 1
@@ -167,15 +153,12 @@ def _with_loss(signals: Signals, loss: float, smoothing: Smoothing) -> Signals:
 
 
 def trends(signals: Signals, smoothing: Smoothing) -> tuple[Trends, Signals]:
-    """The trends over all steps since this was last called, and the state that begins anew there.
+    """The trends since the last call, and the state with the marks reset.
 
-    Δℓ is the change of ℓ̄ since then, Δ̃ℓ = clip(Δℓ / S_ℓ, −1, 1), likewise for the reward; both
-    are 0 where nothing was observed. A reward that comes more seldom than this is called keeps its
-    trend until the next is due.
-
-    Where no reward was ever given, the loss stands in for it: Δ̃r = −Δℓ / (|Δℓ| + s), s the
-    standard deviation that Δℓ has by noise alone. −Δ̃ℓ itself would be ±1 as soon as the falls are
-    alike, however small: lr then grows for as long as the training loss falls at all.
+    Δ̃ℓ = clip(Δℓ / S_ℓ, −1, 1) with Δℓ the change of ℓ̄, likewise Δ̃r; 0 without observations. A
+    reward that is rarer than updates keeps its trend until the next is due. Without rewards Δ̃r =
+    −Δℓ / (|Δℓ| + s), s the standard deviation of Δℓ under noise alone; −Δ̃ℓ would be ±1 for any
+    steady fall, however small, and raise lr as long as the training loss falls.
     """
     loss, reward = 0.0, 0.0
     if signals.loss_mark is not None:
@@ -200,12 +183,8 @@ def trends(signals: Signals, smoothing: Smoothing) -> tuple[Trends, Signals]:
 
 
 def surprise(signals: Signals, losses: Sequence[float]) -> int | None:
-    """Where these losses, which are not yet part of the signals, begin to be of another kind: the
-    first that lies `SURPRISING` standard deviations of single losses above ℓ̄, if their mean does.
-
-    The mean of n losses of an unchanged run has 1/√n of that deviation. None with fewer than
-    `FEWEST` observations, and where the losses have no variance.
-    """
+    """Index of the first of these new losses above ℓ̄ + `SURPRISING` standard deviations, if their
+    mean is above it too. None with fewer than `FEWEST` observations or without variance."""
     usable = [loss for loss in losses if is_usable(loss)]
     if signals.steps < FEWEST or not usable or signals.variance.value <= 0:
         return None
@@ -216,7 +195,7 @@ def surprise(signals: Signals, losses: Sequence[float]) -> int | None:
 
 
 def begun_anew(signals: Signals) -> Signals:
-    """Without what is known of the loss; what is known of the reward stays."""
+    """The signals with the loss's state reset and the reward's kept."""
     return Signals(
         reward=signals.reward,
         reward_scale=signals.reward_scale,
@@ -230,7 +209,7 @@ def begun_anew(signals: Signals) -> Signals:
 
 
 def plateau(signals: Signals) -> float:
-    """The `plateau_score` of a run at its last step; 0 with fewer than `FEWEST` observations."""
+    """The current `plateau_score`; 0 with fewer than `FEWEST` observations."""
     if signals.steps < FEWEST:
         return 0.0
     moved = abs(share(signals.change.value, signals.size.value))
@@ -238,42 +217,34 @@ def plateau(signals: Signals) -> float:
 
 
 def plateau_score(moved: float, variance: float, usual: float) -> float:
-    """P = σ((0.3 − moved) / 0.05) · σ((2 − v / usual) / 0.5), near 1 where the loss neither moves
-    nor swings.
-
-    moved: |mean change| over mean |change|, per step: noise alone gives about 0.1, a steady descent
-    1. usual: the variance that v is compared with.
-    """
+    """P = σ((0.3 − moved) / 0.05) · σ((2 − v / usual) / 0.5). moved: |mean change| / mean |change|
+    per step, about 0.1 for noise and 1 for steady descent."""
     swings = min(variance / usual, 1e3) if usual > 0 else 0.0
     return sigmoid((0.3 - moved) / 0.05) * sigmoid((2.0 - swings) / 0.5)
 
 
 def clip(value: float, bounds: tuple[float, float]) -> float:
-    """The nearest value within the bounds."""
     return min(max(value, bounds[0]), bounds[1])
 
 
 def logit(p: float) -> float:
-    """log(p / (1 − p)), of p in (0, 1)."""
     return math.log(p) - math.log1p(-p)
 
 
 def sigmoid(x: float) -> float:
-    """The inverse of `logit`."""
     return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
 
 
 def _spread(beta: float, steps: int) -> float:
-    """Standard deviation of the change of an exponential mean over `steps` values of variance 1:
-    √(2β/(2 − β) · (1 − (1 − β)ⁿ))."""
+    """√(2β/(2 − β) · (1 − (1 − β)ⁿ)): standard deviation of the change of an exponential mean over
+    n values of variance 1."""
     return math.sqrt(2 * beta / (2 - beta) * (1 - (1 - beta) ** max(steps, 1)))
 
 
 def _beyond_rounding(delta: float, mean: float) -> float:
-    """0 for a change that summing up numbers of this size makes by itself."""
     return 0.0 if abs(delta) <= 1e-12 * abs(mean) else delta
 
 
 def share(delta: float, scale: float) -> float:
-    """A change in units of its usual size, within ±1; 0 where there is none."""
+    """delta / scale, clipped to ±1; 0 without a scale."""
     return clip(delta / scale, (-1.0, 1.0)) if scale > 0 else 0.0

@@ -1,8 +1,4 @@
-"""What an epoch has taught: trends, variance, plateau score and the change of the validation loss.
-
-Pure, as `rhc.schedulers.signals`: `after_step` takes one committed step, `after_epoch` ends an
-epoch. All trends are free of units.
-"""
+"""Unit-free statistics of an epoch, as pure functions."""
 
 from __future__ import annotations
 
@@ -26,24 +22,21 @@ from rhc.schedulers.signals import (
 SMOOTHING = Smoothing()
 
 SCALE = 0.3
-"""Weight of the newest epoch in the usual size of a change."""
+"""Weight of the newest epoch in the usual size of changes."""
 
 FALLEN = 0.5
-"""A return counts as worse where its trend is below −this: single epochs of returns are noise."""
+"""Without validation, an epoch is worse if its reward trend is below −this; returns are noisy."""
 
 
 @dataclass(frozen=True)
 class EpochStats:
-    """What epoch `epoch` (from 0) of `steps` finite losses was like.
+    """Statistics of epoch `epoch` (from 0), over `steps` finite losses.
 
-    A change is since the epoch before, 0 in the first; its trend, in [−1, 1], is the change over
-    its usual size, or over two standard errors where these are larger. loss, reward: means, None
-    where there was none. variance: mean of (ℓ − ℓ̄)², ℓ̄ the running mean; variance_ratio: over its
-    usual value. plateau: mean plateau score of the steps. worse, better: epochs in a row, up to
-    this one, that ended with a higher, or lower, validation loss; without one, with a reward that
-    fell or rose clearly. source: of the reward. drifts: upward changes of the loss's level, or
-    downward ones of the reward's. ignored: losses, rewards and validation losses that were not
-    finite.
+    *_change: since the epoch before; 0 in the first. *_trend: in [−1, 1], the change over its usual
+    size or two standard errors, whichever is larger. variance: mean of (ℓ − ℓ̄)², ℓ̄ the running
+    mean. worse, better: consecutive epochs with a higher or lower validation loss, else with a
+    clearly lower or higher reward. source: of the reward. drifts: detected rises of the loss's
+    level or falls of the reward's. ignored: values that were not finite.
     """
 
     epoch: int = 0
@@ -70,7 +63,7 @@ class EpochStats:
 
 @dataclass(frozen=True)
 class Tally:
-    """Running count, mean and sum of squared distances (Welford 1962)."""
+    """Running count, mean and sum of squared deviations (Welford 1962)."""
 
     count: int = 0
     mean: float = 0.0
@@ -84,20 +77,17 @@ class Tally:
 
     @property
     def error(self) -> float:
-        """Variance of the mean of values that are independent; 0 with fewer than two."""
         return self.squares / (self.count - 1) / self.count if self.count > 1 else 0.0
 
 
 @dataclass(frozen=True)
 class EpochLevel:
-    """One quantity over the epochs: its last level, that level's error, the usual |change|."""
-
     level: float | None = None
     error: float = 0.0
     size: RunningMean = field(default_factory=RunningMean)
 
     def moved(self, level: float, error: float = 0.0) -> tuple[EpochLevel, float, float]:
-        """(the record after an epoch that ended at `level`, the change, its trend)."""
+        """(the record after an epoch at `level`, the change, its trend)."""
         if self.level is None:
             return EpochLevel(level, error, self.size), 0.0, 0.0
         change = level - self.level
@@ -108,8 +98,6 @@ class EpochLevel:
 
 @dataclass(frozen=True)
 class EpochState:
-    """State of the statistics: what goes on over epochs, and what the present one has had."""
-
     signals: Signals = field(default_factory=Signals)
     loss_level: ChangePoint = field(default_factory=ChangePoint)
     reward_level: ChangePoint = field(default_factory=ChangePoint)
@@ -131,7 +119,7 @@ class EpochState:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> EpochState:
-        """The inverse of `asdict`, also after JSON, which makes lists of tuples."""
+        """The inverse of `asdict`, also after a round trip through JSON."""
         values = dict(record)
         for name in ("loss_level", "reward_level"):
             level = ChangePoint(*values[name])
@@ -142,7 +130,7 @@ class EpochState:
 OF_ONE_EPOCH = (
     "losses", "rewards", "spread", "plateaus", "squared_norms", "norms", "drifts", "ignored"
 )  # fmt: skip
-"""Fields of `EpochState` that begin anew with every epoch."""
+"""Fields of `EpochState` that are reset at every epoch."""
 
 
 def after_step(
@@ -151,10 +139,8 @@ def after_step(
     reward: float | None = None,
     gradient_norm: float | None = None,
 ) -> tuple[EpochState, bool]:
-    """(the state after one committed step, whether the level of loss or reward has worsened there).
-
-    What is not finite is counted and left out; None was not observed.
-    """
+    """(the state after one committed step, whether loss or reward drifted for the worse). Values
+    that are not finite are counted and ignored; None: not observed."""
     drifted = False
     ignored = sum(x is not None and not is_usable(x) for x in (loss, reward))
     values: dict[str, Any] = {}
@@ -186,12 +172,9 @@ def after_epoch(
     reward: float | None = None,
     source: str = "validation",
 ) -> tuple[EpochStats, EpochState]:
-    """(what the epoch that ends here was like, the state with which the next one begins).
-
-    validation: loss on data that was not trained on, at the end of the epoch. reward: of the epoch
-    as a whole, in place of the mean of its steps' rewards. source: where the reward comes from;
-    with "validation" it is the fall of the validation loss.
-    """
+    """(the statistics of the epoch that ends, the state for the next). validation: held-out loss at
+    the end of the epoch. reward: of the whole epoch, instead of the mean of its steps. source:
+    "validation" uses the fall of the validation loss as the reward."""
     new = EpochState()
     values: dict[str, Any] = {name: getattr(new, name) for name in OF_ONE_EPOCH}
     steps, ignored = state.losses.count, state.ignored
