@@ -29,7 +29,7 @@ MOST_BATCHES, FEWEST_BATCHES = 16, 4
 COOLDOWN = 0.3
 """Share of a roll's steps, at its end, in which lr falls to 0."""
 
-DIVERGED = 2.0
+TRIAL_DIVERGED = 2.0
 """A roll diverges where its loss exceeds this times its first."""
 
 PART = 1000
@@ -83,7 +83,7 @@ class Trials:
         # Less the cost of the untrained loss, where it is needed.
         self.room = search_budget(fit) - 2 * self.share / 3
         self.gradients = 0.0
-        self.limit: float | None = DIVERGED
+        self.limit: float | None = TRIAL_DIVERGED
         known = [] if fit.directory is None else fit.directory.starts.read()
         self._known = {_key(record): record for record in known if _readable(record)}
         self._taken: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -97,7 +97,7 @@ class Trials:
 
     def roll(self, n: int, lr: Tensor) -> Trial:
         asked = {"kind": "probe", "steps": n, "from": lr.tolist()}
-        if self.limit != DIVERGED:
+        if self.limit != TRIAL_DIVERGED:
             asked["limit"] = self.limit
         return _trial(self._record(asked, lambda: self._loss_after(n, lr), self.share / 3))
 
@@ -244,7 +244,7 @@ _KINDS_OF = {
 def _key(record: Mapping[str, Any]) -> tuple[Any, ...]:
     lr = record["from"]
     asked = tuple(lr) if isinstance(lr, (list, tuple)) else lr
-    return record["kind"], record["steps"], asked, record.get("limit", DIVERGED)
+    return record["kind"], record["steps"], asked, record.get("limit", TRIAL_DIVERGED)
 
 
 def _trial(record: Mapping[str, Any]) -> Trial:
