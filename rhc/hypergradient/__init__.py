@@ -1,8 +1,4 @@
-"""Exact hypergradients dJ/du_t of a window, for every step and control, in one call.
-
-`hypergradient` is the public edge: it checks its arguments once, rolls, differentiates, and leaves
-model, optimizer and random state as it found them.
-"""
+"""Exact hypergradients dJ/du_t of a window, for every step and control, in one call."""
 
 from __future__ import annotations
 
@@ -85,54 +81,50 @@ def hypergradient(
     Model, optimizer and random state are left as they were found. A hypergradient that cannot be
     trusted is reported in `result`, not raised.
 
-    Buffers other than the running statistics of BatchNorm and InstanceNorm are constants of each
-    step, and those statistics are followed for a terminal that reads them (in eval mode), not for
-    a loss_fn that does. The singular vectors of spectral_norm are such constants, though they
-    depend on the weights: expect an error of 1e-4 to 1e-3. `why` names buffers, and frozen
-    parameters, that training changes. Hooks of parameters (Tensor.register_hook) are followed.
+    Buffers are constants of each step, except the running statistics of BatchNorm and InstanceNorm,
+    which are differentiated for a terminal that reads them in eval mode (not for a loss_fn). The
+    singular vectors of spectral_norm are such constants: expect an error of 1e-4 to 1e-3. `why`
+    names buffers and frozen parameters that training changes. Hooks of parameters are
+    differentiated.
 
     Args:
-        batches: one per step, or `accumulate` micro-batches per step, whose mean loss is stepped
-            on. They stay as they are, whatever loss_fn does to its own: every use has a copy.
-        controls: name -> (K,) values in natural units, (K, groups) for a value per parameter
-            group, or one number for all steps; each is used in the steps and differentiated. What
-            is absent stays as the optimizer has it.
+        batches: one per step, or `accumulate` micro-batches per step, whose losses are averaged.
+            Every evaluation gets a copy.
+        controls: name -> (K,) values in natural units, (K, groups) for a value per parameter group,
+            or one number for all steps. Absent controls stay as the optimizer has them.
         terminal: a differentiable scalar of the model, taken at the end of the window, or at the
             exponential average of its iterates with decay `average`.
-        segment: how many of the last steps' graphs the roll keeps, 1 to K, where memory_budget
-            does not decide it; "auto" and 1: as many as cost little memory.
-        product: how the Hessian is applied: "exact" (reverse over reverse),
-            "forward-over-reverse" (exact, with less memory), "forward-difference" (one gradient
-            per step), "central-difference", "none" (left out). "auto" is exact; where the model
-            has no second derivative, or rolls contradict it, forward differences to either side of
-            every step, and where these disagree the result is "inconsistent". `why` says what was
-            taken and why. Other than exact needs segment 1.
+        segment: number of last steps, 1 to K, whose graphs the roll keeps; ignored with
+            memory_budget. "auto" and 1: as many as cost little memory.
+        product: how the Hessian is applied: "exact" (reverse over reverse), "forward-over-reverse"
+            (exact, with less memory), "forward-difference" (one gradient per step),
+            "central-difference", or "none" (left out). "auto" is exact, or forward differences to
+            either side of every step where the model has no second derivative or verification
+            fails; `why` says which and why. Only "exact" allows segment > 1.
         engine: "adjoint"; or "higher", the library, as an independent check.
         seed: of the gradient noise.
         clip_norm: of the gradient of all parameters together, as in a Plant.
         clip_value: of every element of the gradient.
-        memory_budget: bytes that the reverse pass may take beyond plain training; decides what the
-            roll keeps, what is spilled to disk and what is rolled again.
+        memory_budget: bytes that the reverse pass may take beyond plain training.
         spill: False, True for the temporary folder, or a folder.
         discount: γ ≤ 1 multiplies the costate at every step backwards.
         costate_clip: largest norm of the costate, as a multiple of its norm at the window's end.
-        process_group: the ranks that call this together, each with rows of its own of every batch,
-            and a terminal on data of its own (or on the same), of which the mean over ranks
-            counts; the result is that of one process with all rows, and the same on every rank.
-            "auto": the default process group, if it has several ranks; None: this process alone.
-        verify: "auto" holds the first hypergradient of a model, loss and optimizer against rolls
-            of the plain loop, at most 20 steps: h.check has the relative disagreement of every
-            control over the first steps. Where one, or that of the terminal loss, is above 5 % (in
-            float64 1e-6, of differences 1e-5, in reduced precision 20 %) the result is
-            "inconsistent". False leaves it out. Engine "higher" is not verified.
+        process_group: ranks that call this together, each with its own rows of every batch and its
+            own (or the same) terminal, which is averaged; the result is that of one process with
+            all rows, the same on every rank. "auto": the default group, if it has several ranks;
+            None: this process alone.
+        verify: "auto" compares the first hypergradient of a model, loss and optimizer with at most
+            20 steps of the plain loop; `check` holds each control's relative disagreement. Above 5
+            % (float64 1e-6, differences 1e-5, reduced precision 20 %) the result is "inconsistent".
+            False skips it; engine "higher" is never verified.
 
     Returns:
         J, its derivatives, and whether they can be trusted.
 
     Raises:
-        InputError: for arguments that cannot be used, where an operator lacks the derivative that
-            `product` insists on, and for hooks that change a step otherwise than through a
-            gradient, or a loss_fn that moves trained parameters.
+        InputError: unusable arguments; an operator without the derivative that `product` requires;
+            a hook that changes a step other than through a gradient; a loss_fn that moves trained
+            parameters.
     """
     accumulate, seed = whole_number("accumulate", accumulate), whole_number("seed", seed)
     segment = segment if segment == "auto" else whole_number("segment", segment)
@@ -206,17 +198,17 @@ def hypergradient(
                 recorder.close()
     finally:
         for group, own in zip(groups, tensors, strict=True):
-            group.update(own)  # the same objects, also where one was of several groups
+            group.update(own)  # the same objects, also where groups shared one
         for p, g, wanted in grads:
             p.grad, p.requires_grad = g, wanted
         for module, training in modes:
             module.training = training
-        buffers.put(before.buffers)  # into the tensors that were there
+        buffers.put(before.buffers)  # into the original tensors
         plant.restore(before)
 
 
 def _weighed(batches: Sequence[Any], ranks: Ranks) -> list[Any]:
-    """Every rank's batches, each with its share of the rows that all ranks have of that batch."""
+    """Every rank's batches, each with its share of the rows of that batch over all ranks."""
     own = [batch_size(batch) for batch in batches]
     of_all = ranks.gather_json(own)
     for rank, sizes in enumerate(of_all):
@@ -233,7 +225,6 @@ def _weighed(batches: Sequence[Any], ranks: Ranks) -> list[Any]:
 
 
 def _steps(batches: Sequence[Any], accumulate: int) -> list[Any]:
-    """One batch per step."""
     batches = [  # the caller's own stay as they are
         MicroBatches(map(kept, batch)) if isinstance(batch, MicroBatches) else kept(batch)
         for batch in batches
@@ -258,7 +249,7 @@ def resolve(
     engine: Engine,
     plant: Plant,
 ) -> int | Literal["auto"]:
-    """The segment length to use; settings that do not go together are InputErrors."""
+    """The segment length to use; raises InputError for settings that exclude each other."""
     _known("engine", engine, ENGINES)
     if product != "auto":
         _known("product", product, ("auto", *PRODUCTS))
@@ -283,7 +274,7 @@ def resolve(
 
 
 def check_steerable(plant: Plant, schedule: Schedule, controls: Sequence[str]) -> None:
-    """Every control in `controls` must exist, be had by the optimizer and be able to move."""
+    """Raises InputError for a control that does not exist or that the optimizer cannot vary."""
     for name in controls:
         control(name)
         if name not in plant.controls.available:
@@ -331,10 +322,9 @@ def _known(argument: str, value: str, known: Sequence[str]) -> None:
 
 
 class _CallableModule(ModuleType):
-    """Importing this package binds `rhc.hypergradient` to it, so it must answer for the function.
+    """Importing this package binds `rhc.hypergradient` to it, so it is callable as the function.
 
-    (Importing the function eagerly in `rhc` would bind the name first, and make `rhc --help` wait
-    for torch.)
+    An eager import of the function in `rhc` would make `rhc --help` wait for torch.
     """
 
     __call__ = staticmethod(hypergradient)

@@ -1,4 +1,4 @@
-"""The engine: the costate recursion, backwards over a rolled window.
+"""The adjoint engine: the costate recursion, backwards over a rolled window.
 
 λ_t = dJ/ds_t is carried backwards through s_{t+1} = F_t(s_t, u_t), without a graph through time:
 
@@ -7,12 +7,8 @@
 2. λ_θ += H_t λ_g, the only expensive term (`hvp`);
 3. plus the stage cost's gradient and the average's share of the terminal gradient.
 
-What the roll keeps for this, and what is recomputed or read from disk, is `memory_plan`'s business.
-
 Rejected: graphs of several steps. torch.utils.checkpoint over segments with an inner
-autograd.grad(create_graph=True) takes +3960 MB where this takes under 150 (docs/log.md); a graph of
-n steps rebuilt at a time holds as much as the graphs of n steps that the roll keeps, and costs a
-gradient evaluation a step more.
+autograd.grad(create_graph=True) takes +3960 MB where this takes under 150 (docs/log.md).
 """
 
 from __future__ import annotations
@@ -58,14 +54,10 @@ Terminal = Callable[[nn.Module], Tensor]
 
 @dataclass(frozen=True)
 class Damping:
-    """Remedies for costates that grow: both bias the hypergradient towards the near future.
+    """Remedies for costates that grow; both bias the hypergradient towards the near future."""
 
-    discount γ in (0, 1]: multiplies the costate at every step backwards. clip: largest norm of the
-    costate's θ-part, as a multiple of what it is at the window's end; None for no limit.
-    """
-
-    discount: float = 1.0
-    clip: float | None = None
+    discount: float = 1.0  # γ in (0, 1], multiplies the costate at every step backwards
+    clip: float | None = None  # largest |λ_θ|, as a multiple of that at the window's end
 
     def __post_init__(self) -> None:
         if not 0 < self.discount <= 1:
@@ -76,38 +68,27 @@ class Damping:
 
 @dataclass
 class Adjoint:
-    """dJ/du: control -> (K,) or (K, groups) float64, natural units.
-
-    costate_norms: (K,), |dJ/ds_t|. parameter_norms: (K + 1,), |dJ/dθ_t|. equivalents: the cost in
-    gradient evaluations. discrepancies: index of a step -> |g − g_t| / |g_t| of its gradient when
-    computed again. disagreements: index -> |H v − H v′| / 2|λ| of difference products that were
-    taken twice. undivided: index of the first step whose batch should have been taken in parts, and
-    could not be. cut: where it was asked for.
-    """
+    """dJ/du: control -> (K,) or (K, groups) float64, natural units."""
 
     gradient: dict[str, Tensor]
-    costate_norms: Tensor
-    parameter_norms: Tensor
+    costate_norms: Tensor  # (K,), |dJ/ds_t|
+    parameter_norms: Tensor  # (K + 1,), |dJ/dθ_t|
     hessian_products: int
-    equivalents: float
-    discrepancies: dict[int, float]
-    disagreements: dict[int, float]
-    undivided: int | None = None
+    equivalents: float  # cost in gradient evaluations
+    discrepancies: dict[int, float]  # step -> |g − g_t| / |g_t| of the recomputed gradient
+    disagreements: dict[int, float]  # step -> |H v − H v′| / 2|λ| of differences taken twice
+    undivided: int | None = None  # first step whose batch could not be taken in parts
     cut: Cut | None = None
 
 
 @dataclass
 class Cut:
-    """A reverse pass as it was before step k: what the rest of the window is worth to first order.
-
-    costate: λ_k. weights, terminal: θ̄ takes w_n θ_n in for n = 1 … k − 1; the terminal loss's
-    weighted gradient at θ̄, per block.
-    """
+    """The reverse pass just before step k: what the rest of the window is worth to first order."""
 
     k: int
-    costate: Costate
-    weights: Sequence[float]
-    terminal: Sequence[Tensor | None]
+    costate: Costate  # λ_k
+    weights: Sequence[float]  # w_n of θ_n in θ̄, for n = 1 … k − 1
+    terminal: Sequence[Tensor | None]  # the terminal loss's weighted gradient at θ̄, per block
 
 
 def adjoint(
@@ -124,11 +105,10 @@ def adjoint(
 ) -> tuple[Adjoint, Tensor | None]:
     """(dJ/du for every step and control, the terminal loss).
 
-    recorder: of a roll whose end is the live state. average: θ̄ in the optimizer's parameter order,
-    where the terminal loss is taken; None for the last iterate. twice: steps at which a difference
-    is taken twice, a forward one to either side, a central one at half the distance too; their mean
-    counts, and how far they are apart is noted. cut: k of a `Cut` that is wanted; 0 for none. The
-    live model and optimizer are used as scratch and put back; the random state is left changed.
+    recorder: of a roll whose end is the live state, which serves as scratch and is restored; the
+    random state is not. average: θ̄ in the optimizer's parameter order; None for the last iterate.
+    twice: steps whose difference is also taken backwards (central: at half the distance); the mean
+    counts. cut: k of the `Cut` to return; 0 for none.
     """
     evaluation = Evaluation(recorder.plant, recorder.trajectory.blocks, objective)
     recursion = _Recursion(recorder, evaluation, controls, product, damping, frozenset(twice), cut)
@@ -148,7 +128,6 @@ def kernels_for(product: Product, model: nn.Module) -> AbstractContextManager[No
 def _terminal_gradient(
     evaluation: Evaluation, terminal: Terminal, average: Sequence[Tensor] | None
 ) -> tuple[Tensor, list[Tensor | None], dict[str, Tensor]]:
-    """(terminal loss, its weighted gradient per block, and by running statistics)."""
     plant, blocks = evaluation.plant, evaluation.blocks
     at = [block.flatten(plant.parameters if average is None else average) for block in blocks]
     with (
@@ -182,7 +161,7 @@ def _terminal_gradient(
 
 
 class _Recursion:
-    """One reverse pass. costate: λ of the step that it has come to."""
+    """One reverse pass; `costate` is λ of the current step."""
 
     def __init__(
         self,
@@ -198,7 +177,7 @@ class _Recursion:
         self.evaluation, self.plant = evaluation, evaluation.plant
         self.product, self.damping, self.twice = product, damping, twice
         self.length = len(self.trajectory)
-        # Whether a step computed again is the step that was rolled is looked at twice a window.
+        # Two recomputed steps per window are compared with the roll's.
         self.compared = (self.length - 1, 0)
         self.optimizer = OptimizerSteps(self.plant, self.trajectory, controls, self.compared)
         self.weights = average_weights(evaluation.objective.average, self.length)
@@ -215,7 +194,7 @@ class _Recursion:
         self.ceiling: memory.Ceiling | None = None
 
     def begin(self, terminal: Terminal | None, average: Sequence[Tensor] | None) -> Tensor | None:
-        """λ at the window's end, where the live state is; the terminal loss."""
+        """Sets λ at the window's end, the live state; returns the terminal loss."""
         blocks, objective = self.trajectory.blocks, self.evaluation.objective
         value: Tensor | None = None
         self.mean_gradient = [None] * len(blocks)
@@ -233,7 +212,7 @@ class _Recursion:
                     "the model has read before, such as a buffer; write a new tensor there, or "
                     "judge by one batch"
                 ) from error
-        # Where graphs go one after the other, trimming would hand back the next window's heap.
+        # Where graphs are freed one after the other, trimming would return the next window's heap.
         if self.recorder.ceiling is not None and not self.recorder.plan.graphs:
             self.ceiling = self.recorder.ceiling
             self.ceiling.make_room()
@@ -243,7 +222,6 @@ class _Recursion:
         return value
 
     def run(self) -> Adjoint:
-        """All steps, last one first."""
         for chunk in self.recorder.backwards():
             self._chunk(chunk)
             del chunk
@@ -295,7 +273,7 @@ class _Recursion:
                 self._through_gradient(i, point)
 
     def _sources(self, chunk: Chunk, stack: ExitStack) -> tuple[Rebuilt | Folded, Rebuilt | Folded]:
-        """Of the states of every step; of those whose graph is kept, which may need less."""
+        """(States of every step, states of the steps whose graph is kept, which may need less)."""
         plan, steps = self.recorder.plan, self.optimizer
         small = 0 if plan.budget is not None else SMALL_STATES
 
@@ -310,7 +288,7 @@ class _Recursion:
             return whole, whole
 
         def theta(i: int) -> list[Tensor]:
-            """θ_i for once: of a graph that was lost."""
+            """θ_i for a graph that was lost."""
             states = Rebuilt(kept, advance).take(i)
             return [s.parameters for s in states if s.parameters is not None]
 
@@ -333,7 +311,7 @@ class _Recursion:
         return whole, Rebuilt(slots, advance, plan.states_every, small, theta)
 
     def _through_gradient(self, i: int, point: StepPoint) -> None:
-        """λ of step i, from what came through Φ and the product with the Hessian."""
+        """λ of step i, from the vjp of Φ and the Hessian's product."""
         if self.ceiling is not None:
             self.ceiling.check()
         costate, twice = self.costate, i in self.twice
@@ -371,7 +349,7 @@ class _Recursion:
     def _mean_of_two(
         self, i: int, first: Sequence[Tensor | None], second: Sequence[Tensor | None]
     ) -> list[Tensor | None]:
-        """λ_θ with the mean of two products; notes how far they are apart."""
+        """λ_θ with the mean of two products; records their distance."""
         pairs = [
             None if a is None or b is None else ((a + b) / 2, (a - b) / 2)
             for a, b in zip(first, second, strict=True)
@@ -386,7 +364,7 @@ class _Recursion:
         ]
 
     def _note(self, i: int) -> None:
-        """Keeps the norms of λ_i, and a copy of it where it was asked for."""
+        """Records the norms of λ_i, and the `Cut` at i if requested."""
         costate = self.costate
         for part, norms in enumerate(costate.norms()):
             if self.device.type == "cpu":
@@ -421,7 +399,7 @@ class _Recursion:
         )
 
     def _with_share(self, costate: Costate, n: int) -> Costate:
-        """With the terminal gradient's share of the n-th iterate θ_n, 1 ≤ n ≤ K, added in place."""
+        """Adds in place the terminal gradient's share of θ_n, 1 ≤ n ≤ K."""
         w = self.weights[n - 1]
         if w == 0:
             return costate

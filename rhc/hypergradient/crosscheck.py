@@ -1,8 +1,7 @@
-"""A second, independent engine: the whole window unrolled by the library `higher`.
+"""An independent engine to check `adjoint`: the window unrolled by the library `higher`.
 
-It shares nothing with `adjoint` but the user's code, and is there to check it. SGD and Adam only,
-no clipping, weight decay as Adam's L2; memory grows with K. higher 0.2.1 (Apache-2.0) is
-unmaintained since 2021, which is why it is not the workhorse.
+SGD and Adam only, no clipping, weight decay as Adam's L2; memory grows with K. higher 0.2.1
+(Apache-2.0) is unmaintained since 2021.
 """
 
 from __future__ import annotations
@@ -36,10 +35,9 @@ def higher_hypergradient(
     controls: Sequence[str],
     terminal: Terminal | None,
 ) -> Hypergradient:
-    """The hypergradient of a window by unrolling it with higher; the plant itself does not move.
+    """The hypergradient of a window unrolled with higher; the plant does not move.
 
-    Averages of iterates are accumulated in the graph. Running statistics of BatchNorm are not
-    followed: a terminal loss must not read them.
+    Running statistics of BatchNorm are not differentiated: a terminal loss must not read them.
     """
     import higher
 

@@ -1,7 +1,7 @@
-"""Differences of gradients in place of Hessian products: no second derivative is needed.
+"""Differences of gradients in place of hvps: no second derivative is needed.
 
-They are right to rounding where the loss is smooth. At kinks nothing is: one that is crossed makes
-the gradient jump, and the jump is divided by the distance.
+They are right to rounding for smooth losses. A kink within the distance makes the gradient jump,
+and the jump is divided by the distance.
 """
 
 from __future__ import annotations
@@ -34,15 +34,13 @@ def difference(
 ) -> list[Tensor | None]:
     """(g(θ + εv) − g(θ)) / ε or (g(θ + εv) − g(θ − εv)) / 2ε, with v = λ_g and ε = c |θ| / |v|.
 
-    It is added to `into` in place, if there is one. again: as in `step_vjp`. in_place: θ may be
-    changed to θ + εv.
+    into: added to in place. again: as in `step_vjp`. in_place: θ may be overwritten by θ + εv.
 
-    c is the square (cube) root of the machine's epsilon, which balances rounding and truncation
-    for the forward (central) difference of a smooth function. Where loss_fn computes in reduced
-    precision (autocast), that precision's epsilon counts.
+    c is the square (cube) root of the machine epsilon of the type that loss_fn computes in, which
+    balances rounding and truncation for the forward (central) difference of a smooth function.
     """
     plant, direction = evaluation.plant, point.of_gradients
-    # A block that v leaves alone has a row of H v all the same.
+    # A block with v = 0 has a row of H v all the same.
     active = [i for i, g in enumerate(point.gradients) if g is not None]
     moved = [i for i, v in enumerate(direction) if v is not None]
     result: list[Tensor | None] = [None] * len(direction) if into is None else list(into)
@@ -66,7 +64,7 @@ def difference(
 
     def distance(precision: float) -> Tensor:
         c = precision ** (1 / 3) if central else precision**0.5
-        # On the device all the way: asking for a number would make the host wait. v = 0 gives 0.
+        # Stays on the device: reading a number would synchronise. v = 0 gives 0.
         epsilon = c * size.clamp_min(1e-3) / length.clamp_min(torch.finfo(length.dtype).tiny)
         if not again:
             return epsilon
@@ -103,10 +101,9 @@ def _add_difference(
     width: Tensor,
     target: Tensor | None,
 ) -> Tensor:
-    """target + (the block's `.grad`s − other) / width, target changed; the `.grad`s are used up.
+    """target + (the block's `.grad`s − other) / width, in place; consumes the `.grad`s.
 
-    Parameter by parameter, while its gradient is in the processor's cache: over whole vectors every
-    one of these passes would fetch them from memory again.
+    Parameter by parameter, while its gradient is in the processor's cache.
     """
     result = torch.zeros_like(other) if target is None else target
     scale = width.reciprocal().to(other.device, other.dtype)
@@ -123,21 +120,20 @@ _PRECISION: WeakKeyDictionary[Plant, float] = WeakKeyDictionary()
 
 
 def precision_known(plant: Plant) -> bool:
-    """Whether `precision` has been noted."""
     return plant in _PRECISION
 
 
 def precision(plant: Plant) -> float:
-    """The machine epsilon of the coarsest type that the modules of a plant's model compute in."""
+    """Machine epsilon of the coarsest type that the modules of a plant's model compute in."""
     return _PRECISION[plant]
 
 
 @contextmanager
 def noting_precision(plant: Plant) -> Iterator[Callable[[], float]]:
-    """Notes the plant's precision while its loss is evaluated inside; gives what was seen so far.
+    """Records the plant's precision while its loss is evaluated inside; yields the value so far.
 
-    Autocast is on inside loss_fn only, so that it is the modules that must be asked. What loss_fn
-    computes outside any module is not seen.
+    Autocast is on inside loss_fn only, so modules are observed. Computation outside modules is
+    missed.
     """
     coarsest = 0.0
 

@@ -1,12 +1,8 @@
 """The differentiable map θ, b ↦ (loss, stage cost, b′): user code run at any θ_t.
 
-`Evaluation` puts the values into the live model for a while: whatever works in training works
-there, compiled models and activation checkpointing included. `Places` replaces the parameters.
-
-Buffers are treated as constants of a step, with one exception: the running statistics of
-BatchNorm and InstanceNorm. PyTorch updates them in a kernel that autograd does not see, although a
-loss in eval mode reads them and they depend on every θ_t. `visible_statistics` makes both ends
-differentiable.
+`Evaluation` puts values into the live model, so that compiled models and activation checkpointing
+work too. Buffers are constants of a step, except the running statistics of BatchNorm and
+InstanceNorm, which PyTorch updates in a kernel that autograd does not see (`visible_statistics`).
 """
 
 from __future__ import annotations
@@ -46,20 +42,20 @@ _run_backward: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
 
 
 class Evaluated(NamedTuple):
-    """loss: scalar. stage: c_ℓ ℓ − c_r r, or None. statistics: running ones, after the step."""
+    """Results of one evaluation at θ_t."""
 
     loss: Tensor
-    stage: Tensor | None
-    statistics: dict[str, Tensor]
+    stage: Tensor | None  # c_ℓ ℓ − c_r r
+    statistics: dict[str, Tensor]  # running ones, after the step
     metrics: Mapping[str, Tensor]
 
 
 class Evaluation:
-    """Evaluates a plant's loss at any θ and b, inside `with`: the live model is scratch space.
+    """Evaluates a plant's loss at any θ and b, inside `with`, and restores the live model
+    afterwards.
 
-    Afterwards it is as it was found. parameters: per block, the model's own parameters, which are
-    the leaves of every graph. kept: the buffers as they were found. statistics_names: of the
-    running statistics that are followed.
+    parameters: per block, the model's own, the leaves of every graph. kept: the original buffers.
+    statistics_names: of the running statistics that are differentiated.
     """
 
     def __init__(self, plant: Plant, blocks: Sequence[Block], objective: Objective) -> None:
@@ -103,7 +99,7 @@ class Evaluation:
         buffers: Values,
         leaves: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Puts θ (a vector per block) and b in; `leaves` take the place of buffers of a graph."""
+        """Sets θ (a vector per block) and b; `leaves` replace buffers that begin a graph."""
         self.plant.parallel.settle()
         for block, flat, own in zip(self.blocks, flats, self.parameters, strict=True):
             for p, values in zip(own, block.views(flat), strict=True):
@@ -123,8 +119,8 @@ class Evaluation:
     ) -> Evaluated:
         """Loss and, if `stage`, stage cost of one step's batch; micro-batches in one graph.
 
-        twice: the loss is to be differentiated twice. OnceDifferentiable where a part of it cannot
-        be. The caller sets the random state before.
+        twice: to be differentiated twice; raises OnceDifferentiable where a part cannot be. The
+        caller sets the random state before.
         """
         with functions_noted(self.plant, batch) if twice else nullcontext():
             loss, metrics = mean_loss(self.plant.loss_fn, self.model, batch)
@@ -134,7 +130,7 @@ class Evaluation:
         return Evaluated(loss, cost, after, metrics)
 
     def joint(self, statistics: Collection[str]) -> bool:
-        """Whether more than the loss is differentiated: these running statistics, or a reward."""
+        """Whether these running statistics, or a reward, are differentiated beside the loss."""
         return bool(statistics) or bool(self.objective.reward_weight)
 
     def clear_gradients(self) -> None:
@@ -151,7 +147,7 @@ class Evaluation:
         ]
 
     def _set(self, p: Tensor, values: Tensor) -> None:
-        """FSDP reads a part where it has always been; all others take other memory for the time."""
+        """Copies under FSDP, which reads a shard at a fixed address; else replaces `.data`."""
         if self.in_place:
             p.data.copy_(values)
         else:
@@ -161,8 +157,7 @@ class Evaluation:
 class Places:
     """Where parameters lie in a model's modules: other tensors can take their places.
 
-    torch.func.functional_call does this too, but puts substitutes back for good where a module
-    occurs twice (torch 2.13.0).
+    torch.func.functional_call loses parameters where a module occurs twice (torch 2.13.0).
     """
 
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
@@ -182,7 +177,7 @@ class Places:
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards every module is in the mode (train or eval) that it was in before."""
+    """Restores every module's mode (train or eval) afterwards."""
     modes = [(m, m.training) for m in model.modules()]
     try:
         yield
@@ -197,7 +192,7 @@ def fresh_leaves(values: Values, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def parts(batch: Any) -> Sequence[Any]:
-    """The micro-batches of a step's batch; the batch itself where it is one."""
+    """The micro-batches of a step's batch; the batch itself if there is one."""
     return batch if isinstance(batch, MicroBatches) else (batch,)
 
 
@@ -215,10 +210,10 @@ def mean_loss(
 
 
 class OnceDifferentiable(RuntimeError):
-    """A custom Function says that its backward must not be differentiated; `function` is its name.
+    """A custom Function, of name `function`, declares that its backward must not be differentiated.
 
-    torch raises this itself in `backward()` alone: `autograd.grad` with inputs passes by the node
-    that would complain, since it hangs on a detached leaf, and gives a wrong result in silence.
+    torch raises this itself in `backward()` alone: `autograd.grad` with inputs skips the node that
+    would complain, which hangs on a detached leaf, and gives a wrong result silently.
     """
 
     def __init__(self, function: str) -> None:
@@ -231,17 +226,15 @@ _apply: Any = torch._C._FunctionBase.__dict__["apply"]
 
 
 def functions_of(plant: Plant) -> dict[type, Any]:
-    """The custom Functions that a plant's losses were seen to call, and with which batch first."""
+    """Custom Functions that a plant's losses called -> the batch where each was first seen."""
     return _FUNCTIONS.setdefault(plant, {})
 
 
 @contextmanager
 def functions_noted(plant: Plant, batch: Any) -> Iterator[None]:
-    """Notes custom Functions that are called inside, also those that only this batch reaches.
+    """Records custom Functions called inside; raises OnceDifferentiable at the end for such a one.
 
-    Raises OnceDifferentiable, at its end, for one that says that its backward is not
-    differentiable. To walk the loss's graph at every step would take a small model 2 % of its time,
-    this 2 µs.
+    Costs 2 µs a step; walking every loss's graph would cost a small model 2 % of its time.
     """
     known = functions_of(plant)
     before = len(known)
@@ -251,7 +244,7 @@ def functions_noted(plant: Plant, batch: Any) -> Iterator[None]:
             known[cls] = batch
         return _apply.__get__(None, cls)(*args, **kwargs)
 
-    owner: Any = _SingleLevelFunction  # whose `apply` all bound ones come to, also earlier ones
+    owner: Any = _SingleLevelFunction  # all custom Functions call its `apply`
     owner.apply = classmethod(noted)
     try:
         yield
@@ -264,7 +257,7 @@ def functions_noted(plant: Plant, batch: Any) -> Iterator[None]:
 
 
 def check_twice(loss: Tensor) -> None:
-    """Raises OnceDifferentiable where a custom Function in a loss's graph is."""
+    """Raises OnceDifferentiable where a loss's graph contains such a custom Function."""
     for node in graph_nodes([loss]):
         function = once_differentiable_function(node)
         if function is not None:
@@ -272,7 +265,7 @@ def check_twice(loss: Tensor) -> None:
 
 
 def graph_nodes(outputs: Sequence[Tensor], inputs: Collection[Tensor] = ()) -> Iterator[Any]:
-    """The nodes of the graph from the outputs down to, without, those that made the inputs."""
+    """The nodes of the outputs' graph, down to those that made the inputs, exclusive."""
     seen = {t.grad_fn for t in inputs} | {None}
     stack = [t.grad_fn for t in outputs]
     while stack:
@@ -285,13 +278,12 @@ def graph_nodes(outputs: Sequence[Tensor], inputs: Collection[Tensor] = ()) -> I
 
 
 def once_differentiable_function(node: Any) -> str | None:
-    """The class of a custom Function whose backward is decorated by once_differentiable."""
+    """Class name of a node whose backward is decorated by once_differentiable, or None."""
     function = getattr(type(node), "_forward_cls", None)
     return getattr(function, "__name__", None) if is_once_differentiable(function) else None
 
 
 def is_once_differentiable(function: Any) -> bool:
-    """Whether the backward of a class of custom Functions is decorated by once_differentiable."""
     backward = getattr(function, "backward", None)
     code = getattr(backward, "__code__", None)
     return (
@@ -307,9 +299,9 @@ def gradients_by_backward(
     seeds: Sequence[Tensor | None],
     model: nn.Module,
 ) -> list[Tensor | None]:
-    """torch.autograd.grad of leaves, as `backward()` finds it; None for those that take no part.
+    """torch.autograd.grad of leaves by `backward()`; None for unused leaves.
 
-    Reentrant activation checkpointing allows nothing else. The model's `.grad`s are left alone.
+    Reentrant activation checkpointing allows nothing else. The model's `.grad`s are restored.
     """
     if not outputs:
         return [None] * len(inputs)
@@ -332,7 +324,7 @@ def unchecked_grad(
 ) -> list[Tensor | None]:
     """torch.autograd.grad with allow_unused, without its checks of every seed's shape.
 
-    They take 100 µs for the six parameters of a small model, beside a pullback of 650.
+    They take 100 µs for the six parameters of a small model, beside a vjp of 650.
     """
     if _run_backward is None or any(
         type(t) not in (Tensor, nn.Parameter, GradientEdge) for t in (*outputs, *inputs, *seeds)
@@ -357,7 +349,7 @@ def double_backward(
     """Kernels that can be differentiated twice: fused attention and cuDNN's RNNs cannot.
 
     light: also those of `kernels`, whose second derivative is cheap. valued: the gradients' values
-    are read too. recurrent: whether the model has RNNs, where that is known.
+    are read too. recurrent: whether the model has RNNs; None: search it.
     """
     if recurrent is None:
         recurrent = is_recurrent(model)
@@ -374,9 +366,9 @@ def double_backward(
 
 @contextmanager
 def fast_gradients(model: nn.Module) -> Iterator[None]:
-    """Kernels for gradients beside the roll's, where such are faster than torch's own.
+    """Kernels for gradients outside the roll, where such are faster than torch's own.
 
-    Not of a compiled model: dynamo would compile it again for other functions.
+    Compiled models keep theirs: dynamo would recompile.
     """
     if any(is_compiled(m) for m in model.modules()):
         yield
@@ -395,9 +387,9 @@ def is_recurrent(model: nn.Module) -> bool:
 
 @contextmanager
 def _composed_weight_norm() -> Iterator[None]:
-    """torch._weight_norm of single operations: the second derivative of the fused one is wrong.
+    """torch._weight_norm of elementary operations: the second derivative of the fused one is wrong.
 
-    By 3e-4 of a hypergradient in float64, torch 2.13.0.
+    It is off by 3e-4 of a hypergradient in float64 (torch 2.13.0).
     """
     modules: list[Any] = [torch, sys.modules["torch.nn.utils.weight_norm"]]
     before = [m._weight_norm for m in modules]
@@ -419,9 +411,9 @@ def _composed_weight_norm() -> Iterator[None]:
 
 @contextmanager
 def visible_statistics(model: nn.Module, *, update: bool) -> Iterator[None]:
-    """Layers whose running statistics autograd can see where eval mode reads them.
+    """Layers whose running statistics, as eval mode reads them, are differentiable.
 
-    update: whether passes in train mode also update them, visibly; else they are left alone.
+    update: whether passes in train mode also update them differentiably; else they are left alone.
     """
     patched = [m for m in model.modules() if _has_statistics(m)]
     for module in patched:
@@ -436,15 +428,15 @@ def visible_statistics(model: nn.Module, *, update: bool) -> Iterator[None]:
 
 
 def has_statistics(model: nn.Module) -> bool:
-    """Whether any layer has running statistics that are followed."""
+    """Whether any layer has running statistics that are differentiated."""
     return any(_has_statistics(m) for m in model.modules())
 
 
 def _has_statistics(module: nn.Module) -> bool:
-    """Whether a module is one of torch's with running statistics, and does no more than those."""
+    """Whether a module is one of torch's layers with running statistics, and no more than that."""
     return (
         isinstance(module, (_BatchNorm, _InstanceNorm))
-        # torch's SyncBatchNorm, and classes of others that add an activation.
+        # torch's SyncBatchNorm, and third-party classes that add an activation.
         and type(module).forward
         in (_BatchNorm.forward, _InstanceNorm.forward, SyncBatchNorm.forward)
         and "forward" not in vars(module)
@@ -480,7 +472,7 @@ def _sync_batch_norm(module: SyncBatchNorm, x: Tensor, update: bool) -> Tensor:
 
 
 def _instance_norm(module: Any, x: Tensor, update: bool) -> Tensor:
-    """nn.InstanceNorm's: its statistics are means over the batch of those of every instance."""
+    """nn.InstanceNorm's: its statistics are batch means of every instance's."""
     if x.dim() == module._get_no_batch_dim():
         return _instance_norm(module, x.unsqueeze(0), update).squeeze(0)
     if not module.training:

@@ -31,29 +31,23 @@ from rhc.training.recorder import moved_by_loss
 
 
 class Survey(NamedTuple):
-    """What a plant's graphs hold: bytes; the parameters whose values they read again, which is
-    whose leaves must be copies; and whether a graph outlives its step."""
+    """What a plant's graphs hold."""
 
-    size: int
-    read: frozenset[str]
-    steady: bool
+    size: int  # bytes
+    read: frozenset[str]  # parameters whose values they read, so that leaves must be copies
+    steady: bool  # whether a graph outlives its step
 
 
 _SURVEYS: WeakKeyDictionary[Plant, Survey] = WeakKeyDictionary()
 
 
 class Made(NamedTuple):
-    """A graph, the values of the gradients, and what the step has made of the buffers.
-
-    buffers: (where a buffer lies, its name there, the live one, its value after the step).
-    steady: whether the graph stays: a model that uses activation checkpointing runs again in the
-    backward pass, with whatever parameters it then finds.
-    """
+    """A graph, the gradients' values, and the step's effect on buffers."""
 
     graph: KeptGraph
     gradients: Sequence[Tensor | None]
     buffers: list[tuple[dict[str, Any], str, Tensor | None, Tensor | None]]
-    steady: bool
+    steady: bool  # False with activation checkpointing, which reruns the model in the backward pass
 
     @torch.no_grad()
     def write_buffers(self) -> None:
@@ -63,15 +57,16 @@ class Made(NamedTuple):
 
 
 class TooMuch(Exception):
-    """A graph is larger than is worth measuring."""
+    """A graph exceeds the size worth measuring."""
 
 
 class GraphMaker:
-    """Makes graphs of a plant's gradient at its live values, which stay when the values move on.
+    """Makes graphs of a plant's gradient at its live values that stay valid when the values move
+    on.
 
-    The model sees leaves of its own in place of its parameters, and copies of its buffers. A leaf
-    is a copy where the graph reads its value again; else it shares the live parameter's memory, and
-    its count of changes, so that a graph that does read it, for once, says so.
+    The model sees leaves in place of its parameters, and copies of its buffers. A leaf is a copy
+    where the graph reads its value; else it shares the live parameter's memory and version counter,
+    so that autograd raises an error if the graph reads it after all.
     """
 
     def __init__(self, evaluation: Evaluation) -> None:
@@ -90,9 +85,9 @@ class GraphMaker:
         ]
 
     def __call__(self, batch: Any, *, inside: bool = False) -> Made:
-        """The graph itself holds no gradient's value, since nobody reads it again.
+        """The graph holds no gradient's value, which nobody reads again.
 
-        inside: whether the kernels that can be differentiated twice are in place already.
+        inside: whether `double_backward` is already active.
         """
         read = self.survey(batch).read
         leaves = [
@@ -103,7 +98,7 @@ class GraphMaker:
         return made._replace(gradients=_separate(made.gradients))
 
     def survey(self, batch: Any, enough: float = math.inf) -> Survey:
-        """Of a graph that is made the first time, and dropped; TooMuch beyond `enough` bytes."""
+        """Surveys a graph made once and dropped; raises TooMuch beyond `enough` bytes."""
         plant = self.evaluation.plant
         if plant not in _SURVEYS:
             with torch.enable_grad(), preserved(), plant.untouched():
@@ -133,7 +128,7 @@ class GraphMaker:
 
         try:
             with saved_tensors_hooks(pack, lambda t: t):
-                _, found, _, steady = self._graph(batch, leaves)  # of gradients with their graph
+                _, found, _, steady = self._graph(batch, leaves)
         except RuntimeError as error:
             if "saved tensor hooks" not in str(error):  # torch.func has none
                 raise
@@ -149,7 +144,7 @@ class GraphMaker:
         return Survey(size, read, steady)
 
     def _graph(self, batch: Any, leaves: list[Tensor], inside: bool = False) -> Made:
-        """At these leaves; the gradients have their graph still."""
+        """As `__call__` at these leaves; the gradients still have their graph."""
         evaluation = self.evaluation
         model = evaluation.plant.model
         names = set(evaluation.statistics_names)
@@ -198,9 +193,9 @@ class GraphMaker:
 
 
 def _separate(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Their values, each in memory of its own: noise and clipping change them in place.
+    """Their values, each in its own memory, because noise and clipping change them in place.
 
-    The two biases of a recurrent layer have one gradient, which autograd gives twice.
+    autograd gives the two biases of a recurrent layer the same tensor.
     """
     seen: set[int] = set()
     found: list[Tensor | None] = []
@@ -215,7 +210,7 @@ def _separate(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _edge(g: Tensor) -> GradientEdge:
-    """Where the graph of g begins. Nodes of C++ need none of get_gradient_edge's care."""
+    """Where the graph of g begins; C++ nodes need none of get_gradient_edge's care."""
     node: Any = g.grad_fn
     if node is None or isinstance(node, torch._C._FunctionBase):
         return get_gradient_edge(g)

@@ -1,11 +1,9 @@
 """Products with the Hessian of one step's loss: the only expensive term of the adjoint.
 
 The vjp of a step's gradient g_t and BatchNorm statistics takes (λ_g, λ_b) to (θ_t, b_t), and adds
-the stage cost's own gradient. Costs in gradient evaluations: exact 3 (g again, and twice that for
-its vjp; 2 where the roll kept the graph of g), forward over reverse 3, forward difference 1 (the
-roll's g_t is known), central difference 2. Where no exact product exists, a difference is held
-against one in the other direction, which steps over other kinks: one gradient more.
-"none" leaves the Hessian out: no more than a baseline, but exact where lr is 0.
+the stage cost's own gradient. Costs in gradient evaluations: exact 3 (2 with a kept graph),
+forward-over-reverse 3, forward difference 1, central difference 2, "none" 0. Where no exact product
+exists, every difference is compared with one in the other direction: one gradient more.
 """
 
 from __future__ import annotations
@@ -57,43 +55,33 @@ PRODUCT_COST: Mapping[str, int] = {
     "none": 0,
 }
 KEPT_COST = 2
-"""Of an exact product whose graph the roll kept."""
+"""An exact product whose graph the roll kept."""
 
 
 @dataclass(frozen=True)
 class KeptGraph:
-    """The graph of one step's gradient, as the roll left it.
+    """The graph of one step's gradient, as the roll left it."""
 
-    leaves: one per parameter of the blocks, of value θ_t where the graph reads it.
-    statistics_leaves: b_t by name. gradients: where the graph of each leaf's gradient begins, None
-    where there is no second derivative. evaluated: what the step gave.
-    """
-
-    leaves: list[Tensor]
-    statistics_leaves: dict[str, Tensor]
-    gradients: list[GradientEdge | None]
+    leaves: list[Tensor]  # one per parameter, of value θ_t where the graph reads it
+    statistics_leaves: dict[str, Tensor]  # b_t by name
+    gradients: list[GradientEdge | None]  # per leaf; None without a second derivative
     evaluated: Evaluated
 
 
 @dataclass(frozen=True)
 class StepPoint:
-    """Where a vjp is taken: θ_t per block, b_t, the batch, the random state, the roll's g_t.
+    """Where a vjp is taken."""
 
-    theta: gives θ_t, which a graph that was kept does without. rng: None where the step draws
-    nothing. of_gradients, of_statistics: λ_g per block, λ_b by name. owned: θ_t is not needed
-    after this product, which may change it. loss: the roll's ℓ_t.
-    """
-
-    theta: Callable[[], Sequence[Tensor]]
-    buffers: Values
+    theta: Callable[[], Sequence[Tensor]]  # θ_t per block; not called with a kept graph
+    buffers: Values  # b_t
     batch: Any
-    rng: RandomState | HiddenState | None
-    gradients: Sequence[Tensor | None]
-    of_gradients: Sequence[Tensor | None]
-    of_statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    rng: RandomState | HiddenState | None  # None where the step draws nothing
+    gradients: Sequence[Tensor | None]  # the roll's g_t
+    of_gradients: Sequence[Tensor | None]  # λ_g per block
+    of_statistics: Mapping[str, Tensor] = field(default_factory=dict)  # λ_b by name
     graph: KeptGraph | None = None
-    owned: bool = False
-    loss: Tensor | None = None
+    owned: bool = False  # whether the product may overwrite θ_t
+    loss: Tensor | None = None  # the roll's ℓ_t
 
     @cached_property
     def flats(self) -> Sequence[Tensor]:
@@ -114,14 +102,11 @@ SAME_LOSS = 200
 
 @dataclass(frozen=True)
 class StepVjp:
-    """What came back: one tensor (or None) per block, and per statistic.
-
-    discrepancy: |g − g_t| / |g_t| of the gradient that was computed again, where it was compared.
-    """
+    """One tensor (or None) per block, and per statistic."""
 
     parameters: list[Tensor | None]
     statistics: dict[str, Tensor] = field(default_factory=dict)
-    discrepancy: float = 0.0
+    discrepancy: float = 0.0  # |g − g_t| / |g_t| of the recomputed gradient, if compared
 
 
 def step_vjp(
@@ -136,12 +121,10 @@ def step_vjp(
 ) -> StepVjp:
     """H_t λ_g + ∂b′/∂θ ᵀ λ_b + ∇(stage cost), and the statistics' own costates.
 
-    pieces: an exact product takes the batch's rows in so many parts, one graph after the other,
-    where the step draws nothing and its loss is a mean over rows; NotAMean where it is not.
-
-    into: per block, a vector that this is added to in place. compare: an exact product also says
-    how far its own g_t is from the roll's. again: a forward difference is taken backwards,
-    (g(θ) − g(θ − εv)) / ε, a central one at half the distance.
+    pieces: parts of the batch's rows that an exact product takes one after the other; needs a step
+    that draws nothing, and raises NotAMean if the loss is not a mean over rows. into: per block,
+    added to in place. compare: fill in `discrepancy`. again: forward differences go backwards,
+    (g(θ) − g(θ − εv)) / ε, central ones to half the distance.
     """
     joint = evaluation.joint(point.of_statistics)
     if product == "exact":
@@ -167,7 +150,7 @@ def step_vjp(
             into=into,
             in_place=in_place,
         )
-        into = None  # it is in there
+        into = None  # added already
     if into is not None:
         curvature = [_into(a, b) for a, b in zip(into, curvature, strict=True)]
     if not joint:
@@ -420,7 +403,7 @@ def per_block(
 def _added(
     blocks: Sequence[Block], into: Sequence[Tensor | None], tensors: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """`into`, a vector per block, with a tensor per parameter added in place: one pass."""
+    """`into`, a vector per block, with a tensor per parameter added in place."""
     result: list[Tensor | None] = []
     place = 0
     for block, vector in zip(blocks, into, strict=True):
@@ -439,7 +422,7 @@ def _added(
 def _with_gradient(
     vectors: Sequence[Tensor | None], gradients: Sequence[Tensor | None], weight: float
 ) -> list[Tensor | None]:
-    """`vectors` with the gradient of the stage cost c_ℓ ℓ_t added in place: g_t is known."""
+    """Adds in place the gradient of the stage cost c_ℓ ℓ_t; g_t is known."""
     if weight == 0:
         return list(vectors)
     return [
@@ -449,7 +432,7 @@ def _with_gradient(
 
 
 def _into(vector: Tensor | None, term: Tensor | None) -> Tensor | None:
-    """The sum, in place where both are there."""
+    """The sum, in place where both exist."""
     return term if vector is None else vector if term is None else vector.add_(term)
 
 

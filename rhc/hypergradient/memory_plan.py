@@ -1,20 +1,9 @@
-"""How a window is remembered within a memory budget, and what that costs.
+"""How a window is stored within a memory budget, and what that costs.
 
-A reverse pass needs, at every step and in reverse order, the state, the gradient, and the graph of
-the gradient. From the dearest in memory to the dearest in time:
-
-- the roll keeps the graph (`graphs` last steps): no gradient is evaluated again;
-- the gradient is kept (`kept` last steps): states are rebuilt from it, elementwise; the graph is
-  made again;
-- state and gradient are spilled to disk (`spilled` first steps);
-- or nothing but `snapshots` states is kept, and the steps are rolled again in chunks of `chunk`, in
-  the order of `revolve`.
-
-What one product takes is a floor under all of these. Where that is more than the budget, the
-product takes the rows of a batch in parts (`pieces`), each with a graph of its own, if the loss is
-a mean over rows: then H v is the mean of the parts' products.
-
-`segment` = N asks for the graphs of the last N steps, whatever they take.
+From the most memory to the most time, a roll keeps: graphs of the last steps; gradients, from which
+states are rebuilt elementwise; state and gradient on disk; or `snapshots` states, from which chunks
+of steps are rolled again in the order of `revolve`. One product is a floor under all of these;
+above the budget it takes a batch's rows in parts (`pieces`), if the loss is a mean over rows.
 """
 
 from __future__ import annotations
@@ -27,40 +16,36 @@ from rhc.hypergradient.hvp import KEPT_COST, PRODUCT_COST, Product
 from rhc.hypergradient.revolve import chunk_evaluations, recomputed_steps
 
 FREE_GRAPHS = 16 * 2**20
-"""Bytes of graphs that the roll keeps where no budget is given: small models are bound by Python's
-overhead, not by memory. Parameters of no more than these count as a small model."""
+"""Bytes of graphs that the roll keeps without a budget, and of parameters of a small model, which
+is bound by Python's overhead.
+"""
 
 
 FREE_STATES = 16 * 2**20
-"""Bytes of states that are kept without a budget, to rebuild the others from, whatever they are."""
+"""Bytes of states that are kept without a budget, to rebuild the others from."""
 
 MOST_STATES = 256 * 2**20
-"""And up to these as much as the gradients take: with few states each is rebuilt log3 K times."""
+"""Up to these, as much as the gradients take: with few states each is rebuilt log3 K times."""
 
 MOST_GRAPHS = 256 * 2**20
-"""Bytes of graphs that a small model keeps, if all of its graphs are no more, nor more than its
-gradients, which are kept anyway."""
+"""Bytes of graphs that a small model keeps, if they are all of its graphs and no more than its
+gradients, which are kept anyway.
+"""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes. parameters: θ that is trained. state: a whole snapshot. graph: of one step's gradient,
-    with its own copy of what it reads of θ. product: the most that one Hessian product takes beyond
-    plain training. slots: of the part of a state that a step whose graph is kept needs; 0 where
-    that is all of it. folded: whether these may lie where the gradients lay. pieces: (n, product)
-    of a product that takes a batch in n parts; None where that was not measured. plain: of one
-    gradient while it is evaluated. kernels: that a library of matrix products would keep.
-    """
+    """Bytes."""
 
-    parameters: int
-    state: int
-    graph: int
-    product: int
-    slots: int = 0
-    folded: bool = False
-    pieces: tuple[tuple[int, int], ...] | None = ()
-    plain: int = 0
-    kernels: int = 0
+    parameters: int  # trained θ
+    state: int  # a whole snapshot
+    graph: int  # of one gradient, with its copy of θ
+    product: int  # peak of one hvp beyond plain training
+    slots: int = 0  # state needed with a kept graph; 0: all
+    folded: bool = False  # whether slots may take the gradients' memory
+    pieces: tuple[tuple[int, int], ...] | None = ()  # (n, product in n parts); None: unmeasured
+    plain: int = 0  # of one gradient evaluation
+    kernels: int = 0  # that oneDNN would keep
 
     def __post_init__(self) -> None:
         if self.pieces is not None:  # lists, where they come from JSON
@@ -74,32 +59,23 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a window of `steps` keeps.
-
-    graphs: of how many last steps the graph is kept. states_every: how far the kept states lie
-    apart; 0 for one state. kept: of how many last steps the gradient is in memory. spilled: how
-    many first steps are on disk. snapshots, chunk: what steps are rolled again from, and how many
-    at a time; recomputed: how many are. twice: at how many steps a difference is taken twice.
-    pieces: in how many parts a product takes the rows of its batch. onednn: whether matrices may be
-    multiplied by a library that keeps kernels of its own. budget, predicted_bytes: beyond plain
-    training.
-    """
+    """What a window of `steps` keeps."""
 
     steps: int
     product: Product
     segment: int = 1
-    graphs: int = 0
-    states_every: int = 0
-    kept: int = 0
-    spilled: int = 0
-    snapshots: int = 0
-    chunk: int = 0
-    recomputed: int = 0
-    twice: int = 0
-    pieces: int = 1
-    onednn: bool = True
-    budget: int | None = None
-    predicted_bytes: int | None = None
+    graphs: int = 0  # last steps whose graph is kept
+    states_every: int = 0  # distance of the kept states; 0 for one state
+    kept: int = 0  # last steps whose gradient is in memory
+    spilled: int = 0  # first steps on disk
+    snapshots: int = 0  # to roll again from
+    chunk: int = 0  # steps rolled again at a time
+    recomputed: int = 0  # steps rolled again
+    twice: int = 0  # steps whose difference is taken twice
+    pieces: int = 1  # parts of a batch's rows in a product
+    onednn: bool = True  # whether oneDNN may keep kernels
+    budget: int | None = None  # bytes beyond plain training
+    predicted_bytes: int | None = None  # beyond plain training
 
     @property
     def gradient_equivalents(self) -> float:
@@ -111,7 +87,6 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the prediction is within the budget."""
         return (
             self.budget is None
             or self.predicted_bytes is None
@@ -119,7 +94,7 @@ class Plan:
         )
 
     def lines(self) -> list[str]:
-        """The plan in words, for people."""
+        """The plan in words."""
         per_step = 1 + self.gradient_equivalents / self.steps
         lines = [
             f"window of {self.steps} steps, segment {self.segment}, product {self.product}",
@@ -159,14 +134,13 @@ def make_plan(
 ) -> Plan:
     """The plan that evaluates the fewest gradients within `budget` bytes.
 
-    graph_bytes: of kept graphs, at most, where the budget would have room for more.
-
-    Without a budget gradients are kept for all steps, and graphs as far as FREE_GRAPHS goes.
+    Without a budget it keeps all gradients, and graphs up to FREE_GRAPHS bytes. graph_bytes: an
+    upper bound on kept graphs.
     """
     planned = partial(_planned, steps, product, sizes, spill=spill, graph_bytes=graph_bytes)
     if budget is None:
         return planned(None)
-    if sizes.kernels:  # these stay with the process, and are the budget's, if it has room for them
+    if sizes.kernels:  # kernels stay with the process; the budget pays if it has room for them
         fast = planned(max(0, budget - sizes.kernels))
         assert fast.predicted_bytes is not None
         if fast.fits and fast.pieces == 1:
@@ -176,7 +150,7 @@ def make_plan(
 
 
 def with_graphs(steps: int, graphs: int) -> Plan:
-    """The plan that keeps the graphs of the last steps, so many, and every gradient."""
+    """The plan that keeps the last `graphs` graphs, and every gradient."""
     every = math.isqrt(max(0, steps - 1)) + 1
     return Plan(steps, "exact", graphs, graphs=graphs, states_every=every, kept=steps)
 
@@ -190,7 +164,7 @@ def _planned(
     spill: bool,
     graph_bytes: int | None,
 ) -> Plan:
-    """As `make_plan`, of sizes.kernels nothing."""
+    """As `make_plan`, but for sizes.kernels."""
     exact = product == "exact"
     if budget is None:
         graphs = min(steps, FREE_GRAPHS // max(1, sizes.graph))
@@ -207,8 +181,7 @@ def _planned(
             every = _kept(steps, product, sizes, budget, steps)
             if every.fits:
                 return every
-        # States that need not be rebuilt save less than one graph or two, but no more than they
-        # cost.
+        # Kept states save less than one graph or two, but no more than they cost.
         lean = _kept(steps, product, sizes, budget, 0, lean=True)
         assert lean.predicted_bytes is not None and whole.predicted_bytes is not None
         if whole.predicted_bytes - lean.predicted_bytes <= 2 * sizes.graph:
@@ -225,8 +198,9 @@ def _planned(
 
 
 PIECES_COST = {2: 0.2, 4: 0.5, 8: 1.2}
-"""Parts of a batch's rows that are tried -> gradient evaluations that an exact product in so many
-takes more, whose matrix products are smaller: on the GPT of benchmarks/models.py, 16 rows."""
+"""Parts of a batch's rows -> additional gradient evaluations of an exact product, because of
+smaller matrix products: measured on the GPT of benchmarks/models.py, 16 rows.
+"""
 
 SPILLED_COST = 0.2
 """Of a step's state on disk."""
@@ -248,7 +222,7 @@ def _within(steps: int, product: Product, sizes: Sizes, budget: int, *, spill: b
 
 
 def _rebuilt(steps: int, state: int) -> int:
-    """Bytes that `steps` states of `state` bytes need to be rebuilt: log3 of them, two of work.
+    """Bytes to rebuild `steps` states of `state` bytes: log3 of them, two of work.
 
     One step has its state already, two need one made.
     """
@@ -271,9 +245,9 @@ def _kept(
     apart = math.isqrt(max(0, steps - 1)) + 1
     one = sizes.slots if sizes.slots and graphs == steps else sizes.state
     states = 2 * apart * one
-    # One state is what the window began with, which the caller keeps to go back to.
+    # The caller keeps the window's first state anyway.
     fixed = steps * sizes.parameters + sizes.state + sizes.costates + sizes.product
-    # A product without a graph does not fit in where the kept ones were: the heap has holes.
+    # A product without a graph does not fit where the kept graphs were: the heap has holes.
     fixed += graphs * sizes.graph
     most = max(FREE_STATES, min(MOST_STATES, steps * sizes.parameters))
     if graphs == steps and sizes.folded:
@@ -292,7 +266,7 @@ def _kept(
 
 
 def _spilled(steps: int, product: Product, sizes: Sizes, budget: int) -> Plan:
-    # While a step is written or read there is its state, and its gradient.
+    # A step's state and gradient exist while it is written or read.
     reading = sizes.state + sizes.parameters
     fixed = sizes.product + reading + sizes.state + sizes.costates
     kept = max(0, min(steps, (budget - fixed - _rebuilt(steps, sizes.state)) // sizes.parameters))
@@ -308,7 +282,7 @@ def _spilled(steps: int, product: Product, sizes: Sizes, budget: int) -> Plan:
 
 
 def _recomputed(steps: int, product: Product, sizes: Sizes, budget: int) -> Plan:
-    # The beginning and the end of the window are kept as well, to go back to.
+    # The window's first and last states are kept as well.
     fixed = sizes.product + sizes.costates + 2 * sizes.state
     plans = []
     for chunk in _candidates(steps):
@@ -327,14 +301,14 @@ def _recomputed(steps: int, product: Product, sizes: Sizes, budget: int) -> Plan
                 predicted_bytes=fixed + one + snapshots * sizes.state,
             )
         )
-    # The first chunk may be shorter, which the formula does not know.
+    # The first chunk may be shorter, which the formula ignores.
     likely = sorted(plans, key=_rank)[: 256 if steps <= 1024 else 16]
     exactly = (replace(p, recomputed=recomputed_steps(steps, p.chunk, p.snapshots)) for p in likely)
     return min(exactly, key=_rank)
 
 
 def _candidates(steps: int) -> list[int]:
-    """Lengths of a chunk to look at: all up to 64, then such as give another number of chunks."""
+    """Chunk lengths to try: all up to 64, then those that change the number of chunks."""
     few = {math.ceil(steps / chunks) for chunks in range(1, 65)}
     return sorted(few | set(range(1, min(steps, 64) + 1)))
 

@@ -23,7 +23,7 @@ from rhc.training.plant import Plant
 from rhc.training.trajectory import Block, BlockState, Trajectory
 
 STRETCH = 1e-3
-"""By which share a gradient is made longer and shorter to see what a hook does."""
+"""Relative change of a gradient's length that tests what a hook does."""
 
 SAME_SLOPE = 0.05
 """Largest difference of a hook's two slopes, relative to gradients: kinks of a clamp stay below."""
@@ -32,8 +32,7 @@ SAME_SLOPE = 0.05
 @dataclass
 class Costate:
     """λ = dJ/ds: per block, for θ and for every tensor of the optimizer's state; for b by name.
-
-    None stands for zero.
+    None is zero.
     """
 
     parameters: list[Tensor | None]
@@ -52,7 +51,7 @@ class Costate:
         return list(found[: len(theta)]), list(found[len(theta) :])
 
     def parameter_norm(self, plant: Plant) -> Tensor:
-        """|dJ/dθ|, a float64 scalar; over all ranks where parameters are shared out."""
+        """|dJ/dθ|, a float64 scalar; over all ranks where parameters are sharded."""
         return plant.parallel.norm_of_parts(euclidean(self.norms()[0]))
 
 
@@ -67,8 +66,7 @@ def euclidean(parts: Sequence[Tensor]) -> Tensor:
 class OptimizerSteps:
     """The optimizer's steps of a roll.
 
-    Attributes:
-        gradient: control -> (K, groups) float64, dJ/d(the schedule's value), which `vjp` adds to.
+    gradient: control -> (K, groups) float64, dJ/d(the schedule's value), which `vjp` adds to.
     """
 
     def __init__(
@@ -78,7 +76,7 @@ class OptimizerSteps:
         controls: Sequence[str],
         checked: Sequence[int],
     ) -> None:
-        """checked: the steps at which hooks of parameters are held against differences."""
+        """checked: the steps at which hooks of parameters are compared with differences."""
         self.plant, self.trajectory = plant, trajectory
         self.differentiable = plant.differentiable
         self.blocks: tuple[Block, ...] = trajectory.blocks
@@ -88,14 +86,14 @@ class OptimizerSteps:
         self.groups = plant.optimizer.param_groups
         self.hooks = {} if trajectory.hooks is None else trajectory.hooks.of_tensors
         self._clips = plant.clip_norm is not None or plant.clip_value is not None
-        # On the device until the end: writing to the host would make it wait at every step.
+        # On the device until the end: copying to the host would synchronise at every step.
         self.device = plant.parameters[0].device
-        # One matrix each: small tensors that stay, among large ones that go, would pin the heap.
+        # One matrix each: small long-lived tensors among large short-lived ones would pin the heap.
         self.gradient = {
             name: torch.zeros(steps, len(self.groups), dtype=torch.float64, device=self.device)
             for name in controls
         }
-        # On a CPU numbers, which cost a tenth of small tensors.
+        # Numbers on a CPU cost a tenth of small tensors.
         self._numbers = {
             n: of_control.numpy()
             for n, of_control in self.gradient.items()
@@ -108,7 +106,7 @@ class OptimizerSteps:
     def advance(
         self, i: int, states: Sequence[BlockState], gradients: Sequence[Tensor | None]
     ) -> list[BlockState]:
-        """The states after step i, without θ where they are given without."""
+        """The states after step i; without θ if they are given without."""
         transformed = self._transform(i, gradients, self.values[i].get("noise", 0.0))
         result = []
         for block, state, g in zip(self.blocks, states, transformed, strict=True):
@@ -123,7 +121,7 @@ class OptimizerSteps:
         return result
 
     def folds(self, i: int, gradients: Sequence[Tensor | None]) -> Iterator[tuple[int, Fold]]:
-        """(index of a block that step i moved, how its state takes the gradient's place)."""
+        """(index of a block that step i moved, how its state takes the gradient's memory)."""
         for b, (block, g) in enumerate(zip(self.blocks, gradients, strict=True)):
             if g is not None:
                 values = self._group_values(i, block.group)
@@ -180,7 +178,7 @@ class OptimizerSteps:
         costate: Costate,
         evaluation: Evaluation,
     ) -> tuple[Costate, list[Tensor | None]]:
-        """(λ_θ and λ_h before step i but for the loss's part, λ_g); adds to dJ/du_i."""
+        """(λ_θ and λ_h before step i without the loss's part, λ_g); adds to dJ/du_i."""
         sigma = self.values[i].get("noise", 0.0)
         steered = "noise" in self.controls
         changed = steered or sigma != 0 or self._clips or bool(self.hooks)
@@ -232,7 +230,7 @@ class OptimizerSteps:
         return Costate(parameters, optimizer, costate.statistics), of_gradients
 
     def _block_vjp(self, i: int, b: int, before: Before, g: Tensor, costate: Costate) -> Vjp:
-        """Of one block through Φ; adds to dJ/du_i."""
+        """The vjp of Φ for one block; adds to dJ/du_i."""
         block, state = self.blocks[b], before.states[b]
         vjp = self.differentiable.vjp(
             self.groups[block.group],
@@ -270,9 +268,9 @@ class OptimizerSteps:
         return result
 
     def _check_hooks(self, gradients: Sequence[Tensor | None]) -> None:
-        """Unseen where autograd does not see what a hook does, as in no_grad or on `.data`.
+        """Raises Unseen where autograd misses what a hook does, as in no_grad or on `.data`.
 
-        Derivatives along g and along θ, by autograd and by central differences.
+        Compares derivatives along g and along θ with central differences.
         """
         names = self.trajectory.hooks.names if self.trajectory.hooks is not None else ()
         for block, vector in zip(self.blocks, gradients, strict=True):

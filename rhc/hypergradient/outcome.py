@@ -1,4 +1,4 @@
-"""How a hypergradient ended: what may be trusted, and what to do about the rest."""
+"""Whether a hypergradient can be trusted, and what to do where it cannot."""
 
 from __future__ import annotations
 
@@ -11,32 +11,35 @@ from rhc.hypergradient.adjoint import Adjoint, Damping
 from rhc.training.trajectory import Trajectory
 
 SAME_GRADIENT = 0.01
-"""Largest relative difference between a step's gradient and the same computed again. Other kernels
-and reduced precision stay below it; hidden state and randomness do not."""
+"""Largest relative difference between a step's gradient and the recomputed one. Other kernels and
+reduced precision stay below it; hidden state and randomness do not.
+"""
 
 EXPLODING = 1e4
-"""A costate that has grown by this factor on its way back says more about rounding and chaos than
-about the schedule (Metz et al. 2021)."""
+"""A costate that has grown by this factor reflects rounding and chaos more than the schedule (Metz
+et al. 2021).
+"""
 
 VANISHING = 1e-6
-"""A costate that has shrunk by this factor: steps before have no say in the objective."""
+"""A costate that has shrunk by this factor: earlier steps do not affect the objective."""
 
 AGREES = 0.05
-"""Largest sum over a window of what differences to either side differ by, as shares of the costate,
-that is put up with: about the error of dJ/du. Smooth models stay below 1e-3 in float32; one kink
-crossed is off by a third of a product and more."""
+"""Largest sum over a window of the disagreement of differences to either side, as shares of the
+costate: about the error of dJ/du. Smooth models stay below 1e-3 in float32; one crossed kink is off
+by a third of a product and more.
+"""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a hypergradient ended; `message` says the mend.
+    """How a hypergradient ended.
 
-    name: "successful"; "vanishing" and "exploding", where the costate shrinks or grows too much on
-    its way back; "non-finite"; or "inconsistent", where rolls of the plain loop contradict the
-    numbers, a step that is computed again is not the step that was rolled, or differences to either
-    side disagree, so that the numbers cannot be trusted.
-
-    step: the absolute step at which it began, going backwards; None where it succeeded.
+    Attributes:
+        name: "successful"; "vanishing" or "exploding" costates; "non-finite"; or "inconsistent":
+            the numbers contradict rolls of the plain loop, recomputed steps or differences to
+            either side.
+        message: what happened, and how to fix it.
+        step: the absolute step at which it began, going backwards; None if successful.
     """
 
     name: str
@@ -56,7 +59,6 @@ class Outcome:
 def outcome_of(
     found: Adjoint, trajectory: Trajectory, end: Tensor | None, damping: Damping
 ) -> Outcome:
-    """end: the terminal loss."""
     return (
         _non_finite(found, trajectory, end)
         or _disagreeing(found, trajectory)

@@ -1,4 +1,4 @@
-"""What a window keeps, by what its steps take: sizes are measured once, and plans made of them."""
+"""What a window keeps: sizes are measured once, and plans made of them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from rhc.training.objective import Objective
 from rhc.training.plant import Plant
 
 HEAP = 0.9
-"""The share of a budget that is planned with on a CPU: the C heap resides in a tenth more than is
-allocated, in holes between tensors."""
+"""Share of a budget that is planned with on a CPU: the C heap resides in a tenth more than is
+allocated, in holes between tensors.
+"""
 
 FRESH_GRAPHS = 2**30
-"""Bytes of graphs that are kept at most, whatever the budget, on a CPU whose heap is not held. The
-system's fresh pages take more time than is saved: a GPT with K = 50 took 3.9 plain steps a step
-with 16 graphs of 80 MB, 5.0 with 22, 5.4 with all 50; from the second window on 3.3, where they
-are held."""
+"""Upper bound on bytes of kept graphs, whatever the budget, on a CPU whose heap is not held. Fresh
+pages take more time than graphs save: a GPT with K = 50 took 3.9 plain steps a step with 16 graphs
+of 80 MB, 5.0 with 22, 5.4 with all 50; 3.3 from the second window on, where pages are held.
+"""
 
 
 class Planner:
@@ -84,17 +85,16 @@ class Planner:
         return plan
 
     def ceiling(self, plan: Plan) -> memory.Ceiling | None:
-        """Of a CPU's heap, where there is a budget; it begins now.
-
-        What the window began with is there already, and the budget's.
+        """The ceiling of a CPU's heap under a budget, from here on: the window's first state
+        counts.
         """
         if plan.budget is None or self.plant.parameters[0].device.type != "cpu":
             return None
         sizes = self.sizes[plan.product]
         whole = sizes.plain + plan.budget - sizes.state
         if plan.graphs:
-            # The next graph must fit in, with holes that it cannot use, and a product; in all no
-            # more than a tenth above the budget. Trimming earlier costs more than it is worth.
+            # The next graph must fit in, with holes that it cannot use, and a product; in all at
+            # most a tenth above the budget. Trimming earlier costs more than it saves.
             reserve = 2 * sizes.graph - 2 * plan.budget // 25
             above = max(whole // 2, whole - reserve)
             return memory.Ceiling(above, work=sizes.graph, spare=plan.budget // 4)
@@ -102,7 +102,7 @@ class Planner:
         return memory.Ceiling(whole - int((1 - HEAP) * plan.budget), work=work)
 
     def divide_no_more(self, product: Product, batch: Any) -> None:
-        """The loss is no mean over rows after all: products take whole batches."""
+        """The loss is not a mean over rows: products take whole batches from now on."""
         self.sizes[product] = replace(self.sizes[product], pieces=())
         forget_pieces(self.plant, batch, self.objective)
 
@@ -117,7 +117,7 @@ class Planner:
         return self.sizes[product]
 
     def _measured_in_pieces(self, batch: Any, product: Product) -> Sizes:
-        """Also of a product that takes the batch in parts: only where a budget is tight."""
+        """Also measures a product that takes the batch in parts, needed where a budget is tight."""
         pieces: tuple[tuple[int, int], ...] = ()
         if product == "exact":
             pieces = measure_pieces(self.plant, batch, self.objective)

@@ -1,10 +1,8 @@
-"""The product with the Hessian, tried in float64 against differences of plain gradients.
+"""The product with the Hessian, compared in float64 with differences of plain gradients.
 
-Few steps in float32 do not show a Hessian that is wrong: its share of dJ/du grows with every
-step. So the product itself is tried once in float64, on a few rows: with B its matrix, v the
-costate and w a direction, ⟨Bᵀv, w⟩ = ⟨v, g(θ + εw) − g(θ − εw)⟩ / 2ε, g the plain gradient. There
-no kink lies within ε, and a product that leaves something out (a detached value, a custom backward)
-is off by far more than rounding. In float32 ReLU and max-pooling would be as far off, rightly so.
+Few steps in float32 do not show a wrong Hessian: its share of dJ/du grows with every step. So with
+B its matrix, v the costate and w a direction, ⟨Bᵀv, w⟩ = ⟨v, g(θ + εw) − g(θ − εw)⟩ / 2ε is tested
+in float64 on a few rows, where no kink lies within ε. In float32 ReLU and max-pooling would fail.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from rhc.training.snapshot import Snapshot
 from rhc.training.trajectory import Block
 
 _ROWS = 4
-"""Of a batch, at least, that the product is tried on; an eighth of a larger one."""
+"""Rows of a batch, at least, that the product is tried on; an eighth of a larger one."""
 
 
 def try_product(
@@ -45,10 +43,11 @@ def try_product(
     *,
     before: Snapshot | None = None,
 ) -> tuple[float, float]:
-    """(How far ⟨Bᵀv, w⟩ is from differences of plain gradients in float64, gradient evaluations).
+    """(Relative difference of ⟨Bᵀv, w⟩ and differences of gradients in float64, gradient
+    evaluations).
 
-    costate: v; in a direction of its own without. 0 where that says nothing: the model or loss_fn
-    does not compute in float64, or not smoothly. The live state is used, and put back to `before`.
+    costate: v; None: a random direction. The difference is 0 where the model or loss_fn does not
+    compute in float64, or not smoothly. The live state is restored to `before`.
     """
     ours = parts(batch)[0]
     ours = ours.opened() if isinstance(ours, Kept) else ours
@@ -62,7 +61,7 @@ def try_product(
         with in_double(plant.model), noting_precision(plant) as coarsest:
             found, count = _projected(plant, product, blocks, doubled(ours), costate)
             return (found if coarsest() < 1e-10 else 0.0), count * size
-    except Exception:  # code that is bound to float32; what is wrong with it, others say
+    except Exception:  # code that is bound to float32; its errors are reported elsewhere
         return 0.0, 0.0
     finally:
         plant.restore(before)
@@ -91,7 +90,7 @@ def _projected(
             ]
 
         exact = product in ("exact", "forward-over-reverse")
-        # A difference goes from the gradient here; to an exact product any direction will do.
+        # A difference starts from the gradient here; an exact product allows any direction.
         known = [t.double() for t in theta] if exact else gradient(theta)
         length = _norm(theta)
         w = [None if g is None else g / _norm(known) * length for g in known]
@@ -115,13 +114,13 @@ def _projected(
                 return 0.0, PRODUCT_COST[product] + (not exact) + 2 * len(differences)
     first, second = differences
     apart = abs(second - predicted) / max(abs(second), abs(predicted), 1e-300)
-    # Where the differences have not settled, they say nothing.
+    # Differences that have not settled say nothing.
     settled = abs(first - second) <= 0.02 * max(abs(first), abs(second))
     return apart if settled else 0.0, PRODUCT_COST[product] + 5
 
 
 def along(costate: Costate | None, theta: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """The costate of the parameters, or a direction of its own where there is none."""
+    """The costate of the parameters, or a random direction if it is absent or 0."""
     if costate is not None and any(t is not None and bool(t.any()) for t in costate.parameters):
         return costate.parameters
     draw = torch.Generator().manual_seed(0)
@@ -130,7 +129,7 @@ def along(costate: Costate | None, theta: Sequence[Tensor]) -> Sequence[Tensor |
 
 @contextmanager
 def in_double(model: nn.Module) -> Iterator[None]:
-    """The model's parameters and buffers in float64; the very same ones as before afterwards."""
+    """Parameters and buffers in float64 inside; the originals are restored afterwards."""
     kept = [(p, p.data, p.grad) for p in model.parameters() if p.is_floating_point()]
     held = [
         (module, name, buffer)

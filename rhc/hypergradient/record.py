@@ -1,4 +1,4 @@
-"""What a roll keeps for the reverse pass, as a plan has it: in memory, on disk, to roll again."""
+"""What a roll keeps for the reverse pass under a plan: in memory, on disk, or to roll again."""
 
 from __future__ import annotations
 
@@ -32,27 +32,23 @@ from rhc.training.trajectory import Block, BlockState, split_gradients, split_st
 
 @dataclass
 class Chunk:
-    """Steps [start, stop) of the window, ready to be differentiated.
-
-    states: index of a step -> states before it; at least those of `start`, with θ. gradients: of
-    every step, from `start` on. graphs: index of a step -> the graph that the roll kept. owned:
-    nobody else has these tensors, so that they may be let go, and changed, once they were used.
-    """
+    """Steps [start, stop) of the window, ready to be differentiated."""
 
     start: int
     stop: int
-    states: dict[int, list[BlockState]]
-    gradients: Sequence[Sequence[Tensor | None]]
-    graphs: dict[int, KeptGraph] = field(default_factory=dict)
-    owned: bool = False
+    states: dict[int, list[BlockState]]  # before a step; at least `start`, with θ
+    gradients: Sequence[Sequence[Tensor | None]]  # of every step, from `start` on
+    graphs: dict[int, KeptGraph] = field(
+        default_factory=dict
+    )  # step -> the graph that the roll kept
+    owned: bool = False  # may be changed and freed after use
 
 
 class WindowRecorder(Recorder):
-    """Remembers a window as `plan` has it, and gives it back, last steps first.
+    """Stores a window as `plan` says, and returns it in chunks, last steps first.
 
-    without_theta: whether steps whose graph is kept need the optimizer's state alone. ceiling: of
-    the heap, for the reverse pass. beginning: the whole state before the roll, where that is to be
-    verified.
+    without_theta: steps with a kept graph need the optimizer's state alone. ceiling: of the heap,
+    for the reverse pass. beginning: the whole state before the roll, for verification.
     """
 
     def __init__(
@@ -98,7 +94,7 @@ class WindowRecorder(Recorder):
     def kernels(self) -> Iterator[None]:
         """To roll inside: kernels for graphs, where every step keeps its own.
 
-        To enter and leave them at every step takes a tenth of a small model's.
+        Entering and leaving them at every step takes a tenth of a small model's.
         """
         if self.plan.graphs < self.plan.steps:
             yield
@@ -131,7 +127,7 @@ class WindowRecorder(Recorder):
         return []
 
     def backward(self, batch: Any) -> Observed:
-        """Of steps whose graph the plan keeps, by a graph that stays."""
+        """Takes the gradient by a graph that stays, for steps whose graph the plan keeps."""
         plant, blocks = self.plant, self.trajectory.blocks
         i = len(self.trajectory.batches) - 1
         if i < self.plan.steps - self.plan.graphs:
@@ -140,14 +136,14 @@ class WindowRecorder(Recorder):
             self._make_graph = GraphMaker(Evaluation(plant, blocks, self.objective))
         try:
             made = self._make_graph(batch, inside=self._inside)
-        except OnceDifferentiable:  # which the reverse pass will meet again, and answer to
+        except OnceDifferentiable:  # the reverse pass will meet it again, and handle it
             before = self.trajectory.rng[-1]
             if before is not None:
                 before.restore()
             return super().backward(batch)
         if made.steady:
             self.graphs[i] = made.graph
-            # Earlier, what is free is where the next graphs go, left by the window before.
+            # Memory freed earlier by the previous window holds the next graphs.
             if self.ceiling is not None and 4 * len(self.graphs) >= 3 * self.plan.graphs:
                 self.ceiling.check_growth()
         indices = (i for block in blocks for i in block.indices)
@@ -165,10 +161,8 @@ class WindowRecorder(Recorder):
     # Backwards -----------------------------------------------------------------------------------
 
     def backwards(self) -> Iterator[Chunk]:
-        """The window's chunks, last one first.
-
-        The live plant is used to roll chunks again, and put back at the end; it must not be in use
-        while the next chunk is asked for.
+        """The window's chunks, last first; uses the live plant between them, and restores it at the
+        end.
         """
         trajectory = self.trajectory
         end = len(trajectory)
@@ -200,7 +194,7 @@ class WindowRecorder(Recorder):
 
     @property
     def again(self) -> bool:
-        """Whether the window can be gone through more than once."""
+        """Whether the window can be traversed more than once."""
         return not self.plan.chunk
 
     def close(self) -> None:
@@ -258,7 +252,7 @@ def _vector(block: Block, gradients: Sequence[Tensor | None]) -> Tensor | None:
 
 
 class _OnDisk(NamedTuple):
-    """What stands in a file in place of a tensor."""
+    """The placeholder of a tensor that lies in a file."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -266,10 +260,10 @@ class _OnDisk(NamedTuple):
 
 
 class _Spill:
-    """States and gradients on disk, one file per step: the tensors' bytes, one after the other.
+    """States and gradients on disk, one file of raw bytes per step.
 
-    They are read into memory of their own, tensor by tensor. Tensors that are views of a mapped
-    file keep all of it resident for as long as one of them is there.
+    Views of a mapped file would keep all of it resident while one of them exists, so tensors are
+    copied.
     """
 
     def __init__(self, directory: Path | None) -> None:
@@ -299,7 +293,6 @@ class _Spill:
     def read(
         self, i: int, blocks: tuple[Block, ...]
     ) -> tuple[list[BlockState], list[Tensor | None]]:
-        """States and gradients of step i for `blocks`."""
         written, rest = self.rest[i]
         with self._file(i).open("rb", buffering=0) as file:
 

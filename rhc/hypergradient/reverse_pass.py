@@ -1,8 +1,4 @@
-"""Rolling windows and differentiating them, with everything that is decided on the way.
-
-`rhc.hypergradient` uses a `ReversePass` once, a Runner for all its windows: which product is taken
-(`auto`), what the roll keeps (`plan`), and what became of it (`Outcome`).
-"""
+"""Rolls windows and differentiates them: chooses the product, plans, verifies and judges."""
 
 from __future__ import annotations
 
@@ -56,7 +52,7 @@ from rhc.training.plant import Plant
 from rhc.training.trajectory import StepRecord, Trajectory
 
 SAMPLED = 12
-"""Steps at which difference products that were asked for are held against others, once."""
+"""Steps at which requested difference products are compared with others, once."""
 
 
 @dataclass(frozen=True)
@@ -65,19 +61,19 @@ class Hypergradient:
 
     Attributes:
         value: J.
-        grad: control -> (K,) float64, dJ/du_t in natural units; (K, groups) where the schedule has
-            a value per group.
+        grad: control -> (K,) float64, dJ/du_t in natural units; (K, groups) with a value per group.
         costate_norms: (K,) float64, |dJ/ds_t|.
         result: whether it can be trusted.
         terminal: the terminal loss, NaN without one.
         losses: (K,) as rolled.
-        engine, product, segment: what was used.
-        hessian_products: how many.
-        gradient_equivalents: what the reverse pass cost, in gradient evaluations.
+        engine: "adjoint" or "higher".
+        product: how the Hessian was applied.
+        segment: last steps whose graphs were kept.
+        hessian_products: number of them.
+        gradient_equivalents: cost of the reverse pass, in gradient evaluations.
         why: why this product was taken, and what it leaves out.
         plan: what the roll kept.
-        check: control -> relative disagreement with two rolls of the plain loop over the first
-            steps; {} where nothing was verified.
+        check: control -> relative disagreement with rolls of the plain loop; {} if not verified.
     """
 
     value: float
@@ -99,10 +95,9 @@ class Hypergradient:
 class ReversePass:
     """Rolls windows of a plant and differentiates them.
 
-    segment, product, memory_budget (bytes beyond plain training), spill (False; True for the
-    system's temporary folder; or a folder), damping: as in `rhc.hypergradient`. verified: whether
-    the first hypergradient is held against rolls of the plain loop. notice: told, in words, what
-    was decided and given up.
+    segment, product, memory_budget, spill, damping: as in `rhc.hypergradient`. verified: whether
+    the first hypergradient is compared with rolls of the plain loop. notice: receives decisions in
+    words.
     """
 
     def __init__(
@@ -157,10 +152,10 @@ class ReversePass:
         return replace(plan, twice=len(self._twice(steps)))
 
     def _twice(self, steps: int, start: int = 0) -> Sequence[int]:
-        """Steps at which a difference product is held against another.
+        """Steps at which a difference product is compared with another.
 
-        Everywhere if it stands in for an exact one that the model does not have; at a few, once, if
-        it was asked for. In float64 kinks are too far apart to hit.
+        All if it replaces a missing exact one; a few, once, if it was requested; none in float64,
+        where kinks are too far apart to hit.
         """
         if self.product not in ("forward-difference", "central-difference") or not self.verified:
             return ()
@@ -179,9 +174,8 @@ class ReversePass:
         on_step: Callable[[int, StepRecord], None] | None = None,
         limit: Callable[[float], float] = lambda first: math.inf,
     ) -> WindowRecorder:
-        """Rolls the live plant through the window; the recorder has the trajectory.
-
-        Raises Unseen where a step does what a reverse pass cannot see through.
+        """Rolls the live plant through the window; raises Unseen for steps that cannot be
+        differentiated.
         """
         self.plant.refuse_overlaps()
         plan = self.plan(len(batches), batches[0], schedule)
@@ -221,9 +215,9 @@ class ReversePass:
         terminal: Terminal | None,
         damping: Damping | None = None,
     ) -> Hypergradient:
-        """The adjoint of a roll whose end is the live state, which is put back."""
+        """The adjoint of a roll whose end is the live state, which is restored."""
         damping = damping or self.damping
-        self.plant.optimizer.zero_grad()  # the last step's gradients are on the trajectory
+        self.plant.optimizer.zero_grad()  # the trajectory has the last step's gradients
         counted = self.plant.attributes()
         try:
             return self._differentiate(recorder, average, terminal, damping, counted)
@@ -267,7 +261,7 @@ class ReversePass:
             outcome = outcome_of(found, trajectory, end, damping)
             if found.cut is None or not outcome.usable:
                 break
-            # A terminal loss that draws or counts is taken again as it was.
+            # A terminal loss that draws or counts is repeated from the same state.
             rng.restore()
             counted.restore()
             assert recorder.beginning is not None
@@ -325,7 +319,7 @@ class ReversePass:
         )
 
     def _steps_to_verify(self, recorder: WindowRecorder, damping: Damping) -> int:
-        """The k of `verify`; 0 where nothing is verified."""
+        """The k of `verify`; 0 for no verification."""
         trajectory = recorder.trajectory
         checked = recorder.beginning is None or self.check is not None
         if checked or trajectory.diverged is not None:
@@ -342,7 +336,7 @@ class ReversePass:
 
     @property
     def prior_cost(self) -> float:
-        """Gradient evaluations that the first hypergradient's proof takes, about at most."""
+        """Upper estimate of the first verification's cost, in gradient evaluations."""
         if not self.verified or self.check is not None:
             return 0.0
         return 4.0 * len(self.controls) if self.product == "none" else 20.0
@@ -353,7 +347,7 @@ class ReversePass:
         return self.check is None or self.check.holds
 
     def state(self) -> dict[str, Any]:
-        """What was decided and measured, JSON-able: a resumed run must roll as the run did."""
+        """Decisions and measurements, JSON-able, so that a resumed run rolls alike."""
         sizes = {key: asdict(found) for key, found in self.planner.sizes.items()}
         return {
             "product": self.product,
@@ -365,12 +359,11 @@ class ReversePass:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state` gave."""
         self.product, self.why = state["product"], state["why"]
         self.exact_fails = bool(state["exact_fails"])
-        self.whole = state.get("whole", "")  # not in checkpoints of before
+        self.whole = state.get("whole", "")  # absent from older checkpoints
         self.planner.sizes = {key: Sizes(**found) for key, found in state["sizes"].items()}
-        check = state.get("check")  # not in checkpoints of before
+        check = state.get("check")  # absent from older checkpoints
         self.check = None if check is None else Disagreements(**check)
 
     # Which product -------------------------------------------------------------------------------
@@ -395,8 +388,7 @@ class ReversePass:
         return "; ".join([self.why, *more, *([self.whole] if self.whole else [])])
 
     def _moving_buffers(self, trajectory: Trajectory) -> list[str]:
-        """Buffers, and parameters that are not trained, that change in training, but for the
-        statistics that are followed."""
+        """Buffers and frozen parameters that training changes, except differentiated statistics."""
         followed = Evaluation(self.plant, trajectory.blocks, self.objective).statistics_names
         moving = [
             name
@@ -411,7 +403,7 @@ class ReversePass:
         return moving
 
     def _tries_differences(self, check: Disagreements, recorder: WindowRecorder) -> bool:
-        """Takes difference products where exact ones do not hold and it is ours to choose."""
+        """Switches from failing exact products to differences, under "auto" only."""
         ours = self.automatic and self.product == "exact"
         if not (ours and check.of_the_product and recorder.again):
             return False
@@ -422,8 +414,7 @@ class ReversePass:
         return True
 
     def _try_functions(self, trajectory: Trajectory) -> float:
-        """Tries the product with every custom Function that was met the first time, wherever in a
-        window; what that cost."""
+        """Tries the product with every newly seen custom Function; returns the cost."""
         new = [
             (cls, batch)
             for cls, batch in functions_of(self.plant).items()
@@ -441,7 +432,7 @@ class ReversePass:
         return cost
 
     def _keep(self, check: Disagreements, trajectory: Trajectory) -> None:
-        """Remembers what was found, for the windows to come and, if it holds, for other calls."""
+        """Stores the result for later windows and, if it holds, for other calls."""
         self.check = check
         if check.holds:
             self._remembered(trajectory.batches[0])["check"] = check
@@ -449,7 +440,7 @@ class ReversePass:
             self.notice(f"hypergradients are inconsistent: {check.sentence()}")
 
     def _remembered(self, batch: Any) -> dict[str, Disagreements]:
-        """What is known of this model, loss and optimizer, with all that hangs on them."""
+        """What is known of this model, loss and optimizer, and their hooks."""
         key = (
             "verified",
             type(self.plant.optimizer),
@@ -470,7 +461,7 @@ class ReversePass:
         self.notice(self.whole)
 
     def _fall_back(self, error: BaseException, trajectory: Trajectory) -> None:
-        """An operator lacks the derivative: differences where that is ours to choose."""
+        """For an operator without the derivative: differences, under "auto" only."""
         batch = trajectory.batches[-1]
         if not self.automatic or self.exact_fails:
             raise unsupported(error, self.plant, batch, self.product) or error from error
@@ -484,7 +475,7 @@ class ReversePass:
 
 
 def _has_moved(live: Tensor, before: Sequence[Tensor | None]) -> bool:
-    """Whether it differs from its first value of the same shape: caches are filled, and grow."""
+    """Whether it differs from its first value of the same shape: caches fill, and grow."""
     first = next((b for b in before if b is not None and b.shape == live.shape), live)
     return not torch.equal(live, first)
 

@@ -1,4 +1,4 @@
-"""In which order a window's chunks are rolled again, from few snapshots: Revolve.
+"""The order in which a window's chunks are rolled again from few snapshots: Revolve.
 
 Griewank, Walther 2000: it evaluates the fewest steps. Chunks are numbered from the window's start;
 the first roll passes them all, leaves snapshots before some, and records the last one.
@@ -13,15 +13,16 @@ from typing import Literal
 
 Action = tuple[Literal["restore", "advance", "keep", "record", "drop"], int]
 """restore: the snapshot before this chunk; advance: roll up to it; keep: a snapshot before it;
-record: roll it, for the reverse pass; drop: its snapshot."""
+record: roll it, for the reverse pass; drop: its snapshot.
+"""
 
 
 def actions(chunks: int, snapshots: int) -> Iterator[Action]:
     """What is done after the first roll, and the reverse pass of the last chunk."""
     left = [(0, chunks, snapshots - 1, True)]
     while left:
-        # Chunks [first, stop), last one first, from the snapshot before `first`. passed: the first
-        # roll has left its snapshots here, and the last of them is done.
+        # Chunks [first, stop), last first, from the snapshot before `first`. passed: the first roll
+        # has left its snapshots here, and the last chunk is done.
         first, stop, free, passed = left.pop()
         if stop - first == 1 or free == 0:
             for k in reversed(range(first, stop - passed)):
@@ -74,8 +75,8 @@ def recomputed_steps(steps: int, chunk: int, snapshots: int) -> int:
 def chunk_evaluations(chunks: int, free: int) -> int:
     """Chunks rolled to reverse `chunks` of them with room for `free` states beside the first.
 
-    l chunks with s states take r l − C(s + r, s + 1) advances, r the smallest number with
-    C(s + r, s) ≥ l, and every chunk is rolled once more to be recorded.
+    l chunks with s states take r l − C(s + r, s + 1) advances, r the smallest number with C(s + r,
+    s) ≥ l, and every chunk is rolled once more to be recorded.
     """
     if chunks <= 1:
         return chunks

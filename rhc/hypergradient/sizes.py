@@ -1,4 +1,4 @@
-"""What a step and a product of a model hold, as measured: what a plan is made of."""
+"""Measures the memory that a step and a product of a model take, for plans."""
 
 from __future__ import annotations
 
@@ -37,28 +37,23 @@ NEVER = 1 << 62
 """Bytes of a graph that cannot be kept."""
 
 SAME_PARTS = 1000
-"""Largest relative difference between a batch's gradient and its parts' mean, in machine epsilons.
-"""
+"""Largest relative difference of a batch's gradient and its parts' mean, in machine epsilons."""
 
 
 class Measured(NamedTuple):
-    """Bytes of a graph, of a product, (how many, of a product in so many parts) where that was
-    measured, of a gradient, of what oneDNN would keep."""
+    """Bytes."""
 
     graph: int
     product: int = 0
-    pieces: tuple[tuple[int, int], ...] | None = None
-    plain: int = 0
-    kernels: int = 0
+    pieces: tuple[tuple[int, int], ...] | None = None  # (n, product in n parts)
+    plain: int = 0  # one gradient
+    kernels: int = 0  # that oneDNN would keep
 
 
 def measure_sizes(
     plant: Plant, batch: Any, objective: Objective, product: Product, *, full: bool
 ) -> Sizes:
-    """What one step at the live state holds; the plant is put back. full: also a product's peak.
-
-    Without `full`, graphs that could not be kept anyway are not measured.
-    """
+    """Memory of one step at the live state, which is restored. full: also a product, any graph."""
     known = known_of(plant)
     key = (product, full, signature(plant, batch), bool(objective.reward_weight))
     if key not in known:
@@ -75,7 +70,7 @@ def measure_sizes(
 def measure_pieces(plant: Plant, batch: Any, objective: Objective) -> tuple[tuple[int, int], ...]:
     """(n, bytes that an exact product in n parts of the batch takes), fewer parts first.
 
-    () where the loss is not a mean over rows. The plant is put back.
+    () where the loss is not a mean over rows. The plant is restored.
     """
     known, key = known_of(plant), _pieces_key(plant, batch, objective)
     if key not in known:
@@ -85,7 +80,7 @@ def measure_pieces(plant: Plant, batch: Any, objective: Objective) -> tuple[tupl
 
 
 def forget_pieces(plant: Plant, batch: Any, objective: Objective) -> None:
-    """The loss is no mean over rows after all."""
+    """Records that the loss is not a mean over rows."""
     known_of(plant)[_pieces_key(plant, batch, objective)] = ()
 
 
@@ -95,8 +90,9 @@ def _pieces_key(plant: Plant, batch: Any, objective: Objective) -> tuple[Any, ..
 
 _KNOWN: WeakKeyDictionary[nn.Module, WeakKeyDictionary[Any, dict[Any, Any]]]
 _KNOWN = WeakKeyDictionary()
-"""Model -> loss_fn -> what the figures depend on -> what was measured. `rhc.hypergradient`, called
-again and again, would spend a tenth of its time on measuring, and hand back its heap."""
+"""Model -> loss_fn -> what the figures depend on -> what was measured. Repeated calls of
+`rhc.hypergradient` would spend a tenth of their time on measuring, and return the heap.
+"""
 
 
 def known_of(plant: Plant) -> dict[Any, Any]:
@@ -117,7 +113,7 @@ def signature(plant: Plant, batch: Any) -> tuple[Any, ...]:
 
 @contextmanager
 def _put_back(plant: Plant) -> Iterator[None]:
-    """Inside, the live state may be stepped on."""
+    """Restores the live state."""
     state = plant.snapshot()
     grads = [p.grad for p in plant.model.parameters()]
     try:
@@ -130,7 +126,7 @@ def _put_back(plant: Plant) -> Iterator[None]:
 
 
 class _Measuring:
-    """Takes a step or two at the live state, and says how much memory they take."""
+    """Takes a step or two at the live state, and measures their memory."""
 
     def __init__(self, plant: Plant, batch: Any, objective: Objective) -> None:
         self.plant, self.batch, self.objective = plant, batch, objective
@@ -140,7 +136,7 @@ class _Measuring:
     def sizes(self, product: Product, *, full: bool) -> Measured:
         graph = _parameter_bytes(self.plant)
         if product == "exact" and (full or graph <= FREE_GRAPHS):
-            # Ranks that go through a layer of all ranks must not leave it in the middle.
+            # Ranks that share a collective layer must not leave it midway.
             ranks = self.plant.ranks is not None
             graph = self._graph(math.inf if full or ranks else FREE_GRAPHS)
         if not full:
@@ -152,10 +148,7 @@ class _Measuring:
         return Measured(graph, taken, None, plain, kept())
 
     def _graph(self, enough: float) -> int:
-        """Bytes that the graph of one step's gradient holds; NEVER where it cannot be kept.
-
-        enough: bytes from which on it is not worth going on.
-        """
+        """Bytes of the graph of one gradient; NEVER if it cannot be kept or exceeds `enough`."""
         self._clear()
         try:
             found = GraphMaker(self.evaluation).survey(self.batch, enough)
@@ -182,11 +175,10 @@ class _Measuring:
                     taken = self._beyond()
                 else:
                     raise
-            gc.collect()  # what an error has cut off may be held by cycles
+            gc.collect()  # cycles may hold what an error has left
             return taken, self._plain
 
     def pieces(self) -> tuple[tuple[int, int], ...]:
-        """As `measure_pieces`."""
         found = []
         with self._ready():
             if self._draws or not self._may_be_cut():
@@ -201,19 +193,19 @@ class _Measuring:
                         break
                     taken, _ = self._product("exact", pieces, times=2)
                     found.append((pieces, taken))
-                except Exception as error:  # a loss that needs all rows raises what it likes
+                except Exception as error:  # a loss that needs all rows raises any error
                     if not out_of_memory(error):
                         break
                     gc.collect()
         return tuple(found)
 
     def _may_be_cut(self) -> bool:
-        """Whether the loss could be a mean over rows, as far as can be seen from here."""
+        """Whether the loss may be a mean over rows: full precision, one rank, no reward."""
         full = precision(self.plant) <= torch.finfo(torch.float32).eps
         return full and self.plant.ranks is None and not self.objective.reward_weight
 
     def _too_large(self, error: BaseException) -> bool:
-        """Whether this is memory that runs out, which a budget is there to prevent."""
+        """Whether the error is exhausted memory, which a budget should prevent."""
         return out_of_memory(error) and self.plant.ranks is None
 
     @contextmanager
@@ -253,14 +245,14 @@ class _Measuring:
                 with double_backward(plant.model), visible, self.evaluation:
                     yield
             finally:
-                del self._point  # what is measured next would use its memory
+                del self._point  # the next measurement would use its memory
 
     def _product(
         self, product: Product, pieces: int = 1, *, compare: bool = False, times: int = 1
     ) -> tuple[int, float]:
-        """(bytes beyond those of a gradient, how far its gradient is off).
+        """(Bytes beyond those of a gradient, relative error of its gradient).
 
-        times: how often; what a first one leaves behind in the heap need not suit the next.
+        times: repetitions, because a first one's holes in the heap need not suit the next.
         """
         memory.trim()
         memory.reset_peak(self.device)
@@ -296,7 +288,7 @@ def _snapshot_bytes(plant: Plant) -> int:
 
 
 def _slot_bytes(plant: Plant) -> int:
-    """Of the optimizer's state as it is, or as it will be after the first step."""
+    """Bytes of the optimizer's state, now or after the first step."""
     slots = plant.block_slots(plant.blocks())
     held = sum(t.nbytes for own in slots for t in own if isinstance(t, Tensor))
     return held or _parameter_bytes(plant)

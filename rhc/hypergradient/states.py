@@ -1,8 +1,8 @@
-"""The states of a window's steps in reverse order, made of the few that were kept.
+"""The states of a window's steps in reverse order.
 
-They are rebuilt from kept ones by the roll's gradients, elementwise (`Rebuilt`). Where a step's
-graph is there, the optimizer's part of a state is enough; and where that part after a step says
-all of the step, it takes the gradient's own place in memory (`Folded`).
+`Rebuilt` recomputes them elementwise from kept states and the roll's gradients. With kept graphs
+the optimizer's slots suffice; if they determine the step, they replace the gradient in memory
+(`Folded`).
 """
 
 from __future__ import annotations
@@ -18,31 +18,24 @@ from rhc.optimizers import Fold
 from rhc.training.trajectory import BlockState
 
 SMALL_STATES = 8 * 2**20
-"""Bytes of rebuilt states that are kept at a time without a thought."""
+"""Bytes of rebuilt states that are always kept at a time."""
 
 
 class Before(NamedTuple):
-    """What a step's vjp through Φ needs, per block.
+    """What a step's vjp through Φ needs, per block."""
 
-    states: before it, of parameters None where Φ does not read θ. theta: gives θ all the same.
-    after: the optimizer's states after it, where these lie in the gradients' place.
-    """
-
-    states: Sequence[BlockState]
-    theta: Callable[[], Sequence[Tensor]]
-    after: Sequence[Any] | None = None
+    states: Sequence[BlockState]  # before it; without θ where Φ does not read it
+    theta: Callable[[], Sequence[Tensor]]  # θ in any case
+    after: Sequence[Any] | None = None  # the optimizer's states after it, if folded
 
 
 class Rebuilt:
     """The states of a window in reverse order, rebuilt from the kept ones by `advance`.
 
-    A state costs the memory of parameters and optimizer slots, `advance` a few elementwise passes.
-    Where all states up to the one asked for take no more than `small` bytes, or are no more than
-    `apart`, all are kept on the way there; otherwise only those at 2/3 of the way, at 2/3 of the
-    rest, and so on, which bounds them by log3 K + 1 at about log3 K passes a step (recursive
-    checkpointing, Griewank 1992).
-
-    theta(i): θ_i, where the states are without.
+    States up to the requested one are all kept if they take at most `small` bytes or number at most
+    `apart`; otherwise those at 2/3 of the way, at 2/3 of the rest, and so on: log3 K + 1 states,
+    about log3 K passes a step (recursive checkpointing, Griewank 1992). theta(i): θ_i for states
+    without it.
     """
 
     def __init__(
@@ -85,8 +78,8 @@ class Rebuilt:
 class Folded:
     """The optimizer's states of steps [start, stop), in the memory of their gradients.
 
-    first: those before `start`. gradients: of every step, per block. moved(i): (block, how it
-    folds) for the blocks that step i moved. theta(i): θ_i, made of the gradients.
+    first: states before `start`. gradients: per step and block. moved(i): (block, fold) for the
+    blocks that step i moved. theta(i): θ_i, recomputed from the gradients.
     """
 
     def __init__(
@@ -99,13 +92,13 @@ class Folded:
     ) -> None:
         self.start, self.gradients, self.moved = start, gradients, moved
         self.theta = theta
-        # Index of a step -> the states before it, and after the last of those that are folded.
+        # Step -> the states before it, and after the last folded step.
         self.slots: dict[int, list[Any]] = {start: first}
         self.folded = start  # the steps up to this one are
 
     @contextmanager
     def folding(self) -> Iterator[Folded]:
-        """Inside, a gradient comes back, to rounding, when its step is done; at the end, all."""
+        """Inside, a step's gradient is restored, to rounding, when it is done; at the end, all."""
         try:
             self._fold(self.start + len(self.gradients))
             yield self
@@ -117,7 +110,7 @@ class Folded:
         return Before(states, partial(self._lost_theta, i), self.slots[i + 1])
 
     def done(self, i: int) -> None:
-        """Gives the gradients from step i on back."""
+        """Restores the gradients from step i on."""
         while self.folded > i:
             last, after = self.folded - 1, self.slots.pop(self.folded)
             for b, fold in self.moved(last):

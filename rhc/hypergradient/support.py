@@ -1,7 +1,6 @@
-"""Which second derivatives a model has, and who lacks one.
+"""Which second derivatives a model has, and which module lacks one.
 
-torch says which operator failed, deep inside a backward pass; here the module is found by trying
-every module on its own, and the mend is said.
+torch names the operator; the module is found by trying every module on its own.
 """
 
 from __future__ import annotations
@@ -58,14 +57,14 @@ _MENDS = {
 
 @dataclass(frozen=True)
 class Missing:
-    """What stands against a product. reason: operator and place; mend: how the model gets it."""
+    """What prevents a product."""
 
-    reason: str
-    mend: str
+    reason: str  # operator and place
+    mend: str  # how to change the model
 
 
 def missing_derivative(error: BaseException) -> str | None:
-    """The operator that a RuntimeError of autograd says cannot be differentiated, or None."""
+    """The operator that a RuntimeError of autograd cannot differentiate, or None."""
     if isinstance(error, OnceDifferentiable):
         return error.function
     if not isinstance(error, (RuntimeError, NotImplementedError)):
@@ -97,7 +96,7 @@ def missing(error: BaseException, plant: Plant, batch: Any, product: Product) ->
 def unsupported(
     error: BaseException, plant: Plant, batch: Any, product: Product
 ) -> InputError | None:
-    """The error for a user who insisted on `product`: module, operator, mend; None for others."""
+    """The InputError for a required `product`: module, operator, fix; None for other errors."""
     found = missing(error, plant, batch, product)
     if found is None:
         return None
@@ -134,7 +133,7 @@ def failing_module(plant: Plant, batch: Any, product: Product) -> str | None:
     try:
         with torch.enable_grad(), double_backward(plant.model, light=False):
             mean_loss(plant.loss_fn, plant.model, batch)
-    except Exception:  # the search for a better message may not hide the error itself
+    except Exception:  # this search must not hide the original error
         pass
     finally:
         for handle in handles:
@@ -144,7 +143,7 @@ def failing_module(plant: Plant, batch: Any, product: Product) -> str | None:
 
 
 def _twice(module: nn.Module, args: Any, kwargs: Any, output: Any) -> bool:
-    """Whether what the module gave can be differentiated twice by its inputs and parameters."""
+    """Whether the module's output is twice differentiable by its inputs and parameters."""
     outputs = [t for t in tensors_of(output) if t.requires_grad]
     inputs = [t for t in tensors_of([args, kwargs]) if t.requires_grad]
     leaves = [*inputs, *(p for p in module.parameters() if p.requires_grad)]
@@ -165,7 +164,7 @@ def _twice(module: nn.Module, args: Any, kwargs: Any, output: Any) -> bool:
 
 
 def _forward_over_reverse(module: nn.Module, args: Any, kwargs: Any, output: Any) -> bool:
-    """Whether the module's gradient has a derivative in forward mode; runs the module again."""
+    """Whether the module's gradient has a forward-mode derivative; runs the module again."""
     try:
         with forward_ad.dual_level():
 

@@ -1,17 +1,11 @@
-"""A hypergradient held against what it claims: rolls of the plain loop to either side of it.
+"""Verifies a hypergradient by central differences of the plain loop, with all hooks and hidden
+state.
 
-For a direction d in the controls' coordinates ⟨dJ/du, d⟩ = (J(u + εd) − J(u − εd)) / 2ε up to
-O(ε²). Both J come from the plain loop with everything that users hang on it (hooks, custom
-backwards, hidden state), and share no code with the reverse pass.
-
-J over a whole window is no smooth function of u in float32 where training is near the edge of
-stability, whatever the code. So the window is cut after its first steps k ≤ 4, and what follows is
-replaced by its own derivative there: J_k = Σ_{t<k} stage_t + ⟨λ_k, s_k⟩, with λ_k the costate that
-the reverse pass had at step k. The derivatives of J_k with respect to the first k steps' controls
-are those of J, so that no other reverse pass is needed: 2k plain steps a control. The terminal
-loss, which is in J_k by its gradient alone, is held against its own values to either side.
-
-The product with the Hessian is tried on its own (`product_check`).
+⟨dJ/du, d⟩ = (J(u + εd) − J(u − εd)) / 2ε + O(ε²) for a direction d in the controls' coordinates.
+Near the edge of stability, J of a whole window is no smooth function of u in float32. So it is cut
+after k ≤ 4 steps: J_k = Σ_{t<k} stage_t + ⟨λ_k, s_k⟩, whose derivatives by the first k steps'
+controls are those of J; this costs 2k plain steps a control. The terminal loss, which is in J_k by
+its gradient alone, and the Hessian's product (`product_check`) are tested separately.
 """
 
 from __future__ import annotations
@@ -51,24 +45,16 @@ _AT_ZERO = {"noise": 0.1, "weight_decay": 0.01}
 
 @dataclass(frozen=True)
 class Disagreements:
-    """Relative disagreements of a hypergradient with the plain loop, beyond rounding.
+    """Relative disagreements of a hypergradient with the plain loop, beyond rounding."""
 
-    of: per control, |difference − predicted| / the larger of both. terminal: of the terminal loss
-    with its gradient. hessian: of the product with differences of gradients; of_what: the custom
-    Function that it was tried with, if it was for one. not_the_step: in
-    words, how the step that was rolled differs from the plain loop's; "" where it does not.
-    tolerance: what is put up with. cost: in gradient evaluations, without terminals: terminal
-    losses that were taken.
-    """
-
-    of: dict[str, float]
-    terminal: float = 0.0
-    hessian: float = 0.0
-    of_what: str = ""
-    not_the_step: str = ""
+    of: dict[str, float]  # control -> |difference − predicted| / the larger of both
+    terminal: float = 0.0  # of the terminal loss with its gradient
+    hessian: float = 0.0  # of the product with differences of gradients
+    of_what: str = ""  # the custom Function that it was tried with, if any
+    not_the_step: str = ""  # in words, how the rolled step differs from the plain loop's
     tolerance: float = 0.05
-    cost: float = 0.0
-    terminals: int = 0
+    cost: float = 0.0  # gradient evaluations, without terminals
+    terminals: int = 0  # terminal losses evaluated
 
     @property
     def _all(self) -> dict[str, float]:
@@ -78,12 +64,11 @@ class Disagreements:
 
     @property
     def finite(self) -> bool:
-        """Whether the rolls had anything to say."""
         return all(math.isfinite(apart) for apart in self._all.values())
 
     @property
     def holds(self) -> bool:
-        """Whether the hypergradient is what the plain loop says."""
+        """Whether the hypergradient agrees with the plain loop."""
         return not self.not_the_step and all(x <= self.tolerance for x in self._all.values())
 
     @property
@@ -122,10 +107,7 @@ def hooks(plant: Plant) -> tuple[int, ...]:
 def steps_to_cut(
     steps: int, controls: Sequence[str], product: Product, *, few: bool, damped: bool
 ) -> int:
-    """k for a window of `steps`: where the Hessian is left out, or λ damped, one step is exact.
-
-    few: two steps are enough.
-    """
+    """k for a window of `steps`: 1 with product "none" or damping, at most 2 if `few`."""
     if product == "none" or damped:
         return 1
     return min(steps, 2 if few else max(2, MOST_STEPS // len(controls)))
@@ -145,12 +127,11 @@ def verify(
     *,
     hessian: bool,
 ) -> Disagreements:
-    """Holds a reverse pass against the plain loop; the live state is left as it is found.
+    """Compares a reverse pass with the plain loop; the live state is restored.
 
     beginning: the state that the window was rolled from. gradient: control -> (K,) or (K, G).
-    value: the terminal loss. at: θ̄ in the optimizer's parameter order, where it was taken; None
-    for the last iterate, which is live. hessian: whether the product is tried in float64, where
-    that says more.
+    value: the terminal loss. at: its θ̄ in the optimizer's parameter order; None for the live last
+    iterate. hessian: whether the product is tried in float64, where that says more.
     """
     own = max(torch.finfo(p.dtype).eps for p in plant.parameters if p.is_floating_point())
     rolls = _Rolls(plant, beginning, trajectory, objective, cut, own)
@@ -202,12 +183,11 @@ def verify(
 
 
 def is_double(plant: Plant) -> bool:
-    """Whether its parameters are float64."""
     return all(p.dtype == torch.float64 for p in plant.parameters if p.is_floating_point())
 
 
 def _of_control(rolls: _Rolls, name: str, gradient: Tensor, eps: float, tolerance: float) -> float:
-    """The disagreement of one control, of the first distance that has something to say."""
+    """The disagreement of one control, at the first conclusive distance."""
     values = rolls.values(name)
     slope, move = _coordinate(name, values)
     raw = (gradient * slope).double()
@@ -230,7 +210,7 @@ def _of_control(rolls: _Rolls, name: str, gradient: Tensor, eps: float, toleranc
     if first.says(tolerance):
         return first.apart
     if name != "noise" and not double and eps < _COARSE and rolls.in_double_too:
-        # Kinks lie within the distance, or rounding is all that is seen: neither is so in float64.
+        # Kinks lie within the distance, or rounding dominates: neither is so in float64.
         try:
             with rolls.in_double():
                 close = apart(1e-5, finer=1e-6)
@@ -238,12 +218,12 @@ def _of_control(rolls: _Rolls, name: str, gradient: Tensor, eps: float, toleranc
                     return close.apart
         except Exception:  # code that is bound to float32
             pass
-    # As few kinks between as rounding allows: where it makes up a hundredth.
+    # The distance with the fewest kinks: where rounding makes up a hundredth.
     share = 100 * first.noise / max(abs(first.value), abs(first.predicted), 1e-300)
     second = apart(distance * (max(share, 0.01) if share < 0.25 else 5.0))
     if second.says(tolerance) or second.agrees(first):
         return second.apart
-    # J is not smooth here. In the last of the controls it always is, but for rounding.
+    # J is not smooth here. In the last step's controls it always is, but for rounding.
     last = direction.new_zeros(direction.shape)
     last[-1] = (slope[-1] != 0).double()
     third = apart(distance, last)
@@ -254,7 +234,7 @@ def _of_control(rolls: _Rolls, name: str, gradient: Tensor, eps: float, toleranc
 
 @dataclass(frozen=True)
 class _Difference:
-    """(J(u + εd) − J(u − εd)) / 2ε, what it should be, and what rounding can make of it."""
+    """(J(u + εd) − J(u − εd)) / 2ε, its prediction, and its rounding error."""
 
     value: float
     predicted: float
@@ -266,12 +246,12 @@ class _Difference:
         return _apart(self.value, self.predicted, self.noise)
 
     def says(self, tolerance: float) -> bool:
-        """Whether it is not finite, or agrees and is more than rounding."""
+        """Whether it is not finite, or agrees and exceeds rounding."""
         seen = self.predicted == 0 or self.noise <= max(abs(self.value), abs(self.predicted))
         return not math.isfinite(self.value) or (seen and self.apart <= tolerance)
 
     def agrees(self, other: _Difference) -> bool:
-        """Whether two distances give the same, unlike what was predicted."""
+        """Whether two distances give the same difference, unlike the prediction."""
         closer = abs(self.value - other.value) <= 0.05 * abs(self.value - self.predicted)
         return not math.isfinite(other.value) or closer
 
@@ -311,13 +291,13 @@ class _Rolls:
         self.batches = trajectory.batches[: cut.k]
         self.eps = self.loss_eps = eps
         self.cost = self.size = 0.0
-        """Gradient evaluations so far; |λ ∘ s|, which rounding is relative to."""
+        """Gradient evaluations so far; |λ ∘ s|, the scale of rounding."""
         self._doubles: dict[int, Tensor] = {}
         self.not_the_step = ""
 
     @property
     def in_double_too(self) -> bool:
-        """Whether the same steps can be taken in float64: what is drawn would be other numbers."""
+        """Whether the steps can be repeated in float64: no draws, no hooks, one process."""
         at = [self.trajectory.schedule.at(self.trajectory.start + i) for i in range(self.cut.k)]
         draws = any(rng is not None for rng in self.trajectory.rng[: self.cut.k])
         noisy = any(values.get("noise", 0.0) for values in at)
@@ -346,7 +326,7 @@ class _Rolls:
         return self.trajectory.schedule[name][: self.cut.k].double()
 
     def value(self, moved: Mapping[str, Tensor]) -> tuple[float, float]:
-        """(J_k with some controls moved, what rounding makes of it)."""
+        """(J_k with some controls moved, its rounding error)."""
         plant, trajectory, cut = self.plant, self.trajectory, self.cut
         plant.restore(self.beginning)
         columns = {name: v.tolist() for name, v in moved.items()}
@@ -371,11 +351,13 @@ class _Rolls:
         return total, self.loss_eps * sizes + self.eps * self.size
 
     def repeat(self) -> bool:
-        """Whether the same roll gives the same: what differs then is no rounding."""
+        """Whether a repeated roll gives the same value, so that differences are not noise."""
         return self.value({}) == self.value({})
 
     def _compare(self, loss: float, norm: float) -> None:
-        """The first step is the same whatever its controls, up to the kernels it is taken by."""
+        """Compares the first step's loss and gradient norm, which no control affects, with the
+        roll's.
+        """
         trajectory = self.trajectory
         for what, now, then in (
             ("loss", loss, float(trajectory.losses[0])),
@@ -431,7 +413,7 @@ def _of_terminal(
 ) -> tuple[float, int]:
     """(The disagreement of the terminal loss with its gradient, along it; losses taken).
 
-    shares: of the loss's value, which the distances should change it by.
+    shares: of the loss's value, by which the distances should change it.
     """
     square = float(plant.parallel.norm([g for g in gradient if g is not None])) ** 2
     level = abs(objective.terminal_weight * value)
@@ -460,6 +442,6 @@ def _of_terminal(
 
 
 def _taken(plant: Plant, terminal: Terminal) -> float:
-    """terminal(model) of the live model, whose modes and random state are put back."""
+    """terminal(model) of the live model, whose modes and random state are restored."""
     with preserved(), modes_kept(plant.model):
         return plant.value(checked_loss(terminal(plant.model), "terminal")[0].detach())

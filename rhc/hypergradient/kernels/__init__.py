@@ -1,14 +1,8 @@
-"""Kernels whose second derivative is cheap, in place of torch's while a Hessian product is taken.
+"""Kernels with a cheap second derivative, in place of torch's while an hvp is taken.
 
-Reverse over reverse pulls a vector v back through a step's gradient g = ∇ℓ(θ). torch's own second
-derivatives take detours: convolution and normalisation are decomposed into many passes over memory,
-recurrent layers into a dozen nodes a position of the sequence, fused attention has none at all. And
-they form the value of g, which nobody reads, since only its pullback is wanted: of the 9 matrix
-products of a linear layer, one. `light_second_order` puts the functions of `layers`,
-`normalisation` and `recurrent` in place of torch's; each is correct at any order and anywhere, so
-that it does no harm where other code meets it.
-
-Measured on the models of benchmarks/models.py: docs/log.md.
+torch decomposes convolution, normalisation and recurrent layers, cannot differentiate fused
+attention twice, and computes the value of g, though only its vjp is read: of the 9 matrix products
+of a linear layer, one is spared. Derivatives of any order are correct. Measured in docs/log.md.
 """
 
 from __future__ import annotations
@@ -36,13 +30,14 @@ __all__ = [
 ]
 
 LEAST_FIRST_ORDER = 2**23
-"""Multiplications of a linear layer from which on its first derivative is faster here."""
+"""Multiplications of a linear layer from which its first derivative is faster here."""
 
 LEAST_VALUELESS = 2**21
 LEAST_VALUED = 2**24
-"""Multiplications of a linear layer from which on its kernel here is faster than torch's, where the
-gradients carry no value, and where they do. A custom Function takes 40 µs more than a node of C++:
-a kept graph of the MLP 784-128-64-10 took 1.49 gradients to make, and takes 1.06."""
+"""Multiplications of a linear layer from which its kernel here is faster than torch's, without and
+with the gradients' values. A custom Function takes 40 µs more than a C++ node: a kept graph of the
+MLP 784-128-64-10 took 1.49 gradients without this limit, 1.06 with it.
+"""
 
 REPLACED: list[tuple[Any, str, Callable[..., Any]]] = [
     (F, "linear", layers.linear),
@@ -53,21 +48,20 @@ REPLACED: list[tuple[Any, str, Callable[..., Any]]] = [
     (F, "conv1d", layers.convolution(1, F.conv1d)),
     (F, "conv2d", layers.convolution(2, F.conv2d)),
     (F, "conv3d", layers.convolution(3, F.conv3d)),
-    # What nn.LSTM, nn.GRU and nn.RNN call.
+    # called by nn.LSTM, nn.GRU and nn.RNN
     (_VF, "lstm", recurrent.lstm),
     (_VF, "gru", recurrent.gru),
     (_VF, "rnn_tanh", recurrent.rnn_tanh),
     (_VF, "rnn_relu", recurrent.rnn_relu),
 ]
-"""(where a function is looked up, its name, the function that takes its place)."""
+"""(where a function is looked up, its name, its replacement)."""
 
 
 @contextmanager
 def light_first_order() -> Iterator[None]:
-    """Linear layers whose gradient is faster than torch's, where there are such; else torch's own.
+    """Linear layers whose gradient is faster than torch's; for gradients outside the roll.
 
-    For gradients that are taken beside the roll's: at other parameters, so that their rounding is
-    another anyway.
+    Those are taken at other parameters, so that their rounding differs anyway.
     """
     if matrices.off() or not matrices.onednn_is_faster():
         yield
@@ -78,7 +72,7 @@ def light_first_order() -> Iterator[None]:
 
 @contextmanager
 def light_second_order(least: int = 0) -> Iterator[None]:
-    """The functions of this package in place of torch's.
+    """This package's functions in place of torch's.
 
     least: linear layers of fewer multiplications stay torch's own.
     """

@@ -1,7 +1,7 @@
-"""What recurrent cells share: positions of a sequence, and products that do not recur.
+"""Operations that recurrent cells share.
 
-h, c: states (T + 1, B, H), a position more than the sequence has: the first is what it begins with.
-h': those before every position, h[:-1].
+h, c: states (T + 1, B, H), the first of which precedes the sequence. h': those before every
+position, h[:-1].
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def along_weights(t: Tensor | None, h: Tensor, v_w: Tensor | None) -> Tensor | N
 def weight_gradient(dz: Tensor, h: Tensor, w: Tensor, leaf: bool) -> Tensor:
     """Σ dz h'ᵀ over rows and positions: (T, B, n), (T + 1, B, H) -> (n, H).
 
-    Of no value where nobody reads it: leaf, of a parameter itself.
+    leaf: w is a parameter; then the value is skipped inside `valueless_gradients`.
     """
     return nothing(w) if leaf and Sweep.valueless else matrices.over_rows(dz, h[:-1])
 
 
 def before(t: Tensor) -> Tensor:
-    """(T, B, H) at the position before each, of all positions and the first."""
+    """(T, B, H) shifted to the position before each."""
     return F.pad(t, (0, 0, 0, 0, 0, 1))
 
 
@@ -71,5 +71,4 @@ def split(gates: Tensor, count: int) -> Tensor:
 
 
 def minus_twice(a: Tensor, b: Tensor) -> Tensor:
-    """a (1 − 2 b)."""
     return torch.addcmul(a, a, b, value=-2)

@@ -1,4 +1,4 @@
-"""What kernels share: the form of one with two derivatives written out, and when it takes part."""
+"""The form of a kernel with two derivatives written out, and the conditions for its use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Saved = Sequence[Any]
 
 
 class Sweep:
-    """Whether a sweep is under way that pulls back through parameter gradients of no value."""
+    """Whether a vjp through parameter gradients of no value is under way."""
 
     valueless = False
     least = 0
@@ -25,11 +25,11 @@ class Sweep:
 
 @contextmanager
 def valueless_gradients(on: bool = True) -> Iterator[None]:
-    """Inside, the gradients that a create_graph sweep returns carry a graph but no value.
+    """Inside, gradients returned with create_graph carry a graph but read 0, which saves their
+    products.
 
-    The kernels of this package then skip the products that only make the value of a weight's
-    gradient: it reads 0. A flag of the process, not of the thread, because autograd runs the
-    sweeps of an accelerator on threads of its own.
+    The flag is per process, because autograd runs an accelerator's backward pass in its own
+    threads.
     """
     before, Sweep.valueless = Sweep.valueless, on
     try:
@@ -55,7 +55,7 @@ def plain(*tensors: Tensor | None) -> bool:
 
 
 def functions_allowed() -> bool:
-    """Whether custom Functions without rules for these can take part: forward AD, vmap, compile."""
+    """Whether custom Functions can take part: no forward AD, vmap or compile."""
     return not (
         forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
@@ -64,13 +64,14 @@ def functions_allowed() -> bool:
 
 
 def tracked() -> bool:
-    """Whether a graph is being made: in a backward pass, of a backward pass with create_graph."""
+    """Whether a graph is being made: in a backward pass, one with create_graph."""
     return torch.is_grad_enabled()
 
 
 def which_leaves(weight: Tensor, bias: Tensor | None) -> tuple[bool, bool]:
     """Which are parameters themselves: a weight that is made of parameters (weight norm, a
-    hypernetwork) passes its gradient's value on to them."""
+    hypernetwork) passes its gradient's value on to them.
+    """
     return weight.is_leaf, bias is not None and bias.is_leaf
 
 
@@ -91,22 +92,25 @@ def total(*terms: Tensor | None) -> Tensor | None:
 class Kernel(NamedTuple):
     """A function of torch whose first and second derivative are written out.
 
-    needed: of every input, whether a derivative by it is asked for. settings: all that is no input.
+    needed: per input, whether its derivative is needed. settings: all other arguments.
     """
 
     reference: Callable[..., Tensor]
     """(settings, *inputs) -> y, torch's plain composition: the derivatives beyond the second."""
     value: Callable[..., tuple[Tensor, Sequence[Tensor | None]]]
-    """(settings, needed, *inputs) -> y and what is saved: the inputs, None for those that no
-    derivative reads, and whatever else serves."""
+    """(settings, needed, *inputs) -> y and what is saved: the inputs (None if no derivative reads
+    them), and intermediate results.
+    """
     gradient: Callable[..., Sequence[Tensor | None]]
-    """(settings, needed, gy, saved) -> of every input; then what else the pullback reads."""
+    """(settings, needed, gy, saved) -> gradients of inputs; then what else the pullback reads."""
     pullback: Callable[..., Sequence[Tensor | None]]
-    """(settings, needed, vs, gy, saved) -> of gy and every input, where vs come for the gradients;
-    `needed` begins with gy here, and `saved` ends with what else the gradient gave."""
+    """(settings, needed, vs, gy, saved) -> gradients of gy and the inputs for the cotangents vs of
+    the gradients; `needed` begins with gy here, and `saved` ends with what else the gradient
+    returned.
+    """
 
     def __call__(self, settings: Any, leaves: Sequence[bool], *inputs: Tensor | None) -> Tensor:
-        """leaves: inputs whose gradient's value is read as a parameter's alone."""
+        """leaves: per input, whether its gradient's value is read only as a parameter's."""
         found: Tensor = _Value.apply(self, settings, leaves, *inputs)
         return found
 
@@ -176,7 +180,7 @@ def _by_composition(
     gy: Tensor,
     saved: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """A pullback with a graph of its own: autograd's, through the reference."""
+    """A differentiable pullback: autograd's, through the reference."""
     gy = gy.view_as(gy)  # views, because one tensor may be several inputs
     inputs: list[Tensor | None] = []
     for shape, t in zip(shapes, saved[: len(shapes)], strict=True):

@@ -1,7 +1,7 @@
 """nn.GRU's recurrence over a whole sequence, and its derivatives of every order.
 
 p = w h' + b, r = σ(x_r + p_r), u = σ(x_u + p_u), n = tanh(x_n + r p_n), h = n + u (h' − n). Cho et
-al. 2014, as cuDNN has it. torch's composition of it is the reference, and what is used elsewhere.
+al. 2014, as cuDNN has it.
 """
 
 from __future__ import annotations
@@ -40,10 +40,8 @@ def sequence(x: Tensor, states: list[Tensor], weights: Weights) -> list[Tensor]:
 
 
 class _Gru(Function):
-    """p = w h' + b, r = σ(x_r + p_r), u = σ(x_u + p_u), n = tanh(x_n + r p_n), h = n + u (h' − n).
-
-    (x (T, B, 3H), w (3H, H), b (3H,) or None, h (B, H)) -> h (T + 1, B, H), gates r, u, n
-    (T, B, 3H), p_n (T, B, H).
+    """(x (T, B, 3H), w (3H, H), b (3H,), h (B, H)) -> h (T + 1, B, H), gates r, u, n, p_n (T, B,
+    H).
     """
 
     @staticmethod
@@ -121,10 +119,7 @@ def _straight(
 
 
 def _slopes(h: Tensor, gates: Tensor, p_n: Tensor) -> tuple[Tensor, Tensor]:
-    """The pullback's coefficients: dp = (dh, dh, dh) · first, dx_n = dh · second.
-
-    (T, B, 3H) and (T, B, H).
-    """
+    """dp = (dh, dh, dh) · first (T, B, 3H), dx_n = dh · second (T, B, H)."""
     r, u, n = split(gates, 3).unbind(2)
     of_n = tanh_backward(1 - u, n)
     first = torch.cat(
@@ -160,7 +155,7 @@ def _of_x(dp: Tensor, dh: Tensor, second: Tensor, more: Tensor | None) -> Tensor
 
 
 class _GruBackward(Function):
-    """The pullback. dh is an output as well, so that derivatives can go on from there."""
+    """dh is an output as well, for derivatives of higher order."""
 
     @staticmethod
     def forward(
@@ -209,8 +204,8 @@ class _GruBackward(Function):
         base = torch.zeros_like(gates) if base is None else base.expand_as(gates)
         q, e = _adjoints(base, straight, v_h, w, u, first)
         q_r, q_u, q_n = (split(q, 3) * dh.unsqueeze(2)).unbind(2)
-        # And of what the slopes are made of: second = (1 − u) (1 − n²), first = (second p_n r (1 −
-        # r), (h' − n) u (1 − u), second r).
+        # Adjoints of the slopes: second = (1 − u) (1 − n²), first = (second p_n r (1 − r), (h' − n)
+        # u (1 − u), second r).
         of_r = sigmoid_backward(q_r, r)
         b_second = torch.addcmul(of_r * p_n, q_n, r)
         if v_x is not None:
@@ -248,9 +243,9 @@ def _adjoints(
     update: Tensor,
     first: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Of dp (T, B, 3H), and of dh (T + 1, B, H), the first state's first.
+    """Adjoints of dp (T, B, 3H) and of dh (T + 1, B, H).
 
-    base: of dp, without what comes by dh of the position before. straight: of dh.
+    base: of dp, without the share from dh of the position before. straight: of dh.
     """
     count, rows, width = update.shape
     e = update.new_zeros(rows, width) if v_h is None else v_h

@@ -31,7 +31,6 @@ _linear, _gelu, _attention = F.linear, F.gelu, F.scaled_dot_product_attention
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """torch.nn.functional.linear."""
     if (
         weight.dim() != 2
         or input.numel() * weight.shape[0] < Sweep.least
@@ -42,13 +41,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def affine(input: Tensor, weight: Tensor, bias: Tensor | None, leaves: tuple[bool, bool]) -> Tensor:
-    """`linear` of ordinary tensors. leaves: whether nothing reads the value of the gradient of the
-    weight, and of the bias, but as a parameter's."""
+    """`linear` of ordinary tensors. leaves: of weight and bias, as in `Kernel.__call__`."""
     return _LINEAR(None, (False, *leaves), input, weight, bias)
 
 
 def _linear_value(_: None, needed: Needed, x: Tensor, w: Tensor, b: Tensor | None) -> Any:
-    # Of a first layer, whose input is data, nobody asks for the weight again.
+    # A first layer's input is data: the weight is not read again.
     return matrices.linear(x, w, b), (x, w if needed[0] else None, None)
 
 
@@ -167,7 +165,6 @@ _CONVOLUTION = Kernel(
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
-    """torch.nn.functional.gelu."""
     if approximate != "none" or not plain(input) or not input.requires_grad:
         return _gelu(input, approximate=approximate)
     return _Gelu.apply(input)
@@ -200,7 +197,7 @@ class _GeluBackward(Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Grads:
         gy, x, slope = ctx.saved_tensors
-        if tracked():  # a third derivative: let autograd see every step
+        if tracked():  # a third derivative: autograd must see every operation
             curvature = (2 - x * x) * torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
             return torch.ops.aten.gelu_backward(v, x), v * gy * curvature, None
         # f'' = (2 − x²) φ(x)
@@ -223,7 +220,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """torch.nn.functional.scaled_dot_product_attention: softmax(q kᵀ scale + mask) v."""
+    """softmax(q kᵀ scale + mask) v."""
     masked = attn_mask is not None
     if masked or dropout_p or enable_gqa or query.dim() < 3 or not plain(query, key, value):
         return _attention(

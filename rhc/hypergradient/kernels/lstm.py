@@ -1,7 +1,7 @@
 """nn.LSTM's recurrence over a whole sequence, and its derivatives of every order.
 
 z = x + w h', (i, f, g, o) = (σ, σ, tanh, σ)(z), c = f c' + i g, h = o tanh c. Hochreiter,
-Schmidhuber 1997. torch's composition of it is the reference, and what is used elsewhere.
+Schmidhuber 1997.
 """
 
 from __future__ import annotations
@@ -37,10 +37,7 @@ def sequence(x: Tensor, states: list[Tensor], weights: Weights) -> list[Tensor]:
 
 
 class _Lstm(Function):
-    """z = x + w h', (i, f, g, o) = (σ, σ, tanh, σ)(z), c = f c' + i g, h = o tanh c; h', c' before.
-
-    (x (T, B, 4H), w (4H, H), h, c (B, H)) -> h, c (T + 1, B, H), gates (T, B, 4H).
-    """
+    """(x (T, B, 4H), w (4H, H), h, c (B, H)) -> h, c (T + 1, B, H), gates (T, B, 4H)."""
 
     @staticmethod
     def forward(
@@ -93,10 +90,7 @@ class _Lstm(Function):
 
 
 def _slopes(c: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
-    """The pullback's coefficients: dz = (dc, dc, dc, dh) · first, dc = dh · second + ….
-
-    (T, B, 4H) and (T, B, H).
-    """
+    """dz = (dc, dc, dc, dh) · first (T, B, 4H), dc = dh · second + … (T, B, H)."""
     i, f, g, o = split(gates, 4).unbind(2)
     tanh_c = torch.tanh(c[1:])
     first = torch.stack(
@@ -122,7 +116,7 @@ def _pullback(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dz (T, B, 4H), dh, dc (T, B, H) at every position, dh, dc (B, H) of the first states).
 
-    straight: what dz has besides (T, B, 4H).
+    straight: the direct gradient of z (T, B, 4H).
     """
     count = len(gates)
     of_h, of_c = positions(g_h, count + 1), positions(g_c, count + 1)
@@ -147,7 +141,7 @@ def _pullback(
 
 
 class _LstmBackward(Function):
-    """The pullback. dh and dc are outputs as well, so that derivatives can go on from there."""
+    """dh and dc are outputs as well, for derivatives of higher order."""
 
     @staticmethod
     def forward(
@@ -188,7 +182,7 @@ class _LstmBackward(Function):
         base = torch.zeros_like(dz) if base is None else base
         a, e, k = _adjoints(base, v_dh, v_dc, v_h, v_c, w, f, first, second)
         a_i, a_f, a_g, a_o = split(a, 4).unbind(2)
-        # And of what the slopes are made of.
+        # Adjoints of the slopes.
         tanh_c = torch.tanh(c[1:])
         b_gates = torch.stack(
             (
@@ -219,9 +213,9 @@ def _adjoints(
     first: Tensor,
     second: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of dz (T, B, 4H), and of dh and dc (T + 1, B, H), the first states' first.
+    """Adjoints of dz (T, B, 4H), and of dh and dc (T + 1, B, H).
 
-    base: of dz, without what comes by dh of the position before.
+    base: of dz, without the share from dh of the position before.
     """
     count, rows, width = second.shape
     e = second.new_zeros(rows, width) if v_h is None else v_h

@@ -1,13 +1,8 @@
-"""Matrix products of the kernels, by the faster of the two libraries that torch has on a CPU.
+"""Matrix products of the kernels, by the faster of torch's two CPU libraries.
 
-torch multiplies float32 matrices with MKL, which on processors that are not Intel's leaves AVX-512
-unused: an EPYC that has it does 113 GFLOP/s so, and 250 with oneDNN, by which torch convolves. So
-these functions go to oneDNN there, by the operator that torch's own compiler calls, and are torch's
-anywhere else: on other devices, for other types, for small matrices, and where a graph is made.
-
-oneDNN compiles a kernel for every shape, of 0.6 MB, and keeps it. The rows of a batch may be as
-many as they like, in packed sequences another number at every step, so that they go there in powers
-of two, and what is left goes to MKL.
+MKL leaves AVX-512 unused on processors other than Intel's: 113 GFLOP/s on an EPYC, where oneDNN
+reaches 250. oneDNN is used there for large float32 matrices outside graphs. It keeps 0.6 MB per
+compiled shape, so rows go to it in powers of two, and the remainder to MKL.
 """
 
 from __future__ import annotations
@@ -26,7 +21,7 @@ from torch import Tensor
 _linear = F.linear
 
 LEAST = 2**20
-"""Multiplications from which on oneDNN is faster: a call takes 9 µs more."""
+"""Multiplications from which oneDNN is faster: a call takes 9 µs more."""
 
 FEWEST = 128
 MOST_PARTS = 3
@@ -35,7 +30,7 @@ MOST_PARTS = 3
 
 CODE = 6 * 2**20
 KERNEL = 5 * 2**17
-"""Bytes that oneDNN keeps: of its code once it is used, and of every kernel."""
+"""Bytes that oneDNN keeps: for its code once it is used, and for every kernel."""
 
 
 class _Use:
@@ -49,7 +44,7 @@ def off() -> bool:
 
 @contextmanager
 def torchs_own(on: bool = True) -> Iterator[None]:
-    """Inside, nothing goes to oneDNN: where a budget has no room for its kernels."""
+    """Inside, nothing goes to oneDNN: for a budget without room for its kernels."""
     before, _Use.off = _Use.off, _Use.off or on
     try:
         yield
@@ -59,7 +54,7 @@ def torchs_own(on: bool = True) -> Iterator[None]:
 
 @contextmanager
 def noted() -> Iterator[Callable[[], int]]:
-    """Inside `torchs_own`: gives the bytes that oneDNN would keep for what was multiplied."""
+    """Inside `torchs_own`: yields the bytes that oneDNN would have kept."""
     missed: set[Any] = set()
     before, _Use.missed = _Use.missed, missed
     try:
@@ -70,7 +65,7 @@ def noted() -> Iterator[Callable[[], int]]:
 
 @cache
 def onednn_is_faster() -> bool:
-    """By what the machine is, not by a clock: a run that is resumed must go the same way."""
+    """By machine type, not by a clock: a resumed run must use the same library."""
     return (
         torch.backends.mkldnn.is_available()
         and torch.backends.mkl.is_available()
@@ -89,10 +84,7 @@ def _intel() -> bool:
 
 @cache
 def _works() -> bool:
-    """Whether the operator, which is not of torch's documented ones, does what it is taken for.
-
-    Asked where it is to be used, because its code is 5 MB once it was.
-    """
+    """Whether the undocumented operator works as assumed; tested on use: it loads 5 MB of code."""
     x, w, b = torch.arange(24.0).view(4, 6), torch.arange(12.0).view(2, 6), torch.ones(2)
     try:
         with torch.no_grad():
@@ -177,7 +169,7 @@ def _parts(a: Tensor, b: Tensor, rows: int, multiplications: int) -> tuple[int, 
 
 @cache
 def _powers(rows: int, fewest: int) -> tuple[int, ...]:
-    """Powers of two, or thrice one where that is all of it; none below `fewest`."""
+    """Powers of two, or a single 3 · 2ⁿ that covers all rows; none below `fewest`."""
     largest = 1 << rows.bit_length() - 1
     if rows in (largest, largest // 2 * 3) and rows >= fewest:
         return (rows,)
@@ -186,7 +178,7 @@ def _powers(rows: int, fewest: int) -> tuple[int, ...]:
 
 
 def _onednn(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    if b is not None:  # it reads the elements one after the other, wherever they lie
+    if b is not None:  # oneDNN reads the elements one after the other, wherever they lie
         b = b.contiguous()
     elif w.is_contiguous():  # with a bias, of zeros, it takes the kernel of the layer itself
         b = w.new_zeros(len(w))

@@ -14,7 +14,7 @@ from rhc.hypergradient.kernels.common import Grads, Kernel, Needed, Saved, plain
 _layer_norm, _batch_norm = F.layer_norm, F.batch_norm
 
 NO_LEAVES = (False, False, False)
-"""The values of all gradients come on the way."""
+"""The values of all gradients are read."""
 
 
 # Layer normalisation -----------------------------------------------------------------------------
@@ -27,7 +27,6 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """torch.nn.functional.layer_norm."""
     if len(normalized_shape) != 1 or not plain(input, weight, bias):
         return _layer_norm(input, normalized_shape, weight, bias, eps)
     return _LAYER_NORM(eps, NO_LEAVES, input, weight, bias)
@@ -118,7 +117,6 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """torch.nn.functional.batch_norm."""
     if (
         not training
         or input.dim() < 2
@@ -149,10 +147,7 @@ def _batch_norm_value(
 
 
 def _batch_norm_gradient(settings: Any, needed: Needed, gy: Tensor, saved: Saved) -> Grads:
-    """w r (gy − ⟨gy⟩ − x̂ ⟨gy x̂⟩), Σ gy x̂, Σ gy, with means ⟨·⟩ and sums per channel.
-
-    And the two sums once more.
-    """
+    """w r (gy − ⟨gy⟩ − x̂ ⟨gy x̂⟩), Σ gy x̂, Σ gy per channel, and the two sums once more."""
     x, w, _, mean, r = saved
     gx, gw, gb = _projected(gy, x, w, mean, r)
     asked = [g if need else None for g, need in zip((gx, gw, gb), needed, strict=True)]
@@ -162,10 +157,8 @@ def _batch_norm_gradient(settings: Any, needed: Needed, gy: Tensor, saved: Saved
 def _batch_norm_pullback(
     settings: Any, needed: Needed, vs: Grads, gy: Tensor, saved: Saved
 ) -> Grads:
-    """All is a sum of gy, x̂, and of the v that comes for gx, with factors per channel.
-
-    They are made of a few means. With P u = r (u − ⟨u⟩ − x̂ ⟨u x̂⟩): w P v + x̂ v_w + v_b for gy,
-    (v_w − w r ⟨v x̂⟩) P gy − w r ⟨gy x̂⟩ P v − w r x̂ ⟨v P gy⟩ for x, Σ v P gy for w.
+    """With P u = r (u − ⟨u⟩ − x̂ ⟨u x̂⟩): w P v + x̂ v_w + v_b for gy, Σ v P gy for w, and (v_w − w
+    r ⟨v x̂⟩) P gy − w r ⟨gy x̂⟩ P v − w r x̂ ⟨v P gy⟩ for x.
     """
     x, w, _, mean, r, along, g_sum = saved
     v, vw, vb = vs
@@ -173,7 +166,7 @@ def _batch_norm_pullback(
     scale = r if w is None else w * r
     along, g_mean = along / n, g_sum / n  # ⟨gy x̂⟩, ⟨gy⟩
     vw = torch.zeros_like(mean) if vw is None else vw
-    # By the sums gw and gb.
+    # From the sums gw and gb.
     ggy = _affine(x, vw * r, -vw * r * mean if vb is None else vb - vw * r * mean)
     by_g = vw * r
     by_normal, constant = -by_g * along, -by_g * g_mean
@@ -181,7 +174,7 @@ def _batch_norm_pullback(
         by_x = by_normal * r
         gx = _add(_affine(x, by_x, constant - by_x * mean), gy, by_g)
         return ggy, gx, None, None
-    # And by gx.
+    # From gx.
     projected, v_along, v_mean = _projected(v, x, w, mean, r)
     v_along, v_mean = v_along / n, v_mean / n
     slope = r * (_channel_dot(v, gy) / n - g_mean * v_mean - along * v_along)  # ⟨v P gy⟩
@@ -208,7 +201,6 @@ def _per_channel(t: Tensor, like: Tensor) -> Tensor:
 
 
 def _channel_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Σ a b per channel."""
     if a.dim() == 2:
         return (a * b).sum(0)
     return torch.linalg.vecdot(a.flatten(2), b.flatten(2)).sum(0)
@@ -221,7 +213,7 @@ def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def _add(to: Tensor, t: Tensor, factor: Tensor) -> Tensor:
-    """to + t · factor per channel; `to` is used up."""
+    """to + t · factor per channel; overwrites `to`."""
     return to.addcmul_(t, _per_channel(factor, t))
 
 
@@ -242,8 +234,8 @@ def moved_statistics(
 ) -> tuple[Tensor, Tensor]:
     """BatchNorm's running (mean, var) after a pass over x, of known value `moved`, with a graph.
 
-    torch's own layer has found the values on its way: to find them again would take two passes over
-    x, a seventh of a small CNN's step. x: (N, C, …). mean, var: (C,), from before the pass.
+    Recomputing the values that torch's layer found would take a seventh of a small CNN's step. x:
+    (N, C, …). mean, var: (C,), from before the pass.
     """
     return _MovedStatistics.apply(x, mean, var, *moved, momentum)
 

@@ -1,21 +1,13 @@
 """nn.LSTM, nn.GRU and nn.RNN over whole sequences: a node per layer, direction and order.
 
-torch composes a recurrent layer of a dozen nodes a position, whose second derivative takes ten
-times as many. Written out, the pullback of a sequence is itself a linear recurrence, from the last
-position to the first, whose coefficients ("slopes") are functions of what the pass forwards has
-found; pulling it back in turn is a recurrence from the first to the last, of the same matrix
-products. All that does not recur is done for the whole sequence at once: the products with the
-input's weights, the weights' gradients, the slopes, and their derivatives.
+torch makes a dozen nodes a position, and ten times as many for the second derivative. Here the
+pullback of a sequence is a linear recurrence backwards, whose coefficients ("slopes") are functions
+of the forward pass's states and gates; its own pullback is a recurrence forwards. States and gates
+are outputs of their node, so that autograd differentiates the slopes, and derivatives of every
+order follow from one recurrence per cell (`lstm`, `gru`, `rnn`). Products that do not recur are
+done for the whole sequence at once. Packed sequences are padded.
 
-What the pass forwards has found (states and gates) is output of its node, so that the derivative of
-the slopes reaches it as any other gradient does. So only one recurrence is differentiated by hand
-for each cell, and derivatives of every order come out.
-
-Packed sequences are taken apart and padded: what lies beyond a sequence's end comes after it, and
-nothing of it is read.
-
-Here: the calls, layers, directions and packed sequences; a cell a file (`lstm`, `gru`, `rnn`). T:
-the positions of the sequence, B: rows of the batch, H: width of the state.
+T: positions of the sequence, B: rows of the batch, H: width of the state.
 """
 
 from __future__ import annotations
@@ -38,23 +30,19 @@ _lstm, _gru, _rnn_tanh, _rnn_relu = _VF.lstm, _VF.gru, _VF.rnn_tanh, _VF.rnn_rel
 
 
 def lstm(*arguments: Any) -> tuple[Tensor, ...]:
-    """torch._VF.lstm: (output, h, c)."""
     return _called(_lstm, lstm_cell.sequence, arguments, hidden=2)
 
 
 def gru(*arguments: Any) -> tuple[Tensor, ...]:
-    """torch._VF.gru: (output, h)."""
     return _called(_gru, gru_cell.sequence, arguments)
 
 
 def rnn_tanh(*arguments: Any) -> tuple[Tensor, ...]:
-    """torch._VF.rnn_tanh: (output, h)."""
     return _called(_rnn_tanh, partial(rnn_cell.sequence, relu=False), arguments)
 
 
 def rnn_relu(*arguments: Any) -> tuple[Tensor, ...]:
-    """torch._VF.rnn_relu: (output, h)."""
-    # Nothing bounds the states of positions that a packed sequence does not have.
+    # Nothing bounds the states at padded positions.
     return _called(_rnn_relu, partial(rnn_cell.sequence, relu=True), arguments, packed=False)
 
 
@@ -62,7 +50,8 @@ def rnn_relu(*arguments: Any) -> tuple[Tensor, ...]:
 
 OfSequence = Callable[[Tensor, list[Tensor], Weights], list[Tensor]]
 """(input (T, B, ·), first states (B, H), weights) -> states (T + 1, B, H) of one layer in one
-direction, the output's first."""
+direction, the output's first.
+"""
 
 
 def _called(
@@ -75,14 +64,14 @@ def _called(
 ) -> tuple[Tensor, ...]:
     """(output, last states), by `native` where the kernels here cannot take the call.
 
-    hidden: how many states a cell has. packed: whether they take packed sequences.
+    hidden: number of states of a cell. packed: whether packed sequences are supported.
     """
     found = _ours(arguments, hidden, packed)
     return native(*arguments) if found is None else _layers(sequence, found)
 
 
 class _Packing:
-    """Where the rows of a packed sequence lie when it is padded: (T, B), forwards and backwards.
+    """Where the rows of a packed sequence lie when it is padded, in both directions.
 
     batch_sizes: (T,), the rows that have so many positions, longest sequences first.
     """
@@ -98,11 +87,13 @@ class _Packing:
         mirrored = (lengths - 1 - places).clamp_min(0)
         padded = places * there.shape[1] + rows
         self.rows = tuple(t.to(device) for t in (row, row.gather(0, mirrored)))
-        """(T, B) for a direction: of the packed input, any where the sequence has ended."""
+        """(T, B) per direction: index into the packed input, arbitrary where the sequence has
+        ended.
+        """
         self.back = tuple(t[there].to(device) for t in (padded, padded.gather(0, mirrored)))
-        """(packed rows,) for a direction: of the padded output."""
+        """(packed rows,) per direction: index into the padded output."""
         self.ends = lengths.to(device), torch.arange(there.shape[1], device=device)
-        """Of states (T + 1, B, H): those at every sequence's end."""
+        """Index into states (T + 1, B, H) of every sequence's end."""
 
     def padded(self, x: Tensor, direction: int) -> Tensor:
         return x[self.rows[direction]]
@@ -112,11 +103,11 @@ class _Packing:
 
 
 class _Call(NamedTuple):
-    """x: (T, B, ·), or (packed rows, ·). cells: the weights per layer and direction."""
+    """Arguments of a recurrent layer."""
 
-    x: Tensor
+    x: Tensor  # (T, B, ·), or (packed rows, ·)
     states: list[Tensor]
-    cells: list[Weights]
+    cells: list[Weights]  # weights per layer and direction
     layers: int
     dropout: float
     training: bool
@@ -126,7 +117,7 @@ class _Call(NamedTuple):
 
 
 def _ours(arguments: Sequence[Any], hidden: int, packable: bool) -> _Call | None:
-    """What the kernels here can take of a call: not projected states, autocast."""
+    """The parsed call; None for what the kernels here cannot take (projected states, autocast)."""
     if len(arguments) != 9:
         return None
     packed = isinstance(arguments[1], Tensor) and arguments[1].dtype == torch.int64

@@ -1,7 +1,6 @@
 """nn.RNN's recurrence over a whole sequence, and its derivatives of every order.
 
-h = φ(x + w h'), φ tanh or relu. Elman 1990. torch's composition of it is the reference, and what is
-used elsewhere.
+h = φ(x + w h'), φ tanh or relu. Elman 1990.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def sequence(x: Tensor, states: list[Tensor], weights: Weights, *, relu: bool) -
 
 
 class _Rnn(Function):
-    """h = φ(x + w h'), φ tanh or relu; (x (T, B, H), w (H, H), h (B, H)) -> h (T + 1, B, H)."""
+    """(x (T, B, H), w (H, H), h (B, H)) -> h (T + 1, B, H)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, h_first: Tensor, relu: bool, leaf: bool) -> Tensor:
@@ -62,7 +61,7 @@ class _Rnn(Function):
 
 
 def _slopes(h: Tensor, relu: bool) -> Tensor:
-    """The pullback's coefficients: dz = dh · slope, (T, B, H)."""
+    """dz = dh · slope, (T, B, H)."""
     return (h[1:] > 0).to(h.dtype) if relu else 1 - h[1:] * h[1:]
 
 
@@ -80,7 +79,7 @@ def _pullback(g_h: Tensor, w: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, T
 
 
 class _RnnBackward(Function):
-    """The pullback. dh is an output as well, so that derivatives can go on from there."""
+    """dh is an output as well, for derivatives of higher order."""
 
     @staticmethod
     def forward(
