@@ -571,8 +571,7 @@ class Runner:
         return described if self.config is None else {**described, **self.config}
 
     def _unusual(self) -> dict[str, Any]:
-        """Settings recorded only where not at their default, so that older directories can
-        resume."""
+        """Settings recorded only where not at their default, so that older runs can resume."""
         wsd = self.rewriting and self.start == "given"
         values: dict[str, tuple[Any, Any]] = {
             "ranks": (self.ranks and self.ranks.size, None),

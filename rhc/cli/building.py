@@ -185,8 +185,7 @@ class PlainRun:
         *,
         spent: float = 0.0,
     ) -> Runner:
-        """A Runner that follows `schedule`, or keeps the optimizer's controls without one. record:
-        of config.json, beside the settings. spent: plain runs on its ledger already."""
+        """A Runner that follows `schedule`, if any. spent: plain runs on its ledger."""
         runner = built_runner(
             self.config,
             self.workload(),
@@ -256,9 +255,7 @@ def usual_sizes(run: str) -> dict[str, Any]:
 def config_of(
     directory: Path, *, trust: bool, data: Path | None = None, device: str | None = None
 ) -> TrainConfig:
-    """The settings of the run in `directory`, to continue or repeat it. trust: whether they may
-    name any file to run (`rhc.workload.refuse_strange`). data, device: replace the recorded
-    ones."""
+    """The settings of the run in `directory`. trust: whether they may name any file to run."""
     path = directory / "config.json"
     was = TrainConfig.from_run(read_record(directory), path)
     refuse_strange(was.run, path, trust=trust)

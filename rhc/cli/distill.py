@@ -102,8 +102,7 @@ def _check_output(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class _Source:
-    """A run to learn from. run: None where a script made it, so that it cannot be trained again.
-    loss: final validation loss, or mean training loss."""
+    """A run to learn from. run: None for a script's. loss: final validation or mean training."""
 
     example: Example
     run: PlainRun | None
@@ -162,8 +161,7 @@ def _lessons(sources: Sequence[_Source], form: Form, every: int) -> list[Lesson]
 
 @dataclass(frozen=True)
 class Driven:
-    """A run steered by a policy. loss: its validation loss, or mean training loss; own: that of the
-    run written with hindsight. lessons: its states, with the right moves there."""
+    """A run steered by a policy. own: the original's loss. lessons: its states and right moves."""
 
     name: str
     loss: float

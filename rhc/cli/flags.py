@@ -1,5 +1,4 @@
-"""Flags of a command from its settings: one parser reads them, formats help and completes them.
-`--help` is one screen with the first sentence of each usual flag; `--help-all` has everything."""
+"""Flags of a command from its settings: one parser reads them, formats help and completes them."""
 
 from __future__ import annotations
 

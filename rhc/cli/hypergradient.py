@@ -1,6 +1,4 @@
-"""`rhc hypergradient`: a recorded run as one window, differentiated, and rewritten as a whole. The
-run is rolled again from its seed, with the same weights, batches and dropout. Where another machine
-rounds otherwise, a message says so."""
+"""`rhc hypergradient`: a recorded run, rolled again as one window and differentiated."""
 
 from __future__ import annotations
 
@@ -171,9 +169,8 @@ def _put_on_disk(
     schedule: Schedule,
     steps: int,
 ) -> list[Any]:
-    """References to the run's batches, `accumulate` of them per step. A plain loop draws batches
-    and dropout from one random state in turn. A model that draws is therefore trained once more, to
-    see each batch and the random state of its loss."""
+    """References to the run's batches, `accumulate` of them per step. A model that draws is trained
+    once more, since batches and dropout take turns on one random state."""
     plant = Plant(
         workload.model,
         optimizer,

@@ -128,8 +128,7 @@ def rescaling(rule: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> tupl
 
 
 def _default_directory(run: PlainRun, schedule: Schedule, record: Mapping[str, Any]) -> Path:
-    """runs/<run>-replay-<hash of everything that the run's numbers depend on, and of the record>,
-    as two runs may have written the same schedule."""
+    """runs/<run>-replay-<hash of what the run's numbers depend on, and of the record>."""
     config = run.config.to_record("directory", "resume", "device", "keep_checkpoints")
     document = [config, run.sizes, schedule.digest(), record]
     return hashed(f"{run.config.short_name}-replay", document)
@@ -137,9 +136,7 @@ def _default_directory(run: PlainRun, schedule: Schedule, record: Mapping[str, A
 
 @dataclass(frozen=True)
 class _Source:
-    """A schedule and what is known of the run that wrote it. settings: fields of TrainConfig.
-    planned: the step from which it was never run; None where it was run to its end, or if
-    unknown."""
+    """A schedule and the run that wrote it. planned: first step that was never run."""
 
     path: Path
     schedule: Schedule

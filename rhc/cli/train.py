@@ -34,8 +34,7 @@ from rhc.workload import load_runner
 
 
 def run(config: TrainConfig, screen: Screen, *, recorded_data: Path | None = None) -> int:
-    """Trains, and returns the exit status. config: checked (`TrainConfig.checked`). recorded_data:
-    from config.json of a resumed run whose data have moved."""
+    """Trains, and returns the exit status. recorded_data: of a run whose data have moved."""
     load_runner(config.run)
     check_controls(config)
     device = device_of(config.device)
@@ -121,9 +120,8 @@ def _law(config: TrainConfig) -> tuple[Rewrite | Literal[False], Objective, Trai
 def _default_directory(
     config: TrainConfig, law: Rewrite | Literal[False], objective: Objective
 ) -> Path:
-    """runs/<run>-<hash of everything that the run's numbers depend on>. Settings are resolved, so
-    that a repetition by config.json has the same; those at their default are left out, so that a
-    new one changes no run's directory."""
+    """runs/<run>-<hash of what its numbers depend on>, resolved, without settings at their default,
+    so that a repetition has the same and a new setting changes none."""
     adaptive, start = "adam" in str(config.optimizer), str(config.start)
     resolved = replace(
         config,
@@ -145,8 +143,7 @@ def _default_directory(
 
 
 def _apart(directory: Path, source: Path) -> Path:
-    """The directory, or the next of NAME-2 … where it is that of the repeated run. An interrupted
-    repetition is continued by the same command."""
+    """The directory, or the next of NAME-2 … where it is the repeated run's."""
     number, found = 1, directory
     while found.resolve() == source.resolve().parent or (
         number > 1 and (found / "result.json").exists()

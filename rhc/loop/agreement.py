@@ -1,5 +1,4 @@
-"""Ranks that train together: they start from the same state, and are compared after every window.
-All decisions of the loop come from means over ranks, so that every rank decides alike."""
+"""Ranks that train together: equal at the start, and compared after every window."""
 
 from __future__ import annotations
 
@@ -43,8 +42,8 @@ _OF_ONE_LEDGER = ("peak_memory_bytes",)
 
 
 def as_rank(command: Callable[[], int]) -> int:
-    """The exit status of a command that torchrun runs on every rank; only the first one prints. 1
-    where ranks were lost or differ, so that torchrun may restart from the last checkpoint."""
+    """The exit status of a command under torchrun, printed on the first rank only: 1 where ranks
+    were lost or differ, so that torchrun may restart it."""
     with joined() as ranks:
         assert ranks is not None
         try:

@@ -14,8 +14,8 @@ REWRITE = 3
 
 
 def search_budget(fit: Fit) -> float:
-    """Gradient evaluations left for the lr search. The run itself is reserved, and a rewrite of the
-    first window, up to a third of the rest."""
+    """Gradient evaluations left for the lr search beside the run and a first rewrite, which counts
+    up to a third of the rest."""
     state = fit.state
     rest = (fit.rule.budget - 1) * state.steps - state.cost.gradient_equivalents
     if not fit.rewrites:
@@ -25,8 +25,7 @@ def search_budget(fit: Fit) -> float:
 
 
 def affords(fit: Fit, window: Window, ways: int, reverse_passes: int = 0) -> bool:
-    """Whether the budget allows `ways` more rolls of the window, `reverse_passes` more reverse
-    passes, and plain steps to the end of the run."""
+    """Whether the budget allows these rolls and reverse passes, beside plain steps to the end."""
     state, budget = fit.state, fit.rule.budget
     if math.isinf(budget):
         return True
@@ -45,8 +44,7 @@ def affords(fit: Fit, window: Window, ways: int, reverse_passes: int = 0) -> boo
 
 
 def projected_cost(fit: Fit) -> float:
-    """Expected cost of the run in plain runs: windows to differentiate cost as those so far, others
-    a plain roll, and the lr search counts once."""
+    """Expected cost in plain runs, if windows to differentiate cost as much as so far."""
     state = fit.state
     spent = state.cost.gradient_equivalents - state.start_gradients
     differentiated = math.ceil(fit.rule.until * state.steps) if fit.rewrites else 0

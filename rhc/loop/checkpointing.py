@@ -137,8 +137,7 @@ def finish(fit: Fit) -> None:
 def open_run(
     fit: Fit, directory: RunDirectory, checkpoint: Checkpoint | None, prior_cost: float
 ) -> None:
-    """Resumes a run, or writes its first checkpoint. prior_cost: gradient evaluations of its
-    schedule."""
+    """Resumes a run, or writes its first checkpoint. prior_cost: evaluations of its schedule."""
     state = fit.state
     if checkpoint is None:
         state.cost.gradients(prior_cost)
@@ -178,9 +177,8 @@ def _tell_of(fit: Fit, path: Path, differs: list[str]) -> None:
 
 
 def _resume(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> list[str]:
-    """Loads state and plant; returns how code or data differ from when they were saved.
-    Re-evaluates the first step after the previous checkpoint, whose loss is on the tape. InputError
-    where the checkpoint is of another run."""
+    """Loads state and plant; returns how code or data differ from before, by the loss of an earlier
+    step. InputError where the checkpoint is of another run."""
     said: list[str] = []
     with contextlib.suppress(InputError):  # raised again below if it matters
         earlier = directory.earlier(checkpoint.step)

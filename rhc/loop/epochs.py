@@ -29,8 +29,7 @@ def epoch_steps(
     validated: bool,
     ahead: bool,
 ) -> int:
-    """The steps of an epoch, once the planner fits the run; 0 without one. validated: whether there
-    is a validation loss. ahead: whether the training batches after a window judge it."""
+    """The steps of an epoch, once the planner fits the run; 0 without one."""
     if planner is None:
         return 0
     if planner.optimizer is not None:
@@ -78,8 +77,7 @@ def epoch_end(fit: Fit, step: int) -> int:
 
 
 def plan_epochs(fit: Fit, attempt: Attempt, rows: list[dict[str, Any]]) -> None:
-    """Passes committed steps to the planner; at the end of an epoch, or when data drift, moves the
-    rest of the schedule to its new plan."""
+    """Passes committed steps to the planner, and the rest of the schedule to its new plan."""
     planner, trajectory, state = fit.planner, attempt.trajectory, fit.state
     assert planner is not None and planner.plan is not None and trajectory is not None
     before, reward = planner.plan, planner.reward_metric

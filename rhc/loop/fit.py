@@ -84,9 +84,8 @@ class ReversePasses:
 
 @dataclass(frozen=True)
 class Data:
-    """Loaders of a run, and the streams that windows take batches from. accumulate: batches per
-    step. validate_every: steps between evaluations. epoch_steps: with a planner. validation:
-    batches that judge windows; None for training batches."""
+    """Loaders of a run, and their streams. validation: None where training batches judge
+    windows."""
 
     train_loader: Iterable[Any]
     val_loader: Iterable[Any] | None
@@ -100,8 +99,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Fit:
-    """What stays constant during a fit, and its `state`, plant and streams, which change. window,
-    stride: in steps. reverse_passes: None where nothing is rewritten."""
+    """What stays constant during a fit, and its `state`, plant and streams, which change."""
 
     plant: Plant
     state: State
@@ -122,8 +120,7 @@ class Fit:
         return self.reverse_passes is not None
 
     def announce(self, verb: Verb, start: int, stop: int, attempt: int) -> None:
-        """Emits the next verb. Raises what a signal asked for, except when a window is to be
-        saved."""
+        """Emits the next verb. Raises what a signal asked for, unless a window is to be saved."""
         if verb not in ("commit", "slide"):
             self.check_stop()
         self.events.emit(VerbStarted(verb, self.state.cost.windows, start, stop, attempt))

@@ -187,8 +187,8 @@ def _vertex(left: float, middle: float, right: float) -> float:
 
 
 def find_first_lr(fit: Fit, start: Start) -> None:
-    """Searches the first lr and plans the run from it; DivergedError where no probe is finite.
-    Trials are kept in start.jsonl, so that a run resumed at step 0 finds the same lr."""
+    """Searches the first lr and plans the run from it; DivergedError where no probe is finite. A
+    run resumed at step 0 reads its trials in start.jsonl."""
     state, train_loader = fit.state, fit.data.train_loader
     search = LrSearch(fit)
     with preserved(), pristine(train_loader):
@@ -245,8 +245,7 @@ class LrSearch:
         return found if self._learned() else self._by_longer_rolls(found)
 
     def _from_zero(self, given: Tensor) -> Tensor:
-        """The lrs at which the objective falls by DROP; `given` where it does not fall, or the
-        budget does not allow the hypergradient."""
+        """The lrs at which the objective falls by DROP; else, or beyond the budget, `given`."""
         trials, plant = self.trials, self.fit.plant
         steps = math.floor(min(ZERO_STEPS, trials.steps, trials.room / 4))
         # Its result must be probed.
@@ -320,8 +319,7 @@ class LrSearch:
         return min((trial for trial in self.rolls if trial.steps == n), key=_loss)
 
     def _by_longer_rolls(self, found: Tensor) -> Tensor:
-        """The lr by longer rolls where short ones, which found `found`, learned nothing; else the
-        given."""
+        """The lr by longer rolls where short ones, with result `found`, learned nothing."""
         before = max(trial.steps for trial in self.rolls)
         highest = self._highest()
         n = self.trials.longest(LONGER_ROLLS)

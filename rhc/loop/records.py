@@ -114,8 +114,7 @@ def _line(
 
 
 def smoothness(measured: float | None, predicted: float | None) -> float | None:
-    """Measured change of J over the first-order prediction: 1 where the linear model holds, < 0
-    where the objective rose instead."""
+    """Measured over predicted change of J: 1 where the linear model holds, < 0 where J rose."""
     if measured is None or not predicted or not math.isfinite(measured + predicted):
         return None
     return measured / predicted

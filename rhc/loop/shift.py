@@ -23,8 +23,8 @@ FEWEST = 20
 
 
 def adapt_to_shift(fit: Fit, window: Window, attempt: Attempt) -> Attempt:
-    """The attempt after a test for a shift: cut where losses rise, or, if that is in its first
-    steps, with the base schedule restarted unless that is worse. Its end is live."""
+    """The live attempt after a test for a shift: cut where losses rise, or, if that is in its first
+    steps, with the base schedule restarted."""
     rule, step = fit.rule, _shift_of(fit, attempt)
     if step is None or not affords(fit, window, len(rule.restart) + 4, reverse_passes=1):
         return attempt

@@ -73,8 +73,7 @@ class AntitheticSearch:
 
 @dataclass
 class ReplayCheck:
-    """Whether a repeated step gives the same result, checked once. first: the window's start, and
-    its first step's loss and gradient norm."""
+    """Whether a repeated step gives the same result. first: a start, and its loss and norm."""
 
     done: bool = False
     first: tuple[int, Tensor] | None = None

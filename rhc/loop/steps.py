@@ -66,8 +66,7 @@ def take_steps(fit: Fit, window: Window, attempt: Attempt, mean: Average | None 
 
 
 def take_recorded_steps(fit: Fit, window: Window, attempt: Attempt) -> None:
-    """Takes recorded steps through the window; adds hypergradient and J unless they fail. Where
-    memory runs out, later reverse passes use less."""
+    """Takes recorded steps through the window; adds hypergradient and J unless they fail."""
     reverse_pass, terminal = fit.state.reverse_pass, terminal_loss(fit, window)
     assert reverse_pass is not None
     unseen: str | None = None

@@ -42,8 +42,7 @@ class NoRoom(Exception):
 
 @dataclass(frozen=True)
 class Trial:
-    """The result of a roll. asked: the highest lr of its steps, () or per group. loss: at its end,
-    inf where it diverged. batches: the loss on each batch that judged it."""
+    """The result of a roll. asked: its highest lr, () or per group. loss: inf if it diverged."""
 
     steps: int
     asked: float | list[float]

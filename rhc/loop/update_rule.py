@@ -1,5 +1,4 @@
-"""The update rule: from a hypergradient to a proposed schedule. It only proposes:
-`rhc.loop.windows` decides by a replay with common random numbers."""
+"""The update rule: from a hypergradient to a proposed schedule, which a replay judges."""
 
 from __future__ import annotations
 
@@ -28,8 +27,7 @@ Shift = float | tuple[float, ...]
 
 @dataclass(frozen=True)
 class Proposal:
-    """A rewritten schedule of a window. carry: control -> shift for the steps after it. predicted:
-    first-order change of J."""
+    """A rewritten window. carry: shift of later steps. predicted: first-order change of J."""
 
     schedule: Schedule
     carry: dict[str, Shift]
@@ -166,8 +164,7 @@ class Rewrite:
         return Proposal(new, carry, predicted)
 
     def bounded(self, new: Schedule, old: Schedule, highest: Tensor) -> Schedule:
-        """`new` with no lr above `highest` by more than `most` nats, unless it was so in `old`.
-        highest: (K,), (K, G), or one for all steps."""
+        """`new` with lr at most `most` nats above `highest`, unless it was higher in `old`."""
         if "lr" not in new or not math.isfinite(self.most):
             return new
         ceiling = (highest * math.exp(self.most)).expand(new["lr"].shape)
@@ -272,7 +269,7 @@ def usual_warmup(start: str, adaptive: bool) -> float:
 
 
 def usual_objective(start: str, window: int) -> Objective:
-    """The default objective: a held-out loss at the window's averaged end. After an lr search also
+    """The default objective: a held-out loss at the window's averaged end; after an lr search also
     its mean training loss, without which lr rises to what only the average bears."""
     return Objective() if start == "given" else Objective(loss_weight=1 / window)
 
@@ -284,8 +281,7 @@ def _columns(values: Tensor) -> Sequence[Tensor]:
 def faded(
     correction: Mapping[str, Shift], shifts: Mapping[str, Shift], left: float
 ) -> tuple[dict[str, Shift], dict[str, Shift]]:
-    """(correction after a window, shift of the plan), in raw coordinates. correction: the shift so
-    far. shifts: added by this window. left: the share of both that stays."""
+    """(correction after a window, shift of the plan), in raw coordinates; a share `left` stays."""
     after: dict[str, Shift] = {}
     change: dict[str, Shift] = {}
     for name in {**correction, **shifts}:

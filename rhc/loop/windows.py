@@ -160,8 +160,7 @@ def _same_place(before: tuple[int, float] | None, now: tuple[int, float] | None)
 
 
 def worth_rewriting(fit: Fit, window: Window, attempt: Attempt) -> bool:
-    """Whether to rewrite the attempt: a roll by the rule's choice, a rewrite if the last one was
-    worth it and the budget allows another."""
+    """Whether to rewrite: a roll by the rule's choice, a rewrite if the last was worth it."""
     rule, reverse_pass = fit.rule, fit.state.reverse_pass
     if not fit.rewrites or isinstance(rule, Twin) or window.cut:
         return False

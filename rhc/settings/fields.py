@@ -1,5 +1,4 @@
-"""A setting: its default, help, check and recording, defined once, on the field of a dataclass.
-Flags, help, TOML files, config.json, directory hashes and the Runner's checks derive from it."""
+"""A setting: default, help, check and recording, defined once, on the field of a dataclass."""
 
 from __future__ import annotations
 
@@ -225,8 +224,7 @@ class Settings:
 
     @classmethod
     def from_record(cls, values: Mapping[str, Any], source: str) -> Self:
-        """The inverse of `to_record`; absent ones have their default. InputError for an unknown
-        name or a value of another type, with `source`."""
+        """The inverse of `to_record`; InputError for an unknown name or a value of another type."""
         known = {name: each for name, each in cls.known().items() if name != "trust"}
         given: dict[str, Any] = {}
         for key, value in values.items():

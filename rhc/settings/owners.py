@@ -1,5 +1,4 @@
-"""The settings of a run, one dataclass for each part of it that has some. The Runner makes them
-from keywords, the command line from flags, with the same checks."""
+"""The settings of a run by owner, from the Runner's keywords or from flags."""
 
 # ruff: noqa: RUF009  (the default of a setting is a field)
 from __future__ import annotations

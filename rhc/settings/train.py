@@ -140,8 +140,7 @@ class TrainConfig(Files, Storage, Engine, Law, Window, Shape, Step, OptimizerSet
 
     @classmethod
     def from_run(cls, record: Mapping[str, Any], path: Path) -> Self:
-        """The settings in config.json, at `path`, of a run of `rhc train`, without its
-        directory."""
+        """The settings in config.json, at `path`, of `rhc train`, without its directory."""
         if "run" not in record:
             raise InputError(
                 f"{path} was written by rhc.Runner in a script, not by rhc train; run that script "

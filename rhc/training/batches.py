@@ -33,8 +33,7 @@ from rhc.training.loaders import (
 
 @dataclass(frozen=True)
 class EpochStart:
-    """What decides an epoch's order: the random state, the loader's own generators, and states by
-    name. first: a sample of its first batch, to recognise the data."""
+    """What decides an epoch's order. first: a sample of its first batch, to recognise the data."""
 
     rng: RandomState
     generators: tuple[Tensor, ...]
@@ -44,8 +43,7 @@ class EpochStart:
 
 @dataclass(frozen=True)
 class Position:
-    """The next batch: `index` batches into epoch `epoch`, which began in `start`. start is None
-    before the first batch; rng and generators are then those of the first epoch."""
+    """The next batch: `index` batches into epoch `epoch`. start: None before the first."""
 
     step: int
     epoch: int
@@ -99,9 +97,8 @@ class MicroBatches(tuple[Any, ...]):
 
 
 class DrawnAsNeeded:
-    """The micro-batches of one step, each drawn on demand, once. A plain loop draws each batch
-    after the gradient of the one before; with a loader and dropout on the global random state, that
-    order matters to the bit."""
+    """The micro-batches of one step, each drawn on demand, once: like the plain loop, after the
+    gradient of the one before, since loader and dropout may share a random state."""
 
     def __init__(self, count: int, batches: Iterator[Any]) -> None:
         self.count = count
@@ -170,8 +167,7 @@ class StepBatches:
         return [self._kept[step][0] for step in range(start, stop)]
 
     def lazily(self, start: int, stop: int) -> Iterator[Any]:
-        """The loader's own batches, each drawn on demand and not kept; micro-batches of a stream
-        that is not isolated are `DrawnAsNeeded`."""
+        """The loader's own batches, each drawn on demand and not kept."""
         for step in range(start, stop):
             if self.isolated or self.next_step != step:
                 self._draw_until(step + 1, again=False)
@@ -207,8 +203,7 @@ class StepBatches:
         return Position(step, epoch, index, start, self._rng, own)
 
     def seek(self, position: Position) -> None:
-        """Continues at `position`, drawing and dropping earlier batches of its epoch. The global
-        random state does not change."""
+        """Continues at `position`, dropping earlier batches; the global random state stays."""
         generators, counters = len(self._order.generators), len(self._order.counters)
         # Older checkpoints have no counters.
         if len(position.generators) not in (generators, generators + counters):

@@ -1,5 +1,4 @@
-"""What is wrong with a model, an optimizer, a loss or a loader, and how to fix it, in one sentence.
-torch's messages name neither the batch nor rhc's convention."""
+"""What is wrong with a model, optimizer, loss or loader, and how to fix it, in one sentence."""
 
 from __future__ import annotations
 
@@ -124,8 +123,7 @@ def mend_of(error: BaseException) -> str | None:
 
 
 def explained(error: BaseException, where: str, model: nn.Module, batch: Any) -> str:
-    """One sentence: how loss_fn failed, `where` ("at the first batch of train_loader"), on which
-    batch, and how to fix it."""
+    """How loss_fn failed, `where` ("at the first batch of train_loader"), on what, and the fix."""
     said = " ".join(str(error).split())
     said = f"{type(error).__name__}: {said[:200]}{'…' if len(said) > 200 else ''}"
     mend = mend_of(error) or "try it alone: loss_fn(model, next(iter(train_loader)))"

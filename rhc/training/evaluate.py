@@ -38,8 +38,7 @@ class Losses(NamedTuple):
 def evaluate(
     plant: Plant, loader: Iterable[Any] | None, *, most: int | None = None
 ) -> Losses | None:
-    """Mean loss and metrics in eval mode over the loader's first `most` batches. By default over
-    all, or `UNSIZED_BATCHES` without a length."""
+    """Mean loss and metrics in eval mode over the loader's first `most` batches; by default all."""
     if loader is None:
         return None
     unsized = most is None and not _has_length(loader)

@@ -48,8 +48,7 @@ class Hooks:
         return without([getattr(p, kind) for p, kind in places])
 
     def run(self) -> None:
-        """Runs the hooks that backward would have called, on the gradients of all parameters.
-        Raises Unseen where a post-accumulate hook changes anything."""
+        """Runs parameters' hooks on gradients; Unseen if a post-accumulate hook changes any."""
         if self._none:
             return
         self.of_tensors = self._having("_backward_hooks")

@@ -22,8 +22,8 @@ from rhc.errors import InputError
 
 
 class LoaderOrder:
-    """What decides a loader's order besides the global random state: private generators, and
-    counters of `set_epoch`, by which accelerate's samplers seed theirs."""
+    """A loader's order besides the global random state: private generators, and counters of
+    `set_epoch`, by which accelerate's samplers seed theirs."""
 
     def __init__(self, loader: Any) -> None:
         sampler = getattr(loader, "sampler", None)
@@ -65,9 +65,8 @@ def loader_preserved(loader: Any) -> Iterator[None]:
 
 
 def stateful_parts(loader: Any, besides: Iterable[Any] = ()) -> dict[str, Any]:
-    """Name -> what has `state_dict` and `load_state_dict`: the loader, or parts of a DataLoader. A
-    StatefulDataLoader counts as its parts: it begins epochs like any DataLoader, and its state
-    omits what its workers draw at random."""
+    """Name -> part of a loader with a `state_dict`. A StatefulDataLoader counts as its parts, as
+    its own state omits what its workers draw at random."""
     found: dict[str, Any] = {}
     seen = {id(None), *map(id, besides)}
 
@@ -134,8 +133,7 @@ class Pass:
 
 
 def begun(loader: Any) -> Iterator[Any]:
-    """A new iterator of a loader. InputError where a current pass would lose its position, since
-    the loader is its own iterator."""
+    """A new iterator of a loader; InputError where a current pass would lose its position."""
     # By name, since an error's frames would keep a pass alive.
     moved = [p.name for p in Pass.lasting if p.loader is loader and p.held != _held(loader)]
     own = apart(loader) if any(p.loader is loader for p in Pass.lasting) else loader
@@ -174,8 +172,7 @@ def _place(loader: Any, iterator: Any) -> Any:
 
 
 def apart(loader: Any) -> Any:
-    """The loader with workers of its own, where a DataLoader in it has persistent ones. Those have
-    one position for all iterators. Datasets and samplers are shared."""
+    """The loader with workers of its own; persistent ones have one position for all iterators."""
     inside = getattr(loader, "__dict__", {})
     within = {k: v for k, v in inside.items() if isinstance(v, (DataLoader, RankLoader))}
     changed = {k: own for k, v in within.items() if (own := apart(v)) is not v}
@@ -195,8 +192,7 @@ SAMPLED = 64
 
 
 def sample(batch: Any) -> tuple[Tensor, ...]:
-    """Some elements of everything in a batch that can become a tensor. None of a rank's rows, which
-    change with the number of ranks."""
+    """Some elements of all tensors in a batch; none of a rank's rows, which depend on the ranks."""
     leaves = [] if isinstance(batch, Shard) else tree_leaves(batch)
     found: list[Any] = []
     for leaf in leaves:

@@ -161,8 +161,7 @@ class Ceiling:
             self.limit = max(self.limit, resident() + self.above // 16)
 
     def check_growth(self) -> None:
-        """Trims the heap if it is above and still grows by work; otherwise its free memory is in
-        use, and would only be faulted in again."""
+        """Trims the heap if it is above and still grows by work; else its free memory is in use."""
         now = resident()
         if now > self.limit and now > self._seen + max(GROWTH, self.work // 4):
             trim()

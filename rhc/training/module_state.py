@@ -1,5 +1,4 @@
-"""Buffers, and attributes of modules that change: found, copied and restored. Buffers may appear in
-a forward pass, be None until then, grow, be replaced, or be read-only views."""
+"""Buffers, and attributes of modules that change: found, copied and restored."""
 
 from __future__ import annotations
 
@@ -20,8 +19,8 @@ Values = Mapping[str, Tensor | None]
 
 
 class Buffers:
-    """The buffers of a model, and the tensors in their places at construction. moved: further
-    tensors, by name, treated like buffers."""
+    """The buffers of a model, which may appear, be None, grow, be replaced or be read-only views.
+    moved: further tensors to treat like buffers."""
 
     def __init__(self, model: nn.Module, moved: Mapping[str, Tensor] | None = None) -> None:
         self.moved = dict(moved or {})
@@ -146,8 +145,7 @@ Place = tuple[int, str]
 
 
 class Attributes:
-    """Counters, generators, tensors, lists and dicts among the attributes of a model's modules;
-    other objects are left alone."""
+    """Counters, generators, tensors, lists and dicts among the attributes of a model's modules."""
 
     def __init__(self, model: nn.Module) -> None:
         self.holders = [vars(module) for module in model.modules()]

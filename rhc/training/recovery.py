@@ -97,8 +97,7 @@ class Deviation:
 def replay_deviation(
     plant: Plant, batch: Any, controls: Mapping[str, Any], step: int
 ) -> Deviation | None:
-    """How a step differs from its repetition; None where they are equal to the bit. Costs two
-    gradient evaluations; the plant is restored."""
+    """How a step differs from its repetition, if it does, by two gradient evaluations."""
     before = plant.snapshot()
     ends = []
     try:
@@ -119,8 +118,7 @@ def replay_deviation(
 
 @contextlib.contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Only deterministic operators inside, if wanted; torch raises where there is none. Global
-    settings are restored. cuBLAS reads its variable at its first use only."""
+    """Only deterministic operators inside, if wanted; torch raises where there is none."""
     if not wanted:
         yield
         return

@@ -107,8 +107,7 @@ def _put(live: dict[str, Any], values: Mapping[str, Any]) -> None:
 
 
 def snapshot_to_tensors(plant: Plant, snapshot: Snapshot) -> tuple[Tensors, dict[str, Any]]:
-    """(tensors by group: model, optimizer, rng; the rest of the optimizer, for JSON). InputError
-    where the optimizer's state cannot be stored."""
+    """(tensors by group, rest of the optimizer for JSON); InputError if it cannot be stored."""
     model = {f"parameter.{n}": t for n, t in snapshot.parameters.items()}
     model |= {f"buffer.{n}": t for n, t in snapshot.buffers.items() if t is not None}
     tensors: dict[str, Tensor] = {}
@@ -138,8 +137,7 @@ def _own_entries(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def places(plant: Plant, rest: Mapping[str, Any]) -> list[int]:
-    """Each parameter's position in the checkpoint's optimizer; InputError if names or groups
-    differ."""
+    """Each parameter's position in the checkpoint's optimizer; InputError if groups differ."""
     slots, groups = len(rest["slots"]), len(rest["groups"])
     if slots != len(plant.parameters) or groups != len(plant.optimizer.param_groups):
         raise InputError(
@@ -161,8 +159,7 @@ def places(plant: Plant, rest: Mapping[str, Any]) -> list[int]:
 
 
 def with_parts(plant: Plant, tensors: Tensors, rest: Mapping[str, Any], folder: Path) -> Tensors:
-    """A checkpoint's tensors with those that ranks wrote in parts into `folder`. This process gets
-    its parts if its model is sharded, else the whole."""
+    """A checkpoint's tensors with this process's parts of those that ranks wrote into `folder`."""
     parameters = dict(plant.model.named_parameters())
     owned = {str(place): p for place, p in zip(places(plant, rest), plant.owned, strict=True)}
 
@@ -210,8 +207,7 @@ def snapshot_from_tensors(plant: Plant, tensors: Tensors, rest: Mapping[str, Any
 def _check_model(
     model: nn.Module, found: Mapping[str, Tensor], buffers: Mapping[str, Tensor | None]
 ) -> None:
-    """Raises InputError where a checkpoint's model is another. Buffers may differ in shape, or be
-    None or unregistered: a forward pass fills them."""
+    """Raises InputError for another model; buffers may differ in shape or be missing."""
     expected: dict[str, Tensor] = {f"parameter.{n}": p for n, p in model.named_parameters()}
     expected |= {f"buffer.{n}": b for n, b in buffers.items() if b is not None}
     modules = dict(model.named_modules())
@@ -237,8 +233,7 @@ def _check_model(
 def _on_their_devices(
     plant: Plant, tensors: Mapping[str, Tensor], order: Sequence[int]
 ) -> dict[str, Tensor]:
-    """The optimizer's tensors, slots on their parameters' devices; InputError for other shapes.
-    order: the checkpoint's position of each parameter."""
+    """The optimizer's tensors, slots on their parameters' devices; InputError for other shapes."""
     known = _is_differentiable(plant)
     groups = [g for g in plant.optimizer.param_groups for _ in g["params"]]
     placed = dict(tensors)

@@ -1,5 +1,4 @@
-"""The record of a roll for the reverse pass: states, gradients and losses, by step. Parameters that
-step alike form a `Block`, with one vector for all of them."""
+"""The record of a roll for the reverse pass; parameters that step alike form one `Block`."""
 
 from __future__ import annotations
 
@@ -20,8 +19,7 @@ from rhc.training.module_state import Captured
 
 @dataclass(frozen=True)
 class Block:
-    """Parameters that step together. group: index of their parameter group. indices: positions in
-    the optimizer's parameter order."""
+    """Parameters that step together. indices: positions in the optimizer's parameter order."""
 
     group: int
     indices: tuple[int, ...]
@@ -55,8 +53,7 @@ def _templates(shapes: tuple[torch.Size, ...]) -> list[Tensor]:
 
 @dataclass
 class BlockState:
-    """θ and the optimizer's state of one block, flattened. parameters: None where only the latter
-    is kept."""
+    """θ and the optimizer's state of one block, flattened; parameters None if not kept."""
 
     parameters: Tensor | None
     optimizer: Any
@@ -77,8 +74,7 @@ class HiddenState:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Observations of one step: loss and metrics before the update, and the raw gradient's norm,
-    which is a tensor where a number would block the host."""
+    """Loss and metrics before an update, and the raw gradient's norm, a tensor on accelerators."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
