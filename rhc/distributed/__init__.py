@@ -1,12 +1,7 @@
-"""Many processes that train one model: what is averaged over them, and what each has of its own.
+"""Training on several ranks, replicated (data parallel) or sharded (FSDP).
 
-Data parallel: every rank holds the whole model and the whole optimizer, and sees its own rows of
-every batch. Gradients, products with the Hessian, losses and metrics are averaged as they arise;
-everything that follows from them is then the same on all ranks, to the bit, without a word between
-them. `ranks` is the group and its means, `parallel` what a plant exchanges, `shards` says whose
-rows are whose, `batch_norm` takes statistics over the rows of all ranks. Where FSDP leaves each
-rank a part of every parameter, `dtensors` converts them and `parts` has their files. `directory` is
-the run's directory, which the first rank writes.
+Gradients, hvps, losses and metrics are averaged as they arise, so all ranks compute bit-identical
+updates without further communication.
 """
 
 from rhc.distributed.batch_norm import SyncBatchNorm, synchronised

@@ -1,8 +1,7 @@
-"""BatchNorm over the rows of all ranks, that can be differentiated twice, on any device.
+"""Twice-differentiable BatchNorm over the rows of all ranks, on any device.
 
-torch.nn.SyncBatchNorm works on CUDA alone, and its backward is a kernel without a derivative. Here
-the moments of every rank are gathered by one small all-reduce, which autograd sees: with losses as
-means over ranks, the sum over ranks is its own adjoint, at every order.
+torch.nn.SyncBatchNorm needs CUDA and its backward has no derivative. Here moments are all-reduced
+in a way that autograd sees; with losses as means over ranks, the sum is its own adjoint.
 """
 
 from __future__ import annotations
@@ -21,15 +20,13 @@ PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class SyncBatchNorm(_BatchNorm):
-    """nn.BatchNorm whose batch is that of all `ranks` together."""
-
     ranks: Ranks
 
     def forward(self, x: Tensor) -> Tensor:
         return self.passed(x, update=True, visible=False)
 
     def passed(self, x: Tensor, *, update: bool, visible: bool) -> Tensor:
-        """The layer's result. update: of running statistics in train mode; visible: to autograd."""
+        """The output. update: of running statistics in train mode; visible: to autograd."""
         if not self.training and self.running_mean is not None:
             if not visible:
                 return F.batch_norm(
@@ -43,10 +40,8 @@ class SyncBatchNorm(_BatchNorm):
         return self._scaled(x, mean, var)
 
     def _moments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(mean, biased variance, number of values) per channel, over all ranks.
-
-        N var = Σ_r n_r (var_r + (mean_r − mean)²): no difference of large numbers.
-        """
+        """(mean, biased variance, count) per channel: N var = Σ_r n_r (var_r + (mean_r − mean)²),
+        which avoids cancellation."""
         dims = [d for d in range(x.dim()) if d != 1]
         var, mean = torch.var_mean(x, dims, correction=0)
         own = x.numel() // x.shape[1] if self.ranks.counted else 0
@@ -88,11 +83,8 @@ class SyncBatchNorm(_BatchNorm):
 
 @contextmanager
 def synchronised(model: nn.Module, ranks: Ranks | None, *, every: bool = False) -> Iterator[None]:
-    """Inside, SyncBatchNorm layers are those of this module; every: BatchNorm layers as well.
-
-    The layers stay the same objects, with their parameters and buffers, and only change their
-    class.
-    """
+    """Context in which SyncBatchNorm layers, or all BatchNorm layers with `every`, change their
+    class to this module's."""
     kinds: tuple[type[nn.Module], ...] = (nn.SyncBatchNorm, *(PLAIN if every else ()))
     changed = [] if ranks is None else [m for m in model.modules() if type(m) in kinds]
     before = [type(m) for m in changed]

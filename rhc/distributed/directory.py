@@ -1,11 +1,8 @@
-"""A run's directory where ranks train together: the first rank writes it, all ranks read it.
+"""The run's directory with several ranks: the first writes, all read (shared file system).
 
-A checkpoint holds the state that is the same on all ranks once, and beside it, in
-ranks.safetensors, what each rank has of its own: its random state and its place in the data. Of
-sharded parameters, optimizer slots and averages each rank writes its own parts into shards/, before
-the first writes the manifest. With as many ranks as before a run continues to the bit, with others
-to rounding, from the first rank's place and new random states. The directory must be where all
-ranks can read it.
+ranks.safetensors holds each rank's random state and data position, shards/ its parts of sharded
+tensors. With the same number of ranks runs resume bit for bit, else to rounding, from the first
+rank's position and new random states.
 """
 
 from __future__ import annotations
@@ -31,7 +28,7 @@ from rhc.storage.jsonl import JsonLines
 from rhc.storage.run_directory import Plan, RunDirectory, Whole
 
 OWN = ("rng", "train_batches", "validation_batches")
-"""Groups of a checkpoint's tensors that each rank has of its own."""
+"""Groups of a checkpoint's tensors that are specific to a rank."""
 
 GROUP = "ranks"
 
@@ -43,7 +40,6 @@ def directory_of(
     may_change: Mapping[str, str],
     ranks: Ranks | None,
 ) -> RunDirectory:
-    """The run's directory as this process has it. may_change: see `RunDirectory`."""
     may_change = {**may_change, "ranks": "it goes on to rounding, not to the bit"}
     if ranks is None:
         return RunDirectory(path, keep_checkpoints, notice, may_change)
@@ -51,10 +47,7 @@ def directory_of(
 
 
 class RanksDirectory(RunDirectory):
-    """Every method is called on all ranks at the same time; the first one writes.
-
-    What the disk refuses the first rank is raised, or returned, on all.
-    """
+    """Collective: every method is called on all ranks. The first rank's disk errors reach all."""
 
     def __init__(
         self,
@@ -67,7 +60,7 @@ class RanksDirectory(RunDirectory):
         super().__init__(path, keep_checkpoints, notice, may_change)
         self.ranks = ranks
         self._unsaved: tuple[Checkpoint, Plan] | None = None
-        """A checkpoint with parts that was not saved: all ranks are needed to try again."""
+        """A checkpoint with parts whose save failed; retrying needs all ranks."""
         if not ranks.first:
             self.tape, self.windows, self.starts = (
                 _Unwritten(path / name) for name in ("tape.jsonl", "windows.jsonl", "start.jsonl")
@@ -86,7 +79,7 @@ class RanksDirectory(RunDirectory):
         return self._loaded(self.ranks.by_first(lambda: _step(RunDirectory.earlier(self, step))))
 
     def _loaded(self, step: int | None) -> Checkpoint | None:
-        """The checkpoint as this rank continues from it; an InputError where one cannot read it."""
+        """The checkpoint for this rank; InputError on all if a rank cannot read it."""
         if step is None:
             return None
         found, trouble = None, ""
@@ -104,7 +97,6 @@ class RanksDirectory(RunDirectory):
         return replace(found, tensors=self._own(found))
 
     def _own(self, checkpoint: Checkpoint) -> dict[str, dict[str, Tensor]]:
-        """A checkpoint's tensors with this rank's own in the place of the first rank's."""
         tensors, ranks = dict(checkpoint.tensors), self.ranks
         kept = tensors.pop(GROUP, {})
         before = int(kept.get("size", 1))
@@ -140,7 +132,6 @@ class RanksDirectory(RunDirectory):
         return self._save_first(replace(checkpoint, tensors=whole), schedule)
 
     def _gathered(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
-        """ranks.safetensors: what every rank has of its own."""
         own = {
             f"{name}.{key}": t.detach().cpu().contiguous()
             for name in OWN
@@ -153,8 +144,6 @@ class RanksDirectory(RunDirectory):
         return found
 
     def _save_first(self, checkpoint: Checkpoint, schedule: Plan) -> Path | None:
-        """The directory of a checkpoint that the first rank writes; None where it cannot."""
-
         def saved() -> bool:
             return RunDirectory.save(self, checkpoint, schedule) is not None
 
@@ -166,10 +155,8 @@ class RanksDirectory(RunDirectory):
     def _save_parts(
         self, whole: Checkpoint, parts: Mapping[str, Tensor], schedule: Plan
     ) -> Path | None:
-        """The directory of a checkpoint of which each rank writes its parts.
-
-        None where the disk does not take it; a StorageError for a run's first one.
-        """
+        """Directory of a checkpoint with every rank's parts; None if writing failed, except for the
+        first."""
         for attempt in (0, 1):
             try:
                 folder = self._of_first(lambda: str(self.checkpoints.prepare(whole.step)))
@@ -194,7 +181,7 @@ class RanksDirectory(RunDirectory):
 
     def _give_up(self, trouble: OSError) -> None:
         def gave_up() -> None:
-            # Whatever comes next is written by all ranks again, not by the first alone.
+            # The next save is collective again, not by the first rank alone.
             self._first = self._late = None
             self._troubled(trouble)
             if self.saved is None:
@@ -206,7 +193,7 @@ class RanksDirectory(RunDirectory):
         self.ranks.by_first(gave_up)
 
     def _of_first(self, function: Callable[[], Any]) -> Any:
-        """What the first rank's function returns, on every rank; or its OSError, on every rank."""
+        """The first rank's result, or its OSError, on every rank."""
 
         def tried() -> list[Any]:
             try:
@@ -230,7 +217,7 @@ def _step(checkpoint: Checkpoint | None) -> int | None:
 
 
 class _Unwritten(JsonLines):
-    """Lines that the first rank writes."""
+    """A log that only the first rank writes."""
 
     def append(self, rows: Any) -> None:
         pass

@@ -1,4 +1,4 @@
-"""DTensors, as FSDP2's fully_shard makes of parameters: a rank's part, and the whole."""
+"""Conversions of DTensors (FSDP2's parameters) to local parts and back."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def is_dtensor(value: Any) -> bool:
 
 
 def local_part(value: Any) -> Any:
-    """The rank's own part of a DTensor; anything else as it is."""
+    """The local part of a DTensor; other values unchanged."""
     return value.detach().to_local() if is_dtensor(value) else value
 
 
 def placed_as(part: Any, like: Any) -> Any:
-    """This rank's part of a tensor, as a DTensor like `like`; as it is where that is none."""
+    """A local part as a DTensor like `like`; unchanged if `like` is none."""
     if not (is_dtensor(like) and isinstance(part, Tensor)):
         return part
     from torch.distributed.tensor import DTensor
@@ -33,7 +33,7 @@ def placed_as(part: Any, like: Any) -> Any:
 
 
 def shared_as(whole: Any, like: Any) -> Any:
-    """A whole tensor as a DTensor like `like`; as it is where shapes differ or that is none."""
+    """A whole tensor as a DTensor like `like`; unchanged if shapes differ or `like` is none."""
     if not (isinstance(whole, Tensor) and is_dtensor(like)):
         return whole
     if is_dtensor(whole) or whole.shape != like.shape:
@@ -45,7 +45,7 @@ def shared_as(whole: Any, like: Any) -> Any:
 
 
 def part_like(whole: Tensor, like: Any) -> Tensor:
-    """This rank's part of a whole tensor, cut as the DTensor `like` is, in new memory."""
+    """This rank's part of a whole tensor, placed like `like`, as a copy."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     sizes, offsets = compute_local_shape_and_global_offset(

@@ -1,4 +1,4 @@
-"""Means over ranks of gradients, sent while the backward pass still goes on."""
+"""All-reduce of gradients, overlapping the backward pass."""
 
 from __future__ import annotations
 
@@ -15,14 +15,10 @@ Observed = tuple[Tensor, dict[str, Tensor]]
 
 
 class Gradients:
-    """Averages every `.grad` that arises inside, each bucket as soon as it is full.
-
-    Buckets are filled in reverse order of the parameters, as gradients arise, and sent in that
-    order on every rank. A parameter that has no gradient on any rank keeps its None; one that has
-    on some gets the mean, with 0 for the others. `end` must be called afterwards.
-
-    times: how often each gradient is added to.
-    """
+    """Averages gradients inside the context, each bucket once it is complete; call `end`
+    afterwards.
+    Buckets follow the reverse order of parameters, the same on every rank. A gradient that is None
+    on all ranks stays None; None on some counts as 0. times: additions to each gradient."""
 
     def __init__(self, ranks: Ranks, parameters: Sequence[Tensor], times: int = 1) -> None:
         self.ranks = ranks
@@ -43,7 +39,6 @@ class Gradients:
             handle.remove()
 
     def _note(self, parameter: Tensor) -> None:
-        """A gradient has been added to; called by autograd."""
         self._missing[self._bucket_of[id(parameter)]] -= 1
         while len(self._sent) < len(self._buckets) and self._missing[len(self._sent)] == 0:
             self._send()
@@ -57,7 +52,7 @@ class Gradients:
         self._sent.append((flat, self.ranks.begin(flat)))
 
     def end(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> Observed:
-        """Writes the means into every `.grad`; (mean loss, mean metrics where they are numbers)."""
+        """Writes means into every `.grad`; returns mean loss and mean scalar metrics."""
         names = [name for name, value in metrics.items() if value.numel() == 1]
         numbers = [loss, *(metrics[name] for name in names)]
         device = loss.device
@@ -72,14 +67,14 @@ class Gradients:
         while len(self._sent) < len(self._buckets):
             self._send()
         self.ranks.finish(work, few)
-        # Asking an accelerator would make the host wait, and there is nothing to ask if all do.
+        # Reading from an accelerator is a sync, needless if every gradient is present.
         if not all(present):
             present = [x > 0 for x in few[len(numbers) :].tolist()]
         absent = {id(p) for p, there in zip(self.parameters, present, strict=True) if not there}
         for bucket, (flat, sent) in zip(self._buckets, self._sent, strict=True):
             self.ranks.finish(sent, flat)
             for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                # Not in place: of one row, a bias's gradient is what its layer's graph has saved.
+                # Not in place: for one row, a bias's gradient aliases a tensor saved by the graph.
                 p.grad = None if id(p) in absent else part.view(p.shape)
         means = dict(metrics)
         for name, mean in zip(names, few[1:], strict=False):

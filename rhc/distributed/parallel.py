@@ -1,7 +1,6 @@
-"""How a model lies on the ranks that train it: in one process, copied to each, or sharded.
+"""How a model is placed on ranks: one process, replicated or sharded.
 
-A plant asks its `parallel` for everything that other ranks take part in: gradients, means, norms,
-noise. With one process each method is what it says without other ranks.
+A plant calls its `parallel` for every collective operation; `OneProcess` is the base without any.
 """
 
 from __future__ import annotations
@@ -26,18 +25,15 @@ LossFn = Callable[[nn.Module, Any], Any]
 
 
 def parallel_of(model: nn.Module, parameters: list[Tensor], ranks: Ranks | None) -> OneProcess:
-    """How a model lies on `ranks`; parameters: the optimizer's."""
     if any(is_dtensor(p) for p in parameters):
         return Sharded(model, parameters, ranks)
     return OneProcess(model, parameters) if ranks is None else Replicated(model, parameters, ranks)
 
 
 class OneProcess:
-    """A model that one process trains.
-
-    owned: what the optimizer holds. parameters: what this rank has of it, leaves that are trained.
-    watched: those among them that loss_fn and hooks see as they are.
-    """
+    """A model on one process.
+    owned: the optimizer's parameters. parameters: this rank's parts, trained leaves. watched: those
+    of them that loss_fn and hooks see directly."""
 
     ranks: Ranks | None = None
     sharded = False
@@ -47,33 +43,30 @@ class OneProcess:
         self.owned = self.parameters = self.watched = parameters
 
     def weighing(self, loss_fn: LossFn) -> LossFn:
-        """loss_fn for batches of which each rank has its rows."""
+        """loss_fn weighted for this rank's rows of a batch."""
         return loss_fn
 
     # Gradients -----------------------------------------------------------------------------------
 
     def backward(self, run: Callable[[], Observed], times: int = 1) -> Observed:
-        """Runs what fills every `.grad`; gradients, loss and metrics become means over ranks.
-
-        times: how often it adds to each gradient.
-        """
+        """Runs a backward pass and averages `.grad`, loss and metrics over ranks. times: additions
+        per gradient."""
         return run()
 
     def average(self, loss: Tensor, metrics: dict[str, Tensor]) -> Observed:
-        """The same, where every `.grad` of this rank is filled already."""
         return loss, metrics
 
     def find_statistics(self) -> None:
-        """Looks for layers with running statistics of this rank's rows alone."""
+        """Finds layers with running statistics of local rows."""
 
     def average_statistics(self) -> None:
-        """Such statistics become means over ranks."""
+        """Averages these statistics over ranks."""
 
     def take_gradients(self) -> None:
-        """Gives every parameter of this rank its part of the gradient."""
+        """Sets `.grad` of this rank's parts."""
 
     def gradient_norm(self, gradients: list[Tensor], *, clipping: bool) -> Tensor | float:
-        """The norm of all gradients together. clipping: as torch has it that clips by it."""
+        """Global gradient norm. clipping: computed as torch's clip_grad_norm_ does."""
         if clipping or any(g.device.type != "cpu" for g in gradients):
             return torch.nn.utils.get_total_norm(gradients)
         # For a small model a third of the time: 50 µs of a step of 1.1 ms.
@@ -84,50 +77,44 @@ class OneProcess:
     def means(
         self, tensors: Sequence[Tensor | None], like: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        """Means over ranks, where one may have None for zero; of tensors shaped as `like`."""
+        """Means over ranks; None counts as zeros shaped as in `like`."""
         return list(tensors)
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
-        """Every tensor becomes its mean over ranks, in place."""
+        """Averages tensors over ranks in place."""
 
     def value(self, loss: Tensor) -> Tensor:
-        """The mean over ranks of a scalar, detached."""
         return loss.detach()
 
     def sums(self, numbers: Sequence[float]) -> list[float]:
-        """The sum over ranks of each number."""
         return list(numbers)
 
     def all(self, holds: bool) -> bool:
-        """Whether it holds on all ranks."""
         return holds
 
     def union(self, names: Iterable[str]) -> list[str]:
-        """The names that any rank has, in the same order on all."""
+        """The names on any rank, in the same order on all."""
         return list(names)
 
     def share_random_state(self) -> None:
-        """Gives every rank the first one's random state, so that all draw the same batches."""
+        """Broadcasts the first rank's random state, so that all draw the same batches."""
 
     # Parts of parameters and of what is computed for them ----------------------------------------
 
     def settle(self) -> None:
-        """Has the model read anew what lies in its parameters."""
+        """Drops parameters gathered in an earlier forward pass."""
 
     def local(self, value: Any) -> Any:
-        """This rank's part of a parameter, a slot or a buffer."""
         return value
 
     def sum_of_parts(self, value: Tensor) -> Tensor:
-        """The sum over what each rank computed for its parts."""
         return value
 
     def norm_of_parts(self, norm: Tensor) -> Tensor:
-        """The norm of the whole, from that of this rank's part."""
         return norm
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The norm of all these together, as all ranks hold them."""
+        """The global norm of all these tensors together."""
         norms = [torch.linalg.vector_norm(t) for t in tensors]
         device = self.parameters[0].device
         return self.norm_of_parts(
@@ -135,16 +122,15 @@ class OneProcess:
         )
 
     def norms(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """The norm of each, as all ranks hold it; can be differentiated."""
+        """The global norm of each; differentiable."""
         return [torch.linalg.vector_norm(part) for part in parts]
 
     def parameter_norms(self) -> list[float]:
-        """The norm of every parameter of the model: what ranks and runs are compared by."""
         found = torch._foreach_norm([p.detach() for p in self.model.parameters()])
         return [float(x) for x in torch.stack([n.double() for n in found]).tolist()]
 
     def root_mean_squares(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
-        """RMS of every parameter's gradient, as all ranks hold it; 0 where it has none."""
+        """Global RMS of every gradient; 0 for None."""
         known = [
             p.new_zeros(1) if g is None else g
             for p, g in zip(self.parameters, gradients, strict=True)
@@ -158,7 +144,7 @@ class OneProcess:
 
 
 class Replicated(OneProcess):
-    """Data parallel: every rank holds the whole model, and sees its own rows of every batch."""
+    """Data parallel: every rank has the whole model and its rows of every batch."""
 
     ranks: Ranks
 
@@ -219,12 +205,9 @@ class Replicated(OneProcess):
 
 
 class Sharded(Replicated):
-    """Every rank holds a part of each parameter, as FSDP2's fully_shard has it.
-
-    A part is seen as a parameter of its own: a leaf in the same memory as the DTensor's local
-    tensor, whose `.grad` is taken from the DTensor's. FSDP gathers the whole before a layer runs,
-    and leaves gradients as means over ranks, cut to the parts. It has no second derivatives.
-    """
+    """FSDP2: every rank has a part of each parameter.
+    Parts are leaves that share memory with the DTensors' local tensors. FSDP gathers parameters per
+    layer and averages gradients. It has no second derivatives."""
 
     sharded = True
 
@@ -233,7 +216,7 @@ class Sharded(Replicated):
             m for m in model.modules() if hasattr(m, "unshard") and hasattr(m, "reshard")
         ]
         for layer in self._layers:
-            layer.unshard()  # FSDP places its parts when it is first used
+            layer.unshard()  # FSDP shards lazily, at first use
             layer.reshard()
         for p in parameters:
             mesh: Any = getattr(p, "device_mesh", None)
@@ -282,7 +265,7 @@ class Sharded(Replicated):
 
     def norms(self, parts: Sequence[Tensor]) -> list[Tensor]:
         squares = torch.stack([part.double().square().sum() for part in parts])
-        # At zero the derivative is zero.
+        # The clamp makes the derivative 0 at 0.
         return list(SumOverRanks.apply(squares, self.ranks).clamp_min(1e-300).sqrt())
 
     def parameter_norms(self) -> list[float]:
@@ -294,7 +277,6 @@ class Sharded(Replicated):
 
 
 def dense(tensors: list[Tensor]) -> list[Tensor]:
-    """The same tensors, of those that are sparse the values."""
     if not any(t.is_sparse for t in tensors):
         return tensors
     return [t.coalesce().values() if t.is_sparse else t for t in tensors]

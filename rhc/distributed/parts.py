@@ -1,8 +1,7 @@
-"""Files of sharded tensors: each rank writes its own parts, and any number of ranks reads them.
+"""Files of sharded tensors: each rank writes its parts, any number of ranks can read them.
 
-They are written and read by torch.distributed.checkpoint, in its safetensors format: a file per
-rank, whose header says where each part lies in its whole. Here they are synced, read back and
-summed as all files of a checkpoint are; the manifest that names them is written afterwards.
+The format is torch.distributed.checkpoint's safetensors. Files are synced, read back and hashed
+before the manifest is written.
 """
 
 from __future__ import annotations
@@ -26,14 +25,11 @@ from rhc.errors import InputError
 from rhc.storage.files import sync
 
 Sums = dict[str, tuple[int, str]]
-"""Name of a file -> (bytes, SHA-256)."""
+"""File name -> (bytes, SHA-256)."""
 
 
 def write_parts(ranks: Ranks, folder: Path, tensors: Mapping[str, Any]) -> Sums:
-    """The files that the ranks wrote into `folder`; an OSError, alike on all, where a disk refuses.
-
-    tensors: DTensors by name; every rank gives the same names, and writes what it holds of them.
-    """
+    """Writes the ranks' parts of DTensors; an OSError on one rank is raised on all."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -58,10 +54,7 @@ def write_parts(ranks: Ranks, folder: Path, tensors: Mapping[str, Any]) -> Sums:
 
 
 def read_parts(folder: Path, like: Callable[[str], Any]) -> dict[str, Tensor]:
-    """What lies in a folder of parts, by name: sharded as `like(name)` is, or else whole.
-
-    Each process reads its own parts, whoever wrote them. An InputError where some are missing.
-    """
+    """Tensors of a folder by name, sharded like `like(name)` or whole; InputError if incomplete."""
     import torch.distributed.checkpoint as dcp
 
     found: dict[str, Tensor] = {}
@@ -73,29 +66,26 @@ def read_parts(folder: Path, like: Callable[[str], Any]) -> dict[str, Tensor]:
                 raise ValueError(f"{name} is not there whole")
             found[name] = _empty(parts.size, parts.properties.dtype, like(name))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a process reads alone, which is meant
+            warnings.simplefilter("ignore")  # about reading in a single process, which is intended
             dcp.load(dict(found), storage_reader=reader, no_dist=True)
-    except Exception as error:  # safetensors' parser, in Rust, has exceptions of its own
+    except Exception as error:  # safetensors' Rust parser raises its own types
         cause = _cause(error)
         raise InputError(f"{folder} is damaged ({type(cause).__name__}: {cause})") from None
     return found
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The error of one rank that torch.distributed.checkpoint has wrapped; or itself."""
     failures = getattr(error, "failures", None)
     return next(iter(failures.values()))[0] if failures else error
 
 
 def _empty(size: torch.Size, dtype: torch.dtype, like: Any) -> Any:
-    """An empty tensor of this size, sharded as `like` is if that has the size too."""
     if not is_dtensor(like) or like.shape != size:
         return torch.empty(size, dtype=dtype)
     return placed_as(torch.empty_like(local_part(like), dtype=dtype), like)
 
 
 def _sums(folder: Path, prefix: str, tensors: Mapping[str, Any]) -> Sums:
-    """The sums of a rank's files, once they are on the disk and give back what the rank holds."""
     sums: Sums = {}
     for path in sorted(folder.glob(f"{prefix}*.safetensors")):
         sync(path)
@@ -111,7 +101,7 @@ def _sums(folder: Path, prefix: str, tensors: Mapping[str, Any]) -> Sums:
 
 
 def _same_bytes(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same to the bit, not-a-numbers included."""
+    """Bitwise equality, so NaN equals NaN."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(*[t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)])

@@ -1,9 +1,7 @@
-"""The ranks of a run: a process group of torch.distributed, and the means over it.
+"""The ranks of a run: a torch.distributed process group and means over it.
 
-J = mean_r J_r, where J_r is what rank r sees of the objective. So the gradient is the mean of the
-ranks' gradients, and a product with the Hessian the mean of the ranks' products with the same
-vector: one all-reduce of the gradient's size for each, in buckets, whatever the window's length.
-What goes between processes beside that are a few numbers a step, and plain JSON: no objects.
+J = mean_r J_r, so gradients and hvps are means over ranks: one bucketed all-reduce of the
+gradient's size each. Other messages are a few numbers per step, and JSON (no pickled objects).
 """
 
 from __future__ import annotations
@@ -29,36 +27,36 @@ from rhc.errors import InputError, StorageError
 from rhc.rng import RandomState
 
 Group = dist.ProcessGroup | None | Literal["auto"]
-"""A process group; None for this process alone; "auto" for the default group of several, if any."""
+"""A process group; None for one process; "auto" for the default group, if it has several."""
 
 BUCKET_BYTES = 25 * 2**20
-"""As DistributedDataParallel's: small enough to begin early, large enough for the latency."""
+"""As in DistributedDataParallel."""
 
 TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others; one that has died is noticed at once."""
+"""Longest wait for other ranks; a dead rank is noticed at once."""
 
 
 class RanksDiffer(RuntimeError):
-    """Ranks that must be equal are not: one sentence that names rank, window and what differs."""
+    """Ranks disagree; the message names rank, window and difference."""
 
 
 class Unshared(InputError):
-    """An InputError that every rank raises alike, so that one of them tells it."""
+    """An InputError raised on all ranks, to be printed by one."""
 
 
 class Ranks:
-    """This process's place among those that train together, and the means over all of them."""
+    """This process's rank and the collectives of its group."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.sent = 0
-        """Elements of tensors that this rank has summed with others."""
+        """Elements all-reduced by this rank."""
         self.waited = 0.0
-        """Seconds that it waited for others; on an accelerator the host does not wait."""
+        """Seconds spent waiting; 0 on accelerators, where the host does not wait."""
         self.counted = True
-        """Whether the rows being evaluated are this rank's own, and not a stand-in for none."""
+        """False while the rows evaluated are a stand-in for an empty shard."""
         nccl_only = "gloo" not in str(dist.get_backend(group)).lower()
         self.device = torch.device("cuda" if nccl_only and torch.cuda.is_available() else "cpu")
 
@@ -67,13 +65,12 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes."""
         return self.rank == 0
 
     # Means ---------------------------------------------------------------------------------------
 
     def means(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The mean over ranks of each tensor, in new memory; all ranks give the same shapes."""
+        """Means over ranks as new tensors; shapes must agree."""
         result: list[Tensor | None] = [None] * len(tensors)
         pending = []
         for indices in buckets(tensors):
@@ -87,29 +84,26 @@ class Ranks:
         return [t for t in result if t is not None]
 
     def value(self, number: Tensor) -> Tensor:
-        """The mean over ranks of a scalar, detached."""
         flat = number.detach().double().reshape(1).clone()
         self.finish(self.begin(flat), flat)
         return flat.to(number.dtype).reshape(())
 
     def sums(self, numbers: Sequence[float]) -> list[float]:
-        """The sum over ranks of each number."""
         found = self.sum(torch.tensor(numbers, dtype=torch.float64, device=self.device))
         return [float(x) for x in found.tolist()]
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks, in new memory."""
         flat = tensor.detach().contiguous().clone()
         self._wait(self.begin(flat))
         return flat
 
     def begin(self, flat: Tensor) -> Any:
-        """Begins to sum a tensor over ranks, in place; what `finish` waits for."""
+        """Starts an in-place all-reduce; returns the handle for `finish`."""
         self.sent += flat.numel()
         return dist.all_reduce(flat, group=self.group, async_op=True)
 
     def finish(self, work: Any, flat: Tensor) -> None:
-        """Waits for the sum, and makes it the mean."""
+        """Waits for the sum and divides by the number of ranks."""
         self._wait(work)
         flat.div_(self.size)
 
@@ -121,7 +115,6 @@ class Ranks:
     # Words ---------------------------------------------------------------------------------------
 
     def gather(self, data: bytes) -> list[bytes]:
-        """The bytes of every rank, by rank."""
         length = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
         lengths = [torch.zeros_like(length) for _ in range(self.size)]
         dist.all_gather(lengths, length, group=self.group)
@@ -133,17 +126,16 @@ class Ranks:
         return [t[: int(n)].cpu().numpy().tobytes() for t, n in zip(found, lengths, strict=True)]
 
     def gather_json(self, value: Any) -> list[Any]:
-        """The value of every rank, by rank; something that JSON can hold."""
         text = json.dumps(value, sort_keys=True, default=str).encode()
         return [json.loads(found) for found in self.gather(text)]
 
     def share(self, value: Any) -> Any:
-        """The first rank's value, on every rank; something that JSON can hold."""
+        """The first rank's JSON value, on every rank."""
         text = json.dumps(value).encode() if self.first else b""
         return json.loads(self.gather(text)[0])
 
     def by_first(self, function: Callable[[], Any]) -> Any:
-        """What `function` returns on the first rank, on every rank; or its error, on every rank."""
+        """The first rank's result of `function`, or its error, on every rank."""
         outcome: dict[str, Any] = {}
         error: Exception | None = None
         if self.first:
@@ -160,7 +152,6 @@ class Ranks:
         return outcome["value"]
 
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
-        """Every tensor becomes the first rank's, in place."""
         source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
         for tensor in tensors:
             shared = tensor.detach().contiguous()
@@ -168,14 +159,14 @@ class Ranks:
             tensor.detach().copy_(shared)
 
     def share_random_state(self) -> None:
-        """Gives every rank the first one's global random state, but for accelerators'."""
+        """Broadcasts the first rank's global random state, without accelerators'."""
         state = RandomState.capture().to_tensors()
         host = {name: t for name, t in state.items() if not name.startswith("torch_cuda")}
         shared = self.gather(save(host) if self.first else b"")[0]
         RandomState.from_tensors(load(shared)).restore()
 
     def check_same(self, described: Mapping[str, Any]) -> None:
-        """An InputError that shows the difference, where ranks were started differently."""
+        """Raises InputError with the difference if ranks were started differently."""
         first, *others = [_flat(found) for found in self.gather_json(dict(described))]
         for rank, other in enumerate(others, 1):
             differences = [
@@ -192,10 +183,8 @@ class Ranks:
     def agree(
         self, parts: Mapping[str, bytes], where: str, stopping: bool, waited: float
     ) -> tuple[bool, list[float]]:
-        """(whether any rank is being stopped, the seconds that each rank waited for others).
-
-        RanksDiffer where a part is not the same on all.
-        """
+        """(whether any rank is stopping, seconds that each rank waited); RanksDiffer if a part
+        differs."""
         digests = {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
         found = self.gather_json([digests, stopping, waited])
         for rank, (others, _, _) in enumerate(found):
@@ -210,7 +199,7 @@ class Ranks:
 
 
 class SumOverRanks(Function):
-    """y = Σ_r x_r on every rank. Of J = mean_r J_r, R ∂J/∂x_r = Σ_s ∂J_s/∂y: a sum again."""
+    """y = Σ_r x_r on every rank. With J = mean_r J_r, R ∂J/∂x_r = Σ_s ∂J_s/∂y."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
@@ -231,10 +220,8 @@ class SumOverRanks(Function):
 
 @contextmanager
 def joined(device: str = "auto") -> Iterator[Ranks | None]:
-    """The ranks that torchrun, or what sets the same variables, started; None for one process.
-
-    The process group lives as long. device: cuda and auto take the GPU of this process's local
-    rank where there are any.
+    """The ranks started by torchrun or the same variables; None for one process.
+    Destroys the group at exit if it created it. device: cuda and auto select the local rank's GPU.
     """
     named = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
     if not named or int(os.environ["WORLD_SIZE"]) < 2:
@@ -260,11 +247,9 @@ def joined(device: str = "auto") -> Iterator[Ranks | None]:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends this process, once everything is written and all that asked for it has been told.
-
-    Threads of the process group that outlive it meet an interpreter that is being taken down: about
-    one process in fifty ended by SIGABRT there (torch 2.13, gloo), and torchrun started them anew.
-    """
+    """Ends the process with os._exit after flushing.
+    Otherwise threads of the process group outlive the interpreter: 1 process in 50 aborted with
+    SIGABRT (torch 2.13, gloo), and torchrun restarted them."""
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
@@ -273,7 +258,6 @@ def leave(status: int) -> NoReturn:
 
 
 def ranks_of(group: Group) -> Ranks | None:
-    """The ranks of a process group; None for this process alone."""
     if group is None:
         return None
     if not dist.is_available() or not dist.is_initialized():
@@ -289,10 +273,8 @@ def ranks_of(group: Group) -> Ranks | None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module underneath DistributedDataParallel, which takes no second derivatives; or itself.
-
-    Its reducer stays silent where the module is called without it.
-    """
+    """The module inside DistributedDataParallel, which has no second derivatives; its reducer is
+    bypassed."""
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise InputError(
@@ -308,7 +290,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def buckets(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of tensors that travel together: same type and device, up to BUCKET_BYTES."""
+    """Indices of tensors grouped by dtype and device, up to BUCKET_BYTES each."""
     found: list[list[int]] = []
     open_: dict[Any, tuple[list[int], int]] = {}
     for i, t in enumerate(tensors):
@@ -325,7 +307,6 @@ def buckets(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of dicts as one, with names such as versions.torch."""
     found: dict[str, Any] = {}
     for key, entry in value.items():
         inner = isinstance(entry, dict)

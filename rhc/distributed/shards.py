@@ -1,9 +1,7 @@
-"""Whose rows are whose: a rank's part of a batch that every rank has drawn.
+"""A rank's rows [N r / R, N (r + 1) / R) of a batch of N that every rank draws alike.
 
-The loader is drawn on every rank in the same order, from the same random state, and each rank keeps
-rows [N r / R, N (r + 1) / R) of a batch of N. So N ranks see together what one process sees alone,
-also with loaders that nobody wrote for it. A loader with a DistributedSampler gives every rank
-other batches already, and is left alone: then the ranks together see R of its batches a step.
+So R ranks see what one process would. Loaders with a DistributedSampler are left alone: then the
+ranks see R batches per step.
 """
 
 from __future__ import annotations
@@ -24,8 +22,8 @@ from rhc.errors import InputError
 
 @dataclass(frozen=True)
 class Shard:
-    """A rank's rows of a batch of `size`. weight: of their mean loss in the mean over ranks, which
-    is ranks × their share. A rank without any has other rows at weight 0."""
+    """A rank's rows. weight: ranks × their share of the batch of `size`; a rank without rows has
+    other rows at weight 0."""
 
     rows: Any
     weight: float
@@ -33,11 +31,8 @@ class Shard:
 
 
 def shard(batch: Any, size: int, rank: int, ranks: int) -> Shard:
-    """Rank `rank`'s rows of a batch of `size` examples.
-
-    Sliced is every tensor, array and list of plain values whose first dimension is `size`; what
-    has another one goes to all ranks.
-    """
+    """Rank `rank`'s rows: slices of every tensor, array or list of plain values whose length is
+    `size`; the rest is replicated."""
     first, stop = size * rank // ranks, size * (rank + 1) // ranks
     if first == stop:
         return Shard(batch, 0.0, size)
@@ -67,7 +62,7 @@ def _rows(value: Any, size: int, first: int, stop: int) -> Any:
 def weighing(
     loss_fn: Callable[[nn.Module, Any], Any], ranks: Ranks
 ) -> Callable[[nn.Module, Any], Any]:
-    """loss_fn for shards: the loss and every metric that is a number, times the shard's weight."""
+    """loss_fn with loss and numeric metrics multiplied by the shard's weight."""
 
     def weighed(model: nn.Module, batch: Any) -> Any:
         if not isinstance(batch, Shard):
@@ -82,7 +77,7 @@ def weighing(
         if isinstance(found, Tensor):
             return found * batch.weight
         if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor)):
-            return found  # which the plant refuses by name
+            return found  # the plant rejects these by name
         metrics = {name: _times(value, batch.weight) for name, value in dict(found[1]).items()}
         return found[0] * batch.weight, metrics
 
@@ -95,7 +90,7 @@ def _times(value: Any, weight: float) -> Any:
 
 
 class RankLoader:
-    """A loader as one rank sees it. size_of: the number of examples in a batch."""
+    """A loader as seen by one rank. size_of: examples in a batch."""
 
     def __init__(
         self, loader: Iterable[Any], ranks: Ranks, size_of: Callable[[Any], int], name: str
@@ -130,7 +125,6 @@ class RankLoader:
         raise AttributeError(name)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Tells a DistributedSampler which epoch comes, so that its order is another one."""
         if self.sampler_of_ranks is not None:
             self.sampler_of_ranks.set_epoch(epoch)
 

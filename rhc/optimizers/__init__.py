@@ -1,9 +1,6 @@
-"""Optimizer steps as differentiable functions, and which optimizer has which.
+"""Optimizer steps as differentiable functions, by optimizer class.
 
-The live steps of a run are taken by the optimizer itself; the functions here are only used to
-differentiate them. A family a file (`sgd_family`, `adam_family`, `rms_family`): of each optimizer
-its step, its state and, where it is worth one, its vjp in closed form. `stock` has torchopt's own
-transformations, and `register_dynamics` adds anyone's optimizer.
+Live steps are taken by the optimizer itself; these functions only differentiate them.
 """
 
 from __future__ import annotations
@@ -70,7 +67,7 @@ TORCH: dict[type[torch.optim.Optimizer], DifferentiableOptimizer] = {
 }
 
 DIFFERENTIABLE = dict(TORCH)
-"""Optimizer class -> its differentiable form: torch.optim's, and those that were registered."""
+"""Optimizer class -> its differentiable form; extended by `register_dynamics`."""
 
 
 def register_dynamics(
@@ -82,35 +79,28 @@ def register_dynamics(
     elementwise: bool = True,
     controls: tuple[str, ...] | None = None,
 ) -> None:
-    """Makes an optimizer class of your own one whose steps rhc can differentiate.
+    """Registers the differentiable step of an optimizer class, replacing any earlier one.
 
-    It does not check that the step is the optimizer's: compare both over a few steps in a test.
+    Nothing checks that the step is the optimizer's: compare them over a few steps in a test.
 
     Args:
-        optimizer: a subclass of torch.optim.Optimizer, met by its exact class.
-        transformation: (param group, controls, shapes) -> a torchopt GradientTransformation that
-            equals the optimizer's step, written in tensor operations that autograd follows. It
-            works on vectors: the concatenated elements of parameters that step alike. controls is
-            name -> value, floats or 0-dim tensors, of lr, momentum (β1 where the group has betas)
-            and weight_decay, as far as the group has them. Or what `from_torchopt` returns, in
-            place of transformation and state.
-        state: (optimizer.state of every parameter, the parameters, param group) -> the
-            transformation's state: a NamedTuple of vectors, numbers and None. It is also called
-            before the first step.
-        name: as errors call it, default the class's.
-        elementwise: False for a step that looks at whole matrices; every parameter then has vectors
-            of its own, and shapes[0] is its shape.
-        controls: those that may be steered, where not all may.
+        optimizer: A subclass of torch.optim.Optimizer, matched exactly.
+        transformation: (param group, controls, shapes) -> a torchopt GradientTransformation on the
+            concatenated elements of parameters that step alike. controls: lr, momentum (β1 with
+            betas) and weight_decay, floats or 0-dim tensors. Or the result of `from_torchopt`,
+            without state.
+        state: (optimizer.state of every parameter, parameters, param group) -> the transformation's
+            state, a NamedTuple of vectors, numbers and None; also called before the first step.
+        name: For errors; default the class's.
+        elementwise: False if a step needs whole matrices; every parameter then has its own vectors
+            and shapes[0] is its shape.
+        controls: Those that can be steered; None for all.
 
     Raises:
-        InputError: for arguments that cannot be used, and at the first use for a transformation or
-            a state of another form.
-
-    Registering a class again replaces what it had.
+        InputError: An argument is invalid; at first use also for a wrong transformation or state.
 
     Example:
-        For a Lion whose groups have lr, betas and weight_decay (the sign in Lion has no slope, so
-        that its momentum is not worth steering):
+        Lion, whose sign has no slope, so momentum is not worth steering:
 
             def transformation(group, controls, shapes):
                 return rhc.optimizers.lion(
@@ -167,7 +157,7 @@ def register_dynamics(
 
 
 def differentiable(optimizer: torch.optim.Optimizer) -> DifferentiableOptimizer:
-    """Of `optimizer`, by its exact class: a subclass may step differently."""
+    """The form of `optimizer`, by its exact class, since a subclass may step differently."""
     if type(optimizer) in DIFFERENTIABLE:
         return DIFFERENTIABLE[type(optimizer)]
     names = ", ".join(known.name for known in TORCH.values())

@@ -1,4 +1,4 @@
-"""Adam and its kin: AdamW, NAdam, RAdam, Adamax."""
+"""Adam, AdamW, NAdam, RAdam and Adamax (Kingma, Ba 2015, section 7.1)."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from rhc.optimizers.base import (
 )
 
 _ROOT_EPSILON = torch.tensor(ROOT_EPSILON, dtype=torch.float64)
-"""A tensor without dimensions: torch.add(_ROOT_EPSILON, v, alpha=β) is one pass."""
+"""0-dim, so that torch.add(_ROOT_EPSILON, v, alpha=β) is one pass."""
 
 
 # Adam and AdamW ----------------------------------------------------------------------------------
 
 
 class AdamState(NamedTuple):
-    """step: steps taken so far; the rest are trees like the parameters (the last: AMSGrad's)."""
+    """step: steps taken; the last field is AMSGrad's."""
 
     step: int
     exp_avg: Any
@@ -48,12 +48,9 @@ def adam(
     amsgrad: bool = False,
     maximize: bool = False,
 ) -> Step:
-    """torch.optim.Adam's step, or AdamW's with `decoupled` weight decay.
-
-    m ← β1 m + (1 − β1) d; v ← β2 v + (1 − β2) d²; update −α m̂ / (√v̂ + eps) with
-    m̂ = m / (1 − β1ᵗ), v̂ = v / (1 − β2ᵗ). As in torch, a β1 that changes over time enters the bias
-    correction as its current value. Kingma, Ba 2015; Loshchilov, Hutter 2019.
-    """
+    """torch.optim.Adam's step; `decoupled`: AdamW's. Kingma, Ba 2015; Loshchilov, Hutter 2019.
+    m ← β1 m + (1 − β1) d; v ← β2 v + (1 − β2) d²; update −α m̂ / (√v̂ + eps). As in torch, the bias
+    correction uses the current β1, also if it changes over time."""
 
     def init(params: Any) -> AdamState:
         zeros = tree_map(torch.zeros_like, params)
@@ -94,7 +91,6 @@ def adamw(
     amsgrad: bool = False,
     maximize: bool = False,
 ) -> Step:
-    """torch.optim.AdamW's step: Adam's, with θ ← θ − α λ θ beside it."""
     return adam(
         lr, beta1, beta2, eps, weight_decay, decoupled=True, amsgrad=amsgrad, maximize=maximize
     )
@@ -113,13 +109,14 @@ def _adam_vjp(
     wanted: Collection[str],
     after: Any,
 ) -> Vjp | None:
-    """Without AMSGrad. λ' is the costate of after the step, λ of before.
+    """The vjp without AMSGrad. λ' is the costate after the step, λ before.
 
-    With c1 = 1 − β1ᵗ, c2 = √(1 − β2ᵗ), r = √(v' + ROOT_EPSILON) and w = r + eps c2 the step is
-    θ' = θ − (α c2 / c1) m' / w. So with p = λ_θ' / w and y = p m', the costates of m' and v' in all
-    are M = λ_m' − (α c2 / c1) p and V = λ_v' + (α c2 / 2 c1) y / (w r), that of d is
-    D = (1 − β1) M + 2 (1 − β2) d V, and λ_m = β1 M, λ_v = β2 V, dJ/dα = −(c2 / c1) Σ y,
-    dJ/dβ1 = ⟨M, m − d⟩ − α c2 (t β1ᵗ⁻¹ / c1²) Σ y.
+    With c1 = 1 − β1ᵗ, c2 = √(1 − β2ᵗ), r = √(v' + ROOT_EPSILON) and w = r + eps c2 the step is θ' =
+    θ − (α c2 / c1) m' / w. With p = λ_θ' / w and y = p m', the total costates are
+        of m':  M = λ_m' − (α c2 / c1) p,   λ_m = β1 M
+        of v':  V = λ_v' + (α c2 / 2 c1) y / (w r),   λ_v = β2 V
+        of d:   D = (1 − β1) M + 2 (1 − β2) d V
+    and dJ/dα = −(c2 / c1) Σ y, dJ/dβ1 = ⟨M, m − d⟩ − α c2 (t β1ᵗ⁻¹ / c1²) Σ y.
     """
     if before.max_exp_avg_sq is not None:
         return None
@@ -143,7 +140,7 @@ def _adam_vjp(
             sum_y = scalar(y.sum())
         scale = lr * c2 / c1
         w.mul_(root)
-        # In place of y and p: fresh memory costs more than the arithmetic.
+        # Reuses y and p: allocation costs more than the arithmetic.
         if of_v is None:
             total_v = y.div_(w).mul_(scale / 2)
         else:
@@ -164,10 +161,8 @@ def _adam_vjp(
 
 
 class NAdamState(NamedTuple):
-    """As Adam's. mu_product: Π μ_i over the steps so far, of all parameters alike.
-
-    A tensor without dimensions; its dtype is torch's choice, float32 unless the default is float64.
-    """
+    """Adam's, and mu_product = Π μ_i over the steps so far. 0-dim, in torch's choice of dtype:
+    float64 only if that is the default."""
 
     step: int
     exp_avg: Any
@@ -186,12 +181,10 @@ def nadam(
     decoupled: bool = False,
     maximize: bool = False,
 ) -> Step:
-    """torch.optim.NAdam's step: Adam's moments with Nesterov's look ahead.
-
-    μ_t = β1 (1 − ½ 0.96^{tψ}), P_t = Π_{i ≤ t} μ_i; update
-    −α [(1 − μ_t) d / (1 − P_t) + μ_{t+1} m / (1 − P_t μ_{t+1})] / (√v̂ + eps). Every μ_i of P_t is
-    of the β1 that step i had, so P_t is state, with a costate of its own. Dozat 2016.
-    """
+    """torch.optim.NAdam's step. Dozat 2016.
+    μ_t = β1 (1 − ½ 0.96^{tψ}), P_t = Π_{i ≤ t} μ_i; update −α [(1 − μ_t) d / (1 − P_t) + μ_{t+1} m
+    / (1 − P_t μ_{t+1})] / (√v̂ + eps). Each μ_i in P_t uses step i's β1, so P_t is state with a
+    costate."""
 
     def init(params: Any) -> NAdamState:
         zeros = tree_map(torch.zeros_like, params)
@@ -229,11 +222,9 @@ def radam(
     decoupled: bool = False,
     maximize: bool = False,
 ) -> Step:
-    """torch.optim.RAdam's step: Adam's times r_t, or −α m̂ alone while the variance is unknown.
-
-    r_t rectifies the variance of 1/√v̂ and depends on β2 and t only; it needs ρ_t > 5, which at
-    β2 = 0.999 is the sixth step. Liu et al. 2020.
-    """
+    """torch.optim.RAdam's step: Adam's times r_t, or −α m̂ while ρ_t ≤ 5. Liu et al. 2020.
+    r_t rectifies the variance of 1/√v̂ and depends on β2 and t only; at β2 = 0.999 it applies from
+    the sixth step."""
 
     def init(params: Any) -> AdamState:
         zeros = tree_map(torch.zeros_like, params)
@@ -261,8 +252,6 @@ def radam(
 
 
 class AdamaxState(NamedTuple):
-    """exp_inf: the exponentially weighted infinity norm, a tree like the parameters."""
-
     step: int
     exp_avg: Any
     exp_inf: Any
@@ -277,10 +266,7 @@ def adamax(
     *,
     maximize: bool = False,
 ) -> Step:
-    """torch.optim.Adamax's step: m ← β1 m + (1 − β1) d; u ← max(β2 u, |d| + eps); −α m̂ / u.
-
-    Kingma, Ba 2015, section 7.1.
-    """
+    """torch.optim.Adamax's step: m ← β1 m + (1 − β1) d; u ← max(β2 u, |d| + eps); −α m̂ / u."""
 
     def init(params: Any) -> AdamaxState:
         zeros = tree_map(torch.zeros_like, params)
@@ -296,7 +282,6 @@ def adamax(
 
 
 def _moments(state: Any, d: Tensor, beta1: Scalar, beta2: float) -> tuple[Tensor, Tensor]:
-    """Exponential averages of d and of its square."""
     return (
         beta1 * state.exp_avg + (1 - beta1) * d,
         beta2 * state.exp_avg_sq + (1 - beta2) * d * d,

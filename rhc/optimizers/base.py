@@ -1,7 +1,7 @@
-"""An optimizer's step Φ as a function that can be differentiated, and what an engine asks of it.
+"""An optimizer's step Φ as a differentiable function.
 
-A `Step` is the arithmetic of one step at given controls, a torchopt GradientTransformation; a
-`DifferentiableOptimizer` ties it to a torch.optim optimizer: its groups, its slots, its vjp.
+`Step` is the arithmetic of one step at given controls; `DifferentiableOptimizer` connects it to a
+torch.optim optimizer's groups and slots.
 """
 
 from __future__ import annotations
@@ -22,26 +22,20 @@ Scalar = float | Tensor
 Group = Mapping[str, Any]
 
 STEERED = ("lr", "momentum", "weight_decay")
-"""The controls that act inside Φ; the noise acts on the gradient before it."""
+"""The controls inside Φ; noise is added to the gradient before it."""
 
 ROOT_EPSILON = 1e-30
-"""Added under the root of a second moment, by every optimizer that divides by one. The slope of √v
-is infinite at v = 0 (an embedding row that was never used), which would turn hypergradients into
-NaN. 1e-30 = (1e-15)² is far below the optimizers' own eps beside the root, so that neither the step
-nor its derivative changes at float32 or float64 precision where v is large enough to matter. At any
-v the update moves by less than ROOT_EPSILON lr / 2 eps²: 5e-15 lr at an eps of 1e-8, 5e-11 lr at
-Adagrad's of 1e-10."""
+"""Added under the root of every second moment: √v has infinite slope at v = 0 (unused embedding
+rows), which would make hypergradients NaN. It changes an update by less than ROOT_EPSILON lr / 2
+eps²: 5e-15 lr at eps 1e-8, 5e-11 lr at Adagrad's 1e-10."""
 
 # One step ----------------------------------------------------------------------------------------
 
 
 class Vjp(NamedTuple):
-    """Costates of before a step; None stands for zero.
-
-    parameters: of θ, or the very tensor that was given where the step leaves it as it is. state:
-    one entry per floating-point slot before the step. gradient: of g. controls: name -> dJ/du in
-    natural units.
-    """
+    """Costates before a step; None is zero.
+    parameters: of θ, the given tensor itself if unchanged. state: per floating-point slot.
+    gradient: of g. controls: name -> dJ/du."""
 
     parameters: Tensor | None
     state: Sequence[Tensor | None]
@@ -50,11 +44,9 @@ class Vjp(NamedTuple):
 
 
 class Fold(NamedTuple):
-    """Of a step whose state after it can lie where its gradient lay.
-
-    onto: (gradient, state before) -> state after, written over the gradient. off: (state after,
-    state before); writes the gradient back, to rounding.
-    """
+    """For a step whose new state can be stored in its gradient's memory.
+    onto: (gradient, state before) -> state after, over the gradient. off: (state after, state
+    before); restores the gradient, up to rounding."""
 
     onto: Callable[[Tensor, Any], Any]
     off: Callable[[Any, Any], None]
@@ -66,14 +58,10 @@ Moved = tuple[Callable[[Tensor], Tensor], Any]
 
 @dataclass
 class Step:
-    """θ ← θ + u(d, state), d = ±g, with weight decay λ: a torchopt GradientTransformation of ours.
-
-    Coupled, d = ±g + λ θ; decoupled, θ ← (1 − α λ) θ before. Its controls, lr, λ and what `move`
-    closes over, are floats, or 0-dim tensors that it is differentiated by.
-
-    init: parameters -> the state before the first step. move: (d, state) -> what becomes of θ and
-    of the state. vjp: the closed form of `move`'s, where there is one (`closed_vjp`); fold: where
-    the state can take the gradient's place. `init` and `update` take trees of tensors of any shape.
+    """θ ← θ + u(d, state), d = ±g + λ θ, or decoupled θ ← (1 − α λ) θ first.
+    A torchopt GradientTransformation on trees of tensors; lr, λ and what `move` closes over are
+    floats, or 0-dim tensors to differentiate by. init: parameters -> the initial state. move: (d,
+    state) -> changes of θ and state. vjp: its closed form, if any (`closed_vjp`). fold: see `Fold`.
     """
 
     init: Callable[[Any], Any]
@@ -86,13 +74,13 @@ class Step:
     fold: Fold | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        """As torchopt.chain takes a transformation apart."""
+        """For torchopt.chain, which unpacks transformations."""
         return iter((self.init, self.update))
 
     def update(
         self, updates: Any, state: Any, *, params: Any = None, inplace: bool = False
     ) -> tuple[Any, Any]:
-        """(what is to be added to the parameters, the state after)."""
+        """(the increments of the parameters, the state after)."""
         if isinstance(updates, Tensor):
             return self._update(updates, params, state)
         gradients, tree = tree_flatten(updates)
@@ -128,7 +116,7 @@ class Step:
     def advance(
         self, gradient: Tensor, theta: Tensor | None, state: Any
     ) -> tuple[Tensor | None, Any]:
-        """(θ, state) after the step, in fewer passes than by `update`; θ may stay unknown."""
+        """(θ, state) after the step, in fewer passes than `update`; θ may be None."""
         move, after = self.move(self.d(gradient, theta), state)
         if theta is None:
             return None, after
@@ -137,7 +125,6 @@ class Step:
         return move(theta), after
 
     def d(self, gradient: Tensor, theta: Tensor | None) -> Tensor:
-        """±g + λ θ; g itself where that is all."""
         signed = gradient.neg() if self.maximize else gradient
         if self.decoupled or is_zero(self.weight_decay):
             return signed
@@ -161,11 +148,9 @@ class Step:
         wanted: Collection[str],
         after: Any = None,
     ) -> Vjp | None:
-        """The vjp of `advance`, by that of `move`; None where that has no closed form.
-
-        The controls are floats. `vjp` takes this step and the same arguments; its `gradient` is
-        the costate of d, its `parameters` is not read.
-        """
+        """The vjp of `advance` from that of `move`; None without a closed form. Controls are
+        floats. `vjp` gets this step and the same arguments; its `gradient` is the costate of d, its
+        `parameters` is unused."""
         if self.vjp is None:
             return None
         found = self.vjp(self, gradient, theta, before, of_theta, of_state, wanted, after)
@@ -199,26 +184,22 @@ class Step:
 TransformationOf = Callable[
     [Group, Mapping[str, Scalar], Sequence[torch.Size]], GradientTransformation | Step
 ]
-"""(param group, controls of the step, shapes of the parameters whose elements the vectors hold)."""
+"""(param group, controls of the step, shapes of the concatenated parameters)."""
 
 StateOf = Callable[[Sequence[Mapping[str, Any]], Sequence[Tensor], Group], Any]
-"""(per-parameter optimizer states, the parameters, param group) -> the transformation's state."""
+"""(per-parameter optimizer states, parameters, param group) -> the transformation's state."""
 
 
 @dataclass(frozen=True)
 class DifferentiableOptimizer:
-    """What an engine knows of a torch.optim optimizer.
+    """What an engine needs of a torch.optim optimizer.
 
-    name: as errors call it. transformation: the step Φ as a torchopt GradientTransformation on
-    vectors of the concatenated elements of parameters that step alike. state_of: its state, of the
-    live optimizer, as a NamedTuple of vectors, numbers and None; costates are carried for the
-    floating-point tensors among them.
-
-    elementwise: whether Φ treats every element alone; otherwise every parameter has vectors of its
-    own, and the transformation reshapes them by shapes[0]. controls: those that the transformation
-    takes as tensors, of lr, momentum and weight_decay; None for all. reads_parameters: whether Φ
-    reads θ besides by weight decay. precision: the machine epsilon of what the optimizer computes
-    in, where that is coarser than its parameters.
+    name: for errors. transformation: Φ on vectors of concatenated elements of parameters that step
+    alike. state_of: the live state as a NamedTuple of vectors, numbers and None; floating-point
+    tensors have costates. elementwise: whether Φ acts per element; else every parameter has its own
+    vectors, of shape shapes[0]. controls: those accepted as tensors; None for lr, momentum and
+    weight_decay. reads_parameters: whether Φ reads θ other than for weight decay. precision:
+    machine epsilon of the optimizer's arithmetic, if coarser than its parameters'.
     """
 
     name: str
@@ -243,7 +224,6 @@ class DifferentiableOptimizer:
     def state(
         self, states: Sequence[Mapping[str, Any]], parameters: Sequence[Tensor], group: Group
     ) -> Any:
-        """The live optimizer's state: a copy."""
         made = self.state_of(states, parameters, group)
         if not isinstance(made, tuple) or not hasattr(made, "_fields"):
             raise InputError(
@@ -267,7 +247,6 @@ class DifferentiableOptimizer:
         return made
 
     def check_steerable(self, control: str) -> None:
-        """Raises InputError where the transformation does not take `control` as a tensor."""
         if self.controls is None or control == "noise" or control in self.controls:
             return
         steerable = ", ".join((*self.controls, "noise"))
@@ -277,7 +256,6 @@ class DifferentiableOptimizer:
         )
 
     def fold(self, group: Group, controls: Mapping[str, float]) -> Fold | None:
-        """How a state takes its gradient's place in memory, where this optimizer's can."""
         made = self.step(group, controls)
         return made.fold if isinstance(made, Step) else None
 
@@ -290,7 +268,7 @@ class DifferentiableOptimizer:
         state: Any,
         shapes: Sequence[torch.Size] = (),
     ) -> tuple[Tensor | None, Any]:
-        """(θ, state) after the step. θ may be None where it is not read, and then stays None."""
+        """(θ, state) after the step; θ may be None if it is not read, and stays None."""
         own = {name: cast_like(value, gradient) for name, value in controls.items()}
         made = self.step(group, own, shapes)
         if isinstance(made, Step):
@@ -312,18 +290,12 @@ class DifferentiableOptimizer:
         shapes: Sequence[torch.Size] = (),
         after: Any = None,
     ) -> Vjp:
-        """The costates of after a step pulled back through it.
+        """Pulls the costates after a step back through it; inputs are not modified.
 
-        Args:
-            controls: of the step, floats.
-            gradient, theta: flat vectors; θ may be None where it is not read.
-            state: before the step.
-            of_theta, of_state: the costates of after the step; of_state has one entry per
-                floating-point slot there, or none at all for zeros.
-            wanted: the controls whose derivatives are needed.
-            after: the state after the step, where it lies in the gradient's place.
-
-        Nothing given is changed.
+        controls: floats. gradient, theta: flat vectors; θ may be None if not read. of_theta,
+        of_state: costates; of_state has one entry per floating-point slot, or is empty for zeros.
+        wanted: controls to differentiate by. after: the new state, if it is stored in the
+        gradient's memory.
         """
         if of_theta is None and all(costate is None for costate in of_state):
             return Vjp(None, [], None, {})
@@ -365,11 +337,8 @@ class DifferentiableOptimizer:
 
 
 def by_arguments(make: Callable[..., Step]) -> TransformationOf:
-    """`make`, called with those of its arguments that the step's controls or the group give.
-
-    beta1, beta2 are the group's betas, shape is the parameter's, decoupled the group's
-    decoupled_weight_decay; every other argument has the group's own name.
-    """
+    """Calls `make` with its arguments taken from the step's controls or the group by name. Special
+    names: beta1, beta2 (betas), shape (the parameter's), decoupled (decoupled_weight_decay)."""
     names = frozenset(inspect.signature(make).parameters)
 
     def transformation(
@@ -391,7 +360,7 @@ def by_arguments(make: Callable[..., Step]) -> TransformationOf:
 def of_torch(
     name: str, make: Callable[..., Step], *, elementwise: bool = True, precision: float = 0.0
 ) -> DifferentiableOptimizer:
-    """Of an optimizer of torch.optim, whose slots have the names of the state's fields."""
+    """The form of a torch.optim optimizer whose slots are named like the state's fields."""
     transformation = by_arguments(make)
 
     def state(
@@ -407,7 +376,7 @@ def of_torch(
 def _live_state(
     init: Callable[[Any], Any], states: Sequence[Mapping[str, Any]], parameters: Sequence[Tensor]
 ) -> Any:
-    """The slots of all parameters; what a parameter does not have yet is as `init` has it."""
+    """The slots of all parameters, with values from `init` for missing ones."""
     template = init(parameters[0].detach().new_empty(0))
     found = []
     for field, start in template._asdict().items():
@@ -418,7 +387,7 @@ def _live_state(
         elif isinstance(start, int):
             found.append(int(values[0]))
         elif start is None or start.dim() or len({float(v) for v in values}) > 1:
-            # A number that differs, at as many steps but not the same ones: a value per element.
+            # Parameters with different step counts: one value per element.
             sizes = zip(values, parameters, strict=True)
             found.append(
                 torch.cat([v.detach().to(p.device).expand(p.shape).flatten() for v, p in sizes])
@@ -431,10 +400,7 @@ def _live_state(
 def flat_slot(
     states: Sequence[Mapping[str, Any]], slot: str, parameters: Sequence[Tensor]
 ) -> Tensor:
-    """The elements of one slot of all parameters as one vector: always a copy.
-
-    Zeros shaped like the parameters where they have no such slot, as before the first step.
-    """
+    """One slot of all parameters as one vector, a copy; zeros where missing."""
     tensors = [state[slot].detach() for state in states if state.get(slot) is not None]
     if len(tensors) < len(states):
         tensors = [torch.zeros_like(p) for p in parameters]
@@ -445,22 +411,19 @@ def flat_slot(
 
 
 def plus(a: Tensor, b: Tensor, factor: Scalar) -> Tensor:
-    """a + factor b; in one pass, and one rounding, where no graph is made."""
+    """a + factor b; one pass and one rounding without a graph."""
     if isinstance(factor, Tensor) or a.requires_grad or b.requires_grad:
         return a + factor * b
     return torch.add(a, b, alpha=factor)
 
 
 def dot(a: Tensor, b: Tensor) -> Scalar:
-    """⟨a, b⟩, accumulated in their dtype."""
     return scalar(torch.dot(a, b))
 
 
 def scalar(value: Tensor) -> Scalar:
-    """A float on the CPU, where sums of floats are ten times as cheap as those of small tensors.
-
-    On an accelerator a tensor: reading it would make the host wait.
-    """
+    """A float on the CPU, where float sums are 10× cheaper than small tensors'; on accelerators a
+    tensor, to avoid a sync."""
     return value.item() if value.device.type == "cpu" else value.double()
 
 
@@ -469,7 +432,6 @@ def cast_like(value: Scalar, like: Tensor) -> Scalar:
 
 
 def is_zero(value: Scalar) -> bool:
-    """Whether it is the float 0; a tensor is steered, and 0 only for now."""
     return not isinstance(value, Tensor) and value == 0
 
 
@@ -478,5 +440,4 @@ def is_float_tensor(value: Any) -> bool:
 
 
 def known(theta: Tensor | None) -> Tensor:
-    """θ, where weight decay reads it."""
     return cast(Tensor, theta)

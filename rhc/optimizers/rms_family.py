@@ -1,4 +1,4 @@
-"""RMSprop and Adagrad: gradients divided by the root of their mean or summed square."""
+"""RMSprop (Hinton 2012; centered: Graves 2013) and Adagrad (Duchi et al. 2011)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from rhc.optimizers.base import ROOT_EPSILON, Moved, Scalar, Step, is_zero
 
 
 class RMSpropState(NamedTuple):
-    """Trees like the parameters; None where the options do without them."""
-
     square_avg: Any
     grad_avg: Any = None
     momentum_buffer: Any = None
@@ -30,10 +28,7 @@ def rmsprop(
     maximize: bool = False,
 ) -> Step:
     """torch.optim.RMSprop's step: v ← a v + (1 − a) d²; b ← μ b + d / (√v + eps); update −α b.
-
-    Centered, v − (average of d)² stands under the root. With momentum 0 (the float) there is no b.
-    Hinton 2012; Graves 2013.
-    """
+    Centered: v − (average of d)² under the root. With momentum 0 (the float) there is no b."""
     has_momentum = not is_zero(momentum)
 
     def init(params: Any) -> RMSpropState:
@@ -47,7 +42,7 @@ def rmsprop(
             mean = mean + (1 - alpha) * (d - mean)
             variance = v - mean * mean
         direction = d / ((variance + ROOT_EPSILON).sqrt() + eps)
-        if has_momentum:  # switched on later, it starts from nothing
+        if has_momentum:  # momentum switched on later starts from 0
             buffer = direction if buffer is None else momentum * buffer + direction
             direction = buffer
         return lambda theta: theta - lr * direction, RMSpropState(v, mean, buffer)
@@ -56,8 +51,6 @@ def rmsprop(
 
 
 class AdagradState(NamedTuple):
-    """step: steps taken so far. sum: of squared gradients, a tree like the parameters."""
-
     step: int
     sum: Any
 
@@ -71,10 +64,7 @@ def adagrad(
     initial_accumulator_value: float = 0.0,
     maximize: bool = False,
 ) -> Step:
-    """torch.optim.Adagrad's step: S ← S + d²; update −α / (1 + (t − 1) lr_decay) d / (√S + eps).
-
-    It has no momentum. Duchi et al. 2011.
-    """
+    """torch.optim.Adagrad's step: S ← S + d²; update −α / (1 + (t − 1) lr_decay) d / (√S + eps)."""
 
     def init(params: Any) -> AdagradState:
         return AdagradState(

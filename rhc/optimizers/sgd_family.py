@@ -1,4 +1,4 @@
-"""SGD, Lion and Muon: steps along the gradient, its sign, or the nearest orthogonal matrix."""
+"""SGD, Lion and Muon."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from rhc.optimizers.base import (
 )
 
 NEWTON_SCHULZ_DTYPE = torch.bfloat16
-"""The precision in which torch.optim.Muon orthogonalizes, whatever the parameters' is."""
+"""Precision of torch.optim.Muon's orthogonalization, for parameters of any dtype."""
 
 
 # SGD ---------------------------------------------------------------------------------------------
 
 
 class SGDState(NamedTuple):
-    """momentum_buffer: a tree like the parameters; for SGD None before the first step."""
+    """momentum_buffer: None before the first step."""
 
     momentum_buffer: Any
 
@@ -45,11 +45,8 @@ def sgd(
     nesterov: bool = False,
     maximize: bool = False,
 ) -> Step:
-    """torch.optim.SGD's step: b ← μ b + (1 − dampening) d; update −α b, with d = g + λ θ.
-
-    The first step sets b = d. With Nesterov the update is −α (d + μ b); with momentum 0 (the float)
-    there is no b. Sutskever et al. 2013.
-    """
+    """torch.optim.SGD's step: b ← μ b + (1 − dampening) d; update −α b. Sutskever et al. 2013.
+    The first step sets b = d. Nesterov: −α (d + μ b). With momentum 0 (the float) there is no b."""
 
     def move(d: Tensor, state: SGDState) -> Moved:
         if is_zero(momentum):
@@ -85,12 +82,10 @@ def _sgd_vjp(
     wanted: Collection[str],
     after: SGDState | None,
 ) -> Vjp:
-    """Of θ' = θ − α b', b' = μ b + d. λ' is the costate of after the step, λ of before.
-
-    B = λ_b' − α λ_θ' is the costate of b' in all, and so that of d; λ_b = μ B,
-    dJ/dα = −⟨λ_θ', b'⟩ and dJ/dμ = ⟨B, b⟩. The first step has b' = d. Without momentum b' = d as
-    well, and a buffer that is there from before stays.
-    """
+    """Of θ' = θ − α b', b' = μ b + d. λ' is the costate after the step, λ before.
+    B = λ_b' − α λ_θ' is the total costate of b', and that of d; λ_b = μ B, dJ/dα = −⟨λ_θ', b'⟩,
+    dJ/dμ = ⟨B, b⟩. The first step, and steps without momentum, have b' = d; without momentum an
+    existing buffer is unchanged."""
     buffer = before.momentum_buffer
     of_buffer = of_state[0] if of_state else None
     has_momentum = momentum != 0
@@ -119,8 +114,6 @@ def _sgd_vjp(
 
 
 def _sgd_fold(momentum: float, maximize: bool) -> Fold:
-    """b' = μ b ± g in the place of g."""
-
     def onto(gradient: Tensor, before: SGDState) -> SGDState:
         if maximize:
             gradient.neg_()
@@ -142,8 +135,6 @@ def _sgd_fold(momentum: float, maximize: bool) -> Fold:
 
 
 class LionState(NamedTuple):
-    """exp_avg: a tree like the parameters."""
-
     exp_avg: Any
 
 
@@ -153,13 +144,10 @@ def lion(
     beta2: float = 0.99,
     weight_decay: Scalar = 0.0,
 ) -> Step:
-    """Lion's step: update −α (sign(β1 m + (1 − β1) g) + λ θ); then m ← β2 m + (1 − β2) g.
-
-    The sign is constant almost everywhere, so its derivative is 0: a costate sees lr and weight
-    decay, dJ/dα = −⟨λ_θ, sign(·) + λ θ⟩, and nothing goes through the momentum or the gradient.
-    dJ/dβ1 and dJ/dσ are exactly 0, and no Hessian enters. That is the true derivative of Lion, but
-    it does not know of the signs that a larger change would flip. Chen et al. 2023.
-    """
+    """Lion's step: −α (sign(β1 m + (1 − β1) g) + λ θ); then m ← β2 m + (1 − β2) g. Chen et al.
+    2023.
+    The derivative of the sign is 0, so dJ/dα = −⟨λ_θ, sign(·) + λ θ⟩, dJ/dβ1 = dJ/dσ = 0 and no
+    Hessian enters. This true derivative ignores signs that a larger change would flip."""
 
     def move(g: Tensor, state: LionState) -> Moved:
         m = state.exp_avg
@@ -187,12 +175,9 @@ def muon(
     adjust_lr_fn: str | None = None,
     shape: Sequence[int] | None = None,
 ) -> Step:
-    """torch.optim.Muon's step on matrices: b ← μ b + (1 − μ) g; update −α c O(b) − α λ θ.
-
-    With Nesterov O is taken at (1 − μ) g + μ b. O is `orthogonalized`; c is √max(1, rows/columns),
-    or 0.2 √max(rows, columns) with adjust_lr_fn "match_rms_adamw". shape: the matrix's, where
-    vectors of its elements are given. Jordan et al. 2024.
-    """
+    """torch.optim.Muon's step on matrices: b ← μ b + (1 − μ) g; −α c O(b) − α λ θ. Jordan 2024.
+    Nesterov: O at (1 − μ) g + μ b. O: `orthogonalized`. c: √max(1, rows/columns), or 0.2 √max(rows,
+    columns) for "match_rms_adamw". shape: of the matrix, if vectors are given."""
 
     def move(g: Tensor, state: SGDState) -> Moved:
         buffer = _lerp(state.momentum_buffer, g, 1 - momentum)
@@ -212,7 +197,7 @@ def muon(
 
 
 def muon_factor(adjust_lr_fn: str | None, shape: Sequence[int]) -> float:
-    """What torch.optim.Muon multiplies the lr of a matrix of this shape with."""
+    """torch.optim.Muon's factor on the lr of a matrix of this shape."""
     rows, columns = shape
     if adjust_lr_fn == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, columns))
@@ -221,13 +206,9 @@ def muon_factor(adjust_lr_fn: str | None, shape: Sequence[int]) -> float:
 
 def orthogonalized(matrix: Tensor, coefficients: Sequence[float], steps: int, eps: float) -> Tensor:
     """Newton–Schulz's approximation of U Vᵀ for matrix = U S Vᵀ: torch.optim.Muon's, to the bit.
-
-    The value is that of the iteration in bfloat16, as torch takes it. The derivative is that of the
-    same iteration, at the same matrix, in the matrix's own precision: rounding to 8 bits makes the
-    value a staircase whose derivative is 0 or infinite, and the mean slope of the stairs, which a
-    schedule can follow, is the smooth iteration's. autograd through the bfloat16 operations means
-    the same slope, and rounds it at every product.
-    """
+    The value is from bfloat16. The derivative is that of the same iteration in the matrix's dtype:
+    rounding to 8 bits is a staircase of slope 0 or ∞, whose mean slope is the smooth iteration's.
+    autograd through bfloat16 gives the same slope, rounded at every product."""
     with torch.no_grad():
         value = newton_schulz(matrix.to(NEWTON_SCHULZ_DTYPE), coefficients, steps, eps).to(
             matrix.dtype
@@ -262,5 +243,5 @@ class _WithSlopeOf(torch.autograd.Function):
 
 
 def _lerp(start: Tensor, end: Tensor, weight: Scalar) -> Tensor:
-    """torch.lerp for a weight of any dtype: the same roundings as in torch's own step."""
+    """torch.lerp for weights of any dtype, with torch's roundings."""
     return torch.lerp(start, end, cast_like(weight, start))

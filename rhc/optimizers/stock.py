@@ -1,4 +1,4 @@
-"""A stock transformation of torchopt as an optimizer's step, steered by its lr alone."""
+"""Stock torchopt transformations as optimizer steps, steered by lr and noise."""
 
 from __future__ import annotations
 
@@ -21,36 +21,26 @@ def from_torchopt(
     *,
     elementwise: bool = True,
 ) -> DifferentiableOptimizer:
-    """The step θ ← θ − α T(g) of an optimizer whose direction T is a stock torchopt one.
+    """The step θ ← θ − α T(g) with a stock torchopt transformation T, for `register_dynamics`.
 
-    Example:
-        class SmoothedRMSprop(torch.optim.Optimizer): ...   # its step: scale_by_rms, then trace
-
-        rhc.register_dynamics(
-            SmoothedRMSprop,
-            rhc.optimizers.from_torchopt(
-                lambda group: torchopt.chain(
-                    torchopt.transform.scale_by_rms(group["alpha"], group["eps"]),
-                    torchopt.transform.trace(group["momentum"]),
-                ),
-                slots={"nu": "square_avg", "trace": "momentum_buffer"},
+        rhc.optimizers.from_torchopt(
+            lambda group: torchopt.chain(
+                torchopt.transform.scale_by_rms(group["alpha"], group["eps"]),
+                torchopt.transform.trace(group["momentum"]),
             ),
+            slots={"nu": "square_avg", "trace": "momentum_buffer"},
         )
 
-    lr and noise can be steered; the others are numbers to torchopt. Not covered: roots of a zero
-    second moment without `eps_root`, where torchopt's slope is infinite.
+    Without `eps_root`, torchopt's slope is infinite where a second moment is zero.
 
     Args:
-        transformation: param group -> T, without the lr and with descent's sign left to the lr:
-            what torchopt.transform offers (`trace`, `scale_by_adam`, `scale_by_rms`, …), or a
-            torchopt.chain of such. It is called with a copy of the group in which the values of the
-            step stand.
-        slots: field of T's state -> the name of the slot in optimizer.state[p] that holds the same,
-            for every field that there is; a step count may be a tensor or a number.
-        elementwise: as in `register_dynamics`.
+        transformation: param group (a copy, at the step's values) -> T, without lr or sign.
+        slots: Field of T's state -> slot in optimizer.state[p], for every field; a step count may
+            be a tensor or a number.
+        elementwise: As in `register_dynamics`.
 
     Raises:
-        InputError: at the first use, where slots and T's state do not match.
+        InputError: At first use, if slots and T's state do not match.
     """
     if not callable(transformation):
         raise InputError(
@@ -87,10 +77,10 @@ def from_torchopt(
                 one = torch.zeros(1, dtype=params.dtype, device=params.device)
                 skeleton = stock.init(one)
                 if not fresh:
-                    # torchopt's `trace` keeps its first call in a closure: let that pass.
+                    # torchopt's `trace` keeps its first call in a closure, so make it here.
                     stock.update(one, skeleton, params=one, inplace=False)
             before = _filled(skeleton, iter(slots_before))
-            # inplace is torchopt's default, and would write into the graph.
+            # torchopt defaults to inplace, which would overwrite tensors of the graph.
             direction, after = stock.update(updates, before, params=params, inplace=False)
             return -lr * direction, _flat_state(after, fresh=False)
 
@@ -116,7 +106,7 @@ def from_torchopt(
 
 
 def _flat_state(node: Any, *, fresh: bool) -> Any:
-    """torchopt's nested state as one NamedTuple. fresh: whether no step has been taken."""
+    """torchopt's nested state as one NamedTuple. fresh: before the first step."""
     leaves = _leaves(node)
     return _state_type(tuple(name for name, _ in leaves))(fresh, *(leaf for _, leaf in leaves))
 
@@ -128,7 +118,6 @@ def _state_type(names: tuple[str, ...]) -> Any:
 
 
 def _leaves(node: Any, name: str = "") -> list[tuple[str, Any]]:
-    """(field, value) of everything in nested tuples and NamedTuples that is neither."""
     if not isinstance(node, tuple):
         return [(name, node)]
     names = getattr(node, "_fields", [name] * len(node))
@@ -136,7 +125,6 @@ def _leaves(node: Any, name: str = "") -> list[tuple[str, Any]]:
 
 
 def _filled(node: Any, leaves: Iterator[Any]) -> Any:
-    """`node` with its leaves replaced, in order."""
     if not isinstance(node, tuple):
         return next(leaves)
     children = [_filled(child, leaves) for child in node]
@@ -144,7 +132,7 @@ def _filled(node: Any, leaves: Iterator[Any]) -> Any:
 
 
 def _live(leaf: Any, values: Sequence[Any]) -> Any:
-    """The live optimizer's values in the form of `leaf`: a vector, or one number for all."""
+    """The live optimizer's values in the form of `leaf`: a vector, or one number."""
     if isinstance(leaf, Tensor) and leaf.dim() == 1:
         return torch.cat([v.detach().reshape(-1) for v in values])
     if any(float(v) != float(values[0]) for v in values):
