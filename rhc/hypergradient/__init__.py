@@ -94,13 +94,13 @@ def hypergradient(
             or one number for all steps. Absent controls stay as the optimizer has them.
         terminal: a differentiable scalar of the model, taken at the end of the window, or at the
             exponential average of its iterates with decay `average`.
-        segment: number of last steps, 1 to K, whose graphs the roll keeps; ignored with
-            memory_budget. "auto" and 1: as many as cost little memory.
+        segment: number of last steps, 1 to K, whose graphs the roll keeps, whatever memory_budget.
+            "auto" and 1: as many as fit memory_budget, or cost little memory.
         product: how the Hessian is applied: "exact" (reverse over reverse), "forward-over-reverse"
             (exact, with less memory), "forward-difference" (one gradient per step),
             "central-difference", or "none" (left out). "auto" is exact, or forward differences to
             either side of every step where the model has no second derivative or verification
-            fails; `why` says which and why. Only "exact" allows segment > 1.
+            fails; `why` says which and why. All but "auto" and "exact" need segment 1.
         engine: "adjoint"; or "higher", the library, as an independent check.
         seed: of the gradient noise.
         clip_norm: of the gradient of all parameters together, as in a Plant.
@@ -114,8 +114,8 @@ def hypergradient(
             all rows, the same on every rank. "auto": the default group, if it has several ranks;
             None: this process alone.
         verify: "auto" compares the first hypergradient of a model, loss and optimizer with at most
-            20 steps of the plain loop; `check` holds each control's relative disagreement. Above 5
-            % (float64 1e-6, differences 1e-5, reduced precision 20 %) the result is "inconsistent".
+            20 steps of the plain loop; `check` holds each control's relative disagreement. Above
+            5 % (float64 1e-6, differences 1e-5, reduced precision 20 %) it is "inconsistent".
             False skips it; engine "higher" is never verified.
 
     Returns:
@@ -322,10 +322,8 @@ def _known(argument: str, value: str, known: Sequence[str]) -> None:
 
 
 class _CallableModule(ModuleType):
-    """Importing this package binds `rhc.hypergradient` to it, so it is callable as the function.
-
-    An eager import of the function in `rhc` would make `rhc --help` wait for torch.
-    """
+    """Makes this package callable as the function, whose name it takes when it is imported. An
+    eager import of the function in `rhc` would make `rhc --help` wait for torch."""
 
     __call__ = staticmethod(hypergradient)
 

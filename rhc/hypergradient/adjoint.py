@@ -161,8 +161,6 @@ def _terminal_gradient(
 
 
 class _Recursion:
-    """One reverse pass; `costate` is λ of the current step."""
-
     def __init__(
         self,
         recorder: WindowRecorder,
@@ -288,7 +286,6 @@ class _Recursion:
             return whole, whole
 
         def theta(i: int) -> list[Tensor]:
-            """θ_i for a graph that was lost."""
             states = Rebuilt(kept, advance).take(i)
             return [s.parameters for s in states if s.parameters is not None]
 

@@ -1,8 +1,6 @@
-"""An independent engine to check `adjoint`: the window unrolled by the library `higher`.
-
-SGD and Adam only, no clipping, weight decay as Adam's L2; memory grows with K. higher 0.2.1
-(Apache-2.0) is unmaintained since 2021.
-"""
+"""An independent engine to check `adjoint`: the window unrolled by the library `higher`. SGD and
+Adam only, no clipping, weight decay as L2; memory grows with K. higher 0.2.1 is unmaintained since
+2021."""
 
 from __future__ import annotations
 
@@ -35,10 +33,8 @@ def higher_hypergradient(
     controls: Sequence[str],
     terminal: Terminal | None,
 ) -> Hypergradient:
-    """The hypergradient of a window unrolled with higher; the plant does not move.
-
-    Running statistics of BatchNorm are not differentiated: a terminal loss must not read them.
-    """
+    """The hypergradient of a window unrolled with higher; the plant does not move. A terminal loss
+    must not read BatchNorm's running statistics, which are not differentiated."""
     import higher
 
     from rhc.hypergradient import Hypergradient, Outcome

@@ -1,8 +1,5 @@
-"""Differences of gradients in place of hvps: no second derivative is needed.
-
-They are right to rounding for smooth losses. A kink within the distance makes the gradient jump,
-and the jump is divided by the distance.
-"""
+"""Differences of gradients in place of hvps, which need no second derivative. Right to rounding for
+smooth losses; the jump of the gradient at a kink is divided by the distance."""
 
 from __future__ import annotations
 
@@ -50,7 +47,6 @@ def difference(
     size = plant.parallel.norm([point.flats[i] for i in moved])
 
     def evaluate(scale: Tensor) -> None:
-        """Fills the `.grad`s at θ + scale v."""
         flats = [
             f
             if v is None
@@ -101,10 +97,8 @@ def _add_difference(
     width: Tensor,
     target: Tensor | None,
 ) -> Tensor:
-    """target + (the block's `.grad`s − other) / width, in place; consumes the `.grad`s.
-
-    Parameter by parameter, while its gradient is in the processor's cache.
-    """
+    """target + (the block's `.grad`s − other) / width, in place, parameter by parameter for the
+    cache; consumes the `.grad`s."""
     result = torch.zeros_like(other) if target is None else target
     scale = width.reciprocal().to(other.device, other.dtype)
     for p, to, known in zip(parameters, block.views(result), block.views(other), strict=True):
@@ -130,11 +124,8 @@ def precision(plant: Plant) -> float:
 
 @contextmanager
 def noting_precision(plant: Plant) -> Iterator[Callable[[], float]]:
-    """Records the plant's precision while its loss is evaluated inside; yields the value so far.
-
-    Autocast is on inside loss_fn only, so modules are observed. Computation outside modules is
-    missed.
-    """
+    """Records the plant's precision while its loss is evaluated inside, where alone autocast is on;
+    yields the value so far. Observes modules only."""
     coarsest = 0.0
 
     def note(module: nn.Module, args: Any, output: Any) -> None:

@@ -42,7 +42,7 @@ _run_backward: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
 
 
 class Evaluated(NamedTuple):
-    """Results of one evaluation at θ_t."""
+    """One evaluation at θ_t."""
 
     loss: Tensor
     stage: Tensor | None  # c_ℓ ℓ − c_r r
@@ -52,11 +52,7 @@ class Evaluated(NamedTuple):
 
 class Evaluation:
     """Evaluates a plant's loss at any θ and b, inside `with`, and restores the live model
-    afterwards.
-
-    parameters: per block, the model's own, the leaves of every graph. kept: the original buffers.
-    statistics_names: of the running statistics that are differentiated.
-    """
+    afterwards. `parameters`, per block, are the model's own and the leaves of every graph."""
 
     def __init__(self, plant: Plant, blocks: Sequence[Block], objective: Objective) -> None:
         self.plant, self.blocks, self.objective = plant, blocks, objective
@@ -117,10 +113,8 @@ class Evaluation:
         twice: bool = False,
         stage: bool = True,
     ) -> Evaluated:
-        """Loss and, if `stage`, stage cost of one step's batch; micro-batches in one graph.
-
-        twice: to be differentiated twice; raises OnceDifferentiable where a part cannot be. The
-        caller sets the random state before.
+        """Loss and, if `stage`, stage cost of one step's batch, in one graph; the random state is
+        the caller's. twice: raises OnceDifferentiable if the loss cannot be differentiated twice.
         """
         with functions_noted(self.plant, batch) if twice else nullcontext():
             loss, metrics = mean_loss(self.plant.loss_fn, self.model, batch)
@@ -138,7 +132,6 @@ class Evaluation:
             p.grad = None
 
     def gradients(self) -> list[Tensor]:
-        """The `.grad`s as a vector per block; 0 for parameters that have none."""
         return [
             torch.cat(
                 [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in own]
@@ -155,10 +148,8 @@ class Evaluation:
 
 
 class Places:
-    """Where parameters lie in a model's modules: other tensors can take their places.
-
-    torch.func.functional_call loses parameters where a module occurs twice (torch 2.13.0).
-    """
+    """Where parameters lie in a model's modules: other tensors can take their places. torch.func's
+    functional_call loses parameters where a module occurs twice (torch 2.13.0)."""
 
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
         index = {id(p): n for n, p in enumerate(parameters)}
@@ -170,14 +161,12 @@ class Places:
         ]
 
     def put(self, tensors: Sequence[Any]) -> None:
-        """One tensor for each parameter, in their order."""
         for own, name, n in self._places:
             own[name] = tensors[n]
 
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Restores every module's mode (train or eval) afterwards."""
     modes = [(m, m.training) for m in model.modules()]
     try:
         yield
@@ -187,7 +176,6 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
 
 
 def fresh_leaves(values: Values, names: Iterable[str]) -> dict[str, Tensor]:
-    """Copies of the named buffers that a graph can begin at."""
     return {n: b.detach().clone().requires_grad_() for n in names if (b := values[n]) is not None}
 
 
@@ -210,11 +198,8 @@ def mean_loss(
 
 
 class OnceDifferentiable(RuntimeError):
-    """A custom Function, of name `function`, declares that its backward must not be differentiated.
-
-    torch raises this itself in `backward()` alone: `autograd.grad` with inputs skips the node that
-    would complain, which hangs on a detached leaf, and gives a wrong result silently.
-    """
+    """The backward of a custom Function must not be differentiated. torch raises this in
+    `backward()` only; `autograd.grad` with inputs gives a wrong result silently."""
 
     def __init__(self, function: str) -> None:
         super().__init__(f"{function}.backward is once_differentiable")
@@ -233,9 +218,7 @@ def functions_of(plant: Plant) -> dict[type, Any]:
 @contextmanager
 def functions_noted(plant: Plant, batch: Any) -> Iterator[None]:
     """Records custom Functions called inside; raises OnceDifferentiable at the end for such a one.
-
-    Costs 2 µs a step; walking every loss's graph would cost a small model 2 % of its time.
-    """
+    Costs 2 µs a step; walking every loss's graph would cost a small model 2 % of its time."""
     known = functions_of(plant)
     before = len(known)
 
@@ -257,7 +240,6 @@ def functions_noted(plant: Plant, batch: Any) -> Iterator[None]:
 
 
 def check_twice(loss: Tensor) -> None:
-    """Raises OnceDifferentiable where a loss's graph contains such a custom Function."""
     for node in graph_nodes([loss]):
         function = once_differentiable_function(node)
         if function is not None:
@@ -299,10 +281,8 @@ def gradients_by_backward(
     seeds: Sequence[Tensor | None],
     model: nn.Module,
 ) -> list[Tensor | None]:
-    """torch.autograd.grad of leaves by `backward()`; None for unused leaves.
-
-    Reentrant activation checkpointing allows nothing else. The model's `.grad`s are restored.
-    """
+    """torch.autograd.grad of leaves by `backward()`, all that reentrant activation checkpointing
+    allows; None for unused leaves. The model's `.grad`s are restored."""
     if not outputs:
         return [None] * len(inputs)
     leaves = [p for p in [*model.parameters(), *inputs] if p.is_leaf]
@@ -322,10 +302,8 @@ def unchecked_grad(
     inputs: Sequence[Tensor],
     seeds: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """torch.autograd.grad with allow_unused, without its checks of every seed's shape.
-
-    They take 100 µs for the six parameters of a small model, beside a vjp of 650.
-    """
+    """torch.autograd.grad with allow_unused, without its checks of shapes, which take 100 µs for
+    the six parameters of a small model, beside a vjp of 650."""
     if _run_backward is None or any(
         type(t) not in (Tensor, nn.Parameter, GradientEdge) for t in (*outputs, *inputs, *seeds)
     ):
@@ -346,11 +324,8 @@ def unchecked_grad(
 def double_backward(
     model: nn.Module, *, light: bool = True, valued: bool = False, recurrent: bool | None = None
 ) -> Iterator[None]:
-    """Kernels that can be differentiated twice: fused attention and cuDNN's RNNs cannot.
-
-    light: also those of `kernels`, whose second derivative is cheap. valued: the gradients' values
-    are read too. recurrent: whether the model has RNNs; None: search it.
-    """
+    """Kernels that can be differentiated twice, unlike fused attention and cuDNN's RNNs. light:
+    also those of `kernels`. valued: the gradients' values are read too."""
     if recurrent is None:
         recurrent = is_recurrent(model)
     with ExitStack() as stack:
@@ -366,10 +341,8 @@ def double_backward(
 
 @contextmanager
 def fast_gradients(model: nn.Module) -> Iterator[None]:
-    """Kernels for gradients outside the roll, where such are faster than torch's own.
-
-    Compiled models keep theirs: dynamo would recompile.
-    """
+    """Kernels for gradients outside the roll that are faster than torch's. Compiled models keep
+    theirs: dynamo would recompile."""
     if any(is_compiled(m) for m in model.modules()):
         yield
         return
@@ -387,10 +360,8 @@ def is_recurrent(model: nn.Module) -> bool:
 
 @contextmanager
 def _composed_weight_norm() -> Iterator[None]:
-    """torch._weight_norm of elementary operations: the second derivative of the fused one is wrong.
-
-    It is off by 3e-4 of a hypergradient in float64 (torch 2.13.0).
-    """
+    """torch._weight_norm of elementary operations: the fused one's second derivative is wrong, by
+    3e-4 of a hypergradient in float64 (torch 2.13.0)."""
     modules: list[Any] = [torch, sys.modules["torch.nn.utils.weight_norm"]]
     before = [m._weight_norm for m in modules]
 
@@ -411,10 +382,8 @@ def _composed_weight_norm() -> Iterator[None]:
 
 @contextmanager
 def visible_statistics(model: nn.Module, *, update: bool) -> Iterator[None]:
-    """Layers whose running statistics, as eval mode reads them, are differentiable.
-
-    update: whether passes in train mode also update them differentiably; else they are left alone.
-    """
+    """Layers whose running statistics, as eval mode reads them, are differentiable; if `update`,
+    train mode also updates them differentiably, else not at all."""
     patched = [m for m in model.modules() if _has_statistics(m)]
     for module in patched:
         of_kind = _batch_norm if isinstance(module, _BatchNorm) else _instance_norm
@@ -428,7 +397,6 @@ def visible_statistics(model: nn.Module, *, update: bool) -> Iterator[None]:
 
 
 def has_statistics(model: nn.Module) -> bool:
-    """Whether any layer has running statistics that are differentiated."""
     return any(_has_statistics(m) for m in model.modules())
 
 
@@ -445,7 +413,6 @@ def _has_statistics(module: nn.Module) -> bool:
 
 
 def _batch_norm(module: Any, x: Tensor, update: bool) -> Tensor:
-    """nn.BatchNorm's forward pass, with running statistics as ordinary tensors."""
     if not module.training:
         return _by_statistics(module, x)
     if update:

@@ -61,12 +61,10 @@ class TooMuch(Exception):
 
 
 class GraphMaker:
-    """Makes graphs of a plant's gradient at its live values that stay valid when the values move
-    on.
+    """Makes graphs of a plant's gradient at its live values, which stay valid when these change.
 
-    The model sees leaves in place of its parameters, and copies of its buffers. A leaf is a copy
-    where the graph reads its value; else it shares the live parameter's memory and version counter,
-    so that autograd raises an error if the graph reads it after all.
+    Leaves stand for parameters: copies where the graph reads their values, else in the live memory
+    with its version counter, so that autograd raises an error if the graph reads it after all.
     """
 
     def __init__(self, evaluation: Evaluation) -> None:
@@ -85,10 +83,7 @@ class GraphMaker:
         ]
 
     def __call__(self, batch: Any, *, inside: bool = False) -> Made:
-        """The graph holds no gradient's value, which nobody reads again.
-
-        inside: whether `double_backward` is already active.
-        """
+        """The graph and a copy of the gradients. inside: `double_backward` is already active."""
         read = self.survey(batch).read
         leaves = [
             (p.detach().clone() if name in read else p.detach()).requires_grad_()
@@ -193,10 +188,8 @@ class GraphMaker:
 
 
 def _separate(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Their values, each in its own memory, because noise and clipping change them in place.
-
-    autograd gives the two biases of a recurrent layer the same tensor.
-    """
+    """Their values in separate memory, because noise and clipping change them in place: autograd
+    gives the two biases of a recurrent layer one tensor."""
     seen: set[int] = set()
     found: list[Tensor | None] = []
     for g in gradients:
@@ -219,7 +212,6 @@ def _edge(g: Tensor) -> GradientEdge:
 
 @contextmanager
 def _checkpointing() -> Iterator[list[bool]]:
-    """A list that gets an entry for every use of torch.utils.checkpoint inside."""
     module: Any = torch.utils.checkpoint
     name = "_checkpoint_without_reentrant_generator"
     used: list[bool] = []

@@ -60,8 +60,6 @@ KEPT_COST = 2
 
 @dataclass(frozen=True)
 class KeptGraph:
-    """The graph of one step's gradient, as the roll left it."""
-
     leaves: list[Tensor]  # one per parameter, of value θ_t where the graph reads it
     statistics_leaves: dict[str, Tensor]  # b_t by name
     gradients: list[GradientEdge | None]  # per leaf; None without a second derivative
@@ -225,7 +223,6 @@ def _exact(
 def _kept(
     evaluation: Evaluation, point: StepPoint, into: Sequence[Tensor | None] | None
 ) -> StepVjp:
-    """The second half of an exact product, through the graph that the roll kept."""
     graph = point.graph
     assert graph is not None
     seeds = per_parameter(evaluation.blocks, point.of_gradients)
@@ -248,7 +245,6 @@ def _kept(
 def _gradients(
     loss: Tensor, leaves: Sequence[Tensor], seeds: Sequence[Tensor | None], *, valueless: bool
 ) -> list[Tensor | None]:
-    """∂loss/∂leaf with a graph, for the leaves that have a seed."""
     active = [i for i, seed in enumerate(seeds) if seed is not None]
     result: list[Tensor | None] = [None] * len(leaves)
     if active:
@@ -346,9 +342,7 @@ def _result(
 
 def _shares(batch: Any, joint: bool, pieces: int = 1) -> list[tuple[Any, float]]:
     """(micro-batch, its share of the mean): one graph each, unless they must be seen together.
-
-    pieces: into which the rows of every micro-batch are cut, in their order.
-    """
+    pieces: into which the rows of every micro-batch are cut, in their order."""
     if joint:
         return [(batch, 1.0)]
     found = []
@@ -422,7 +416,6 @@ def _added(
 def _with_gradient(
     vectors: Sequence[Tensor | None], gradients: Sequence[Tensor | None], weight: float
 ) -> list[Tensor | None]:
-    """Adds in place the gradient of the stage cost c_ℓ ℓ_t; g_t is known."""
     if weight == 0:
         return list(vectors)
     return [
@@ -432,7 +425,6 @@ def _with_gradient(
 
 
 def _into(vector: Tensor | None, term: Tensor | None) -> Tensor | None:
-    """The sum, in place where both exist."""
     return term if vector is None else vector if term is None else vector.add_(term)
 
 

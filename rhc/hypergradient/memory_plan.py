@@ -17,8 +17,7 @@ from rhc.hypergradient.revolve import chunk_evaluations, recomputed_steps
 
 FREE_GRAPHS = 16 * 2**20
 """Bytes of graphs that the roll keeps without a budget, and of parameters of a small model, which
-is bound by Python's overhead.
-"""
+is bound by Python's overhead."""
 
 
 FREE_STATES = 16 * 2**20
@@ -29,13 +28,12 @@ MOST_STATES = 256 * 2**20
 
 MOST_GRAPHS = 256 * 2**20
 """Bytes of graphs that a small model keeps, if they are all of its graphs and no more than its
-gradients, which are kept anyway.
-"""
+gradients, which are kept anyway."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes."""
+    """Memory in bytes."""
 
     parameters: int  # trained θ
     state: int  # a whole snapshot
@@ -132,11 +130,9 @@ def make_plan(
     spill: bool,
     graph_bytes: int | None = None,
 ) -> Plan:
-    """The plan that evaluates the fewest gradients within `budget` bytes.
-
-    Without a budget it keeps all gradients, and graphs up to FREE_GRAPHS bytes. graph_bytes: an
-    upper bound on kept graphs.
-    """
+    """The plan that evaluates the fewest gradients within `budget` bytes, with at most
+    `graph_bytes` of kept graphs. Without a budget it keeps all gradients, and graphs up to
+    FREE_GRAPHS bytes."""
     planned = partial(_planned, steps, product, sizes, spill=spill, graph_bytes=graph_bytes)
     if budget is None:
         return planned(None)
@@ -199,8 +195,7 @@ def _planned(
 
 PIECES_COST = {2: 0.2, 4: 0.5, 8: 1.2}
 """Parts of a batch's rows -> additional gradient evaluations of an exact product, because of
-smaller matrix products: measured on the GPT of benchmarks/models.py, 16 rows.
-"""
+smaller matrix products: measured on the GPT of benchmarks/models.py, 16 rows."""
 
 SPILLED_COST = 0.2
 """Of a step's state on disk."""
@@ -212,7 +207,6 @@ def keeps_whole(steps: int, product: Product, sizes: Sizes, budget: int) -> bool
 
 
 def _within(steps: int, product: Product, sizes: Sizes, budget: int, *, spill: bool) -> Plan:
-    """A plan for a budget that has no room for graphs."""
     plan = _kept(steps, product, sizes, budget, 0)
     if plan.fits:
         return plan
@@ -222,10 +216,8 @@ def _within(steps: int, product: Product, sizes: Sizes, budget: int, *, spill: b
 
 
 def _rebuilt(steps: int, state: int) -> int:
-    """Bytes to rebuild `steps` states of `state` bytes: log3 of them, two of work.
-
-    One step has its state already, two need one made.
-    """
+    """Bytes to rebuild `steps` states of `state` bytes: log3 of them, two of work. One step has its
+    state already, two need one made."""
     if steps <= 2:
         return max(steps, 1) * state
     return (math.ceil(math.log(steps, 3)) + 2) * state

@@ -1,7 +1,5 @@
-"""Steps of the optimizer at a roll's gradients, forwards and backwards.
-
-Clipping, noise and hooks turn a gradient g into ĝ; Φ maps (θ, h, ĝ; u) to the next (θ, h).
-"""
+"""Steps of the optimizer at a roll's gradients, forwards and backwards. Clipping, noise and hooks
+turn a gradient g into ĝ; Φ maps (θ, h, ĝ; u) to the next (θ, h)."""
 
 from __future__ import annotations
 
@@ -31,19 +29,16 @@ SAME_SLOPE = 0.05
 
 @dataclass
 class Costate:
-    """λ = dJ/ds: per block, for θ and for every tensor of the optimizer's state; for b by name.
-    None is zero.
-    """
+    """λ = dJ/ds, per block for θ and for every tensor of the optimizer's state, by name for b; None
+    is zero."""
 
     parameters: list[Tensor | None]
     optimizer: list[list[Tensor | None]]
     statistics: dict[str, Tensor] = field(default_factory=dict)
 
     def norms(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Euclidean norms of the tensors: (of dJ/dθ, of the rest).
-
-        Slots have units of their own: Adam's v at 0 has a huge slope.
-        """
+        """Euclidean norms (of dJ/dθ, of the rest): slots have units of their own, and Adam's v at 0
+        a huge slope."""
         theta = [t for t in self.parameters if t is not None]
         rest = [t for h in self.optimizer for t in h if t is not None]
         parts = [*theta, *rest, *self.statistics.values()]
@@ -64,10 +59,8 @@ def euclidean(parts: Sequence[Tensor]) -> Tensor:
 
 
 class OptimizerSteps:
-    """The optimizer's steps of a roll.
-
-    gradient: control -> (K, groups) float64, dJ/d(the schedule's value), which `vjp` adds to.
-    """
+    """The optimizer's steps of a roll. gradient: control -> (K, groups) float64, dJ/d(the
+    schedule's value), which `vjp` adds to."""
 
     def __init__(
         self,
@@ -130,7 +123,6 @@ class OptimizerSteps:
                 yield b, fold
 
     def _group_values(self, i: int, group: int) -> dict[str, Any]:
-        """Every control but noise of step i as the group has it."""
         return {
             name: self.plant.controls.group_value(name, group, value)
             for name, value in self.values[i].items()
@@ -268,10 +260,8 @@ class OptimizerSteps:
         return result
 
     def _check_hooks(self, gradients: Sequence[Tensor | None]) -> None:
-        """Raises Unseen where autograd misses what a hook does, as in no_grad or on `.data`.
-
-        Compares derivatives along g and along θ with central differences.
-        """
+        """Raises Unseen where autograd misses what a hook does, as in no_grad or on `.data`:
+        compares derivatives along g and along θ with central differences."""
         names = self.trajectory.hooks.names if self.trajectory.hooks is not None else ()
         for block, vector in zip(self.blocks, gradients, strict=True):
             views = [] if vector is None else block.views(vector.detach())
@@ -286,7 +276,6 @@ class OptimizerSteps:
     def _with_read(
         self, parameters: Sequence[Tensor | None], found: Mapping[int, Tensor | None]
     ) -> list[Tensor | None]:
-        """λ_θ with what came through hooks that read parameters."""
         result = list(parameters)
         for b, block in enumerate(self.blocks):
             own = [found.get(k) for k in block.indices]

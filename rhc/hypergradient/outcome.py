@@ -12,13 +12,11 @@ from rhc.training.trajectory import Trajectory
 
 SAME_GRADIENT = 0.01
 """Largest relative difference between a step's gradient and the recomputed one. Other kernels and
-reduced precision stay below it; hidden state and randomness do not.
-"""
+reduced precision stay below it; hidden state and randomness do not."""
 
 EXPLODING = 1e4
 """A costate that has grown by this factor reflects rounding and chaos more than the schedule (Metz
-et al. 2021).
-"""
+et al. 2021)."""
 
 VANISHING = 1e-6
 """A costate that has shrunk by this factor: earlier steps do not affect the objective."""
@@ -26,8 +24,7 @@ VANISHING = 1e-6
 AGREES = 0.05
 """Largest sum over a window of the disagreement of differences to either side, as shares of the
 costate: about the error of dJ/du. Smooth models stay below 1e-3 in float32; one crossed kink is off
-by a third of a product and more.
-"""
+by a third of a product and more."""
 
 
 @dataclass(frozen=True)

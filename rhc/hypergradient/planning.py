@@ -17,21 +17,17 @@ from rhc.training.plant import Plant
 
 HEAP = 0.9
 """Share of a budget that is planned with on a CPU: the C heap resides in a tenth more than is
-allocated, in holes between tensors.
-"""
+allocated, in holes between tensors."""
 
 FRESH_GRAPHS = 2**30
 """Upper bound on bytes of kept graphs, whatever the budget, on a CPU whose heap is not held. Fresh
 pages take more time than graphs save: a GPT with K = 50 took 3.9 plain steps a step with 16 graphs
-of 80 MB, 5.0 with 22, 5.4 with all 50; 3.3 from the second window on, where pages are held.
-"""
+of 80 MB, 5.0 with 22, 5.4 with all 50; 3.3 from the second window on, where pages are held."""
 
 
 class Planner:
-    """Plans windows of a plant. sizes: product -> what was measured.
-
-    segment, memory_budget: as in `rhc.hypergradient`. spill: whether states may go to disk.
-    """
+    """Plans windows of a plant. sizes: product -> what was measured. segment, memory_budget: as in
+    `rhc.hypergradient`. spill: whether states may go to disk."""
 
     def __init__(
         self,
@@ -55,9 +51,7 @@ class Planner:
 
     def plan(self, steps: int, product: Product, batch: Any, scheduled: Container[str]) -> Plan:
         """What a window of `steps` will keep; measures one step the first time, and undoes it.
-
-        scheduled: the controls that are set at every step.
-        """
+        scheduled: the controls that are set at every step."""
         if self.segment not in ("auto", 1) and product == "exact":
             return with_graphs(steps, min(int(self.segment), steps))
         budget = self.memory_budget
@@ -85,9 +79,7 @@ class Planner:
         return plan
 
     def ceiling(self, plan: Plan) -> memory.Ceiling | None:
-        """The ceiling of a CPU's heap under a budget, from here on: the window's first state
-        counts.
-        """
+        """The ceiling of a CPU's heap under a budget, which the window's first state is part of."""
         if plan.budget is None or self.plant.parameters[0].device.type != "cpu":
             return None
         sizes = self.sizes[plan.product]

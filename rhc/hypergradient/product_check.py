@@ -44,11 +44,8 @@ def try_product(
     before: Snapshot | None = None,
 ) -> tuple[float, float]:
     """(Relative difference of ⟨Bᵀv, w⟩ and differences of gradients in float64, gradient
-    evaluations).
-
-    costate: v; None: a random direction. The difference is 0 where the model or loss_fn does not
-    compute in float64, or not smoothly. The live state is restored to `before`.
-    """
+    evaluations). 0 if the model cannot compute in float64, or not smoothly. costate: v. The live
+    state is restored."""
     ours = parts(batch)[0]
     ours = ours.opened() if isinstance(ours, Kept) else ours
     rows = batch_size(ours)
@@ -153,7 +150,6 @@ def in_double(model: nn.Module) -> Iterator[None]:
 
 
 def doubled(batch: Any) -> Any:
-    """The batch with its floating-point tensors in float64."""
     if isinstance(batch, Kept):
         return doubled(batch.opened())
     if isinstance(batch, MicroBatches):

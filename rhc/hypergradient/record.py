@@ -36,11 +36,9 @@ class Chunk:
 
     start: int
     stop: int
-    states: dict[int, list[BlockState]]  # before a step; at least `start`, with θ
+    states: dict[int, list[BlockState]]  # step -> states before it; `start` with θ
     gradients: Sequence[Sequence[Tensor | None]]  # of every step, from `start` on
-    graphs: dict[int, KeptGraph] = field(
-        default_factory=dict
-    )  # step -> the graph that the roll kept
+    graphs: dict[int, KeptGraph] = field(default_factory=dict)
     owned: bool = False  # may be changed and freed after use
 
 
@@ -92,10 +90,8 @@ class WindowRecorder(Recorder):
 
     @contextmanager
     def kernels(self) -> Iterator[None]:
-        """To roll inside: kernels for graphs, where every step keeps its own.
-
-        Entering and leaving them at every step takes a tenth of a small model's.
-        """
+        """To roll inside: kernels for graphs, where every step keeps its own. Entering them at
+        every step takes a tenth of a small model's."""
         if self.plan.graphs < self.plan.steps:
             yield
             return
@@ -161,9 +157,7 @@ class WindowRecorder(Recorder):
     # Backwards -----------------------------------------------------------------------------------
 
     def backwards(self) -> Iterator[Chunk]:
-        """The window's chunks, last first; uses the live plant between them, and restores it at the
-        end.
-        """
+        """The window's chunks, last first; uses the live plant, and restores it at the end."""
         trajectory = self.trajectory
         end = len(trajectory)
         if end > self.first:
@@ -198,7 +192,6 @@ class WindowRecorder(Recorder):
         return not self.plan.chunk
 
     def close(self) -> None:
-        """Removes what was spilled."""
         if self.spill is not None:
             self.spill.close()
 
@@ -260,11 +253,8 @@ class _OnDisk(NamedTuple):
 
 
 class _Spill:
-    """States and gradients on disk, one file of raw bytes per step.
-
-    Views of a mapped file would keep all of it resident while one of them exists, so tensors are
-    copied.
-    """
+    """States and gradients on disk, one file of raw bytes per step, read into new memory: views of
+    a mapped file would keep all of it resident."""
 
     def __init__(self, directory: Path | None) -> None:
         if directory is not None:

@@ -68,7 +68,7 @@ class Hypergradient:
         losses: (K,) as rolled.
         engine: "adjoint" or "higher".
         product: how the Hessian was applied.
-        segment: last steps whose graphs were kept.
+        segment: length that was used.
         hessian_products: number of them.
         gradient_equivalents: cost of the reverse pass, in gradient evaluations.
         why: why this product was taken, and what it leaves out.
@@ -93,12 +93,9 @@ class Hypergradient:
 
 
 class ReversePass:
-    """Rolls windows of a plant and differentiates them.
-
-    segment, product, memory_budget, spill, damping: as in `rhc.hypergradient`. verified: whether
-    the first hypergradient is compared with rolls of the plain loop. notice: receives decisions in
-    words.
-    """
+    """Rolls windows of a plant and differentiates them. verified: whether the first hypergradient
+    is compared with rolls of the plain loop. notice: receives decisions in words. Others as in
+    `rhc.hypergradient`."""
 
     def __init__(
         self,
@@ -145,18 +142,13 @@ class ReversePass:
 
     def plan(self, steps: int, batch: Any, scheduled: Container[str] = ()) -> Plan:
         """What a window of `steps` will keep; measures one step the first time, and undoes it.
-
-        scheduled: the controls that are set at every step.
-        """
+        scheduled: the controls that are set at every step."""
         plan = self.planner.plan(steps, self.product, batch, scheduled)
         return replace(plan, twice=len(self._twice(steps)))
 
     def _twice(self, steps: int, start: int = 0) -> Sequence[int]:
-        """Steps at which a difference product is compared with another.
-
-        All if it replaces a missing exact one; a few, once, if it was requested; none in float64,
-        where kinks are too far apart to hit.
-        """
+        """Steps at which differences are compared: all if exact products are missing; a few, once,
+        if differences were requested; none in float64, where kinks are too far apart to hit."""
         if self.product not in ("forward-difference", "central-difference") or not self.verified:
             return ()
         if self.automatic:
@@ -174,9 +166,7 @@ class ReversePass:
         on_step: Callable[[int, StepRecord], None] | None = None,
         limit: Callable[[float], float] = lambda first: math.inf,
     ) -> WindowRecorder:
-        """Rolls the live plant through the window; raises Unseen for steps that cannot be
-        differentiated.
-        """
+        """Rolls the live plant through the window; raises Unseen if it cannot be differentiated."""
         self.plant.refuse_overlaps()
         plan = self.plan(len(batches), batches[0], schedule)
         folder = None if isinstance(self.spill, bool) else Path(self.spill)
@@ -381,7 +371,6 @@ class ReversePass:
         return "exact", "right to rounding"
 
     def _explained(self) -> str:
-        """Why the product was taken, and what it leaves out."""
         more = [_left_out(self.moving)] if self.moving else []
         if self.check is not None and not self.check.holds:
             more.append(self.check.sentence())

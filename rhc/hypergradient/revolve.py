@@ -13,8 +13,7 @@ from typing import Literal
 
 Action = tuple[Literal["restore", "advance", "keep", "record", "drop"], int]
 """restore: the snapshot before this chunk; advance: roll up to it; keep: a snapshot before it;
-record: roll it, for the reverse pass; drop: its snapshot.
-"""
+record: roll it, for the reverse pass; drop: its snapshot."""
 
 
 def actions(chunks: int, snapshots: int) -> Iterator[Action]:

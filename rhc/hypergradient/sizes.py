@@ -41,7 +41,7 @@ SAME_PARTS = 1000
 
 
 class Measured(NamedTuple):
-    """Bytes."""
+    """Memory in bytes."""
 
     graph: int
     product: int = 0
@@ -68,10 +68,8 @@ def measure_sizes(
 
 
 def measure_pieces(plant: Plant, batch: Any, objective: Objective) -> tuple[tuple[int, int], ...]:
-    """(n, bytes that an exact product in n parts of the batch takes), fewer parts first.
-
-    () where the loss is not a mean over rows. The plant is restored.
-    """
+    """(n, bytes that an exact product in n parts of the batch takes), fewer parts first; () where
+    the loss is not a mean over rows. The plant is restored."""
     known, key = known_of(plant), _pieces_key(plant, batch, objective)
     if key not in known:
         with _put_back(plant):
@@ -80,7 +78,6 @@ def measure_pieces(plant: Plant, batch: Any, objective: Objective) -> tuple[tupl
 
 
 def forget_pieces(plant: Plant, batch: Any, objective: Objective) -> None:
-    """Records that the loss is not a mean over rows."""
     known_of(plant)[_pieces_key(plant, batch, objective)] = ()
 
 
@@ -91,8 +88,7 @@ def _pieces_key(plant: Plant, batch: Any, objective: Objective) -> tuple[Any, ..
 _KNOWN: WeakKeyDictionary[nn.Module, WeakKeyDictionary[Any, dict[Any, Any]]]
 _KNOWN = WeakKeyDictionary()
 """Model -> loss_fn -> what the figures depend on -> what was measured. Repeated calls of
-`rhc.hypergradient` would spend a tenth of their time on measuring, and return the heap.
-"""
+`rhc.hypergradient` would spend a tenth of their time on measuring, and return the heap."""
 
 
 def known_of(plant: Plant) -> dict[Any, Any]:
@@ -113,7 +109,6 @@ def signature(plant: Plant, batch: Any) -> tuple[Any, ...]:
 
 @contextmanager
 def _put_back(plant: Plant) -> Iterator[None]:
-    """Restores the live state."""
     state = plant.snapshot()
     grads = [p.grad for p in plant.model.parameters()]
     try:
@@ -126,8 +121,6 @@ def _put_back(plant: Plant) -> Iterator[None]:
 
 
 class _Measuring:
-    """Takes a step or two at the live state, and measures their memory."""
-
     def __init__(self, plant: Plant, batch: Any, objective: Objective) -> None:
         self.plant, self.batch, self.objective = plant, batch, objective
         self.evaluation = Evaluation(plant, plant.blocks(), objective)
@@ -250,10 +243,8 @@ class _Measuring:
     def _product(
         self, product: Product, pieces: int = 1, *, compare: bool = False, times: int = 1
     ) -> tuple[int, float]:
-        """(Bytes beyond those of a gradient, relative error of its gradient).
-
-        times: repetitions, because a first one's holes in the heap need not suit the next.
-        """
+        """(Bytes beyond those of a gradient, relative error of its gradient), repeated because
+        holes in the heap after the first need not suit the next."""
         memory.trim()
         memory.reset_peak(self.device)
         for _ in range(times):

@@ -1,9 +1,6 @@
-"""The states of a window's steps in reverse order.
-
-`Rebuilt` recomputes them elementwise from kept states and the roll's gradients. With kept graphs
-the optimizer's slots suffice; if they determine the step, they replace the gradient in memory
-(`Folded`).
-"""
+"""The states of a window's steps in reverse order, recomputed elementwise from kept states and the
+roll's gradients (`Rebuilt`). With kept graphs the optimizer's slots suffice; where they determine
+the step, they replace its gradient in memory (`Folded`)."""
 
 from __future__ import annotations
 
@@ -76,11 +73,8 @@ class Rebuilt:
 
 
 class Folded:
-    """The optimizer's states of steps [start, stop), in the memory of their gradients.
-
-    first: states before `start`. gradients: per step and block. moved(i): (block, fold) for the
-    blocks that step i moved. theta(i): θ_i, recomputed from the gradients.
-    """
+    """The optimizer's states of steps [start, stop), in the memory of their gradients. moved(i):
+    (block, fold) for the blocks that step i moved. theta(i): θ_i, recomputed from the gradients."""
 
     def __init__(
         self,
@@ -135,6 +129,6 @@ class Folded:
 
 
 def float_tensors(state: BlockState) -> list[Tensor]:
-    """θ, where it is there, then the optimizer's floating-point slots, in their order."""
+    """θ, if present, then the optimizer's floating-point slots, in their order."""
     slots = [v for v in state.optimizer if isinstance(v, Tensor) and v.is_floating_point()]
     return slots if state.parameters is None else [state.parameters, *slots]

@@ -1,7 +1,5 @@
-"""Which second derivatives a model has, and which module lacks one.
-
-torch names the operator; the module is found by trying every module on its own.
-"""
+"""Which second derivatives a model has, and which module lacks one. torch names the operator; the
+module is found by trying every module on its own."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""Verifies a hypergradient by central differences of the plain loop, with all hooks and hidden
-state.
+"""Verifies a hypergradient by central differences of rolls of the plain loop.
 
 ⟨dJ/du, d⟩ = (J(u + εd) − J(u − εd)) / 2ε + O(ε²) for a direction d in the controls' coordinates.
 Near the edge of stability, J of a whole window is no smooth function of u in float32. So it is cut
 after k ≤ 4 steps: J_k = Σ_{t<k} stage_t + ⟨λ_k, s_k⟩, whose derivatives by the first k steps'
 controls are those of J; this costs 2k plain steps a control. The terminal loss, which is in J_k by
-its gradient alone, and the Hessian's product (`product_check`) are tested separately.
+its gradient alone, and the hvp (`product_check`) are tested separately.
 """
 
 from __future__ import annotations
@@ -93,7 +92,6 @@ class Disagreements:
 
 
 def hooks(plant: Plant) -> tuple[int, ...]:
-    """How many hooks of every kind hang on parameters, modules and the optimizer."""
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     return (
         *(len(getattr(m, kind)) for m in plant.model.modules() for kind in kinds),
@@ -129,9 +127,8 @@ def verify(
 ) -> Disagreements:
     """Compares a reverse pass with the plain loop; the live state is restored.
 
-    beginning: the state that the window was rolled from. gradient: control -> (K,) or (K, G).
-    value: the terminal loss. at: its θ̄ in the optimizer's parameter order; None for the live last
-    iterate. hessian: whether the product is tried in float64, where that says more.
+    gradient: control -> (K,) or (K, G). value: the terminal loss. at: its θ̄ in the optimizer's
+    parameter order; None for the live last iterate. hessian: tries the product in float64.
     """
     own = max(torch.finfo(p.dtype).eps for p in plant.parameters if p.is_floating_point())
     rolls = _Rolls(plant, beginning, trajectory, objective, cut, own)
@@ -355,9 +352,7 @@ class _Rolls:
         return self.value({}) == self.value({})
 
     def _compare(self, loss: float, norm: float) -> None:
-        """Compares the first step's loss and gradient norm, which no control affects, with the
-        roll's.
-        """
+        """Compares the first step's loss and gradient norm, which no control affects."""
         trajectory = self.trajectory
         for what, now, then in (
             ("loss", loss, float(trajectory.losses[0])),
@@ -389,7 +384,6 @@ class _Rolls:
         return float(self.plant.parallel.sum_of_parts(torch.tensor(total, dtype=torch.float64)))
 
     def _double(self, vector: Tensor) -> Tensor:
-        """The vector in float64, made once."""
         if id(vector) not in self._doubles:
             self._doubles[id(vector)] = vector.double().reshape(-1)
         return self._doubles[id(vector)]
@@ -411,10 +405,8 @@ def _of_terminal(
     tolerance: float,
     end: Snapshot,
 ) -> tuple[float, int]:
-    """(The disagreement of the terminal loss with its gradient, along it; losses taken).
-
-    shares: of the loss's value, by which the distances should change it.
-    """
+    """(The disagreement of the terminal loss with its gradient, along it; losses taken). shares: of
+    the loss's value, by which the distances should change it."""
     square = float(plant.parallel.norm([g for g in gradient if g is not None])) ** 2
     level = abs(objective.terminal_weight * value)
     if not square > 0 or not level > 0 or not math.isfinite(square * level):

@@ -36,8 +36,7 @@ LEAST_VALUELESS = 2**21
 LEAST_VALUED = 2**24
 """Multiplications of a linear layer from which its kernel here is faster than torch's, without and
 with the gradients' values. A custom Function takes 40 µs more than a C++ node: a kept graph of the
-MLP 784-128-64-10 took 1.49 gradients without this limit, 1.06 with it.
-"""
+MLP 784-128-64-10 took 1.49 gradients without this limit, 1.06 with it."""
 
 REPLACED: list[tuple[Any, str, Callable[..., Any]]] = [
     (F, "linear", layers.linear),
@@ -59,10 +58,8 @@ REPLACED: list[tuple[Any, str, Callable[..., Any]]] = [
 
 @contextmanager
 def light_first_order() -> Iterator[None]:
-    """Linear layers whose gradient is faster than torch's; for gradients outside the roll.
-
-    Those are taken at other parameters, so that their rounding differs anyway.
-    """
+    """Linear layers whose gradient is faster than torch's; for gradients outside the roll, whose
+    rounding differs anyway."""
     if matrices.off() or not matrices.onednn_is_faster():
         yield
         return
@@ -72,10 +69,8 @@ def light_first_order() -> Iterator[None]:
 
 @contextmanager
 def light_second_order(least: int = 0) -> Iterator[None]:
-    """This package's functions in place of torch's.
-
-    least: linear layers of fewer multiplications stay torch's own.
-    """
+    """This package's functions in place of torch's; linear layers of fewer than `least`
+    multiplications stay torch's own."""
     with _in_place_of(REPLACED, least):
         yield
 

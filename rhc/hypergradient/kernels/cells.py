@@ -1,8 +1,5 @@
-"""Operations that recurrent cells share.
-
-h, c: states (T + 1, B, H), the first of which precedes the sequence. h': those before every
-position, h[:-1].
-"""
+"""Operations that recurrent cells share. h, c: states (T + 1, B, H), the first of which precedes
+the sequence. h': those before every position, h[:-1]."""
 
 from __future__ import annotations
 
@@ -45,10 +42,8 @@ def along_weights(t: Tensor | None, h: Tensor, v_w: Tensor | None) -> Tensor | N
 
 
 def weight_gradient(dz: Tensor, h: Tensor, w: Tensor, leaf: bool) -> Tensor:
-    """Σ dz h'ᵀ over rows and positions: (T, B, n), (T + 1, B, H) -> (n, H).
-
-    leaf: w is a parameter; then the value is skipped inside `valueless_gradients`.
-    """
+    """Σ dz h'ᵀ over rows and positions: (T, B, n), (T + 1, B, H) -> (n, H). leaf: w is a parameter;
+    then the value is skipped inside `valueless_gradients`."""
     return nothing(w) if leaf and Sweep.valueless else matrices.over_rows(dz, h[:-1])
 
 

@@ -26,10 +26,7 @@ class Sweep:
 @contextmanager
 def valueless_gradients(on: bool = True) -> Iterator[None]:
     """Inside, gradients returned with create_graph carry a graph but read 0, which saves their
-    products.
-
-    The flag is per process, because autograd runs an accelerator's backward pass in its own
-    threads.
+    products. Per process, because autograd runs an accelerator's backward pass in its own threads.
     """
     before, Sweep.valueless = Sweep.valueless, on
     try:
@@ -69,9 +66,8 @@ def tracked() -> bool:
 
 
 def which_leaves(weight: Tensor, bias: Tensor | None) -> tuple[bool, bool]:
-    """Which are parameters themselves: a weight that is made of parameters (weight norm, a
-    hypernetwork) passes its gradient's value on to them.
-    """
+    """Whether each is a parameter itself: a weight made of parameters (weight norm, a hypernetwork)
+    passes its gradient's value on."""
     return weight.is_leaf, bias is not None and bias.is_leaf
 
 
@@ -90,24 +86,20 @@ def total(*terms: Tensor | None) -> Tensor | None:
 
 
 class Kernel(NamedTuple):
-    """A function of torch whose first and second derivative are written out.
-
-    needed: per input, whether its derivative is needed. settings: all other arguments.
-    """
+    """A function of torch whose first and second derivative are written out. needed: per input,
+    whether its derivative is needed. settings: all other arguments."""
 
     reference: Callable[..., Tensor]
     """(settings, *inputs) -> y, torch's plain composition: the derivatives beyond the second."""
     value: Callable[..., tuple[Tensor, Sequence[Tensor | None]]]
     """(settings, needed, *inputs) -> y and what is saved: the inputs (None if no derivative reads
-    them), and intermediate results.
-    """
+    them), and intermediate results."""
     gradient: Callable[..., Sequence[Tensor | None]]
     """(settings, needed, gy, saved) -> gradients of inputs; then what else the pullback reads."""
     pullback: Callable[..., Sequence[Tensor | None]]
     """(settings, needed, vs, gy, saved) -> gradients of gy and the inputs for the cotangents vs of
     the gradients; `needed` begins with gy here, and `saved` ends with what else the gradient
-    returned.
-    """
+    returned."""
 
     def __call__(self, settings: Any, leaves: Sequence[bool], *inputs: Tensor | None) -> Tensor:
         """leaves: per input, whether its gradient's value is read only as a parameter's."""

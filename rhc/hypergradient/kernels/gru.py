@@ -1,8 +1,5 @@
-"""nn.GRU's recurrence over a whole sequence, and its derivatives of every order.
-
-p = w h' + b, r = σ(x_r + p_r), u = σ(x_u + p_u), n = tanh(x_n + r p_n), h = n + u (h' − n). Cho et
-al. 2014, as cuDNN has it.
-"""
+"""nn.GRU's recurrence (Cho et al. 2014, as in cuDNN): p = w h' + b, r = σ(x_r + p_r), u = σ(x_u +
+p_u), n = tanh(x_n + r p_n), h = n + u (h' − n)."""
 
 from __future__ import annotations
 
@@ -41,8 +38,7 @@ def sequence(x: Tensor, states: list[Tensor], weights: Weights) -> list[Tensor]:
 
 class _Gru(Function):
     """(x (T, B, 3H), w (3H, H), b (3H,), h (B, H)) -> h (T + 1, B, H), gates r, u, n, p_n (T, B,
-    H).
-    """
+    H)."""
 
     @staticmethod
     def forward(
@@ -155,8 +151,6 @@ def _of_x(dp: Tensor, dh: Tensor, second: Tensor, more: Tensor | None) -> Tensor
 
 
 class _GruBackward(Function):
-    """dh is an output as well, for derivatives of higher order."""
-
     @staticmethod
     def forward(
         ctx: Any,
@@ -243,10 +237,8 @@ def _adjoints(
     update: Tensor,
     first: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Adjoints of dp (T, B, 3H) and of dh (T + 1, B, H).
-
-    base: of dp, without the share from dh of the position before. straight: of dh.
-    """
+    """Adjoints of dp (T, B, 3H) and of dh (T + 1, B, H). base: of dp, without the share from dh of
+    the position before. straight: of dh."""
     count, rows, width = update.shape
     e = update.new_zeros(rows, width) if v_h is None else v_h
     more = positions(straight, count)

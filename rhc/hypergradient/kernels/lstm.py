@@ -1,8 +1,5 @@
-"""nn.LSTM's recurrence over a whole sequence, and its derivatives of every order.
-
-z = x + w h', (i, f, g, o) = (σ, σ, tanh, σ)(z), c = f c' + i g, h = o tanh c. Hochreiter,
-Schmidhuber 1997.
-"""
+"""nn.LSTM's recurrence (Hochreiter, Schmidhuber 1997): z = x + w h', (i, f, g, o) = (σ, σ, tanh,
+σ)(z), c = f c' + i g, h = o tanh c."""
 
 from __future__ import annotations
 
@@ -115,9 +112,7 @@ def _pullback(
     second: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dz (T, B, 4H), dh, dc (T, B, H) at every position, dh, dc (B, H) of the first states).
-
-    straight: the direct gradient of z (T, B, 4H).
-    """
+    straight: the direct gradient of z."""
     count = len(gates)
     of_h, of_c = positions(g_h, count + 1), positions(g_c, count + 1)
     more, forget = positions(straight, count), split(gates, 4)[:, :, 1].unbind(0)
@@ -141,8 +136,6 @@ def _pullback(
 
 
 class _LstmBackward(Function):
-    """dh and dc are outputs as well, for derivatives of higher order."""
-
     @staticmethod
     def forward(
         ctx: Any,
@@ -213,10 +206,8 @@ def _adjoints(
     first: Tensor,
     second: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Adjoints of dz (T, B, 4H), and of dh and dc (T + 1, B, H).
-
-    base: of dz, without the share from dh of the position before.
-    """
+    """Adjoints of dz (T, B, 4H), and of dh and dc (T + 1, B, H). base: of dz, without the share
+    from dh of the position before."""
     count, rows, width = second.shape
     e = second.new_zeros(rows, width) if v_h is None else v_h
     k = second.new_zeros(rows, width) if v_c is None else v_c

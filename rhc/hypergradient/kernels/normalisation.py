@@ -158,8 +158,7 @@ def _batch_norm_pullback(
     settings: Any, needed: Needed, vs: Grads, gy: Tensor, saved: Saved
 ) -> Grads:
     """With P u = r (u − ⟨u⟩ − x̂ ⟨u x̂⟩): w P v + x̂ v_w + v_b for gy, Σ v P gy for w, and (v_w − w
-    r ⟨v x̂⟩) P gy − w r ⟨gy x̂⟩ P v − w r x̂ ⟨v P gy⟩ for x.
-    """
+    r ⟨v x̂⟩) P gy − w r ⟨gy x̂⟩ P v − w r x̂ ⟨v P gy⟩ for x."""
     x, w, _, mean, r, along, g_sum = saved
     v, vw, vb = vs
     n = x.numel() // x.shape[1]
@@ -232,11 +231,8 @@ def moved_statistics(
     moved: tuple[Tensor, Tensor],
     momentum: float,
 ) -> tuple[Tensor, Tensor]:
-    """BatchNorm's running (mean, var) after a pass over x, of known value `moved`, with a graph.
-
-    Recomputing the values that torch's layer found would take a seventh of a small CNN's step. x:
-    (N, C, …). mean, var: (C,), from before the pass.
-    """
+    """BatchNorm's running (mean, var) (C,) after a pass over x (N, C, …), of known value `moved`,
+    with a graph. Recomputing the value would take a seventh of a small CNN's step."""
     return _MovedStatistics.apply(x, mean, var, *moved, momentum)
 
 

@@ -1,13 +1,9 @@
 """nn.LSTM, nn.GRU and nn.RNN over whole sequences: a node per layer, direction and order.
 
-torch makes a dozen nodes a position, and ten times as many for the second derivative. Here the
-pullback of a sequence is a linear recurrence backwards, whose coefficients ("slopes") are functions
-of the forward pass's states and gates; its own pullback is a recurrence forwards. States and gates
-are outputs of their node, so that autograd differentiates the slopes, and derivatives of every
-order follow from one recurrence per cell (`lstm`, `gru`, `rnn`). Products that do not recur are
-done for the whole sequence at once. Packed sequences are padded.
-
-T: positions of the sequence, B: rows of the batch, H: width of the state.
+torch makes a dozen nodes a position, and ten times as many for the second derivative. The pullback
+of a sequence is a linear recurrence backwards, its own pullback one forwards. Forward states and
+gates are outputs, so that autograd differentiates their functions, the "slopes", and derivatives of
+every order follow. T: positions of the sequence, B: rows of the batch, H: width of the state.
 """
 
 from __future__ import annotations
@@ -50,8 +46,7 @@ def rnn_relu(*arguments: Any) -> tuple[Tensor, ...]:
 
 OfSequence = Callable[[Tensor, list[Tensor], Weights], list[Tensor]]
 """(input (T, B, ·), first states (B, H), weights) -> states (T + 1, B, H) of one layer in one
-direction, the output's first.
-"""
+direction, the output's first."""
 
 
 def _called(
@@ -62,19 +57,15 @@ def _called(
     hidden: int = 1,
     packed: bool = True,
 ) -> tuple[Tensor, ...]:
-    """(output, last states), by `native` where the kernels here cannot take the call.
-
-    hidden: number of states of a cell. packed: whether packed sequences are supported.
-    """
+    """(output, last states), by `native` where the kernels here cannot take the call. hidden:
+    number of states of a cell. packed: whether packed sequences are supported."""
     found = _ours(arguments, hidden, packed)
     return native(*arguments) if found is None else _layers(sequence, found)
 
 
 class _Packing:
-    """Where the rows of a packed sequence lie when it is padded, in both directions.
-
-    batch_sizes: (T,), the rows that have so many positions, longest sequences first.
-    """
+    """Index maps of a padded packed sequence, in both directions. batch_sizes: (T,), the rows that
+    have so many positions, longest sequences first."""
 
     def __init__(self, batch_sizes: Tensor, device: torch.device) -> None:
         counts = batch_sizes.to(torch.long)
@@ -88,8 +79,7 @@ class _Packing:
         padded = places * there.shape[1] + rows
         self.rows = tuple(t.to(device) for t in (row, row.gather(0, mirrored)))
         """(T, B) per direction: index into the packed input, arbitrary where the sequence has
-        ended.
-        """
+        ended."""
         self.back = tuple(t[there].to(device) for t in (padded, padded.gather(0, mirrored)))
         """(packed rows,) per direction: index into the padded output."""
         self.ends = lengths.to(device), torch.arange(there.shape[1], device=device)
@@ -145,7 +135,6 @@ def _ours(arguments: Sequence[Any], hidden: int, packable: bool) -> _Call | None
 
 
 def _layers(sequence: OfSequence, call: _Call) -> tuple[Tensor, ...]:
-    """(output, last states)."""
     x = call.x.transpose(0, 1) if call.batch_first else call.x
     packing = call.packing
     directions = 2 if call.bidirectional else 1

@@ -1,7 +1,4 @@
-"""nn.RNN's recurrence over a whole sequence, and its derivatives of every order.
-
-h = φ(x + w h'), φ tanh or relu. Elman 1990.
-"""
+"""nn.RNN's recurrence (Elman 1990): h = φ(x + w h'), φ tanh or relu."""
 
 from __future__ import annotations
 
@@ -79,8 +76,6 @@ def _pullback(g_h: Tensor, w: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, T
 
 
 class _RnnBackward(Function):
-    """dh is an output as well, for derivatives of higher order."""
-
     @staticmethod
     def forward(
         ctx: Any, g_h: Tensor, h: Tensor, w: Tensor, need_w: bool, relu: bool, leaf: bool
