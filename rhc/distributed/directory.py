@@ -155,8 +155,7 @@ class RanksDirectory(RunDirectory):
     def _save_parts(
         self, whole: Checkpoint, parts: Mapping[str, Tensor], schedule: Plan
     ) -> Path | None:
-        """Directory of a checkpoint with every rank's parts; None if writing failed, except for the
-        first."""
+        """The checkpoint's directory; None if writing failed (StorageError if it is the first)."""
         for attempt in (0, 1):
             try:
                 folder = self._of_first(lambda: str(self.checkpoints.prepare(whole.step)))

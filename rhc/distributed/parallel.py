@@ -49,8 +49,7 @@ class OneProcess:
     # Gradients -----------------------------------------------------------------------------------
 
     def backward(self, run: Callable[[], Observed], times: int = 1) -> Observed:
-        """Runs a backward pass and averages `.grad`, loss and metrics over ranks. times: additions
-        per gradient."""
+        """Runs a backward pass; averages `.grad`, loss, metrics. times: additions per gradient."""
         return run()
 
     def average(self, loss: Tensor, metrics: dict[str, Tensor]) -> Observed:
@@ -249,8 +248,7 @@ class Sharded(Replicated):
         return self.norm(gradients)
 
     def settle(self) -> None:
-        # The outermost module keeps what it gathered from a forward pass to the backward pass,
-        # which an evaluation never has.
+        # The root module stays gathered until the backward pass, which an evaluation lacks.
         for layer in self._layers:
             layer.reshard()
 

@@ -183,8 +183,7 @@ class Ranks:
     def agree(
         self, parts: Mapping[str, bytes], where: str, stopping: bool, waited: float
     ) -> tuple[bool, list[float]]:
-        """(whether any rank is stopping, seconds that each rank waited); RanksDiffer if a part
-        differs."""
+        """(whether any rank is stopping, seconds each waited); RanksDiffer if parts differ."""
         digests = {name: hashlib.sha256(part).hexdigest() for name, part in parts.items()}
         found = self.gather_json([digests, stopping, waited])
         for rank, (others, _, _) in enumerate(found):
@@ -235,8 +234,8 @@ def joined(device: str = "auto") -> Iterator[Ranks | None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
-        # One launcher's store outlives its ranks, and what those wrote there that were killed:
-        # in torch 2.13 the first restart dials their addresses. Several launchers begin a new one.
+        # A single launcher's store keeps the addresses of killed ranks, which the first restart
+        # would dial in torch 2.13. With several launchers the store is new.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
@@ -273,8 +272,7 @@ def ranks_of(group: Group) -> Ranks | None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel, which has no second derivatives; its reducer is
-    bypassed."""
+    """The module inside DistributedDataParallel, bypassing its reducer; else the model."""
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise InputError(

@@ -86,7 +86,7 @@ def form_of(
     """The features that all examples have; InputError if runs are incompatible."""
     if not examples:
         raise InputError("there is nothing to distil; give at least one run")
-    # A run whose schedule is constant, as a smoother's probe that was kept, goes with any other.
+    # A constant schedule, such as a smoother's probe, is compatible with any other.
     first = next((e for e in examples if e.steered), examples[0])
     for other in examples:
         pairs = [(tuple(first.columns), tuple(other.columns))]

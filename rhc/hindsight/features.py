@@ -38,8 +38,7 @@ _NORM = 0.2
 
 @dataclass(frozen=True)
 class Form:
-    """Which features exist. steered: controls that the policy moves and reads. gradient_norm: trend
-    of log |g|."""
+    """steered: controls that the policy moves and reads. gradient_norm: the trend of log |g|."""
 
     steered: tuple[str, ...] = ("lr", "momentum")
     reward: bool = False
@@ -80,8 +79,7 @@ class Observer:
         self.norm = norm
 
     def features(self, controls: Controls, progress: float | None) -> list[float]:
-        """The features in the order of `form.names`; resets the trends. progress: share of the run
-        done, if known."""
+        """Features in `form.names` order; resets the trends. progress: share of the run done."""
         values: list[float] = []
         for name, smoothing in SCALES.items():
             found, self.signals[name] = trends(self.signals[name], smoothing)

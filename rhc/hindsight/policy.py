@@ -75,8 +75,7 @@ def _blank(kind: str, form: Form, seed: int = 0) -> Network:
 
 @dataclass(frozen=True)
 class Policy:
-    """A fitted policy. every: steps per update. low, high: training ranges of the features, with
-    `MARGIN`. notes: provenance."""
+    """every: steps per update. low, high: feature ranges with `MARGIN`. notes: provenance."""
 
     kind: str
     form: Form

@@ -52,8 +52,7 @@ AGAINST = -0.25
 
 @dataclass(frozen=True)
 class Tape:
-    """Observations at T steps, NaN where missing or not finite; None for columns that the run
-    lacks."""
+    """Observations at T steps, NaN where not finite; None for columns that the run lacks."""
 
     losses: Sequence[float]
     rewards: Sequence[float] | None = None
@@ -75,11 +74,12 @@ class Tape:
 
 @dataclass(frozen=True)
 class Smoother:
-    """Computes the next run's schedule from a probe's tape and schedule. every, source, bounds,
-    cap: as in AdaptiveRL; smoothing is two-sided. baseline: subtract the tape's mean trend, so that
-    controls rise only where progress is above average; without it every fall of the loss raises lr,
-    up to the last step. The laws give factors on lr and noise and shifts of logit μ per block of
-    `every` steps, relative to the probe's schedule, so that passes accumulate."""
+    """Computes the next run's schedule from a probe's tape and schedule.
+    every, source, bounds, cap: as in AdaptiveRL; smoothing is two-sided. baseline: subtract the
+    tape's mean trend, so that controls rise only where progress is above average; without it every
+    fall of the loss raises lr, up to the last step. The laws give factors on lr and noise and
+    shifts of logit μ per block of `every` steps, relative to the probe's schedule, so that passes
+    accumulate."""
 
     every: int = 20
     gains: Gains = USUAL_GAINS
@@ -92,9 +92,9 @@ class Smoother:
         check_source(self.source)
 
     def trends(self, tape: Tape) -> list[Trends]:
-        """The trends at the start of every block but the first. Δ = mean after − mean before; Δ̃ =
-        clip(Δ / S, −1, 1), S the tape's mean |Δ|, minus the mean Δ̃ with a baseline. Without a
-        reward Δ̃r = −Δ̃ℓ."""
+        """The trends at the start of every block but the first.
+        Δ = mean after − mean before; Δ̃ = clip(Δ / S, −1, 1), S the tape's mean |Δ|, minus the mean
+        Δ̃ with a baseline. Without a reward Δ̃r = −Δ̃ℓ."""
         if self.source == "reward" and tape.rewards is None:
             raise InputError(
                 "source 'reward' needs a reward, and the tape has none; return a metric called "
@@ -204,9 +204,9 @@ def smooth(
 
 
 def data_changed(tape: Tape) -> bool:
-    """Whether the losses indicate a change of the data; always False with a reward. For stationary
-    data lr should be high where there is progress; for changing data where the loss rises, since
-    much is to be learned."""
+    """Whether the losses indicate a change of the data; always False with a reward.
+    For stationary data lr should be high where there is progress; for changing data where the loss
+    rises, since much is to be learned."""
     if tape.rewards is not None:  # a policy-gradient loss has no meaningful level
         return False
     mean = [m for m in _centred(tape.losses, 0.05) if math.isfinite(m)]

@@ -106,9 +106,10 @@ def steerable(schedule: Schedule) -> list[str]:
 
 @dataclass
 class Episode:
-    """A run of T steps that is rolled and differentiated repeatedly from step 0. J = stage_weight ·
-    Σ ℓ_t + mean loss on `judged`, at the last iterate or at the average with decay `average`.
-    model, optimizer: restored to step 0 after every call. spent: gradient evaluations."""
+    """A run of T steps that is rolled and differentiated repeatedly from step 0.
+    J = stage_weight · Σ ℓ_t + mean loss on `judged`, at the last iterate or at the average with
+    decay `average`. model, optimizer: restored to step 0 after every call. spent: gradient
+    evaluations."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer

@@ -161,8 +161,7 @@ def _adam_vjp(
 
 
 class NAdamState(NamedTuple):
-    """Adam's, and mu_product = Π μ_i over the steps so far. 0-dim, in torch's choice of dtype:
-    float64 only if that is the default."""
+    """mu_product: Π μ_i so far, 0-dim; float64 only if that is torch's default dtype."""
 
     step: int
     exp_avg: Any

@@ -422,8 +422,7 @@ def dot(a: Tensor, b: Tensor) -> Scalar:
 
 
 def scalar(value: Tensor) -> Scalar:
-    """A float on the CPU, where float sums are 10× cheaper than small tensors'; on accelerators a
-    tensor, to avoid a sync."""
+    """A float on the CPU, where float sums are 10× cheaper; on accelerators a tensor (no sync)."""
     return value.item() if value.device.type == "cpu" else value.double()
 
 

@@ -113,7 +113,7 @@ def _flat_state(node: Any, *, fresh: bool) -> Any:
 
 @cache
 def _state_type(names: tuple[str, ...]) -> Any:
-    # A name may occur twice until _check_slots has said so.
+    # Names may repeat until _check_slots rejects them.
     return namedtuple("StockState", ["fresh", *names], rename=True)
 
 

@@ -1,7 +1,9 @@
-"""EpochPlanner in Lightning and the Hugging Face Trainer; its state is in their checkpoints.
+"""EpochPlanner in Lightning and the Hugging Face Trainer.
 
-trainer = lightning.Trainer(callbacks=[lightning_callback(planner, validation="val_loss")])
-trainer = transformers.Trainer(…, callbacks=[hf_callback(planner)])
+    trainer = lightning.Trainer(callbacks=[lightning_callback(planner, validation="val_loss")])
+    trainer = transformers.Trainer(…, callbacks=[hf_callback(planner)])
+
+The planner's state is saved in their checkpoints.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ STATE = "rhc_planner"
 
 
 def lightning_callback(planner: EpochPlanner, *, validation: str = "val_loss") -> Any:
-    """A `lightning.pytorch.Callback` for a planner without an optimizer: it steers the trainer's
-    first. validation: logged name of the validation loss; epochs without one are not planned."""
+    """A `lightning.pytorch.Callback` that plans epochs; the planner is built without an optimizer.
+    validation: logged name of the validation loss; epochs without one are not planned."""
     base = _imported("Callback", "lightning", "lightning.pytorch", "pytorch_lightning")
 
     class PlannedEpochs(base):  # type: ignore[misc, valid-type]
@@ -60,9 +62,10 @@ def lightning_callback(planner: EpochPlanner, *, validation: str = "val_loss") -
 
 
 def hf_callback(planner: EpochPlanner, *, validation: str = "eval_loss") -> Any:
-    """A `transformers.TrainerCallback` for a planner without an optimizer, with
-    `eval_strategy="epoch"`. validation: name in the Trainer's metrics. The training loss is the
-    logged one, so `logging_steps=1` gives the most data."""
+    """A `transformers.TrainerCallback` that plans epochs, with `eval_strategy="epoch"`; the planner
+    is built without an optimizer.
+    validation: name in the Trainer's metrics. The training loss is the logged one, so
+    `logging_steps=1` gives the most data."""
     base = _imported("TrainerCallback", "transformers", "transformers")
 
     class PlannedEpochs(base):  # type: ignore[misc, valid-type]

@@ -32,9 +32,10 @@ MOST_CORRELATED = 0.95
 
 
 class ChangePoint(NamedTuple):
-    """State of a two-sided CUSUM since the last change. mean: level of the `settled` values older
-    than `LAG`. variance, product: averages of w² and w·w₋₁, w the clipped distance to the level.
-    slow, slow_square: a running average of w and its square. falling: steps since `lower` was 0."""
+    """State of a two-sided CUSUM since the last change.
+    mean: level of the `settled` values older than `LAG`. variance, product: averages of w² and
+    w·w₋₁, w the clipped distance to the level. slow, slow_square: a running average of w and its
+    square. falling: steps since `lower` was 0."""
 
     mean: float = 0.0
     variance: float = 0.0
@@ -52,12 +53,14 @@ class ChangePoint(NamedTuple):
 
 
 def cusum(state: ChangePoint, value: float) -> tuple[ChangePoint, bool]:
-    """(the state after one more value, whether the level has risen). CUSUM (Page 1954) of the
-    innovations e = (w − φ w₋₁) / (s √(1 − φ²)), which are white for autoregressive values; e is
-    clipped at k + 1 against outliers. φ: the larger of the lag-1 correlation and the one implied by
-    the slow variance, plus half a standard error; k: half the shift in units of e. The threshold is
-    Siegmund's (1985), times 1.3 for estimation errors. A falling level resets the reference without
-    an alarm; negate returns. Error rates: docs/planning.md."""
+    """(the state after one more value, whether the level has risen). Values that are not finite are
+    ignored.
+    CUSUM (Page 1954) of the innovations e = (w − φ w₋₁) / (s √(1 − φ²)), which are white for
+    autoregressive values; e is clipped at k + 1 against outliers. φ: the larger of the lag-1
+    correlation and the one implied by the slow variance, plus half a standard error; k: half the
+    shift in units of e. The threshold is Siegmund's (1985), times 1.3 for estimation errors. A
+    falling level resets the reference without an alarm; negate returns. Error rates:
+    docs/planning.md."""
     if not is_usable(value):
         return state, False
     value = float(value)

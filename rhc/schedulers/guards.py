@@ -28,9 +28,9 @@ class Planned:
 
 @dataclass(frozen=True)
 class Smoothed:
-    """The law with a total-variation penalty over epochs (Rudin, Osher, Fatemi 1992). x_e = argmin
-    ½ (x − x̂_e)² + penalty · |x − x_{e−1}| in raw coordinates (log; logit for momentum and λ).
-    Changes from and to 0 are not penalized."""
+    """The law with a total-variation penalty over epochs (Rudin, Osher, Fatemi 1992).
+    x_e = argmin ½ (x − x̂_e)² + penalty · |x − x_{e−1}| in raw coordinates (log; logit for momentum
+    and λ). Changes from and to 0 are not penalized."""
 
     law: Law
     penalty: float = 0.02
@@ -61,8 +61,7 @@ class Smoothed:
 
 @dataclass(frozen=True)
 class Preset:
-    """Fixed cautious values. lr: factor on the first epoch's lr, never raising it; None keeps a
-    value."""
+    """Cautious values; None keeps one. lr: factor on the first epoch's lr, never raising it."""
 
     name: str = "conservative"
     lr: float | None = 0.3
@@ -97,8 +96,9 @@ CONSERVATIVE = Preset()
 
 @dataclass(frozen=True)
 class Failsafe:
-    """Switches to the preset after `patience` epochs of worse validation in a row. The law resumes
-    after `rearm` better epochs in a row. The cap per epoch does not apply to the switch."""
+    """Switches to the preset after `patience` epochs of worse validation in a row.
+    The law resumes after `rearm` better epochs in a row. The cap per epoch does not apply to the
+    switch."""
 
     law: Law
     preset: Preset = CONSERVATIVE

@@ -95,9 +95,9 @@ class Augmentation(Value):
 
 
 def shifted(images: Tensor, strength: float) -> Tensor:
-    """Images shifted by random whole pixels, up to 4 · strength in each direction. images: (B, H,
-    W), (B, C, H, W) or (B, n²). The border is filled with the corner's value. Uses torch's global
-    generator."""
+    """Images shifted by random whole pixels, up to 4 · strength in each direction.
+    images: (B, H, W), (B, C, H, W) or (B, n²). The border is filled with the corner's value. Uses
+    torch's global generator."""
     flat = images.dim() == 2
     side = round(images.shape[-1] ** 0.5)
     if flat and side * side != images.shape[-1]:

@@ -112,8 +112,7 @@ class Bounds:
 def updated(
     controls: Controls, trends: Trends, gains: Gains, bounds: Bounds, cap: Cap | None = None
 ) -> Controls:
-    """The next controls, within the bounds for any trends. cap: not applied when a control leaves 0
-    or returns to it."""
+    """The next controls, within bounds. cap: not applied to changes from and to 0."""
     rise = max(trends.loss, 0.0)
     lr = controls.lr * math.exp(gains.lr_reward * trends.reward - gains.lr_loss * rise)
     lr = _capped(lr, controls.lr, cap)
@@ -163,7 +162,7 @@ def _noise(noise: float, trends: Trends, gains: Gains, bounds: Bounds, cap: Cap 
     if noise == 0:
         return IGNITION if change > 0 and trends.plateau > IGNITES else 0.0
     new = _capped(noise * math.exp(change), noise, cap)
-    # The floor is where log σ would go on for ever: 0, unless the bounds say that it stays on.
+    # log σ would fall for ever: below the floor it is 0, unless the bounds keep noise on.
     return new if new >= IGNITION or bounds.noise[0] > 0 or new >= noise else 0.0
 
 

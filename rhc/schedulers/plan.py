@@ -74,9 +74,10 @@ class Intervention:
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """Values for epoch `epoch`; None for those that the run does not have. lr: the largest of the
-    groups; a template multiplies it. momentum: SGD's or β1. augmentation, sampling: in [0, 1].
-    first_lr: of the run's first epoch. mode: "planned" or the name of a preset."""
+    """Values for epoch `epoch`; None for those that the run does not have.
+    lr: the largest of the groups; a template multiplies it. momentum: SGD's or β1. augmentation,
+    sampling: in [0, 1]. first_lr: of the run's first epoch. mode: "planned" or the name of a
+    preset."""
 
     lr: float
     momentum: float | None = None
@@ -150,8 +151,7 @@ def plan_next_epoch(
 
 
 def after_drift(plan: EpochPlan, reason: str, bounds: Bounds | None = None) -> EpochPlan:
-    """The plan after a drift: α × 0.8, logit μ − ½ (capped), σ × 1.25 or switched on. After a drift
-    the next gradients are large and the momentum is stale."""
+    """The plan after a drift (stale momentum): α × 0.8, logit μ − ½ (capped), σ × 1.25 or on."""
     bounds = bounds or PLAN_BOUNDS
     before = _sane(plan, bounds)
     momentum = before.momentum
@@ -170,8 +170,7 @@ def after_drift(plan: EpochPlan, reason: str, bounds: Bounds | None = None) -> E
 def capped(
     plan: EpochPlan, begun: EpochPlan, bounds: Bounds | None = None, cap: Cap = CAP
 ) -> EpochPlan:
-    """`plan` with every value within ×cap of that in `begun`, then within its bounds. Changes from
-    and to 0 are not capped."""
+    """`plan` within ×cap of `begun`, except for changes from and to 0, then within its bounds."""
     bounds = bounds or PLAN_BOUNDS
     values = plan.values
     for name, value in values.items():

@@ -424,8 +424,7 @@ def joined(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, 
 
 
 def _scale_lr(group: dict[str, Any], ratio: float, scaled: set[int]) -> None:
-    """Scales lr and the copies that torch's schedulers keep in the group. scaled: ids of tensors
-    already scaled; groups may share one."""
+    """Scales lr and the copies that torch's schedulers keep; tensors in `scaled` are done."""
     for name in ("lr", "initial_lr", "max_lr", "min_lr"):
         value = group.get(name)
         if isinstance(value, Tensor):

@@ -245,7 +245,7 @@ class LossSampler(Sampler[int]):
         n = len(self)
         order = np.empty(n, np.int32)
         total = sum(float(self.weights[part].sum(dtype=np.float64)) for part in _parts(n))
-        # Example i is drawn once for every whole number in (reached before it, reached with it].
+        # Example i is drawn once per integer in (reached before it, reached with it].
         reached, filled = float(random.random()), 0
         for part in _parts(n):
             sums = np.cumsum(self.weights[part], dtype=np.float64) * (n / total) + reached

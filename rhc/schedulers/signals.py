@@ -66,10 +66,11 @@ class Smoothing:
 
 @dataclass(frozen=True)
 class Signals:
-    """State of all signals after `steps` finite losses and `rewards` finite rewards. variance: v of
-    (ℓ − ℓ̄)². change, size: means of Δℓ̄ and |Δℓ̄| per step. loss_scale S_ℓ, reward_scale S_r:
-    means of |Δℓ|, |Δr| per update. loss_mark, reward_mark: ℓ̄ and r̄ at the last update; fresh_*:
-    observations since. waited: steps since the last reward; gap: steps between the last two."""
+    """State of all signals after `steps` finite losses and `rewards` finite rewards.
+    variance: v of (ℓ − ℓ̄)². change, size: means of Δℓ̄ and |Δℓ̄| per step. loss_scale S_ℓ,
+    reward_scale S_r: means of |Δℓ|, |Δr| per update. loss_mark, reward_mark: ℓ̄ and r̄ at the last
+    update; fresh_*: observations since. waited: steps since the last reward; gap: steps between the
+    last two."""
 
     loss: RunningMean = RunningMean()
     variance: RunningMean = RunningMean()
@@ -154,12 +155,10 @@ def _with_loss(signals: Signals, loss: float, smoothing: Smoothing) -> Signals:
 
 def trends(signals: Signals, smoothing: Smoothing) -> tuple[Trends, Signals]:
     """The trends since the last call, and the state with the marks reset.
-
     Δ̃ℓ = clip(Δℓ / S_ℓ, −1, 1) with Δℓ the change of ℓ̄, likewise Δ̃r; 0 without observations. A
     reward that is rarer than updates keeps its trend until the next is due. Without rewards Δ̃r =
     −Δℓ / (|Δℓ| + s), s the standard deviation of Δℓ under noise alone; −Δ̃ℓ would be ±1 for any
-    steady fall, however small, and raise lr as long as the training loss falls.
-    """
+    steady fall, however small, and raise lr as long as the training loss falls."""
     loss, reward = 0.0, 0.0
     if signals.loss_mark is not None:
         delta = _beyond_rounding(signals.loss.value - signals.loss_mark, signals.loss.value)

@@ -139,8 +139,7 @@ def after_step(
     reward: float | None = None,
     gradient_norm: float | None = None,
 ) -> tuple[EpochState, bool]:
-    """(the state after one committed step, whether loss or reward drifted for the worse). Values
-    that are not finite are counted and ignored; None: not observed."""
+    """(the state after one committed step, whether the level of loss or reward got worse)."""
     drifted = False
     ignored = sum(x is not None and not is_usable(x) for x in (loss, reward))
     values: dict[str, Any] = {}
@@ -172,9 +171,9 @@ def after_epoch(
     reward: float | None = None,
     source: str = "validation",
 ) -> tuple[EpochStats, EpochState]:
-    """(the statistics of the epoch that ends, the state for the next). validation: held-out loss at
-    the end of the epoch. reward: of the whole epoch, instead of the mean of its steps. source:
-    "validation" uses the fall of the validation loss as the reward."""
+    """(the statistics of the epoch that ends, the state for the next).
+    validation: held-out loss at the end of the epoch. reward: of the whole epoch, instead of the
+    mean of its steps. source: "validation" uses the fall of the validation loss as the reward."""
     new = EpochState()
     values: dict[str, Any] = {name: getattr(new, name) for name in OF_ONE_EPOCH}
     steps, ignored = state.losses.count, state.ignored
