@@ -1,6 +1,5 @@
 """An independent engine to check `adjoint`: the window unrolled by the library `higher`. SGD and
-Adam only, no clipping, weight decay as L2; memory grows with K. higher 0.2.1 is unmaintained since
-2021."""
+Adam only, no clipping; memory grows with K. higher 0.2.1 is unmaintained since 2021."""
 
 from __future__ import annotations
 

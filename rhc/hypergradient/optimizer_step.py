@@ -29,15 +29,14 @@ SAME_SLOPE = 0.05
 
 @dataclass
 class Costate:
-    """λ = dJ/ds, per block for θ and for every tensor of the optimizer's state, by name for b; None
-    is zero."""
+    """λ = dJ/ds per block, for θ and the optimizer's state, and by name for b; None is zero."""
 
     parameters: list[Tensor | None]
     optimizer: list[list[Tensor | None]]
     statistics: dict[str, Tensor] = field(default_factory=dict)
 
     def norms(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Euclidean norms (of dJ/dθ, of the rest): slots have units of their own, and Adam's v at 0
+        """Euclidean norms (of dJ/dθ, of the rest). Slots have units of their own: Adam's v at 0 has
         a huge slope."""
         theta = [t for t in self.parameters if t is not None]
         rest = [t for h in self.optimizer for t in h if t is not None]

@@ -43,9 +43,11 @@ def try_product(
     *,
     before: Snapshot | None = None,
 ) -> tuple[float, float]:
-    """(Relative difference of ⟨Bᵀv, w⟩ and differences of gradients in float64, gradient
-    evaluations). 0 if the model cannot compute in float64, or not smoothly. costate: v. The live
-    state is restored."""
+    """(Relative difference of ⟨Bᵀv, w⟩ and gradient differences in float64, gradient evaluations).
+
+    costate: v. The difference is 0 if the model cannot compute in float64, or not smoothly. The
+    live state is restored to `before`.
+    """
     ours = parts(batch)[0]
     ours = ours.opened() if isinstance(ours, Kept) else ours
     rows = batch_size(ours)

@@ -1,5 +1,4 @@
-"""nn.GRU's recurrence (Cho et al. 2014, as in cuDNN): p = w h' + b, r = σ(x_r + p_r), u = σ(x_u +
-p_u), n = tanh(x_n + r p_n), h = n + u (h' − n)."""
+"""nn.GRU's recurrence, as in cuDNN, and its derivatives of every order. Cho et al. 2014."""
 
 from __future__ import annotations
 
@@ -37,8 +36,11 @@ def sequence(x: Tensor, states: list[Tensor], weights: Weights) -> list[Tensor]:
 
 
 class _Gru(Function):
-    """(x (T, B, 3H), w (3H, H), b (3H,), h (B, H)) -> h (T + 1, B, H), gates r, u, n, p_n (T, B,
-    H)."""
+    """p = w h' + b, r = σ(x_r + p_r), u = σ(x_u + p_u), n = tanh(x_n + r p_n), h = n + u (h' − n).
+
+    (x (T, B, 3H), w (3H, H), b (3H,), h (B, H)) -> h (T + 1, B, H), r, u, n (T, B, 3H), p_n (T, B,
+    H).
+    """
 
     @staticmethod
     def forward(

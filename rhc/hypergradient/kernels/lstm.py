@@ -1,5 +1,4 @@
-"""nn.LSTM's recurrence (Hochreiter, Schmidhuber 1997): z = x + w h', (i, f, g, o) = (σ, σ, tanh,
-σ)(z), c = f c' + i g, h = o tanh c."""
+"""nn.LSTM's recurrence and its derivatives of every order. Hochreiter, Schmidhuber 1997."""
 
 from __future__ import annotations
 
@@ -34,7 +33,10 @@ def sequence(x: Tensor, states: list[Tensor], weights: Weights) -> list[Tensor]:
 
 
 class _Lstm(Function):
-    """(x (T, B, 4H), w (4H, H), h, c (B, H)) -> h, c (T + 1, B, H), gates (T, B, 4H)."""
+    """z = x + w h', (i, f, g, o) = (σ, σ, tanh, σ)(z), c = f c' + i g, h = o tanh c.
+
+    (x (T, B, 4H), w (4H, H), h, c (B, H)) -> h, c (T + 1, B, H), gates (T, B, 4H).
+    """
 
     @staticmethod
     def forward(

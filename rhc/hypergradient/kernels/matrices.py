@@ -180,7 +180,7 @@ def _powers(rows: int, fewest: int) -> tuple[int, ...]:
 def _onednn(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     if b is not None:  # oneDNN reads the elements one after the other, wherever they lie
         b = b.contiguous()
-    elif w.is_contiguous():  # with a bias, of zeros, it takes the kernel of the layer itself
+    elif w.is_contiguous():  # a bias of zeros selects the kernel of the layer itself
         b = w.new_zeros(len(w))
     if not (w.is_contiguous() or w.t().is_contiguous()):
         w = w.contiguous()
