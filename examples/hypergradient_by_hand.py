@@ -1,6 +1,7 @@
 """One window, differentiated by hand: dJ/du_t of every step, and a central difference to check it.
 
-`rhc.hypergradient` needs no Runner: it rolls the optimizer through the batches, looks back, and
+`rhc.hypergradient` needs no Runner: it rolls the optimizer through the batches,
+takes the reverse pass, and
 leaves model, optimizer and random state as it found them. One step along the gradient gives a new
 schedule, which is then used as an ordinary lr scheduler in an ordinary loop.
 """

@@ -108,7 +108,7 @@ def copied(batch: Any, name: str = "batches") -> Any:
     except Exception as error:
         raise InputError(
             f"a {type(batch).__name__} of {name} cannot be copied ({type(error).__name__}: "
-            f"{error}), and looking back uses every batch several times: yield tensors, give its "
+            f"{error}), and a reverse pass uses every batch several times: yield tensors, give its "
             "class a __deepcopy__, or turn rewriting off"
         ) from error
 

@@ -436,7 +436,7 @@ class Runner:
         """The cost of a window in lines for people: gradient evaluations per step, bytes. Nothing
         is trained or written; model, optimizer and random states stay as they were."""
         if self._reverse_passes is None:
-            raise InputError("a plan is of looking back; turn rewriting on to have one")
+            raise InputError("a plan is of the reverse pass; turn rewriting on to have one")
         stream = StepBatches(
             self.train_loader, isolated=True, device=self._moved_to, accumulate=self.accumulate
         )

@@ -96,7 +96,7 @@ class Plan:
         per_step = 1 + self.gradient_equivalents / self.steps
         lines = [
             f"window of {self.steps} steps, segment {self.segment}, product {self.product}",
-            f"roll and look back: {per_step:.2f} gradient evaluations per step",
+            f"roll and reverse pass: {per_step:.2f} gradient evaluations per step",
         ]
         if self.twice:
             lines.append(f"differences held against others at {self.twice} of the steps")

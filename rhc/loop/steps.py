@@ -220,7 +220,7 @@ def _fall_back(fit: Fit, attempt: Attempt, unseen: str | None) -> None:
     plant.optimizer.zero_grad()
     if unseen is not None:
         state.fallback = replace(state.fallback, never_differentiate=True)
-        attempt.failure = f"not looked back at: {unseen}"
+        attempt.failure = f"not differentiated: {unseen}"
         fit.events.tell(f"windows are not rewritten from now on: {unseen}")
         return
     # What an exception leaves is in cycles; without this the next plain step ran out of memory too.
@@ -242,4 +242,4 @@ def _fall_back(fit: Fit, attempt: Attempt, unseen: str | None) -> None:
     known |= {"product": state.fallback.product or known["product"]}
     state.reverse_pass = fit.reverse_passes.make(state.fallback, known)
     attempt.failure = f"out of memory; from now on {words}"
-    fit.events.notice(f"looking back ran {attempt.failure}")
+    fit.events.notice(f"the reverse pass ran {attempt.failure}")

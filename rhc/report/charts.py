@@ -464,7 +464,7 @@ def _heat(run: RunRecord) -> Iterator[Chart]:
     drawn = Chart(
         "heat",
         "Hypergradient",
-        "dJ by each control at each step of the windows that were looked back on, relative to the "
+        "dJ by each control at each step of the windows that were differentiated, relative to the "
         "largest of its control: negative (blue) means that more of it would have lowered J.",
         y="",
     )
@@ -486,7 +486,7 @@ def _costates(run: RunRecord) -> Iterator[Chart]:
     drawn = Chart(
         "costates",
         "Costate norms",
-        "‖λ‖ along the windows that were looked back on: how much J at the window's end still "
+        "‖λ‖ along the windows that were differentiated: how much J at the window's end still "
         "depends on the weights of a step. Growth backwards means that a small change explodes.",
         y="‖λ‖",
         log=True,
@@ -508,7 +508,7 @@ def _whole(run: RunRecord) -> Iterator[Chart]:
     """The result of `rhc hypergradient`: the run as one window."""
     drawn = Chart(
         "whole",
-        "The whole run looked back at",
+        "The whole run differentiated",
         "dJ/ds and dJ/du of every step, from rhc hypergradient, J the loss at the end of the run: "
         "where the schedule still had something to gain.",
         y="norm, absolute value",

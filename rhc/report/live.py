@@ -410,7 +410,7 @@ def _bars(progress: Progress) -> RenderableType:
     rolling = verb.verb in ("roll", "replay")
     taken = (0 if rolling else size) if step is None else step.step - verb.start + 1
     looking_back = verb.verb == "roll" and taken == size and progress.rewriting
-    state = "looking back" if looking_back else f"{taken}/{size}"
+    state = "reverse pass" if looking_back else f"{taken}/{size}"
     if verb.attempt:
         state += f", try {verb.attempt}"
     grid.add_row("window", _bar(taken, size), f"{verb.start}–{verb.stop}", state)

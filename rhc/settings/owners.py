@@ -289,7 +289,7 @@ class Engine(Settings):
         parse=parsed_bytes,
         rewriting=True,
         recorded="by the runner",
-        on_resume="what looking back keeps changes, and its bits may differ",
+        on_resume="what the reverse pass keeps changes, and its bits may differ",
     )
     """Memory that a reverse pass may take beyond plain training: bytes, 500MB, 2GiB."""
     discount: float = setting(1.0, "G", share(), place="rare", rewriting=True, recorded="if given")

@@ -91,7 +91,7 @@ def fill_gradients(loss: Tensor) -> None:
         if "graph a second time" not in str(error):
             raise
         raise InputError(
-            "the graph of loss_fn's result was gone through before: leave backward() to the "
+            "the graph of loss_fn's result was differentiated before: leave backward() to the "
             "Runner, and .detach() what the model or loss_fn keeps from one batch to the next"
         ) from error
 

@@ -462,8 +462,8 @@ class Plant:
             tensors = [p.grad, *(self.optimizer.state.get(p, {}).values() if slots else ())]
             if any(isinstance(t, Tensor) and t.layout != torch.strided for t in tensors):
                 raise InputError(
-                    f"the gradient of parameter {name!r} is sparse, and looking back "
-                    "needs dense ones; use sparse=False in the embedding that makes it"
+                    f"the gradient of parameter {name!r} is sparse, and the reverse "
+                    "pass needs dense ones; use sparse=False in the embedding that makes it"
                 )
 
     def refuse_overlaps(self) -> None:

@@ -52,7 +52,7 @@ class OomFallback:
         length = min(window, self.longest or window) // 2
         if length >= 2:
             return replace(self, longest=length), f"windows of {length} steps"
-        return replace(self, never_differentiate=True), "no looking back"
+        return replace(self, never_differentiate=True), "no reverse pass"
 
     def to_json(self) -> dict[str, Any]:
         return {_IN_JSON.get(name, name): value for name, value in vars(self).items()}

@@ -1030,7 +1030,7 @@ def test_the_display_shows_the_loop() -> None:
     feed(LiveDisplay(Progress("demo", clock), console), clock)
     shown = console.export_text()
     for part in (
-        "50/200", "100/200", "150/200", "done", "roll", "replay", "looking back", "25/50, try 2",
+        "50/200", "100/200", "150/200", "done", "roll", "replay", "reverse pass", "25/50, try 2",
         "lr 0.03", "momentum 0.9", "train loss 0.2", "-50%", "J 0.21 → 0.19", "accepted 1",
         "rejected 1", "rewound 1", "cost 5.50x", "a notice",
     ):  # fmt: skip

@@ -616,8 +616,8 @@ def test_more_memory_is_said_and_tolerated(tmp_path: Path) -> None:
     events: list[Any] = []
     runner(make_run("adamw"), tmp_path, events.append, memory_budget=10**9).fit(STEPS)
     assert [e.message for e in events if isinstance(e, Notice)] == [
-        "memory_budget was null, is 1000000000: what looking back keeps changes, and its bits may "
-        "differ"
+        "memory_budget was null, is 1000000000: what the reverse pass keeps changes, and its "
+        "bits may differ"
     ]
     assert json.loads((tmp_path / "config.json").read_text())["memory_budget"] == 10**9
 

@@ -175,7 +175,7 @@ def test_what_cannot_be_copied_is_named() -> None:
         copied(batch, "val_loader")
     assert str(error.value) == (
         "a dict of val_loader cannot be copied (TypeError: cannot pickle '_thread.lock' object), "
-        "and looking back uses every batch several times: yield tensors, give its class a "
+        "and a reverse pass uses every batch several times: yield tensors, give its class a "
         "__deepcopy__, or turn rewriting off"
     )
     assert spare(batch) is batch

@@ -408,7 +408,7 @@ def test_the_ladder() -> None:
         words.append(text)
     assert words == [
         "smaller segments, within 500 bytes", "difference products", "windows of 4 steps",
-        "windows of 2 steps", "no looking back",
+        "windows of 2 steps", "no reverse pass",
     ]  # fmt: skip
     assert OomFallback.from_json(relief.to_json()) == relief
 
@@ -433,11 +433,11 @@ def test_out_of_memory_in_the_reverse_pass(
     fitted = runner(run, tmp_path, events.append, product="exact", rewrite=law)
     result = fitted.fit(STEPS)
     reasons = [w["reason"] for w in result.windows if "memory" in (w["reason"] or "")]
-    words = ["smaller segments, within", "difference products", "windows of 2 steps", "no looking"]
+    words = ["smaller segments, within", "difference products", "windows of 2 steps", "no reverse"]
     assert len(reasons) == min(fails, 4)
     for reason, word in zip(reasons, words, strict=False):
         assert reason.startswith(f"out of memory; from now on {word}")
-    assert notices_of(events)[: len(reasons)] == [f"looking back ran {r}" for r in reasons]
+    assert notices_of(events)[: len(reasons)] == [f"the reverse pass ran {r}" for r in reasons]
     assert [row["step"] for row in result.tape] == list(range(STEPS))
     assert all(w["outcome"] == "rewound" for w in result.windows if w["reason"] in reasons)
     relief = json.loads((tmp_path / "checkpoints" / "window-00000011" / "values.json").read_text())
