@@ -14,7 +14,7 @@ from rhc.errors import InputError, whole_number
 
 _CHUNK = 1 << 18
 _HALF = float(np.finfo(np.float16).max)
-_KEPT = ("recent", "older", "count", "norm", "norms")
+_KEPT = ("recent", "older", "count")
 
 
 class LossSampler(Sampler[int]):
@@ -199,7 +199,7 @@ class LossSampler(Sampler[int]):
             "taken": self._taken if taken is None else taken,
             "statistics": {
                 "unit": self.unit,
-                **{name: torch.from_numpy(getattr(self, name)) for name in _KEPT},
+                **{name: torch.from_numpy(getattr(self, name)) for name in self._kept},
             },
         }
 
@@ -216,13 +216,16 @@ class LossSampler(Sampler[int]):
                 "build it for the same dataset"
             )
         self.weights[:] = state["weights"].numpy()
-        for name in _KEPT:
-            if len(getattr(self, name)):
-                getattr(self, name)[:] = state["statistics"][name].numpy()
+        for name in self._kept:
+            getattr(self, name)[:] = state["statistics"][name].numpy()
         self.unit = state["statistics"]["unit"]
         self.strength = float(state["strength"])
         self._seed, self._taken = state["seed"], int(state["taken"])
         self._again = place
+
+    @property
+    def _kept(self) -> tuple[str, ...]:
+        return (*_KEPT, "norm", "norms") if self.by == "gradient" else _KEPT
 
     def _falls(self, part: slice) -> np.ndarray:
         """The recent relative fall of these examples' losses, in [0, 1]."""

@@ -561,7 +561,7 @@ def test_a_loss_that_is_no_mean_later_on_is_noticed(monkeypatch: pytest.MonkeyPa
             product="exact", memory_budget=10**9, notice=notices.append,
         )  # fmt: skip
         reverse_pass.planner.measured(batches[0], "exact")
-        assert reverse_pass._measured_in_pieces(batches[0], "exact").pieces
+        assert reverse_pass.planner._measured_in_pieces(batches[0], "exact").pieces
         if tight:
             plan = Plan(4, "exact", kept=4, pieces=2)
             monkeypatch.setattr(reverse_pass, "plan", lambda *given, plan=plan: plan)
