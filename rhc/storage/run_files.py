@@ -1,12 +1,12 @@
-"""Files of a run's directory.
+"""Files of a run's directory, and where in rhc/ their content is made.
 
-    config.json      settings, versions, machine and code; compared on resume
-    start.jsonl      one line per roll of the lr search
-    tape.jsonl       one line per committed step
-    windows.jsonl    one line per attempt at a window
-    schedule.json    the plan during the run, then the committed schedule
-    checkpoints/     see `rhc.storage.checkpoint`
-    result.json      losses and cost; written last
+    config.json      settings, versions, machine, code; compared on resume   loop/description.py
+    start.jsonl      one line per roll of the lr search                      loop/trials.py
+    tape.jsonl       one line per committed step                             loop/windows.py
+    windows.jsonl    one line per attempt at a window                        loop/records.py
+    schedule.json    the plan during the run, then the committed schedule    schedule/planned.py
+    checkpoints/     what a run is resumed from, see `checkpoint`            loop/checkpointing.py
+    result.json      losses and cost; written last                           loop/result.py
     report.html      by `rhc report`; hypergradient.json by `rhc hypergradient`
 
 CRC-32s of *.jsonl and result.json are in .NAME.crc32; config.json and schedule.json end with their
