@@ -2,11 +2,11 @@
 
     config.json      settings, versions, machine, code; compared on resume   loop/description.py
     start.jsonl      one line per roll of the lr search                      loop/trials.py
-    tape.jsonl       one line per committed step                             loop/windows.py
+    tape.jsonl       one line per committed step                             loop/records.py
     windows.jsonl    one line per attempt at a window                        loop/records.py
     schedule.json    the plan during the run, then the committed schedule    schedule/planned.py
     checkpoints/     what a run is resumed from, see `checkpoint`            loop/checkpointing.py
-    result.json      losses and cost; written last                           loop/result.py
+    result.json      losses and cost; written last                           loop/records.py
     report.html      by `rhc report`; hypergradient.json by `rhc hypergradient`
 
 CRC-32s of *.jsonl and result.json are in .NAME.crc32; config.json and schedule.json end with their
