@@ -53,6 +53,7 @@ class Planner:
         """What a window of `steps` will keep; measures one step the first time, and undoes it.
         scheduled: the controls that are set at every step."""
         if self.segment not in ("auto", 1) and product == "exact":
+            self.measured(batch, product)  # outside the roll: it evaluates the loss
             return with_graphs(steps, min(int(self.segment), steps))
         budget = self.memory_budget
         on_cpu = self.plant.parameters[0].device.type == "cpu"
@@ -100,9 +101,8 @@ class Planner:
 
     def measured(self, batch: Any, product: Product) -> Sizes:
         if product not in self.sizes:
-            sizes = measure_sizes(
-                self.plant, batch, self.objective, product, full=self.memory_budget is not None
-            )
+            full = self.memory_budget is not None or self.segment not in ("auto", 1)
+            sizes = measure_sizes(self.plant, batch, self.objective, product, full=full)
             if self.plant.ranks is not None:  # one plan for all
                 sizes = Sizes(**self.plant.ranks.share(asdict(sizes)))
             self.sizes[product] = sizes
