@@ -26,7 +26,6 @@ from rhc.cli.building import (
 from rhc.containers import copied, spare
 from rhc.errors import InputError
 from rhc.hindsight.whole_run import (
-    EXPLODING_CLIP,
     DiskBatches,
     Episode,
     OuterPass,
@@ -35,6 +34,7 @@ from rhc.hindsight.whole_run import (
     steerable,
 )
 from rhc.hypergradient import Hypergradient
+from rhc.loop.steps import EXPLODING_CLIP
 from rhc.report.live import Screen, sparkline
 from rhc.report.records import means, one_number
 from rhc.rng import RandomState, preserved

@@ -23,6 +23,7 @@ from rhc.containers import copied, kept, to_device
 from rhc.errors import InputError
 from rhc.hypergradient import Hypergradient, Product, hypergradient
 from rhc.hypergradient.evaluation import visible_statistics
+from rhc.loop.steps import EXPLODING_CLIP
 from rhc.loop.update_rule import Rewrite
 from rhc.rng import RandomState
 from rhc.schedule import CONTROLS, Schedule
@@ -31,9 +32,6 @@ from rhc.training.evaluate import batch_statistics
 from rhc.training.losses import LossFn
 from rhc.training.objective import Average
 from rhc.training.plant import Plant
-
-EXPLODING_CLIP = 10.0
-"""Exploding costates are recomputed, clipped to this times their final norm."""
 
 
 class DiskBatches:
