@@ -117,7 +117,8 @@ class Observer:
         for name, values in state["signals"].items():
             self.signals[name] = restored(Signals, values)
         self.first, self.norm = state["first"], state["norm"]
-        self.log_norm, self.start = RunningMean(**state["log_norm"]), Controls(**state["start"])
+        self.log_norm = restored(RunningMean, state["log_norm"])
+        self.start = Controls(**state["start"])
 
 
 def raw(name: str, value: float) -> float:

@@ -72,7 +72,7 @@ class AdaptiveRL(BeforeSteps):
         smoothing: β of the running means.
         noise: Initial σ; 0.02 suits reinforcement learning.
         noise_on: "gradients" adds σ·RMS(g)·ξ to gradients, "gradients-by-weights" σ·RMS(θ)·ξ to
-            gradients, "parameters" α·σ·RMS(θ)·ξ to parameters.
+            gradients, "parameters" σ·RMS(θ)·ξ to parameters; RMS is per tensor.
         source: "both", "loss" (ignore the reward) or "reward" (ignore the loss).
         surprise: Reset the trends and lower momentum (0.9 to 0.7) when losses jump by 3 standard
             deviations; `surprises` counts the jumps.

@@ -60,13 +60,12 @@ def add_noise(
     step: int,
     on: NoiseOn = "gradients",
 ) -> None:
-    """Adds σ·RMS(g)·ξ or σ·RMS(θ)·ξ to gradients, or α·σ·RMS(θ)·ξ to parameters. ξ is a function of
-    (seed + index of the group, step)."""
+    """Adds σ·RMS(g)·ξ or σ·RMS(θ)·ξ to gradients, or σ·RMS(θ)·ξ to parameters, RMS per tensor. ξ is
+    a function of (seed + index of the group, step)."""
     if sigma == 0:
         return
     for number, group in enumerate(groups):
         parameters = [p for p in group["params"] if p.requires_grad]
-        lr = float(group["lr"]) if on == "parameters" else 0.0
         noise = standard_noise(parameters, seed + number, step)
         for p, xi in zip(parameters, noise, strict=True):
             if p.grad is None or p.grad.is_sparse:
@@ -76,4 +75,4 @@ def add_noise(
             elif on == "gradients-by-weights":
                 p.grad.addcmul_(xi, root_mean_square(p), value=sigma)
             else:
-                p.addcmul_(xi, root_mean_square(p), value=lr * sigma)
+                p.addcmul_(xi, root_mean_square(p), value=sigma)

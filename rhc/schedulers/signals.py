@@ -25,19 +25,24 @@ SURPRISING = 3.0
 """Standard deviations of single losses above ℓ̄ that count as a surprise."""
 
 
+STILL = 0.2
+"""Share of the usual spread of the losses below which ℓ̄ does not move: after a descent that ends in
+constant losses ℓ̄ approaches them for ever, always in one direction."""
+
+
 @dataclass(frozen=True)
 class RunningMean:
-    """An exponential mean: total / weight, 0 without observations."""
+    """An exponential mean, 0 without observations. weight: of all observations, 1 in the end.
 
-    total: float = 0.0
+    The mean moves by its distance to the new value, so that equal values leave it as it is, to the
+    bit: a quotient of two sums would change by rounding, which looks like a trend."""
+
+    value: float = 0.0
     weight: float = 0.0
 
-    @property
-    def value(self) -> float:
-        return self.total / self.weight if self.weight > 0 else 0.0
-
     def updated(self, new: float, beta: float) -> RunningMean:
-        return RunningMean((1 - beta) * self.total + beta * new, (1 - beta) * self.weight + beta)
+        weight = (1 - beta) * self.weight + beta
+        return RunningMean(self.value + beta / weight * (new - self.value), weight)
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,8 @@ class Smoothing:
 @dataclass(frozen=True)
 class Signals:
     """State of all signals after `steps` finite losses and `rewards` finite rewards.
-    variance: v of (ℓ − ℓ̄)². change, size: means of Δℓ̄ and |Δℓ̄| per step. loss_scale S_ℓ,
+    variance: v of (ℓ − ℓ̄)². change, size: means of Δℓ̄ and |Δℓ̄| per step, size at
+    least `STILL` times that of the noise. loss_scale S_ℓ,
     reward_scale S_r: means of |Δℓ|, |Δr| per update. loss_mark, reward_mark: ℓ̄ and r̄ at the last
     update; fresh_*: observations since. waited: steps since the last reward; gap: steps between the
     last two."""
@@ -102,7 +108,10 @@ class Trends:
 
 
 def restored(kind: type[Record], record: Mapping[str, Any]) -> Record:
-    """The inverse of `asdict`, also for nested dataclasses."""
+    """The inverse of `asdict`, also for nested dataclasses and means that were saved as sums."""
+    if "total" in record and kind is RunningMean:
+        total, weight = record["total"], record["weight"]
+        record = {"value": total / weight if weight > 0 else 0.0, "weight": weight}
     kinds = get_type_hints(kind)
     values = {
         name: restored(kinds[name], value) if isinstance(value, Mapping) else value
@@ -141,13 +150,14 @@ def _with_loss(signals: Signals, loss: float, smoothing: Smoothing) -> Signals:
     apart = loss - mean.value
     delta = mean.value - signals.loss.value
     variance = signals.variance.updated(apart * apart, smoothing.variance)
+    still = STILL * smoothing.loss * math.sqrt(variance.value)
     return replace(
         signals,
         loss=mean,
         variance=variance,
         usual_variance=signals.usual_variance.updated(variance.value, smoothing.usual),
         change=signals.change.updated(delta, smoothing.loss),
-        size=signals.size.updated(abs(delta), smoothing.loss),
+        size=signals.size.updated(max(abs(delta), still), smoothing.loss),
         steps=signals.steps + 1,
         fresh_losses=signals.fresh_losses + 1,
     )

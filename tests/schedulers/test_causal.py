@@ -55,6 +55,24 @@ def noisy(steps: int, slope: float, seed: int = 0) -> list[float]:
     ).tolist()
 
 
+shapes = st.one_of(
+    st.builds(lambda level: [level] * 80, st.floats(-10, 10).filter(lambda x: abs(x) > 1e-3)),
+    st.builds(
+        lambda level, slope: [level + slope * i for i in range(80)],
+        st.floats(-10, 10), st.floats(1e-6, 1),
+    ),
+    st.builds(
+        lambda seed, slope: noisy(120, slope, seed), st.integers(0, 2**32), st.floats(-0.05, 0.05)
+    ),
+)  # fmt: skip
+"""Losses that are constant, a ramp, or noise around either."""
+
+# Squares of numbers near the smallest there are lose digits in another unit.
+any_losses = st.lists(
+    st.floats(-1e3, 1e3).map(lambda x: x if abs(x) > 1e-100 else 0.0), min_size=1, max_size=60
+)
+
+
 class TestSignals:
     def test_an_average_is_corrected_for_its_start(self) -> None:
         signals = observed(Signals(), 5.0, None, SMOOTHING)
@@ -145,23 +163,56 @@ class TestSignals:
             signals = observed(signals, 3 + swing * (-1) ** i, None, SMOOTHING)
         assert plateau(signals) < 0.1
 
-    # Numbers near the smallest there are lose digits in another unit.
-    @given(
-        st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=60).map(
-            lambda losses: [x if abs(x) > 1e-200 else 0.0 for x in losses]
-        ),
-        st.sampled_from([2**-20, 1024]),
-    )
-    def test_the_unit_of_the_loss_changes_nothing(self, losses: list[float], unit: float) -> None:
-        one, other = Signals(), Signals()
+    @given(st.floats(1e-12, 1e12), st.sampled_from([-1, 1]), st.integers(20, 300))
+    def test_a_constant_is_a_plateau_whatever_its_value(
+        self, value: float, sign: int, steps: int
+    ) -> None:
+        score = self.scores([sign * value] * steps)[-1]
+        assert score == self.scores([1.0] * steps)[-1] > 0.9  # to the bit: nothing is rounded
+
+    @given(shapes | any_losses, st.integers(-40, 40))
+    def test_a_power_of_two_as_unit_changes_no_bit(self, losses: list[float], power: int) -> None:
+        unit = 2.0**power
+        assert self.scores(losses) == self.scores([unit * x for x in losses])
+        assert self.trends(losses) == self.trends([unit * x for x in losses])
+
+    @given(shapes, st.floats(1e-12, 1e12))
+    def test_any_unit_changes_rounding_alone(self, losses: list[float], unit: float) -> None:
+        assert self.scores([unit * x for x in losses]) == pytest.approx(
+            self.scores(losses), abs=1e-6
+        )
+
+    @given(st.floats(1e-12, 1e12), st.floats(-10, 10), st.sampled_from([-1, 1]), st.floats(1e-6, 1))
+    def test_a_ramp_is_no_plateau(self, unit: float, level: float, sign: int, slope: float) -> None:
+        assert max(self.scores([unit * (level + sign * slope * i) for i in range(60)])) < 0.01
+
+    @given(st.floats(1e-12, 1e12), st.floats(-10, 10), st.integers(0, 2**32), st.floats(0.001, 1))
+    def test_noise_around_a_constant_is_a_plateau(
+        self, unit: float, level: float, seed: int, spread: float
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        swings = spread * torch.randn(600, generator=generator, dtype=torch.float64)
+        scores = self.scores([unit * (level + swing) for swing in swings.tolist()])[100:]
+        assert sum(score > 0.5 for score in scores) > 0.7 * len(scores)
+
+    def test_a_descent_that_has_ended_is_a_plateau(self) -> None:
+        scores = self.scores([*(3 - 0.01 * i for i in range(200)), *[1.0] * 350])
+        assert max(scores[:200]) < 0.01 and scores[-1] > 0.9
+
+    @staticmethod
+    def scores(losses: list[float]) -> list[float]:
+        signals, found = Signals(), []
         for loss in losses:
-            one = observed(one, loss, None, SMOOTHING)
-            other = observed(other, unit * loss, None, SMOOTHING)
-        # Means of equal losses differ by rounding, which is a trend of 1e-16 in either unit.
-        found = [trends(signals, SMOOTHING)[0].loss for signals in (one, other)]
-        assert found[0] == pytest.approx(found[1], abs=1e-6)
-        if one.usual_variance.value > 1e-200:  # squares of smaller numbers are 0
-            assert plateau(one) == pytest.approx(plateau(other))
+            signals = observed(signals, loss, None, SMOOTHING)
+            found.append(plateau(signals))
+        return found
+
+    @staticmethod
+    def trends(losses: list[float]) -> Trends:
+        signals = Signals()
+        for loss in losses:
+            signals = observed(signals, loss, None, SMOOTHING)
+        return trends(signals, SMOOTHING)[0]
 
 
 class TestLaws:
@@ -349,6 +400,23 @@ class TestScheduler:
             whole.optimizer.param_groups[0] | {"params": 0}
         )
 
+    def test_a_state_with_means_as_sums_goes_on(self) -> None:
+        """As they were saved first: total / weight."""
+
+        def as_sums(record: dict[str, object]) -> dict[str, object]:
+            if record.keys() == {"value", "weight"}:
+                return {"total": record["value"] * record["weight"], "weight": record["weight"]}
+            return {k: as_sums(v) if isinstance(v, dict) else v for k, v in record.items()}
+
+        one = told(noisy(150, -0.01))
+        other = rhc.AdaptiveRL(optimizer())
+        other.load_state_dict(as_sums(one.state_dict()))
+        assert other.signals.loss.value == pytest.approx(one.signals.loss.value, rel=1e-12)
+        for loss in noisy(60, -0.01, seed=1):
+            one.step(loss)
+            other.step(loss)
+        assert other.controls.lr == pytest.approx(one.controls.lr, rel=1e-6) != 0.01
+
     def test_a_state_of_another_optimizer_is_refused(self) -> None:
         state = rhc.AdaptiveRL(optimizer()).state_dict()
         with pytest.raises(rhc.InputError, match="the optimizer has 2"):
@@ -384,14 +452,20 @@ class TestScheduler:
 
     @pytest.mark.parametrize("on", ["gradients", "gradients-by-weights", "parameters"])
     def test_noise_has_the_size_that_is_said(self, on: str) -> None:
+        # Another tensor of another size: σ is relative to each by itself.
+        other = nn.Parameter(torch.full((20000,), 300.0))
         p = nn.Parameter(torch.full((20000,), 2.0))
-        sgd = torch.optim.SGD([p], lr=0.1)
+        sgd = torch.optim.SGD([other, p], lr=0.1)
         scheduler = rhc.AdaptiveRL(sgd, noise=0.2, noise_on=on)  # type: ignore[arg-type]
         before = torch.get_rng_state()
-        p.grad = torch.full_like(p, 0.5)
+        other.grad, p.grad = torch.full_like(other, 7.0), torch.full_like(p, 0.5)
         sgd.step()
-        size = (p - (2.0 - 0.1 * 0.5)).std().item() / 0.1
-        expected = {"gradients": 0.2 * 0.5}.get(on, 0.2 * 2.0)
+        size = (p - (2.0 - 0.1 * 0.5)).std().item()
+        expected = {
+            "gradients": 0.1 * 0.2 * 0.5,
+            "gradients-by-weights": 0.1 * 0.2 * 2.0,
+            "parameters": 0.2 * 2.0,
+        }[on]
         assert size == pytest.approx(expected, rel=0.05) and scheduler.noise_steps == 1
         assert torch.equal(before, torch.get_rng_state())
 
