@@ -31,7 +31,7 @@ from rhc.loop.checks import (
     steered,
     try_first_batch,
 )
-from rhc.loop.epochs import begin_planning, epoch_steps
+from rhc.loop.epochs import announce_planning, begin_planning, epoch_steps
 from rhc.loop.fit import Data, EventLog, Fit, ReversePasses
 from rhc.loop.lr_search import find_first_lr
 from rhc.loop.result import RunResult
@@ -486,6 +486,7 @@ class Runner:
             path = None if self.directory is None else self.directory.path
             sizes = (state.step, steps, self.window, self.stride)
             self._events.emit(RunStarted(*sizes, self.controls, self.rewriting, path))
+            announce_planning(fit)
             if state.step == 0 and self._low_lr is not None:
                 self._events.tell(self._low_lr)
             if state.step == 0 and self.start != "given":

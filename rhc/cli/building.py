@@ -25,6 +25,7 @@ from rhc.report.text import print_result
 from rhc.rng import seed_everything
 from rhc.runner import Runner
 from rhc.schedule import CONTROLS, Schedule, control
+from rhc.schedulers.planner import STEERED, planned
 from rhc.settings import Engine, Run, Shape, Step, TrainConfig, Window
 from rhc.settings.commands import SIZES, SmoothConfig
 from rhc.settings.owners import OptimizerSettings
@@ -94,12 +95,15 @@ def built_runner(
     """The Runner of a workload. config: resolved. record: of config.json, beside the settings."""
     owners = (Window, Shape, Engine, Step)
     settings = {name: getattr(config, name) for owner in owners for name in owner.known()}
+    optimizer, planner = built_optimizer(config, workload), None
+    if config.planner is not None:
+        workload, planner = planned(workload, config.planner, optimizer)
     # Existing event files are continued.
     events = None if directory is None else directory / "tensorboard"
     logged = events is not None and (config.tensorboard or events.is_dir())
     return Runner(
         workload.model,
-        built_optimizer(config, workload),
+        optimizer,
         workload.loss_fn,
         workload.train_loader,
         workload.val_loader,
@@ -112,6 +116,7 @@ def built_runner(
         validate_every=config.validate_every,
         keep_checkpoints=config.keep_checkpoints,
         seed=config.seed,
+        planner=planner,
         listeners=listeners,
         logger=TensorBoard(events) if logged and events is not None else None,
         config={**config.recorded(), **record},
@@ -231,7 +236,7 @@ def plain_run(config: TrainConfig, sizes: Mapping[str, int]) -> PlainRun:
     device_of(config.device)
     check_controls(config)
     workload = built_workload(config, sizes)
-    plain = replace(config, rewrite=False, start="given")
+    plain = replace(config, rewrite=False, start="given", planner=None)
     return PlainRun(plain.resolved(workload, torch.get_num_threads()), sizes)
 
 
@@ -261,6 +266,11 @@ def config_of(
     refuse_strange(was.run, path, trust=trust)
     data, device = data or was.data, device or was.device
     return replace(was, directory=directory, data=data, device=device)
+
+
+def planned_knobs(config: TrainConfig) -> str:
+    """Names of what an epoch planner drove in the loss or the data, which no schedule holds."""
+    return ", ".join(name for name in config.planner or () if name not in STEERED)
 
 
 def sizes_of(directory: Path) -> dict[str, int]:

@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 
-from rhc.cli.building import PlainRun, built_optimizer, config_of, plain_run, sizes_of
+from rhc.cli.building import (
+    PlainRun,
+    built_optimizer,
+    config_of,
+    plain_run,
+    planned_knobs,
+    sizes_of,
+)
 from rhc.errors import InputError
 from rhc.hindsight.distill import DistilledScheduler, Example, form_of, lesson, target
 from rhc.hindsight.features import Form
@@ -121,7 +128,8 @@ class _Source:
         if "run" in record:
             config = config_of(path, trust=trust, data=data).checked()
             start_lr = config.lr
-            run = plain_run(config.without_rewriting(), sizes_of(path))
+            if not planned_knobs(config):  # which no schedule holds
+                run = plain_run(config.without_rewriting(), sizes_of(path))
         example = Example(str(path), rows, schedule, start_lr)
         return cls(example, run, _loss_of(result.get("val_loss"), rows))
 

@@ -21,6 +21,7 @@ from rhc.cli.building import (
     hashed,
     plain_run,
     plain_settings,
+    planned_knobs,
     sizes_of,
 )
 from rhc.containers import copied, spare
@@ -109,6 +110,11 @@ def _recorded(config: HypergradientConfig) -> Iterator[_Recorded]:
     directory = config.directory
     record = read_record(directory)
     old = config_of(directory, trust=config.trust, data=config.data, device=config.device)
+    if knobs := planned_knobs(old):
+        raise InputError(
+            f"directory {directory} is of a run that was planned in {knobs}, which its schedule "
+            "does not hold; give a run that was planned in lr, momentum or noise alone"
+        )
     schedule = Schedule.load(directory / "schedule.json")
     rows = read_rows(directory / "tape.jsonl")
     if not rows:

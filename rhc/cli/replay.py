@@ -14,6 +14,7 @@ from rhc.cli.building import (
     config_of,
     hashed,
     plain_run,
+    planned_knobs,
     sizes_of,
     usual_sizes,
 )
@@ -144,6 +145,7 @@ class _Source:
     settings: dict[str, Any]
     sizes: dict[str, int]
     planned: int | None
+    knobs: str = ""
 
     @classmethod
     def read(cls, given: Path) -> _Source:
@@ -173,7 +175,8 @@ class _Source:
             del settings["data"]
         rows = sum(1 for _ in read_lines(directory / "tape.jsonl"))
         planned = rows if rows < len(schedule) else None
-        return cls(path, schedule, old.run, settings, sizes_of(directory), planned)
+        sizes, knobs = sizes_of(directory), planned_knobs(old)
+        return cls(path, schedule, old.run, settings, sizes, planned, knobs)
 
     def remarks(self, config: TrainConfig) -> list[str]:
         found = []
@@ -181,6 +184,8 @@ class _Source:
             found.append(
                 f"the run that wrote it has not ended: from step {self.planned} it is a plan"
             )
+        if self.knobs:
+            found.append(f"what was planned in {self.knobs} is not in it, and not replayed")
         made_with = self.settings.get("optimizer")
         if made_with not in (None, config.optimizer):
             found.append(f"it was made with {made_with}, and is followed with {config.optimizer}")

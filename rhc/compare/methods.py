@@ -18,9 +18,8 @@ from torch.optim import Optimizer
 from rhc.errors import InputError
 from rhc.hindsight import DistilledScheduler, Policy
 from rhc.loop.update_rule import Twin
-from rhc.schedulers import STEERED, AdaptiveRL, Bounds, EpochPlanner, FreshSeeds, Gains
+from rhc.schedulers import STEERED, AdaptiveRL, Bounds, EpochPlanner, Gains, planner
 from rhc.workload import (
-    Plannable,
     Workload,
     module_of_file,
     optimizer_of,
@@ -83,24 +82,12 @@ def planned(*names: str, fixed: bool = False, **settings: Any) -> Plans:
     "failsafe"). fixed: the knobs keep their first values."""
 
     def plans(workload: Workload) -> tuple[Workload, EpochPlanner]:
-        nothing = Gains(**dict.fromkeys(vars(Gains()), 0.0))
-        offered = workload.plannable or Plannable((), lambda workload, names: (workload, []))
-        workload, knobs = offered.build(workload, [n for n in names if n in offered.names])
-        gains = nothing if fixed else None
-        steer = tuple(n for n in STEERED if n in names)
-        if not steer and not knobs:
-            steer, gains = STEERED, nothing
-        planner = EpochPlanner(
-            steer=steer,
-            knobs=knobs,
-            gains=gains,
-            drift="drift" in names,
-            failsafe="failsafe" in names,
-            reward=None if offered.returns is None else FreshSeeds(offered.returns),
-            epoch_steps=offered.epoch_steps,
-            **settings,
-        )
-        return workload, planner
+        offered = () if workload.plannable is None else workload.plannable.names
+        values = [name for name in names if name in (*STEERED, *offered)]
+        known: dict[str, Any] = {guard: guard in names for guard in ("drift", "failsafe")}
+        if fixed or not values:
+            known["gains"] = Gains(**dict.fromkeys(vars(Gains()), 0.0))
+        return planner.planned(workload, values or STEERED, **known, **settings)
 
     return plans
 

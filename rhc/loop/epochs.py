@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rhc.errors import InputError
-from rhc.events import EpochPlanned, Intervened
+from rhc.events import EpochPlanned, Intervened, Notice
 from rhc.loop.fit import Fit
 from rhc.loop.records import PER_EXAMPLE, validation_losses
 from rhc.loop.state import Attempt, State
@@ -70,6 +70,17 @@ def begin_planning(fit: Fit, lr: float) -> None:
     if fit.planner is not None:
         own = fit.plant.controls.initial
         fit.planner.begin(lr, own.get("momentum"), own.get("noise", 0.0))
+
+
+def announce_planning(fit: Fit) -> None:
+    planner = fit.planner
+    if planner is not None:
+        values = ", ".join([*planner.steer, *(knob.name for knob in planner.knobs)])
+        text = (
+            f"epochs of {fit.data.epoch_steps} steps are planned in {values}; reward: "
+            f"{planner.reward.source}"
+        )
+        fit.events.emit(Notice(text))
 
 
 def epoch_end(fit: Fit, step: int) -> int:

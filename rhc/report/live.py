@@ -241,6 +241,9 @@ class PlainLines(AbstractContextManager["PlainLines"]):
         lr = one_number(event.rows[-1].get("lr"))
         if lr is not None:
             parts.append(f"lr {lr:<9.3g}")
+        if "plan" in (planning := event.rows[-1].get("planning", {})):
+            plan = planning["plan"].items()
+            parts.append(f"planned {', '.join(f'{n} {v:.3g}' for n, v in plan if n != 'mode')}")
         record = progress.of_window(event.start)
         if record is not None:
             judged = record["outcome"] != "rewound"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from rhc.errors import InputError
-from rhc.schedulers.plan import PLAN_BOUNDS
+from rhc.schedulers.plan import KNOBS, PLAN_BOUNDS
 from rhc.schedulers.signals import clip
 
 
@@ -27,8 +27,8 @@ class Knob(Protocol):
 
 
 class Value:
-    name: ClassVar[str]
-    usual: ClassVar[float]
+    name: str
+    usual: float
 
     def __init__(
         self, value: float | None = None, *, bounds: tuple[float, float] | None = None
@@ -92,6 +92,17 @@ class Augmentation(Value):
         if not training or self.value == 0:
             return batch
         return self.transform(batch, self.value)
+
+
+def made(name: str) -> Knob:
+    """The knob of that name with its usual value."""
+    kind: type[Value]
+    for kind in (Entropy, ClipRange, GaeLambda, Augmentation):
+        if kind.name == name:
+            return kind()
+    if name in KNOBS:
+        raise InputError(f"{name!r} needs to know the examples; give a LossSampler(examples)")
+    raise InputError(f"unknown knob {name!r}: there are: {', '.join(KNOBS)}")
 
 
 def shifted(images: Tensor, strength: float) -> Tensor:

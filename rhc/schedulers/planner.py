@@ -14,7 +14,7 @@ from rhc.errors import InputError, whole_number
 from rhc.events import EpochPlanned, Event, Intervened
 from rhc.schedule.steering import BeforeSteps
 from rhc.schedulers.guards import Failsafe, Law, Planned, Smoothed
-from rhc.schedulers.knobs import Knob
+from rhc.schedulers.knobs import Knob, made
 from rhc.schedulers.laws import Bounds, Gains
 from rhc.schedulers.plan import (
     KNOBS,
@@ -40,6 +40,8 @@ from rhc.schedulers.shared import (
 )
 from rhc.schedulers.signals import logit, sigmoid
 from rhc.schedulers.statistics import EpochState, EpochStats, after_epoch, after_step
+from rhc.storage.run_directory import length
+from rhc.workload import Plannable, Workload
 
 VERSION = 1
 
@@ -65,7 +67,8 @@ class EpochPlanner(BeforeSteps):
         optimizer: The optimizer to steer; None in a Runner. Groups keep the ratios of their lrs.
         steer: Which of lr, momentum and noise to plan; None: only the guards act on them (planned
             lr and momentum gained nothing: docs/planning.md).
-        knobs: Other values to plan, see `rhc.schedulers.Knob`.
+        knobs: Other values to plan, see `rhc.schedulers.Knob`, or names of those that need no
+            arguments.
         gains: Sizes of changes per epoch, for the default law.
         bounds: Lowest and highest values, for the default law and after a drift.
         law: (stats, previous plan) -> plan; None for the bounded laws, smoothed, with a failsafe.
@@ -88,7 +91,7 @@ class EpochPlanner(BeforeSteps):
         optimizer: Optimizer | None = None,
         *,
         steer: Sequence[str] | None = None,
-        knobs: Sequence[Knob] = (),
+        knobs: Sequence[Knob | str] = (),
         gains: Gains | None = None,
         bounds: Bounds | None = None,
         law: Law | None = None,
@@ -109,6 +112,7 @@ class EpochPlanner(BeforeSteps):
         self.epoch_steps = None if epoch_steps is None else whole_number("epoch_steps", epoch_steps)
         if self.epoch_steps is not None and self.epoch_steps < 1:
             raise InputError(f"epoch_steps must be ≥ 1, got {epoch_steps}")
+        self.knobs = [made(knob) if isinstance(knob, str) else knob for knob in knobs]
         planned = () if steer is None else tuple(dict.fromkeys(steer))
         for name in planned:
             if name not in STEERED:
@@ -116,14 +120,14 @@ class EpochPlanner(BeforeSteps):
                     f"steer must be some of {', '.join(STEERED)}, got {name!r}; other values of a "
                     "plan are knobs"
                 )
-        names = checked_names(knob.name for knob in knobs)
-        if len(names) != len(knobs):
-            raise InputError(f"two knobs drive the same value: {', '.join(k.name for k in knobs)}")
+        names = checked_names(knob.name for knob in self.knobs)
+        if len(names) != len(self.knobs):
+            drive = ", ".join(knob.name for knob in self.knobs)
+            raise InputError(f"two knobs drive the same value: {drive}")
         for name in names:
             if name not in KNOBS:
                 raise InputError(f"{name} is no knob; give steer=({name!r},) instead")
         self.steer = STEERED if steer is None else planned
-        self.knobs = list(knobs)
         self.gains = gains_of((*planned, *names), gains or PLAN_GAINS)
         self.bounds = bounds or PLAN_BOUNDS
         usual = Smoothed(Planned(self.gains, self.bounds))
@@ -140,6 +144,25 @@ class EpochPlanner(BeforeSteps):
         self.optimizer: Optimizer | None = None
         if optimizer is not None:
             self.attach(optimizer)
+
+    @classmethod
+    def as_specified(
+        cls,
+        optimizer: Optimizer | None = None,
+        *,
+        steer: Sequence[str] = STEERED,
+        knobs: Sequence[Knob | str] = (),
+        **settings: Any,
+    ) -> EpochPlanner:
+        """A planner of lr, momentum (β1) and noise, by the laws of AdaptiveRL and `PLAN_GAINS`.
+
+        Args:
+            optimizer: As in the constructor, like the arguments that are not listed here.
+            steer: Those of the three to plan.
+            knobs: Also by name: entropy, clip_range, gae_lambda and augmentation are made, see
+                `planner.knobs`.
+        """
+        return cls(optimizer, steer=steer, knobs=knobs, **settings)
 
     # In a loop -----------------------------------------------------------------------------------
 
@@ -395,6 +418,54 @@ class EpochPlanner(BeforeSteps):
     def _emit(self, event: Event) -> None:
         for listener in self.listeners:
             listener(event)
+
+
+def planned(
+    workload: Workload,
+    names: Sequence[str],
+    optimizer: Optimizer | None = None,
+    **settings: Any,
+) -> tuple[Workload, EpochPlanner]:
+    """(the workload with the knobs that are named, the planner as specified of what is named).
+
+    The reward is the run's return on fresh seeds, else its validation loss, else its training tape.
+    An endless stream has epochs of a twentieth of the run.
+
+    Args:
+        workload: What the run trains.
+        names: Values of a plan; "beta1" for the momentum of Adam-like optimizers.
+        optimizer: The run's, to check that it has a momentum.
+        settings: Of the EpochPlanner.
+
+    Raises:
+        InputError: The run has no such value.
+    """
+    offered = workload.plannable or Plannable((), lambda workload, names: (workload, []))
+    there = [*STEERED, *offered.names]
+    if optimizer is not None and all(momentum_of(g) is None for g in optimizer.param_groups):
+        there.remove("momentum")
+    if optimizer is None or "betas" in optimizer.param_groups[0]:
+        names = ["momentum" if name == "beta1" else name for name in names]
+    for name in names:
+        if name not in there:
+            raise InputError(
+                f"planner cannot steer {name!r} in this run, which has {', '.join(there)}; name "
+                "some of these"
+            )
+    workload, knobs = offered.build(workload, [name for name in names if name in offered.names])
+    goal, epoch = workload.goal, offered.epoch_steps
+    returns = goal.metric if offered.returns is None and goal and goal.higher else offered.returns
+    reward: RewardSource = ValidationLoss() if workload.val_loader is not None else TrainingTape()
+    if epoch is None and length(workload.train_loader) is None:
+        epoch = max(1, workload.steps // 20)
+    planner = EpochPlanner.as_specified(
+        steer=[name for name in STEERED if name in names],
+        knobs=knobs,
+        reward=reward if returns is None else FreshSeeds(returns),
+        epoch_steps=epoch,
+        **settings,
+    )
+    return workload, planner
 
 
 def parted(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

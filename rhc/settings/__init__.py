@@ -3,6 +3,7 @@
 from rhc.settings.owners import (
     Engine,
     Law,
+    Planning,
     Run,
     Shape,
     Step,
@@ -16,6 +17,7 @@ __all__ = [
     "RECORD_VERSION",
     "Engine",
     "Law",
+    "Planning",
     "Run",
     "Shape",
     "Step",

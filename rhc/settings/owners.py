@@ -201,13 +201,27 @@ class Shape(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Planning(Settings):
+    """What is planned anew at the end of every epoch."""
+
+    heading = "its schedule"
+
+    planner: tuple[str, ...] | None = setting(
+        None, "[NAME …]", unset="none", parse=parsed_names, recorded="by the runner"
+    )
+    """Plan every epoch's lr, momentum, noise. From the last one; or what is named, also of
+    sampling, augmentation, entropy, clip_range and gae_lambda where the run has them; beta1 is
+    the momentum of the Adams."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Window(Settings):
     """What is rolled, differentiated and rewritten at once."""
 
     heading = "hindsight"
 
     window: int = setting(50, "K", at_least(1, 50), most=MOST_STEPS)
-    """Steps that are rolled, differentiated and rewritten at once."""
+    """Steps rolled, differentiated and rewritten at once."""
     stride: int | None = setting(None, "M", unset="the window", place="rare")
     """Steps committed before sliding on. At most the window; fewer is model-predictive control, at
     window / stride times the cost."""

@@ -16,6 +16,7 @@ from rhc.settings.owners import (
     Engine,
     Law,
     OptimizerSettings,
+    Planning,
     Run,
     Shape,
     Step,
@@ -49,7 +50,9 @@ class Files(Settings):
 
 # The fields of a class come before those of the bases to its left.
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Files, Storage, Engine, Law, Window, Shape, Step, OptimizerSettings, Run):
+class TrainConfig(
+    Files, Storage, Engine, Law, Window, Planning, Shape, Step, OptimizerSettings, Run
+):
     """Train RUN and write its schedule with hindsight: roll K steps, take the
     derivative by every control of every step, rewrite, restore, replay, slide on.
     The same command continues a run that was stopped; so does rhc resume DIR.
@@ -63,6 +66,7 @@ class TrainConfig(Files, Storage, Engine, Law, Window, Shape, Step, OptimizerSet
     more examples:
       rhc train my_run.py:make --controls lr momentum
       rhc train --no-rewrite                          # the plain loop, to compare
+      rhc train --no-rewrite --planner                # lr, momentum, noise by epoch
       rhc train --print-config > run.toml && rhc train --config run.toml --seed 1
       rhc train --memory-budget 500MB --plan          # what a window will cost
       torchrun --nproc-per-node 2 -m rhc -- train     # two ranks, one result
@@ -107,6 +111,10 @@ class TrainConfig(Files, Storage, Engine, Law, Window, Shape, Step, OptimizerSet
             raise InputError(f"lr: run {self.run!r} has no default for {optimizer}; give --lr")
         decay = self.weight_decay
         searched = "zero" if self.lr is None else "probe"
+        planner = self.planner
+        if planner == ():
+            steady = optimizer == "adagrad" or self.momentum == 0
+            planner = ("lr", "noise") if steady else ("lr", "momentum", "noise")
         return replace(
             self,
             optimizer=optimizer,
@@ -118,6 +126,7 @@ class TrainConfig(Files, Storage, Engine, Law, Window, Shape, Step, OptimizerSet
             data=None if self.data is None else self.data.resolve(),
             threads=whole_number("threads", self.threads or workload.threads or threads),
             run=_absolute(self.run),
+            planner=planner,
         ).checked()
 
     @property
@@ -154,6 +163,8 @@ class TrainConfig(Files, Storage, Engine, Law, Window, Shape, Step, OptimizerSet
         values = {name: record[name] for name in cls().to_record() if name in record}
         values["rewrite"] = record.get("rewrite") is not False
         values["controls"] = record.get("controls") or None
+        planned = record.get("planner")
+        values["planner"] = planned and [*planned["steer"], *planned["knobs"]]
         values["device"] = str(record.get("device", "auto")).partition(":")[0]
         found = cls.from_record(values, str(path))
         return replace(found, directory=None, resume="auto", config=None)

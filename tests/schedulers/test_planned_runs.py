@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,15 +20,22 @@ import rhc
 from rhc.cli.main import main
 from rhc.compare.methods import method_of
 from rhc.compare.runs import Task, run
+from rhc.loop.fit import Fit
+from rhc.loop.state import Attempt, Window
+from rhc.loop.windows import commit
 from rhc.rng import seed_everything
 from rhc.schedulers import (
+    STEERED,
     VALUES,
     EpochPlanner,
+    EpochStats,
     FreshSeeds,
     LossSampler,
     hf_callback,
     lightning_callback,
 )
+from rhc.schedulers.planner import planned
+from rhc.settings import TrainConfig
 from rhc.workload import Workload, load_runner, optimizer_of
 
 
@@ -165,6 +174,124 @@ class TestPPO:
     def test_data_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(rhc.InputError, match="takes no data"):
             load_runner("cartpole_ppo")(data=tmp_path)
+
+
+class TestInOneWord:
+    """`EpochPlanner.as_specified` and `rhc train --planner`."""
+
+    def test_as_specified_plans_lr_momentum_and_noise_and_the_guards_stay(self) -> None:
+        parameter = torch.zeros(1, requires_grad=True)
+        sgd = torch.optim.SGD([parameter], lr=0.1, momentum=0.9)
+        planner = EpochPlanner.as_specified(sgd, knobs=("entropy", "gae_lambda"))
+        assert planner.steer == STEERED
+        for epoch in range(3):
+            for step in range(20):
+                planner.step(2.0 - 0.01 * (20 * epoch + step))
+            planner.on_epoch_end(3.0 - epoch)
+        group = sgd.param_groups[0]
+        assert 0.1 < group["lr"] < 0.2 and 0.9 < group["momentum"] < 0.99
+        assert planner.plan is not None and planner.plan.entropy == planner.knobs[0].value < 0.01
+        still = planner.law(EpochStats(plateau=1.0), planner.plan)
+        assert still.noise > 0 and (still.entropy or 0) > planner.plan.entropy
+        for worse in (2.0, 3.0):
+            plan = planner.on_epoch_end(worse)
+        assert plan.mode == "conservative"
+
+    def test_knobs_that_need_more_than_a_name(self) -> None:
+        with pytest.raises(rhc.InputError, match="give a LossSampler"):
+            EpochPlanner.as_specified(knobs=("sampling",))
+        with pytest.raises(rhc.InputError, match="unknown knob 'colour': there are: augmentation"):
+            EpochPlanner.as_specified(knobs=("colour",))
+
+    @pytest.mark.parametrize("names", ["", "momentum sampling augmentation"])
+    def test_a_run_is_planned_told_recorded_and_resumed_to_the_bit(
+        self, names: str, call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pytest.importorskip("sklearn")
+        line = ["train", "digits", "--no-rewrite", "--steps", 60, "--window", 10, "--planner"]
+        line += names.split()
+        whole, cut = tmp_path / "whole", tmp_path / "cut"
+        status, out, _ = call(*line, "--directory", whole)
+        assert status == 0 and "notice: epochs of 17 steps are planned in" in out
+        assert "planned lr" in out and "momentum 0.907" in out
+        rows = [json.loads(row) for row in (whole / "tape.jsonl").read_text().splitlines()]
+        moved = {name for name in STEERED if len({row[name] for row in rows}) > 1}
+        wanted = names.split() or list(STEERED)
+        assert moved == {"lr", "momentum"}.intersection(wanted)
+        for a, b in pairwise(row["planning"]["plan"] for row in rows if "planning" in row):
+            for name in wanted:
+                assert 0.8 * a[name] <= b[name] <= 1.25 * a[name] or a[name] == 0
+        config = json.loads((whole / "config.json").read_text())["planner"]
+        assert [*config["steer"], *config["knobs"]] == wanted
+
+        def stopped(fit: Fit, window: Window, attempt: Attempt) -> None:
+            if fit.state.step > 25:
+                raise KeyboardInterrupt
+            commit(fit, window, attempt)
+
+        monkeypatch.setattr("rhc.runner.commit", stopped)
+        assert call(*line, "--directory", cut)[0] == 130
+        monkeypatch.undo()
+        assert call("resume", cut)[0] == 0
+        for name in ("tape.jsonl", "schedule.json"):
+            assert (cut / name).read_bytes() == (whole / name).read_bytes()
+        # What was planned in the loss or the data is in no schedule.
+        status, out, err = call("replay", whole, "--seed", 3, "--directory", tmp_path / "replayed")
+        assert status == 0 and ("sampling, augmentation is not in it" in out) == bool(names)
+        status, out, err = call("hypergradient", whole)
+        if names:
+            assert status == 2 and "was planned in sampling, augmentation" in err
+        else:
+            assert status == 0 and "from the tape" not in out
+
+    def test_without_it_nothing_is_planned(self, call: Callable[..., Any], tmp_path: Path) -> None:
+        status, out, _ = call(
+            "train", "sine", "--no-rewrite", "--steps", 40, "--directory", tmp_path
+        )
+        assert status == 0 and "planned" not in out and "--planner" in call("train", "--help")[1]
+        assert "planner" not in json.loads((tmp_path / "config.json").read_text())
+
+    def test_ppo_by_name(self, call: Callable[..., Any], tmp_path: Path) -> None:
+        pytest.importorskip("gymnasium")
+        line = "train cartpole_ppo --no-rewrite --steps 85 --planner entropy clip_range gae_lambda"
+        status, out, _ = call(*line.split(), "--directory", tmp_path)
+        assert status == 0 and "reward: fresh seeds" in out
+        rows = [json.loads(row) for row in (tmp_path / "tape.jsonl").read_text().splitlines()]
+        plans = [row["planning"]["plan"] for row in rows if "planning" in row]
+        assert len(plans) == 2 and plans[-1]["entropy"] != 0.01
+        assert {row["lr"] for row in rows} == {0.001}
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ("digits --planner entropy", "cannot steer 'entropy' in this run, which has lr, "
+             "momentum, noise, sampling, augmentation; name some"),
+            ("digits --planner beta1", "cannot steer 'beta1'"),
+            ("sine --planner momentum --optimizer adagrad --lr 0.1", "which has lr, noise;"),
+        ],
+    )  # fmt: skip
+    def test_what_a_run_does_not_have(
+        self, call: Callable[..., Any], tmp_path: Path, arguments: str, message: str
+    ) -> None:
+        line = ["train", *arguments.split(), "--no-rewrite", "--directory", tmp_path / "x"]
+        status, _, err = call(*line)
+        assert (status, message in err) == (2, True), err
+        assert not (tmp_path / "x").exists()
+
+    def test_beta1_is_adam_s_momentum(self, call: Callable[..., Any], tmp_path: Path) -> None:
+        pytest.importorskip("sklearn")
+        line = "train digits --optimizer adam --no-rewrite --steps 51 --planner beta1 --directory"
+        assert call(*line.split(), tmp_path)[0] == 0
+        rows = [json.loads(row) for row in (tmp_path / "tape.jsonl").read_text().splitlines()]
+        assert rows[-1]["momentum"] > 0.9 and rows[-1]["lr"] == 0.001
+
+    def test_streams_and_momentum_that_is_not_there(self) -> None:
+        workload = load_runner("drifting_sine")(seed=0)
+        _, planner = planned(workload, STEERED)
+        assert planner.epoch_steps == workload.steps // 20
+        assert planner.reward.source == "training tape"
+        config = TrainConfig(run="sine", optimizer="adagrad", lr=0.1, planner=())
+        assert config.resolved(load_runner("sine")(seed=0), 1).planner == ("lr", "noise")
 
 
 TABLES = Path(__file__).parents[2] / "benchmarks" / "methods.py"
