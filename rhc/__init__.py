@@ -22,6 +22,7 @@ _MODULES = {
     "total_variation": "rhc.schedule",
     "HeldOutBatches": "rhc.training.objective",
     "Objective": "rhc.training.objective",
+    "LoopTape": "rhc.report.loop_tape",
     "Plant": "rhc.training.plant",
     "register_dynamics": "rhc.optimizers",
     "DistilledScheduler": "rhc.hindsight",
@@ -54,6 +55,7 @@ __all__ = [
     "HeldOutBatches",
     "Hypergradient",
     "InputError",
+    "LoopTape",
     "LossSampler",
     "Objective",
     "Plant",
@@ -76,6 +78,7 @@ if TYPE_CHECKING:
     from rhc.hypergradient import Hypergradient, hypergradient
     from rhc.loop.update_rule import Rewrite, Twin
     from rhc.optimizers import register_dynamics
+    from rhc.report.loop_tape import LoopTape
     from rhc.runner import Runner, RunResult
     from rhc.schedule import CONTROLS, Control, Schedule, total_variation
     from rhc.schedulers import AdaptiveRL, Bounds, EpochPlanner, Gains, LossSampler, plan_next_epoch

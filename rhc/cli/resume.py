@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from rhc.errors import InputError
 from rhc.report.live import Screen
+from rhc.report.records import WITHOUT_RUNNER
 from rhc.settings.commands import ResumeConfig
 from rhc.storage.run_files import read_record
 
@@ -13,6 +14,12 @@ from rhc.storage.run_files import read_record
 def run(config: ResumeConfig, screen: Screen) -> int:
     directory = config.directory
     record = read_record(directory)  # fails before torch is imported if it is no run
+    if (command := record.get("command")) in WITHOUT_RUNNER:
+        again = "rhc compare" if command == "compare" else "the script"
+        raise InputError(
+            f"directory {directory} is the record of one run of {again}, without a checkpoint; run "
+            f"{again} again"
+        )
     if config.steps is not None and "command" in record:
         raise InputError(
             f"steps belongs to the schedule that is used again, got {config.steps}; leave --steps "

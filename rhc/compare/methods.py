@@ -63,8 +63,8 @@ class Driver:
     """Called with loss and reward (or None) after every step."""
     rewarded: bool = False
     """Whether rewards are used; they have a cost."""
-    course: Callable[[], Mapping[str, float | None]] | None = None
-    """Current values, for plots."""
+    scheduler: Any = None
+    """Whose noise and trends are recorded."""
     mode: Callable[[bool], None] = lambda training: None
     """Called with True before training, False before evaluation."""
 
@@ -101,7 +101,7 @@ def adaptive(*, rewarded: bool = True, paced: bool = True, **settings: Any) -> D
         bounds: Bounds = settings.get("bounds", Bounds())
         own["noise"] = min(max(workload.noise, bounds.noise[0]), bounds.noise[1])
         scheduler = AdaptiveRL(optimizer, **own | settings)
-        return Driver(optimizer, scheduler.step, rewarded, lambda: scheduler.values)
+        return Driver(optimizer, scheduler.step, rewarded, scheduler)
 
     return drives
 
@@ -161,9 +161,7 @@ def distilled(policy: Policy) -> Drives:
     def drives(workload: Workload, name: str, parameters: Any, lr: float, steps: int) -> Driver:
         optimizer = optimizer_of(name, parameters, lr)
         scheduler = DistilledScheduler(optimizer, policy, steps=steps)
-        return Driver(
-            optimizer, scheduler.step, policy.form.reward, course=lambda: scheduler.values
-        )
+        return Driver(optimizer, scheduler.step, policy.form.reward, scheduler)
 
     return drives
 

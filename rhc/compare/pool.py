@@ -9,8 +9,9 @@ import hashlib
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ Cell = tuple[str, float | None, int]
 GRID = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 """Default lrs of `--tune`."""
 
-PATHS = ("data", "schedule", "policy")
+PATHS = ("data", "schedule", "policy", "directory")
 """Fields of a Task that are paths."""
 
 CONTENTS = ("schedule.json", "policy.json", "weights.safetensors")
@@ -125,6 +126,8 @@ def print_comparison(console: Console, asked: CompareConfig) -> int:
         asked.output.write_bytes(content)
     replace_durably(pool.folder / RESULT, content)
     console.print(f"rows and {RESULT} are in {pool.folder}", highlight=False, style="dim")
+    page = f"rhc report {shlex.quote(str(pool.folder))}"
+    console.print(f"{page} shows the runs side by side", highlight=False, style="dim")
     return 0
 
 
@@ -188,7 +191,7 @@ class WorkerPool:
     def __init__(
         self, console: Console, task: Task, folder: Path, jobs: int, launcher: str = PROCESSES
     ) -> None:
-        self.console, self.task, self.jobs = console, task, jobs
+        self.console, self.task, self.jobs = console, replace(task, directory=folder), jobs
         self.launcher, self.folder = launcher, folder
         self.failures: list[Failure] = []
         self._kept: dict[Cell, Row] = {}

@@ -8,9 +8,10 @@ from __future__ import annotations
 import inspect
 import math
 import random
+import re
 import statistics
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -23,6 +24,7 @@ from rhc.compare.methods import Method, distilled, method_of
 from rhc.errors import InputError
 from rhc.events import Committed, Event
 from rhc.hindsight import Pass, Policy, Smoother, held_out, reward_of, smooth
+from rhc.report.loop_tape import LoopTape, write_run
 from rhc.rng import preserved, seed_everything
 from rhc.runner import DivergedError, Runner, RunResult
 from rhc.schedule import Schedule
@@ -89,6 +91,8 @@ class Task:
     policy: Path | None = None
     width: int | None = None
     batch_size: int | None = None
+    directory: Path | None = None
+    """Folder of the runs' own directories, which `rhc report` shows; None for none."""
 
     def workload(self, seed: int) -> Workload:
         seed_everything(seed)
@@ -98,6 +102,18 @@ class Task:
         if workload.threads is not None:
             torch.set_num_threads(workload.threads)
         return workload
+
+
+@dataclass
+class Trained:
+    """A run that has ended. fields: of its Row. start: cost of its lr search, in baseline runs.
+    record: the content of result.json; None if the run diverged."""
+
+    fields: dict[str, Any]
+    start: float = 0.0
+    tape: Sequence[Mapping[str, Any]] = ()
+    windows: Sequence[Mapping[str, Any]] = ()
+    record: Mapping[str, Any] | None = None
 
 
 def run(task: Task, name: str, lr: float | None, seed: int) -> Row:
@@ -112,12 +128,33 @@ def run(task: Task, name: str, lr: float | None, seed: int) -> Row:
         draws = random.Random(seed)
         more = {"schedule": _schedule(task, seed)} if method.replays else {}
         tried = [_one(task, method, lr, seed, draws, **more, **trial) for trial in method.trials]
-        best = min(tried, key=lambda found: found["validation"])
+        best = min(tried, key=lambda trained: trained.fields["validation"])
         # The lr search is the same every time: its cost counts once.
-        start = tried[0]["start"]
-        best["cost"] = start + sum(found["cost"] - start for found in tried)
-    del best["start"]
-    return Row(name, lr, seed, **best)
+        start = tried[0].start
+        best.fields["cost"] = start + sum(each.fields["cost"] - start for each in tried)
+    row = Row(name, lr, seed, **best.fields)
+    if task.directory is not None:
+        _write(task, row, best)
+    return row
+
+
+def _write(task: Task, row: Row, trained: Trained) -> None:
+    """A directory of the run, beside those of the other cells."""
+    own = re.sub(r"[^\w.-]+", "-", row.method.rpartition(":")[2])
+    name = "-".join([own, *([] if row.lr is None else [f"{row.lr:g}"]), f"{row.seed}"])
+    goal = task.workload(row.seed).goal
+    config = {
+        "command": "compare",
+        "run": task.run,
+        "data": None if task.data is None else str(task.data),
+        "method": row.method,
+        "lr": row.lr,
+        "seed": row.seed,
+        "steps": len(trained.tape),
+        "reward": goal.metric if goal is not None and goal.higher else None,
+    }
+    assert task.directory is not None
+    write_run(task.directory / name, config, trained.tape, trained.windows, trained.record)
 
 
 def _one(
@@ -127,22 +164,19 @@ def _one(
     seed: int,
     draws: random.Random,
     **more: Any,
-) -> dict[str, Any]:
+) -> Trained:
     runner, workload, steps = prepared(task, method, lr, seed, draws, **more)
     try:
         return _fitted(runner, workload, steps)[0]
     except DivergedError:
-        cost = runner.state.cost
-        return _diverged(
-            workload.goal,
-            max(cost.gradient_equivalents / steps, 1.0),
-            cost.gradient_evaluations,
-            runner.state.start_gradients / steps,
-        )
+        state = runner.state
+        cost = max(state.cost.gradient_equivalents / steps, 1.0)
+        fields = _diverged(workload.goal, cost, state.cost.gradient_evaluations)
+        return Trained(fields, state.start_gradients / steps, state.tape, state.windows)
 
 
-def _fitted(runner: Runner, workload: Workload, steps: int) -> tuple[dict[str, Any], RunResult]:
-    """Trains to the end; returns the fields of a row. Raises DivergedError."""
+def _fitted(runner: Runner, workload: Workload, steps: int) -> tuple[Trained, RunResult]:
+    """Trains to the end. Raises DivergedError."""
     points: list[tuple[int, float | None]] = []
 
     def judge(event: Event) -> None:
@@ -151,43 +185,28 @@ def _fitted(runner: Runner, workload: Workload, steps: int) -> tuple[dict[str, A
 
     runner.listeners.append(judge)
     result = runner.fit(steps)
-    record = result.record
-    found = _found(
-        workload.goal,
-        [row["loss"] for row in result.tape],
-        lambda name: [row.get(name) for row in result.tape],
-        points,
-        validation=record["val_loss"],
-        test=record["test_loss"],
-        train=record["train_loss"],
-    )
-    return found | {
-        "test_accuracy": record["test_accuracy"],
-        "average_test_loss": record["average_test_loss"],
-        "cost": record["cost"]["plain_run_equivalents"],
-        "gradient_evaluations": record["cost"]["gradient_evaluations"],
-        "course": _course(result.tape),
-        "start": runner.state.start_gradients / steps,
-    }, result
+    fields = _fields(workload.goal, result.tape, points, result.record)
+    start = runner.state.start_gradients / steps
+    return Trained(fields, start, result.tape, result.windows, result.record), result
 
 
-def _smoothed(task: Task, method: Method, lr: float | None, seed: int) -> dict[str, Any]:
+def _smoothed(task: Task, method: Method, lr: float | None, seed: int) -> Trained:
     """The run that the smoother keeps, with the cost of all its runs."""
     goal = task.workload(seed).goal
 
     def train(number: int, schedule: Schedule | None) -> Pass:
-        found, result = _fitted(*prepared(task, method, lr, seed, schedule=schedule))
+        trained, result = _fitted(*prepared(task, method, lr, seed, schedule=schedule))
         judged = held_out(result.record, result.tape, goal)
-        return Pass(result.schedule, result.tape, judged, found)
+        return Pass(result.schedule, result.tape, judged, trained)
 
     try:
         runs, best = smooth(train, Smoother(), method.smooths, reward_of(goal))
     except DivergedError:
-        return _diverged(goal, 1.0, None, 0.0)
-    spent = {
-        name: sum(run.result[name] for run in runs) for name in ("cost", "gradient_evaluations")
-    }
-    return {**runs[best].result, **spent}
+        return Trained(_diverged(goal, 1.0, None))
+    kept: Trained = runs[best].result
+    for name in ("cost", "gradient_evaluations"):
+        kept.fields[name] = sum(run.result.fields[name] for run in runs)
+    return kept
 
 
 def check_files(task: Task, names: Sequence[str]) -> None:
@@ -224,7 +243,7 @@ def _policy(task: Task) -> Policy:
     return Policy.load(task.policy)
 
 
-def _driven(task: Task, method: Method, lr: float | None, seed: int) -> dict[str, Any]:
+def _driven(task: Task, method: Method, lr: float | None, seed: int) -> Trained:
     """A plain loop with a causal scheduler; nothing is rewound."""
     workload = task.workload(seed)
     model, steps = workload.model, task.steps or workload.steps
@@ -235,13 +254,11 @@ def _driven(task: Task, method: Method, lr: float | None, seed: int) -> dict[str
         parameters = [p for p in model.parameters() if p.requires_grad]
     goal, every = workload.goal, _every(steps)
     assert method.drives is not None
-    losses: list[float] = []
-    metrics: dict[str, list[float]] = {}
     points: list[tuple[int, float | None]] = []
-    course: list[dict[str, float | None]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an lr outside the bounds is part of the comparison
         driver = method.drives(workload, name, parameters, first, steps)
+        tape = LoopTape(None, driver.optimizer, driver.scheduler)
         plant = Plant(model, driver.optimizer, workload.loss_fn, seed=seed)
         reward = workload.reward if driver.rewarded else None
         for step, batch in enumerate(
@@ -253,69 +270,67 @@ def _driven(task: Task, method: Method, lr: float | None, seed: int) -> dict[str
             driver.optimizer.zero_grad()
             loss.backward()
             driver.optimizer.step()
-            driver.step(loss, None if reward is None else reward(model, step, seen))
-            losses.append(float(loss))
-            for key, value in seen.items():
-                metrics.setdefault(key, []).append(float(value))
+            rewarded = None if reward is None else reward(model, step, seen)
+            driver.step(loss, rewarded)
+            tape.step(loss, rewarded, seen)
             if step % every == 0 or step == steps:
                 driver.mode(False)
                 points.append((step, None if goal else _judged(plant, workload.val_loader)))
-            if driver.course is not None:
-                course.append({"step": step - 1, "loss": losses[-1], **driver.course()})
     driver.mode(False)
+    tape.close()
     test = evaluate(plant, workload.test_loader)
-    judged = evaluate(plant, workload.val_loader)
+    validation = evaluate(plant, workload.val_loader)
     forward = getattr(reward, "forward_passes", 0.0)
-    found = _found(
-        goal,
-        losses,
-        lambda name: metrics.get(name, []),
-        points,
-        validation=None if judged is None else judged.loss,
-        test=None if test is None else test.loss,
-        train=losses[-1],
-    )
-    return found | {
+    record = {
+        "val_loss": validation and validation.loss,
+        "test_loss": test and test.loss,
+        "train_loss": tape.rows[-1]["loss"],
         "test_accuracy": None if test is None else test.metrics.get("accuracy"),
         "average_test_loss": None,
-        "cost": 1.0 + forward / 3 / steps,
-        "gradient_evaluations": float(steps),
-        "course": _course(course),
-        "start": 0.0,
+        "cost": {
+            "plain_run_equivalents": 1.0 + forward / 3 / steps,
+            "gradient_evaluations": float(steps),
+            **dict.fromkeys(("windows", "rejected_windows", "rewound_windows"), 0),
+        },
     }
+    return Trained(_fields(goal, tape.rows, points, record), tape=tape.rows, record=record)
 
 
-def _found(
+def _fields(
     goal: Goal | None,
-    losses: Sequence[float | None],
-    metric: Callable[[str], Sequence[float | None]],
+    tape: Sequence[Mapping[str, Any]],
     points: Sequence[tuple[int, float | None]],
-    *,
-    validation: float | None,
-    test: float | None,
-    train: float | None,
+    record: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Score, curve and validation of a completed run."""
-    tracked = [value for value in metric(TRACKING.metric) if value is not None]
-    if goal is None and len(tracked) == len(losses):
+    """The fields of the Row of a completed run."""
+
+    def column(name: str) -> list[float | None]:
+        return [row.get(name) for row in tape]
+
+    losses = column("loss")
+    if goal is None and None not in column(TRACKING.metric):
         goal = TRACKING
     higher = goal is not None and goal.higher
+    validation = record["val_loss"]
     if validation is None:
-        validation = statistics.fmean(_finite(loss) for loss in losses)
+        validation = statistics.fmean(map(_finite, losses))
     curve = points
-    score = train if test is None else test
+    score = record["train_loss"] if record["test_loss"] is None else record["test_loss"]
     if goal is not None:
-        values = [_finite(value, higher) for value in metric(goal.metric)]
+        values = [_finite(value, higher) for value in column(goal.metric)]
         curve = running_means(values, goal.over)
         score = statistics.fmean(values[-goal.over :] if goal.last else values)
     elif all(value is None for _, value in points):
-        curve = running_means([_finite(loss) for loss in losses], _every(len(losses)))
+        curve = running_means(list(map(_finite, losses)), _every(len(losses)))
     return {
+        **{name: record[name] for name in ("test_loss", "test_accuracy", "average_test_loss")},
         "score": _finite(score, higher),
-        "test_loss": test,
         "validation": _finite(validation),
         "higher": higher,
         "curve": [(step, value) for step, value in curve],
+        "cost": record["cost"]["plain_run_equivalents"],
+        "gradient_evaluations": record["cost"]["gradient_evaluations"],
+        "course": _course(tape),
     }
 
 
@@ -397,9 +412,7 @@ def _first_lr(workload: Workload, optimizer: str, lr: float | None) -> float:
     return workload.lr.get(optimizer, 1e-3) if lr is None else lr
 
 
-def _diverged(
-    goal: Goal | None, cost: float, gradients: float | None, start: float
-) -> dict[str, Any]:
+def _diverged(goal: Goal | None, cost: float, gradients: float | None) -> dict[str, Any]:
     higher = goal is not None and goal.higher
     return {
         **dict.fromkeys(("test_loss", "test_accuracy", "average_test_loss")),
@@ -408,7 +421,6 @@ def _diverged(
         "higher": higher,
         "cost": cost,
         "gradient_evaluations": gradients,
-        "start": start,
     }
 
 

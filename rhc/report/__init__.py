@@ -13,7 +13,7 @@ from typing import Any
 
 from rhc import __version__
 from rhc.errors import InputError
-from rhc.report.records import RunRecord, entry, number, read_run
+from rhc.report.records import RunRecord, entry, number, read_run, runs_in
 from rhc.settings import TrainConfig
 from rhc.storage.files import write_durably
 
@@ -51,7 +51,9 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> Pat
 def page_of(directories: Sequence[Path]) -> str:
     if not directories:
         raise InputError("DIR is missing: give the directory of a run")
-    runs: list[RunRecord] = [read_run(directory) for directory in dict.fromkeys(directories)]
+    runs = [
+        read_run(directory) for each in dict.fromkeys(directories) for directory in runs_in(each)
+    ]
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
         from markupsafe import Markup

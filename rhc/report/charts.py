@@ -1,14 +1,14 @@
 """The charts of the report, as plotly.js figures of thinned data.
 
-To add one, write a function under `@chart` or `@chart_of_one`; `says` is the text alternative.
+A chart is data: words, traces, settings of axes. To add one, write a function under `@chart` or
+`@chart_of_one`; traces without points, and charts without traces, are left out.
 """
 
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from rhc.report.records import (
     stretches,
     thinned,
 )
+from rhc.report.signals import signals_of
 
 INK = ("#0b5fa5", "#b45309", "#117733", "#9b2d77", "#5b5b00", "#374151", "#a61c1c", "#0f6674")
 """Contrast with white: at least 4.5 to 1."""
@@ -33,6 +34,7 @@ NIGHT = {
     "#ffffff": "#111827",
 }  # fmt: skip
 """Ink -> its colour on a dark page, with a contrast of at least 4.5 to 1."""
+PALE, GREY = "#9db4c8", "#6b7280"
 OUTCOMES = {
     "accepted": ("#117733", "circle"),
     "rejected": ("#b45309", "x"),
@@ -40,11 +42,16 @@ OUTCOMES = {
 }
 MOST_RUNS = 12
 """Runs with curves of their own; means and table include the others."""
+MOST_PANELS = 6
+"""Runs with charts of their own on a page about several."""
+MEANS = 100
+"""Stretches whose means are drawn where the course matters, not the noise."""
 MOST_ATTEMPTS = 250
 """Attempts drawn per outcome: more are illegible, and slow."""
 SWEEP = 25
 """Runs of a usual grid search that one run replaces: five lrs by five momenta."""
 
+Points = tuple[Sequence[float | None], Sequence[float | None]]
 Trace = dict[str, Any]
 
 
@@ -53,82 +60,99 @@ class Chart:
     key: str
     title: str
     caption: str
-    y: str
+    traces: list[Trace]
+    y: str = ""
     """Axis title, as x."""
     x: str = "step"
-    log: bool = False
-    """Logarithmic y axis if all values are positive; log_x likewise."""
-    log_x: bool = False
-    traces: list[Trace] = field(default_factory=list)
-    says: list[str] = field(default_factory=list)
-    """What it shows, in words."""
+    log: str = ""
+    """Axes that are logarithmic where all their values are positive: "y", "xy"."""
+    says: str = ""
+    """Text alternative, where that of the traces does not say it."""
     layout: dict[str, Any] = field(default_factory=dict)
-    """Further settings of the y axis."""
+    """Further settings, by axis."""
 
-    def line(
-        self,
-        points: tuple[Sequence[float | None], Sequence[float | None]],
-        name: str,
-        ink: str,
-        *,
-        width: int = 2,
-        **settings: Any,
-    ) -> Trace:
-        """Adds a curve; None interrupts it. settings: of plotly's line."""
-        return self._scatter("lines", points, name, line={"color": ink, "width": width, **settings})
-
-    def marks(
-        self,
-        points: tuple[Sequence[float], Sequence[Any]],
-        name: str,
-        ink: str,
-        symbol: str = "circle",
-        **settings: Any,
-    ) -> Trace:
-        """Adds a mark per point. settings: of plotly's marker."""
-        marker = {"color": ink, "symbol": symbol, "size": 8, **settings}
-        return self._scatter("markers", points, name, marker=marker)
-
-    def _scatter(self, mode: str, points: Any, name: str, **style: Any) -> Trace:
-        x, y = ([_short(value) for value in values] for values in points)
-        trace = {"type": "scatter", "mode": mode, "x": x, "y": y, "name": html.escape(name)}
-        self.traces.append(trace | style)
-        return self.traces[-1]
-
-    def follow(self, name: str, values: Sequence[float]) -> None:
-        """Adds the ends of a curve to the text alternative."""
-        self.says.append(f"{name} from {values[0]:.4g} to {values[-1]:.4g}")
+    def __post_init__(self) -> None:
+        self.traces = [trace for trace in self.traces if len(trace["x"])]
 
     @property
     def alternative(self) -> str:
-        return f"{self.title}. {'; '.join(self.says[:12])}."
+        drawn = [trace for trace in self.traces if "hoverinfo" not in trace]
+        return f"{self.title}. {self.says or '; '.join(map(_told, drawn[:12]))}."
 
     @property
     def figure(self) -> dict[str, Any]:
-        axis = {
-            "automargin": True,
-            "gridcolor": "#e5e7eb",
-            "linecolor": "#6b7280",
-            "zeroline": False,
+        own: dict[str, dict[str, Any]] = {
+            "xaxis": {"title": {"text": self.x}, "type": self._scale("x")},
+            "yaxis": {"title": {"text": self.y}, "type": self._scale("y")},
         }
+        axes = {name: own.get(name, {}) | self.layout.get(name, {}) for name in own | self.layout}
+        legend = sum(trace.get("showlegend", True) for trace in self.traces)
         layout = {
             "margin": {"l": 48, "r": 12, "t": 12, "b": 44},
             "font": {"family": "system-ui, sans-serif", "size": 13, "color": "#1f2937"},
             "paper_bgcolor": "#ffffff",
             "plot_bgcolor": "#ffffff",
             "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
-            "showlegend": 1 < len(self.traces) <= 2 * MOST_RUNS,
+            "showlegend": 1 < legend <= 2 * MOST_RUNS,
             "hovermode": "closest",
-            "xaxis": {**axis, **self._axis("x", self.x, self.log_x)},
-            "yaxis": {**axis, **self._axis("y", self.y, self.log), **self.layout},
+            "barmode": "stack",
+            **{name: AXIS | settings for name, settings in axes.items()},
         }
-        if any(trace["type"] == "bar" for trace in self.traces):
-            layout["barmode"] = "stack"
-        return {"data": self.traces, "layout": layout}
+        return {"data": _safe(self.traces), "layout": _safe(layout)}
 
-    def _axis(self, name: str, title: str, log: bool) -> dict[str, Any]:
-        log = log and all(v > 0 for trace in self.traces for v in trace[name])
-        return {"title": {"text": html.escape(title)}, "type": "log" if log else "-"}
+    def _scale(self, axis: str) -> str:
+        values = (v for trace in self.traces if "yaxis" not in trace for v in trace[axis])
+        positive = axis in self.log and all(v is not None and v > 0 for v in values)
+        return "log" if positive else "-"
+
+
+AXIS = {"automargin": True, "gridcolor": "#e5e7eb", "linecolor": GREY, "zeroline": False}
+RIGHT = {"overlaying": "y", "side": "right", "showgrid": False, "tickmode": "auto"}
+
+
+def line(points: Points, name: str, ink: str, *, width: int = 2, **style: Any) -> Trace:
+    """A curve; None interrupts it. style: of plotly's line."""
+    return _scatter("lines", points, name, line={"color": ink, "width": width, **style})
+
+
+def marks(points: Any, name: str, ink: str, symbol: str = "circle", **style: Any) -> Trace:
+    """A mark per point. style: of plotly's marker."""
+    marker = {"color": ink, "symbol": symbol, "size": 8, **style}
+    return _scatter("markers", points, name, marker=marker)
+
+
+def area(points: Points, name: str, ink: str, opacity: float = 0.25) -> Trace:
+    """Filled polygons, divided by None."""
+    red, green, blue = (int(ink[at : at + 2], 16) for at in (1, 3, 5))
+    filled = {"fill": "toself", "fillcolor": f"rgba({red},{green},{blue},{opacity})"}
+    return line(points, name, ink, width=0) | filled | {"hoverinfo": "skip"}
+
+
+def _scatter(mode: str, points: Points, name: str, **style: Any) -> Trace:
+    x, y = points
+    return {"type": "scatter", "mode": mode, "x": list(x), "y": list(y), "name": name, **style}
+
+
+def _told(trace: Trace) -> str:
+    """What a trace shows, in words."""
+    name, values = trace["name"], [v for v in trace["y"] if v is not None]
+    if trace["mode"] == "lines":
+        return (
+            f"{name} from {values[0]:.4g} to {values[-1]:.4g}, between {min(values):.4g} and "
+            f"{max(values):.4g}"
+        )
+    return f"{name} {values[0]:.4g}" if len(values) == 1 else f"{len(values)} marks: {name}"
+
+
+def _safe(value: Any) -> Any:
+    """The value with text escaped, which plotly.js would take for markup, and six digits."""
+    if isinstance(value, str):
+        return html.escape(value)
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {name: _safe(each) for name, each in value.items()}
+    return [_safe(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 Maker = Callable[[Sequence[RunRecord]], Iterable[Chart]]
@@ -144,6 +168,22 @@ def chart(maker: Maker) -> Maker:
 def chart_of_one(maker: Callable[[RunRecord], Iterable[Chart]]) -> Maker:
     """Registers a chart for pages about a single run."""
     return chart(lambda runs: maker(runs[0]) if len(runs) == 1 else ())
+
+
+def chart_of_each(maker: Callable[[RunRecord], Iterable[Chart]]) -> Maker:
+    """Registers a chart of one run that pages about several have of each, side by side."""
+
+    def of_each(runs: Sequence[RunRecord]) -> Iterator[Chart]:
+        if len(runs) == 1:
+            yield from maker(runs[0])
+            return
+        # Of runs that differ in the seed alone the first one.
+        for i, (name, members) in enumerate(groups_of(runs)[:MOST_PANELS]):
+            for made in maker(members[0]):
+                made.key, made.title = f"{made.key}-{i}", f"{made.title}: {name}"
+                yield made
+
+    return chart(of_each)
 
 
 def charts_of(runs: Sequence[RunRecord]) -> list[Chart]:
@@ -164,86 +204,157 @@ def _ink(i: int) -> str:
     return INK[i % len(INK)]
 
 
-def _short(value: Any) -> Any:
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-# Charts -------------------------------------------------------------------------------------------
+# All runs -----------------------------------------------------------------------------------------
 
 
 @chart
 def _losses(runs: Sequence[RunRecord]) -> Iterator[Chart]:
-    drawn = Chart(
+    one = len(runs) == 1
+    traces = []
+    for i, run in enumerate(runs[:MOST_RUNS]):
+        prefix, ink = "" if one else f"{run.name} ", _ink(i)
+        steps, losses = run.series("loss")
+        validation = thinned(*run.series("val_loss"))
+        if one:
+            traces.append(line(thinned(steps, losses), "train, each step", PALE, width=1))
+        traces += [
+            line(means(steps, losses, 200), "train, mean" if one else f"{prefix}train", ink),
+            line(validation, f"{prefix}validation", INK[2] if one else ink, dash="dash"),
+        ]
+    yield Chart(
         "losses",
         "Losses",
-        "Training loss of the committed steps; what the windows were judged by; and the loss of "
-        "validation and test data at the end, of the last and of the averaged weights.",
+        "Training loss of the committed steps, the objective that windows were judged by, and the "
+        "final losses on validation and test data, of the last and of the averaged weights.",
+        traces + (_final_losses(runs[0]) if one else []),
         y="loss",
-        log=True,
+        log="y",
     )
-    several = len(runs) > 1
-    for i, run in enumerate(runs[:MOST_RUNS]):
-        steps, losses = run.series("loss")
-        prefix, ink = (f"{run.name} " if several else ""), _ink(i if several else 0)
-        if losses:
-            if not several:
-                drawn.line(thinned(steps, losses), "train, each step", "#9db4c8", width=1)
-            smooth = means(steps, losses, 200)
-            drawn.line(smooth, f"{prefix}train" if several else "train, mean", ink)
-            drawn.follow(f"{prefix}training loss", smooth[1])
-        validation = thinned(*run.series("val_loss"))
-        if validation[0]:
-            ink = ink if several else _ink(2)
-            drawn.line(validation, f"{prefix}validation", ink, dash="dash")
-            drawn.follow(f"{prefix}validation loss", validation[1])
-        if several:
+
+
+def _final_losses(run: RunRecord) -> list[Trace]:
+    accepted = [row for row in run.kept if row["outcome"] == "accepted"]
+    judged = finite_pairs((float(r["start"]), number(r["objective_after"])) for r in accepted)
+    traces = [marks(thinned(*judged), "objective of a window", INK[1], "circle-open")]
+    for name, label, ink, symbol in (
+        ("val_loss", "validation, end", INK[2], "diamond"),
+        ("average_val_loss", "validation, averaged weights", INK[2], "diamond-open"),
+        ("test_loss", "test, end", INK[3], "square"),
+        ("average_test_loss", "test, averaged weights", INK[3], "square-open"),
+    ):
+        point = finite_pairs([(run.steps, number(run.result.get(name)))])
+        traces.append(marks(point, label, ink, symbol))
+    return traces
+
+
+@chart_of_each
+def _overlay(run: RunRecord) -> Iterator[Chart]:
+    traces = [line(means(*run.series("loss"), MEANS), "loss", INK[0])]
+    hidden = {"overlaying": "y", "visible": False}
+    layout: dict[str, Any] = {}
+    # What a workload is judged by, rather than the score that a scheduler is given for it.
+    reward = next((n for n in (str(run.config.get("reward")), run.reward) if run.series(n)[0]), "")
+    if reward:
+        rewards = means(*run.series(reward), MEANS)
+        traces.append(line(rewards, reward, INK[2]) | {"yaxis": "y2"})
+        layout["yaxis2"] = RIGHT | {"title": {"text": reward}}
+    for at, (name, ink, dash) in enumerate(
+        (("lr", INK[1], "solid"), ("momentum", INK[3], "dash"), ("noise", INK[7], "dot")), 3
+    ):
+        steps, values = thinned(*run.series(name), 600)
+        if not any(values):
             continue
-        accepted = [row for row in run.kept if row["outcome"] == "accepted"]
-        judged = finite_pairs((float(r["start"]), number(r["objective_after"])) for r in accepted)
-        if judged[0]:
-            drawn.marks(thinned(*judged), "objective of a window", _ink(1), "circle-open")
-        for name, label, ink, symbol in (
-            ("val_loss", "validation, end", _ink(2), "diamond"),
-            ("average_val_loss", "validation, averaged weights", _ink(2), "diamond-open"),
-            ("test_loss", "test, end", _ink(3), "square"),
-            ("average_test_loss", "test, averaged weights", _ink(3), "square-open"),
-        ):
-            value = number(run.result.get(name))
-            if value is not None:
-                drawn.marks(([run.steps], [value]), label, ink, symbol)
-                drawn.says.append(f"{label} {value:.4g}")
-    yield drawn
+        low, high = min(values), max(values)
+        label = f"{name} {low:.3g}" + (f" to {high:.3g}" if high > low else "")
+        traces.append(line((steps, values), label, ink, width=1, dash=dash) | {"yaxis": f"y{at}"})
+        layout[f"yaxis{at}"] = hidden | {"type": "log" if name == "lr" and low > 0 else "linear"}
+    yield Chart(
+        "overlay",
+        "Loss, reward and controls over time",
+        "Means of the loss (left axis) and of the reward (right axis, where there is one). lr, "
+        "momentum and noise lie over them, each scaled to the range that the legend names.",
+        traces,
+        y="loss",
+        log="y",
+        layout=layout,
+    )
+
+
+@chart_of_each
+def _changes(run: RunRecord) -> Iterator[Chart]:
+    signals = signals_of(run)
+    bar = {"title": {"text": "step"}, "thickness": 10}
+    outline = {"color": GREY, "width": 1}
+    style = {"colorscale": "Viridis", "showscale": True, "colorbar": bar, "line": outline}
+    points = (signals.loss, signals.reward)
+    agree = sum(a * b < 0 for a, b in zip(*points, strict=True))
+    axis = {"range": [-1.08, 1.08], "zeroline": True, "zerolinecolor": GREY}
+    yield Chart(
+        "changes",
+        "Reward trend against loss trend: Δr against Δℓ",
+        f"One mark per update, coloured by time, {signals.origin}. Both trends lie in [−1, 1] and "
+        f"are positive when rising; {signals.of_reward}. Top left: both improve.",
+        [marks(points, "an update", INK[0]) | {"marker": style | {"color": signals.steps}}],
+        x="Δℓ, trend of the loss",
+        y="Δr, trend of the reward",
+        says=f"{agree} of {len(signals.loss)} updates have opposite signs",
+        layout={"xaxis": axis, "yaxis": axis},
+    )
+
+
+@chart_of_each
+def _plateaus(run: RunRecord) -> Iterator[Chart]:
+    signals = signals_of(run)
+    x: list[float | None] = []
+    y: list[float | None] = []
+    for start, stop in signals.plateaus:
+        x += [start, start, stop, stop, start, None]
+        y += [0.0, 1.0, 1.0, 0.0, 0.0, None]
+    share = sum(stop - start for start, stop in signals.plateaus) / max(1, len(run.tape))
+    yield Chart(
+        "plateaus",
+        "Plateaus over time",
+        f"The plateau score P (right axis), {signals.origin}, over the mean of the loss (left "
+        "axis). Bands mark the steps at which P > ½.",
+        [
+            area((x, y), "P > ½", INK[4]) | {"yaxis": "y2"},
+            line(means(*run.series("loss"), MEANS), "loss", INK[0]),
+            line((signals.steps, signals.plateau), "P", INK[4], width=1) | {"yaxis": "y2"},
+        ],
+        y="loss",
+        log="y",
+        says=f"P exceeds ½ for {share:.0%} of the steps, in {len(signals.plateaus)} stretches",
+        layout={"yaxis2": RIGHT | {"title": {"text": "P"}, "range": [0, 1]}},
+    )
 
 
 @chart
 def _over_seeds(runs: Sequence[RunRecord]) -> Iterator[Chart]:
-    drawn = Chart(
-        "seeds",
-        "Mean over seeds",
-        "Mean training loss of runs that differ in the seed alone, with the bootstrap 95 % "
-        "interval of that mean.",
-        y="loss",
-        log=True,
-    )
+    traces = []
     for i, (name, members) in enumerate(groups_of(runs)):
         curves = [curve for run in members if len((curve := run.series("loss"))[0]) > 1]
         if len(curves) < 2:
             continue
         grid = np.linspace(0, min(steps[-1] for steps, _ in curves), 150)
         stacked = np.stack([np.interp(grid, *means(s, losses, 150)) for s, losses in curves])
-        middle = stacked.mean(axis=0).tolist()
         draws = np.random.default_rng(0).integers(0, len(stacked), (400, len(stacked)))
         low, high = np.quantile(stacked[draws].mean(axis=1), [0.025, 0.975], axis=0).tolist()
-        x, ink = grid.tolist(), _ink(i)
-        red, green, blue = (int(ink[at : at + 2], 16) for at in (1, 3, 5))
-        band = drawn.line((x + x[::-1], high + low[::-1]), f"{name}, 95 %", ink, width=0)
-        band["fill"], band["fillcolor"] = "toself", f"rgba({red},{green},{blue},0.2)"
-        band["hoverinfo"] = "skip"
-        drawn.line((x, middle), f"{name}, {len(curves)} seeds", ink)
-        drawn.says.append(
-            f"{name}: mean training loss of {len(curves)} seeds ends at {middle[-1]:.4g}"
-        )
-    yield drawn
+        x = grid.tolist()
+        around = (x + x[::-1], high + low[::-1])
+        middle = (x, stacked.mean(axis=0).tolist())
+        traces += [
+            area(around, f"{name}, 95 %", _ink(i), 0.2),
+            line(middle, f"{name}, {len(curves)} seeds", _ink(i)),
+        ]
+    yield Chart(
+        "seeds",
+        "Mean over seeds",
+        "Mean training loss of runs that differ in the seed alone, with the bootstrap 95 % "
+        "interval of that mean.",
+        traces,
+        y="loss",
+        log="y",
+    )
 
 
 @chart
@@ -251,48 +362,44 @@ def _metrics(runs: Sequence[RunRecord]) -> Iterator[Chart]:
     names = dict.fromkeys(name for run in runs for name in run.metrics)
     for at, name in enumerate(list(names)[:6]):
         data = "validation data" if name.startswith("val_") else "the training batches"
+        curves = [
+            line(means(*run.series(name), 200), run.name if len(runs) > 1 else name, _ink(i))
+            for i, run in enumerate(runs[:MOST_RUNS])
+        ]
         caption = f"On {data}, as means over stretches of the run."
-        drawn = Chart(f"metric-{at}", f"Metric: {name}", caption, y=name)
-        for i, run in enumerate(runs[:MOST_RUNS]):
-            points = means(*run.series(name), 200)
-            if points[0]:
-                drawn.line(points, run.name if len(runs) > 1 else name, _ink(i))
-                drawn.follow(f"{run.name}: {name}", points[1])
-        yield drawn
+        yield Chart(f"metric-{at}", f"Metric: {name}", caption, curves, y=name)
 
 
 @chart
 def _controls(runs: Sequence[RunRecord]) -> Iterator[Chart]:
-    single = len(runs) == 1
-    caption = "The values that the steps were taken with."
-    if single:
+    one = len(runs) == 1
+    caption = "The values that steps were taken with."
+    if one:
         caption += (
-            " The band of a window lies between its mean as it was rolled first and as it was "
-            "rewritten: what hindsight changed."
+            " A window's band lies between its mean in the first roll and its mean after "
+            "rewriting: what hindsight changed."
         )
     for name, letter in zip(CONTROLS, "αμσw", strict=True):
-        drawn = Chart(f"control-{name}", f"Control: {name} ({letter})", caption, y=name)
+        traces = []
         for i, run in enumerate(runs[:MOST_RUNS]):
             steps, values = run.series(name)
             if not values or (name not in run.controls and min(values) == max(values)):
                 continue
-            if single:
-                _draw_changes(drawn, run, name)
-            groups = run.groups(name) if single else 1
-            for group in range(min(groups, 8)) if groups > 1 else ():
-                own = [(r["step"], r[name]) for r in run.tape if isinstance(r.get(name), list)]
-                of_it = ((float(s), number(v[group])) for s, v in own if len(v) > group)
-                drawn.line(thinned(*finite_pairs(of_it)), f"group {group}", _ink(group))
+            traces += _rewritten(run, name) if one else []
+            groups = run.groups(name) if one else 1
             if groups == 1:
-                drawn.line(thinned(steps, values), "committed" if single else run.name, _ink(i))
-            drawn.says.append(
-                f"{run.name}: {name} begins at {values[0]:.4g}, is at most {max(values):.4g} and "
-                f"ends at {values[-1]:.4g}"
-            )
-        yield drawn
+                traces.append(
+                    line(thinned(steps, values), "committed" if one else run.name, _ink(i))
+                )
+                continue
+            own = [(float(r["step"]), r[name]) for r in run.tape if isinstance(r.get(name), list)]
+            for group in range(min(groups, 8)):
+                of_it = ((step, number(v[group])) for step, v in own if len(v) > group)
+                traces.append(line(thinned(*finite_pairs(of_it)), f"group {group}", _ink(group)))
+        yield Chart(f"control-{name}", f"Control: {name} ({letter})", caption, traces, y=name)
 
 
-def _draw_changes(drawn: Chart, run: RunRecord, name: str) -> None:
+def _rewritten(run: RunRecord, name: str) -> list[Trace]:
     """A band per window between its first and its committed mean."""
     first: dict[int, float] = {}
     for row in run.windows:
@@ -311,132 +418,93 @@ def _draw_changes(drawn: Chart, run: RunRecord, name: str) -> None:
         x += [start, stop, stop, start, start, None]
         band += [before, before, after, after, before, None]
         rolled += [before, before, None, None, None, None]
-    if x:
-        filled = drawn.line((x, band), "changed by hindsight", "#b45309", width=0)
-        filled["fill"], filled["fillcolor"] = "toself", "rgba(180,83,9,0.28)"
-        drawn.line((x, rolled), "as rolled first", "#b45309", dash="dot")
+    return [
+        area((x, band), "changed by hindsight", INK[1], 0.28),
+        line((x, rolled), "in the first roll", INK[1], dash="dot"),
+    ]
 
 
 @chart
 def _objectives(runs: Sequence[RunRecord]) -> Iterator[Chart]:
-    drawn = Chart(
-        "objectives",
-        "Windows: J before and after",
-        "One line per attempt at a window, from the objective as rolled to the objective as "
-        "replayed with the rewritten schedule, which the mark shows.",
-        y="objective J",
-    )
-    thin = False
+    one = len(runs) == 1
+    traces, counts, thin = [], [], False
     for i, run in enumerate(runs[:MOST_RUNS]):
-        prefix = f"{run.name} " if len(runs) > 1 else ""
         for outcome, (ink, symbol) in OUTCOMES.items():
             rows = [row for row in run.windows if row["outcome"] == outcome]
-            if not rows:
-                continue
-            drawn.says.append(f"{run.name}: {len(rows)} {outcome}")
+            if rows:
+                counts.append(f"{run.name}: {len(rows)} {outcome}")
             thin |= len(rows) > MOST_ATTEMPTS
-            x, y, reasons = [], [], []
-            arrows_x: list[float | None] = []
-            arrows_y: list[float | None] = []
-            for start, stop in stretches(len(rows), MOST_ATTEMPTS):
-                row = max(rows[start:stop], key=_moved)
-                before, after = row.get("objective_before"), row.get("objective_after")
-                end = before if after is None else after
-                if end is None:
-                    continue
-                # Attempts at one window stand side by side.
-                place = float(row["start"]) + 2 * (number(row.get("attempt")) or 0)
-                x.append(place)
-                y.append(float(end))
-                reasons.append(html.escape(row.get("reason") or outcome))
-                arrows_x += [place, place, None]
-                arrows_y += [None if before is None else float(before), float(end), None]
-            if x:
-                ink = ink if len(runs) == 1 else _ink(i)
-                arrows = drawn.line((arrows_x, arrows_y), "", ink)
-                arrows["showlegend"], arrows["hoverinfo"] = False, "skip"
-                drawn.marks((x, y), f"{prefix}{outcome}", ink, symbol)["text"] = reasons
-    if thin:
-        drawn.caption += f" Of each outcome {MOST_ATTEMPTS} are drawn, those that moved J furthest."
-    yield drawn
+            parts = (rows[a:b] for a, b in stretches(len(rows), MOST_ATTEMPTS))
+            shown = [found for part in parts if (found := _attempt(max(part, key=_moved)))]
+            x = [step for place, *_ in shown for step in (place, place, None)]
+            y = [value for _, before, after, _ in shown for value in (before, after, None)]
+            ends = ([place for place, *_ in shown], [after for _, _, after, _ in shown])
+            ink, name = (ink, outcome) if one else (_ink(i), f"{run.name} {outcome}")
+            reasons = [reason or outcome for *_, reason in shown]
+            traces += [
+                line((x, y), "", ink) | {"showlegend": False, "hoverinfo": "skip"},
+                marks(ends, name, ink, symbol) | {"text": reasons},
+            ]
+    few = f" Of each outcome {MOST_ATTEMPTS} are drawn, those that moved J furthest."
+    yield Chart(
+        "objectives",
+        "Windows: J before and after",
+        "One line per attempt at a window: from the objective of the roll to that of the replay "
+        f"with the rewritten schedule, where the mark is.{few if thin else ''}",
+        traces,
+        y="objective J",
+        says="; ".join(counts[:12]),
+    )
 
 
-def _moved(row: dict[str, Any]) -> float:
+def _attempt(row: Mapping[str, Any]) -> tuple[float, float | None, float, str | None] | None:
+    """(place, J before, J after or before, reason); None without J."""
+    before, after = number(row.get("objective_before")), number(row.get("objective_after"))
+    end = before if after is None else after
+    # Attempts at one window stand side by side.
+    place = float(row["start"]) + 2 * (number(row.get("attempt")) or 0)
+    return None if end is None else (place, before, end, row.get("reason"))
+
+
+def _moved(row: Mapping[str, Any]) -> float:
     return abs((row.get("objective_before") or 0.0) - (row.get("objective_after") or 0.0))
+
+
+# One run ------------------------------------------------------------------------------------------
 
 
 @chart_of_one
 def _starts(run: RunRecord) -> Iterator[Chart]:
-    ends = Chart(
-        "starts",
-        "The start: what was tried",
-        "Loss that short rolls end with by their lr; longer rolls have larger marks.",
-        x="lr",
-        y="loss",
-        log=True,
-        log_x=True,
-    )
-    courses = Chart(
-        "courses",
-        "The start: courses of the rolls",
-        "Training loss of every roll.",
-        y="loss",
-        log=True,
-    )
-    points = []
+    points: list[tuple[float, float, float]] = []
+    curves: list[Trace] = []
     for row in run.starts:
-        lr, loss = number(row.get("from")), number(row.get("loss"))
+        lr, loss, course = number(row.get("from")), number(row.get("loss")), row.get("course")
         if row.get("kind") != "probe" or lr is None:
             continue
         if loss is not None:
             points.append((lr, loss, number(row.get("steps")) or 0))
-        course = row.get("course")
         if isinstance(course, list):
             curve = thinned(*finite_pairs((i, number(v)) for i, v in enumerate(course)), 300)
-            if curve[0]:
-                courses.line(curve, f"lr {lr:.3g}", _ink(len(courses.traces)))
-    if points:
-        longest = max(steps for *_, steps in points)
-        best = min(points, key=lambda point: (-point[2], point[1]))
-        ends.says.append(f"{len(points)} rolls, the best of the longest at lr {best[0]:.3g}")
-        sizes = [8 + 10 * steps / longest for *_, steps in points]
-        place = [lr for lr, *_ in points], [loss for _, loss, _ in points]
-        trace = ends.marks(place, "a roll", _ink(0), size=sizes)
-        trace["text"] = [f"{steps:g} steps" for *_, steps in points]
-    courses.says = ends.says
-    yield ends
-    yield courses
-
-
-@chart_of_one
-def _changes(run: RunRecord) -> Iterator[Chart]:
-    name = next((n for n in ("reward", *run.metrics) if run.series(n)[0]), None)
-    if name is None:
+            curves.append(line(curve, f"lr {lr:.3g}", _ink(len(curves))))
+    if not points:
         return
-    rows = [(number(r.get("loss")), number(r.get(name)), float(r["step"])) for r in run.tape]
-    known = [[loss, r, step] for loss, r, step in rows if loss is not None and r is not None]
-    size = max(1, len(known) // 60)
-    parts = [known[i : i + size] for i in range(0, len(known), size)]
-    at = [[sum(column) / len(part) for column in zip(*part, strict=True)] for part in parts]
-    pairs = [(b[0] - a[0], b[1] - a[1], b[2]) for a, b in pairwise(at)]
-    if not pairs:
-        return
-    drawn = Chart(
-        "changes",
-        f"Δr against Δℓ: {name} against loss",
-        f"Change of the mean {name} and of the mean loss from one stretch of {size} steps to the "
-        "next. Where the loss stands for what is wanted, the marks lie up left or down right.",
-        x="Δℓ, change of the loss",
-        y=f"Δr, change of {name}",
+    lrs, losses, steps = (list(column) for column in zip(*points, strict=True))
+    best = min(points, key=lambda point: (-point[2], point[1]))
+    says = f"{len(points)} rolls, the best of the longest at lr {best[0]:.3g}"
+    sizes = [8 + 10 * count / max(steps) for count in steps]
+    rolls = marks((lrs, losses), "a roll", INK[0], size=sizes)
+    yield Chart(
+        "starts",
+        "Search for lr: final losses",
+        "Loss at the end of short rolls by their lr; longer rolls have larger marks.",
+        [rolls | {"text": [f"{count:g} steps" for count in steps]}],
+        x="lr",
+        y="loss",
+        log="xy",
+        says=says,
     )
-    agree = sum(dl * dr < 0 for dl, dr, _ in pairs)
-    drawn.says.append(f"{agree} of {len(pairs)} changes have opposite signs")
-    losses, rewards, steps = (list(column) for column in zip(*pairs, strict=True))
-    trace = drawn.marks((losses, rewards), "stretch", _ink(0))
-    trace["marker"] |= {"color": steps, "colorscale": "Viridis", "showscale": True,
-                        "colorbar": {"title": {"text": "step"}, "thickness": 10},
-                        "line": {"color": "#6b7280", "width": 1}}  # fmt: skip
-    yield drawn
+    title, caption = "Search for lr: losses of the rolls", "Training loss of every roll."
+    yield Chart("courses", title, caption, curves, y="loss", log="y", says=says)
 
 
 @chart_of_one
@@ -454,125 +522,115 @@ def _heat(run: RunRecord) -> Iterator[Chart]:
         for start, stop in stretches(length, pieces):
             steps.append(float(row["start"] + start))
             for name in names:
-                part = map(number, lists.get(name, [])[start:stop])
-                known = [v for v in part if v is not None]
-                columns[name].append(sum(known) / len(known) if known else None)
-    scaled: list[list[float | None]] = []
-    for values in columns.values():
+                columns[name].append(number(lists.get(name, [])[start:stop]))
+    scaled, pushed = [], []
+    for name, values in columns.items():
         largest = max((abs(v) for v in values if v is not None), default=0.0) or 1.0
-        scaled.append([None if v is None else round(v / largest, 4) for v in values])
-    drawn = Chart(
+        scaled.append([None if v is None else v / largest for v in values])
+        up = sum((v or 0) < 0 for v in values)
+        pushed.append(f"{name} by {up} of {len(values)} places up")
+    heat = {"type": "heatmap", "x": steps, "y": names, "z": scaled, "zmid": 0, "zmin": -1,
+            "zmax": 1, "colorscale": "RdBu",
+            "colorbar": {"thickness": 10, "title": {"text": "dJ/du"}}}  # fmt: skip
+    yield Chart(
         "heat",
         "Hypergradient",
-        "dJ by each control at each step of the windows that were differentiated, relative to the "
-        "largest of its control: negative (blue) means that more of it would have lowered J.",
-        y="",
+        "dJ/du of each control at each step of the windows that were differentiated, relative to "
+        "the control's largest. Negative (blue): a higher value would have lowered J.",
+        [heat],
+        says=", ".join(pushed),
     )
-    drawn.traces.append({
-        "type": "heatmap", "x": steps, "y": [html.escape(n) for n in names], "z": scaled,
-        "zmid": 0, "zmin": -1, "zmax": 1, "colorscale": "RdBu",
-        "colorbar": {"thickness": 10, "title": {"text": "dJ/du"}},
-    })  # fmt: skip
-    pushed = (
-        f"{name} by {sum((v or 0) < 0 for v in values)} of {len(values)} places up"
-        for name, values in columns.items()
-    )
-    drawn.says.append(", ".join(pushed))
-    yield drawn
 
 
 @chart_of_one
 def _costates(run: RunRecord) -> Iterator[Chart]:
-    drawn = Chart(
-        "costates",
-        "Costate norms",
-        "‖λ‖ along the windows that were differentiated: how much J at the window's end still "
-        "depends on the weights of a step. Growth backwards means that a small change explodes.",
-        y="‖λ‖",
-        log=True,
-    )
     steps, norms = finite_pairs(
         (float(row["start"] + i), number(value))
         for row in run.kept
         if isinstance(row.get("costate_norms"), list)
         for i, value in enumerate(row["costate_norms"])
     )
-    if norms:
-        drawn.marks(thinned(steps, norms), "‖λ‖", _ink(0))
-        drawn.says.append(f"between {min(norms):.3g} and {max(norms):.3g}")
-    yield drawn
+    says = f"‖λ‖ between {min(norms):.3g} and {max(norms):.3g}" if norms else ""
+    yield Chart(
+        "costates",
+        "Costate norms",
+        "‖λ‖ along the windows that were differentiated: how strongly J at the window's end "
+        "depends on the weights at a step. Growth backwards in time means that small changes "
+        "explode.",
+        [marks(thinned(steps, norms), "‖λ‖", INK[0])],
+        y="‖λ‖",
+        log="y",
+        says=says,
+    )
 
 
 @chart_of_one
 def _whole(run: RunRecord) -> Iterator[Chart]:
     """The result of `rhc hypergradient`: the run as one window."""
-    drawn = Chart(
-        "whole",
-        "The whole run differentiated",
-        "dJ/ds and dJ/du of every step, from rhc hypergradient, J the loss at the end of the run: "
-        "where the schedule still had something to gain.",
-        y="norm, absolute value",
-        log=True,
-    )
     start = number(run.whole.get("start")) or 0.0
     rows: dict[str, Any] = {"‖λ‖": run.whole.get("costate_norms")}
     grad = run.whole.get("raw_grad")
     for name, row in grad.items() if isinstance(grad, dict) else ():
         rows[f"|dJ/d{name}|, in its coordinate"] = row
+    traces = []
     for at, (name, row) in enumerate(rows.items()):
         values = map(number, row if isinstance(row, list) else [])
         sizes = ((start + i, abs(v) if v else None) for i, v in enumerate(values))
-        points = thinned(*finite_pairs(sizes))
-        if points[0]:
-            drawn.line(points, name, _ink(at), width=2 if at == 0 else 1)
-            drawn.says.append(f"{name} between {min(points[1]):.3g} and {max(points[1]):.3g}")
-    yield drawn
+        traces.append(line(thinned(*finite_pairs(sizes)), name, _ink(at), width=1 if at else 2))
+    yield Chart(
+        "whole",
+        "The whole run differentiated",
+        "dJ/ds and dJ/du of every step, from rhc hypergradient, with J the loss at the end of the "
+        "run: where the schedule could still be improved.",
+        traces,
+        y="norm, absolute value",
+        log="y",
+    )
 
 
 @chart_of_one
 def _events(run: RunRecord) -> Iterator[Chart]:
-    caption = "Where a guard, a drift or a plateau changed the plan, and why."
-    drawn = Chart("events", "Events", caption, y="")
     events = run.events[:500]
+    traces = []
     for i, kind in enumerate(dict.fromkeys(kind for _, kind, _ in events)):
         of_it = [(step, reason) for step, each, reason in events if each == kind]
-        place = [step for step, _ in of_it], [html.escape(kind)] * len(of_it)
-        trace = drawn.marks(place, kind, _ink(i), "diamond")
-        trace["text"] = [html.escape(reason) for _, reason in of_it]
-    drawn.says = [f"step {step}: {kind}" for step, kind, _ in events[:10]]
-    yield drawn
+        place = [step for step, _ in of_it], [kind] * len(of_it)
+        reasons = {"text": [reason for _, reason in of_it]}
+        traces.append(marks(place, kind, _ink(i), "diamond") | reasons)
+    caption = "Where a guard, a drift or a plateau changed the plan, and why."
+    says = "; ".join(f"step {step}: {kind}" for step, kind, _ in events[:10])
+    yield Chart("events", "Events", caption, traces, says=says)
 
 
 @chart
 def _cost(runs: Sequence[RunRecord]) -> Iterator[Chart]:
-    drawn = Chart(
-        "cost",
-        "Cost",
-        "In plain training runs: all gradients that were computed over those of plain training, "
-        f"beside the sweep of {SWEEP} that it replaces.",
-        x="plain runs",
-        y="",
-        layout={"autorange": "reversed"},
-    )
-    costs = []
+    costs, says = [], []
     for run in runs:
         cost = number(entry(run.result, "cost", "plain_run_equivalents"))
         if cost is not None and run.steps:
             tried = sum(number(row.get("gradients")) or 0.0 for row in run.starts) / run.steps
             tried = min(tried, cost)
             costs.append((run.name if len(runs) > 1 else "this run", cost - tried, tried))
-            drawn.says.append(f"{run.name} cost {cost:.2f} plain runs")
+            says.append(f"{run.name} cost {cost:.2f} plain runs")
     if not costs:
         return
-    drawn.says.append(f"plain training 1, a sweep {SWEEP}")
     costs += [("plain training", 1, 0), (f"a sweep of {SWEEP} runs", SWEEP, 0)]
     names, rest, start = zip(*costs, strict=True)
-    for name, values, ink, shape in (
-        ("training and windows", rest, _ink(0), ""),
-        ("search for the start", start, _ink(1), "/"),
-    ):
-        drawn.traces.append({
-            "type": "bar", "orientation": "h", "name": name, "y": [html.escape(n) for n in names],
-            "x": values, "marker": {"color": ink, "pattern": {"shape": shape}},
-        })  # fmt: skip
-    yield drawn
+    bars = [
+        {"type": "bar", "orientation": "h", "name": name, "y": names, "x": values,
+         "marker": {"color": ink, "pattern": {"shape": shape}}}
+        for name, values, ink, shape in (
+            ("training and windows", rest, INK[0], ""),
+            ("search for lr", start, INK[1], "/"),
+        )
+    ]  # fmt: skip
+    yield Chart(
+        "cost",
+        "Cost",
+        "Gradients that were computed, over those of one plain training run; beside it the sweep "
+        f"of {SWEEP} runs that it replaces.",
+        bars,
+        x="plain runs",
+        says="; ".join([*says[:12], f"plain training 1, a sweep {SWEEP}"]),
+        layout={"yaxis": {"autorange": "reversed"}},
+    )

@@ -13,9 +13,19 @@ from typing import Any
 from rhc.errors import InputError
 from rhc.storage.files import read_document, reason
 from rhc.storage.jsonl import read_lines
+from rhc.storage.run_files import FILES
 
 CONTROLS = ("lr", "momentum", "noise", "weight_decay")
-_NO_METRIC = {"step", "loss", "val_loss", "gradient_norm", "planning", *CONTROLS}
+SIGNALS = ("loss_trend", "reward_trend", "plateau")
+"""What a causal scheduler records at every step."""
+
+REWARDS = ("reward", "return", "accuracy")
+"""Metrics that are a reward, if config.json names none: higher is better."""
+
+WITHOUT_RUNNER = ("compare", "loop")
+"""Commands of runs that are only recorded."""
+
+_NO_METRIC = {"step", "loss", "val_loss", "gradient_norm", "planning", *CONTROLS, *SIGNALS}
 
 
 @dataclass
@@ -44,7 +54,13 @@ class RunRecord:
 
     @property
     def runner(self) -> str:
-        return str(self.config.get("run", "a Runner of a script"))
+        of_script = "a Runner of a script" if self.is_resumable else "a loop of a script"
+        return str(self.config.get("run", of_script))
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether a Runner trained it, which leaves checkpoints."""
+        return self.config.get("command") not in WITHOUT_RUNNER
 
     @property
     def controls(self) -> tuple[str, ...]:
@@ -67,6 +83,12 @@ class RunRecord:
         """Names on the tape that are neither loss nor control."""
         names = dict.fromkeys(name for row in self.tape[:2000] for name in row)
         return [n for n in names if n not in _NO_METRIC and self.series(n)[0]]
+
+    @cached_property
+    def reward(self) -> str:
+        """The name on the tape of what a scheduler would take for the reward; or ""."""
+        names = ("reward", str(self.config.get("reward")), *REWARDS)
+        return next((name for name in names if self.series(name)[0]), "")
 
     @property
     def kept(self) -> list[dict[str, Any]]:
@@ -104,6 +126,13 @@ class RunRecord:
             for what in (values if isinstance(values, list) else [values])
             if isinstance(what, dict) and "kind" in what
         ]
+
+
+def runs_in(directory: Path) -> list[Path]:
+    """The directory, or the runs in a folder of runs that is none itself, as of rhc compare."""
+    if any((directory / name).exists() for name in FILES):
+        return [directory]
+    return sorted(path.parent for path in directory.glob("*/config.json")) or [directory]
 
 
 def read_run(directory: Path) -> RunRecord:

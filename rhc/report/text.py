@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ def print_result(
     _line(console, "files", f"{directory}")
     if inspect:
         _line(console, "look", f"rhc inspect {shlex.quote(str(directory))}")
+    if not (directory / "schedule.json").exists():
+        return
     _line(console, "reuse", f'schedule = rhc.Schedule.load("{directory / "schedule.json"}")')
     _line(console, "", "scheduler = schedule.to_lr_scheduler(optimizer)")
     _line(console, "", "scheduler.step()  # after each optimizer.step()")
@@ -75,14 +77,7 @@ def print_run(console: Console, directory: Path) -> None:
     saved = checkpoint_steps(directory / "checkpoints")
     state = "finished" if finished else f"stopped or running, {_place(run)}"
     console.print(Text(f"{directory}: {state}", style="bold"))
-    config = run.config
-    _line(
-        console,
-        "run",
-        f"{run.runner}, {config.get('optimizer')}, {config.get('steps')} steps, window "
-        f"{config.get('window')}, rewriting {', '.join(run.controls) or 'nothing'}, seed "
-        f"{config.get('seed')}",
-    )
+    _line(console, "run", ", ".join(_settings(run)))
     if run.windows:
         _line(console, "attempts", f"{len(run.windows)}: {run.outcomes}")
     for name in ("loss", *CONTROLS):
@@ -95,8 +90,22 @@ def print_run(console: Console, directory: Path) -> None:
         _line(console, "saved", f"checkpoints of step {', '.join(map(str, saved))}")
     if finished:
         print_result(console, read_result(directory, told), directory, inspect=False)
-    else:
+    elif run.is_resumable:
         _line(console, "go on", f"rhc resume {shlex.quote(str(directory))}")
+
+
+def _settings(run: RunRecord) -> Iterator[str]:
+    """What the run is, in a few words."""
+    config = run.config
+    yield run.runner
+    for name in ("optimizer", "scheduler", "method"):
+        if config.get(name) is not None:
+            yield str(config[name])
+    yield f"{config.get('steps')} steps"
+    if "window" in config:
+        yield f"window {config['window']}, rewriting {', '.join(run.controls) or 'nothing'}"
+    if "seed" in config:
+        yield f"seed {config['seed']}"
 
 
 def print_runs(console: Console) -> None:
@@ -129,9 +138,12 @@ def _state(directory: Path) -> str:
 
 
 def _place(run: RunRecord) -> str:
-    """The step at which the run would resume."""
+    """The step at which the run would resume, or that it has reached."""
+    steps = run.config.get("steps")
+    if not run.is_resumable:
+        return f"at step {len(run.tape)} of {steps or 'an unknown number'}"
     saved = checkpoint_steps(run.directory / "checkpoints")
-    return f"at step {max(saved, default=0)} of {run.config.get('steps')}"
+    return f"at step {max(saved, default=0)} of {steps}"
 
 
 def _line(console: Console, label: str, text: str) -> None:

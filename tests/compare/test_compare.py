@@ -29,6 +29,7 @@ from rhc.compare.statistics import interval, share_of_gain, summarise, tuned
 from rhc.errors import InputError
 from rhc.hindsight.distill import Example, form_of, lesson
 from rhc.hindsight.policy import fitted
+from rhc.report.records import read_run, runs_in
 from rhc.schedule import Schedule
 from rhc.workload import Goal, optimizer_of
 
@@ -303,7 +304,7 @@ def test_a_scheduler_in_a_plain_loop_trains_as_that_loop_does(task: Task) -> Non
             optimizer_of(name, parameters, lr)
         ),
     )
-    row = comparing._driven(task, still, 0.05, 3)
+    row = comparing._driven(task, still, 0.05, 3).fields
     constant = run(task, "constant", 0.05, 3)
     assert row["test_loss"] == pytest.approx(constant.test_loss, rel=1e-5)
     assert run(task, "adaptive", 0.05, 3).score != constant.score
@@ -338,6 +339,32 @@ def test_rows_that_are_there_are_not_run_again(
     path.write_text(path.read_text().replace("steps=30", "steps=20"))
     ran.clear()
     assert main([*words.split(), "2"]) == 0 and len(ran) == 8
+
+
+def test_every_run_leaves_a_directory(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of each kind of method, also of one that diverges, from this process and from others."""
+    words = f"compare {task.run} --methods adaptive constant smooth step rhc --lrs 0.05 --seeds 1"
+    assert main([*words.split(), "--jobs", "2"]) == 0
+    assert "rhc report runs/compare-make shows the runs" in capsys.readouterr().out
+    runs = {path.name: read_run(path) for path in runs_in(Path("runs/compare-make"))}
+    assert set(runs) == {
+        *(f"{name}-0.05-100" for name in ("adaptive", "constant", "smooth", "step")),
+        "rhc-100",
+    }
+    document = json.loads(Path("runs/compare-make/comparison.json").read_text())
+    scores = {row["method"]: row["score"] for row in document["rows"]}
+    for one in runs.values():
+        assert len(one.tape) == one.steps == 30 and not one.faults
+        assert one.result["test_loss"] == scores[one.config["method"]]
+    assert {"loss_trend", "reward_trend", "plateau", "noise"} <= runs["adaptive-0.05-100"].tape[
+        9
+    ].keys()
+    assert runs["step-0.05-100"].series("lr")[1][9:11] == [0.05, pytest.approx(0.005)]
+    run(replace(task, steps=120, directory=Path("longer")), "rhc", None, 0)
+    assert read_run(Path("longer/rhc-0")).windows and not runs["constant-0.05-100"].windows
+    main(f"compare {task.run} --methods constant --lrs 10 --seeds 1 -o lost".split())
+    lost = read_run(Path("lost/constant-10-100"))
+    assert not lost.result and lost.config["lr"] == 10
 
 
 def test_rows_do_not_depend_on_the_number_of_processes(task: Task) -> None:

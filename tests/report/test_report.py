@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import rhc
 from rhc.cli.main import main
 from rhc.report.charts import INK, NIGHT, charts_of
-from rhc.report.records import read_run, thinned
+from rhc.report.records import SIGNALS, read_run, runs_in, thinned
+from rhc.report.signals import signals_of
 
 pytest.importorskip("jinja2", reason="the extra `report` is not installed")
 
@@ -65,8 +68,8 @@ def _lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-CHARTS = {"losses", "metric-0", "control-lr", "objectives", "starts", "courses", "changes", "heat",
-          "costates", "whole", "events", "cost"}  # fmt: skip
+CHARTS = {"losses", "metric-0", "control-lr", "objectives", "starts", "courses", "overlay",
+          "changes", "plateaus", "heat", "costates", "whole", "events", "cost"}  # fmt: skip
 
 
 def test_peaks_outlive_thinning() -> None:
@@ -252,6 +255,73 @@ def test_validation_while_it_trains_is_a_curve(tmp_path: Path) -> None:
     (curve,) = (t for t in charts["Losses"].figure["data"] if t["name"] == "validation")
     assert curve["x"] == [49.0, 99.0]
     assert "Metric: val_accuracy" in charts and "Metric: val_loss" not in charts
+
+
+def test_every_run_has_its_signals(tmp_path: Path) -> None:
+    """Those that AdaptiveRL records are those that are computed from a tape without them."""
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    scheduler = rhc.AdaptiveRL(optimizer, surprise=False, anneal=False)
+    noise = torch.randn(1200, generator=torch.Generator().manual_seed(0)).tolist()
+    with rhc.LoopTape(tmp_path / "run", optimizer, scheduler) as tape:
+        for step in range(1200):
+            loss = 1 + math.exp(-step / 100) + 0.1 * noise[step]
+            optimizer.step()
+            scheduler.step(loss, -loss)
+            tape.step(loss, -loss)
+    run = read_run(tmp_path / "run")
+    recorded = signals_of(run)
+    for row in run.tape:
+        for name in SIGNALS:
+            del row[name]
+    computed = signals_of(run)
+    assert recorded.loss[-60:] == computed.loss[-60:]
+    assert recorded.reward[-60:] == computed.reward[-60:]
+    assert recorded.plateau[-60:] == computed.plateau[-60:]
+    assert "recorded" in recorded.origin and "computed" in computed.origin
+    assert len(computed.plateaus) >= 1 and computed.plateaus[-1][1] > 1100
+    assert all(start < stop for start, stop in computed.plateaus)
+
+
+def test_a_run_shows_what_its_scheduler_saw(tmp_path: Path) -> None:
+    directory = written(tmp_path / "run")
+    rows = [json.loads(line) for line in (directory / "tape.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {
+            "reward": row["step"] / 100,
+            "noise": 0.01,
+            "loss_trend": -0.5,
+            "reward_trend": 0.25,
+        }
+        row["plateau"] = 0.9 if 20 <= row["step"] < 60 else 0.1
+    _lines(directory / "tape.jsonl", rows)
+    charts = {chart.key: chart.figure for chart in charts_of([read_run(directory)])}
+    overlaid = {trace["name"]: trace for trace in charts["overlay"]["data"]}
+    assert list(overlaid) == ["loss", "reward", "lr 0.001 to 0.1", "momentum 0.9", "noise 0.01"]
+    assert len({trace.get("yaxis") for trace in overlaid.values()}) == 5
+    (updates,) = charts["changes"]["data"]
+    assert set(updates["x"]) == {-0.5} and set(updates["y"]) == {0.25}
+    assert updates["marker"]["color"] == [0.0, 20.0, 60.0]
+    band, _, score = charts["plateaus"]["data"]
+    assert band["x"] == [20.0, 20.0, 60.0, 60.0, 20.0, None] and score["y"] == [0.1, 0.9, 0.1]
+
+
+def test_runs_stand_side_by_side(tmp_path: Path) -> None:
+    """A folder of runs is its runs; of seeds the first one has charts of its own."""
+    for seed in range(2):
+        written(tmp_path / "runs" / f"one-{seed}", seed=seed)
+        written(tmp_path / "runs" / f"two-{seed}", 50, seed=seed)
+    runs = [read_run(directory) for directory in runs_in(tmp_path / "runs")]
+    assert [run.name for run in runs] == ["one-0", "one-1", "two-0", "two-1"]
+    assert runs_in(tmp_path / "runs" / "one-0") == [tmp_path / "runs" / "one-0"]
+    titles = {chart.key: chart.title for chart in charts_of(runs)}
+    kinds = ("overlay", "changes", "plateaus")
+    assert {key for key in titles if key.startswith(kinds)} == {
+        f"{k}-{i}" for k in kinds for i in (0, 1)
+    }
+    assert titles["plateaus-0"].endswith(": one-0") and titles["plateaus-1"].endswith(": two-0")
+    assert main(["report", str(tmp_path / "runs"), "-o", str(tmp_path / "page.html")]) == 0
+    assert "two-0 and 1 further seeds" in (tmp_path / "page.html").read_text()
 
 
 def test_few_attempts_stand_for_many(tmp_path: Path) -> None:
