@@ -25,7 +25,9 @@ _MODULES = {
     "LoopTape": "rhc.report.loop_tape",
     "Plant": "rhc.training.plant",
     "register_dynamics": "rhc.optimizers",
+    "DataWeights": "rhc.data_weights",
     "DistilledScheduler": "rhc.hindsight",
+    "indexed": "rhc.data_weights",
     "Hypergradient": "rhc.hypergradient",
     "hypergradient": "rhc.hypergradient",
     "Rewrite": "rhc.loop.update_rule",
@@ -49,6 +51,7 @@ __all__ = [
     "AdaptiveRL",
     "Bounds",
     "Control",
+    "DataWeights",
     "DistilledScheduler",
     "EpochPlanner",
     "Gains",
@@ -67,12 +70,14 @@ __all__ = [
     "Workload",
     "__version__",
     "hypergradient",
+    "indexed",
     "plan_next_epoch",
     "register_dynamics",
     "total_variation",
 ]
 
 if TYPE_CHECKING:
+    from rhc.data_weights import DataWeights, indexed
     from rhc.errors import InputError
     from rhc.hindsight import DistilledScheduler
     from rhc.hypergradient import Hypergradient, hypergradient

@@ -212,9 +212,14 @@ class Runner:
         first = self.ranks is None or self.ranks.first
         self._events = EventLog(self.listeners, warns=first)
         self._wrapped = unwrapped(model) is not model
-        clips = {"clip_norm": step.clip_norm, "clip_value": step.clip_value}
         self.plant = Plant(
-            unwrapped(model), optimizer, loss_fn, seed=self.seed, ranks=self.ranks, **clips
+            unwrapped(model),
+            optimizer,
+            loss_fn,
+            seed=self.seed,
+            clip_norm=step.clip_norm,
+            clip_value=step.clip_value,
+            ranks=self.ranks,
         )
         self.device = self.plant.parameters[0].device
         if self.ranks is not None:

@@ -14,6 +14,7 @@ FLOORS = (
     {"errors", "events", "rng", "runner_files"},
     {"containers", "optimizers", "storage", "workload"},
     {"distributed", "schedule", "settings"},
+    {"data_weights"},
     {"training"},
     {"hypergradient", "schedulers"},
     {"loop", "report"},

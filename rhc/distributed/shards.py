@@ -6,7 +6,7 @@ ranks see R batches per step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -74,14 +74,19 @@ def weighing(
             ranks.counted = True
         if batch.weight == 1:
             return found
-        if isinstance(found, Tensor):
-            return found * batch.weight
-        if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Tensor)):
-            return found  # the plant rejects these by name
+        if not (isinstance(found, tuple) and len(found) == 2):
+            return _scaled(found, batch.weight)
         metrics = {name: _times(value, batch.weight) for name, value in dict(found[1]).items()}
-        return found[0] * batch.weight, metrics
+        return _scaled(found[0], batch.weight), metrics
 
     return weighed
+
+
+def _scaled(loss: Any, weight: float) -> Any:
+    """The loss of a batch, or of its rows or terms; what is none is rejected by the plant."""
+    if isinstance(loss, Mapping):
+        return {name: _scaled(term, weight) for name, term in loss.items()}
+    return loss * weight if isinstance(loss, Tensor) else loss
 
 
 def _times(value: Any, weight: float) -> Any:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rhc.containers import Kept, copied, rows_of, to_device
+from rhc.data_weights import Weighed
 from rhc.distributed import RankLoader, Shard
 from rhc.errors import InputError
 from rhc.rng import RandomState, preserved, seed_everything
@@ -115,7 +116,7 @@ def batch_size(batch: Any) -> int:
     """The examples in a batch: the sum over `MicroBatches`, and of a `Shard` the whole batch."""
     if isinstance(batch, MicroBatches):
         return sum(batch_size(micro) for micro in batch)
-    if isinstance(batch, Kept):
+    if isinstance(batch, (Kept, Weighed)):
         return batch_size(batch.batch)
     return batch.size if isinstance(batch, Shard) else rows_of(batch)
 

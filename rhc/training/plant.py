@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rhc.containers import opening
+from rhc.data_weights import DataWeights, Weighed, weighed, weighing
 from rhc.distributed import Ranks, parallel_of
 from rhc.distributed.parallel import dense
 from rhc.errors import InputError, Unseen, whole_number
@@ -54,6 +55,7 @@ class Plant:
         clip_norm: global norm that gradients are clipped to.
         clip_value: largest absolute value of a gradient's element; one of the two at most.
         ranks: the processes that train together; gradients, losses and metrics are means over them.
+        data_weights: on the losses of rows, of which loss_fn then returns one each, (B,).
 
     Raises:
         InputError: for parts that do not fit together.
@@ -69,6 +71,7 @@ class Plant:
         clip_norm: float | None = None,
         clip_value: float | None = None,
         ranks: Ranks | None = None,
+        data_weights: DataWeights | None = None,
     ) -> None:
         Step(clip_norm=clip_norm, clip_value=clip_value).checked()
         check_parts(model, optimizer, loss_fn)
@@ -80,7 +83,10 @@ class Plant:
         self.clip_value = clip_value
         self.controls = OptimizerControls(optimizer)
         self._hold()
+        self.data_weights = data_weights
         self.loss_fn = opening(self.parallel.weighing(loss_fn))
+        if data_weights is not None:
+            self.loss_fn = weighing(self.loss_fn, data_weights)
         self.singletons = False
         """Whether every parameter is a block of its own."""
         self._holds_gradients = False
@@ -165,6 +171,17 @@ class Plant:
             raise
         return checked_loss(result)
 
+    def weighed(self, batch: Any) -> Any:
+        """A step's batch with the weights of its rows, if data are weighted."""
+        if self.data_weights is None or isinstance(batch, Weighed):
+            return batch
+        several = isinstance(batch, (MicroBatches, DrawnAsNeeded))
+        parts = list(batch) if several else [batch]
+        if isinstance(parts[0], Weighed):
+            return batch
+        found = weighed(self.data_weights, parts, self.parameters[0], self.parallel.sums)
+        return MicroBatches(found) if several else found[0]
+
     def value(self, loss: Tensor) -> float:
         """A loss of this rank's rows as a number: the mean over ranks."""
         return float(self.parallel.value(loss))
@@ -185,6 +202,7 @@ class Plant:
                 f"{len(self.optimizer.param_groups)} at step {step}: add groups between two fits, "
                 "not during one"
             )
+        batch = self.weighed(batch)
         self.controls.write(controls)
         if self._closure != "none":
             return self._step_by_closure(batch, controls, step)
@@ -408,7 +426,7 @@ class Plant:
         if recorder is not None:
             recorder.begin(trajectory)
         losses: list[float] = []
-        for i, batch in enumerate(batches):
+        for i, batch in enumerate(map(self.weighed, batches)):
             if recorder is not None:
                 recorder.before(i, batch)
             step = schedule.start + i

@@ -1,0 +1,7 @@
+"""Data weights: a weight on the loss of every cell, which is an example, a class, a source of data
+or a term of the loss."""
+
+from rhc.data_weights.cells import DataWeights, indexed
+from rhc.data_weights.loss import Weighed, per_cell, per_row, weighed, weighing
+
+__all__ = ["DataWeights", "Weighed", "indexed", "per_cell", "per_row", "weighed", "weighing"]

@@ -1,0 +1,274 @@
+"""The weights by cell, which cell each row of a batch belongs to, and their files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, WeightedRandomSampler
+
+from rhc.errors import InputError, whole_number
+from rhc.storage.files import MOST_JSON_BYTES, parsed_json, read_regular, reason, replace_durably
+
+CellOf = Callable[[Any], Any]
+"""batch -> LongTensor (B,), the cell of each row."""
+
+FORMAT, VERSION = "rhc.data_weights", 1
+
+BOUNDS = (math.exp(-6), math.exp(3))
+"""Smallest and largest weight of a cell."""
+
+_HEADER = 2**20
+"""Bytes that a weights file may have beyond its numbers."""
+
+
+def index_of(batch: Any) -> Any:
+    """batch["index"], as `rhc.indexed` yields it."""
+    if not isinstance(batch, Mapping) or "index" not in batch:
+        raise InputError(
+            f"a batch ({type(batch).__name__}) has no 'index': wrap the dataset in rhc.indexed, or "
+            "give DataWeights a cell_of, batch -> (B,) cells"
+        )
+    return batch["index"]
+
+
+class DataWeights:
+    """A weight w_c > 0 for every cell c, on the losses of the rows that belong to it.
+
+    A step's loss is Σ_i ŵ_i ℓ_i / B over its B rows, ŵ_i = w_c(i) B / Σ_j w_c(j): the weights of a
+    step have mean 1, so that lr keeps its meaning. Where cells are loss terms, loss_fn returns a
+    mapping name -> scalar or (B,), and the loss is their sum, with weights of mean 1.
+
+    Args:
+        cells: Number of cells n, or their names; the names of loss terms, if loss_fn returns those.
+        cell_of: batch -> (B,) integers in [0, n), the cell of each row. Default batch["index"];
+            not used where cells are loss terms.
+        values: (n,) initial weights, any positive numbers; default 1 for every cell.
+        frozen: Cells that keep their weight.
+        bounds: Smallest and largest weight.
+
+    Raises:
+        InputError: An argument is invalid.
+    """
+
+    def __init__(
+        self,
+        cells: int | Sequence[str],
+        cell_of: CellOf | None = None,
+        *,
+        values: Tensor | None = None,
+        frozen: Sequence[int] | Tensor = (),
+        bounds: tuple[float, float] = BOUNDS,
+    ) -> None:
+        self.names: tuple[str, ...] | None = None
+        if not isinstance(cells, (int, str)) and isinstance(cells, Sequence):
+            self.names, cells = tuple(cells), len(cells)
+            if not all(isinstance(n, str) for n in self.names) or len(set(self.names)) < cells:
+                raise InputError(f"cells must be different names, got {list(self.names)!r:.80}")
+        count = whole_number("cells", cells)
+        if count < 1:
+            raise InputError(f"cells must be ≥ 1, got {count}: give their number, or their names")
+        if cell_of is not None and not callable(cell_of):
+            raise InputError(
+                f"cell_of must be a function of the batch, got {type(cell_of).__name__}; write "
+                'lambda batch: batch["index"]'
+            )
+        low, high = map(float, bounds)
+        if not 0 < low <= 1 <= high < math.inf:
+            raise InputError(f"bounds of data weights must be (in (0, 1], ≥ 1), got {bounds}")
+        self.of_terms = self.names is not None and cell_of is None
+        """Whether the cells are terms of the loss."""
+        self.cell_of = index_of if cell_of is None else cell_of
+        self.bounds = (low, high)
+        given = torch.ones(count) if values is None else torch.as_tensor(values).detach().cpu()
+        given = given if given.is_floating_point() else given.float()
+        if given.shape != (count,) or not bool(((given > 0) & given.isfinite()).all()):
+            raise InputError(
+                f"values must be ({count},) positive numbers, one per cell, got shape "
+                f"{tuple(given.shape)}"
+            )
+        self._raw = given / given.mean()
+        self.frozen = self._mask(frozen)
+
+    def _mask(self, frozen: Sequence[int] | Tensor) -> Tensor | None:
+        """(n,) flags; None where no cell is frozen."""
+        cells = torch.as_tensor(frozen).detach().cpu()
+        if not cells.numel():
+            return None
+        if cells.dtype == torch.bool and cells.shape == (len(self),):
+            return cells.clone()
+        mask = torch.zeros(len(self), dtype=torch.bool)
+        mask[self.checked(cells, cells.numel())] = True
+        return mask
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+    def __repr__(self) -> str:
+        low, high = float(self.values.min()), float(self.values.max())
+        return f"DataWeights({len(self)} cells, weights {low:.3g} to {high:.3g})"
+
+    @property
+    def values(self) -> Tensor:
+        """(n,) weights of mean 1, of the dtype that was given; default float32."""
+        return self._raw / self._raw.mean()
+
+    def cells(self, batch: Any) -> Tensor:
+        """(B,) LongTensor on the CPU: the cell of each row, checked.
+
+        Raises:
+            InputError: cell_of does not give one cell in [0, n) per row.
+        """
+        return self.checked(self.cell_of(batch))
+
+    def checked(self, cells: Any, rows: int | None = None) -> Tensor:
+        try:
+            found = torch.as_tensor(cells).detach().cpu()
+        except (TypeError, ValueError, RuntimeError):
+            found = None
+        if found is None or found.dim() != 1 or found.is_floating_point() or found.is_complex():
+            got = type(cells).__name__ if found is None else f"{found.dtype}, {tuple(found.shape)}"
+            raise InputError(f"the cells of a batch must be (B,) integers, one per row, got {got}")
+        found = found.long()
+        if found.numel() and not (int(found.min()) >= 0 and int(found.max()) < len(self)):
+            wrong = found[(found < 0) | (found >= len(self))]
+            raise InputError(
+                f"cell {int(wrong[0])} is out of range: there are {len(self)} cells, 0 to "
+                f"{len(self) - 1}; give DataWeights(cells=…) as many as cell_of tells apart"
+            )
+        return found
+
+    def at(self, cells: Tensor) -> Tensor:
+        """(B,) float64 weights of these cells, not scaled."""
+        return self._raw[cells].double()
+
+    @torch.no_grad()
+    def move(self, cells: Tensor, by: Tensor) -> None:
+        """Multiplies the weights of `cells` (m,), each once, by exp(by), within the bounds; frozen
+        cells stay."""
+        if self.frozen is not None:
+            free = ~self.frozen[cells]
+            cells, by = cells[free], by[free]
+        moved = self.at(cells) * by.double().exp()
+        self._raw[cells] = moved.clamp(*self.bounds).to(self._raw.dtype)
+
+    # Plain loops ---------------------------------------------------------------------------------
+
+    def weigh(self, losses: Tensor, batch: Any) -> Tensor:
+        """The scalar loss of a plain loop: Σ_i ŵ_i ℓ_i / B of the rows' losses (B,)."""
+        weights = self.at(self.cells(batch))
+        if losses.shape != weights.shape:
+            raise InputError(
+                f"losses must be one per row, ({len(weights)},), got {tuple(losses.shape)}; use "
+                "reduction='none'"
+            )
+        weights = weights.to(losses.device, losses.dtype)
+        return (weights * losses).sum() / weights.sum()
+
+    def sampler(self, num_samples: int | None = None, **options: Any) -> WeightedRandomSampler:
+        """torch's WeightedRandomSampler, which draws cells in proportion to their weights; for
+        cells that are the rows of a dataset. options: of that class, such as generator."""
+        weights: Any = self.values
+        return WeightedRandomSampler(weights, num_samples or len(self), **options)
+
+    # Files ---------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Writes PATH (safetensors) and beside it, with the ending .json, what the cells are."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"weights": self._raw}
+        if self.frozen is not None:
+            tensors["frozen"] = self.frozen
+        data = save_tensors(tensors)
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "cells": len(self),
+            "names": None if self.names is None else list(self.names),
+            "bounds": list(self.bounds),
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+        replace_durably(path, data)
+        replace_durably(path.with_suffix(".json"), (json.dumps(document, indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | Path, cell_of: CellOf | None = None) -> DataWeights:
+        """Reads what `save` wrote; cell_of as for the class, since files hold no code.
+
+        Raises:
+            InputError: A file is missing, damaged, or not one of data weights.
+        """
+        path = Path(path)
+        try:
+            document = parsed_json(
+                read_regular(path.with_suffix(".json").resolve(), MOST_JSON_BYTES)
+            )
+            if not isinstance(document, dict) or document.get("format") != FORMAT:
+                raise ValueError("its .json is not that of data weights")
+            if document.get("version") != VERSION:
+                raise ValueError(f"it has version {document.get('version')!r}, not {VERSION}")
+            cells = whole_number("cells", document.get("cells"))
+            data = read_regular(path.resolve(), 9 * max(cells, 0) + _HEADER)
+            digest = hashlib.sha256(data).hexdigest()
+            if [len(data), digest] != [document.get("bytes"), document.get("sha256")]:
+                raise ValueError("it is not the file that its .json was written with")
+            tensors = load_tensors(data)
+            names, bounds = document.get("names"), document["bounds"]
+            if names is not None and (not isinstance(names, list) or len(names) != cells):
+                raise ValueError("it has another number of names than of cells")
+            low, high = bounds
+            return cls(
+                cells if names is None else names,
+                cell_of,
+                values=tensors["weights"],
+                frozen=tensors.get("frozen", ()),
+                bounds=(low, high),
+            )
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+            why = reason(error) if isinstance(error, (OSError, ValueError)) else repr(error)
+            raise InputError(
+                f"cannot read data weights {path}: {why}; give the file that DataWeights.save wrote"
+            ) from error
+
+
+class _Indexed(Dataset[dict[str, Any]]):
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"index": index, "sample": self.dataset[index]}
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        fetch = getattr(self.dataset, "__getitems__", None)
+        samples = fetch(indices) if callable(fetch) else [self.dataset[i] for i in indices]
+        return [{"index": i, "sample": s} for i, s in zip(indices, samples, strict=True)]
+
+
+def indexed(dataset: Dataset[Any]) -> Dataset[dict[str, Any]]:
+    """The dataset with every sample as {"index": i, "sample": dataset[i]}, so that a batch has the
+    rows' indices as batch["index"], (B,).
+
+    Raises:
+        InputError: The dataset is not map-style: it has no `__getitem__` or no length.
+    """
+    sized = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if isinstance(dataset, IterableDataset) or not sized:
+        raise InputError(
+            f"{type(dataset).__name__} cannot be indexed: it needs __getitem__ and __len__; yield "
+            "the index of every sample yourself, and give DataWeights a cell_of"
+        )
+    return _Indexed(dataset)

@@ -1,0 +1,128 @@
+"""Weights on the losses of a step's rows, and derivatives by them.
+
+A step's rows i have ŵ_i = w_i N / S, with N the number of rows of the step and S = Σ w_i, both over
+its micro-batches and ranks: weights of mean 1. `Weighed.weights` holds ŵ, and is what a graph
+differentiates by; with r = dX/dŵ the pullback is dX/dw_j = (N / S) (r_j − Σ_i ŵ_i r_i / N).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rhc.containers import Kept
+from rhc.data_weights.cells import DataWeights
+from rhc.distributed import Shard
+from rhc.errors import InputError
+
+Sums = Callable[[Sequence[float]], list[float]]
+"""Sums of numbers over ranks."""
+
+
+@dataclass(frozen=True, eq=False)
+class Weighed:
+    """A batch, or micro-batch, with the weights of its rows, or of the terms of its loss."""
+
+    batch: Any
+    cells: Tensor  # (B,) int64, on the CPU
+    weights: Tensor  # ŵ (B,), a leaf
+    scale: float  # N / S
+    count: float  # N
+
+
+def weighed(
+    weights: DataWeights, batches: Sequence[Any], like: Tensor, sums: Sums = list
+) -> list[Weighed]:
+    """The micro-batches of one step with their weights, of the dtype and device of `like`."""
+    found = []
+    count = total = 0.0
+    for batch in batches:
+        inner = batch.batch if isinstance(batch, (Kept, Weighed)) else batch
+        inner = inner.batch if isinstance(inner, Kept) else inner
+        cells = _cells(weights, inner.rows if isinstance(inner, Shard) else inner)
+        own = weights.at(cells)
+        if not (isinstance(inner, Shard) and inner.weight == 0):  # rows that only fill a rank
+            count, total = count + len(own), total + float(own.sum())
+        found.append((batch.batch if isinstance(batch, Weighed) else batch, cells, own))
+    count, total = sums([count, total])
+    scale = count / total
+    return [
+        Weighed(batch, cells, (own * scale).to(like).requires_grad_(), scale, count)
+        for batch, cells, own in found
+    ]
+
+
+def _cells(weights: DataWeights, batch: Any) -> Tensor:
+    """A row each of the batch's; of a loss with terms, these."""
+    return torch.arange(len(weights)) if weights.of_terms else weights.cells(batch)
+
+
+def weighing(
+    loss_fn: Callable[[nn.Module, Any], Any], weights: DataWeights
+) -> Callable[[nn.Module, Any], Any]:
+    """loss_fn reduced to a scalar: the weighted mean of a `Weighed` batch's rows, the plain mean of
+    another's; or the sum of its terms."""
+
+    @functools.wraps(loss_fn, updated=())
+    def reduced(model: nn.Module, batch: Any) -> Any:
+        own = isinstance(batch, Weighed)
+        found = loss_fn(model, batch.batch if own else batch)
+        losses, *metrics = found if isinstance(found, tuple) and len(found) == 2 else (found,)
+        if isinstance(losses, Mapping):
+            losses = _terms(losses, weights)
+            loss = (batch.weights * losses).sum() if own else losses.sum()
+        elif isinstance(losses, Tensor):
+            if own:
+                _check_rows(losses, batch)
+            loss = (batch.weights * losses).mean() if own else losses.mean()
+        else:
+            return found  # refused by name where it is checked
+        return (loss, *metrics) if metrics else loss
+
+    return reduced
+
+
+def _terms(losses: Mapping[str, Any], weights: DataWeights) -> Tensor:
+    """(n,) the terms of a loss, in the order of the cells."""
+    names = weights.names or ()
+    if set(losses) != set(names):
+        raise InputError(
+            f"loss_fn returns the terms {', '.join(map(str, losses))}, and the cells are "
+            f"{', '.join(names) or 'not named'}; give DataWeights(cells=[…]) the terms' names"
+        )
+    return torch.stack([losses[name].mean() for name in names])
+
+
+def _check_rows(losses: Tensor, batch: Weighed) -> None:
+    if losses.shape == batch.weights.shape:
+        return
+    if losses.dim() == 0:
+        raise InputError(
+            "data weights need one loss per row, and loss_fn returns a scalar: return it as (B,), "
+            "with reduction='none'"
+        )
+    raise InputError(
+        f"loss_fn returns losses of shape {tuple(losses.shape)} for {len(batch.weights)} rows by "
+        "cell_of; return one loss per row, (B,)"
+    )
+
+
+def per_row(
+    step: Sequence[Weighed], by_weight: Sequence[Tensor], sums: Sums = list
+) -> list[Tensor]:
+    """dX/dw of every row of a step per micro-batch, (B,) float64, from r = dX/dŵ."""
+    parts = [r.detach().double().cpu() for r in by_weight]
+    pairs = zip(step, parts, strict=True)
+    (inner,) = sums([float(sum((p.weights.detach().double().cpu() * r).sum() for p, r in pairs))])
+    return [p.scale * (r - inner / p.count) for p, r in zip(step, parts, strict=True)]
+
+
+def per_cell(total: Tensor, step: Sequence[Weighed], rows: Sequence[Tensor]) -> None:
+    """Adds the derivatives by rows to those of their cells, in place."""
+    for part, of_rows in zip(step, rows, strict=True):
+        total.index_add_(0, part.cells, of_rows.to(total.dtype))
