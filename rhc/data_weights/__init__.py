@@ -2,6 +2,24 @@
 or a term of the loss."""
 
 from rhc.data_weights.cells import DataWeights, indexed
-from rhc.data_weights.loss import Weighed, per_cell, per_row, weighed, weighing
+from rhc.data_weights.loss import (
+    Weighed,
+    leaves_of,
+    per_cell,
+    per_row,
+    taken_slopes,
+    weighed,
+    weighing,
+)
 
-__all__ = ["DataWeights", "Weighed", "indexed", "per_cell", "per_row", "weighed", "weighing"]
+__all__ = [
+    "DataWeights",
+    "Weighed",
+    "indexed",
+    "leaves_of",
+    "per_cell",
+    "per_row",
+    "taken_slopes",
+    "weighed",
+    "weighing",
+]

@@ -35,17 +35,37 @@ class Weighed:
     count: float  # N
 
 
+def leaves_of(batch: Any) -> list[Tensor]:
+    """ŵ of a step's batch, or of each of its micro-batches; [] where rows are not weighed."""
+    parts = batch if isinstance(batch, tuple) else (batch,)
+    return [p.weights for p in parts if isinstance(p, Weighed) and p.weights.is_leaf]
+
+
+def taken_slopes(batch: Any) -> list[Tensor]:
+    """dℓ/dŵ that a backward pass has left, per weighed micro-batch; cleared."""
+    leaves = leaves_of(batch)
+    found = [torch.zeros_like(w) if w.grad is None else w.grad for w in leaves]
+    for w in leaves:
+        w.grad = None
+    return found
+
+
 def weighed(
-    weights: DataWeights, batches: Sequence[Any], like: Tensor, sums: Sums = list
+    weights: DataWeights,
+    batches: Sequence[Any],
+    like: Tensor,
+    sums: Sums = list,
+    factors: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Weighed]:
-    """The micro-batches of one step with their weights, of the dtype and device of `like`."""
+    """The micro-batches of one step with their weights, of the dtype and device of `like`.
+    factors: cells -> what their weights are multiplied by."""
     found = []
     count = total = 0.0
     for batch in batches:
         inner = batch.batch if isinstance(batch, (Kept, Weighed)) else batch
         inner = inner.batch if isinstance(inner, Kept) else inner
         cells = _cells(weights, inner.rows if isinstance(inner, Shard) else inner)
-        own = weights.at(cells)
+        own = weights.at(cells) if factors is None else weights.at(cells) * factors(cells)
         if not (isinstance(inner, Shard) and inner.weight == 0):  # rows that only fill a rank
             count, total = count + len(own), total + float(own.sum())
         found.append((batch.batch if isinstance(batch, Weighed) else batch, cells, own))

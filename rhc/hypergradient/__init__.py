@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rhc.containers import kept
+from rhc.data_weights import DataWeights
 from rhc.distributed import Ranks, Shard, Unshared, ranks_of, synchronised, unwrapped
 from rhc.distributed.ranks import Group
 from rhc.errors import InputError, whole_number
@@ -59,6 +60,7 @@ def hypergradient(
     batches: Sequence[Any],
     *,
     controls: Mapping[str, Any],
+    data_weights: DataWeights | None = None,
     terminal: Callable[[nn.Module], Tensor] | None = None,
     stage_weight: float = 1.0,
     average: float | None = None,
@@ -91,7 +93,11 @@ def hypergradient(
         batches: one per step, or `accumulate` micro-batches per step, whose losses are averaged.
             Every evaluation gets a copy.
         controls: name -> (K,) values in natural units, (K, groups) for a value per parameter group,
-            or one number for all steps. Absent controls stay as the optimizer has them.
+            or one number for all steps. Absent controls stay as the optimizer has them. {} with
+            data_weights alone.
+        data_weights: of the rows of `batches`, of which loss_fn then returns one loss each, (B,),
+            or a mapping of terms. `grad["data_weights"]` is dJ/dw by cell, (n,) float64, at weights
+            of mean 1; `rows` has it per step and row.
         terminal: a differentiable scalar of the model, taken at the end of the window, or at the
             exponential average of its iterates with decay `average`.
         segment: number of last steps, 1 to K, whose graphs the roll keeps, whatever memory_budget.
@@ -144,11 +150,14 @@ def hypergradient(
         clip_norm=clip_norm,
         clip_value=clip_value,
         ranks=ranks,
+        data_weights=data_weights,
     )
     schedule = _schedule(plant, controls, len(batches), seed)
     objective = Objective(
         loss_weight=stage_weight, terminal_weight=0.0 if terminal is None else 1.0, average=average
     )
+    if data_weights is not None and engine == "higher":
+        raise InputError("engine 'higher' has no data weights; use engine 'adjoint'")
     if verify not in ("auto", False):
         raise InputError(f"verify must be 'auto' or False, got {verify!r}")
     segment = resolve(len(batches), segment, product, engine, plant)
@@ -291,8 +300,11 @@ def check_steerable(plant: Plant, schedule: Schedule, controls: Sequence[str]) -
 
 
 def _schedule(plant: Plant, controls: Mapping[str, Any], steps: int, seed: int) -> Schedule:
-    if not controls:
+    if not controls and plant.data_weights is None:
         raise InputError(f"controls is empty; name at least one of {', '.join(CONTROLS)}")
+    if not controls:  # data weights alone: lr as the optimizer has it
+        own = [float(group["lr"]) for group in plant.optimizer.param_groups]
+        controls = {"lr": torch.tensor(own, dtype=torch.float64).expand(steps, -1)}
     values = {}
     for name, given in controls.items():
         control(name)

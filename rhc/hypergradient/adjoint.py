@@ -16,12 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from rhc.data_weights import per_row
 from rhc.errors import InputError, Unseen
 from rhc.hypergradient.evaluation import (
     Evaluation,
@@ -30,6 +31,7 @@ from rhc.hypergradient.evaluation import (
     fresh_leaves,
     gradients_by_backward,
     modes_kept,
+    parts,
     visible_statistics,
 )
 from rhc.hypergradient.hvp import (
@@ -79,6 +81,8 @@ class Adjoint:
     disagreements: dict[int, float]  # step -> |H v − H v′| / 2|λ| of differences taken twice
     undivided: int | None = None  # first step whose batch could not be taken in parts
     cut: Cut | None = None
+    rows: list[list[Tensor]] = field(default_factory=list)
+    """Per step dJ/dw of the rows of each micro-batch, (B,) float64, where rows are weighed."""
 
 
 @dataclass
@@ -189,6 +193,7 @@ class _Recursion:
         self.cut: Cut | None = None
         self.pieces = recorder.plan.pieces
         self.undivided: int | None = None
+        self.rows: list[list[Tensor]] = [[] for _ in range(self.length)]
         self.ceiling: memory.Ceiling | None = None
 
     def begin(self, terminal: Terminal | None, average: Sequence[Tensor] | None) -> Tensor | None:
@@ -236,6 +241,7 @@ class _Recursion:
             self.disagreements,
             self.undivided,
             self.cut,
+            self.rows,
         )
 
     def _chunk(self, chunk: Chunk) -> None:
@@ -266,6 +272,7 @@ class _Recursion:
                     graph,
                     owned=chunk.owned and i not in self.twice,
                     loss=self.trajectory.losses[i],
+                    by_weight=self.trajectory.by_weight[i],
                 )
                 del theta, graph  # the product needs the parameters at most
                 self._through_gradient(i, point)
@@ -328,12 +335,17 @@ class _Recursion:
             found = vjp()
         self.products += self.product != "none"
         self.equivalents += KEPT_COST if kept else PRODUCT_COST[self.product]
-        parameters = found.parameters
+        parameters, by_weight = found.parameters, found.by_weight
         if twice:
             other = vjp(into=None, again=True)
             self.products += 1
             self.equivalents += PRODUCT_COST[self.product]
             parameters = self._mean_of_two(i, parameters, other.parameters)
+            by_weight = [(a + b) / 2 for a, b in zip(by_weight, other.by_weight, strict=True)]
+        if by_weight:
+            self.rows[i] = self._of_rows(i, by_weight)
+            # A forward evaluation, where the product takes none.
+            self.equivalents += 1 / 3 if self.product == "none" else 0.0
         if not kept:
             self.discrepancies[i] = found.discrepancy
         self.costate = Costate(parameters, costate.optimizer, found.statistics)
@@ -342,6 +354,13 @@ class _Recursion:
         if i:
             self.costate = self._with_share(self.costate, i)
         self._note(i)
+
+    def _of_rows(self, i: int, by_weight: Sequence[Tensor]) -> list[Tensor]:
+        """dJ/dw of step i's rows from dJ/dŵ, of which this rank has its share."""
+        ranks = self.plant.ranks
+        share = 1.0 if ranks is None else 1 / ranks.size
+        step = parts(self.trajectory.batches[i])
+        return per_row(step, [r * share for r in by_weight], self.plant.parallel.sums)
 
     def _mean_of_two(
         self, i: int, first: Sequence[Tensor | None], second: Sequence[Tensor | None]

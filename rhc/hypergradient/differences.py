@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rhc.containers import tensors_of
-from rhc.hypergradient.evaluation import Evaluation
+from rhc.data_weights import leaves_of, taken_slopes
+from rhc.hypergradient.evaluation import Evaluation, mean_loss
 from rhc.training.plant import Plant
 from rhc.training.trajectory import Block
 
@@ -28,8 +29,9 @@ def difference(
     again: bool,
     into: Sequence[Tensor | None] | None,
     in_place: bool,
-) -> list[Tensor | None]:
-    """(g(θ + εv) − g(θ)) / ε or (g(θ + εv) − g(θ − εv)) / 2ε, with v = λ_g and ε = c |θ| / |v|.
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """(g(θ + εv) − g(θ)) / ε or (g(θ + εv) − g(θ − εv)) / 2ε, with v = λ_g and ε = c |θ| / |v|, per
+    block, and the same of the gradient by ŵ, per weighed micro-batch.
 
     into: added to in place. again: as in `step_vjp`. in_place: θ may be overwritten by θ + εv.
 
@@ -42,20 +44,13 @@ def difference(
     moved = [i for i, v in enumerate(direction) if v is not None]
     result: list[Tensor | None] = [None] * len(direction) if into is None else list(into)
     if not moved or not active:
-        return result
-    length = plant.parallel.norm([v for v in direction if v is not None])
-    size = plant.parallel.norm([point.flats[i] for i in moved])
+        return result, [torch.zeros_like(w) for w in leaves_of(point.batch)]
+    size, length = _lengths(evaluation, point)
 
     def evaluate(scale: Tensor) -> None:
-        flats = [
-            f
-            if v is None
-            else torch.addcmul(f, v, scale.to(f.device, f.dtype), out=f if in_place else None)
-            for f, v in zip(point.flats, direction, strict=True)
-        ]
-        evaluation.place(flats, point.buffers)
-        point.restore_rng()
+        _place_along(evaluation, point, scale, in_place)
         evaluation.clear_gradients()
+        taken_slopes(point.batch)
         plant.backward(point.batch)
 
     def distance(precision: float) -> Tensor:
@@ -76,8 +71,10 @@ def difference(
         epsilon = distance(_PRECISION[plant])
         evaluate(epsilon)
     other, width = point.gradients, epsilon
+    by_weight = point.by_weight
     if central:
         other, width = evaluation.gradients(), -2 * epsilon
+        by_weight = taken_slopes(point.batch)
         evaluate(-epsilon)
     for i in active:
         own_other = other[i]
@@ -86,7 +83,46 @@ def difference(
             evaluation.blocks[i], evaluation.parameters[i], own_other, width, result[i]
         )
     evaluation.clear_gradients()
-    return result
+    pairs = zip(taken_slopes(point.batch), by_weight, strict=True)
+    return result, [(b - a) / width.to(b.device, b.dtype) for b, a in pairs]
+
+
+def slopes_of_rows(evaluation: Evaluation, point: StepPoint) -> list[Tensor]:
+    """The derivative of dℓ/dŵ along λ_g by a forward difference of losses, per weighed
+    micro-batch."""
+    plant, weights = evaluation.plant, leaves_of(point.batch)
+    if all(v is None for v in point.of_gradients):
+        return [torch.zeros_like(w) for w in weights]
+    size, length = _lengths(evaluation, point)
+    own = torch.finfo(point.flats[0].dtype).eps
+    c = max(own, _PRECISION.get(plant, 0.0)) ** 0.5
+    epsilon = c * size.clamp_min(1e-3) / length.clamp_min(torch.finfo(length.dtype).tiny)
+    _place_along(evaluation, point, epsilon)
+    loss, _ = mean_loss(plant.loss_fn, evaluation.model, point.batch)
+    found = torch.autograd.grad(loss, weights)
+    pairs = zip(found, point.by_weight, strict=True)
+    return [(b - a) / epsilon.to(b.device, b.dtype) for b, a in pairs]
+
+
+def _lengths(evaluation: Evaluation, point: StepPoint) -> tuple[Tensor, Tensor]:
+    """|θ| of the blocks that λ_g moves, and |λ_g|."""
+    moved = [(f, v) for f, v in zip(point.flats, point.of_gradients, strict=True) if v is not None]
+    norm = evaluation.plant.parallel.norm
+    return norm([f for f, _ in moved]), norm([v for _, v in moved])
+
+
+def _place_along(
+    evaluation: Evaluation, point: StepPoint, scale: Tensor, in_place: bool = False
+) -> None:
+    """Puts θ + scale λ_g into the model."""
+    flats = [
+        f
+        if v is None
+        else torch.addcmul(f, v, scale.to(f.device, f.dtype), out=f if in_place else None)
+        for f, v in zip(point.flats, point.of_gradients, strict=True)
+    ]
+    evaluation.place(flats, point.buffers)
+    point.restore_rng()
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from rhc.containers import tensors_of
+from rhc.data_weights import leaves_of
 from rhc.hypergradient import kernels
 from rhc.hypergradient.evaluation import (
     Evaluation,
@@ -171,9 +172,13 @@ class GraphMaker:
                 for name, leaf, version in zip(self._names, leaves, versions, strict=True):
                     if leaf._version != version:
                         raise moved_by_loss(name)
+                weights = leaves_of(batch)
                 found = torch.autograd.grad(
-                    evaluated.loss, leaves, create_graph=True, allow_unused=True
+                    evaluated.loss, [*leaves, *weights], create_graph=True, allow_unused=True
                 )
+                found, by_weight = found[: len(leaves)], found[len(leaves) :]
+                for w, g in zip(weights, by_weight, strict=True):
+                    w.grad = None if g is None else g.detach()
                 after = [
                     (owner, name, live, None if new is None else new.detach())
                     for owner, name, _, live in buffers

@@ -9,7 +9,7 @@ exists, every difference is compared with one in the other direction: one gradie
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from rhc.containers import Kept
+from rhc.data_weights import Weighed, leaves_of
 from rhc.distributed import shard
-from rhc.hypergradient.differences import difference
+from rhc.hypergradient.differences import difference, slopes_of_rows
 from rhc.hypergradient.evaluation import (
     Evaluated,
     Evaluation,
@@ -80,6 +81,7 @@ class StepPoint:
     graph: KeptGraph | None = None
     owned: bool = False  # whether the product may overwrite θ_t
     loss: Tensor | None = None  # the roll's ℓ_t
+    by_weight: Sequence[Tensor] = ()  # the roll's dℓ_t/dŵ per micro-batch, where rows are weighed
 
     @cached_property
     def flats(self) -> Sequence[Tensor]:
@@ -105,6 +107,7 @@ class StepVjp:
     parameters: list[Tensor | None]
     statistics: dict[str, Tensor] = field(default_factory=dict)
     discrepancy: float = 0.0  # |g − g_t| / |g_t| of the recomputed gradient, if compared
+    by_weight: list[Tensor] = field(default_factory=list)  # by ŵ, per micro-batch
 
 
 def step_vjp(
@@ -137,10 +140,11 @@ def step_vjp(
     curvature: Sequence[Tensor | None] = [None] * len(point.of_gradients)
     if product == "forward-over-reverse":
         curvature = _forward_over_reverse(evaluation, point)
-    elif product != "none":
+    by_weight: list[Tensor] = []
+    if product in ("forward-difference", "central-difference"):
         # Terms of first order are taken at θ after the product.
         in_place = point.owned and not joint and product == "forward-difference"
-        curvature = difference(
+        curvature, by_weight = difference(
             evaluation,
             point,
             central=product == "central-difference",
@@ -149,14 +153,18 @@ def step_vjp(
             in_place=in_place,
         )
         into = None  # added already
+    elif leaves_of(point.batch):
+        by_weight = slopes_of_rows(evaluation, point)
     if into is not None:
         curvature = [_into(a, b) for a, b in zip(into, curvature, strict=True)]
     if not joint:
         weight = evaluation.objective.loss_weight
-        return StepVjp(_with_gradient(curvature, point.gradients, weight))
+        parameters = _with_gradient(curvature, point.gradients, weight)
+        return StepVjp(parameters, by_weight=_staged(by_weight, point, weight))
     first = _first_order(evaluation, point)
     found = [_into(a, b) for a, b in zip(curvature, first.parameters, strict=True)]
-    return StepVjp(found, first.statistics)
+    by_weight = [a + b for a, b in zip(by_weight, first.by_weight, strict=True)]
+    return StepVjp(found, first.statistics, by_weight=by_weight)
 
 
 def _exact(
@@ -171,7 +179,7 @@ def _exact(
     evaluation.place(point.flats, point.buffers, statistics)
     leaves, plant = evaluation.leaves, evaluation.plant
     seeds = per_parameter(evaluation.blocks, point.of_gradients)
-    wanted = [*leaves, *statistics.values()]
+    wanted = [*leaves, *statistics.values(), *leaves_of(point.batch)]
     total: list[Tensor | None] = [None] * len(wanted)
     found: list[Tensor | None] = [None] * len(leaves)
     joint = evaluation.joint(statistics)
@@ -205,9 +213,10 @@ def _exact(
         if not abs(mean - expected) <= SAME_LOSS * rounding * abs(expected):
             raise NotAMean
     if plant.ranks is not None:
-        like = [*wanted, *(leaves if compare else ())]
-        total = plant.parallel.means([*total, *(found if compare else ())], like)
-        total, found = total[: len(wanted)], total[len(wanted) :]
+        own = len(leaves) + len(statistics)
+        like = [*wanted[:own], *(leaves if compare else ())]
+        means = plant.parallel.means([*total[:own], *(found if compare else ())], like)
+        total, found = [*means[:own], *total[own:]], means[own:]
     discrepancy = 0.0
     if compare:
         costates = point.of_gradients
@@ -235,10 +244,14 @@ def _kept(
         outputs += _first_order_outputs(graph.evaluated, point)
     statistics = {n: graph.statistics_leaves[n] for n in point.of_statistics}
     wanted = [*graph.leaves, *statistics.values()]
-    total: list[Tensor | None] = [None] * len(wanted)
+    weights = leaves_of(point.batch)
+    total: list[Tensor | None] = [None] * (len(wanted) + len(weights))
     if outputs:
-        total = unchecked_grad([t for t, _ in outputs], wanted, [v for _, v in outputs])
-    total = evaluation.plant.parallel.means(total, wanted)
+        total = unchecked_grad(
+            [t for t, _ in outputs], [*wanted, *weights], [v for _, v in outputs]
+        )
+    own = len(wanted)
+    total = [*evaluation.plant.parallel.means(total[:own], wanted), *total[own:]]
     return _result(evaluation, point, total, statistics, into)
 
 
@@ -295,9 +308,13 @@ def _first_order(evaluation: Evaluation, point: StepPoint) -> StepVjp:
     point.restore_rng()
     outputs = _first_order_outputs(evaluation(point.batch, statistics=bool(statistics)), point)
     total = gradients_by_backward(
-        [t for t, _ in outputs], wanted, [v for _, v in outputs], evaluation.model
+        [t for t, _ in outputs],
+        [*wanted, *leaves_of(point.batch)],
+        [v for _, v in outputs],
+        evaluation.model,
     )
-    total = evaluation.plant.parallel.means(total, wanted)
+    own = len(wanted)
+    total = [*evaluation.plant.parallel.means(total[:own], wanted), *total[own:]]
     return _result(evaluation, point, total, statistics)
 
 
@@ -323,8 +340,13 @@ def _result(
     into: Sequence[Tensor | None] | None = None,
     discrepancy: float = 0.0,
 ) -> StepVjp:
-    """total: a tensor per parameter, then per statistic."""
-    count = len(total) - len(statistics)
+    """total: a tensor per parameter, then per statistic, then per weighed micro-batch."""
+    weights = leaves_of(point.batch)
+    of_rows = total[len(total) - len(weights) :]
+    by_weight = [
+        torch.zeros_like(w) if t is None else t for w, t in zip(weights, of_rows, strict=True)
+    ]
+    count = len(total) - len(statistics) - len(weights)
     if into is None:
         parameters = per_block(evaluation.blocks, total[:count])
     else:
@@ -333,8 +355,16 @@ def _result(
     if weight and not evaluation.joint(point.of_statistics):
         # The stage cost is c_ℓ ℓ_t, whose gradient is known.
         parameters = _with_gradient(parameters, point.gradients, weight)
-    of_statistics = {n: p for n, p in zip(statistics, total[count:], strict=True) if p is not None}
-    return StepVjp(parameters, of_statistics, discrepancy)
+        by_weight = _staged(by_weight, point, weight)
+    of_statistics = {n: p for n, p in zip(statistics, total[count:], strict=False) if p is not None}
+    return StepVjp(parameters, of_statistics, discrepancy, by_weight)
+
+
+def _staged(by_weight: Sequence[Tensor], point: StepPoint, weight: float) -> list[Tensor]:
+    """With the stage cost's own derivatives."""
+    if not weight:
+        return list(by_weight)
+    return [r + weight * own for r, own in zip(by_weight, point.by_weight, strict=True)]
 
 
 # Helpers -----------------------------------------------------------------------------------------
@@ -353,9 +383,15 @@ def _shares(batch: Any, joint: bool, pieces: int = 1) -> list[tuple[Any, float]]
         if count < 2:
             found.append((part, share))
             continue
-        whole = part.batch if isinstance(part, Kept) else part
-        cut = (shard(whole, rows, number, count) for number in range(count))
-        found += [(Kept(own.rows), share * own.weight / count) for own in cut]
+        whole = part.batch if isinstance(part, Weighed) else part
+        whole = whole.batch if isinstance(whole, Kept) else whole
+        for number in range(count):
+            own = shard(whole, rows, number, count)
+            piece: Any = Kept(own.rows)
+            if isinstance(part, Weighed):
+                of_piece = slice(rows * number // count, rows * (number + 1) // count)
+                piece = replace(part, batch=piece, weights=part.weights[of_piece])
+            found.append((piece, share * own.weight / count))
     return found
 
 

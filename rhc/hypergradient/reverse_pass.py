@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rhc.data_weights import per_cell
 from rhc.errors import InputError
 from rhc.hypergradient.adjoint import Adjoint, Damping, Terminal, adjoint
 from rhc.hypergradient.evaluation import (
     Evaluation,
     functions_of,
     has_statistics,
+    parts,
 )
 from rhc.hypergradient.hvp import (
     Product,
@@ -38,6 +40,7 @@ from rhc.hypergradient.sizes import (
 )
 from rhc.hypergradient.support import missing, unsupported
 from rhc.hypergradient.verification import (
+    DATA_WEIGHTS,
     Disagreements,
     hooks,
     is_double,
@@ -74,6 +77,8 @@ class Hypergradient:
         why: why this product was taken, and what it leaves out.
         plan: what the roll kept.
         check: control -> relative disagreement with rolls of the plain loop; {} if not verified.
+        rows: where data are weighed, per step dJ/dw of every row of its batch, (B,) float64;
+            `grad["data_weights"]` has their sums by cell, (n,).
     """
 
     value: float
@@ -90,6 +95,7 @@ class Hypergradient:
     why: str = ""
     plan: Plan | None = None
     check: dict[str, float] = field(default_factory=dict)
+    rows: list[Tensor] = field(default_factory=list)
 
 
 class ReversePass:
@@ -168,6 +174,7 @@ class ReversePass:
     ) -> WindowRecorder:
         """Rolls the live plant through the window; raises Unseen if it cannot be differentiated."""
         self.plant.refuse_overlaps()
+        batches = [self.plant.weighed(batch) for batch in batches]
         plan = self.plan(len(batches), batches[0], schedule)
         folder = None if isinstance(self.spill, bool) else Path(self.spill)
         recorder = WindowRecorder(
@@ -267,6 +274,7 @@ class ReversePass:
                 0.0 if end is None else float(end),
                 average.values,
                 hessian=self._tries_product,
+                rows=found.rows,
             )
             # A terminal loss is counted by its size, where that is known.
             taken = check.terminals * getattr(terminal, "share", 1.0) / 3
@@ -286,14 +294,17 @@ class ReversePass:
             self._divide_no_more(product, trajectory, found.undivided)
         if self.moving is None:
             self.moving = self._moving_buffers(trajectory)
+        missing = len(trajectory.schedule) - len(trajectory)  # a diverged roll stops early
+        grad = {n: _padded(g, missing) for n, g in found.gradient.items()}
+        if self.plant.data_weights is not None:
+            grad[DATA_WEIGHTS] = self._by_cell(trajectory, found.rows)
         value = stage_sum(self.objective, trajectory)
         if end is not None:
             value += self.objective.terminal_weight * float(end)
-        missing = len(trajectory.schedule) - len(trajectory)  # a diverged roll stops early
         losses = torch.stack([x.double().cpu() for x in trajectory.losses])
         return Hypergradient(
             value=value,
-            grad={n: _padded(g, missing) for n, g in found.gradient.items()},
+            grad=grad,
             costate_norms=_padded(found.costate_norms, missing),
             result=outcome,
             terminal=math.nan if end is None else float(end),
@@ -306,7 +317,19 @@ class ReversePass:
             why=self._explained(),
             plan=plan,
             check={} if self.check is None else self.check.of,
+            rows=[torch.cat(of_step) for of_step in found.rows if of_step],
         )
+
+    def _by_cell(self, trajectory: Trajectory, rows: Sequence[Sequence[Tensor]]) -> Tensor:
+        """(n,) float64, over all ranks; NaN without a reverse pass."""
+        assert self.plant.data_weights is not None
+        total = torch.zeros(len(self.plant.data_weights), dtype=torch.float64)
+        if not rows:
+            return total.fill_(math.nan)
+        for batch, of_step in zip(trajectory.batches, rows, strict=False):
+            per_cell(total, parts(batch), of_step)
+        ranks, device = self.plant.ranks, self.plant.parameters[0].device
+        return total if ranks is None else ranks.sum(total.to(device)).cpu()
 
     def _steps_to_verify(self, recorder: WindowRecorder, damping: Damping) -> int:
         """The k of `verify`; 0 for no verification."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rhc.containers import tensors_of
+from rhc.data_weights import taken_slopes
 from rhc.hypergradient.differences import noting_precision, precision
 from rhc.hypergradient.evaluation import (
     Evaluation,
@@ -232,6 +233,7 @@ class _Measuring:
                 gradients,
                 gradients,
                 loss=loss.detach(),
+                by_weight=taken_slopes(self.batch),
             )
             visible = visible_statistics(plant.model, update=False)
             try:

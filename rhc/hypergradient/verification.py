@@ -13,10 +13,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rhc.data_weights import Weighed
 from rhc.hypergradient.adjoint import Cut, Terminal
 from rhc.hypergradient.differences import noting_precision, precision, precision_known
 from rhc.hypergradient.evaluation import modes_kept, parts
@@ -34,6 +36,9 @@ from rhc.training.trajectory import Trajectory
 
 MOST_STEPS = 4
 """Steps that are rolled to either side."""
+
+DATA_WEIGHTS = "data_weights"
+"""The name of their derivatives and disagreement."""
 
 _COARSE = 1e-4
 """A machine epsilon above this is reduced precision (bfloat16, float16)."""
@@ -108,7 +113,7 @@ def steps_to_cut(
     """k for a window of `steps`: 1 with product "none" or damping, at most 2 if `few`."""
     if product == "none" or damped:
         return 1
-    return min(steps, 2 if few else max(2, MOST_STEPS // len(controls)))
+    return min(steps, 2 if few else max(2, MOST_STEPS // max(len(controls), 1)))
 
 
 def verify(
@@ -124,11 +129,13 @@ def verify(
     at: Sequence[Tensor] | None,
     *,
     hessian: bool,
+    rows: Sequence[Sequence[Tensor]] = (),
 ) -> Disagreements:
     """Compares a reverse pass with the plain loop; the live state is restored.
 
     gradient: control -> (K,) or (K, G). value: the terminal loss. at: its θ̄ in the optimizer's
-    parameter order; None for the live last iterate. hessian: tries the product in float64.
+    parameter order; None for the live last iterate. hessian: tries the product in float64. rows:
+    per step the derivatives by the weights of its rows.
     """
     own = max(torch.finfo(p.dtype).eps for p in plant.parameters if p.is_floating_point())
     rolls = _Rolls(plant, beginning, trajectory, objective, cut, own)
@@ -164,6 +171,9 @@ def verify(
             tolerance = 0.2
         for name, g in gradient.items():
             of[name] = _of_control(rolls, name, g[: cut.k], eps, tolerance)
+        if plant.data_weights is not None:
+            by_cell = rolls.by_cell(rows[: cut.k])
+            of[DATA_WEIGHTS] = _of_control(rolls, DATA_WEIGHTS, by_cell, eps, tolerance)
         if hessian and product != "none" and own > 1e-10 and eps < _COARSE:
             batch = trajectory.batches[min(cut.k, len(trajectory) - 1)]
             of_hessian, cost = try_product(
@@ -221,8 +231,7 @@ def _of_control(rolls: _Rolls, name: str, gradient: Tensor, eps: float, toleranc
     if second.says(tolerance) or second.agrees(first):
         return second.apart
     # J is not smooth here. In the last step's controls it always is, but for rounding.
-    last = direction.new_zeros(direction.shape)
-    last[-1] = (slope[-1] != 0).double()
+    last = rolls.last(name) * (slope != 0).double()
     third = apart(distance, last)
     if third.says(tolerance) or third.agrees(apart(10 * distance, last)):
         return third.apart
@@ -262,7 +271,7 @@ def _apart(difference: float, predicted: float, noise: float) -> float:
 
 def _coordinate(name: str, values: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """(du/dx, x ↦ u at a distance x in the control's own coordinate)."""
-    if CONTROLS[name].coordinate == "logit":
+    if name != DATA_WEIGHTS and CONTROLS[name].coordinate == "logit":
         return values * (1 - values), lambda x: torch.where(
             values > 0, (values.logit() + x).sigmoid(), values
         )
@@ -291,6 +300,10 @@ class _Rolls:
         """Gradient evaluations so far; |λ ∘ s|, the scale of rounding."""
         self._doubles: dict[int, Tensor] = {}
         self.not_the_step = ""
+        own = sorted({c for batch in self.batches for c in _cells_of(batch)})
+        every = [own] if plant.ranks is None else plant.ranks.gather_json(own)
+        self._cells = torch.tensor(sorted({c for cells in every for c in cells}))
+        """Those that the first k steps weigh."""
 
     @property
     def in_double_too(self) -> bool:
@@ -320,13 +333,24 @@ class _Rolls:
                 state[p] = live
 
     def values(self, name: str) -> Tensor:
+        if name == DATA_WEIGHTS:
+            assert self.plant.data_weights is not None
+            return self.plant.data_weights.at(self._cells)
         return self.trajectory.schedule[name][: self.cut.k].double()
 
     def value(self, moved: Mapping[str, Tensor]) -> tuple[float, float]:
         """(J_k with some controls moved, its rounding error)."""
         plant, trajectory, cut = self.plant, self.trajectory, self.cut
         plant.restore(self.beginning)
-        columns = {name: v.tolist() for name, v in moved.items()}
+        columns = {name: v.tolist() for name, v in moved.items() if name != DATA_WEIGHTS}
+        batches = self.batches
+        if DATA_WEIGHTS in moved:
+            factors = moved[DATA_WEIGHTS] / self.values(DATA_WEIGHTS)
+            places = self._cells
+            batches = [
+                plant.weighed_by(batch, lambda cells: factors[torch.searchsorted(places, cells)])
+                for batch in batches
+            ]
         total, sizes = 0.0, 0.0
         for i in range(cut.k):
             step = trajectory.start + i
@@ -334,7 +358,7 @@ class _Rolls:
             values |= {
                 n: tuple(c[i]) if isinstance(c[i], list) else c[i] for n, c in columns.items()
             }
-            observed = plant.step(self.batches[i], values, step)
+            observed = plant.step(batches[i], values, step)
             self.cost += 1
             if i == 0:
                 self._compare(float(observed.loss), float(observed.gradient_norm))
@@ -346,6 +370,23 @@ class _Rolls:
                 total += cut.weights[i] * self._dot(cut.terminal)
         total += self._dot(cut.costate.parameters, cut.costate)
         return total, self.loss_eps * sizes + self.eps * self.size
+
+    def by_cell(self, rows: Sequence[Sequence[Tensor]]) -> Tensor:
+        """(m,) the sums by cell of the first k steps' derivatives by row, over all ranks."""
+        total = torch.zeros(len(self._cells), dtype=torch.float64)
+        for batch, of_step in zip(self.batches, rows, strict=True):
+            for cells, of_rows in zip(_each_cells(batch), of_step, strict=True):
+                total.index_add_(0, torch.searchsorted(self._cells, cells), of_rows)
+        return torch.tensor(self.plant.parallel.sums(total.tolist()), dtype=torch.float64)
+
+    def last(self, name: str) -> Tensor:
+        """1 for the last step's control, or the cells that it alone weighs."""
+        if name != DATA_WEIGHTS:
+            only = torch.zeros_like(self.values(name))
+            only[-1] = 1
+            return only
+        before = torch.tensor([c for b in self.batches[:-1] for c in _cells_of(b)])
+        return (~torch.isin(self._cells, before)).double()
 
     def repeat(self) -> bool:
         """Whether a repeated roll gives the same value, so that differences are not noise."""
@@ -387,6 +428,14 @@ class _Rolls:
         if id(vector) not in self._doubles:
             self._doubles[id(vector)] = vector.double().reshape(-1)
         return self._doubles[id(vector)]
+
+
+def _each_cells(batch: Any) -> list[Tensor]:
+    return [part.cells for part in parts(batch) if isinstance(part, Weighed)]
+
+
+def _cells_of(batch: Any) -> list[int]:
+    return [c for cells in _each_cells(batch) for c in cells.tolist()]
 
 
 # The terminal loss --------------------------------------------------------------------------------

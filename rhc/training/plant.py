@@ -175,11 +175,17 @@ class Plant:
         """A step's batch with the weights of its rows, if data are weighted."""
         if self.data_weights is None or isinstance(batch, Weighed):
             return batch
+        if isinstance(batch, MicroBatches) and isinstance(batch[0], Weighed):
+            return batch
+        return self.weighed_by(batch)
+
+    def weighed_by(self, batch: Any, factors: Callable[[Tensor], Tensor] | None = None) -> Any:
+        """As `weighed`, anew. factors: cells -> what their weights are multiplied by."""
+        assert self.data_weights is not None
         several = isinstance(batch, (MicroBatches, DrawnAsNeeded))
         parts = list(batch) if several else [batch]
-        if isinstance(parts[0], Weighed):
-            return batch
-        found = weighed(self.data_weights, parts, self.parameters[0], self.parallel.sums)
+        like, sums = self.parameters[0], self.parallel.sums
+        found = weighed(self.data_weights, parts, like, sums, factors)
         return MicroBatches(found) if several else found[0]
 
     def value(self, loss: Tensor) -> float:

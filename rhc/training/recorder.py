@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rhc.data_weights import taken_slopes
 from rhc.errors import Unseen
 from rhc.rng import RandomState
 from rhc.training.batches import DrawnAsNeeded, MicroBatches
@@ -97,6 +98,7 @@ class Recorder:
             plant.singletons = True  # from now on, so that this rarely happens twice
             trajectory.split_blocks()
         trajectory.gradients.append(self.keep(len(trajectory.gradients), gradients))
+        trajectory.by_weight.append(taken_slopes(trajectory.batches[-1]))
         self.hooks.run()
         several = isinstance(trajectory.batches[-1], (MicroBatches, DrawnAsNeeded))
         if self.hooks.acting and (several or plant.ranks is not None):

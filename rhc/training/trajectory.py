@@ -88,7 +88,7 @@ class Trajectory:
 
     If recorded: states: index -> one BlockState per block. gradients: per step one vector per
     block, before parameter hooks, or None. batches, buffers, rng: before each step; rng None where
-    it draws nothing.
+    it draws nothing. by_weight: per step dℓ/dŵ of each micro-batch's rows, where rows are weighed.
     """
 
     start: int
@@ -97,6 +97,7 @@ class Trajectory:
     batches: list[Any] = field(default_factory=list)
     states: dict[int, list[BlockState]] = field(default_factory=dict)
     gradients: list[list[Tensor | None]] = field(default_factory=list)
+    by_weight: list[list[Tensor]] = field(default_factory=list)
     buffers: list[dict[str, Tensor | None]] = field(default_factory=list)
     rng: list[RandomState | HiddenState | None] = field(default_factory=list)
     hooks: Hooks | None = None
