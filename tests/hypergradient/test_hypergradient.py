@@ -44,7 +44,7 @@ from rhc.optimizers.sgd_family import SGDState
 from rhc.training.objective import Average
 from rhc.training.trajectory import BlockState
 
-STEPS = 7
+STEPS = 5
 SEGMENTS = (1, 3)
 """The plan's own choice, which is every graph; and the last three, others being made again."""
 
@@ -674,14 +674,14 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"controls": {"lrr": 0.1}}, "unknown control 'lrr': did you mean 'lr'"),
     ({"controls": {"x": 0.1}}, "unknown control 'x': there are: lr, momentum, noise, weight_decay"),
     ({"controls": {}}, "controls is empty; name at least one of lr, momentum"),
-    ({"controls": {"lr": [0.1, 0.1]}}, r"controls\['lr'\].*shape \(7,\), got \(2,\)"),
+    ({"controls": {"lr": [0.1, 0.1]}}, rf"controls\['lr'\].*shape \({STEPS},\), got \(2,\)"),
     ({"controls": {"noise": -1.0}}, r"controls\['noise'\] must be ≥ 0, got -1"),
     ({"controls": {"momentum": 1.0}}, r"controls\['momentum'\] must be ≥ 0 and < 1, got 1"),
     ({"controls": {"momentum": 0.0}}, "momentum cannot be steered from 0"),
     ({"controls": {"lr": float("nan")}}, "must be finite, got lr=nan at step 0"),
     ({"batches": []}, "batches is empty; give one batch per step"),
-    ({"segment": 0}, r"segment must be in \[1, 7\] .* got 0"),
-    ({"segment": 8}, r"segment must be in \[1, 7\] .* got 8"),
+    ({"segment": 0}, rf"segment must be in \[1, {STEPS}\] .* got 0"),
+    ({"segment": 8}, rf"segment must be in \[1, {STEPS}\] .* got 8"),
     ({"segment": "sqrt"}, r"segment must be a whole number, got .sqrt."),
     ({"product": "exactly"}, "unknown product 'exactly': did you mean 'exact'"),
     ({"engine": "adjoin"}, "unknown engine 'adjoin': did you mean 'adjoint'"),

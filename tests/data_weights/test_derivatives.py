@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import rhc
 from rhc.data_weights import DataWeights
 
-STEPS, ROWS, CELLS = 5, 6, 9
+STEPS, ROWS, CELLS = 4, 5, 6
 
 MODELS = {
     "mlp": lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)),
