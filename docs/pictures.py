@@ -1,12 +1,13 @@
-"""The pictures of the documentation: the terminal and the report of a run of digits.
+"""The pictures of the documentation, of the terminal and of reports.
 
-    pip install -c constraints.txt -e '.[dev,report,runners]'     and Chromium with its driver
+    pip install -c constraints.txt -e '.[figures,runners]'     and Chromium with its driver
     python docs/pictures.py            # writes docs/pictures/
     python docs/pictures.py --text DIR    # also the gallery's char_lm, of the .txt file in DIR
-    python docs/pictures.py --mnist DIR   # also docs/figures/whole_run.png, of 2000 steps of MNIST
+    python docs/pictures.py --mnist DIR   # also AdaptiveRL on MNIST, and docs/figures/whole_run.png
     python docs/pictures.py --check    # exit status 1 where they would look otherwise today
 
-The run, and so what is to be seen, is that of `rhc train --window 50`, the README's first command.
+Terminal and report are of `rhc train --window 50`, the README's first command; the gallery is of
+`rhc train` and the demonstrations of AdaptiveRL are of `rhc compare`, seed 100.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ GALLERY = {
     "drifting_sine": ("metric-0", "control-lr"),
 }
 """The runs of the gallery, `rhc train NAME --validate-every 50`, and the charts that are shown."""
+DEMONSTRATIONS = {"sine": 0.01, "mnist": 0.01, "cartpole": 0.01, "drifting_sine": 0.03}
+"""Where AdaptiveRL is shown, and its first lr there."""
+SIGNALS = ("overlay", "changes", "plateaus")
+"""The charts of a demonstration."""
 SHOWN_AT = 60
 """The step of the second window at which the terminal is shown."""
 
@@ -70,6 +75,7 @@ def main() -> int:
             look = looks(PICTURES / "train.svg", directory)
             report(directory.absolute() / "report.html")
             gallery(arguments.text and here / arguments.text)
+            demonstrations(arguments.mnist and here / arguments.mnist)
             if arguments.mnist:
                 whole_run(here / arguments.mnist)
         finally:
@@ -112,9 +118,9 @@ def looks(svg: Path, run: Path) -> dict[str, str]:
     text = re.sub(r"<[^>]*>|&#\d+;", " ", text)
     # Outcomes and durations may be others there.
     words = [w for w in re.findall(r"[a-z]{3,}", text) if w not in (*OUTCOMES, "left")]
-    charts = [(chart.key, chart.title, chart.caption) for chart in charts_of([read_run(run)])]
+    drawn = [(chart.key, chart.title, chart.caption) for chart in charts_of([read_run(run)])]
     template = Path(rhc.report.__file__).with_name("page.html").read_text()
-    shown = {"terminal": " ".join(dict.fromkeys(words)), "report": f"{charts}{INK}{template}"}
+    shown = {"terminal": " ".join(dict.fromkeys(words)), "report": f"{drawn}{INK}{template}"}
     return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in shown.items()}
 
 
@@ -161,14 +167,39 @@ def gallery(text: Path | None) -> None:
         line += ["--validate-every", "50"] if name in ("digits", "char_lm") else []
         if command(line):
             raise SystemExit(f"the run {name} failed")
-        with opened(Path(f"gallery/{name}/report.html").absolute()) as browser:
-            shown = ", ".join(f"#chart-{key}" for key in keys)
-            browser.execute_script(
-                "for (const each of document.querySelectorAll('figure'))"
-                f" if (!each.querySelector('{shown}')) each.remove();"
+        charts(Path(f"gallery/{name}/report.html"), keys, PICTURES / f"gallery_{name}.png")
+
+
+def demonstrations(mnist: Path | None) -> None:
+    """AdaptiveRL on each task: what it saw and did; on MNIST where there is a folder of it."""
+    for name, lr in DEMONSTRATIONS.items():
+        line = f"compare {name} --methods adaptive --lrs {lr} --seeds 100-100 -o {name}".split()
+        if name == "mnist":
+            if mnist is None:
+                continue
+            line += ["--data", str(mnist)]
+        page = Path(f"{name}/report.html")
+        if command(line) or command(["report", name, "-o", str(page)]):
+            raise SystemExit(f"AdaptiveRL on {name} failed")
+        charts(page, SIGNALS, PICTURES / f"adaptive_{name}.png")
+
+
+def charts(page: Path, keys: Sequence[str], path: Path) -> None:
+    """A picture of these charts of a report alone; the first of an odd number is a wide one."""
+    with opened(page.absolute()) as browser:
+        shown = ", ".join(f"#chart-{key}" for key in keys)
+        browser.execute_script(
+            "for (const each of document.querySelectorAll('figure'))"
+            f" if (!each.querySelector('{shown}')) each.remove();"
+        )
+        if len(keys) % 2:
+            browser.execute_async_script(
+                "document.querySelector('figure').style.gridColumn = '1 / -1';"
+                "for (const each of document.querySelectorAll('.chart')) Plotly.Plots.resize(each);"
+                "setTimeout(arguments[0], 500);"
             )
-            (charts,) = browser.find_elements("css selector", ".charts")
-            charts.screenshot(str(PICTURES / f"gallery_{name}.png"))
+        (found,) = browser.find_elements("css selector", ".charts")
+        found.screenshot(str(path))
 
 
 def whole_run(data: Path) -> None:
