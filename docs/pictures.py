@@ -33,7 +33,8 @@ import rhc.cli.building
 import rhc.report
 from rhc.cli.main import main as command
 from rhc.events import Event, StartFound, StepTaken
-from rhc.report.charts import INK, OUTCOMES, charts_of
+from rhc.report.charts import OUTCOMES, charts_of
+from rhc.report.figure import INK
 from rhc.report.live import Progress, found, frame, heading
 from rhc.report.records import read_run
 
@@ -192,10 +193,12 @@ def charts(page: Path, keys: Sequence[str], path: Path) -> None:
             "for (const each of document.querySelectorAll('figure'))"
             f" if (!each.querySelector('{shown}')) each.remove();"
         )
+        size(browser, 1400)
         if len(keys) % 2:
             browser.execute_async_script(
                 "document.querySelector('figure').style.gridColumn = '1 / -1';"
-                "for (const each of document.querySelectorAll('.chart')) Plotly.Plots.resize(each);"
+                "for (const each of document.querySelectorAll('.chart')) {"
+                " Plotly.purge(each); draw(each); }"
                 "setTimeout(arguments[0], 500);"
             )
         (found,) = browser.find_elements("css selector", ".charts")
@@ -235,10 +238,7 @@ def opened(page: Path) -> Iterator[Any]:
     driver = shutil.which("chromedriver")
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     try:
-        browser.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride",
-            {"width": 1200, "height": 1000, "deviceScaleFactor": 1, "mobile": False},
-        )
+        size(browser, 1000)
         browser.get(page.as_uri())
         browser.set_script_timeout(60)
         browser.execute_async_script(
@@ -249,6 +249,12 @@ def opened(page: Path) -> Iterator[Any]:
         yield browser
     finally:
         browser.quit()
+
+
+def size(browser: Any, height: int) -> None:
+    """Makes the screen 1200 columns wide, and as high as that."""
+    shape = {"width": 1200, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", shape)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ def page_of(directories: Sequence[Path]) -> str:
         raise InputError(
             f"the report needs {error.name}, which is not installed; pip install 'rhc[report]'"
         ) from None
-    from rhc.report.charts import NIGHT, charts_of
+    from rhc.report.charts import charts_of
+    from rhc.report.figure import NIGHT
 
     charts = charts_of(runs)
     environment = Environment(

@@ -46,7 +46,7 @@ class RunSignals:
 def signals_of(run: RunRecord) -> RunSignals:
     of_reward = "without a reward Δr is the fall of the loss over its noise"
     if run.reward:
-        of_reward = f"the reward is {run.reward}"
+        of_reward = f"Δr is the trend of {run.reward}"
     rows = list(_recorded(run))
     origin = "as the scheduler recorded them"
     if not rows:

@@ -16,7 +16,8 @@ import torch
 
 import rhc
 from rhc.cli.main import main
-from rhc.report.charts import INK, NIGHT, charts_of
+from rhc.report.charts import charts_of
+from rhc.report.figure import INK, NIGHT
 from rhc.report.records import SIGNALS, read_run, runs_in, thinned
 from rhc.report.signals import signals_of
 
