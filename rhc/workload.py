@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rhc import runner_files
 from rhc.errors import InputError
@@ -32,6 +32,11 @@ ENTRY_POINT_GROUP = "rhc.runners"
 
 OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "radam", "adamax", "rmsprop", "adagrad")
 """Names for `optimizer_of`. Muon takes only matrices, not a whole model."""
+
+Template = Literal["constant", "cosine", "linear", "wsd", "1cycle"]
+TEMPLATES: tuple[Template, ...] = get_args(Template)
+"""Shapes of lr: constant; half a cosine; a line; warm-up, stable, decay (constant, then linear);
+1cycle along half cosines (Smith, Topin 2019). `rhc.schedule` has their factors."""
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,10 @@ COMMANDS: dict[str, tuple[type[Settings], str]] = {
     "watch": (WatchConfig, "Follow a run:        rhc watch runs/digits-1a2b3c4d"),
     "init": (InitConfig, "A run of your own:   rhc init my_run.py"),
 }
-"""The settings of each command and its line in `rhc --help`; `rhc.cli.NAME.run` runs it."""
+"""The settings of each command and its line in `rhc --help`; `rhc.cli.NAME.run` runs it, or
+`rhc.cli.show.NAME`."""
+
+SHOWING = ("runs", "inspect", "report", "watch")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -167,8 +170,9 @@ def _dispatch(arguments: list[str]) -> int:
 
     screen = Screen()
     with screen.waiting("loading torch") if name == "train" else nullcontext():
-        command = importlib.import_module(f"rhc.cli.{name}")
-    status: int = command.run(config, screen)
+        module, function = ("show", name) if name in SHOWING else (name, "run")
+        command = getattr(importlib.import_module(f"rhc.cli.{module}"), function)
+    status: int = command(config, screen)
     return status
 
 

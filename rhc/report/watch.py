@@ -25,7 +25,7 @@ MOST_EARLIER = 8
 """Earlier events that plain lines show."""
 
 
-def watch(
+def follow(
     directory: Path, console: Console, wait: Callable[[], None] = lambda: time.sleep(1)
 ) -> None:
     """Displays another process's run until it has a result; writes nothing to its files."""

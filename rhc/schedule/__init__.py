@@ -11,13 +11,12 @@ from rhc.schedule.schedule import SCHEDULE_VERSION, Schedule, total_variation
 from rhc.schedule.templates import (
     ONE_CYCLE_FIRST,
     ONE_CYCLE_UP,
-    TEMPLATES,
-    Template,
     cooldown,
     shaped,
     template_factors,
     warming,
 )
+from rhc.workload import TEMPLATES, Template
 
 __all__ = [
     "CONTROLS",

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from rhc.errors import InputError
 from rhc.schedule.schedule import Schedule, reading
-from rhc.schedule.templates import TEMPLATES, Template, shaped, template_factors
+from rhc.schedule.templates import shaped, template_factors
 from rhc.storage.jsonl import JsonLines, read_rows
+from rhc.workload import TEMPLATES, Template
 
 PLAN_VERSION = 2
 """Of a schedule.json with a plan; version 1 has a value for every step."""

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from rhc.schedule.controls import CONTROLS
-
-Template = Literal["constant", "cosine", "linear", "wsd", "1cycle"]
-TEMPLATES: tuple[Template, ...] = get_args(Template)
-"""Constant; half a cosine; a line; warm-up, stable, decay (constant, then linear); 1cycle along
-half cosines (Smith, Topin 2019), for lr alone."""
+from rhc.workload import Template
 
 ONE_CYCLE_UP, ONE_CYCLE_FIRST = 0.3, 0.04
 """Fraction of the run in which 1cycle rises, and its first factor, as in torch."""

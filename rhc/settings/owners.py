@@ -20,18 +20,17 @@ from rhc.settings.fields import (
     setting,
     share,
 )
-from rhc.workload import OPTIMIZERS
+from rhc.workload import OPTIMIZERS, TEMPLATES
 
 MOST_STEPS = 50_000_000
 """Limit of a run, whose plan takes 8 bytes per control and step."""
 
 Start = Literal["zero", "probe", "given"]
-TEMPLATES = ("constant", "cosine", "linear", "wsd", "1cycle")
 PRODUCTS = (
     *("auto", "exact", "forward-over-reverse", "forward-difference", "central-difference"),
     "none",
 )
-"""Templates and products repeat those of modules that import torch; a test compares them."""
+"""Repeats those of a module that imports torch; a test compares them."""
 
 
 def parsed_names(given: Any) -> tuple[str, ...]:

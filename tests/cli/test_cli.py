@@ -49,9 +49,8 @@ from rhc.report.live import (
 )
 from rhc.report.records import one_number
 from rhc.report.text import print_result
-from rhc.schedule import TEMPLATES as KNOWN_TEMPLATES
 from rhc.settings import TrainConfig, parsed_bytes
-from rhc.settings.owners import PRODUCTS, TEMPLATES
+from rhc.settings.owners import PRODUCTS
 from rhc.workload import OPTIMIZERS
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -881,7 +880,6 @@ def test_module_and_status(tmp_path: Path) -> None:
 
 def test_the_names_that_are_offered_are_those_that_exist() -> None:
     assert ("auto", *KNOWN_PRODUCTS) == PRODUCTS
-    assert TEMPLATES == KNOWN_TEMPLATES
     assert set(OPTIMIZERS) <= {kind.__name__.lower() for kind in DIFFERENTIABLE}
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from rhc.cli.main import main
 from rhc.report.live import Screen
-from rhc.report.watch import watch
+from rhc.report.watch import follow
 
 RESULT = {
     "test_loss": 0.25,
@@ -47,7 +47,7 @@ def test_a_run_is_followed_to_its_end(tmp_path: Path) -> None:
                 (tmp_path / "result.json").write_text(json.dumps(RESULT))
 
     screen, file = plain_screen()
-    watch(tmp_path, screen, wait)
+    follow(tmp_path, screen, wait)
     lines = file.getvalue().splitlines()
     assert lines[1] == "demo: 4 steps, window 2, not rewriting"
     assert [line.split("  eta")[0].split() for line in lines[2:5]] == [
@@ -93,7 +93,7 @@ def test_a_terminal_shows_the_display_of_the_run(tmp_path: Path) -> None:
                 (tmp_path / "tape.jsonl").write_text(lines({"loss": "x"}, *rows))
                 (tmp_path / "result.json").write_text(json.dumps(RESULT))
 
-    watch(tmp_path, screen, wait)
+    follow(tmp_path, screen, wait)
     plain = [re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text) for text in (*shown, file.getvalue())]
     assert "0/150" in plain[0] and "3 steps at lr 0.1: loss 1" in plain[1]
     third = plain[2][len(plain[1]) :]
@@ -127,7 +127,7 @@ def test_it_is_said_once_that_nothing_trains_a_run(tmp_path: Path) -> None:
                 case 6:
                     (tmp_path / "result.json").write_text(json.dumps(RESULT))
 
-        watch(tmp_path, screen, wait)
+        follow(tmp_path, screen, wait)
     lines = file.getvalue().splitlines()
     assert lines[2:10] == ["step 2/4  rewound: nan"] * 8, "three of eleven came before these"
     assert lines[10] == "start  3 steps at lr 0.1: loss 1"
