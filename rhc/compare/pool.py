@@ -161,7 +161,7 @@ def _explained(rows: Sequence[Row], reference: str, seeds: int) -> str:
         "score: of the run's goal where it has one, else the test loss of the final weights or the "
         f"mean of the metric tracking, {best}; 95 %: bootstrap over {seeds} seeds; apart: paired "
         f"difference to {reference}; steps: mean of the seeds that reach the target, which is that "
-        f"of the run, of --target, or what {reference} ends with give or take 5 %; gradients: "
+        f"of the run, of --target, or the final score of {reference}, 5 % worse; gradients: "
         "evaluations a run; cost: in plain runs, tuning: of choosing the lr"
     )
 

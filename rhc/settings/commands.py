@@ -27,7 +27,7 @@ SIZES = ("batch_size", "width")
 
 @dataclass(frozen=True, kw_only=True)
 class Directory(Settings):
-    """A run that is there."""
+    """An existing run."""
 
     heading = "arguments"
 
@@ -37,16 +37,16 @@ class Directory(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded(Directory):
-    """A run that is there, to be trained or rolled again."""
+    """An existing run, to be trained or rolled again."""
 
     heading = "arguments"
 
     data: Path | None = like(Run, "data", unset="as before")
-    """Where the same data are now. If they were moved."""
+    """Folder of the same data, if it was moved."""
     device: str | None = like(Run, "device", default=None, unset="as before")
-    """Where to compute: cpu, cuda or auto."""
+    """Device: cpu, cuda or auto."""
     trust: bool = like(Files, "trust")
-    """Run the file that DIR names. Wherever it lies: it may be somebody else's."""
+    """Run the file that DIR names, wherever it lies. It may be somebody else's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +60,13 @@ class ResumeConfig(Recorded):
     heading = "what is changed"
 
     steps: int | None = like(Run, "steps", unset="as before")
-    """More steps in all than before. The plan is made anew for those to come."""
+    """Total number of steps, more than before. The schedule is planned anew for the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayConfig(Settings):
     """Train RUN by a schedule that another run wrote, for one plain run, on any seed.
-    It is followed step by step; nothing is rewritten, nothing looked for.
+    The schedule is followed step by step, without rewriting or an lr search.
 
     examples:
       rhc replay runs/digits-1a2b3c4d --seed 1           # the run on another seed
@@ -89,21 +89,21 @@ class ReplayConfig(Settings):
     optimizer: str | None = like(OptimizerSettings, "optimizer", unset="as before", place="rare")
 
     steps: int | None = like(Run, "steps", unset="the schedule's", heading="another length or size")
-    """Optimizer steps in all. Fewer than the schedule has are its first ones."""
+    """Optimizer steps in all. If fewer than the schedule has, its first ones."""
     stretch: bool = setting(False)
-    """The whole schedule over --steps. Longer or shorter, in place of its first steps."""
+    """Stretch the whole schedule to --steps. Instead of taking its first steps."""
     batch_size: int | None = setting(None, "B", at_least(1, 64), unset="the run's own", most=10**8)
-    """Examples per batch. For runs that can have other ones."""
+    """Examples per batch, for runs that support other sizes."""
     width: int | None = setting(None, "N", at_least(1, 2), unset="1", most=10**5)
-    """Hidden layers N times as wide. For runs that can have other ones."""
+    """Factor on the width of hidden layers, for runs that support it."""
     rescale: str = setting("none", "NAME", one_of("none", "linear", "sqrt", "width"))
-    """none, linear, sqrt or width: what lr is scaled by. linear: × (batch size / what it was),
-    sqrt: × the root of that, width: / how many times as wide the model is; none leaves it."""
+    """none, linear, sqrt or width: how lr is scaled. linear: by the ratio of batch sizes, sqrt: by
+    its root, width: by 1 / the ratio of widths."""
 
     directory: Path | None = like(
         Storage, "directory", unset="runs/RUN-replay-HASH", heading="files"
     )
-    """Where the run is kept. By default one directory per schedule and settings."""
+    """Directory of the run. By default one per schedule and settings."""
     resume: str = like(Storage, "resume")
     keep_checkpoints: int = like(Storage, "keep_checkpoints")
     trust: bool = like(Recorded, "trust")
@@ -127,15 +127,15 @@ class ReplayConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class SmoothConfig(Step, OptimizerSettings, Run):
-    """Train RUN, look at its tape from both ends, write a schedule, train by it: the
-    laws of AdaptiveRL, driven by what came after a step as well as before. The
-    best run by held-out loss is kept; no gradients of gradients.
+    """Train RUN, smooth its tape in both directions, write a schedule, train by it:
+    the laws of AdaptiveRL with trends of what came before and after each step. The
+    run with the lowest held-out loss is kept; no second derivatives are taken.
 
     examples:
       rhc smooth digits                                  # two plain runs
       rhc smooth drifting_sine --passes 3                # four
       rhc smooth mnist --data mnist/ --template cosine   # corrects a cosine
-      rhc replay runs/digits-smooth-1a2b3c4d --seed 1    # what came out, again
+      rhc replay runs/digits-smooth-1a2b3c4d --seed 1    # its schedule again
     """
 
     lr: float | None = like(OptimizerSettings, "lr", unset="the run's own", heading="the optimizer")
@@ -176,15 +176,15 @@ class HypergradientConfig(Recorded):
     heading = "what is differentiated"
 
     controls: tuple[str, ...] | None = setting(None, "NAME …", unset="all that are not 0")
-    """What J is differentiated by. Some of lr, momentum, noise, weight_decay."""
+    """Controls to differentiate by. Some of lr, momentum, noise, weight_decay."""
     steps: int | None = like(Run, "steps", unset="all of them")
-    """Only the first T steps of the run. With J at their end."""
+    """Differentiate the first T steps only, with J at their end."""
 
-    product: str = like(Engine, "product", default="exact", heading="how")
+    product: str = like(Engine, "product", default="exact", heading="method")
     """Hessian products, as of rhc train."""
     memory_budget: int | None = like(Engine, "memory_budget", place="usual")
     average: float = like(Law, "average", default=0.0, unset="")
-    """J is taken at the average of the iterates. This is its decay; 0 for the last one."""
+    """Decay of the average of iterates at which J is taken; 0 for the last iterate."""
     stage_weight: float | None = setting(
         None, "W", unset="0; 1/T without validation data", place="rare"
     )
@@ -195,15 +195,15 @@ class HypergradientConfig(Recorded):
     costate_clip: float | None = like(Engine, "costate_clip")
     """Largest norm of the costate, as a multiple of its norm at the end."""
 
-    passes: int = setting(0, "N", at_least(0, 4), heading="rewriting it")
-    """Rewrites of the whole schedule. Each is kept where J falls on the same data; a run by what
-    comes out is trained in the end."""
+    passes: int = setting(0, "N", at_least(0, 4), heading="rewriting")
+    """Rewrites of the whole schedule. One is kept if J falls on the same data; at the end a run is
+    trained with the result."""
     knots: int = setting(8, "M", at_least(0, 8))
-    """Knots that --passes move. With log-linear values between them; 0 for one per step."""
+    """Knots of the schedule that --passes moves. Log-linear between them; 0 for one per step."""
     step: float = setting(0.3, "X", Check("> 0", lambda x: x > 0, "try --step 0.3"), place="rare")
     """Largest move of a knot per rewrite. In nats (momentum: logits)."""
     output: Path | None = setting(None, "DIR", unset="runs/RUN-horizon-HASH")
-    """Where their last run is kept."""
+    """Directory of the last run of --passes."""
 
     def checked(self) -> Self:
         checked = super().checked()
@@ -225,32 +225,32 @@ class DistillConfig(Settings):
     """
 
     directories: tuple[Path, ...] = setting(metavar="DIR …", place="argument", heading="arguments")
-    """Directories of runs. Written with hindsight: by rhc smooth, hypergradient or train."""
+    """Directories of runs by rhc smooth, hypergradient or train."""
     output: Path = setting(metavar="POLICY", alias="-o")
     """Folder for the policy. rhc.DistilledScheduler.load takes it."""
     kind: str = setting("gru", "gru|laws", one_of("gru", "laws"), heading="the policy")
-    """A recurrent network, or laws. Those of AdaptiveRL with fitted gains, to be read."""
-    controls: tuple[str, ...] | None = setting(None, "NAME …", unset="what moves in the runs")
-    """What the policy steers. Some of lr, momentum, noise."""
+    """A recurrent network, or the laws of AdaptiveRL with fitted gains."""
+    controls: tuple[str, ...] | None = setting(None, "NAME …", unset="those that vary in the runs")
+    """Controls that the policy sets. Some of lr, momentum, noise."""
     every: int = like(SmoothConfig, "every")
     gradient_norms: bool = setting(False, place="rare")
-    """Look at the gradient's norm too. At its trend, taken once per move."""
-    rounds: int = setting(2, "N", at_least(0, 2), heading="its fit")
-    """Rounds of correction. In each the policy steers the training runs and is corrected where it
-    goes."""
+    """Use the trend of the gradient's norm too. Taken once per update."""
+    rounds: int = setting(2, "N", at_least(0, 2), heading="fitting")
+    """Rounds of correction. In each, the policy steers the training runs and is fitted again on the
+    states that it reaches."""
     seed: int = like(Run, "seed")
     """Seed of the fit and of the split."""
     data: Path | None = like(Recorded, "data")
     per_round: int = setting(8, "N", at_least(1, 8), place="rare")
-    """Training runs steered per round, at most. One plain run each."""
+    """Most training runs per round. One plain run each."""
     held_out: float = setting(0.2, "F", fraction(0.2, "a share"), place="rare")
-    """Share of the runs to judge policies by. Nothing is learned from them: policies steer them."""
+    """Share of the runs that policies are validated on. They are not fitted to."""
     trust: bool = like(Recorded, "trust")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig(Settings):
-    r"""Train RUN by several methods on several seeds; what each ends with and costs.
+    r"""Train RUN by several methods on several seeds; compare results and costs.
 
     examples:
       rhc compare digits --methods rhc cosine --lrs 0.03 0.1 0.3 --seeds 10
@@ -294,48 +294,47 @@ class CompareConfig(Settings):
     width: int | None = like(ReplayConfig, "width", place="rare")
 
     methods: tuple[str, ...] = setting(
-        (), "NAME …", unset="rhc zero-probe-cosine cosine", heading="by what"
+        (), "NAME …", unset="rhc zero-probe-cosine cosine", heading="methods"
     )
-    """Methods. Those that there are stand above."""
+    """Methods, from the list above."""
     lrs: tuple[float, ...] = setting((), "A …", unset="the run's own")
-    """Learning rates. For the methods that need one."""
+    """Learning rates, for the methods that need one."""
     tune: str | None = setting(None, "N|FIRST-LAST", unset="all are reported")
-    """Seeds on which lrs are chosen. Each method's, among --lrs or six from 0.001 to 0.3; only that
-    one is reported, and what the choice took is said."""
+    """Seeds on which each method's lr is chosen. Among --lrs, or six from 0.001 to 0.3; only that
+    lr is reported, with the cost of choosing it."""
     ablations: bool = setting(False, place="rare")
-    """AdaptiveRL with one part changed, each. Beside or in place of other methods."""
+    """Variants of AdaptiveRL with one part changed. Besides other methods, or alone."""
     schedule: Path | None = setting(None, "DIR|FILE", place="rare")
-    """The schedule that the method replay follows. Of a run, stretched to the length of these."""
+    """Schedule for the method replay. A run's, stretched to the length of these."""
     policy: Path | None = setting(None, "FOLDER", place="rare")
-    """The policy that steers the method distilled. Of rhc distill."""
+    """Policy for the method distilled, by rhc distill."""
 
-    seeds: str = setting("5", "N|FIRST-LAST", heading="how it is told")
-    """How many seeds, from 100 on, or which. Choose on 0-9, report on 100 and more."""
+    seeds: str = setting("5", "N|FIRST-LAST", heading="seeds and results")
+    """Number of seeds, from 100 on, or a range. Choose on 0-9, report on 100 and more."""
     versus: str | None = setting(None, "NAME", unset="the last method")
-    """The method others are compared with. At its best lr."""
+    """Method that others are compared with, at its best lr."""
     output: Path | None = setting(None, "FILE")
-    """A further file for all rows, as JSON. And for all lines of the table."""
+    """Another file for the rows and the lines of the table, as JSON."""
     target: float | None = setting(None, "X", unset="the run's own", place="rare")
-    """What a run must reach for its steps to be counted. By default what the reference ends with,
-    give or take 5 %."""
+    """Score to which steps are counted. By default the final score of the reference, 5 % worse."""
     oracle: str | None = setting(None, "NAME", place="rare")
-    """The method whose gain is 1. Of its gain over --versus the others are said to keep a share."""
+    """Method whose gain over --versus is 100 %. Others are reported as a share of it."""
 
     directory: Path | None = setting(
-        None, "DIR", unset="runs/compare-RUN", alias="-o", heading="where"
+        None, "DIR", unset="runs/compare-RUN", alias="-o", heading="files and processes"
     )
-    """Where rows are kept. As they come, and not computed again."""
+    """Folder of the rows and of the runs. Rows in it are not computed again."""
     jobs: int = setting(1, "N", at_least(1, 2), most=1024)
-    """Processes that run at once."""
+    """Number of parallel processes."""
     launcher: str = setting("processes", "NAME", place="rare")
-    """What runs them: processes, submitit or ray. Processes of this machine, or Slurm or ray, if
+    """Launcher: processes, submitit or ray. Processes of this machine, or Slurm or ray, if
     installed; options after a colon, such as submitit:slurm_partition=gpu,timeout_min=60 or
     ray:num_gpus=1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunsConfig(Settings):
-    """List what can be trained, and the runs that lie in runs/.
+    """List the available runs, and the results in runs/.
 
     example:
       rhc runs
@@ -353,7 +352,7 @@ class InspectConfig(Directory):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig(Settings):
-    """Write one HTML page about a run, or about several; it needs no network.
+    """Write one HTML page about a run, or about several; it loads nothing.
 
     examples:
       rhc report runs/digits-1a2b3c4d
@@ -363,9 +362,9 @@ class ReportConfig(Settings):
     heading = "arguments"
 
     directories: tuple[Path, ...] = setting(metavar="DIR …", place="argument")
-    """Directories of runs. Several are laid over each other."""
+    """Directories of runs, or folders of runs. Several are shown side by side."""
     output: Path | None = setting(None, "FILE", unset="DIR/report.html, or here", alias="-o")
-    """Where the page is written."""
+    """File of the page."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,7 +378,7 @@ class WatchConfig(Directory):
 
 @dataclass(frozen=True, kw_only=True)
 class InitConfig(Settings):
-    """Write a runner of your own that works as it stands, to be changed.
+    """Write a working runner as a starting point for your own.
 
     example:
       rhc init my_run.py && rhc train my_run.py:my_run

@@ -119,13 +119,13 @@ class OptimizerSettings(Settings):
         None, "NAME", one_of(*OPTIMIZERS, mend="only these have dynamics"), unset="the run's own"
     )
     """sgd, adam or adamw. Also nadam, radam, adamax, rmsprop, adagrad of torch.optim."""
-    lr: float | None = setting(None, "A", unset="it is found")
-    """Learning rate to start from. A first guess, or what is kept with --start given, where it is
-    the run's own by default."""
+    lr: float | None = setting(None, "A", unset="found by a search")
+    """Initial learning rate. A first guess for the search, or with --start given the value itself,
+    by default the run's own."""
     momentum: float = setting(0.9, "MU")
-    """Momentum of sgd, β1 of the Adams. To start from; also of rmsprop; adagrad has none."""
+    """Initial momentum of sgd, or β1 of the Adams. Also of rmsprop; adagrad has none."""
     weight_decay: float | None = setting(None, "W", unset="0; 0.01 for adamw")
-    """Weight decay. To start from, where it is among --controls."""
+    """Weight decay. Its initial value where it is among --controls."""
     nesterov: bool = setting(False, place="rare")
     """Nesterov's momentum, for sgd."""
 
@@ -145,11 +145,11 @@ class Step(Settings):
     heading = "the optimizer"
 
     clip_norm: float | None = setting(None, "C", above_0("not to clip"), unset="no clipping")
-    """Norm that gradients are clipped to. Of all parameters together."""
+    """Clip the norm of the gradient to C. Over all parameters together."""
     clip_value: float | None = setting(
         None, "C", above_0("not to clip"), unset="no clipping", place="rare", recorded="if given"
     )
-    """Absolute value that every element of the gradient is clipped to."""
+    """Clip every element of the gradient to [−C, C]."""
     accumulate: int = setting(
         1,
         "N",
@@ -158,9 +158,9 @@ class Step(Settings):
         most=10**5,
         recorded="if given",
     )
-    """Batches per optimizer step. It goes by the gradient of the mean of their losses."""
+    """Batches per optimizer step. The step uses the gradient of their mean loss."""
     deterministic: bool = setting(False, place="rare", recorded="if given")
-    """Only operators that give the same bits again; an error where there is none."""
+    """Use deterministic operators only; an error where an operator has no such version."""
 
     def checked(self) -> Self:
         checked = super().checked()
@@ -179,15 +179,14 @@ class Shape(Settings):
     heading = "its schedule"
 
     start: str | None = setting(None, "NAME", one_of(*get_args(Start)), unset="by --lr")
-    """zero, probe or given: how lr is found. zero needs no --lr, and finds one for every parameter
-    group by a hypergradient and short rolls; probe takes --lr for a first guess; given keeps
-    it. zero by default, probe with --lr, given with --no-rewrite."""
+    """zero, probe or given: how lr is found. zero needs no --lr, and finds one per parameter group
+    from a hypergradient and short rolls; probe takes --lr as a first guess; given keeps --lr. The
+    default is zero, with --lr it is probe, with --no-rewrite given."""
     template: str | None = setting(
         None, "NAME", one_of(*TEMPLATES), unset="by --start", recorded="if given"
     )
-    """constant, cosine, linear, wsd or 1cycle. The shape of lr, to be rewritten or followed. By
-    default cosine, linear for the Adams; with --start given wsd, and constant with
-    --no-rewrite."""
+    """constant, cosine, linear, wsd or 1cycle. The shape of lr over the run, before rewriting. By
+    default cosine, or linear for the Adams; wsd with --start given; constant with --no-rewrite."""
     warmup: float | None = setting(
         None,
         "F",
@@ -222,16 +221,16 @@ class Window(Settings):
     window: int = setting(50, "K", at_least(1, 50), most=MOST_STEPS)
     """Steps rolled, differentiated and rewritten at once."""
     stride: int | None = setting(None, "M", unset="the window", place="rare")
-    """Steps committed before sliding on. At most the window; fewer is model-predictive control, at
-    window / stride times the cost."""
+    """Steps committed before the window slides. At most the window; fewer is model-predictive
+    control, at window / stride times the cost."""
     controls: tuple[str, ...] | None = setting(
         None, "NAME …", unset="lr", parse=parsed_names, rewriting=True, recorded="by the runner"
     )
-    """Some of lr, momentum, noise, weight_decay. Those are rewritten."""
+    """Controls to rewrite. Some of lr, momentum, noise, weight_decay."""
     per_group: tuple[str, ...] | None = setting(
         None, "NAME …", place="rare", parse=parsed_names, rewriting=True, recorded="if given"
     )
-    """Those of --controls with a value per parameter group. The others keep the groups' ratios."""
+    """Controls with a value per parameter group. Some of --controls; others keep groups' ratios."""
 
     def checked(self) -> Self:
         checked = super().checked()
@@ -257,16 +256,15 @@ class Law(Settings):
     heading = "hindsight"
 
     rewrite: bool = setting(True, recorded="by the runner")
-    """Train as the plain loop does. Bit for bit."""
+    """Train as the plain loop does, bit for bit."""
     budget: float | None = setting(
         None, "X", at_least(1, 5, "plain run"), unset="5; none for a given start", rewriting=True
     )
-    """Plain runs that it may cost. Windows beyond it are followed as planned."""
+    """Largest cost, in plain runs. Beyond it windows follow the schedule as it is."""
     until: float | None = setting(
         None, "F", share(0.5), unset="0.1; 1 for a given start", place="rare", rewriting=True
     )
-    """Fraction of the run in which windows are rewritten. After it the schedule is followed as it
-    then stands."""
+    """Fraction of the run in which windows are rewritten. Later ones follow the schedule."""
     cooldown: float | None = setting(
         None, "F", fraction(0.2), unset="0.2", place="rare", rewriting=True
     )
@@ -274,11 +272,11 @@ class Law(Settings):
     average: float | None = setting(
         None, "D", fraction(0.99, "a decay"), unset="0.99", place="rare", rewriting=True
     )
-    """A window is judged at the average of its iterates with this decay; 0 for the last one."""
+    """Decay of the average of iterates at which a window is judged; 0 for the last iterate."""
     objective_batches: int | None = setting(
         None, "N", at_least(1, 4), unset="4", place="rare", most=10**5, rewriting=True
     )
-    """Validation batches that a window is judged on."""
+    """Validation batches in the objective of a window."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,9 +286,10 @@ class Engine(Settings):
     heading = "hindsight"
 
     product: str = setting("auto", "NAME", one_of(*PRODUCTS), rewriting=True)
-    """Hessian products: exact, none and others. exact, forward-over-reverse, or approximately
-    forward-difference (half the cost) or central-difference; none leaves the Hessian out. auto
-    is none where the start is looked for, else what is exact or agrees with it."""
+    """Hessian products: exact, none and others. exact and forward-over-reverse are exact,
+    forward-difference (half the cost) and central-difference approximate; none sets the Hessian
+    to 0. auto is none where lr is searched for, else exact, or an approximation that agrees with
+    it."""
     segment: int | str = setting(
         "auto", "N", place="rare", parse=parsed_segment, rewriting=True, recorded="by the runner"
     )
@@ -306,7 +305,7 @@ class Engine(Settings):
     )
     """Memory that a reverse pass may take beyond plain training: bytes, 500MB, 2GiB."""
     discount: float = setting(1.0, "G", share(), place="rare", rewriting=True, recorded="if given")
-    """Factor on the costate at every step backwards; below 1 the far future counts less."""
+    """Factor on the costate per step backwards in time; below 1 the far future counts less."""
     costate_clip: float | None = setting(
         None, "C", above_0("for none"), place="rare", rewriting=True, recorded="if given"
     )
@@ -329,13 +328,13 @@ class Storage(Settings):
     heading = "files"
 
     directory: Path | None = setting(None, "DIR", unset="runs/RUN-HASH", on_resume="")
-    """Where the run is kept. By default one directory per configuration."""
+    """Directory of the run. By default one per configuration."""
     resume: str = setting("auto", "auto|never", one_of("auto", "never"), place="rare", on_resume="")
-    """auto continues the run that is there, never refuses it."""
+    """auto continues a run in the directory, never refuses one."""
     validate_every: int | None = setting(
         None, "N", at_least(1, 100), unset="at the end alone", place="rare", recorded="if given"
     )
-    """Steps between losses on validation data in the tape. Taken after the window in which the
-    step falls, as val_loss; a batch costs a third of a gradient."""
+    """Steps between validation losses on the tape. Evaluated after the window of the step, as
+    val_loss; a batch costs a third of a gradient."""
     keep_checkpoints: int = setting(3, "N", at_least(1, 3), place="rare", recorded="never")
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""

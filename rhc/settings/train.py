@@ -37,15 +37,15 @@ class Files(Settings):
     heading = "files"
 
     tensorboard: bool = setting(False, place="rare", recorded="never")
-    """Write event files. To DIR/tensorboard; needs the package tensorboard."""
+    """Write event files to DIR/tensorboard. Needs the package tensorboard."""
     config: Path | None = setting(None, "FILE", on_resume="")
     """A TOML file of such settings, or a run's config.json. Flags override it."""
     print_config: bool = setting(False, recorded="never")
-    """Print the settings as such a file, and exit."""
+    """Print the settings as a TOML file and exit."""
     plan: bool = setting(False, place="rare", recorded="never", rewriting=True)
-    """Print what a window will cost in time and memory, and exit."""
+    """Print the time and memory that a window will take, and exit."""
     trust: bool = setting(False, place="rare", recorded="never")
-    """Run the file that --config names. Wherever it lies: it may be somebody else's."""
+    """Run the file that --config names, wherever it lies. It may be somebody else's."""
 
 
 # The fields of a class come before those of the bases to its left.
