@@ -34,6 +34,7 @@ from rhc.loop.checks import (
 from rhc.loop.epochs import announce_planning, begin_planning, epoch_steps
 from rhc.loop.fit import Data, EventLog, Fit, ReversePasses
 from rhc.loop.lr_search import find_first_lr
+from rhc.loop.replay_check import assert_replay
 from rhc.loop.result import RunResult
 from rhc.loop.shift import adapt_to_shift
 from rhc.loop.state import Cost, State
@@ -103,6 +104,8 @@ class Runner:
         warmup: fraction of the run in which lr rises linearly to the template. None for a tenth
             where the first lr of an Adam is found, else 0.
         rewrite: an update rule; True for the usual one; False for the plain loop, bit for bit.
+        inexact_replay: whether windows are rewritten although the first one, replayed, did not end
+            in the same bits (`RunResult.replay`).
         schedule: followed as it is where nothing is rewritten, in place of a template; a control
             that it lacks stays as the optimizer has it.
         objective: what a window is judged by; None for the usual one.
@@ -153,6 +156,7 @@ class Runner:
         template: Template | None = None,
         warmup: float | None = None,
         rewrite: bool | Rewrite = True,
+        inexact_replay: bool = False,
         schedule: Schedule | None = None,
         objective: Objective | None = None,
         engine: Engine = "adjoint",
@@ -181,6 +185,7 @@ class Runner:
             stride=stride,
             controls=cast(Any, controls),  # the check makes tuples of them
             per_group=cast(Any, per_group or None),
+            inexact_replay=inexact_replay,
         ).checked()
         shape = settings.Shape(start=start, template=template, warmup=warmup).checked()
         step = settings.Step(
@@ -203,6 +208,7 @@ class Runner:
         ).checked()
         self._settings = (windows, step, engine_settings, storage)
         self.window, self.stride = windows.window, windows.stride or windows.window
+        self.inexact_replay = windows.inexact_replay
         self.accumulate, self.deterministic = step.accumulate, step.deterministic
         self.validate_every = storage.validate_every
         self.seed = whole_number("seed", seed)
@@ -345,6 +351,7 @@ class Runner:
             while fit.state.step < steps:
                 window = next_window(fit)
                 attempt = roll(fit, window)  # lr is lowered until all is finite
+                attempt = assert_replay(fit, window, attempt)  # once
                 attempt = adapt_to_shift(fit, window, attempt)
                 attempt = antithetic_search(fit, window, attempt)
                 while worth_rewriting(fit, window, attempt):
@@ -459,9 +466,10 @@ class Runner:
     def _begin(self, steps: int, resume: Literal["auto", "never"]) -> Fit:
         """A new run with its first lr, or the one in the directory."""
         self.plant.take_up()
+        notices = list[str]()
         if self.ranks is not None:
             described = self._description(steps) | {"directory": self.directory is not None}
-            begin_together(self.plant, described, self._events.notice, wrapped=self._wrapped)
+            notices = begin_together(self.plant, described, wrapped=self._wrapped)
         first_lr = torch.tensor(self._base.own()["lr"], dtype=torch.float64)
         schedule = self._base.planned(steps, first_lr)
         reverse_pass = self._reverse_pass if self._state is None else self._state.reverse_pass
@@ -479,7 +487,9 @@ class Runner:
             self.planner,
             self.directory,
             self._events,
+            self.inexact_replay,
         )
+        self._events.told.clear()
         begin_planning(fit, self.plant.controls.initial["lr"])
         if self.ranks is not None:
             draw_apart(self.ranks)
@@ -487,6 +497,8 @@ class Runner:
             try_first_batch(fit)
             checkpoint = self.directory.open(self._description(steps), resume)
             open_run(fit, self.directory, checkpoint, self.prior_cost)
+        for notice in notices:
+            self._events.tell(notice)
         if state.result is None:
             path = None if self.directory is None else self.directory.path
             sizes = (state.step, steps, self.window, self.stride)

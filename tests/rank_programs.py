@@ -473,6 +473,36 @@ def sampled(*, alone: bool = False) -> list[float]:
     return [row["loss"] for row in result.tape]
 
 
+def replayed(*, share_out: bool) -> list[Any]:
+    """How the first window replays where all is well, and where rank 1 counts in the dark."""
+    found = []
+    for hidden in (False, True):
+        run = make_run("sgd", norm=False, dropout=0.0)
+        if share_out:
+            for layer in (*run.model, run.model):
+                if any(True for _ in layer.parameters()):
+                    fully_shard(layer)
+            run = run._replace(optimizer=torch.optim.SGD(run.model.parameters(), lr=0.05))
+        count = [0]
+
+        def loss_fn(
+            model: nn.Module, batch: Any, hidden: bool = hidden, count: list[int] = count
+        ) -> Any:
+            loss, metrics = classify_with_accuracy(model, batch)
+            count[0] += 1
+            odd = hidden and dist.get_rank() == 1
+            return loss * (1 + 1e-3 * (count[0] % 7) * odd), metrics
+
+        run = run._replace(loss_fn=loss_fn)
+        product: Any = "forward-difference" if share_out else "none"
+        runner = rhc.Runner(
+            *run, window=4, start="given", rewrite=rhc.Rewrite(accept=False), product=product
+        )
+        result = runner.fit(8)
+        found.append([result.replay, [w["outcome"] for w in result.windows]])
+    return found
+
+
 def everything(cases: str, runs: str, folder: str) -> dict[str, Any]:
     """All that two ranks are asked for by the quick tests: starting processes takes longest."""
     found = {
@@ -483,6 +513,7 @@ def everything(cases: str, runs: str, folder: str) -> dict[str, Any]:
         "shared_runs": shared_runs(f"{folder}/shared"),
         "refused_once": refused_once(f"{folder}/refused"),
     }
+    found["replays"] = [replayed(share_out=share) for share in (False, True)]
     shared_until(f"{folder}/shared_halted", "25")
     halted(f"{folder}/halted")
     return found | {"counted": counted()}

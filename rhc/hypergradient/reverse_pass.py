@@ -171,11 +171,13 @@ class ReversePass:
         average: Average | None = None,
         on_step: Callable[[int, StepRecord], None] | None = None,
         limit: Callable[[float], float] = lambda first: math.inf,
+        plan: Plan | None = None,
     ) -> WindowRecorder:
-        """Rolls the live plant through the window; raises Unseen if it cannot be differentiated."""
+        """Rolls the live plant through the window; raises Unseen if it cannot be differentiated.
+        plan: of an earlier roll that this one is to equal."""
         self.plant.refuse_overlaps()
         batches = [self.plant.weighed(batch) for batch in batches]
-        plan = self.plan(len(batches), batches[0], schedule)
+        plan = plan or self.plan(len(batches), batches[0], schedule)
         folder = None if isinstance(self.spill, bool) else Path(self.spill)
         recorder = WindowRecorder(
             self.plant,

@@ -111,14 +111,9 @@ def loaders_of(ranks: Ranks, *loaders: Iterable[Any] | None) -> list[Any]:
     ]
 
 
-def begin_together(
-    plant: Plant,
-    description: Mapping[str, Any],
-    notice: Callable[[str], None],
-    *,
-    wrapped: bool,
-) -> None:
-    """Checks that ranks have equal descriptions, shapes and slots; copies the first one's state."""
+def begin_together(plant: Plant, description: Mapping[str, Any], *, wrapped: bool) -> list[str]:
+    """Checks that ranks have equal descriptions, shapes and slots; copies the first one's state.
+    Returns what a person should know."""
     ranks = plant.ranks
     assert ranks is not None
     described = {k: v for k, v in description.items() if k not in _OF_ONE_RANK}
@@ -134,18 +129,20 @@ def begin_together(
         [t for t in (*plant.model.parameters(), *plant.model.buffers()) if not is_dtensor(t)]
     )
     ranks.share_random_state()
+    notices = []
     if wrapped:
-        notice(
+        notices.append(
             "the module inside DistributedDataParallel is trained, and its gradients are averaged "
             "here: so products with the Hessian can be averaged too"
         )
     plant.parallel.find_statistics()
     own = _own_statistics(plant.model)
     if own:
-        notice(
+        notices.append(
             f"{own} normalises by the rows of each rank alone: N ranks are not one process with "
             "all rows; torch.nn.SyncBatchNorm.convert_sync_batchnorm makes them one"
         )
+    return notices
 
 
 def draw_apart(ranks: Ranks) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from rhc.events import CheckpointSaved
 from rhc.loop.agreement import agreed
 from rhc.loop.fit import Fit
 from rhc.loop.records import final_result
-from rhc.loop.state import AVERAGE_DECAY, AntitheticSearch, Cost, Patience
+from rhc.loop.state import AVERAGE_DECAY, AntitheticSearch, Cost, Patience, Replay
 from rhc.loop.window_objective import judged_on
 from rhc.schedule import Schedule
 from rhc.schedule.planned import Piece, PlannedSchedule
@@ -28,7 +29,7 @@ from rhc.storage.run_directory import RunDirectory
 from rhc.training import interrupts
 from rhc.training.batches import DrawnAsNeeded, MicroBatches, Position
 from rhc.training.objective import Average
-from rhc.training.recovery import Deviation, OomFallback
+from rhc.training.recovery import OomFallback
 from rhc.training.snapshot import (
     adopt,
     places,
@@ -46,8 +47,8 @@ SHOWN = 4
 
 _KINDS = {
     **dict.fromkeys(("optimizer", "cost"), (dict,)),
-    **dict.fromkeys(("correction", "relief", "deviation"), (dict, type(None))),
-    **dict.fromkeys(("reference", "twin", "patience"), (list, type(None))),
+    **dict.fromkeys(("correction", "relief", "deviation", "replay"), (dict, type(None))),
+    **dict.fromkeys(("reference", "twin", "patience", "notices"), (list, type(None))),
     "average_count": (int,),
     "seconds": NUMBER,
     "singletons": (bool,),
@@ -87,7 +88,7 @@ def _checkpoint(fit: Fit) -> Checkpoint:
         first, _ = judged_on(fit, state.step)
         place = validation.position(min(first, validation.next_step))
         tensors["validation_batches"] = place.to_tensors()
-    deviation, reverse_pass = state.replay.deviation, state.reverse_pass
+    reverse_pass = state.reverse_pass
     values: dict[str, Any] = {
         "optimizer": rest,
         "reference": state.reference,
@@ -99,7 +100,8 @@ def _checkpoint(fit: Fit) -> Checkpoint:
         "patience": astuple(state.patience),
         "history": {},  # of update rules that no longer exist
         "relief": state.fallback.to_json(),
-        "deviation": deviation and asdict(deviation),
+        "replay": state.replay and asdict(state.replay),
+        "notices": fit.events.told,
         "singletons": plant.singletons,
         "lookback": None if reverse_pass is None else reverse_pass.state(),
         "cost": asdict(state.cost),
@@ -258,9 +260,8 @@ def _load(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> None:
         data.validation.seek(Position.from_tensors(tensors["validation_batches"]))
     plant.singletons = bool(values["singletons"])
     state.fallback = OomFallback.from_json(values.get("relief", {}))
-    deviation = values.get("deviation")
-    if deviation is not None:
-        state.replay.deviation = Deviation(deviation["largest"], tuple(deviation["operators"]))
+    state.replay = _replay(values, checkpoint.step)
+    fit.events.told[:] = values.get("notices") or []
     if fit.reverse_passes is not None and values.get("lookback") is not None:
         state.reverse_pass = fit.reverse_passes.make(state.fallback, values["lookback"])
     state.step = checkpoint.step
@@ -296,6 +297,15 @@ def _load(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> None:
     adopt(plant, tensors, rest, snapshot)  # last, when nothing can fail any more
     state.tape = directory.tape.read()
     state.windows = directory.windows.read()
+
+
+def _replay(values: Mapping[str, Any], step: int) -> Replay | None:
+    """What the run found of its replay; older ones kept only how far a first step differed."""
+    found = values.get("replay")
+    older = values.get("deviation")
+    if found is None and older is not None:
+        found = {**older, "equal": False, "start": 0, "stop": step, "what": "the loss"}
+    return None if found is None else Replay(**found | {"operators": tuple(found["operators"])})
 
 
 def _plan(fit: Fit, checkpoint: Checkpoint, source: str) -> PlannedSchedule | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -25,10 +25,12 @@ from rhc.training.recovery import OomFallback
 
 @dataclass(frozen=True)
 class EventLog:
-    """Sends events to the listeners. warns: whether `tell` warns without any (one rank does)."""
+    """Sends events to the listeners. warns: whether `tell` warns without any (one rank does).
+    told: what `tell` has said of the run, in order."""
 
     listeners: Sequence[Listener]
     warns: bool = True
+    told: list[str] = field(default_factory=list)
 
     def emit(self, event: Event) -> None:
         for listener in self.listeners:
@@ -38,13 +40,16 @@ class EventLog:
         self.emit(Notice(message))
 
     def tell(self, message: str) -> None:
-        """A notice; a warning where there are no listeners."""
+        """A notice, once a run, that the result repeats; a warning where there are no listeners."""
+        if message in self.told:
+            return
+        self.told.append(message)
         if self.warns and not self.listeners:
             warnings.warn(message, RunWarning, stacklevel=2)
         self.notice(message)
 
     def warn(self, message: str) -> None:
-        """A notice and a warning."""
+        """A notice and a warning, about what is given now."""
         self.notice(message)
         warnings.warn(message, RunWarning, stacklevel=2)
 
@@ -113,11 +118,18 @@ class Fit:
     planner: EpochPlanner | None
     directory: RunDirectory | None
     events: EventLog
+    inexact_replay: bool
 
     @property
     def rewrites(self) -> bool:
         """Whether windows are rewritten, and so may be rolled again."""
         return self.reverse_passes is not None
+
+    @property
+    def may_rewrite(self) -> bool:
+        """Whether they may be, as the first one was seen to replay, or need not."""
+        replay = self.state.replay
+        return self.rewrites and replay is not None and (replay.equal or self.inexact_replay)
 
     def announce(self, verb: Verb, start: int, stop: int, attempt: int) -> None:
         """Emits the next verb. Raises what a signal asked for, unless a window is to be saved."""

@@ -163,9 +163,9 @@ def final_result(fit: Fit) -> dict[str, Any]:
         "wall_seconds": state.seconds(),
         "smoothness": _smoothness_summary(state.windows),
         "cost": state.cost.to_json(state.step),
+        "replay": finite(state.replay and asdict(state.replay)),
+        "notices": list(fit.events.told),
     }
-    if state.replay.deviation is not None:
-        result["replay"] = asdict(state.replay.deviation)
     return result
 
 

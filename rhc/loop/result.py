@@ -36,6 +36,17 @@ class RunResult:
         return self.record["test_accuracy"]
 
     @property
+    def replay(self) -> dict[str, Any] | None:
+        """How the first window replayed: `equal`, and else `first_step`, `what` differs there, by
+        which share (`largest`), and the `operators` to blame. None where nothing was replayed."""
+        return self.record.get("replay")
+
+    @property
+    def notices(self) -> list[str]:
+        """What a person was told of the run, once each."""
+        return self.record.get("notices", [])
+
+    @property
     def cost(self) -> dict[str, Any]:
         """The ledger: plain_run_equivalents, gradient_evaluations, hessian_products and others."""
         return self.record["cost"]

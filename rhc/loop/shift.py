@@ -40,7 +40,7 @@ def adapt_to_shift(fit: Fit, window: Window, attempt: Attempt) -> Attempt:
 def _shift_of(fit: Fit, attempt: Attempt) -> int | None:
     """The step from which losses exceed those committed lately."""
     state, errors = fit.state, fit.rule.surprise
-    if not fit.rewrites or errors is None or attempt.trajectory is None:
+    if not fit.may_rewrite or errors is None or attempt.trajectory is None:
         return None
     first = max(state.patience.data_since, state.step - REMEMBERED)
     before = [row["loss"] for row in state.tape[first:] if row.get("loss") is not None]

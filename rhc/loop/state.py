@@ -15,7 +15,7 @@ from rhc.loop.update_rule import Proposal, Shift, Twin
 from rhc.schedule import Schedule
 from rhc.schedule.planned import PlannedSchedule, of_tape
 from rhc.training.objective import Average
-from rhc.training.recovery import Deviation, OomFallback
+from rhc.training.recovery import OomFallback
 from rhc.training.snapshot import Snapshot
 from rhc.training.trajectory import Trajectory
 
@@ -71,13 +71,37 @@ class AntitheticSearch:
     upwards: bool | None = None
 
 
-@dataclass
-class ReplayCheck:
-    """Whether a repeated step gives the same result. first: a start, and its loss and norm."""
+@dataclass(frozen=True)
+class Replay:
+    """Whether steps [start, stop) ended alike when they were replayed, to the bit. first_step: from
+    where on `what` differs; largest: by which share of its size; inf if not finite. operators:
+    those that torch reports as non-deterministic."""
 
-    done: bool = False
-    first: tuple[int, Tensor] | None = None
-    deviation: Deviation | None = None
+    equal: bool
+    start: int
+    stop: int
+    first_step: int | None = None
+    what: str | None = None
+    largest: float = 0.0
+    operators: tuple[str, ...] = ()
+
+    def sentence(self, *, rewrites: bool) -> str:
+        """What a person is told where it is not equal. rewrites: whether windows are, even so."""
+        if self.operators:
+            blamed = f"by {', '.join(self.operators)}"
+            mend = "ask for deterministic operators (--deterministic, Runner(deterministic=True))"
+        else:
+            blamed = "by no operator that torch names"
+            mend = (
+                "look for what the loss draws or counts outside of parameters, buffers, attributes "
+                "of modules and the global random generators of torch, numpy and python"
+            )
+        then = "all the same" if rewrites else "no longer: --inexact-replay does so all the same"
+        return (
+            f"steps [{self.start}, {self.stop}) do not replay to the bit: {self.what} of step "
+            f"{self.first_step} differs by {self.largest:.2g} of its size, {blamed}; windows are "
+            f"rewritten {then}; {mend}"
+        )
 
 
 @dataclass
@@ -102,7 +126,7 @@ class State:
     patience: Patience = field(default_factory=Patience, init=False)
     antithetic: AntitheticSearch = field(default_factory=AntitheticSearch, init=False)
     fallback: OomFallback = field(default_factory=OomFallback, init=False)
-    replay: ReplayCheck = field(default_factory=ReplayCheck, init=False)
+    replay: Replay | None = field(default=None, init=False)
     budget_is_spent: bool = field(default=False, init=False)
     validation_batches: float | None = field(default=None, init=False)
     tape: list[dict[str, Any]] = field(default_factory=list, init=False)

@@ -20,7 +20,7 @@ from rhc.loop.window_objective import HeldOutLoss, penalty_of, terminal_loss, va
 from rhc.rng import preserved
 from rhc.training.memory import trim
 from rhc.training.objective import Average
-from rhc.training.recovery import Deviation, out_of_memory, replay_deviation
+from rhc.training.recovery import out_of_memory
 from rhc.training.trajectory import StepRecord, Trajectory
 
 DIVERGED = 4.0
@@ -63,6 +63,23 @@ def take_steps(fit: Fit, window: Window, attempt: Attempt, mean: Average | None 
     )
     attempt.plain = True
     _observe(fit, attempt, trajectory)
+
+
+def take_same_steps(fit: Fit, window: Window, first: Attempt, again: Attempt) -> None:
+    """Takes the steps of `first`, which did not fail, by the kernels that it was rolled with."""
+    if first.plain:
+        take_steps(fit, window, again)
+        return
+    assert fit.state.reverse_pass is not None and first.hypergradient is not None
+    recorder = fit.state.reverse_pass.roll(
+        list(again.batches),
+        again.schedule,
+        on_step=_on_step(fit, window, again),
+        limit=_limit(fit, again),
+        plan=first.hypergradient.plan,
+    )
+    with closing(recorder):
+        _observe(fit, again, recorder.trajectory)
 
 
 def take_recorded_steps(fit: Fit, window: Window, attempt: Attempt) -> None:
@@ -183,32 +200,6 @@ def _observe(fit: Fit, attempt: Attempt, trajectory: Trajectory) -> None:
         attempt.failure = f"the loss is {loss:.4g} at step {step}"
     elif not fit.plant.is_finite():
         attempt.failure = f"the state is not finite after step {attempt.schedule.stop - 1}"
-    if fit.rewrites:
-        _check_replay(fit, attempt)
-
-
-def _check_replay(fit: Fit, attempt: Attempt) -> None:
-    """Compares a repeated step with its first run, in the first window that repeats one. A window's
-    first step depends on its start alone, so that the check is free unless they differ."""
-    check, trajectory = fit.state.replay, attempt.trajectory
-    if check.done or not attempt.plain or not trajectory:
-        return
-    start = attempt.schedule.start
-    norm = torch.as_tensor(trajectory.gradient_norms[0])
-    seen = torch.stack([trajectory.losses[0].double(), norm.double()])
-    before, check.first = check.first, (start, seen)
-    if before is None or before[0] != start or not bool(seen.isfinite().all()):
-        return
-    check.done = True
-    if torch.equal(before[1], seen):
-        return
-    batch = next(iter(attempt.batches))
-    with preserved():
-        found = replay_deviation(fit.plant, batch, attempt.schedule.at(start), start)
-    fit.state.cost.gradients(2)
-    apart = float(((before[1] - seen).abs() / before[1].abs().clamp(min=1e-30)).max())
-    check.deviation = found or Deviation(apart, ())
-    fit.events.tell(check.deviation.sentence())
 
 
 # Where memory does not suffice --------------------------------------------------------------------
@@ -242,4 +233,4 @@ def _fall_back(fit: Fit, attempt: Attempt, unseen: str | None) -> None:
     known |= {"product": state.fallback.product or known["product"]}
     state.reverse_pass = fit.reverse_passes.make(state.fallback, known)
     attempt.failure = f"out of memory; from now on {words}"
-    fit.events.notice(f"the reverse pass ran {attempt.failure}")
+    fit.events.tell(f"the reverse pass ran {attempt.failure}")

@@ -114,7 +114,8 @@ def _roll_lazily(fit: Fit, window: Window) -> Attempt:
 def _wants_hypergradient(fit: Fit, window: Window) -> bool:
     state, patience = fit.state, fit.state.patience
     return (
-        (patience.after_shift or window.start < fit.rule.until * state.steps)
+        (state.replay is None or fit.may_rewrite)
+        and (patience.after_shift or window.start < fit.rule.until * state.steps)
         and patience.windows_to_skip == 0
         and not state.fallback.never_differentiate
         and (state.reverse_pass is None or state.reverse_pass.trusted)
@@ -162,7 +163,7 @@ def _same_place(before: tuple[int, float] | None, now: tuple[int, float] | None)
 def worth_rewriting(fit: Fit, window: Window, attempt: Attempt) -> bool:
     """Whether to rewrite: a roll by the rule's choice, a rewrite if the last was worth it."""
     rule, reverse_pass = fit.rule, fit.state.reverse_pass
-    if not fit.rewrites or isinstance(rule, Twin) or window.cut:
+    if not fit.may_rewrite or isinstance(rule, Twin) or window.cut:
         return False
     if attempt.rewrites == 0 and not window.differentiated and window.shift is None:
         return False
@@ -193,7 +194,7 @@ def rewrite(fit: Fit, window: Window, attempt: Attempt) -> Iterator[Attempt]:
         return
     fit.announce("rewrite", window.start, window.stop, attempt.number)
     if h.result.usable:
-        if attempt.plain and attempt is state.live:
+        if attempt.plain and attempt is state.live and attempt.end is None:
             attempt.end = fit.here()
         highest = fit.base.highest(state, window.start, window.stop)
         for retry in range(rule.retries + 1):
@@ -236,7 +237,9 @@ def accepts(fit: Fit, attempt: Attempt, trial: Attempt) -> bool:
 def antithetic_search(fit: Fit, window: Window, rolled: Attempt) -> Attempt:
     """The better of the window at a higher and at a lower lr, by a `Twin`; else as rolled."""
     rule, search = fit.rule, fit.state.antithetic
-    if not isinstance(rule, Twin) or window.cut or not affords(fit, window, REWRITE):
+    if not isinstance(rule, Twin) or window.cut or not fit.may_rewrite:
+        return rolled
+    if not affords(fit, window, REWRITE):
         return rolled
     tried = []
     for number, proposal in enumerate(rule.twins(rolled.schedule, search.delta)):

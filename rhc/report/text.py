@@ -14,7 +14,13 @@ from rich.text import Text
 from rhc.errors import InputError
 from rhc.report.live import duration, sparkline
 from rhc.report.records import CONTROLS, RunRecord, entry, means, one_number, read_run
-from rhc.storage.run_files import RUNS, checkpoint_steps, read_record, read_result
+from rhc.storage.run_files import (
+    RUNS,
+    checkpoint_path,
+    checkpoint_steps,
+    read_record,
+    read_result,
+)
 from rhc.workload import available_runners, runner_summary
 
 
@@ -41,6 +47,8 @@ def print_result(
         f"{cost['windows']} windows, {cost['rejected_windows']} rejected, "
         f"{cost['rewound_windows']} rewound",
     )
+    if inspect and record.get("replay") and not entry(record, "replay", "equal"):
+        _line(console, "replay", _replayed(record))
     _line(console, "files", f"{directory}")
     if inspect:
         _line(console, "look", f"rhc inspect {shlex.quote(str(directory))}")
@@ -49,6 +57,16 @@ def print_result(
     _line(console, "reuse", f'schedule = rhc.Schedule.load("{directory / "schedule.json"}")')
     _line(console, "", "scheduler = schedule.to_lr_scheduler(optimizer)")
     _line(console, "", "scheduler.step()  # after each optimizer.step()")
+
+
+def _replayed(record: Mapping[str, Any]) -> str:
+    """How the first window replayed, as in result.json or values.json."""
+    replay = record["replay"]
+    if replay.get("equal"):
+        return f"steps [{replay['start']}, {replay['stop']}) to the bit"
+    step, what = replay.get("first_step", 0), replay.get("what", "the loss")
+    blamed = f", by {', '.join(replay['operators'])}" if replay.get("operators") else ""
+    return f"not to the bit: {what} of step {step} differs{blamed}"
 
 
 def _losses(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -66,12 +84,12 @@ def _losses(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def print_run(console: Console, directory: Path) -> None:
-    def told(sentence: str) -> None:
+    def altered(sentence: str) -> None:
         _line(console, "altered", sentence)
 
-    read_record(directory, told=told)
+    read_record(directory, told=altered)
     if (directory / "schedule.json").exists():
-        read_record(directory, "schedule.json", told)
+        read_record(directory, "schedule.json", altered)
     run = read_run(directory)
     finished = (directory / "result.json").exists()
     saved = checkpoint_steps(directory / "checkpoints")
@@ -86,10 +104,15 @@ def print_run(console: Console, directory: Path) -> None:
         if any(values):
             course = sparkline(means(values, values, 40)[1])
             _line(console, name, f"{values[0]:.4g} {course} {values[-1]:.4g}")
+    told = read_result(directory, altered) if finished else _newest_values(directory)
+    if told.get("replay"):
+        _line(console, "replay", _replayed(told))
+    for notice in told.get("notices") or ():
+        _line(console, "notice", str(notice))
     if saved:
         _line(console, "saved", f"checkpoints of step {', '.join(map(str, saved))}")
     if finished:
-        print_result(console, read_result(directory, told), directory, inspect=False)
+        print_result(console, told, directory, inspect=False)
     elif run.is_resumable:
         _line(console, "go on", f"rhc resume {shlex.quote(str(directory))}")
 
@@ -106,6 +129,16 @@ def _settings(run: RunRecord) -> Iterator[str]:
         yield f"window {config['window']}, rewriting {', '.join(run.controls) or 'nothing'}"
     if "seed" in config:
         yield f"seed {config['seed']}"
+
+
+def _newest_values(directory: Path) -> dict[str, Any]:
+    """values.json of the newest checkpoint; {} where none can be read."""
+    root = directory / "checkpoints"
+    steps = checkpoint_steps(root)
+    try:
+        return read_record(checkpoint_path(root, steps[-1]), "values.json") if steps else {}
+    except InputError:
+        return {}
 
 
 def print_runs(console: Console) -> None:

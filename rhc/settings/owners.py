@@ -231,6 +231,14 @@ class Window(Settings):
         None, "NAME …", place="rare", parse=parsed_names, rewriting=True, recorded="if given"
     )
     """Controls with a value per parameter group. Some of --controls; others keep groups' ratios."""
+    inexact_replay: bool = setting(
+        False,
+        place="rare",
+        rewriting=True,
+        recorded="if given",
+        on_resume="windows to come are rewritten or not by what it is now",
+    )
+    """Rewrite windows although the first one does not replay to the bit."""
 
     def checked(self) -> Self:
         checked = super().checked()

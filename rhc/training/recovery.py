@@ -1,9 +1,8 @@
-"""Decisions for reverse passes that run out of memory, and for steps that differ when repeated."""
+"""Decisions for reverse passes that run out of memory, and for steps that differ when replayed."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 import warnings
@@ -12,9 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from rhc.containers import same
 from rhc.training.plant import Plant
 
 # Memory ------------------------------------------------------------------------------------------
@@ -67,53 +64,7 @@ _IN_JSON = {"never_differentiate": "blind"}
 """Names in checkpoints."""
 
 
-# Steps that are taken again ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Deviation:
-    """Two steps from one state that ended differently. largest: of any tensor, relative to its
-    largest element; inf if not finite. operators: reported by torch as non-deterministic."""
-
-    largest: float
-    operators: tuple[str, ...]
-
-    def sentence(self) -> str:
-        if self.operators:
-            blamed = f"by {', '.join(self.operators)}"
-            mend = "ask for deterministic operators (--deterministic, Runner(deterministic=True))"
-        else:
-            blamed = "by no operator that torch names"
-            mend = (
-                "look for state that is in no parameter, buffer or global random generator of "
-                "torch, numpy or python"
-            )
-        return (
-            f"a step that is taken again differs by {self.largest:.2g} of the largest element, "
-            f"{blamed}: replay and resume are equal up to that, not to the bit; {mend}"
-        )
-
-
-def replay_deviation(
-    plant: Plant, batch: Any, controls: Mapping[str, Any], step: int
-) -> Deviation | None:
-    """How a step differs from its repetition, if it does, by two gradient evaluations."""
-    before = plant.snapshot()
-    ends = []
-    try:
-        for _ in range(2):
-            observed = plant.step(batch, controls, step)
-            tensors = (*plant.model.parameters(), *plant.model.buffers())
-            local = plant.parallel.local
-            ends.append([observed.loss.clone(), *(local(t.detach()).clone() for t in tensors)])
-            plant.restore(before)
-        # Otherwise more steps follow, on all ranks or on none.
-        if plant.parallel.all(all(map(same, *ends))):
-            return None
-        return Deviation(max(map(_relative, *ends)), _blamed(plant, batch, controls, step))
-    finally:
-        plant.optimizer.zero_grad()
-        plant.restore(before)
+# Steps that differ when replayed ------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -146,15 +97,10 @@ def _deterministic_algorithms(*, warn_only: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(was, warn_only=only)
 
 
-def _relative(a: Tensor, b: Tensor) -> float:
-    if not a.numel() or same(a, b):
-        return 0.0
-    found = float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp(min=1e-30))
-    return found if math.isfinite(found) else math.inf
-
-
-def _blamed(plant: Plant, batch: Any, controls: Mapping[str, Any], step: int) -> tuple[str, ...]:
-    """The operators of a step that torch reports as non-deterministic."""
+def nondeterministic(
+    plant: Plant, batch: Any, controls: Mapping[str, Any], step: int
+) -> tuple[str, ...]:
+    """The operators of a step that torch reports as such. Takes the step."""
     with _deterministic_algorithms(warn_only=True), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         plant.step(batch, controls, step)

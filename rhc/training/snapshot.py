@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
+from rhc.containers import same
 from rhc.distributed import read_parts, shared_as
 from rhc.errors import InputError
 from rhc.rng import RandomState, preserved
@@ -80,6 +83,41 @@ class Snapshot:
             del state[key]
         state.update(_copied(self.others))
         self.rng.restore()
+
+
+def state_difference(plant: Plant, first: Snapshot, second: Snapshot) -> tuple[str, float] | None:
+    """(what differs in a bit, by which share of its largest element), of this rank's parts of
+    parameters, buffers, optimizer state and the global random state; None for nothing."""
+    local = plant.parallel.local
+    names = [name for group in plant.names for name in group]
+
+    def leaves(snapshot: Snapshot) -> dict[str, Any]:
+        known: list[tuple[str, Any]] = [
+            (f"parameter {name!r}", value) for name, value in snapshot.parameters.items()
+        ]
+        known += [(f"buffer {name!r}", value) for name, value in snapshot.buffers.items()]
+        own = [*zip(names, snapshot.slots, strict=True), ("all", snapshot.others)]
+        for name, slots in own:
+            for path, value in tree_flatten_with_path(slots)[0]:
+                known.append((f"the optimizer's {keystr(path)} of {name!r}", value))
+        return {what: local(value) for what, value in known}
+
+    before, after = leaves(first), leaves(second)
+    for what in before | after:
+        a, b = before.get(what), after.get(what)
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            if not same(a, b):
+                return what, _apart(a, b)
+        elif isinstance(a, (Tensor, float, int)) and a != b:
+            return what, math.inf
+    return None if first.rng.same(second.rng) else ("the global random state", math.inf)
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape:
+        return math.inf
+    found = float((a.double() - b.double()).abs().max() / a.double().abs().max().clamp(min=1e-30))
+    return found if math.isfinite(found) else math.inf
 
 
 def _copied(value: Any) -> Any:

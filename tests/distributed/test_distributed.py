@@ -72,6 +72,15 @@ def test_runs_end_as_one_process_does(of_two: list[dict[str, Any]]) -> None:
             assert loss is None or abs(found["losses"][name] - loss) <= 1e-6 * loss, (case, name)
 
 
+def test_ranks_agree_on_how_a_window_replays(of_two: list[dict[str, Any]]) -> None:
+    """Replicated and shared out; a counter in the dark on rank 1 alone stops rewriting on both."""
+    first, second = (found["replays"] for found in of_two)
+    assert first == second
+    for (replay, outcomes), (differs, none) in first:
+        assert replay["equal"] and "accepted" in outcomes
+        assert not differs["equal"] and differs["what"] == "the loss" and none == []
+
+
 def assert_same_run(
     found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-6
 ) -> None:

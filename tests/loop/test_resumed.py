@@ -352,7 +352,7 @@ EDITS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("edit", EDITS)
 def test_other_code_is_told(edit: str, rewrite: bool, finished: bool, tmp_path: Path) -> None:
     options: dict[str, Any] = {"rewrite": rewrite, "start": "given"}
-    first, _ = run(tmp_path, None, None if finished else 30 if rewrite else 11, **options)
+    first, _ = run(tmp_path, None, None if finished else 40 if rewrite else 11, **options)
     changed, expected = EDITS[edit]
     found, told = run(tmp_path, None, seed=5, **options, **changed)
     assert len(told) == 1 and expected in told[0]

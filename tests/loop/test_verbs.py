@@ -17,9 +17,9 @@ import rhc
 from rhc import Rewrite, Runner, Twin
 
 LETTER = {
-    "next_window": "n", "roll": "r", "adapt_to_shift": "d", "antithetic_search": "a",
-    "hypergradient": "h", "rewrite": "w", "restore": "b", "replay": "p", "accepts": "?",
-    "settle": "e", "commit": "c", "save": "s", "slide": "l",
+    "next_window": "n", "roll": "r", "assert_replay": "t", "adapt_to_shift": "d",
+    "antithetic_search": "a", "hypergradient": "h", "rewrite": "w", "restore": "b",
+    "replay": "p", "accepts": "?", "settle": "e", "commit": "c", "save": "s", "slide": "l",
 }  # fmt: skip
 
 
@@ -44,10 +44,10 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize(
     ("rewrite", "window"),
     [
-        (Rewrite(), r"nrdahw(bp\?){1,2}ecsl"),
-        (Rewrite(iterations=2, worth=-1.0), r"nrda(hw(bp\?){1,2}){1,2}ecsl"),
-        (Twin(), "nrdaecsl"),
-        (False, "nrdaecsl"),
+        (Rewrite(), r"nrtdahw(bp\?){1,2}ecsl"),
+        (Rewrite(iterations=2, worth=-1.0), r"nrtda(hw(bp\?){1,2}){1,2}ecsl"),
+        (Twin(), "nrtdaecsl"),
+        (False, "nrtdaecsl"),
     ],
     ids=["a rewrite", "two rewrites", "antithetic search", "the plain loop"],
 )

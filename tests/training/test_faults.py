@@ -30,7 +30,7 @@ from rhc.events import CheckpointSaved, Notice, StepTaken
 from rhc.hypergradient import ReversePass
 from rhc.loop.update_rule import Twin
 from rhc.training import interrupts as stopping
-from rhc.training.recovery import Deviation, OomFallback, out_of_memory
+from rhc.training.recovery import OomFallback, out_of_memory
 
 STEPS = 11
 LAW = Rewrite(step={"lr": 1.5, "momentum": 0.5, "noise": 4.0}, damping=1e-9)
@@ -647,32 +647,6 @@ def test_a_worker_that_dies(tmp_path: Path) -> None:
         done = trained(directory)
         assert done.returncode == 0, done.stderr
     assert files(tmp_path / "whole") == files(tmp_path / "run")
-
-
-def test_steps_that_are_not_the_same_again(tmp_path: Path) -> None:
-    """Said in the first window, measured, and recorded; a run whose steps are says nothing."""
-    count = [0]
-
-    def loss_fn(model: nn.Module, batch: Any) -> Any:
-        loss, metrics = classify(model, batch)
-        count[0] += 1
-        return loss * (1 + 1e-3 * (count[0] % 7)), metrics
-
-    events: list[Any] = []
-    run = make_run("sgd", dropout=0.0)._replace(loss_fn=loss_fn)
-    result = runner(run, tmp_path, events.append, rewrite=Twin()).fit(STEPS)
-    (notice,) = [n for n in notices_of(events) if "taken again" in n]
-    assert "by no operator that torch names" in notice
-    assert 1e-6 < result.record["replay"]["largest"] < 1
-    assert result.record["replay"]["operators"] == ()
-    events.clear()
-    result = runner(make_run("sgd"), None, events.append, product="none").fit(STEPS)
-    assert "replay" not in result.record and notices_of(events) == []
-
-
-def test_an_operator_is_named() -> None:
-    text = Deviation(1e-7, ("index_add_cuda_",)).sentence()
-    assert "by index_add_cuda_" in text and "--deterministic" in text
 
 
 @pytest.mark.parametrize("before", [False, True])
