@@ -40,7 +40,7 @@ from rhc.events import (
     VerbStarted,
     WindowAttempted,
 )
-from rhc.report.records import CONTROLS, entry, one_number
+from rhc.report.records import CONTROLS, decisive, entry, one_number
 from rhc.storage.jsonl import read_lines
 
 DRAWING = 0.01
@@ -79,8 +79,10 @@ class Progress:
     attempts: deque[Mapping[str, Any]] = field(default_factory=lambda: deque(maxlen=ATTEMPTS_SHOWN))
     of_newest: list[Mapping[str, Any]] = field(default_factory=list)
     """Attempts at the newest window."""
-    outcomes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_OUTCOME_STYLE, 0))
-    """Counts of windows; a window can be both rewound and accepted."""
+    judged: dict[int, str] = field(default_factory=dict)
+    """Start of a window -> its outcome."""
+    rewound: int = 0
+    """Windows whose first roll diverged; they can be accepted nevertheless."""
     row: Mapping[str, Any] = field(default_factory=dict)
     """The newest line of the tape."""
     started: bool = False
@@ -129,23 +131,28 @@ class Progress:
                 self.cost = entry(result, "cost", "plain_run_equivalents") or self.cost
 
     def _count(self, record: Mapping[str, Any]) -> None:
-        before = self.of_window(record["start"])
-        if before is None:
+        start = record["start"]
+        if self.of_newest and self.of_newest[-1]["start"] != start:
             self.of_newest.clear()
         self.of_newest.append(record)
-        for found, change in ((before, -1), (self.of_window(record["start"]), 1)):
-            if found is not None and found["outcome"] in _JUDGED:
-                self.outcomes[found["outcome"]] += change
-        self.outcomes["rewound"] += record["outcome"] == "rewound" and record["attempt"] == 0
+        self.judged[start] = decisive(self.of_newest)["outcome"]
+        self.rewound += record["outcome"] == "rewound" and record["attempt"] == 0
 
     def of_window(self, start: int) -> Mapping[str, Any] | None:
-        """Its newest accepted attempt, else its newest, with J before the first."""
-        of_it = [record for record in self.of_newest if record["start"] == start]
-        kept = [record for record in of_it if record["outcome"] == "accepted"]
-        if not kept:
-            return of_it[-1] if of_it else None
-        judged = [record for record in of_it if record["outcome"] != "rewound"]
-        return {**kept[-1], "objective_before": judged[0]["objective_before"]}
+        """Its decisive attempt, with J before the first."""
+        if not self.of_newest or self.of_newest[-1]["start"] != start:
+            return None
+        found = decisive(self.of_newest)
+        if found["outcome"] != "accepted":
+            return found
+        first = next(record for record in self.of_newest if record["outcome"] != "rewound")
+        return {**found, "objective_before": first["objective_before"]}
+
+    @property
+    def outcomes(self) -> dict[str, int]:
+        """Counts of windows by outcome."""
+        counts = {name: list(self.judged.values()).count(name) for name in _JUDGED}
+        return counts | {"rewound": self.rewound}
 
     @property
     def seconds_left(self) -> float | None:

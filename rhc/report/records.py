@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rhc.errors import InputError
 from rhc.storage.files import read_document, reason
@@ -26,6 +26,9 @@ WITHOUT_RUNNER = ("compare", "loop")
 """Commands of runs that are only recorded."""
 
 _NO_METRIC = {"step", "loss", "val_loss", "gradient_norm", "planning", *CONTROLS, *SIGNALS}
+
+
+Attempt = TypeVar("Attempt", bound=Mapping[str, Any])
 
 
 @dataclass
@@ -92,13 +95,11 @@ class RunRecord:
 
     @property
     def kept(self) -> list[dict[str, Any]]:
-        """The committed attempt at each window: the newest accepted, else the newest."""
-        newest: dict[int, dict[str, Any]] = {}
+        """The decisive attempt at each window."""
+        windows: dict[int, list[dict[str, Any]]] = {}
         for row in self.windows:
-            before = newest.get(row["start"])
-            if before is None or before["outcome"] != "accepted" or row["outcome"] == "accepted":
-                newest[row["start"]] = row
-        return list(newest.values())
+            windows.setdefault(row["start"], []).append(row)
+        return [decisive(attempts) for attempts in windows.values()]
 
     @property
     def outcomes(self) -> str:
@@ -188,6 +189,12 @@ def _rows(run: RunRecord, name: str) -> list[dict[str, Any]]:
 
 def _counted(counts: Counter[str]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.most_common())
+
+
+def decisive(attempts: Sequence[Attempt]) -> Attempt:
+    """Of the attempts at one window the newest accepted, else the newest."""
+    accepted = [attempt for attempt in attempts if attempt["outcome"] == "accepted"]
+    return (accepted or attempts)[-1]
 
 
 # Numbers ------------------------------------------------------------------------------------------
