@@ -150,7 +150,8 @@ def _overlay(run: RunRecord) -> Iterator[Chart]:
         if not any(values):
             continue
         low, high = min(values), max(values)
-        label = f"{name} {low:.3g}" + (f" to {high:.3g}" if high > low else "")
+        ends = dict.fromkeys((f"{low:.3g}", f"{high:.3g}"))
+        label = f"{name} {' to '.join(ends)}"
         traces.append(line((steps, values), label, ink, width=1, dash=dash) | {"yaxis": f"y{at}"})
         layout[f"yaxis{at}"] = hidden | {"type": "log" if name == "lr" and low > 0 else "linear"}
     yield Chart(

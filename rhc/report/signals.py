@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from rhc.report.records import SIGNALS, RunRecord, number, stretches
+from rhc.schedulers.laws import Gains, paced
 from rhc.schedulers.signals import Signals, Smoothing, observed, trends
 
-EVERY, FEWEST_UPDATES = 20, 50
-"""Steps between updates, as of AdaptiveRL; a short run has this many updates."""
+EVERY = 20
+"""Steps between updates of a long run, as of AdaptiveRL."""
 
 MOST_OBSERVATIONS = 20_000
 """A longer tape is observed as the means of this many stretches."""
@@ -50,7 +51,7 @@ def signals_of(run: RunRecord) -> RunSignals:
     rows = list(_recorded(run))
     origin = "as the scheduler recorded them"
     if not rows:
-        rows, origin = list(_computed(run)), "computed from the tape with AdaptiveRL's smoothing"
+        rows, origin = list(_computed(run)), "computed from the tape as AdaptiveRL does"
     steps, loss, reward, plateau = ([row[i] for row in rows] for i in range(4))
     return RunSignals(steps, loss, reward, plateau, origin, of_reward)
 
@@ -71,8 +72,8 @@ def _recorded(run: RunRecord) -> Iterator[Row]:
 
 def _computed(run: RunRecord) -> Iterator[Row]:
     parts = list(stretches(len(run.tape), MOST_OBSERVATIONS))
-    every = max(1, min(EVERY, len(parts) // FEWEST_UPDATES))
-    signals, smoothing = Signals(), Smoothing()
+    _, every, faster = paced(Gains(), EVERY, len(parts))
+    signals, smoothing = Signals(), Smoothing().faster(faster)
     for count, (start, stop) in enumerate(parts, 1):
         rows = run.tape[start:stop]
         loss = number([row.get("loss") for row in rows])

@@ -128,10 +128,7 @@ class AdaptiveRL(BeforeSteps):
         self.cap, self.seed, self.bounds = cap, seed, bounds or Bounds()
         gains, self.every, faster = paced(gains or Gains(), every, steps)
         self.gains = gains.for_source(source)
-        usual = Smoothing()
-        self.smoothing = smoothing or replace(
-            usual, loss=min(usual.loss * faster, 0.05), reward=min(usual.reward * faster, 0.05)
-        )
+        self.smoothing = smoothing or Smoothing().faster(faster)
         self.noise_on, self.source, self.couple_beta2 = noise_on, source, couple_beta2
         self.surprise = surprise
         self.signals, self.trends = Signals(), Trends()
