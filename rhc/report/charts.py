@@ -66,13 +66,15 @@ def chart_of_each(maker: Callable[[RunRecord], Iterable[Chart]]) -> Maker:
         for i, (name, members) in enumerate(groups_of(runs)[:MOST_PANELS]):
             for made in maker(members[0]):
                 made.key, made.title = f"{made.key}-{i}", f"{made.title}: {name}"
+                made.place = i + 1
                 yield made
 
     return chart(of_each)
 
 
 def charts_of(runs: Sequence[RunRecord]) -> list[Chart]:
-    return [each for maker in _MAKERS for each in maker(runs) if each.traces]
+    made = [each for maker in _MAKERS for each in maker(runs) if each.traces]
+    return sorted(made, key=lambda each: each.place > 0)  # what all runs share comes first
 
 
 def groups_of(runs: Sequence[RunRecord]) -> list[tuple[str, list[RunRecord]]]:
@@ -266,11 +268,13 @@ def _controls(runs: Sequence[RunRecord]) -> Iterator[Chart]:
             "rewriting: what hindsight changed."
         )
     for name, letter in zip(CONTROLS, "αμσw", strict=True):
-        traces = []
+        traces: list[Trace] = []
+        moves = False
         for i, run in enumerate(runs[:MOST_RUNS]):
             steps, values = run.series(name)
-            if not values or (name not in run.controls and min(values) == max(values)):
+            if not values:
                 continue
+            moves |= name in run.controls or max(values) - min(values) > 1e-6 * max(values)
             traces += _rewritten(run, name) if one else []
             groups = run.groups(name) if one else 1
             if groups == 1:
@@ -282,7 +286,8 @@ def _controls(runs: Sequence[RunRecord]) -> Iterator[Chart]:
             for group in range(min(groups, 8)):
                 of_it = ((step, number(v[group])) for step, v in own if len(v) > group)
                 traces.append(line(thinned(*finite_pairs(of_it)), f"group {group}", _ink(group)))
-        yield Chart(f"control-{name}", f"Control: {name} ({letter})", caption, traces, y=name)
+        if moves:
+            yield Chart(f"control-{name}", f"Control: {name} ({letter})", caption, traces, y=name)
 
 
 def _rewritten(run: RunRecord, name: str) -> list[Trace]:

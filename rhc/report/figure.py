@@ -39,6 +39,8 @@ class Chart:
     """Text alternative, where that of the traces does not say it."""
     layout: dict[str, Any] = field(default_factory=dict)
     """Further settings, by axis."""
+    place: int = 0
+    """Among charts that stand side by side, from 1; 0 for others."""
 
     def __post_init__(self) -> None:
         self.traces = [trace for trace in self.traces if len(trace["x"])]

@@ -321,6 +321,8 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert {key for key in titles if key.startswith(kinds)} == {
         f"{k}-{i}" for k in kinds for i in (0, 1)
     }
+    keys = list(titles)
+    assert keys.index("cost") < keys.index("overlay-0") < keys.index("overlay-1")
     assert titles["plateaus-0"].endswith(": one-0") and titles["plateaus-1"].endswith(": two-0")
     assert main(["report", str(tmp_path / "runs"), "-o", str(tmp_path / "page.html")]) == 0
     assert "two-0 and 1 further seeds" in (tmp_path / "page.html").read_text()
