@@ -12,8 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,26 +64,22 @@ def launched(
 def _by_processes(
     answer: Answer, lines: Sequence[str], jobs: int, folder: Path, options: dict[str, Any]
 ) -> Iterator[tuple[int, str | Exception]]:
-    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-    workers = [_Worker(answer) for _ in range(jobs)]
-    for worker in workers:
-        idle.put(worker)
+    own, workers = threading.local(), list[_Worker]()
 
-    def asked(line: str) -> str:
-        worker = idle.get()
-        try:
-            return worker.ask(line)
-        finally:
-            idle.put(worker)
+    def begin() -> None:
+        own.worker = _Worker(answer)
+        workers.append(own.worker)
 
-    threads = ThreadPoolExecutor(jobs)
+    threads = ThreadPoolExecutor(jobs, initializer=begin)
     try:
-        waiting = {threads.submit(asked, line): index for index, line in enumerate(lines)}
-        for future in as_completed(waiting):
-            error = future.exception()
-            if error is not None and not isinstance(error, Exception):
-                raise error
-            yield waiting[future], error or future.result()
+        yield from _answers(
+            lines,
+            jobs,
+            lambda line: threads.submit(lambda: own.worker.ask(line)),
+            lambda running: wait(running, return_when=FIRST_COMPLETED).done,
+            Future.result,
+            Future.cancel,
+        )
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
@@ -198,9 +194,9 @@ def _answers(
     lines: Sequence[str],
     jobs: int,
     begin: Callable[[str], Any],
-    done: Callable[[Sequence[Any]], Sequence[Any]],
+    done: Callable[[Sequence[Any]], Iterable[Any]],
     result: Callable[[Any], str],
-    cancel: Callable[[Any], None],
+    cancel: Callable[[Any], object],
 ) -> Iterator[tuple[int, str | Exception]]:
     """Answers of an engine that runs each line as a job, `jobs` at once."""
     waiting = list(enumerate(lines))[::-1]

@@ -163,7 +163,7 @@ def _state(directory: Path) -> str:
     try:
         run = RunRecord(directory, read_record(directory))
         if not (directory / "result.json").exists():
-            return _place(run)
+            return _place(run if run.is_resumable else read_run(directory))
         loss = read_result(directory).get("test_loss")
         return "finished" + ("" if loss is None else f", test loss {loss:.4f}")
     except InputError as error:

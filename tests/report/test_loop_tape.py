@@ -83,20 +83,23 @@ def test_a_resumed_loop_continues_its_tape(tmp_path: Path) -> None:
 
 
 def test_it_is_a_run_for_every_command_but_resume(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tape = rhc.LoopTape(tmp_path / "run", optimizer(), steps=3)
+    monkeypatch.chdir(tmp_path)
+    tape = rhc.LoopTape("runs/mine", optimizer(), steps=3)
     for _ in range(3):
         tape.step(1.0)
     tape.flush()
-    assert main(["inspect", str(tmp_path / "run")]) == 0
+    assert main(["inspect", "runs/mine"]) == 0
     shown = capsys.readouterr().out
     assert "at step 3 of 3" in shown and "a loop of a script, sgd, 3 steps" in shown
+    assert main(["runs"]) == 0
+    assert "runs/mine  at step 3 of 3" in capsys.readouterr().out
     tape.close(val_loss=0.5)
     for command in ("inspect", "watch"):
-        assert main([command, str(tmp_path / "run")]) == 0
+        assert main([command, "runs/mine"]) == 0
         assert "0.5000" in capsys.readouterr().out
-    assert main(["resume", str(tmp_path / "run")]) == 2
+    assert main(["resume", "runs/mine"]) == 2
     assert "without a checkpoint; run the script again" in capsys.readouterr().err
 
 
