@@ -211,6 +211,14 @@ def rows_of(batch: Any) -> int:
     return taken
 
 
+def length(loader: Any) -> int | None:
+    """len(loader), or None where it has none, as a DataLoader over an IterableDataset."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
 def _lengths(value: Any) -> Iterator[int]:
     """Candidates for the number of rows, one per part."""
     told = getattr(value, "batch_size", None)

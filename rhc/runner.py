@@ -34,8 +34,8 @@ from rhc.loop.checks import (
 from rhc.loop.epochs import announce_planning, begin_planning, epoch_steps
 from rhc.loop.fit import Data, EventLog, Fit, ReversePasses
 from rhc.loop.lr_search import find_first_lr
+from rhc.loop.records import RunResult
 from rhc.loop.replay_check import assert_replay
-from rhc.loop.result import RunResult
 from rhc.loop.shift import adapt_to_shift
 from rhc.loop.state import Cost, State
 from rhc.loop.steps import replay, restore
@@ -373,9 +373,8 @@ class Runner:
 
     def _checked(self, steps: int, resume: str) -> int:
         steps = whole_number("steps", steps)
-        if steps < 1:
-            raise InputError(f"steps must be a whole number ≥ 1, got {steps}; try steps=1000")
         settings.Run(steps=steps).checked()
+        settings.Storage(resume=resume).checked()
         if self.followed is not None and len(self.followed) < steps:
             raise InputError(
                 f"the schedule has {len(self.followed)} steps, fewer than the run's {steps}; "
@@ -387,8 +386,6 @@ class Runner:
                 "not; to train on give it a directory, which fit continues, or build another with "
                 "start='given'"
             )
-        if resume not in ("auto", "never"):
-            raise InputError(f"resume must be 'auto' or 'never', got {resume!r}")
         return steps
 
     @contextmanager
@@ -436,13 +433,12 @@ class Runner:
     def _result(self) -> RunResult:
         state = self.state
         assert state.result is not None
-        return RunResult(
-            state.committed(),
-            state.result,
-            state.tape,
-            state.windows,
-            None if self.directory is None else self.directory.path,
-        )
+        schedule = state.committed()
+        return RunResult(schedule, state.result, state.tape, state.windows, self._path)
+
+    @property
+    def _path(self) -> Path | None:
+        return None if self.directory is None else self.directory.path
 
     def plan(self) -> list[str]:
         """The cost of a window in lines for people: gradient evaluations per step, bytes. Nothing
@@ -500,9 +496,8 @@ class Runner:
         for notice in notices:
             self._events.tell(notice)
         if state.result is None:
-            path = None if self.directory is None else self.directory.path
             sizes = (state.step, steps, self.window, self.stride)
-            self._events.emit(RunStarted(*sizes, self.controls, self.rewriting, path))
+            self._events.emit(RunStarted(*sizes, self.controls, self.rewriting, self._path))
             announce_planning(fit)
             if state.step == 0 and self._low_lr is not None:
                 self._events.tell(self._low_lr)
@@ -536,16 +531,9 @@ class Runner:
                 resumable=resumable,
             )
             self._streams.append(validation)
-        return Data(
-            self.train_loader,
-            self.val_loader,
-            self.test_loader,
-            self.accumulate,
-            self.validate_every,
-            self._epoch_steps,
-            train,
-            validation,
-        )
+        loaders = (self.train_loader, self.val_loader, self.test_loader)
+        sizes = (self.accumulate, self.validate_every, self._epoch_steps)
+        return Data(*loaders, *sizes, train, validation)
 
     @property
     def _judged_on_val(self) -> bool:
@@ -593,7 +581,6 @@ class Runner:
         wsd = self.rewriting and self.start == "given"
         values: dict[str, tuple[Any, Any]] = {
             "ranks": (self.ranks and self.ranks.size, None),
-            "memory_budget": (self._settings[2].memory_budget, None),
             "start": (self.start, "given"),
             "warmup": (self.warmup, 0.0),
             "planner": (self.planner and self.planner.describe(), None),

@@ -27,7 +27,7 @@ from rhc.storage.checkpoint import SHARDS, VALUES, Checkpoint
 from rhc.storage.files import NUMBER, check_kinds
 from rhc.storage.run_directory import RunDirectory
 from rhc.training import interrupts
-from rhc.training.batches import DrawnAsNeeded, MicroBatches, Position
+from rhc.training.batches import Position, micro_batches
 from rhc.training.objective import Average
 from rhc.training.recovery import OomFallback
 from rhc.training.snapshot import (
@@ -217,8 +217,7 @@ def _loss_after(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> fl
     _take_over(fit, directory, checkpoint)
     step, plant = checkpoint.step, fit.plant
     batch = next(fit.data.train.lazily(step, step + 1))
-    several = isinstance(batch, (MicroBatches, DrawnAsNeeded))
-    losses = [plant.loss(b)[0].detach() for b in (batch if several else [batch])]
+    losses = [plant.loss(micro)[0].detach() for micro in micro_batches(batch)]
     plant.parallel.settle()
     return plant.value(torch.stack(losses).mean())
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from rhc.containers import length
 from rhc.loop.update_rule import Rewrite
-from rhc.storage.run_directory import length, module_text
+from rhc.storage.run_directory import module_text
 from rhc.training.objective import HeldOutBatches, Objective
 
 GONE_RULE, GONE_MEMORY = {"rule": "normalised"}, {"memory": False}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rhc.containers import length
 from rhc.errors import InputError
 from rhc.events import EpochPlanned, Intervened, Notice
 from rhc.loop.fit import Fit
@@ -44,13 +45,12 @@ def epoch_steps(
         )
     steps = planner.epoch_steps
     if steps is None:
-        try:
-            batches = len(train_loader)  # type: ignore[arg-type]
-        except TypeError:
+        batches = length(train_loader)
+        if batches is None:
             raise InputError(
                 "train_loader does not say how many batches an epoch has; give "
                 "EpochPlanner(epoch_steps=…)"
-            ) from None
+            )
         steps = max(1, batches // accumulate)
     if planner.samples and accumulate > 1:
         raise InputError(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from itertools import islice
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +15,9 @@ from torch import Tensor
 from rhc.events import WindowAttempted
 from rhc.loop.fit import Fit
 from rhc.loop.state import Attempt
-from rhc.rng import preserved
+from rhc.schedule import Schedule
 from rhc.storage.files import finite
-from rhc.training.evaluate import TRAIN_BATCHES, UNSIZED_BATCHES, Losses, at_average, evaluate
-from rhc.training.loaders import loader_preserved
+from rhc.training.evaluate import TRAIN_BATCHES, Losses, at_average, evaluate
 
 PER_EXAMPLE = "example_"
 """Prefix of metrics with a value per example: for a LossSampler, not for the tape."""
@@ -125,16 +124,9 @@ def smoothness(measured: float | None, predicted: float | None) -> float | None:
 
 def validation_losses(fit: Fit) -> Losses:
     """Mean loss and metrics of the live weights; a batch costs a third of a gradient."""
-    state, loader = fit.state, fit.data.val_loader
-    found = evaluate(fit.plant, loader)
-    assert found is not None and loader is not None
-    if state.validation_batches is None:
-        try:
-            state.validation_batches = float(len(loader))  # type: ignore[arg-type]
-        except TypeError:
-            with loader_preserved(loader), preserved():
-                state.validation_batches = float(sum(1 for _ in islice(loader, UNSIZED_BATCHES)))
-    state.cost.gradient_equivalents += state.validation_batches / 3
+    found = evaluate(fit.plant, fit.data.val_loader)
+    assert found is not None
+    fit.state.cost.gradient_equivalents += found.batches / 3
     return found
 
 
@@ -178,3 +170,49 @@ def _smoothness_summary(windows: Sequence[Mapping[str, Any]]) -> dict[str, float
         "median": statistics.median(values),
         "share_positive": sum(v > 0 for v in values) / len(values),
     }
+
+
+# The result ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The result of a fit. record: the content of result.json."""
+
+    schedule: Schedule
+    record: dict[str, Any]
+    tape: list[dict[str, Any]]
+    windows: list[dict[str, Any]]
+    directory: Path | None
+
+    @property
+    def train_loss(self) -> float | None:
+        return self.record["train_loss"]
+
+    @property
+    def val_loss(self) -> float | None:
+        return self.record["val_loss"]
+
+    @property
+    def test_loss(self) -> float | None:
+        return self.record["test_loss"]
+
+    @property
+    def test_accuracy(self) -> float | None:
+        return self.record["test_accuracy"]
+
+    @property
+    def replay(self) -> dict[str, Any] | None:
+        """How the first window replayed: `equal`, and else `first_step`, `what` differs there, by
+        which share (`largest`), and the `operators` to blame. None where nothing was replayed."""
+        return self.record.get("replay")
+
+    @property
+    def notices(self) -> list[str]:
+        """What a person was told of the run, once each."""
+        return self.record.get("notices", [])
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        """The ledger: plain_run_equivalents, gradient_evaluations, hessian_products and others."""
+        return self.record["cost"]

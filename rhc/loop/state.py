@@ -128,7 +128,6 @@ class State:
     fallback: OomFallback = field(default_factory=OomFallback, init=False)
     replay: Replay | None = field(default=None, init=False)
     budget_is_spent: bool = field(default=False, init=False)
-    validation_batches: float | None = field(default=None, init=False)
     tape: list[dict[str, Any]] = field(default_factory=list, init=False)
     windows: list[dict[str, Any]] = field(default_factory=list, init=False)
     live: Attempt | None = field(default=None, init=False)

@@ -9,11 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rhc.containers import length
 from rhc.hypergradient import stage_sum
 from rhc.hypergradient.evaluation import visible_statistics
 from rhc.loop.fit import Fit
 from rhc.loop.state import Attempt, Window
-from rhc.training.batches import MicroBatches, batch_size
+from rhc.training.batches import batch_size, micro_batches
 from rhc.training.evaluate import batch_statistics
 from rhc.training.objective import Average
 from rhc.training.plant import Plant
@@ -44,7 +45,7 @@ class HeldOutLoss:
 
 def held_out_loss(plant: Plant, batches: Sequence[Any], train: Any = None) -> HeldOutLoss:
     """The mean loss on `batches`; its share is their size beside `train`, else their number."""
-    batches = [m for b in batches for m in (b if isinstance(b, MicroBatches) else (b,))]
+    batches = [micro for batch in batches for micro in micro_batches(batch)]
     sizes = [batch_size(b) for b in batches]
     share = float(len(batches))
     if train is not None:
@@ -79,10 +80,8 @@ def judged_on(fit: Fit, step: int) -> tuple[int, int]:
 
 def at_most(loader: Any, count: int) -> int:
     """The number of batches of a loader, if it has one, up to `count`."""
-    try:
-        return max(1, min(len(loader), count))
-    except TypeError:
-        return count
+    batches = length(loader)
+    return count if batches is None else max(1, min(batches, count))
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from rhc.containers import length
 from rhc.errors import InputError, whole_number
 from rhc.events import EpochPlanned, Event, Intervened
 from rhc.schedule.steering import BeforeSteps
@@ -40,7 +41,6 @@ from rhc.schedulers.shared import (
 )
 from rhc.schedulers.signals import logit, sigmoid
 from rhc.schedulers.statistics import EpochState, EpochStats, after_epoch, after_step
-from rhc.storage.run_directory import length
 from rhc.workload import Plannable, Workload
 
 VERSION = 1

@@ -308,7 +308,7 @@ class Engine(Settings):
         place="rare",
         parse=parsed_bytes,
         rewriting=True,
-        recorded="by the runner",
+        recorded="if given",
         on_resume="what the reverse pass keeps changes, and its bits may differ",
     )
     """Memory that a reverse pass may take beyond plain training: bytes, 500MB, 2GiB."""

@@ -478,14 +478,6 @@ def module_text(module: torch.nn.Module) -> str:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)[:MOST_OF_A_MODULE]
 
 
-def length(loader: Any) -> int | None:
-    """len(loader), or None where it has none."""
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        return None
-
-
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
     found = []
     for key in sorted(was.keys() | now.keys()):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -110,6 +110,11 @@ class DrawnAsNeeded:
 
     def __iter__(self) -> Iterator[Any]:
         return self.batches
+
+
+def micro_batches(batch: Any) -> Sequence[Any] | DrawnAsNeeded:
+    """The batches whose mean loss a step is taken on: those that it accumulates, or it alone."""
+    return batch if isinstance(batch, (MicroBatches, DrawnAsNeeded)) else (batch,)
 
 
 def batch_size(batch: Any) -> int:

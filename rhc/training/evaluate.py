@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rhc.containers import spare, to_device
+from rhc.containers import length, spare, to_device
 from rhc.training.batches import batch_size
 from rhc.training.loaders import begun, loader_preserved
 from rhc.training.module_state import Buffers
@@ -28,10 +28,11 @@ UNSIZED_BATCHES = 1000
 
 
 class Losses(NamedTuple):
-    """Means over examples: loss, and every metric of loss_fn. NaN without data."""
+    """Means over examples: loss, and every metric of loss_fn. NaN without data. batches: drawn."""
 
     loss: float
     metrics: dict[str, float]
+    batches: int
 
 
 @torch.no_grad()
@@ -41,7 +42,7 @@ def evaluate(
     """Mean loss and metrics in eval mode over the loader's first `most` batches; by default all."""
     if loader is None:
         return None
-    unsized = most is None and not _has_length(loader)
+    unsized = most is None and length(loader) is None
     most = UNSIZED_BATCHES if unsized else most
     drawn, rows, total = 0, 0, 0.0
     sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -64,9 +65,9 @@ def evaluate(
     names = plant.parallel.union(sums)
     whole, total, *pairs = plant.parallel.sums([rows, total, *(x for n in names for x in sums[n])])
     if not whole:
-        return Losses(math.nan, {})
+        return Losses(math.nan, {}, drawn)
     means = (value / own for value, own in zip(pairs[::2], pairs[1::2], strict=True))
-    return Losses(total / whole, dict(zip(names, means, strict=True)))
+    return Losses(total / whole, dict(zip(names, means, strict=True)), drawn)
 
 
 @contextmanager
@@ -76,13 +77,6 @@ def _drawn(plant: Plant, loader: Iterable[Any], most: int | None) -> Iterator[It
     with plant.evaluating(), loader_preserved(loader):
         plant.parallel.share_random_state()
         yield (to_device(batch, moved) for batch in islice(begun(loader), most))
-
-
-def _has_length(loader: Any) -> bool:
-    try:
-        return len(loader) >= 0
-    except (TypeError, NotImplementedError):  # of a DataLoader over an IterableDataset
-        return False
 
 
 @contextmanager

@@ -280,6 +280,37 @@ def test_a_resumed_run_knows_it_and_says_it_once(hidden: bool, tmp_path: Path) -
     assert result.replay["stop"] == 4
 
 
+class Averaging(nn.Module):
+    """Follows a mean of its inputs by itself, in a buffer that the output is taken from."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("centre", torch.zeros(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.centre.lerp_(x.detach().mean(0), 0.1)
+        return self.inner(x - self.centre)
+
+
+def test_what_rhc_leaves_out_is_said_once_also_after_resume(tmp_path: Path) -> None:
+    def run() -> Run:
+        made = make_run("sgd", dropout=0.0)
+        model = Averaging(made.model)
+        return made._replace(model=model)
+
+    events: list[Any] = []
+    listeners = [events.append, stop_at_step(6)]
+    with pytest.raises(Stop):
+        fit(run(), directory=tmp_path, listeners=listeners)
+    resumed = fit(run(), directory=tmp_path, listeners=[events.append])
+    whole = fit(run())
+    said = [e.message for e in events if isinstance(e, Notice)]
+    assert len(said) == 1 and "centre" in said[0]
+    assert resumed.notices == whole.notices == said
+
+
 def test_what_an_older_checkpoint_knows(tmp_path: Path) -> None:
     """It kept how far a first step differed: such a run is not rewritten any more."""
     from rhc.loop.checkpointing import _replay
