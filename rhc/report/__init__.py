@@ -55,7 +55,7 @@ def page_of(directories: Sequence[Path]) -> str:
         read_run(directory) for each in dict.fromkeys(directories) for directory in runs_in(each)
     ]
     try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+        from jinja2 import Environment, FileSystemLoader
         from markupsafe import Markup
     except ImportError as error:
         raise InputError(
@@ -64,40 +64,35 @@ def page_of(directories: Sequence[Path]) -> str:
     from rhc.report.charts import charts_of
     from rhc.report.figure import NIGHT
 
-    charts = charts_of(runs)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
-        undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    charts = charts_of(runs)
     return environment.get_template("page.html").render(
         charts=charts,
-        figures=Markup(_inline({chart.key: chart.figure for chart in charts})),
+        figures={chart.key: chart.figure for chart in charts},
         library=Markup(_library()),
-        night=Markup(_inline(NIGHT)),
-        **_facts(runs),
+        night=NIGHT,
+        version=__version__,
+        faults=[f"{run.name}: {fault}" for run in runs for fault in run.faults],
+        **(_facts(runs[0]) if len(runs) == 1 else _comparison(runs)),
     )
 
 
-def _facts(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "title": f"{len(runs)} runs",
-        "faults": [f"{run.name}: {fault}" for run in runs for fault in run.faults],
-        "version": __version__,
-        **dict.fromkeys(("state", "product", "schedule"), ""),
-        **dict.fromkeys(("numbers", "table", "settings", "events"), ()),
-    }
-    if len(runs) > 1:
-        return facts | {"table": _comparison(runs)}
-    (run,) = runs
+def _facts(run: RunRecord) -> dict[str, Any]:
+    """What the page says of a single run, besides its charts."""
     schedule = run.directory / "schedule.json"
     progress = f"unfinished, {len(run.tape)} of {run.steps} steps are recorded"
-    return facts | {
+    known = [(label, number(entry(run.result, *path)), form) for label, path, form in _FIGURES]
+    numbers = [(label, format(value, form)) for label, value, form in known if value is not None]
+    return {
         "title": run.name,
         "state": f"{run.runner}: {f'finished, {run.steps} steps' if run.result else progress}",
-        "numbers": _numbers(run),
+        "numbers": [*numbers, ("attempts", run.outcomes)] if run.windows else numbers,
         "settings": _settings(run),
         "product": run.product,
         "events": run.events[:100],
@@ -124,12 +119,6 @@ _COMPARED = (
 """Label and path in result.json of the columns that compare runs."""
 
 
-def _numbers(run: RunRecord) -> list[tuple[str, str]]:
-    known = [(label, number(entry(run.result, *path)), form) for label, path, form in _FIGURES]
-    found = [(label, format(value, form)) for label, value, form in known if value is not None]
-    return [*found, ("attempts", run.outcomes)] if run.windows else found
-
-
 _DECIDED = {
     "steps", "stride", "optimizer", "lr", "weight_decay", "controls", "start", "template", "warmup",
     "cooldown", "until", "budget", "average", "objective_batches", "threads", "device",
@@ -154,7 +143,7 @@ def _settings(run: RunRecord) -> list[tuple[str, str, str]]:
     return sorted(rows, key=lambda row: not row[2])
 
 
-def _comparison(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
+def _comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
     """A row per group of runs that differ in the seed alone: mean and 95 % interval."""
     from rhc.report.charts import groups_of
 
@@ -169,7 +158,7 @@ def _comparison(runs: Sequence[RunRecord]) -> list[dict[str, str]]:
             found = [number(entry(run.result, *path)) for run in members]
             row[label] = _mean([value for value in found if value is not None])
         rows.append(row)
-    return rows
+    return {"title": f"{len(runs)} runs", "table": rows}
 
 
 def _mean(values: Sequence[float]) -> str:
@@ -192,11 +181,3 @@ def _library() -> str:
     except OSError:
         raise InputError(f"{LIBRARY} is missing; install rhc again") from None
     return text.replace("</script", "<\\/script")
-
-
-def _inline(value: Any) -> str:
-    """JSON that neither ends a script element nor begins a comment in it."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
