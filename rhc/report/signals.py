@@ -51,7 +51,7 @@ def signals_of(run: RunRecord) -> RunSignals:
     rows = list(_recorded(run))
     origin = "as the scheduler recorded them"
     if not rows:
-        rows, origin = list(_computed(run)), "computed from the tape as AdaptiveRL does"
+        rows, origin = list(_computed(run)), "computed from the tape with AdaptiveRL's constants"
     steps, loss, reward, plateau = ([row[i] for row in rows] for i in range(4))
     return RunSignals(steps, loss, reward, plateau, origin, of_reward)
 
