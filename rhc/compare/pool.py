@@ -191,7 +191,9 @@ class WorkerPool:
     def __init__(
         self, console: Console, task: Task, folder: Path, jobs: int, launcher: str = PROCESSES
     ) -> None:
-        self.console, self.task, self.jobs = console, replace(task, directory=folder), jobs
+        # Absolute, for launchers whose processes begin elsewhere.
+        self.task = replace(task, directory=folder.resolve())
+        self.console, self.jobs = console, jobs
         self.launcher, self.folder = launcher, folder
         self.failures: list[Failure] = []
         self._kept: dict[Cell, Row] = {}

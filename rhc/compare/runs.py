@@ -109,6 +109,7 @@ class Trained:
     """A run that has ended. fields: of its Row. start: cost of its lr search, in baseline runs.
     record: the content of result.json; None if the run diverged."""
 
+    goal: Goal | None
     fields: dict[str, Any]
     start: float = 0.0
     tape: Sequence[Mapping[str, Any]] = ()
@@ -140,9 +141,9 @@ def run(task: Task, name: str, lr: float | None, seed: int) -> Row:
 
 def _write(task: Task, row: Row, trained: Trained) -> None:
     """A directory of the run, beside those of the other cells."""
-    own = re.sub(r"[^\w.-]+", "-", row.method.rpartition(":")[2])
+    own = re.sub(r"[^\w.-]+", "-", row.method).strip("-")
     name = "-".join([own, *([] if row.lr is None else [f"{row.lr:g}"]), f"{row.seed}"])
-    goal = task.workload(row.seed).goal
+    goal = trained.goal
     config = {
         "command": "compare",
         "run": task.run,
@@ -172,7 +173,8 @@ def _one(
         state = runner.state
         cost = max(state.cost.gradient_equivalents / steps, 1.0)
         fields = _diverged(workload.goal, cost, state.cost.gradient_evaluations)
-        return Trained(fields, state.start_gradients / steps, state.tape, state.windows)
+        start = state.start_gradients / steps
+        return Trained(workload.goal, fields, start, state.tape, state.windows)
 
 
 def _fitted(runner: Runner, workload: Workload, steps: int) -> tuple[Trained, RunResult]:
@@ -187,7 +189,8 @@ def _fitted(runner: Runner, workload: Workload, steps: int) -> tuple[Trained, Ru
     result = runner.fit(steps)
     fields = _fields(workload.goal, result.tape, points, result.record)
     start = runner.state.start_gradients / steps
-    return Trained(fields, start, result.tape, result.windows, result.record), result
+    tape, windows, record = result.tape, result.windows, result.record
+    return Trained(workload.goal, fields, start, tape, windows, record), result
 
 
 def _smoothed(task: Task, method: Method, lr: float | None, seed: int) -> Trained:
@@ -202,7 +205,7 @@ def _smoothed(task: Task, method: Method, lr: float | None, seed: int) -> Traine
     try:
         runs, best = smooth(train, Smoother(), method.smooths, reward_of(goal))
     except DivergedError:
-        return Trained(_diverged(goal, 1.0, None))
+        return Trained(goal, _diverged(goal, 1.0, None))
     kept: Trained = runs[best].result
     for name in ("cost", "gradient_evaluations"):
         kept.fields[name] = sum(run.result.fields[name] for run in runs)
@@ -293,7 +296,8 @@ def _driven(task: Task, method: Method, lr: float | None, seed: int) -> Trained:
             **dict.fromkeys(("windows", "rejected_windows", "rewound_windows"), 0),
         },
     }
-    return Trained(_fields(goal, tape.rows, points, record), tape=tape.rows, record=record)
+    fields = _fields(goal, tape.rows, points, record)
+    return Trained(goal, fields, tape=tape.rows, record=record)
 
 
 def _fields(

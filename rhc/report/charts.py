@@ -7,6 +7,7 @@ points, and charts without traces, are left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,14 @@ def groups_of(runs: Sequence[RunRecord]) -> list[tuple[str, list[RunRecord]]]:
     return [(members[0].name, members) for members in groups.values()]
 
 
+def _drawn(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """The runs with curves of their own: of every group the first, then the second, and so on."""
+    if len(runs) <= MOST_RUNS:
+        return list(runs)
+    turns = zip_longest(*(members for _, members in groups_of(runs)))
+    return [run for turn in turns for run in turn if run is not None][:MOST_RUNS]
+
+
 def _ink(i: int) -> str:
     return INK[i % len(INK)]
 
@@ -98,7 +107,7 @@ def _ink(i: int) -> str:
 def _losses(runs: Sequence[RunRecord]) -> Iterator[Chart]:
     one = len(runs) == 1
     traces = []
-    for i, run in enumerate(runs[:MOST_RUNS]):
+    for i, run in enumerate(_drawn(runs)):
         prefix, ink = "" if one else f"{run.name} ", _ink(i)
         steps, losses = run.series("loss")
         validation = thinned(*run.series("val_loss"))
@@ -252,7 +261,7 @@ def _metrics(runs: Sequence[RunRecord]) -> Iterator[Chart]:
         data = "validation data" if name.startswith("val_") else "the training batches"
         curves = [
             line(means(*run.series(name), 200), run.name if len(runs) > 1 else name, _ink(i))
-            for i, run in enumerate(runs[:MOST_RUNS])
+            for i, run in enumerate(_drawn(runs))
         ]
         caption = f"On {data}, as means over stretches of the run."
         yield Chart(f"metric-{at}", f"Metric: {name}", caption, curves, y=name)
@@ -270,7 +279,7 @@ def _controls(runs: Sequence[RunRecord]) -> Iterator[Chart]:
     for name, letter in zip(CONTROLS, "αμσw", strict=True):
         traces: list[Trace] = []
         moves = False
-        for i, run in enumerate(runs[:MOST_RUNS]):
+        for i, run in enumerate(_drawn(runs)):
             steps, values = run.series(name)
             if not values:
                 continue
@@ -319,7 +328,7 @@ def _rewritten(run: RunRecord, name: str) -> list[Trace]:
 def _objectives(runs: Sequence[RunRecord]) -> Iterator[Chart]:
     one = len(runs) == 1
     traces, counts, thin = [], [], False
-    for i, run in enumerate(runs[:MOST_RUNS]):
+    for i, run in enumerate(_drawn(runs)):
         for outcome, (ink, symbol) in OUTCOMES.items():
             rows = [row for row in run.windows if row["outcome"] == outcome]
             if rows:

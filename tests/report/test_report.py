@@ -328,6 +328,14 @@ def test_runs_stand_side_by_side(tmp_path: Path) -> None:
     assert "two-0 and 1 further seeds" in (tmp_path / "page.html").read_text()
 
 
+def test_of_many_runs_every_group_has_a_curve(tmp_path: Path) -> None:
+    many = [written(tmp_path / f"many-{seed}", 50, seed=seed) for seed in range(14)]
+    runs = [read_run(d) for d in (*many, written(tmp_path / "other", 60))]
+    (losses,) = (chart for chart in charts_of(runs) if chart.key == "losses")
+    names = [trace["name"] for trace in losses.figure["data"]]
+    assert len(names) == 12 and names[:3] == ["many-0 train", "other train", "many-1 train"]
+
+
 def test_few_attempts_stand_for_many(tmp_path: Path) -> None:
     """Of thousands of windows those are drawn that moved J furthest; the counts are of all."""
     directory = written(tmp_path / "run", 25_000)
