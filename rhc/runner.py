@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from rhc import settings
+from rhc.data_weights import DataWeights, Evidence
 from rhc.distributed import ranks_of, synchronised, unwrapped
-from rhc.distributed.directory import directory_of
 from rhc.distributed.ranks import Group
 from rhc.errors import DivergedError, InputError, StorageError, whole_number
 from rhc.events import Listener, RunEnded, RunStarted
@@ -20,9 +20,8 @@ from rhc.hypergradient import Damping, Engine, Product, ReversePass, resolve
 from rhc.loop import description
 from rhc.loop.agreement import begin_together, check_ranks, draw_apart
 from rhc.loop.base_schedule import BaseSchedule
-from rhc.loop.checkpointing import finish, open_run, save
+from rhc.loop.checkpointing import finish, open_run, run_directory, save
 from rhc.loop.checks import (
-    check_storable,
     checked_loaders,
     followed,
     grouped,
@@ -63,7 +62,7 @@ from rhc.rng import mixed_seed
 from rhc.schedule import Schedule, Template
 from rhc.schedulers import EpochPlanner
 from rhc.settings.owners import Start
-from rhc.storage.run_directory import RunDirectory, hardware, versions
+from rhc.storage.run_directory import hardware, versions
 from rhc.training import interrupts, memory
 from rhc.training.batches import StepBatches
 from rhc.training.diagnostics import check_parts
@@ -108,6 +107,8 @@ class Runner:
             in the same bits (`RunResult.replay`).
         schedule: followed as it is where nothing is rewritten, in place of a template; a control
             that it lacks stays as the optimizer has it.
+        data_weights: of rows, of which loss_fn then returns one loss each, (B,), or of the loss's
+            terms, then a mapping. Moved in place by windows, unless rewrite is False.
         objective: what a window is judged by; None for the usual one.
         engine: "adjoint"; others check single hypergradients (`rhc.hypergradient`).
         product: Hessian products, as in `rhc.hypergradient`. Where the first lr is found, "auto"
@@ -132,8 +133,8 @@ class Runner:
         logger: one or several of `rhc.report.loggers`, told of what is committed.
         config: further entries of config.json, which the run's numbers depend on.
         process_group: ranks that train this model together, each from a Runner built alike, as one
-            process would with these loaders, or, with a DistributedSampler, on batches of their own
-            (docs/scaling.md). "auto" for the default group; None for this process alone.
+            process would with these loaders, or on batches of a DistributedSampler. "auto" for
+            the default group; None for this process alone.
 
     Raises:
         InputError: for settings that cannot be used, before anything is touched.
@@ -158,6 +159,7 @@ class Runner:
         rewrite: bool | Rewrite = True,
         inexact_replay: bool = False,
         schedule: Schedule | None = None,
+        data_weights: DataWeights | None = None,
         objective: Objective | None = None,
         engine: Engine = "adjoint",
         product: Product | Literal["auto"] = "auto",
@@ -180,10 +182,11 @@ class Runner:
         config: Mapping[str, Any] | None = None,
         process_group: Group = "auto",
     ) -> None:
+        weights_alone = data_weights is not None and controls is not None and not controls
         windows = settings.Window(
             window=window,
             stride=stride,
-            controls=cast(Any, controls),  # the check makes tuples of them
+            controls=None if weights_alone else cast(Any, controls),  # made tuples by the check
             per_group=cast(Any, per_group or None),
             inexact_replay=inexact_replay,
         ).checked()
@@ -226,7 +229,9 @@ class Runner:
             clip_norm=step.clip_norm,
             clip_value=step.clip_value,
             ranks=self.ranks,
+            data_weights=data_weights,
         )
+        self._weighed = data_weights and data_weights.describe()
         self.device = self.plant.parameters[0].device
         if self.ranks is not None:
             check_ranks(planner, objective)
@@ -235,11 +240,13 @@ class Runner:
         self.train_loader, self.val_loader, self.test_loader = loaders
         self._take_schedule(shape, rewrite, schedule, planner)
         self.objective = objective or usual_objective(self.start, self.window)
-        self._take_engine(windows, engine_settings)
+        self._take_engine(windows, engine_settings, () if weights_alone else DEFAULT_CONTROLS)
         if first:
             self.listeners += listeners_of(logger, config)
         self.config = None if config is None else dict(config)
-        self.directory = self._opened(directory, storage.keep_checkpoints)
+        self.directory = run_directory(
+            directory, storage.keep_checkpoints, self._events.notice, self.plant
+        )
         self._streams: list[StepBatches] = []
         self._state: State | None = None
         self._fitted = False
@@ -277,7 +284,9 @@ class Runner:
             free = plain and shape.template is None and not self.warmup
             followed(self.plant, schedule, free=free)
 
-    def _take_engine(self, windows: settings.Window, engine: settings.Engine) -> None:
+    def _take_engine(
+        self, windows: settings.Window, engine: settings.Engine, usual: tuple[str, ...]
+    ) -> None:
         self.segment = cast(int | Literal["auto"], engine.segment)
         self.product = cast(Product | Literal["auto"], engine.product)
         if self.product == "auto" and self.segment == "auto" and self.start != "given":
@@ -287,7 +296,7 @@ class Runner:
         self._reverse_pass: ReversePass | None = None
         if self.rewriting:
             resolve(self.window, self.segment, self.product, "adjoint", self.plant)
-            self.controls = steered(self.plant, windows.controls, DEFAULT_CONTROLS)
+            self.controls = steered(self.plant, windows.controls, usual)
             self._reverse_passes = ReversePasses(
                 self.plant,
                 self.objective,
@@ -308,24 +317,11 @@ class Runner:
             self.template,
             self.warmup,
             self.law.cooldown,
-            "lr" in self.controls or not self.rewriting,
+            "lr" in self.controls or not self.controls,
             self.per_group,
             self.seed,
             self.followed,
         )
-
-    def _opened(self, directory: str | Path | None, keep_checkpoints: int) -> RunDirectory | None:
-        if directory is None:
-            return None
-        check_storable(self.plant.model)
-        known = settings.TrainConfig.known().items()
-        may_change = {n: text for n, s in known if (text := s.setting.on_resume) is not None}
-        opened = directory_of(
-            Path(directory), keep_checkpoints, self._events.notice, may_change, self.ranks
-        )
-        size = sum(p.nbytes for p in self.plant.model.parameters())
-        opened.checkpoints.most_bytes = 2**30 + 64 * size
-        return opened
 
     # fit -----------------------------------------------------------------------------------------
 
@@ -434,15 +430,21 @@ class Runner:
         state = self.state
         assert state.result is not None
         schedule = state.committed()
-        return RunResult(schedule, state.result, state.tape, state.windows, self._path)
+        return RunResult(
+            schedule,
+            state.result,
+            state.tape,
+            state.windows,
+            self._path,
+            self.plant.data_weights,
+        )
 
     @property
     def _path(self) -> Path | None:
         return None if self.directory is None else self.directory.path
 
     def plan(self) -> list[str]:
-        """The cost of a window in lines for people: gradient evaluations per step, bytes. Nothing
-        is trained or written; model, optimizer and random states stay as they were."""
+        """The cost of a window in lines for people. Nothing is trained or written."""
         if self._reverse_passes is None:
             raise InputError("a plan is of the reverse pass; turn rewriting on to have one")
         stream = StepBatches(
@@ -470,6 +472,8 @@ class Runner:
         schedule = self._base.planned(steps, first_lr)
         reverse_pass = self._reverse_pass if self._state is None else self._state.reverse_pass
         state = self._state = State(steps, schedule, first_lr, reverse_pass)
+        if self.rewriting and self.plant.data_weights is not None:
+            state.evidence = Evidence(len(self.plant.data_weights))
         fit = Fit(
             self.plant,
             state,
@@ -583,6 +587,7 @@ class Runner:
             "ranks": (self.ranks and self.ranks.size, None),
             "start": (self.start, "given"),
             "warmup": (self.warmup, 0.0),
+            "data_weights": (self._weighed, None),
             "planner": (self.planner and self.planner.describe(), None),
             "followed": (self.followed and self.followed.digest(), None),
             "template": (self.template, "wsd" if wsd else "constant"),

@@ -11,9 +11,12 @@ from rhc.data_weights.loss import (
     weighed,
     weighing,
 )
+from rhc.data_weights.update_rule import Evidence, Observation
 
 __all__ = [
     "DataWeights",
+    "Evidence",
+    "Observation",
     "Weighed",
     "indexed",
     "leaves_of",

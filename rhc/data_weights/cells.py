@@ -151,6 +151,17 @@ class DataWeights:
         """(B,) float64 weights of these cells, not scaled."""
         return self._raw[cells].double()
 
+    def adopt(self, raw: Tensor) -> None:
+        """Takes over (n,) weights as they are, from a checkpoint."""
+        if raw.shape != self._raw.shape:
+            raise ValueError(f"data weights of {len(raw)} cells, not {len(self)}")
+        self._raw = raw.to(self._raw.dtype, copy=True)
+
+    @property
+    def raw(self) -> Tensor:
+        """(n,) weights as they are kept, whose mean need not be 1."""
+        return self._raw
+
     @torch.no_grad()
     def move(self, cells: Tensor, by: Tensor) -> None:
         """Multiplies the weights of `cells` (m,), each once, by exp(by), within the bounds; frozen
@@ -160,6 +171,16 @@ class DataWeights:
             cells, by = cells[free], by[free]
         moved = self.at(cells) * by.double().exp()
         self._raw[cells] = moved.clamp(*self.bounds).to(self._raw.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        """What a run's numbers depend on, for config.json."""
+        whole = self._raw.double()
+        return {
+            "cells": len(self) if self.names is None else list(self.names),
+            "first": [float(whole.sum()), float(whole.square().sum())],
+            "frozen": 0 if self.frozen is None else int(self.frozen.sum()),
+            "bounds": list(self.bounds),
+        }
 
     # Plain loops ---------------------------------------------------------------------------------
 
@@ -186,7 +207,7 @@ class DataWeights:
         """Writes PATH (safetensors) and beside it, with the ending .json, what the cells are."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"weights": self._raw}
+        tensors = {"weights": self.values}
         if self.frozen is not None:
             tensors["frozen"] = self.frozen
         data = save_tensors(tensors)

@@ -360,7 +360,7 @@ class _Rolls:
             }
             observed = plant.step(batches[i], values, step)
             self.cost += 1
-            if i == 0:
+            if i == 0 and DATA_WEIGHTS not in moved:
                 self._compare(float(observed.loss), float(observed.gradient_norm))
             stage = self.objective.stage(observed.loss.double(), observed.metrics)
             if stage is not None:

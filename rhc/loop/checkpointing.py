@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from typing import Any
 import torch
 
 from rhc.distributed import local_part, placed_as, shared_as
+from rhc.distributed.directory import directory_of
 from rhc.errors import InputError, RunWarning
 from rhc.events import CheckpointSaved
 from rhc.loop.agreement import agreed
+from rhc.loop.checks import check_storable
 from rhc.loop.fit import Fit
 from rhc.loop.records import final_result
 from rhc.loop.state import AVERAGE_DECAY, AntitheticSearch, Cost, Patience, Replay
@@ -23,12 +25,15 @@ from rhc.loop.window_objective import judged_on
 from rhc.schedule import Schedule
 from rhc.schedule.planned import Piece, PlannedSchedule
 from rhc.schedulers import joined, parted
+from rhc.settings import TrainConfig
 from rhc.storage.checkpoint import SHARDS, VALUES, Checkpoint
 from rhc.storage.files import NUMBER, check_kinds
 from rhc.storage.run_directory import RunDirectory
+from rhc.storage.run_files import WEIGHTS
 from rhc.training import interrupts
 from rhc.training.batches import Position, micro_batches
 from rhc.training.objective import Average
+from rhc.training.plant import Plant
 from rhc.training.recovery import OomFallback
 from rhc.training.snapshot import (
     adopt,
@@ -54,6 +59,21 @@ _KINDS = {
     "singletons": (bool,),
 }
 """Types of those entries of values.json on which later steps would fail."""
+
+
+def run_directory(
+    directory: str | Path | None, keep: int, notice: Callable[[str], None], plant: Plant
+) -> RunDirectory | None:
+    """The run's directory, open to nobody yet; None for a run in memory. keep: checkpoints."""
+    if directory is None:
+        return None
+    check_storable(plant.model)
+    known = TrainConfig.known().items()
+    may_change = {n: text for n, s in known if (text := s.setting.on_resume) is not None}
+    opened = directory_of(Path(directory), keep, notice, may_change, plant.ranks)
+    size = sum(p.nbytes for p in plant.model.parameters())
+    opened.checkpoints.most_bytes = 2**30 + 64 * size
+    return opened
 
 
 # Save ---------------------------------------------------------------------------------------------
@@ -108,6 +128,8 @@ def _checkpoint(fit: Fit) -> Checkpoint:
         "start_gradients": state.start_gradients,
         "seconds": state.seconds(),
     }
+    if state.evidence is not None and plant.data_weights is not None:
+        tensors["data_weights"] = {"raw": plant.data_weights.raw, **state.evidence.to_tensors()}
     if fit.planner is not None:
         tensors["controller"], values["controller"] = parted(fit.planner.state_dict())
     return Checkpoint(state.step, tensors, values)
@@ -130,6 +152,9 @@ def finish(fit: Fit) -> None:
             stream.close()  # its loader is iterated anew
     state.result = final_result(fit)
     if directory is not None:
+        weights, ranks = fit.plant.data_weights, fit.plant.ranks
+        if weights is not None and (ranks is None or ranks.first):
+            weights.save(directory.path / WEIGHTS)
         directory.finish(state.committed(), state.result)
 
 
@@ -193,6 +218,8 @@ def _resume(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> list[s
 
 def _loss_differs(fit: Fit, directory: RunDirectory, earlier: Checkpoint) -> list[str]:
     """How the loss of the step after a checkpoint differs from the tape's."""
+    if fit.state.evidence is not None:  # the step had the weights that its window was rewritten to
+        return []
     step, tolerance = earlier.step, ELSEWHERE if directory.elsewhere else HERE
     found = _loss_after(fit, directory, earlier)
     tape = fit.state.tape
@@ -257,6 +284,9 @@ def _load(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> None:
     data.train.seek(place)
     if data.validation is not None:
         data.validation.seek(Position.from_tensors(tensors["validation_batches"]))
+    if state.evidence is not None and plant.data_weights is not None:
+        state.evidence.load(tensors["data_weights"])
+        plant.data_weights.adopt(tensors["data_weights"]["raw"])
     plant.singletons = bool(values["singletons"])
     state.fallback = OomFallback.from_json(values.get("relief", {}))
     state.replay = _replay(values, checkpoint.step)

@@ -32,7 +32,7 @@ def steered(plant: Plant, asked: Sequence[str] | None, usual: Sequence[str]) -> 
         known = [name for name in usual if name in plant.controls.available]
         asked = [n for n in known if n != "momentum" or CONTROLS[n].lower <= initial[n]]
     controls = tuple(dict.fromkeys(asked))
-    if not controls:
+    if not controls and plant.data_weights is None:
         raise InputError(
             f"controls is empty; name some of {', '.join(CONTROLS)}, or turn rewriting off"
         )

@@ -121,6 +121,11 @@ class Fit:
     inexact_replay: bool
 
     @property
+    def controls(self) -> tuple[str, ...]:
+        """Those that windows rewrite."""
+        return () if self.reverse_passes is None else self.reverse_passes.controls
+
+    @property
     def rewrites(self) -> bool:
         """Whether windows are rewritten, and so may be rolled again."""
         return self.reverse_passes is not None

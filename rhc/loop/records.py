@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rhc.data_weights import DataWeights
 from rhc.events import WindowAttempted
+from rhc.hypergradient.verification import DATA_WEIGHTS
 from rhc.loop.fit import Fit
 from rhc.loop.state import Attempt
 from rhc.schedule import Schedule
@@ -103,7 +105,7 @@ def _line(
     }
     if h is not None:
         line |= {
-            "hypergradient": {name: g.tolist() for name, g in h.grad.items()},
+            "hypergradient": {n: g.tolist() for n, g in h.grad.items() if n != DATA_WEIGHTS},
             "costate_norms": h.costate_norms.tolist(),
             "product": h.product,
             "segment": h.segment,
@@ -158,6 +160,14 @@ def final_result(fit: Fit) -> dict[str, Any]:
         "replay": finite(state.replay and asdict(state.replay)),
         "notices": list(fit.events.told),
     }
+    if state.evidence is not None and plant.data_weights is not None:
+        spread = float(plant.data_weights.values.log().std(correction=0))
+        result["data_weights"] = {
+            "cells": len(plant.data_weights),
+            "observed": int((state.evidence.count > 0).sum()),
+            "spread": spread,
+            "share": state.evidence.share,
+        }
     return result
 
 
@@ -184,6 +194,7 @@ class RunResult:
     tape: list[dict[str, Any]]
     windows: list[dict[str, Any]]
     directory: Path | None
+    data_weights: DataWeights | None = None
 
     @property
     def train_loss(self) -> float | None:

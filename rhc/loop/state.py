@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rhc.data_weights import Evidence, Observation
 from rhc.hypergradient import Hypergradient, Outcome, ReversePass
 from rhc.loop.update_rule import Proposal, Shift, Twin
 from rhc.schedule import Schedule
@@ -127,6 +128,7 @@ class State:
     antithetic: AntitheticSearch = field(default_factory=AntitheticSearch, init=False)
     fallback: OomFallback = field(default_factory=OomFallback, init=False)
     replay: Replay | None = field(default=None, init=False)
+    evidence: Evidence | None = field(default=None, init=False)
     budget_is_spent: bool = field(default=False, init=False)
     tape: list[dict[str, Any]] = field(default_factory=list, init=False)
     windows: list[dict[str, Any]] = field(default_factory=list, init=False)
@@ -156,7 +158,8 @@ class Moment:
 @dataclass
 class Window:
     """Steps [start, stop), committed up to `commit`. before: the moment at its start; None without
-    rewriting. shift: the step at which its data change; cut: whether it was ended there."""
+    rewriting. shift: the step at which its data change; cut: whether it was ended there.
+    observation: what its first reverse pass says of data weights."""
 
     start: int
     stop: int
@@ -166,6 +169,7 @@ class Window:
     shift: int | None = None
     cut: bool = False
     terminal: Any = None
+    observation: Observation | None = None
 
 
 @dataclass
@@ -175,7 +179,8 @@ class Attempt:
     first_outcome: of the hypergradient, before any remedy. value: J. rewrites: how many led from
     the roll to here; scale: of the next; last_gain, gain: relative fall of J by the last and by
     all. guarded: whether a far too high loss is a failure. plain: whether by the plain loop's
-    kernels. inside, end: the moments at the commit and at the end, if kept.
+    kernels. weights: moves of log w of the observed cells, which `batches` have. inside, end: the
+    moments at the commit and at the end, if kept.
     """
 
     number: int
@@ -188,6 +193,7 @@ class Attempt:
     gain: float = 0.0
     last_gain: float = 0.0
     plain: bool = True
+    weights: Tensor | None = None
     trajectory: Trajectory | None = field(default=None, init=False)
     hypergradient: Hypergradient | None = field(default=None, init=False)
     first_outcome: Outcome | None = field(default=None, init=False)

@@ -13,6 +13,7 @@ import torch
 from rhc.errors import DivergedError
 from rhc.events import Committed, VerbStarted
 from rhc.loop.budget import REWRITE, affords, projected_cost
+from rhc.loop.data_weights import move_weights, observe, weigh
 from rhc.loop.epochs import epoch_end, plan_epochs
 from rhc.loop.fit import Fit
 from rhc.loop.records import record, tape_rows, validation_losses
@@ -112,16 +113,22 @@ def _roll_lazily(fit: Fit, window: Window) -> Attempt:
 
 
 def _wants_hypergradient(fit: Fit, window: Window) -> bool:
-    state, patience = fit.state, fit.state.patience
+    state = fit.state
     return (
         (state.replay is None or fit.may_rewrite)
-        and (patience.after_shift or window.start < fit.rule.until * state.steps)
-        and patience.windows_to_skip == 0
+        and (state.evidence is not None or _steers(fit, window))
         and not state.fallback.never_differentiate
         and (state.reverse_pass is None or state.reverse_pass.trusted)
         and not isinstance(fit.rule, Twin)
         and affords(fit, window, REWRITE, reverse_passes=1)
     )
+
+
+def _steers(fit: Fit, window: Window) -> bool:
+    """Whether the window's controls may be rewritten, by the rule's choice of windows."""
+    patience = fit.state.patience
+    within = patience.after_shift or window.start < fit.rule.until * fit.state.steps
+    return bool(fit.controls) and within and patience.windows_to_skip == 0
 
 
 def _schedules_to_roll(
@@ -169,6 +176,8 @@ def worth_rewriting(fit: Fit, window: Window, attempt: Attempt) -> bool:
         return False
     if attempt.rewrites == rule.iterations or (attempt.rewrites and attempt.last_gain < rule.worth):
         return False
+    if attempt.rewrites and not _steers(fit, window) and window.shift is None:
+        return False  # a window moves data weights once
     if attempt.rewrites and not affords(fit, window, REWRITE, reverse_passes=1):
         return False
     return attempt.hypergradient is not None or reverse_pass is None or reverse_pass.trusted
@@ -197,20 +206,24 @@ def rewrite(fit: Fit, window: Window, attempt: Attempt) -> Iterator[Attempt]:
         if attempt.plain and attempt is state.live and attempt.end is None:
             attempt.end = fit.here()
         highest = fit.base.highest(state, window.start, window.stop)
+        steers = _steers(fit, window) or window.shift is not None
+        gradient = {name: h.grad[name] for name in fit.controls} if steers else {}
+        observed = observe(fit, window, attempt)
         for retry in range(rule.retries + 1):
             if retry and not affords(fit, window, 2):
                 break
             scale = attempt.scale * rule.shrink**retry
-            proposal = rule.propose(attempt.schedule, h.grad, attempt.value, scale)
+            proposal = rule.propose(attempt.schedule, gradient, attempt.value, scale)
             schedule = rule.bounded(proposal.schedule, attempt.schedule, highest)
             carry = proposal.carry
             if attempt.proposal is not None:
                 carry = added(attempt.proposal.carry, carry)
-            yield attempt.again(
+            trial = attempt.again(
                 number=attempt.number + 1 + retry,
                 schedule=schedule,
                 proposal=replace(proposal, schedule=schedule, carry=carry),
             )
+            yield trial if observed is None else weigh(fit, trial, observed, rule.shrink**retry)
     else:
         record(fit, attempt, "rejected", f"hypergradient {h.result.name}: {h.result.message}")
     state.cost.rejected_windows += attempt.rewrites == 0  # not reached where one was accepted
@@ -303,6 +316,7 @@ def commit(fit: Fit, window: Window, attempt: Attempt) -> None:
     rows = tape_rows(attempt, stop)
     first = rows[0]["loss"] if state.reference is None else state.reference[1]
     state.reference = (sum(row["loss"] for row in rows) / len(rows), first)
+    move_weights(fit, window, attempt)
     peak = peak_memory(fit.plant.parameters[0].device)
     state.cost.peak_memory_bytes = max(state.cost.peak_memory_bytes, peak)
     state.step = stop

@@ -7,6 +7,7 @@
     schedule.json    the plan during the run, then the committed schedule    schedule/planned.py
     checkpoints/     what a run is resumed from, see `checkpoint`            loop/checkpointing.py
     result.json      losses and cost; written last                           loop/records.py
+    weights.safetensors, weights.json  where data are weighed                data_weights/cells.py
     report.html      by `rhc report`; hypergradient.json by `rhc hypergradient`
 
 CRC-32s of *.jsonl and result.json are in .NAME.crc32; config.json and schedule.json end with their
@@ -27,6 +28,9 @@ from rhc.storage.files import NUMBER, NUMBER_OR_NONE, Kinds, misfit, read_json
 
 FILES = ("config.json", "schedule.json", "tape.jsonl", "windows.jsonl", "result.json")
 """A directory with any of these holds a run, or part of one."""
+
+WEIGHTS = "weights.safetensors"
+"""Weights of the data, with weights.json beside it."""
 
 RUNS = Path("runs")
 """Where `rhc train` puts its runs."""
