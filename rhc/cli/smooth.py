@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from rhc.hindsight import USUAL_GAINS, Pass, Smoother, Tape, held_out, reward_of
 from rhc.report.live import Progress, Screen, display
 from rhc.report.text import print_result
 from rhc.schedule import Schedule, Template, shaped, template_factors
-from rhc.schedulers import Gains
 from rhc.settings import RECORD_VERSION, TrainConfig
 from rhc.settings.commands import SmoothConfig
 from rhc.storage.files import (
@@ -40,6 +39,9 @@ from rhc.workload import Goal, refuse_strange
 
 COPIED = ("schedule.json", "tape.jsonl", "windows.jsonl")
 """Files of the best run that are copied into the whole's directory."""
+
+OWN = ("passes", "template", "source", "every", "gain", "baseline")
+"""Settings of the smoother that are always recorded."""
 
 
 def run(config: SmoothConfig, screen: Screen) -> int:
@@ -95,7 +97,8 @@ def resume(record: Mapping[str, Any], directory: Path, screen: Screen, *, trust:
     path = directory / "config.json"
     check_kinds(record, {"smooth": (dict,)}, path)
     names = {name: record[name] for name in SmoothConfig.known() if name in record}
-    config = SmoothConfig.from_record({**names, **record["smooth"]}, str(path))
+    own = {"controls": ["lr"], **record["smooth"]}
+    config = SmoothConfig.from_record({**names, **own}, str(path))
     refuse_strange(config.run, path, trust=trust)
     return run(replace(config, directory=directory).checked(), screen)
 
@@ -105,10 +108,14 @@ def _name(number: int) -> str:
 
 
 def _smoother(config: SmoothConfig) -> Smoother:
-    gains = {name: config.gain * gain for name, gain in asdict(USUAL_GAINS).items()}
-    return Smoother(
-        every=config.every, gains=Gains(**gains), source=config.source, baseline=config.baseline
-    )
+    gains = replace(USUAL_GAINS, **_gains(config)).times(config.gain)
+    return Smoother(config.every, config.controls, gains, config.source, config.baseline)
+
+
+def _gains(config: SmoothConfig) -> dict[str, float]:
+    """Those of the six gains that are given."""
+    known = {name: getattr(config, name, None) for name in vars(USUAL_GAINS)}
+    return {name: gain for name, gain in known.items() if gain is not None}
 
 
 def _templated(base: PlainRun, template: str) -> Schedule | None:
@@ -151,14 +158,16 @@ def _train(
 
 
 def _record(config: SmoothConfig, run: PlainRun) -> dict[str, Any]:
-    own = ("passes", "template", "source", "every", "gain", "baseline")
+    own = {name: getattr(config, name) for name in OWN} | _gains(config)
+    if config.controls != ("lr",):  # all that moved before others did
+        own["controls"] = config.controls and list(config.controls)
     return {
         "format": "rhc.config",
         "version": RECORD_VERSION,
         **run.config.to_record("directory", "resume", "config", "print_config", "plan"),
         "controls": [],
         "command": "smooth",
-        "smooth": {name: getattr(config, name) for name in own},
+        "smooth": own,
         "versions": versions(),
         "hardware": hardware(device_of(run.config.device)),
     }

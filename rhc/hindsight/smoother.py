@@ -17,7 +17,9 @@ import torch
 from rhc.errors import InputError
 from rhc.schedule import CONTROLS, Schedule
 from rhc.schedulers.laws import Bounds, Cap, Controls, Gains, check_source, lowered, updated
+from rhc.schedulers.plan import STEERED, gains_of
 from rhc.schedulers.signals import (
+    STILL,
     Smoothing,
     Trends,
     clip,
@@ -30,13 +32,16 @@ from rhc.workload import Goal
 USUAL_GAINS = Gains(
     lr_reward=0.24,
     lr_loss=0.24,
-    momentum_reward=0.0,
-    momentum_loss=0.0,
-    noise_plateau=0.0,
-    noise_reward=0.0,
+    momentum_reward=0.03,
+    momentum_loss=0.06,
+    noise_plateau=0.05,
+    noise_reward=0.04,
 )
-"""AdaptiveRL's × 12 for lr, since two-sided trends need less caution; momentum and noise stay.
-Chosen on seeds 0-3 of MNIST, sine and drifting sine (docs/hindsight.md)."""
+"""AdaptiveRL's specified gains, × 12 for lr and × 3 for momentum, since two-sided trends need less
+caution. Chosen on seeds 0-4 of MNIST, digits and sine (docs/hindsight.md)."""
+
+MOVED = ("lr", "momentum")
+"""Controls that pay, lr alone where the data change; noise pays nowhere (docs/hindsight.md)."""
 
 BOUNDS, SMOOTHING = Bounds(), Smoothing()
 
@@ -75,13 +80,15 @@ class Tape:
 @dataclass(frozen=True)
 class Smoother:
     """Computes the next run's schedule from a probe's tape and schedule.
-    every, source, bounds, cap: as in AdaptiveRL; smoothing is two-sided. baseline: subtract the
+    every, source: as in AdaptiveRL, as are the bounds and the cap; smoothing is two-sided.
+    controls: those of lr, momentum and noise that move; None for `MOVED`. baseline: subtract the
     tape's mean trend, so that controls rise only where progress is above average; without it every
     fall of the loss raises lr, up to the last step. The laws give factors on lr and noise and
     shifts of logit μ per block of `every` steps, relative to the probe's schedule, so that passes
     accumulate."""
 
     every: int = 20
+    controls: Sequence[str] | None = None
     gains: Gains = USUAL_GAINS
     source: str = "both"
     baseline: bool = True
@@ -89,6 +96,11 @@ class Smoother:
     def __post_init__(self) -> None:
         if self.every < 1:
             raise InputError(f"every must be ≥ 1 steps, got {self.every}")
+        for name in ("lr",) if self.controls is None else self.controls or ("",):
+            if name not in STEERED:
+                raise InputError(
+                    f"controls must be some of {', '.join(STEERED)}, got {name or 'none'}"
+                )
         check_source(self.source)
 
     def trends(self, tape: Tape) -> list[Trends]:
@@ -114,7 +126,7 @@ class Smoother:
                 f"the tape has {len(tape.losses)} steps and the schedule {len(probe)}; give both "
                 "of one run"
             )
-        gains = self.gains.for_source(self.source)
+        gains = gains_of(self._moved_controls, self.gains.for_source(self.source))
         lost = _lost(tape, self.every)
         first = BOUNDS.clipped(_controls(probe))
         current = lowered(first, BOUNDS) if 0 in lost else first
@@ -125,6 +137,10 @@ class Smoother:
                 current = lowered(current, BOUNDS)
             walk.append(current)
         return self._moved(probe, first, walk)
+
+    @property
+    def _moved_controls(self) -> Sequence[str]:
+        return MOVED if self.controls is None else self.controls
 
     def _shares(self, values: Sequence[float], beta: float, marks: range) -> list[float]:
         before, after = _both_ways(values, beta)
@@ -141,7 +157,7 @@ class Smoother:
         """The probe's schedule, changed as the walk departs from its first controls."""
         block = [i // self.every for i in range(len(probe))]
         values = dict(probe.values)
-        for name in ("lr", "momentum", "noise"):
+        for name in self._moved_controls:
             if name not in probe:
                 continue
             known, old = CONTROLS[name], probe[name]
@@ -186,12 +202,15 @@ def smooth(
     train: trains from scratch with the same seed, by a schedule or, for None, by the run's own
     controls; called passes + 1 times. Each pass starts from the best run so far; after a run that
     was no better it goes half as far in the opposite direction. The first goes `AGAINST` if the
-    data changed.
+    data changed, and then moves lr alone unless the smoother names controls.
     """
     if passes < 1:
         raise InputError(f"passes must be ≥ 1, got {passes}")
     runs = [train(0, None)]
-    best, scale = 0, AGAINST if data_changed(Tape.of(runs[0].rows, reward)) else 1.0
+    best, scale = 0, 1.0
+    if data_changed(Tape.of(runs[0].rows, reward)):
+        scale = AGAINST
+        smoother = replace(smoother, controls=smoother.controls or ("lr",))
     for number in range(1, passes + 1):
         law = replace(smoother, gains=smoother.gains.times(scale))
         schedule = law.schedule(Tape.of(runs[best].rows, reward), runs[best].schedule)
@@ -257,12 +276,13 @@ def _both_ways(values: Sequence[float], beta: float) -> tuple[list[float], list[
     nearest value, unusable values are excluded."""
 
     def one_way(ordered: Sequence[float]) -> list[float]:
-        total, weight, means = 0.0, 0.0, [math.nan]
+        mean, weight, means = 0.0, 0.0, [math.nan]
         for value in ordered:
-            total, weight = (1 - beta) * total, (1 - beta) * weight
+            weight *= 1 - beta
             if is_usable(value):
-                total, weight = total + beta * value, weight + beta
-            means.append(total / weight if weight > 1e-12 else math.nan)
+                weight += beta
+                mean += beta / weight * (value - mean)
+            means.append(mean if weight > 1e-12 else math.nan)
         return means
 
     return one_way(values), one_way(values[::-1])[::-1]
@@ -278,15 +298,17 @@ def _centred(values: Sequence[float], beta: float) -> list[float]:
 def _plateaus(losses: Sequence[float], marks: range) -> list[float]:
     """P of `signals.plateau` at the marks, from two-sided means."""
     mean = _centred(losses, SMOOTHING.loss)
-    change = [*(b - a for a, b in pairwise(mean)), 0.0]
-    moved = _centred(change, SMOOTHING.loss)
-    size = _centred([abs(c) for c in change], SMOOTHING.loss)
     squares = [
         (x - m) ** 2 if is_usable(x) else math.nan for x, m in zip(losses, mean, strict=True)
     ]
     variance = _centred(squares, SMOOTHING.variance)
     finite = [v for v in variance if math.isfinite(v)]
     usual = sum(finite) / len(finite) if finite else 0.0
+    change = [*(b - a for a, b in pairwise(mean)), 0.0]
+    moved = _centred(change, SMOOTHING.loss)
+    still = STILL * SMOOTHING.loss
+    sizes = [max(abs(c), still * math.sqrt(v)) for c, v in zip(change, variance, strict=True)]
+    size = _centred(sizes, SMOOTHING.loss)
     found = []
     for m in marks:
         still = abs(moved[m]) / size[m] if size[m] > 0 else 0.0

@@ -69,6 +69,11 @@ class Gains:
     gae_lambda_plateau: float = 0.1
     gae_lambda_variance: float = 0.1
 
+    def __post_init__(self) -> None:
+        for name, gain in vars(self).items():
+            if not math.isfinite(gain):
+                raise InputError(f"gain {name} must be finite, got {gain:g}; use 0 for none")
+
     def times(self, factor: float) -> Gains:
         return Gains(**{name: gain * factor for name, gain in asdict(self).items()})
 

@@ -18,7 +18,16 @@ from rhc.settings.fields import (
     one_of,
     setting,
 )
-from rhc.settings.owners import Engine, Law, OptimizerSettings, Run, Shape, Step, Storage
+from rhc.settings.owners import (
+    Engine,
+    Law,
+    OptimizerSettings,
+    Run,
+    Shape,
+    Step,
+    Storage,
+    parsed_names,
+)
 from rhc.settings.train import Files
 
 SIZES = ("batch_size", "width")
@@ -144,6 +153,10 @@ class SmoothConfig(Step, OptimizerSettings, Run):
     """constant, cosine, linear, wsd or 1cycle. Of lr in the first run."""
     passes: int = setting(1, "N", at_least(1, 1), heading="smoothing")
     """Schedules that are written and tried. N passes take N + 1 plain runs."""
+    controls: tuple[str, ...] | None = setting(
+        None, "NAME …", parse=parsed_names, unset="lr momentum"
+    )
+    """What moves: some of lr, momentum, noise. By default lr alone where the data change."""
     source: str = setting(
         "both", "both|loss|reward", one_of("both", "loss", "reward"), place="rare"
     )
@@ -153,13 +166,37 @@ class SmoothConfig(Step, OptimizerSettings, Run):
     gain: float = setting(
         1.0, "G", Check("> 0", lambda x: 0 < x < float("inf"), "try --gain 1"), place="rare"
     )
-    """Factor on how far the laws go at each."""
+    """Factor on how far the laws go at each. On all of the gains below."""
+    lr_reward: float | None = setting(None, "K", unset="0.24", place="rare")
+    """Gain of log lr by the trend of the reward. Without one, by the fall of the loss."""
+    lr_loss: float | None = setting(None, "K", unset="0.24", place="rare")
+    """Fall of log lr by the rise of the loss."""
+    momentum_reward: float | None = setting(None, "K", unset="0.03", place="rare")
+    """Gain of logit momentum, as --lr-reward."""
+    momentum_loss: float | None = setting(None, "K", unset="0.06", place="rare")
+    """Fall of logit momentum, as --lr-loss."""
+    noise_plateau: float | None = setting(None, "K", unset="0.05", place="rare")
+    """Gain of log noise by the plateau score."""
+    noise_reward: float | None = setting(None, "K", unset="0.04", place="rare")
+    """Fall of log noise by the trend of the reward."""
     baseline: bool = setting(True, place="rare")
     """Trends as they are. Not from their mean over the run."""
     directory: Path | None = like(
         Storage, "directory", unset="runs/RUN-smooth-HASH", heading="files"
     )
     """Where all is kept. Every run has a directory of its own in it."""
+
+    def checked(self) -> Self:
+        checked = super().checked()
+        for name in SmoothConfig.known():
+            control, _, trend = name.partition("_")
+            gain = trend in ("reward", "loss", "plateau") and getattr(self, name) is not None
+            if gain and control not in (checked.controls or ("lr", "momentum")):
+                raise InputError(
+                    f"{name} is a gain of {control}, which stays; add {control} to --controls or "
+                    f"leave --{name.replace('_', '-')} out"
+                )
+        return checked
 
 
 @dataclass(frozen=True, kw_only=True)

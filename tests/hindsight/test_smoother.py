@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rhc import AdaptiveRL, Gains, InputError, Schedule
-from rhc.hindsight import Pass, Smoother, Tape, held_out, reward_of, smooth
+from rhc.hindsight import USUAL_GAINS, Pass, Smoother, Tape, held_out, reward_of, smooth
 from rhc.hindsight.smoother import AGAINST, data_changed
 from rhc.loop.fit import Fit
 from rhc.loop.state import Attempt, Window
@@ -92,10 +93,33 @@ def test_progress_above_the_usual_raises_and_below_it_lowers() -> None:
 )
 def test_whatever_the_tape_says_the_bounds_hold(losses: list[float], lr: float) -> None:
     probe = Schedule.constant(len(losses), lr=lr, momentum=0.9, noise=0.0)
-    found = Smoother(every=3, gains=Gains(5, 5, 5, 5, 5, 5)).schedule(Tape(losses), probe)
+    law = Smoother(3, ("lr", "momentum", "noise"), Gains(5, 5, 5, 5, 5, 5))
+    found = law.schedule(Tape(losses), probe)
     assert 1e-5 <= float(found["lr"].min()) <= float(found["lr"].max()) <= 0.1
     assert 0.6 <= float(found["momentum"].min()) <= float(found["momentum"].max()) <= 0.995
     assert float(found["noise"].max()) <= 0.2
+
+
+def test_momentum_moves_by_default_and_noise_where_it_is_asked_for() -> None:
+    losses = [0.3 + math.exp(-t / 20) + 0.05 * math.sin(9 * t * t) for t in range(400)]
+    found = schedule_of(losses)
+    assert float(found["momentum"].max()) > 0.9 > float(found["momentum"][-1])
+    assert not found["noise"].any()
+    every = schedule_of(losses, controls=("lr", "momentum", "noise"))
+    assert torch.equal(every["momentum"], found["momentum"])
+    assert not every["noise"][:40].any() and every["noise"][-1] > 1e-3  # it starts on the plateau
+    alone = schedule_of(losses, controls=("noise",))
+    assert torch.equal(alone["noise"], every["noise"])
+    assert bool((alone["lr"] == 0.01).all()) and bool((alone["momentum"] == 0.9).all())
+    backwards = schedule_of(losses, controls=("momentum",), gains=USUAL_GAINS.times(-1))
+    moved = found["momentum"].logit() - math.log(9)
+    torch.testing.assert_close(backwards["momentum"].logit() - math.log(9), -moved)
+
+
+@pytest.mark.parametrize("loss", [1000.0, 0.7, 1e-6, 0.0])
+def test_a_constant_loss_is_a_plateau_whatever_its_value(loss: float) -> None:
+    found = {t.plateau for t in Smoother().trends(Tape([loss] * 120))}
+    assert len(found) == 1 and found.pop() > 0.97
 
 
 def test_units_do_not_matter() -> None:
@@ -156,6 +180,10 @@ def test_tapes_that_cannot_be_used() -> None:
         Smoother().schedule(Tape(FALLING), Schedule.constant(3, lr=0.1))
     with pytest.raises(InputError, match="the tape is empty"):
         Tape.of([])
+    with pytest.raises(InputError, match="controls must be some of lr, momentum, noise, got x"):
+        Smoother(controls=("x",))
+    with pytest.raises(InputError, match="gain momentum_loss must be finite, got nan"):
+        Gains(momentum_loss=math.nan)
     with pytest.raises(InputError, match="source must be one of"):
         Smoother(source="x")
     with pytest.raises(InputError, match="every must be ≥ 1"):
@@ -195,11 +223,14 @@ def test_where_the_data_change_the_first_pass_goes_the_other_way() -> None:
     seen: list[Schedule] = []
 
     def train(number: int, schedule: Schedule | None) -> Pass:
-        seen.append(schedule or Schedule.constant(STEPS, lr=0.01))
+        seen.append(schedule or Schedule.constant(STEPS, lr=0.01, momentum=0.9))
         return Pass(seen[-1], [{"loss": x} for x in jumps], 1.0)
 
     smooth(train, Smoother(), 1)
     assert float(seen[1]["lr"][100]) > float(seen[1]["lr"][60])
+    assert bool((seen[1]["momentum"] == 0.9).all())
+    smooth(train, Smoother(controls=("momentum",)), 1)
+    assert float(seen[3]["momentum"].max()) > 0.9 and bool((seen[3]["lr"] == 0.01).all())
 
 
 def test_what_a_run_is_judged_by() -> None:
@@ -245,6 +276,7 @@ def test_one_pass_costs_two_plain_runs_and_leaves_a_run(
     expected = Smoother().schedule(Tape.of(rows), probe)
     written = Schedule.load(directory / "pass-1" / "schedule.json")
     assert torch.equal(written["lr"], expected["lr"])
+    assert torch.equal(written["momentum"], expected["momentum"])
     taped = (directory / "pass-1" / "tape.jsonl").read_text().splitlines()
     assert [json.loads(x)["lr"] for x in taped] == expected["lr"].tolist()
     # The probe and the rerun begin at the same place.
@@ -284,6 +316,39 @@ def test_a_smoothing_that_was_stopped_goes_on(
     assert (status, "belongs to another configuration (seed differ)" in err) == (2, True)
 
 
+def test_gains_are_flags_and_are_resumed(call: Callable[..., Any], tmp_path: Path) -> None:
+    line = "smooth sine --steps 90 --controls momentum noise --momentum-reward 0.1 --noise-reward 0"
+    assert call(*line.split(), "--directory", tmp_path / "s")[0] == 0
+    record = json.loads((tmp_path / "s" / "config.json").read_text())["smooth"]
+    assert record["controls"] == ["momentum", "noise"]
+    assert (record["momentum_reward"], record["noise_reward"]) == (0.1, 0.0)
+    probe, written = (
+        Schedule.load(tmp_path / "s" / name / "schedule.json") for name in ("pass-0", "pass-1")
+    )
+    lines = (tmp_path / "s" / "pass-0" / "tape.jsonl").read_text().splitlines()
+    gains = replace(USUAL_GAINS, momentum_reward=0.1, noise_reward=0.0)
+    law = Smoother(controls=("momentum", "noise"), gains=gains)
+    expected = law.schedule(Tape.of([json.loads(row) for row in lines]), probe)
+    for name in ("lr", "momentum", "noise"):
+        assert torch.equal(written[name], expected[name])
+    assert bool((written["lr"] == probe["lr"]).all())
+    status, out, _ = call("resume", tmp_path / "s")
+    assert status == 0 and "holds this, finished" in out
+
+
+def test_a_smoothing_from_before_other_controls_moved_goes_on_by_lr(
+    call: Callable[..., Any], tmp_path: Path
+) -> None:
+    assert (
+        call("smooth", "sine", "--steps", 60, "--controls", "lr", "--directory", tmp_path)[0] == 0
+    )
+    assert "controls" not in json.loads((tmp_path / "config.json").read_text())["smooth"]
+    before = (tmp_path / "schedule.json").read_bytes()
+    (tmp_path / "result.json").unlink()
+    assert call("resume", tmp_path)[0] == 0
+    assert (tmp_path / "schedule.json").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -293,6 +358,10 @@ def test_a_smoothing_that_was_stopped_goes_on(
         ("--template wave", "template must be one of"),
         ("--source reward", "needs a reward, and the tape has none"),
         ("--lr 99", "lr must be in"),
+        ("--controls lr weight_decay", "some of lr, momentum, noise, got weight_decay"),
+        ("--controls", "some of lr, momentum, noise, got none"),
+        ("--noise-plateau 0.1", "noise_plateau is a gain of noise, which stays; add noise to"),
+        ("--lr-reward nan", "gain lr_reward must be finite, got nan"),
     ],
 )
 def test_what_smoothing_refuses(
