@@ -146,6 +146,8 @@ class LoopTape:
     def __exit__(self, kind: Any, *error: object) -> None:
         if kind is None:
             self.close()
+        else:
+            self.flush()
 
     def _before_step(self, *_: Any) -> None:
         self._controls = self._present()

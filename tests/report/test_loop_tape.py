@@ -103,6 +103,13 @@ def test_it_is_a_run_for_every_command_but_resume(
     assert "without a checkpoint; run the script again" in capsys.readouterr().err
 
 
+def test_a_loop_that_fails_leaves_its_tape(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), rhc.LoopTape(tmp_path / "run", optimizer()) as tape:
+        tape.step(1.0)
+        raise ZeroDivisionError
+    assert len(rows_of(tmp_path / "run")) == 1 and not read_run(tmp_path / "run").result
+
+
 def test_another_run_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"run": "digits"}')
     (tmp_path / "other").mkdir()
