@@ -233,11 +233,8 @@ class Trials:
 _LIST_OR_NONE = (list, type(None))
 _MAY_LACK = {"batches", "limit"}
 _KINDS = {"steps": (int,), "from": (*NUMBER, list), "gradients": NUMBER, "limit": NUMBER_OR_NONE}
-_KINDS_OF = {
-    "zero": {**_KINDS, "lr": _LIST_OR_NONE},
-    "probe": {**_KINDS, "loss": NUMBER_OR_NONE, "batches": _LIST_OR_NONE},
-    "untrained": {**_KINDS, "loss": NUMBER_OR_NONE, "batches": _LIST_OR_NONE},
-}
+_JUDGED = {**_KINDS, "loss": NUMBER_OR_NONE, "batches": _LIST_OR_NONE}
+_KINDS_OF = {"zero": {**_KINDS, "lr": _LIST_OR_NONE}, "probe": _JUDGED, "untrained": _JUDGED}
 
 
 def _key(record: Mapping[str, Any]) -> tuple[Any, ...]:
