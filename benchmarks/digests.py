@@ -47,7 +47,7 @@ CASES: dict[str, str] = {
     "exact": f"train digits {SHORT} --product exact --optimizer adamw --lr 0.01 --directory run",
     "forward": f"train digits {SHORT} --product forward-difference --start given "
     "--optimizer nadam --discount 0.95 --costate-clip 2 --directory run",
-    "reverse": f"train digits {SHORT} --product forward-over-reverse --accumulate 2 --clip-norm 1 "
+    "reverse": f"train digits {SHORT} --product central-difference --accumulate 2 --clip-norm 1 "
     "--optimizer rmsprop --start probe --directory run",
     "segment": f"train sine {SHORT} --segment 5 --start given --directory run",
     "budget": f"train mnist {SHORT} --memory-budget 3MB --product exact --directory run",
@@ -128,7 +128,7 @@ for model_name, model in models.items():
         settings = [dict(product="exact")]
         if model_name == "mlp":
             settings += [dict(product=p) for p in ("none", "forward-difference",
-                         "central-difference", "forward-over-reverse")]
+                         "central-difference")]
             settings += [dict(product="exact", segment=3),
                          dict(product="exact", memory_budget=4000),
                          dict(product="exact", clip_norm=0.3),

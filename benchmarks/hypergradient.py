@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-PRODUCTS = ("exact", "forward-over-reverse", "forward-difference", "central-difference")
+PRODUCTS = ("exact", "forward-difference", "central-difference")
 MODES = (
     "plain",
     "higher",

@@ -664,7 +664,6 @@ WAYS: Sequence[Mapping[str, Any]] = (
     {},
     {"memory_budget": 1},
     {"memory_budget": 1, "spill": False},
-    {"product": "forward-over-reverse"},
     {"product": "central-difference"},
     {"segment": 2, "product": "exact"},
     {"segment": STEPS, "product": "exact"},

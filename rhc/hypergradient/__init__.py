@@ -27,7 +27,7 @@ from rhc.training import memory
 from rhc.training.batches import MicroBatches, batch_size
 from rhc.training.losses import LossFn
 from rhc.training.module_state import Buffers
-from rhc.training.objective import Average, Objective
+from rhc.training.objective import Average, Objective, Reward
 from rhc.training.plant import Plant
 
 __all__ = [
@@ -63,6 +63,8 @@ def hypergradient(
     data_weights: DataWeights | None = None,
     terminal: Callable[[nn.Module], Tensor] | None = None,
     stage_weight: float = 1.0,
+    reward_weight: float = 0.0,
+    reward: Reward | None = None,
     average: float | None = None,
     segment: int | Literal["auto"] = "auto",
     product: Product | Literal["auto"] = "auto",
@@ -78,7 +80,8 @@ def hypergradient(
     process_group: Group = "auto",
     verify: Literal["auto", False] = "auto",
 ) -> Hypergradient:
-    """dJ/du_t for J = stage_weight · Σ_t ℓ_t + terminal(θ̄), over the optimizer steps of `batches`.
+    """dJ/du_t for J = Σ_t (stage_weight ℓ_t − reward_weight r_t) + terminal(θ̄), over the optimizer
+    steps of `batches`.
 
     Model, optimizer and random state are left as they were found. A hypergradient that cannot be
     trusted is reported in `result`, not raised.
@@ -100,10 +103,12 @@ def hypergradient(
             of mean 1; `rows` has it per step and row.
         terminal: a differentiable scalar of the model, taken at the end of the window, or at the
             exponential average of its iterates with decay `average`.
+        reward_weight: λ_r of the steps' rewards, which count against J.
+        reward: (loss, metrics) -> r_t, differentiable; None for metrics["reward"] of loss_fn.
         segment: number of last steps, 1 to K, whose graphs the roll keeps, whatever memory_budget.
             "auto" and 1: as many as fit memory_budget, or cost little memory.
-        product: how the Hessian is applied: "exact" (reverse over reverse), "forward-over-reverse"
-            (exact, with less memory), "forward-difference" (one gradient per step),
+        product: how the Hessian is applied: "exact" (reverse over reverse), "forward-difference"
+            (one gradient per step),
             "central-difference", or "none" (left out). "auto" is exact, or forward differences to
             either side of every step where the model has no second derivative or verification
             fails; `why` says which and why. All but "auto" and "exact" need segment 1.
@@ -154,7 +159,11 @@ def hypergradient(
     )
     schedule = _schedule(plant, controls, len(batches), seed)
     objective = Objective(
-        loss_weight=stage_weight, terminal_weight=0.0 if terminal is None else 1.0, average=average
+        loss_weight=stage_weight,
+        reward_weight=reward_weight,
+        reward=reward,
+        terminal_weight=0.0 if terminal is None else 1.0,
+        average=average,
     )
     if data_weights is not None and engine == "higher":
         raise InputError("engine 'higher' has no data weights; use engine 'adjoint'")

@@ -124,8 +124,6 @@ def kernels_for(product: Product, model: nn.Module) -> AbstractContextManager[No
     """Difference products need no double backward, and keep most of the model's own kernels."""
     if product == "exact":
         return double_backward(model)
-    if product == "forward-over-reverse":
-        return double_backward(model, light=False)
     return fast_gradients(model)
 
 

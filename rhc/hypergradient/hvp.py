@@ -2,7 +2,7 @@
 
 The vjp of a step's gradient g_t and BatchNorm statistics takes (λ_g, λ_b) to (θ_t, b_t), and adds
 the stage cost's own gradient. Costs in gradient evaluations: exact 3 (2 with a kept graph),
-forward-over-reverse 3, forward difference 1, central difference 2, "none" 0. Where no exact product
+forward difference 1, central difference 2, "none" 0. Where no exact product
 exists, every difference is compared with one in the other direction: one gradient more.
 """
 
@@ -14,7 +14,6 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
@@ -25,10 +24,8 @@ from rhc.hypergradient.differences import difference, slopes_of_rows
 from rhc.hypergradient.evaluation import (
     Evaluated,
     Evaluation,
-    Places,
     fresh_leaves,
     gradients_by_backward,
-    mean_loss,
     parts,
     unchecked_grad,
 )
@@ -38,19 +35,15 @@ from rhc.training.batches import batch_size
 from rhc.training.module_state import Values
 from rhc.training.trajectory import Block, HiddenState
 
-Product = Literal[
-    "exact", "forward-over-reverse", "forward-difference", "central-difference", "none"
-]
+Product = Literal["exact", "forward-difference", "central-difference", "none"]
 PRODUCTS: tuple[Product, ...] = (
     "exact",
-    "forward-over-reverse",
     "forward-difference",
     "central-difference",
     "none",
 )
 PRODUCT_COST: Mapping[str, int] = {
     "exact": 3,
-    "forward-over-reverse": 3,
     "forward-difference": 1,
     "central-difference": 2,
     "none": 0,
@@ -138,8 +131,6 @@ def step_vjp(
                     raise
         return _exact(evaluation, point, compare, into, pieces)
     curvature: Sequence[Tensor | None] = [None] * len(point.of_gradients)
-    if product == "forward-over-reverse":
-        curvature = _forward_over_reverse(evaluation, point)
     by_weight: list[Tensor] = []
     if product in ("forward-difference", "central-difference"):
         # Terms of first order are taken at θ after the product.
@@ -268,36 +259,6 @@ def _gradients(
         for i, g in zip(active, found, strict=True):
             result[i] = g
     return result
-
-
-def _forward_over_reverse(evaluation: Evaluation, point: StepPoint) -> list[Tensor | None]:
-    """The derivative of g along λ_g, in forward mode: no graph of a graph, so less memory."""
-    blocks, leaves, plant = evaluation.blocks, evaluation.leaves, evaluation.plant
-    tangents = per_parameter(blocks, point.of_gradients)
-    if all(v is None for v in tangents):
-        return [None] * len(blocks)
-    active = per_parameter(blocks, point.gradients)
-    evaluation.place(point.flats, point.buffers)
-    places = Places(evaluation.model, leaves)
-    total: list[Tensor | None] = [None] * len(leaves)
-    point.restore_rng()
-    for batch, share in _shares(point.batch, False):
-        with forward_ad.dual_level():
-            duals = [
-                p if v is None else forward_ad.make_dual(p, v.to(p.dtype))
-                for p, v in zip(leaves, tangents, strict=True)
-            ]
-            places.put(duals)
-            try:
-                loss, _ = mean_loss(plant.loss_fn, evaluation.model, batch)
-                inputs = [d for d, g in zip(duals, active, strict=True) if g is not None]
-                of_inputs = iter(torch.autograd.grad(loss * share, inputs, allow_unused=True))
-            finally:
-                places.put(leaves)
-            found = [None if g is None else next(of_inputs) for g in active]
-            moved = [None if g is None else forward_ad.unpack_dual(g).tangent for g in found]
-            total = [_sum(a, b) for a, b in zip(total, moved, strict=True)]
-    return per_block(blocks, plant.parallel.means(total, leaves), only=point.gradients)
 
 
 def _first_order(evaluation: Evaluation, point: StepPoint) -> StepVjp:

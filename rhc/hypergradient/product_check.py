@@ -88,7 +88,7 @@ def _projected(
                 g if some else None for g, some in zip(evaluation.gradients(), there, strict=True)
             ]
 
-        exact = product in ("exact", "forward-over-reverse")
+        exact = product == "exact"
         # A difference starts from the gradient here; an exact product allows any direction.
         known = [t.double() for t in theta] if exact else gradient(theta)
         length = _norm(theta)

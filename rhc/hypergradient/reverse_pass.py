@@ -384,7 +384,7 @@ class ReversePass:
     # Which product -------------------------------------------------------------------------------
 
     def _first_choice(self, product: Product | Literal["auto"]) -> tuple[Product, str]:
-        if self.plant.parallel.sharded and product in ("exact", "forward-over-reverse"):
+        if self.plant.parallel.sharded and product == "exact":
             raise InputError(
                 f"product {product!r} needs second derivatives, which parameters that are shared "
                 "out (fully_shard) have not; use 'auto', or a difference"
@@ -479,7 +479,7 @@ class ReversePass:
         batch = trajectory.batches[-1]
         if not self.automatic or self.exact_fails:
             raise unsupported(error, self.plant, batch, self.product) or error from error
-        found = missing(error, self.plant, batch, "exact")
+        found = missing(error, self.plant, batch)
         if found is None:
             raise error
         self.exact_fails = True

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from rhc.containers import tensors_of
 from rhc.errors import InputError
@@ -74,43 +72,38 @@ def missing_derivative(error: BaseException) -> str | None:
     return None
 
 
-def missing(error: BaseException, plant: Plant, batch: Any, product: Product) -> Missing | None:
-    """What `error` says is missing for `product`; None for errors of another kind."""
+def missing(error: BaseException, plant: Plant, batch: Any) -> Missing | None:
+    """What `error` says is missing; None for errors of another kind."""
     operator = missing_derivative(error)
     if operator is None:
         return None
-    where = failing_module(plant, batch, product) or "loss_fn, outside any module"
+    where = failing_module(plant, batch) or "loss_fn, outside any module"
     if operator == "aot_autograd":
         compiled = [n or "the model" for n, m in plant.model.named_modules() if is_compiled(m)]
         where = compiled[0] if compiled else where
     mend = _MENDS.get(operator, "use another operator there")
     if isinstance(error, OnceDifferentiable):
         mend = "write its backward with differentiable operations, without once_differentiable"
-    kind = "forward-mode" if product == "forward-over-reverse" else "second"
     name = _NAMES.get(operator, operator)
-    return Missing(f"no {kind} derivative of operator {name} in {where}", mend)
+    return Missing(f"no second derivative of operator {name} in {where}", mend)
 
 
 def unsupported(
     error: BaseException, plant: Plant, batch: Any, product: Product
 ) -> InputError | None:
     """The InputError for a required `product`: module, operator, fix; None for other errors."""
-    found = missing(error, plant, batch, product)
+    found = missing(error, plant, batch)
     if found is None:
         return None
-    others = {
-        "exact": "product 'forward-difference' or 'auto' with segment 1",
-        "forward-over-reverse": "product 'auto'",
-    }
-    instead = f", or use {others[product]}" if product in others else ""
+    others = ", or use product 'forward-difference' or 'auto' with segment 1"
+    instead = others if product == "exact" else ""
     return InputError(f"product {product!r}: {found.reason}; {found.mend}{instead}")
 
 
-def failing_module(plant: Plant, batch: Any, product: Product) -> str | None:
+def failing_module(plant: Plant, batch: Any) -> str | None:
     """'name (Class)' of the innermost module without the derivative, by trying each on its own."""
     found: list[str] = []
     trying = False
-    able = _forward_over_reverse if product == "forward-over-reverse" else _twice
 
     def hook(name: str) -> Callable[..., None]:
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -118,7 +111,7 @@ def failing_module(plant: Plant, batch: Any, product: Product) -> str | None:
             if found or trying:  # a module that is tried runs its own modules
                 return
             trying = True
-            if not able(module, args, kwargs, output):
+            if not _twice(module, args, kwargs, output):
                 found.append(f"module {name or 'model'!s} ({type(module).__name__})")
             trying = False
 
@@ -156,36 +149,6 @@ def _twice(module: nn.Module, args: Any, kwargs: Any, output: Any) -> bool:
         live = [g for g in gradients if g is not None and g.requires_grad]
         if live:
             torch.autograd.grad(_square(live), leaves, retain_graph=True, allow_unused=True)
-    except (RuntimeError, NotImplementedError) as error:
-        return missing_derivative(error) is None
-    return True
-
-
-def _forward_over_reverse(module: nn.Module, args: Any, kwargs: Any, output: Any) -> bool:
-    """Whether the module's gradient has a forward-mode derivative; runs the module again."""
-    try:
-        with forward_ad.dual_level():
-
-            def dual(value: Any) -> Any:
-                if isinstance(value, Tensor) and value.is_floating_point():
-                    leaf = value.detach().clone().requires_grad_()
-                    return forward_ad.make_dual(leaf, torch.ones_like(leaf))
-                if isinstance(value, dict):
-                    return {k: dual(v) for k, v in value.items()}
-                # A named tuple takes its parts one by one.
-                if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-                    return type(value)(map(dual, value))
-                return value
-
-            parameters = {n: dual(p) for n, p in module.named_parameters()}
-            buffers = {n: b.clone() for n, b in module.named_buffers()}
-            given = dual(args), dual(kwargs)
-            again = functional_call(module, {**parameters, **buffers}, *given)
-            outputs = [t for t in tensors_of(again) if t.requires_grad]
-            leaves = [*parameters.values(), *tensors_of(given)]
-            leaves = [t for t in leaves if t.requires_grad]
-            if outputs and leaves:
-                torch.autograd.grad(_square(outputs), leaves, allow_unused=True)
     except (RuntimeError, NotImplementedError) as error:
         return missing_derivative(error) is None
     return True

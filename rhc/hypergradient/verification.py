@@ -141,7 +141,7 @@ def verify(
     rolls = _Rolls(plant, beginning, trajectory, objective, cut, own)
     tolerance, shares = 0.05, (1e-2, 1e-3)
     if is_double(plant):
-        exact = product in ("exact", "forward-over-reverse", "none")
+        exact = product in ("exact", "none")
         tolerance, shares = 1e-6 if exact else 1e-5, (1e-4, 1e-6)
     of: dict[str, float] = {}
     of_terminal, of_hessian, terminals = 0.0, 0.0, 0

@@ -26,10 +26,7 @@ MOST_STEPS = 50_000_000
 """Limit of a run, whose plan takes 8 bytes per control and step."""
 
 Start = Literal["zero", "probe", "given"]
-PRODUCTS = (
-    *("auto", "exact", "forward-over-reverse", "forward-difference", "central-difference"),
-    "none",
-)
+PRODUCTS = ("auto", "exact", "forward-difference", "central-difference", "none")
 """Repeats those of a module that imports torch; a test compares them."""
 
 
@@ -294,10 +291,9 @@ class Engine(Settings):
     heading = "hindsight"
 
     product: str = setting("auto", "NAME", one_of(*PRODUCTS), rewriting=True)
-    """Hessian products: exact, none and others. exact and forward-over-reverse are exact,
-    forward-difference (half the cost) and central-difference approximate; none sets the Hessian
-    to 0. auto is none where lr is searched for, else exact, or an approximation that agrees with
-    it."""
+    """Hessian products: exact, none and others. forward-difference (half the cost) and
+    central-difference approximate; none sets the Hessian to 0. auto is none where lr is searched
+    for, else exact, or an approximation that agrees with it."""
     segment: int | str = setting(
         "auto", "N", place="rare", parse=parsed_segment, rewriting=True, recorded="by the runner"
     )

@@ -44,7 +44,7 @@ class OomFallback:
         if self.memory_budget is None and predicted is not None:
             budget = max(1, predicted // 2)
             return replace(self, memory_budget=budget), f"smaller segments, within {budget} bytes"
-        if self.product is None and product in ("exact", "forward-over-reverse"):
+        if self.product is None and product == "exact":
             return replace(self, product="forward-difference"), "difference products"
         length = min(window, self.longest or window) // 2
         if length >= 2:

@@ -22,7 +22,7 @@ from rhc.storage.checkpoint import CheckpointStore
 CASES = [
     ("normed", "sgd", "exact", "even"),
     ("normed", "adamw", "exact", "uneven"),
-    ("mlp", "adamw", "forward-over-reverse", "uneven"),
+    ("mlp", "adamw", "forward-difference", "uneven"),
     ("transformer", "adamw", "exact", "even"),
     ("transformer", "momentum", "central-difference", "even"),
 ]

@@ -863,22 +863,6 @@ def test_differences_that_agree_are_taken() -> None:
     assert_agrees(found, look_back(made, product="central-difference").grad, 0.01)
 
 
-def test_no_forward_mode_derivative() -> None:
-    """oneDNN's LSTM has none; it is used in float32 alone."""
-    made = window(
-        built(recurrent(nn.LSTM), sequences).float(), SGD_MOMENTUM, sequences, dtype=torch.float32
-    )
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("torch was built without oneDNN")
-    with pytest.raises(InputError, match="mkldnn_rnn_layer") as caught:
-        look_back(made, product="forward-over-reverse")
-    message = str(caught.value)
-    assert "0.module (LSTM)" in message and "mkldnn.enabled = False" in message
-    with torch.backends.mkldnn.flags(enabled=False):
-        found = look_back(made, product="forward-over-reverse")
-    assert_agrees(found, look_back(made, product="exact").grad, 1e-4)
-
-
 # Buffers -----------------------------------------------------------------------------------------
 
 

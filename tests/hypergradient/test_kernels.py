@@ -524,7 +524,7 @@ def test_hypergradients_where_weights_are_functions_of_parameters(kind: str) -> 
     batches = list(torch.randn(6, 6, 4, generator=draw, dtype=torch.float64))
     found = []
     # Kernels with gradients that have no values, with such that have; and none, of torch alone.
-    ways = ({"memory_budget": 1}, {"segment": 6}, {"product": "forward-over-reverse"})
+    ways = ({"memory_budget": 1}, {"segment": 6}, {"engine": "higher"})
     for way in ways:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.8)
         found.append(
