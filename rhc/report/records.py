@@ -104,7 +104,8 @@ class RunRecord:
     @property
     def outcomes(self) -> str:
         """Counts of attempts: `2 accepted, 1 rejected`."""
-        return _counted(Counter(row["outcome"] for row in self.windows))
+        counts = Counter(row["outcome"] for row in self.windows).most_common()
+        return ", ".join(f"{count} {outcome}" for outcome, count in counts)
 
     @property
     def product(self) -> str:
@@ -185,10 +186,6 @@ def _rows(run: RunRecord, name: str) -> list[dict[str, Any]]:
     except InputError as error:
         run.faults.append(str(error).removeprefix(f"{run.directory}/"))
     return rows
-
-
-def _counted(counts: Counter[str]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
 
 
 def decisive(attempts: Sequence[Attempt]) -> Attempt:
