@@ -587,7 +587,7 @@ class Runner:
             "ranks": (self.ranks and self.ranks.size, None),
             "start": (self.start, "given"),
             "warmup": (self.warmup, 0.0),
-            "data_weights": (self._weighed, None),
+            "weighed": (self._weighed, None),
             "planner": (self.planner and self.planner.describe(), None),
             "followed": (self.followed and self.followed.digest(), None),
             "template": (self.template, "wsd" if wsd else "constant"),

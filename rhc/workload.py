@@ -108,6 +108,8 @@ class Workload:
     training batch."""
     plannable: Plannable | None = None
     """What `rhc.EpochPlanner` can drive beside lr, momentum and noise."""
+    data_weights: Any = None
+    """`rhc.DataWeights` that the run can learn; loss_fn then returns one loss per row, or terms."""
 
 
 def optimizer_of(

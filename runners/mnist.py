@@ -30,15 +30,7 @@ def mnist(
     data: the folder; files may be plain or gzip.
     width, batch_size: the hidden layers are `width` times as wide; examples per training batch.
     """
-    if data is None:
-        raise InputError(
-            "runner mnist needs MNIST's IDX files and got no folder: give --data DIR, the folder "
-            "that holds t10k-images-idx3-ubyte or t10k-images-idx3-ubyte.gz"
-        )
-    if not data.is_dir():
-        raise InputError(f"--data {data} is not a folder: give the one with MNIST's IDX files")
-
-    train, validation, test = _load(data)
+    train, validation, test = load_mnist(data)
     val_loader = tensor_loader(validation, EVALUATION_BATCH, shuffle=False)
     return Workload(
         model=nn.Sequential(
@@ -69,11 +61,18 @@ def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tenso
     return F.cross_entropy(logits, labels), {"accuracy": accuracy}
 
 
-def _load(folder: Path) -> list[tuple[Tensor, ...]]:
+def load_mnist(data: Path | None) -> list[tuple[Tensor, ...]]:
     """(images, labels) to train on, to validate on and to test on."""
-    test = _read_pair(folder, "t10k")
-    if any(folder.glob("train-*-ubyte*")):
-        train = _read_pair(folder, "train")
+    if data is None:
+        raise InputError(
+            "this runner needs MNIST's IDX files and got no folder: give --data DIR, the folder "
+            "that holds t10k-images-idx3-ubyte or t10k-images-idx3-ubyte.gz"
+        )
+    if not data.is_dir():
+        raise InputError(f"--data {data} is not a folder: give the one with MNIST's IDX files")
+    test = _read_pair(data, "t10k")
+    if any(data.glob("train-*-ubyte*")):
+        train = _read_pair(data, "train")
         count = len(train[0])
         return [*split(train, (count - count // 12, count // 12)), test]
     count = len(test[0])

@@ -69,7 +69,8 @@ def given() -> dict[str, Any]:
     return {
         "rhc": rhc, "torch": torch, "model": model, "optimizer": optimizer, "loss_fn": loss_fn,
         "train_loader": loader, "val_loader": loader, "batches": list(loader)[:4],
-        "held_out": (x, y), "loss": loss_fn(model, (x, y)), "__name__": "page",
+        "train": TensorDataset(x, y), "rows_of_loss": loss_fn, "held_out": (x, y),
+        "loss": loss_fn(model, (x, y)), "__name__": "page",
     }  # fmt: skip
 
 

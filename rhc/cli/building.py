@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 
 import torch
 
+from rhc.data_weights import weighing
 from rhc.distributed import synchronised
 from rhc.errors import DivergedError, InputError, RunWarning, plain
 from rhc.events import Listener
@@ -98,17 +99,26 @@ def built_runner(
     optimizer, planner = built_optimizer(config, workload), None
     if config.planner is not None:
         workload, planner = planned(workload, config.planner, optimizer)
+    loss_fn, weights = workload.loss_fn, workload.data_weights
+    if config.data_weights and weights is None:
+        raise InputError(
+            f"runner {config.run!r} has no data weights: give its Workload data_weights="
+            "rhc.DataWeights(…) and let loss_fn return one loss per row; or leave --data-weights "
+            "out"
+        )
+    if weights is not None and not config.data_weights:
+        loss_fn, weights = weighing(loss_fn, weights), None
     # Existing event files are continued.
     events = None if directory is None else directory / "tensorboard"
     logged = events is not None and (config.tensorboard or events.is_dir())
     return Runner(
         workload.model,
         optimizer,
-        workload.loss_fn,
+        loss_fn,
         workload.train_loader,
         workload.val_loader,
         test_loader=workload.test_loader,
-        **{**settings, "per_group": config.per_group or ()},
+        **{**settings, "per_group": config.per_group or (), "data_weights": weights},
         rewrite=rewrite,
         schedule=schedule,
         objective=objective,

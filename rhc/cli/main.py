@@ -35,6 +35,7 @@ from rhc.settings.commands import (
     RunsConfig,
     SmoothConfig,
     WatchConfig,
+    WeightsConfig,
 )
 from rhc.settings.fields import Settings
 from rhc.training import interrupts
@@ -58,6 +59,7 @@ COMMANDS: dict[str, tuple[type[Settings], str]] = {
     "hypergradient": (HypergradientConfig, "The whole run:       rhc hypergradient runs/digits"),
     "distill": (DistillConfig, "A causal scheduler:  rhc distill runs/* -o policy"),
     "compare": (CompareConfig, "Methods x seeds:     rhc compare digits --seeds 5"),
+    "weights": (WeightsConfig, "Which rows hurt:     rhc weights runs/noisy_mnist-1a2b"),
     "runs": (RunsConfig, "What can be trained, and what has been:  rhc runs"),
     "inspect": (InspectConfig, "What a run did:      rhc inspect runs/digits-1a2b3c4d"),
     "report": (ReportConfig, "One page of charts:  rhc report runs/digits-1a2b3c4d"),

@@ -7,7 +7,12 @@ from rhc.report import write_report
 from rhc.report.live import Screen
 from rhc.report.text import print_run, print_runs
 from rhc.report.watch import follow
-from rhc.settings.commands import InspectConfig, ReportConfig, RunsConfig, WatchConfig
+from rhc.settings.commands import (
+    InspectConfig,
+    ReportConfig,
+    RunsConfig,
+    WatchConfig,
+)
 
 
 def report(config: ReportConfig, screen: Screen) -> int:

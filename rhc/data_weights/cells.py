@@ -97,6 +97,8 @@ class DataWeights:
                 f"{tuple(given.shape)}"
             )
         self._raw = given / given.mean()
+        self.evidence: dict[str, Tensor] = {}
+        """What a file says of how often cells were seen (count), and how (total)."""
         self.frozen = self._mask(frozen)
 
     def _mask(self, frozen: Sequence[int] | Tensor) -> Tensor | None:
@@ -182,6 +184,13 @@ class DataWeights:
             "bounds": list(self.bounds),
         }
 
+    def seen(self, cell: int) -> tuple[int, float]:
+        """(windows that saw a cell, the mean of its slopes there), as read from a run's file."""
+        if "count" not in self.evidence:
+            return 0, 0.0
+        count = int(self.evidence["count"][cell])
+        return count, float(self.evidence["total"][cell]) / max(count, 1)
+
     # Plain loops ---------------------------------------------------------------------------------
 
     def weigh(self, losses: Tensor, batch: Any) -> Tensor:
@@ -203,11 +212,12 @@ class DataWeights:
 
     # Files ---------------------------------------------------------------------------------------
 
-    def save(self, path: str | Path) -> None:
-        """Writes PATH (safetensors) and beside it, with the ending .json, what the cells are."""
+    def save(self, path: str | Path, evidence: Mapping[str, Tensor] | None = None) -> None:
+        """Writes PATH (safetensors) and beside it, with the ending .json, what the cells are.
+        evidence: further (n,) tensors, for `rhc weights`."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"weights": self.values}
+        tensors = {"weights": self.values, **(evidence or {})}
         if self.frozen is not None:
             tensors["frozen"] = self.frozen
         data = save_tensors(tensors)
@@ -240,7 +250,7 @@ class DataWeights:
             if document.get("version") != VERSION:
                 raise ValueError(f"it has version {document.get('version')!r}, not {VERSION}")
             cells = whole_number("cells", document.get("cells"))
-            data = read_regular(path.resolve(), 9 * max(cells, 0) + _HEADER)
+            data = read_regular(path.resolve(), 24 * max(cells, 0) + _HEADER)
             digest = hashlib.sha256(data).hexdigest()
             if [len(data), digest] != [document.get("bytes"), document.get("sha256")]:
                 raise ValueError("it is not the file that its .json was written with")
@@ -249,18 +259,32 @@ class DataWeights:
             if names is not None and (not isinstance(names, list) or len(names) != cells):
                 raise ValueError("it has another number of names than of cells")
             low, high = bounds
-            return cls(
+            found = cls(
                 cells if names is None else names,
                 cell_of,
-                values=tensors["weights"],
-                frozen=tensors.get("frozen", ()),
+                values=tensors.pop("weights"),
+                frozen=tensors.pop("frozen", ()),
                 bounds=(low, high),
             )
+            found.evidence = tensors
+            return found
         except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
             why = reason(error) if isinstance(error, (OSError, ValueError)) else repr(error)
             raise InputError(
                 f"cannot read data weights {path}: {why}; give the file that DataWeights.save wrote"
             ) from error
+
+
+def write_csv(weights: DataWeights, path: Path) -> None:
+    """A line per cell, the lowest weight first: cell, weight, windows that saw it, and the mean of
+    its slopes there in root mean squares (> 0: more of it raised J)."""
+    values = weights.values
+    rows = ["cell,weight,windows,slope"]
+    for c in values.argsort(stable=True).tolist():
+        name = c if weights.names is None else weights.names[c]
+        seen, mean = weights.seen(c)
+        rows.append(f"{name},{float(values[c]):.6g},{seen},{mean:.4g}")
+    replace_durably(path, ("\n".join(rows) + "\n").encode())
 
 
 class _Indexed(Dataset[dict[str, Any]]):

@@ -82,11 +82,14 @@ class Evidence:
         self.count[seen.cells] += 1
         self.products, self.squares = seen.products, seen.squares
 
+    def by_cell(self) -> dict[str, Tensor]:
+        return {"total": self.total, "count": self.count}
+
     # Checkpoints ---------------------------------------------------------------------------------
 
     def to_tensors(self) -> dict[str, Tensor]:
         sums = torch.tensor([self.products, self.squares], dtype=torch.float64)
-        return {"total": self.total, "count": self.count, "sums": sums}
+        return {**self.by_cell(), "sums": sums}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         if tensors["total"].shape != self.total.shape:

@@ -154,7 +154,8 @@ def finish(fit: Fit) -> None:
     if directory is not None:
         weights, ranks = fit.plant.data_weights, fit.plant.ranks
         if weights is not None and (ranks is None or ranks.first):
-            weights.save(directory.path / WEIGHTS)
+            evidence = fit.state.evidence
+            weights.save(directory.path / WEIGHTS, None if evidence is None else evidence.by_cell())
         directory.finish(state.committed(), state.result)
 
 

@@ -200,6 +200,25 @@ class SmoothConfig(Step, OptimizerSettings, Run):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WeightsConfig(Settings):
+    """The weights that a run gave its data: how they are spread, and the lowest.
+
+    examples:
+      rhc weights runs/noisy_mnist-1a2b3c4d
+      rhc weights runs/noisy_mnist-1a2b3c4d --lowest 50 -o weights.csv
+    """
+
+    heading = "what is shown"
+
+    directory: Path = setting(metavar="DIR", place="argument")
+    """The run's directory."""
+    lowest: int = setting(10, "N", at_least(1, 10))
+    """Cells to list, the lowest weights first."""
+    output: Path | None = setting(None, "FILE", unset="none", alias="-o")
+    """Write all cells to FILE, as CSV: cell, weight, windows that saw it, mean slope."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class HypergradientConfig(Recorded):
     """Exact dJ/du of every step and control of a recorded run, however long it is; J
     is the validation loss at its end. Written to DIR/hypergradient.json.

@@ -228,6 +228,8 @@ class Window(Settings):
         None, "NAME …", place="rare", parse=parsed_names, rewriting=True, recorded="if given"
     )
     """Controls with a value per parameter group. Some of --controls; others keep groups' ratios."""
+    data_weights: bool = setting(False, rewriting=True, recorded="if given")
+    """Learn a weight for every row of the data. Or class, source, loss term, as RUN has it."""
     inexact_replay: bool = setting(
         False,
         place="rare",

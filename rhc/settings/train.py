@@ -40,7 +40,7 @@ class Files(Settings):
     """Write event files to DIR/tensorboard. Needs the package tensorboard."""
     config: Path | None = setting(None, "FILE", on_resume="")
     """A TOML file of such settings, or a run's config.json. Flags override it."""
-    print_config: bool = setting(False, recorded="never")
+    print_config: bool = setting(False, place="rare", recorded="never")
     """Print the settings as a TOML file and exit."""
     plan: bool = setting(False, place="rare", recorded="never", rewriting=True)
     """Print the time and memory that a window will take, and exit."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import rhc
+from rhc.cli.main import main
 from rhc.data_weights import Evidence
 from rhc.events import Committed, Event
 
@@ -125,7 +126,7 @@ def test_another_number_of_cells_is_another_run(tmp_path: Path) -> None:
     other = rhc.Runner(
         **problem(0.4)[0], data_weights=rhc.DataWeights(ROWS + 1), directory=tmp_path
     )
-    with pytest.raises(rhc.InputError, match="data_weights"):
+    with pytest.raises(rhc.InputError, match="weighed"):
         other.fit(40)
 
 
@@ -153,3 +154,41 @@ def test_weights_move_by_what_repeats_itself() -> None:
     assert signal.share > 0.8
     assert noise.share < 0.1
     assert Evidence(3).observe(torch.zeros(3), torch.ones(3)) is None
+
+
+def test_at_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.py").write_text(
+        """
+import torch
+import rhc
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+def loss_fn(model, batch):
+    x, y = batch["sample"] if isinstance(batch, dict) else batch
+    return F.cross_entropy(model(x), y, reduction="none")
+
+def own(*, seed=0, data=None):
+    x, y = torch.randn(60, 4), torch.randint(3, (60,))
+    train = DataLoader(rhc.indexed(TensorDataset(x, y)), 20, shuffle=True)
+    held_out = DataLoader(TensorDataset(x, y), 20)
+    weights = None if seed else rhc.DataWeights(60)
+    return rhc.Workload(torch.nn.Linear(4, 3), loss_fn, train, held_out, data_weights=weights)
+"""
+    )
+    own, run = str(tmp_path / "own.py"), str(tmp_path / "run")
+    common = ["train", own, "--steps", "30", "--window", "6", "--start", "given"]
+    assert main([*common, "--data-weights", "--directory", run]) == 0
+    assert main(["weights", run, "--lowest", "3", "-o", str(tmp_path / "all.csv")]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("60 cells: weights ") for line in shown)
+    rows = [line.split(",") for line in (tmp_path / "all.csv").read_text().splitlines()]
+    assert rows[0] == ["cell", "weight", "windows", "slope"] and len(rows) == 61
+    values = [float(row[1]) for row in rows[1:]]
+    assert values == sorted(values) and values[0] < 1 < values[-1]
+    assert shown[-3].split()[:2] == [rows[1][0], f"{values[0]:.4g}"]
+    # Without the flag rows are averaged alike; and what has none is told.
+    assert main([*common, "--directory", str(tmp_path / "plain")]) == 0
+    assert not (tmp_path / "plain" / "weights.safetensors").exists()
+    assert main([*common, "--seed", "1", "--data-weights"]) == 2
+    assert "has no data weights" in capsys.readouterr().err
