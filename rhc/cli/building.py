@@ -33,6 +33,7 @@ from rhc.settings.owners import OptimizerSettings
 from rhc.storage.files import check_kinds
 from rhc.storage.run_files import RUNS, read_record
 from rhc.training.objective import Objective
+from rhc.training.plant import Plant
 from rhc.workload import Workload, load_runner, optimizer_of, refuse_strange
 
 
@@ -79,6 +80,17 @@ def built_optimizer(config: TrainConfig, workload: Workload) -> torch.optim.Opti
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         nesterov=config.nesterov,
+    )
+
+
+def built_plant(config: TrainConfig, workload: Workload, optimizer: torch.optim.Optimizer) -> Plant:
+    return Plant(
+        workload.model,
+        optimizer,
+        workload.loss_fn,
+        seed=config.seed,
+        clip_norm=config.clip_norm,
+        clip_value=config.clip_value,
     )
 
 
@@ -183,6 +195,10 @@ class PlainRun:
 
     config: TrainConfig
     sizes: Mapping[str, int]
+
+    def to_record(self, *without: str) -> dict[str, Any]:
+        """Its settings, without the planner's, so that directories keep their names."""
+        return self.config.to_record("planner", *without)
 
     def workload(self) -> Workload:
         workload = built_workload(self.config, self.sizes)

@@ -17,6 +17,7 @@ import torch
 from rhc.cli.building import (
     PlainRun,
     built_optimizer,
+    built_plant,
     config_of,
     plain_run,
     planned_knobs,
@@ -32,7 +33,6 @@ from rhc.settings.commands import DistillConfig
 from rhc.storage.jsonl import read_rows
 from rhc.storage.run_files import read_record, read_result
 from rhc.training.evaluate import evaluate
-from rhc.training.plant import Plant
 
 
 def run(config: DistillConfig, screen: Screen) -> int:
@@ -191,14 +191,7 @@ def drive(source: _Source, policy: Policy) -> Driven:
     config, workload = run.config, run.workload()
     model, steps = workload.model, len(example.rows)
     optimizer = built_optimizer(config, workload)
-    plant = Plant(
-        model,
-        optimizer,
-        workload.loss_fn,
-        seed=config.seed,
-        clip_norm=config.clip_norm,
-        clip_value=config.clip_value,
-    )
+    plant = built_plant(config, workload, optimizer)
     features: list[list[float]] = []
     targets: list[list[float]] = []
     losses: list[float] = []

@@ -16,6 +16,7 @@ import torch
 from rhc.cli.building import (
     PlainRun,
     built_optimizer,
+    built_plant,
     config_of,
     device_of,
     hashed,
@@ -177,14 +178,7 @@ def _put_on_disk(
 ) -> list[Any]:
     """References to the run's batches, `accumulate` of them per step. A model that draws is trained
     once more, since batches and dropout take turns on one random state."""
-    plant = Plant(
-        workload.model,
-        optimizer,
-        workload.loss_fn,
-        seed=config.seed,
-        clip_norm=config.clip_norm,
-        clip_value=config.clip_value,
-    )
+    plant = built_plant(config, workload, optimizer)
     n = config.accumulate
     if stream.isolated or not _draws(plant, workload):
         # Nothing else draws meanwhile, so that the order of drawing does not matter.
@@ -345,7 +339,7 @@ def _trained(
     was = recorded.run
     settings = {**plain_settings(was.config), "steps": len(schedule)}
     plain = plain_run(TrainConfig(**settings), was.sizes)
-    document = [plain.config.to_record(), schedule.digest()]
+    document = [plain.to_record(), schedule.digest()]
     directory = config.output or hashed(f"{was.config.short_name}-horizon", document)
     record = {
         "command": "replay",

@@ -130,7 +130,7 @@ def rescaling(rule: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> tupl
 
 def _default_directory(run: PlainRun, schedule: Schedule, record: Mapping[str, Any]) -> Path:
     """runs/<run>-replay-<hash of what the run's numbers depend on, and of the record>."""
-    config = run.config.to_record("directory", "resume", "device", "keep_checkpoints")
+    config = run.to_record("directory", "resume", "device", "keep_checkpoints")
     document = [config, run.sizes, schedule.digest(), record]
     return hashed(f"{run.config.short_name}-replay", document)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Mapping
@@ -24,20 +23,15 @@ from rhc.settings.commands import SmoothConfig
 from rhc.storage.files import (
     NUMBER,
     check_kinds,
-    finite,
-    plain_document,
-    read_json,
-    refuse_links,
     remove,
     replace_durably,
-    replace_summed,
     sealed,
 )
-from rhc.storage.run_directory import hardware, versions
+from rhc.storage.run_directory import RunDirectory, hardware, versions
 from rhc.storage.run_files import read_result
 from rhc.workload import Goal, refuse_strange
 
-COPIED = ("schedule.json", "tape.jsonl", "windows.jsonl")
+COPIED = ("tape.jsonl", "windows.jsonl")
 """Files of the best run that are copied into the whole's directory."""
 
 OWN = ("passes", "template", "source", "every", "gain", "baseline")
@@ -50,7 +44,9 @@ def run(config: SmoothConfig, screen: Screen) -> int:
     goal = base.workload().goal
     record = _record(config, base)
     directory = config.directory or _default_directory(base, record)
-    _open(directory, record)
+    whole = RunDirectory(directory, 1, screen.say, {"device": ""})
+    if whole.claim(record, "auto")[0] is None:
+        replace_durably(directory / "config.json", sealed(record))
     result = directory / "result.json"
     if result.exists():
         screen.say(
@@ -78,7 +74,7 @@ def run(config: SmoothConfig, screen: Screen) -> int:
             what = str(error).partition(";")[0]
             print(plain(f"rhc: error: {what}; begin at a lower --lr"), file=sys.stderr)
             return 1
-        _finish(directory, runs, best)
+        _finish(whole, runs, best)
     found = read_result(directory)
     check_kinds(found, {"passes": (list,)}, result)
     screen.print()
@@ -164,7 +160,7 @@ def _record(config: SmoothConfig, run: PlainRun) -> dict[str, Any]:
     return {
         "format": "rhc.config",
         "version": RECORD_VERSION,
-        **run.config.to_record("directory", "resume", "config", "print_config", "plan"),
+        **run.to_record("directory", "resume", "config", "print_config", "plan"),
         "controls": [],
         "command": "smooth",
         "smooth": own,
@@ -179,39 +175,8 @@ def _default_directory(run: PlainRun, record: dict[str, Any]) -> Path:
     return hashed(f"{run.config.short_name}-smooth", told)
 
 
-def _open(directory: Path, record: dict[str, Any]) -> None:
-    """Makes the directory with its config.json, or checks that it has the same."""
-    path = directory / "config.json"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        refuse_links(directory)
-        if not path.exists():
-            if any(directory.iterdir()):
-                raise InputError(
-                    f"directory {directory} holds something else; choose another --directory"
-                )
-            replace_durably(path, sealed(record))
-            return
-    except OSError as error:
-        raise InputError(
-            f"directory {directory} cannot be written ({error.strerror}); choose another "
-            "--directory"
-        ) from None
-    old, new = read_json(path), json.loads(json.dumps(finite(record)))
-    differ = [
-        name
-        for name in sorted(old.keys() | new.keys())
-        if name not in ("versions", "hardware", "device") and old.get(name) != new.get(name)
-    ]
-    if differ:
-        raise InputError(
-            f"directory {directory} belongs to another configuration ({', '.join(differ)} "
-            "differ); choose another --directory, or give the same settings"
-        )
-
-
-def _finish(directory: Path, runs: list[Pass], best: int) -> None:
-    path, record = runs[best].result
+def _finish(whole: RunDirectory, runs: list[Pass], best: int) -> None:
+    directory, (path, record) = whole.path, runs[best].result
     for name in COPIED:
         replace_durably(directory / name, (path / name).read_bytes())
     remove(directory / "checkpoints")  # of a killed attempt
@@ -238,4 +203,4 @@ def _finish(directory: Path, runs: list[Pass], best: int) -> None:
             for number, run in enumerate(runs)
         ],
     }
-    replace_summed(directory / "result.json", plain_document(result))
+    whole.finish(runs[best].schedule, result)

@@ -155,29 +155,26 @@ class Smoother:
 
     def _moved(self, probe: Schedule, first: Controls, walk: Sequence[Controls]) -> Schedule:
         """The probe's schedule, changed as the walk departs from its first controls."""
-        block = [i // self.every for i in range(len(probe))]
         values = dict(probe.values)
         for name in self._moved_controls:
-            if name not in probe:
-                continue
-            known, old = CONTROLS[name], probe[name]
-            start, bounds = getattr(first, name), getattr(BOUNDS, name)
+            start, (low, high) = getattr(first, name), getattr(BOUNDS, name)
             path = [getattr(controls, name) for controls in walk]
-            if start is None or (name == "momentum" and not bool((old > 0).all())):
+            old = probe.values.get(name)
+            if old is None or start is None or (name == "momentum" and not bool((old > 0).all())):
                 continue
             if name == "noise" and not start > 0:
-                if any(path):  # no factor moves a probe at 0: use the walk itself
-                    values[name] = torch.tensor([path[b] for b in block], dtype=torch.float64)
+                # No factor moves a probe at 0: the walk itself, if it leaves 0.
+                moved = torch.tensor(path, dtype=torch.float64).repeat_interleave(self.every)
+                values[name] = moved[: len(old)] if any(path) else old
                 continue
-            ratios = torch.tensor(
-                [known.ratio(path[b], start) for b in block], dtype=torch.float64
-            ).reshape(-1, *[1] * (old.dim() - 1))
-            moved = old * ratios
-            if known.coordinate == "logit":
-                moved = old * ratios / (1 - old + old * ratios)
-            # A template that is already outside the bounds stays there.
-            low, high = old.clamp(max=bounds[0]), old.clamp(min=bounds[1])
-            values[name] = torch.where(ratios == 1, old, torch.minimum(moved.maximum(low), high))
+            blocks = []
+            for part, value in zip(old.split(self.every), path, strict=True):
+                ratio = CONTROLS[name].ratio(value, start)
+                moved = torch.as_tensor(CONTROLS[name].rescale(part, ratio))
+                # A template that is already outside the bounds stays there.
+                within = moved.maximum(part.clamp(max=low)).minimum(part.clamp(min=high))
+                blocks.append(part if ratio == 1 else within)
+            values[name] = torch.cat(blocks)
         return Schedule(values, probe.start, probe.seed)
 
 

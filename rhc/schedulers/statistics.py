@@ -132,6 +132,8 @@ OF_ONE_EPOCH = (
 )  # fmt: skip
 """Fields of `EpochState` that are reset at every epoch."""
 
+FRESH = {name: getattr(EpochState(), name) for name in OF_ONE_EPOCH}
+
 
 def after_step(
     state: EpochState,
@@ -174,19 +176,22 @@ def after_epoch(
     """(the statistics of the epoch that ends, the state for the next).
     validation: held-out loss at the end of the epoch. reward: of the whole epoch, instead of the
     mean of its steps. source: "validation" uses the fall of the validation loss as the reward."""
-    new = EpochState()
-    values: dict[str, Any] = {name: getattr(new, name) for name in OF_ONE_EPOCH}
+    values: dict[str, Any] = {**FRESH, "epoch": state.epoch + 1}
     steps, ignored = state.losses.count, state.ignored
-    stats: dict[str, Any] = {"epoch": state.epoch, "steps": steps, "source": source}
+    stats: dict[str, Any] = {"steps": steps}
+
+    def moved(name: str, level: float, error: float = 0.0) -> tuple[float, float]:
+        """(change, trend) of one of loss, reward and validation since the last epoch."""
+        values[name], change, trend = getattr(state, name).moved(level, error)
+        stats.update({name: level, f"{name}_change": change, f"{name}_trend": trend})
+        return change, trend
+
     if steps:
         variance = state.spread / steps
         usual = state.usual_variance
-        values["loss"], change, trend = state.loss.moved(state.losses.mean, variance / steps)
         values["usual_variance"] = usual.updated(variance, SCALE)
+        moved("loss", state.losses.mean, variance / steps)
         stats |= {
-            "loss": state.losses.mean,
-            "loss_change": change,
-            "loss_trend": trend,
             "variance": variance,
             "variance_ratio": min(variance / usual.value, 1e3) if usual.value > 0 else 1.0,
             "plateau": state.plateaus / steps,
@@ -195,36 +200,31 @@ def after_epoch(
         stats["gradient_rms"] = math.sqrt(state.squared_norms / state.norms)
     worse = better = False
     if validation is not None and is_usable(validation):
-        values["validation"], change, trend = state.validation.moved(float(validation))
+        change, _ = moved("validation", float(validation))
         worse, better = change > 0, change < 0
-        stats |= {
-            "validation": float(validation),
-            "validation_change": change,
-            "validation_trend": trend,
-        }
     elif validation is not None:
         worse, ignored = True, ignored + 1
         stats["validation_trend"] = 1.0
     if source == "validation":
-        level = stats.get("validation")
-        stats |= {
-            "reward": None if level is None else -level,
-            "reward_change": -stats.get("validation_change", 0.0),
-            "reward_trend": -stats.get("validation_trend", 0.0),
-        }
+        for name in ("", "_change", "_trend"):
+            if f"validation{name}" in stats:
+                stats[f"reward{name}"] = -stats[f"validation{name}"]
     elif reward is not None and not is_usable(reward):
         ignored += 1
     elif reward is not None or state.rewards.count:
         mean, error = (state.rewards.mean, state.rewards.error) if reward is None else (reward, 0.0)
-        values["reward"], change, trend = state.reward.moved(float(mean), error)
-        stats |= {"reward": float(mean), "reward_change": change, "reward_trend": trend}
+        _, trend = moved("reward", float(mean), error)
         if validation is None:
             worse, better = trend <= -FALLEN, trend >= FALLEN
-    values |= {
-        "epoch": state.epoch + 1,
-        "worse": state.worse + 1 if worse else 0,
-        "better": state.better + 1 if better else 0,
-    }
-    stats |= {name: values[name] for name in ("worse", "better")}
-    stats |= {"drifts": state.drifts, "ignored": ignored}
-    return EpochStats(**stats), replace(state, **values)
+    values["worse"] = state.worse + 1 if worse else 0
+    values["better"] = state.better + 1 if better else 0
+    after = replace(state, **values)
+    return EpochStats(
+        epoch=state.epoch,
+        source=source,
+        worse=after.worse,
+        better=after.better,
+        drifts=state.drifts,
+        ignored=ignored,
+        **stats,
+    ), after

@@ -100,6 +100,26 @@ class RunDirectory:
     ) -> Checkpoint | None:
         """The checkpoint to resume from, or None for a new run. InputError where the directory
         cannot be written, or holds a run that is not to be resumed or has another configuration."""
+        old, changed = self.claim(config, resume)
+        try:
+            with self._refusing("locked"):
+                self._lock = _locked(self.path / ".lock")
+        except BlockingIOError:
+            raise InputError(
+                f"directory {self.path} is being written by another process; wait for it, "
+                "or choose another --directory"
+            ) from None
+        try:
+            return self._continue(config, old, changed)
+        except BaseException:
+            self.close()
+            raise
+
+    def claim(
+        self, config: Mapping[str, Any], resume: Literal["auto", "never"]
+    ) -> tuple[dict[str, Any] | None, bool]:
+        """(config.json of the run that is there, whether settings that may change did). Makes the
+        directory; InputError as of `open`."""
         with self._refusing("written"):
             make_directory(self.path)
             refuse_links(self.path)
@@ -120,20 +140,7 @@ class RunDirectory:
                 f"directory {self.path} holds {present[0]} but no config.json, so it is no run "
                 "that can be continued; choose another --directory"
             )
-        changed = old is not None and self._compare(old, config)
-        try:
-            with self._refusing("locked"):
-                self._lock = _locked(self.path / ".lock")
-        except BlockingIOError:
-            raise InputError(
-                f"directory {self.path} is being written by another process; wait for it, "
-                "or choose another --directory"
-            ) from None
-        try:
-            return self._continue(config, old, changed)
-        except BaseException:
-            self.close()
-            raise
+        return old, old is not None and self._compare(old, config)
 
     @contextlib.contextmanager
     def _refusing(self, what: str) -> Iterator[None]:
@@ -417,7 +424,8 @@ class RunDirectory:
                     )
         # The text of modules depends on torch's version.
         if old.get("versions") == new.get("versions"):
-            self.differences = _differences(old.get("code") or new["code"], new["code"])
+            code = new.get("code", {})
+            self.differences = _differences(old.get("code") or code, code)
         return bool(safe)
 
     def _digest(self, config: Mapping[str, Any]) -> str:

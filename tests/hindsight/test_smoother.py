@@ -313,7 +313,7 @@ def test_a_smoothing_that_was_stopped_goes_on(
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert "holds this, finished" in call(*command("cut"))[1]
     status, _, err = call(*command("cut"), "--seed", 9)
-    assert (status, "belongs to another configuration (seed differ)" in err) == (2, True)
+    assert (status, "belongs to another configuration (seed was 0, is 9)" in err) == (2, True)
 
 
 def test_gains_are_flags_and_are_resumed(call: Callable[..., Any], tmp_path: Path) -> None:
