@@ -37,6 +37,10 @@ from rhc.training.plant import Plant
 from rhc.workload import Workload, load_runner, optimizer_of, refuse_strange
 
 
+LATER = ("planner", "inexact_replay")
+"""Settings that no plain run has, and that did not exist when the first directories were named."""
+
+
 def device_of(name: str) -> torch.device:
     """The torch device of a setting; an InputError where it is not available."""
     available = torch.cuda.is_available()
@@ -197,8 +201,8 @@ class PlainRun:
     sizes: Mapping[str, int]
 
     def to_record(self, *without: str) -> dict[str, Any]:
-        """Its settings, without the planner's, so that directories keep their names."""
-        return self.config.to_record("planner", *without)
+        """Its settings. Directories are named by their hash."""
+        return self.config.to_record(*LATER, *without)
 
     def workload(self) -> Workload:
         workload = built_workload(self.config, self.sizes)
