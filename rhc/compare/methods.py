@@ -92,7 +92,13 @@ def planned(*names: str, fixed: bool = False, **settings: Any) -> Plans:
     return plans
 
 
-def adaptive(*, rewarded: bool = True, paced: bool = True, **settings: Any) -> Drives:
+def adaptive(
+    made: Callable[..., AdaptiveRL] = AdaptiveRL,
+    *,
+    rewarded: bool = True,
+    paced: bool = True,
+    **settings: Any,
+) -> Drives:
     """AdaptiveRL, which knows the number of steps if `paced`."""
 
     def drives(workload: Workload, name: str, parameters: Any, lr: float, steps: int) -> Driver:
@@ -100,7 +106,7 @@ def adaptive(*, rewarded: bool = True, paced: bool = True, **settings: Any) -> D
         own = {"steps": steps if paced else None, "noise": workload.noise}
         bounds: Bounds = settings.get("bounds", Bounds())
         own["noise"] = min(max(workload.noise, bounds.noise[0]), bounds.noise[1])
-        scheduler = AdaptiveRL(optimizer, **own | settings)
+        scheduler = made(optimizer, **own | settings)
         return Driver(optimizer, scheduler.step, rewarded, scheduler)
 
     return drives
@@ -225,6 +231,16 @@ METHODS: dict[str, Method] = {
             ("no-anneal", "whose lr is not annealed", {"anneal": False}),
             ("fixed-noise", "with noise fixed at 0.02", {"noise": 0.02, "bounds": FIXED_NOISE}),
             ("parameter-noise", "with noise on the parameters", {"noise_on": "parameters"}),
+            (
+                "weight-noise",
+                "with noise on gradients, as large as the weights",
+                {"noise_on": "gradients-by-weights"},
+            ),
+            (
+                "as-specified",
+                "with the specified laws and constants",
+                {"made": AdaptiveRL.as_specified, "paced": False},
+            ),
         )
     },
     "smooth": plainly(
@@ -298,6 +314,8 @@ ABLATIONS = (
     "adaptive-no-anneal",
     "adaptive-fixed-noise",
     "adaptive-parameter-noise",
+    "adaptive-weight-noise",
+    "adaptive-as-specified",
 )
 """Methods of `--ablations`: AdaptiveRL, and variants with one part changed."""
 

@@ -249,8 +249,8 @@ class DistilledScheduler(AdaptiveRL):
         self.observer.load_state(own["observer"])
         self.fallbacks, self.length = own["fallbacks"], own["length"]
 
-    def _take_in(self, pending: list[tuple[float | None, float | None]]) -> None:
-        super()._take_in(pending)
+    def _take_in(self, pending: list[tuple[float | None, float | None]]) -> bool:
+        surprised = super()._take_in(pending)
         for loss, reward in pending:
             self.observer.observe(loss, reward)
         if self._norm is not None:
@@ -258,6 +258,7 @@ class DistilledScheduler(AdaptiveRL):
         progress = None if self.length is None else min(self.steps / self.length, 1.0)
         self.seen = self.observer.features(self.controls, progress)
         self._moves, self.memory = self.policy.moves(self.seen, self.memory)
+        return surprised
 
     def _next_controls(self) -> Controls:
         outside = self.policy.outside(self.seen)

@@ -14,15 +14,18 @@ from torch.optim import Optimizer
 from rhc.errors import InputError, whole_number
 from rhc.schedule.steering import BeforeSteps
 from rhc.schedulers.laws import (
+    IGNITION,
     Bounds,
     Cap,
     Controls,
     Gains,
+    adapted,
     annealed,
     check_source,
-    dipped,
     lowered,
     paced,
+    rebound,
+    shocked,
     updated,
 )
 from rhc.schedulers.shared import (
@@ -74,10 +77,13 @@ class AdaptiveRL(BeforeSteps):
         noise_on: "gradients" adds σ·RMS(g)·ξ to gradients, "gradients-by-weights" σ·RMS(θ)·ξ to
             gradients, "parameters" σ·RMS(θ)·ξ to parameters; RMS is per tensor.
         source: "both", "loss" (ignore the reward) or "reward" (ignore the loss).
-        surprise: Reset the trends and lower momentum (0.9 to 0.7) when losses jump by 3 standard
-            deviations; `surprises` counts the jumps.
-        anneal: Multiply lr by half a cosine over `steps`, if given, until the first surprise;
-            `controls` excludes this factor.
+        surprise: When losses jump by 3 standard deviations, reset the trends, let lr and momentum
+            dip (0.9 to 0.7) and recover, and noise spike; `surprises` counts the jumps.
+        anneal: Multiply lr and noise by the square of half a cosine over `steps`, if given, until
+            the first surprise; `controls` excludes this factor.
+        settle: Pull momentum to 0.97 where nothing stands out from the noise, at the same effective
+            step, and let noise respond to new plateaus and leak away. Without, the laws are those
+            of the specification, see `as_specified`.
         couple_beta2: Lengthen the average of Adam's β2 in proportion to the variance of the loss,
             by ×½ to ×2.
         seed: Of the noise, which is a function of (seed, step).
@@ -103,6 +109,7 @@ class AdaptiveRL(BeforeSteps):
         source: str = "both",
         surprise: bool = True,
         anneal: bool = True,
+        settle: bool = True,
         couple_beta2: bool = False,
         seed: int = 0,
     ) -> None:
@@ -128,13 +135,17 @@ class AdaptiveRL(BeforeSteps):
         self.cap, self.seed, self.bounds = cap, seed, bounds or Bounds()
         gains, self.every, faster = paced(gains or Gains(), every, steps)
         self.gains = gains.for_source(source)
-        self.smoothing = smoothing or Smoothing().faster(faster)
+        usual = Smoothing()
+        self.smoothing = smoothing or replace(
+            usual.faster(faster), plateau=min(usual.plateau * self.every / 20, 1.0)
+        )
         self.noise_on, self.source, self.couple_beta2 = noise_on, source, couple_beta2
-        self.surprise = surprise
+        self.surprise, self.settle = surprise, settle
         self.signals, self.trends = Signals(), Trends()
         self.steps = self.updates = self.ignored = self.noise_steps = self.surprises = 0
         self._annealed_steps = steps if anneal else None
         self._pending: list[tuple[Scalar, Scalar]] = []
+        self._rebound = 1.0
         self._warned = False
         groups = optimizer.param_groups
         largest = max(float(group["lr"]) for group in groups)
@@ -145,6 +156,22 @@ class AdaptiveRL(BeforeSteps):
         self._warn_of_bounds(asked)
         self._write()
         self.hook("_add_noise")
+
+    @classmethod
+    def as_specified(cls, optimizer: Optimizer, **settings: Any) -> AdaptiveRL:
+        """The specified laws and constants, with nothing that was added to them.
+
+        Gains 0.02, 0.02 (lr), 0.01, 0.02 (momentum), 0.05, 0.04 (noise); β 0.02 for loss, reward
+        and their usual changes, 0.01 for the variance; an update every 20 steps, by ×0.8 to ×1.25;
+        lr in [1e-5, 0.1], momentum in [0.6, 0.995], noise in [0, 0.2]. Without a reward Δ̃r = −Δ̃ℓ.
+        Not annealed, no surprises, whatever the length of the run. Noise is switched on by a
+        plateau, since log σ cannot leave 0.
+
+        Args:
+            optimizer: As in the constructor, like the settings.
+        """
+        bare = {"surprise": False, "anneal": False, "settle": False}
+        return cls(optimizer, **{**bare, "smoothing": Smoothing(scale=0.02), **settings})
 
     def step(
         self, loss: Tensor | float | None = None, reward: Tensor | float | None = None
@@ -178,7 +205,7 @@ class AdaptiveRL(BeforeSteps):
         return {
             "lr": self._lr(),
             "momentum": self.controls.momentum,
-            "noise": self.controls.noise,
+            "noise": self._noise(),
             "loss_trend": self.trends.loss,
             "reward_trend": self.trends.reward,
             "plateau": self.trends.plateau,
@@ -198,6 +225,7 @@ class AdaptiveRL(BeforeSteps):
             "ignored": self.ignored,
             "noise_steps": self.noise_steps,
             "surprises": self.surprises,
+            "rebound": self._rebound,
             "pending": [list(pair) for pair in self._pending],
             "shares": [group.share for group in self._groups],
             "logits": [group.offset or 0.0 for group in self._groups],
@@ -227,6 +255,7 @@ class AdaptiveRL(BeforeSteps):
         self.steps, self.updates = state["steps"], state["updates"]
         self.ignored, self.noise_steps = state["ignored"], state["noise_steps"]
         self.surprises = state["surprises"]
+        self._rebound = state.get("rebound", 1.0)
         self._pending = [(loss, reward) for loss, reward in state["pending"]]
         saved = zip(state["shares"], state["logits"], state["beta2"], strict=True)
         self._groups = [
@@ -239,23 +268,29 @@ class AdaptiveRL(BeforeSteps):
         pending = [(loss, reward) for loss, reward in numbers(self._pending)]
         self._pending = []
         ignored = sum(x is not None and not is_usable(x) for pair in pending for x in pair)
-        self._take_in(pending)
+        if not self._take_in(pending):
+            self.controls = self._next_controls()
         if ignored:
             self.ignored += ignored
             self.controls = lowered(self.controls, self.bounds)
             self._warn_once()
-        else:
-            self.controls = self._next_controls()
         self.updates += 1
         self._write()
 
-    def _take_in(self, pending: list[tuple[float | None, float | None]]) -> None:
+    def _take_in(self, pending: list[tuple[float | None, float | None]]) -> bool:
+        """Whether the losses surprised; the controls have answered then."""
         losses = [math.nan if loss is None else loss for loss, _ in pending]
         anew = surprise(self.signals, losses) if self.surprise else None
+        if self.surprise and anew is None and surprise(self.signals, 2 * losses[-1:]) is not None:
+            # One loss is no jump yet, but must not move the trends that it is held against.
+            self._pending, pending, losses = pending[-1:], pending[:-1], losses[:-1]
         if anew is not None:
+            self.controls = replace(self.controls, lr=self._lr())  # from here on not annealed
             self.surprises += 1
             self.signals = begun_anew(self.signals)
-            self.controls = dipped(self.controls, self.bounds)
+            after = shocked(self.controls, self.bounds, self.cap)
+            self._rebound = rebound(self.controls, after) if self._is_coupled else 1.0
+            self.controls = after
             losses[:anew] = [math.nan] * anew
         for loss, (_, reward) in zip(losses, pending, strict=True):
             wanted = None if self.source == "loss" else reward
@@ -265,9 +300,29 @@ class AdaptiveRL(BeforeSteps):
             # The reset trends have not seen the rise that caused the reset.
             reward = -1.0 if self.signals.reward_mark is None else self.trends.reward
             self.trends = replace(self.trends, loss=1.0, reward=reward)
+        elif not self.settle and self.signals.reward_mark is None:
+            self.trends = replace(self.trends, reward=-self.trends.loss)
+        return anew is not None
 
     def _next_controls(self) -> Controls:
-        return updated(self.controls, self.trends, self.gains, self.bounds, self.cap)
+        if not self.settle:
+            return updated(self.controls, self.trends, self.gains, self.bounds, self.cap)
+        started = replace(self.controls, lr=self.controls.lr * self._rebound)
+        self._rebound = 1.0
+        return adapted(
+            started,
+            self.trends,
+            self.gains,
+            self.bounds,
+            self.cap,
+            every=self.every,
+            age=self.signals.steps / self.every,
+            coupled=self._is_coupled,
+        )
+
+    @property
+    def _is_coupled(self) -> bool:
+        return all("betas" not in group for group in self.optimizer.param_groups)
 
     def _write(self) -> None:
         self.steers()
@@ -306,11 +361,19 @@ class AdaptiveRL(BeforeSteps):
             self._groups = [replace(group, share=group.share / most) for group in self._groups]
             self.controls = replace(self.controls, lr=self.controls.lr * most)
 
+    def _anneal(self) -> float:
+        if self._annealed_steps is None or self.surprises:
+            return 1.0
+        return annealed(self.steps, self._annealed_steps)
+
     def _lr(self) -> float:
         lr = self.controls.lr
-        if self._annealed_steps is None or self.surprises:
-            return lr
-        return max(lr * annealed(self.steps, self._annealed_steps), min(lr, self.bounds.lr[0]))
+        return max(lr * self._anneal(), min(lr, self.bounds.lr[0]))
+
+    def _noise(self) -> float:
+        lowest = self.bounds.noise[0]
+        noise = max(self.controls.noise * self._anneal(), lowest)
+        return noise if noise >= IGNITION or lowest > 0 else 0.0
 
     def _beta2_factor(self) -> float:
         """Factor on the averaging time of β2: variance of the loss over its usual value."""
@@ -321,7 +384,7 @@ class AdaptiveRL(BeforeSteps):
         step, self.noise_steps = self.noise_steps, self.noise_steps + 1
         if self.is_steering:
             groups = self.optimizer.param_groups
-            add_noise(groups, self.controls.noise, self.seed, step, self.noise_on)
+            add_noise(groups, self._noise(), self.seed, step, self.noise_on)
 
     def _warn_of_bounds(self, asked: Controls) -> None:
         for name, wanted in asdict(asked).items():

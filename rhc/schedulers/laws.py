@@ -4,7 +4,13 @@
     logit μ ← logit μ + k_μr Δ̃r − k_μℓ max(Δ̃ℓ, 0)
     log σ   ← log σ   + k_σP P  − k_σr max(Δ̃r, 0)
 
-Without a reward Δ̃r is the fall of the loss relative to its noise, so α and μ decrease on a noisy
+These are the specified laws (`updated`). AdaptiveRL's own (`adapted`) move in the same directions:
+
+    μ is pulled to a set point while nothing stands out from the noise, α · 1/(1 − μ) kept;
+    σ rises with the stall, the part of P that is new, and leaks away;
+    α rises twice as fast at first, and after a surprise.
+
+Without a reward Δ̃r is the fall of the loss relative to its noise, so α decreases on a noisy
 plateau, where falls and rises alternate.
 """
 
@@ -25,8 +31,20 @@ IGNITION = 1e-3
 IGNITES = 0.5
 """Plateau score above which σ leaves 0."""
 
-DIP = 1.35
-"""Decrease of logit μ after a surprise: 0.9 becomes 0.7."""
+DIP, DIPPED = 1.35, 0.75
+"""A surprise lowers logit μ by this, 0.9 to 0.7, and μ to 0.75 at most."""
+
+SETTLED, PULL = 0.97, 1 / 400
+"""Momentum of a run that has settled, and the share of the way to it per step."""
+
+SPIKE, LEAK = 0.02, 1 / 60
+"""Noise at a surprise, and the nats that it loses per step."""
+
+SLOWER = 0.5
+"""Factor on the effective step α / (1 − μ) at a surprise: it may be that α was too high."""
+
+YOUNG = 12
+"""Updates in which the additional rise of α falls to 1/e."""
 
 SOURCES = ("both", "loss", "reward")
 """Trends that the laws use."""
@@ -125,7 +143,8 @@ def updated(
     if momentum is not None and 0 < momentum < 1:
         shift = gains.momentum_reward * trends.reward - gains.momentum_loss * rise
         momentum = _capped(sigmoid(logit(momentum) + shift), momentum, cap)
-    noise = _noise(controls.noise, trends, gains, bounds, cap)
+    change = gains.noise_plateau * trends.plateau - gains.noise_reward * max(trends.reward, 0.0)
+    noise = _noise(controls.noise, change, trends.plateau, bounds, cap)
     return bounds.clipped(Controls(lr, momentum, noise))
 
 
@@ -134,12 +153,65 @@ def lowered(controls: Controls, bounds: Bounds, factor: float = 0.5) -> Controls
     return bounds.clipped(replace(controls, lr=controls.lr * factor))
 
 
+def adapted(
+    controls: Controls,
+    trends: Trends,
+    gains: Gains,
+    bounds: Bounds,
+    cap: Cap | None,
+    *,
+    every: int,
+    age: float,
+    coupled: bool = True,
+) -> Controls:
+    """The next controls by AdaptiveRL's own laws, within bounds.
+
+    every: Steps since the last update. age: Updates since the run or the last surprise began.
+    coupled: Whether the effective step is α / (1 − μ), as in SGD; Adam's does not depend on β1.
+    """
+    fall, rise = trends.reward, max(trends.loss, 0.0)
+    young = 1 + math.exp(-age / YOUNG) if fall > 0 else 1.0
+    change = gains.lr_reward * young * fall - gains.lr_loss * rise
+    momentum = controls.momentum
+    if momentum is not None and 0 < momentum < 1:
+        # Of noise alone falls and rises cancel in Δ̃r; in max(Δ̃ℓ, 0) they would push μ down.
+        shift = gains.momentum_reward * fall - gains.momentum_loss * max(-2 * fall - 1, 0.0)
+        nudged = clip(sigmoid(logit(momentum) + shift), bounds.momentum)
+        pull = min(PULL * every, 1.0) * (1 - abs(fall)) * (logit(SETTLED) - logit(nudged))
+        momentum = clip(sigmoid(logit(nudged) + pull), bounds.momentum)
+        if coupled:
+            change += math.log((1 - momentum) / (1 - nudged))
+    lr = _capped(controls.lr * math.exp(change), controls.lr, cap)
+    stall = trends.stall
+    change = gains.noise_plateau * stall - gains.noise_reward * max(fall, 0.0)
+    change -= LEAK * every * (1 - stall)
+    noise = _noise(controls.noise, change, stall, bounds, cap)
+    return bounds.clipped(Controls(lr, momentum, noise))
+
+
+def shocked(controls: Controls, bounds: Bounds, cap: Cap | None) -> Controls:
+    """The controls at a surprise: α and μ dip, σ spikes."""
+    lr = controls.lr * (SLOWER if cap is None else max(cap[0], SLOWER))
+    noise = max(controls.noise, SPIKE)
+    return bounds.clipped(replace(dipped(controls, bounds), lr=lr, noise=noise))
+
+
+def rebound(before: Controls, after: Controls) -> float:
+    """The factor ≥ 1 on α, one update after a surprise, with which the effective step is `SLOWER`
+    times that before it: a lower momentum needs a higher α."""
+    if before.momentum is None or after.momentum is None:
+        return 1.0
+    effective = before.lr * (1 - after.momentum) / (1 - before.momentum)
+    return max(SLOWER * effective / after.lr, 1.0) if after.lr > 0 else 1.0
+
+
 def dipped(controls: Controls, bounds: Bounds) -> Controls:
     """Lower momentum after a surprise, since the old direction is wrong for the new losses."""
     momentum = controls.momentum
     if momentum is None or not 0 < momentum < 1:
         return controls
-    return bounds.clipped(replace(controls, momentum=sigmoid(logit(momentum) - DIP)))
+    lower = min(sigmoid(logit(momentum) - DIP), DIPPED)
+    return bounds.clipped(replace(controls, momentum=lower))
 
 
 def paced(gains: Gains, every: int, steps: int | None) -> tuple[Gains, int, float]:
@@ -154,7 +226,8 @@ def paced(gains: Gains, every: int, steps: int | None) -> tuple[Gains, int, floa
 
 
 def annealed(done: int, steps: int) -> float:
-    return 0.5 * (1 + math.cos(math.pi * min(done / steps, 1.0)))
+    """The square of half a cosine."""
+    return 0.25 * (1 + math.cos(math.pi * min(done / steps, 1.0))) ** 2
 
 
 def check_source(source: str) -> None:
@@ -162,10 +235,9 @@ def check_source(source: str) -> None:
         raise InputError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
 
 
-def _noise(noise: float, trends: Trends, gains: Gains, bounds: Bounds, cap: Cap | None) -> float:
-    change = gains.noise_plateau * trends.plateau - gains.noise_reward * max(trends.reward, 0.0)
+def _noise(noise: float, change: float, score: float, bounds: Bounds, cap: Cap | None) -> float:
     if noise == 0:
-        return IGNITION if change > 0 and trends.plateau > IGNITES else 0.0
+        return IGNITION if change > 0 and score > IGNITES else 0.0
     new = _capped(noise * math.exp(change), noise, cap)
     # log σ would fall for ever: below the floor it is 0, unless the bounds keep noise on.
     return new if new >= IGNITION or bounds.noise[0] > 0 or new >= noise else 0.0

@@ -62,6 +62,9 @@ class Smoothing:
     scale: float = 0.1
     """Of the usual changes S_ℓ and S_r, per update."""
 
+    plateau: float = 0.05
+    """Of the usual plateau score, per update."""
+
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
@@ -88,6 +91,7 @@ class Signals:
     usual_variance: RunningMean = RunningMean()
     change: RunningMean = RunningMean()
     size: RunningMean = RunningMean()
+    usual_plateau: RunningMean = RunningMean()
     reward: RunningMean = RunningMean()
     loss_scale: RunningMean = RunningMean()
     reward_scale: RunningMean = RunningMean()
@@ -105,11 +109,13 @@ class Signals:
 @dataclass(frozen=True)
 class Trends:
     """Δ̃ℓ and Δ̃r in [−1, 1], > 0 when rising (without rewards Δ̃r is the fall of the loss relative
-    to its noise), and P in [0, 1]."""
+    to its noise), P in [0, 1], and how far P exceeds its usual value: a stall is a plateau that is
+    new."""
 
     loss: float = 0.0
     reward: float = 0.0
     plateau: float = 0.0
+    stall: float = 0.0
 
 
 def restored(kind: type[Record], record: Mapping[str, Any]) -> Record:
@@ -192,20 +198,27 @@ def trends(signals: Signals, smoothing: Smoothing) -> tuple[Trends, Signals]:
             scale = signals.reward_scale.updated(abs(delta), smoothing.scale)
             reward = share(delta, scale.value)
             signals = replace(signals, reward_scale=scale, reward_mark=signals.reward.value)
-    signals = replace(signals, fresh_rewards=0, fresh_losses=0, reward_trend=reward)
-    return Trends(loss, reward, plateau(signals)), signals
+    score = plateau(signals)
+    usual = signals.usual_plateau.updated(score, smoothing.plateau)
+    signals = replace(
+        signals, fresh_rewards=0, fresh_losses=0, reward_trend=reward, usual_plateau=usual
+    )
+    return Trends(loss, reward, score, max(score - usual.value, 0.0)), signals
 
 
 def surprise(signals: Signals, losses: Sequence[float]) -> int | None:
-    """Index of the first of these new losses above ℓ̄ + `SURPRISING` standard deviations, if their
-    mean is above it too. None with fewer than `FEWEST` observations or without variance."""
-    usable = [loss for loss in losses if is_usable(loss)]
-    if signals.steps < FEWEST or not usable or signals.variance.value <= 0:
+    """Index of the first of these new losses above ℓ̄ + `SURPRISING` standard deviations from which
+    on their mean is too, of two at least; an outlier counts as twice as far. None with fewer than
+    `FEWEST` observations or without variance."""
+    if signals.steps < FEWEST or signals.variance.value <= 0:
         return None
-    bar = signals.loss.value + SURPRISING * math.sqrt(signals.variance.value)
-    if sum(usable) / len(usable) <= bar:
-        return None
-    return next(i for i, loss in enumerate(losses) if is_usable(loss) and loss > bar)
+    far = SURPRISING * math.sqrt(signals.variance.value)
+    above = [min(loss - signals.loss.value - far, far) for loss in losses]
+    for i, loss in enumerate(losses):
+        rest = [a for a, other in zip(above[i:], losses[i:], strict=True) if is_usable(other)]
+        if is_usable(loss) and above[i] > 0 and len(rest) > 1 and sum(rest) > 0:
+            return i
+    return None
 
 
 def begun_anew(signals: Signals) -> Signals:

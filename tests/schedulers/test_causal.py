@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import runpy
 import warnings
@@ -20,6 +21,7 @@ from rhc.schedulers.laws import (
     Bounds,
     Controls,
     Gains,
+    adapted,
     dipped,
     lowered,
     paced,
@@ -240,9 +242,21 @@ class TestLaws:
             assert gains.lr_loss / gains.lr_reward == usual.lr_loss / usual.lr_reward
         assert paced(usual, 20, 1)[1] >= 1
 
+    def test_improvement_raises_lr_more_in_the_beginning(self) -> None:
+        before, trend = Controls(0.01, 0.9, 0.02), Trends(-1, 1, 0, 0)
+        young, old = (
+            adapted(before, trend, Gains(), Bounds(), None, every=20, age=age) for age in (0, 1e3)
+        )
+        assert young.lr == pytest.approx(0.01 * math.exp(0.04))
+        assert old.lr == pytest.approx(0.01 * math.exp(0.02))
+        assert young.momentum and young.momentum > 0.9 and young.noise < 0.02
+        worse = adapted(before, Trends(1, -1, 0, 0), Gains(), Bounds(), None, every=20, age=0)
+        assert worse.momentum and worse.momentum < 0.9 and worse.lr < 0.01
+
     def test_momentum_dips_by_a_distance_on_the_logit_scale(self) -> None:
         assert dipped(Controls(0.01, 0.9), Bounds()).momentum == pytest.approx(0.7, abs=1e-3)
         assert dipped(Controls(0.01, 0.62), Bounds()).momentum == 0.6
+        assert dipped(Controls(0.01, 0.99), Bounds()).momentum == 0.75
         assert dipped(Controls(0.01, None), Bounds()) == Controls(0.01, None)
 
     def test_noise_leaves_zero_on_a_plateau_only_and_comes_back_to_exactly_zero(self) -> None:
@@ -305,6 +319,74 @@ class TestScheduler:
         assert scheduler.controls.momentum is not None
         assert sign * (scheduler.controls.momentum - 0.9) > 0
 
+    def test_as_specified_has_the_constants_and_the_laws_alone(self) -> None:
+        s = rhc.AdaptiveRL.as_specified(optimizer())
+        g, b = s.gains, s.smoothing
+        assert (g.lr_reward, g.lr_loss, g.momentum_reward, g.momentum_loss) == (
+            0.02, 0.02, 0.01, 0.02,
+        )  # fmt: skip
+        assert (g.noise_plateau, g.noise_reward, s.every, s.cap) == (0.05, 0.04, 20, (0.8, 1.25))
+        assert (b.loss, b.reward, b.variance, b.scale) == (0.02, 0.02, 0.01, 0.02)
+        assert s.bounds == Bounds((1e-5, 1e-1), (0.6, 0.995), (0.0, 0.2))
+        jump = [*noisy(200, -0.01), *(x + 50 for x in noisy(200, 0.0, seed=1))]
+        for loss in jump:
+            before = s.controls
+            s.step(loss)
+            if s.steps % 20 == 0:
+                expected = updated(before, s.trends, Gains(), Bounds(), (0.8, 1.25))
+                assert s.controls == expected and s.trends.reward == -s.trends.loss
+        assert s.updates == 20 and s.surprises == 0
+        assert s.get_last_lr() == [s.controls.lr]
+        assert rhc.AdaptiveRL.as_specified(optimizer(), every=5).every == 5
+
+    @pytest.mark.parametrize("kind", ["sgd", "adamw"])
+    def test_momentum_settles_at_the_same_effective_step(self, kind: str) -> None:
+        scheduler = rhc.AdaptiveRL(optimizer(kind))
+        for _ in range(2000):
+            scheduler.step(1.0)
+        c = scheduler.controls
+        assert c.momentum is not None and 0.96 < c.momentum <= 0.97
+        effective = c.lr / (1 - c.momentum) if kind == "sgd" else c.lr
+        assert effective == pytest.approx(0.01 / (1 - 0.9) if kind == "sgd" else 0.01)
+
+    def test_a_stall_raises_noise_for_a_while(self) -> None:
+        course = []
+        scheduler = rhc.AdaptiveRL(optimizer(), every=5)
+        for loss in [*noisy(300, -0.02), *(x - 6 for x in noisy(1500, 0.0, seed=1))]:
+            scheduler.step(loss)
+            course.append(scheduler.values["noise"])
+        assert set(course[:300]) == {0.0} and max(course) >= IGNITION and course[-1] == 0.0
+
+    def test_after_a_surprise_everything_dips_or_spikes_and_comes_back(self) -> None:
+        losses = [*noisy(500, 0.0), *(x + 5 for x in noisy(100, -0.05, seed=1))]
+        losses += noisy(600, 0.0, seed=2)
+        scheduler = rhc.AdaptiveRL(optimizer(), every=5)
+        course = []
+        for loss in losses:
+            if len(course) == 507:  # between the dip and the rebound
+                state = scheduler.state_dict()
+                scheduler = rhc.AdaptiveRL(optimizer(), every=5)
+                scheduler.load_state_dict(json.loads(json.dumps(state)))
+            scheduler.step(loss)
+            course.append(scheduler.controls)
+        assert scheduler.surprises == 1
+        before, dip, back, end = (course[i] for i in (503, 504, 509, -1))
+        assert dip.lr == pytest.approx(0.8 * before.lr) and back.lr > 2 * before.lr
+        assert dip.momentum and before.momentum and end.momentum
+        assert dip.momentum <= 0.75 < 0.93 < before.momentum and end.momentum > 0.93
+        assert before.noise < 0.01 and dip.noise == 0.02 and end.noise < 0.002
+        assert back.lr / (1 - dip.momentum) < before.lr / (1 - before.momentum)
+
+    def test_one_loss_is_no_surprise_and_waits_for_the_next(self) -> None:
+        calm = noisy(300, 0.0)
+        for after, surprises in ((3.0, 0), (9.0, 1)):
+            scheduler = told([*calm[:-1], 9.0])
+            assert scheduler.surprises == 0 and len(scheduler._pending) == 1
+            assert scheduler.signals.loss.value < 3.1  # it has not moved what it is held against
+            for _ in range(20):
+                scheduler.step(after)
+            assert scheduler.surprises == surprises and not scheduler._pending
+
     @pytest.mark.parametrize("on", [True, False])
     def test_a_jump_of_the_loss_begins_the_trends_anew(self, on: bool) -> None:
         losses = [*noisy(210, -0.005), *(x + 5 for x in noisy(200, -0.01, seed=1))]
@@ -323,7 +405,7 @@ class TestScheduler:
             assert after.momentum > before.momentum - 0.05
 
     def test_lr_is_annealed_where_the_length_is_known(self) -> None:
-        """Half a cosine on what the laws say, down to the bound; state_dict goes on with it."""
+        """The square of half a cosine on what the laws say; state_dict goes on with it."""
         losses = noisy(600, 0.0)
         whole = told(losses, steps=600)
         constant = told(losses, steps=600, anneal=False)
@@ -331,7 +413,7 @@ class TestScheduler:
         assert whole.get_last_lr() == [whole.values["lr"]] == [whole.bounds.lr[0]]
         assert constant.get_last_lr() == [constant.controls.lr]
         half = told(losses[:300], steps=600)
-        assert half.get_last_lr()[0] == pytest.approx(half.controls.lr / 2)
+        assert half.get_last_lr()[0] == pytest.approx(half.controls.lr / 4)
         resumed = rhc.AdaptiveRL(optimizer(), steps=600)
         resumed.load_state_dict(half.state_dict())
         assert resumed.get_last_lr() == half.get_last_lr()
