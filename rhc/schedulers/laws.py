@@ -37,8 +37,8 @@ DIP, DIPPED = 1.35, 0.75
 SETTLED, PULL = 0.97, 1 / 400
 """Momentum of a run that has settled, and the share of the way to it per step."""
 
-SPIKE, LEAK = 0.02, 1 / 60
-"""Noise at a surprise, and the nats that it loses per step."""
+SPIKE, STALLED, LEAK = 0.02, 0.005, 1 / 60
+"""Noise at a surprise and in the beginning of a stall, and the nats that it loses per step."""
 
 SLOWER = 0.5
 """Factor on the effective step α / (1 − μ) at a surprise: it may be that α was too high."""
@@ -185,7 +185,7 @@ def adapted(
     stall = trends.stall
     change = gains.noise_plateau * stall - gains.noise_reward * max(fall, 0.0)
     change -= LEAK * every * (1 - stall)
-    noise = _noise(controls.noise, change, stall, bounds, cap)
+    noise = _noise(controls.noise, change, stall, bounds, cap, STALLED)
     return bounds.clipped(Controls(lr, momentum, noise))
 
 
@@ -235,9 +235,16 @@ def check_source(source: str) -> None:
         raise InputError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
 
 
-def _noise(noise: float, change: float, score: float, bounds: Bounds, cap: Cap | None) -> float:
+def _noise(
+    noise: float,
+    change: float,
+    score: float,
+    bounds: Bounds,
+    cap: Cap | None,
+    first: float = IGNITION,
+) -> float:
     if noise == 0:
-        return IGNITION if change > 0 and score > IGNITES else 0.0
+        return first if change > 0 and score > IGNITES else 0.0
     new = _capped(noise * math.exp(change), noise, cap)
     # log σ would fall for ever: below the floor it is 0, unless the bounds keep noise on.
     return new if new >= IGNITION or bounds.noise[0] > 0 or new >= noise else 0.0
