@@ -1,9 +1,8 @@
-"""AdaptiveRL: what a step of it costs, and a page of pictures from the rows of `rhc compare`.
+"""AdaptiveRL: how it moves, how fast it re-converges, and what a step of it costs.
 
     python benchmarks/causal.py overhead --model mlp --steps 100 --rounds 15
     python benchmarks/causal.py expectations --data mnist/ --seeds 100-109 -o rows.jsonl
     python benchmarks/causal.py reconvergence --methods adaptive constant --lrs 0.03 -o rows.jsonl
-    python benchmarks/causal.py picture runs/compare-sine/comparison.json -o sine.svg
 
 Overhead: blocks of steps with and without the scheduler take turns on one model in one process, one
 thread; the ratio is that of neighbouring blocks' CPU times, so that a machine's moods cancel out.
@@ -11,8 +10,7 @@ Expectations: how lr, momentum and noise are to move, a row each, for the defaul
 where it holds, of all seeds (of all jumps on drifting_sine), and the median of a figure. By the
 loss alone, but for CartPole, whose return is the reward. Re-convergence: the mean tracking error in
 the 100 steps after each jump of drifting_sine, and the paired difference to the last method, with
-bootstrap 95 % intervals over seeds. Pictures need
-matplotlib, the extra `figures`.
+bootstrap 95 % intervals over seeds. `rhc report` draws what single runs saw and did.
 """
 
 from __future__ import annotations
@@ -61,20 +59,14 @@ def main() -> None:
     jumps.add_argument("--lrs", nargs="+", type=float, default=[0.03])
     jumps.add_argument("--seeds", type=parsed_seeds, default=parsed_seeds("100-109"))
     jumps.add_argument("-o", "--output", type=Path, default=Path("reconvergence.jsonl"))
-    drawn = commands.add_parser("picture")
-    drawn.add_argument("comparison", type=Path)
-    drawn.add_argument("-o", "--output", type=Path, default=Path("comparison.svg"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.command == "overhead":
         print(overhead(arguments.model, arguments.steps, arguments.rounds, arguments.noise))
     elif arguments.command == "expectations":
         print(expectations(arguments.data, arguments.seeds, arguments.output))
-    elif arguments.command == "reconvergence":
-        print(reconvergence(arguments.methods, arguments.lrs, arguments.seeds, arguments.output))
     else:
-        document = json.loads(arguments.comparison.read_text(encoding="utf-8"))
-        picture(document["rows"], document["run"]).savefig(arguments.output)
+        print(reconvergence(arguments.methods, arguments.lrs, arguments.seeds, arguments.output))
 
 
 LAWS = {
@@ -330,54 +322,6 @@ def overhead(model_name: str, steps: int, rounds: int, noise: float) -> str:
         f"{high:.3f}), of the fastest blocks "
         f"{min(s for _, s in found) / min(p for p, _ in found):.3f}"
     )
-
-
-def picture(rows: Sequence[Mapping[str, Any]], title: str) -> Any:
-    """A matplotlib figure of rows: what runs are judged by, loss, α, μ, σ over the steps, plateaus
-    as bars, and the trend of the reward against that of the loss.
-
-    A line per method and lr, of its first seed: means over seeds would show what no run did. Rows
-    are those of comparison.json; methods that record no trends are left out of the last two.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 9), layout="constrained")
-    axes = figure.subplots(4, 2)
-    names = ("judged by", "loss", "lr", "momentum", "noise", "plateaus (P > 0.5)", "trends")
-    panels = dict(zip(names, axes.flat, strict=False))
-    axes.flat[-1].axis("off")
-    for name, panel in panels.items():
-        panel.set_title(name, fontsize=9)
-        panel.tick_params(labelsize=7)
-    first: dict[tuple[str, float | None], Mapping[str, Any]] = {}
-    for row in rows:
-        first.setdefault((row["method"], row["lr"]), row)
-    for place, ((method, lr), row) in enumerate(first.items()):
-        label, color = f"{method}{'' if lr is None else f' {lr:g}'}", f"C{place % 10}"
-        course = row["course"]
-        if row["curve"]:
-            panels["judged by"].plot(*zip(*row["curve"], strict=True), color=color, label=label)
-        steps = course.get("step", [])
-        for name in ("loss", "lr", "momentum", "noise"):
-            if len(course.get(name, [])) == len(steps) > 0:
-                panels[name].plot(steps, course[name], color=color, lw=1)
-        if "plateau" in course:
-            flat = [
-                (s, steps[i + 1] - s)
-                for i, (s, p) in enumerate(zip(steps[:-1], course["plateau"], strict=False))
-                if (p or 0) > PLATEAU
-            ]
-            panels["plateaus (P > 0.5)"].broken_barh(flat, (place - 0.4, 0.8), color=color)
-            panels["trends"].scatter(
-                course["loss_trend"], course["reward_trend"], s=6, color=color, alpha=0.6
-            )
-    panels["lr"].set_yscale("log")
-    panels["loss"].set_yscale("symlog", linthresh=0.01)
-    panels["trends"].set_xlabel("Δ̃ℓ", fontsize=8)
-    panels["trends"].set_ylabel("Δ̃r", fontsize=8)
-    axes.flat[-1].legend(*panels["judged by"].get_legend_handles_labels(), loc="center", fontsize=8)
-    figure.suptitle(title)
-    return figure
 
 
 if __name__ == "__main__":
