@@ -283,7 +283,8 @@ class AdaptiveRL(BeforeSteps):
         anew = surprise(self.signals, losses) if self.surprise else None
         if self.surprise and anew is None and surprise(self.signals, 2 * losses[-1:]) is not None:
             # One loss is no jump yet, but must not move the trends that it is held against.
-            self._pending, pending, losses = pending[-1:], pending[:-1], losses[:-1]
+            self._pending = [pending[-1]]
+            pending, losses = pending[:-1], losses[:-1]
         if anew is not None:
             self.controls = replace(self.controls, lr=self._lr())  # from here on not annealed
             self.surprises += 1
