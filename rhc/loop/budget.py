@@ -25,22 +25,32 @@ def search_budget(fit: Fit) -> float:
 
 
 def affords(fit: Fit, window: Window, ways: int, reverse_passes: int = 0) -> bool:
-    """Whether the budget allows these rolls and reverse passes, beside plain steps to the end."""
+    """Whether the budget allows these rolls and reverse passes, beside plain steps to the end; told
+    where it does not."""
+    if within_budget(fit, window, ways, reverse_passes):
+        return True
+    if not fit.state.budget_is_spent:
+        fit.state.budget_is_spent = True
+        budget = fit.rule.budget
+        fit.events.notice(
+            f"the budget of {budget:g} plain runs is spent: the rest is followed as planned"
+        )
+    return False
+
+
+def within_budget(
+    fit: Fit, window: Window, ways: int, reverse_passes: int = 0, evaluations: int = 0
+) -> bool:
+    """As `affords`, untold. evaluations: of a training batch's loss alone."""
     state, budget = fit.state, fit.rule.budget
     if math.isinf(budget):
         return True
     length, terminal = window.stop - window.start, terminal_loss(fit, window)
     share = 0.0 if terminal is None else terminal.share
     more = ways * (length + share / 3)  # no gradient of a replay's terminal loss
-    more += reverse_passes * (_reverse_pass(fit, length) + share)
-    if state.cost.gradient_equivalents + more + state.steps - state.step <= budget * state.steps:
-        return True
-    if not state.budget_is_spent:
-        state.budget_is_spent = True
-        fit.events.notice(
-            f"the budget of {budget:g} plain runs is spent: the rest is followed as planned"
-        )
-    return False
+    more += reverse_passes * (_reverse_pass(fit, length) + share) + evaluations / 3
+    spent = state.cost.gradient_equivalents + more + state.steps - state.step
+    return spent <= budget * state.steps
 
 
 def projected_cost(fit: Fit) -> float:

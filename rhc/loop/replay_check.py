@@ -7,23 +7,29 @@ import math
 import torch
 from torch import Tensor
 
-from rhc.loop.budget import REWRITE, affords
+from rhc.containers import same
+from rhc.loop.budget import REWRITE, affords, within_budget
 from rhc.loop.fit import Fit
 from rhc.loop.state import Attempt, Moment, Replay, Window
 from rhc.loop.steps import restore, take_same_steps
 from rhc.loop.update_rule import Twin
+from rhc.training.batches import micro_batches
 from rhc.training.recovery import nondeterministic, out_of_memory
 from rhc.training.snapshot import state_difference
 from rhc.training.trajectory import Trajectory
+
+TIMES = 11
+"""Evaluations of the first step's loss: a counter's period may divide the window's calls, such as
+that of every fifth call, so that the replay alone would be in step with the roll again."""
 
 
 def assert_replay(fit: Fit, window: Window, attempt: Attempt) -> Attempt:
     """The attempt, its end live, after the run's first window was replayed from its start.
 
     Losses, norms of gradients and the state at the end must have the same bits. Where they have
-    not, no window is rewritten, unless the run has `inexact_replay`. It costs the window's steps,
-    once a run. Where budget or memory do not suffice, this window is not rewritten, and the next
-    is tried.
+    not, no window is rewritten, unless the run has `inexact_replay`. It costs the window's steps
+    and `TIMES` losses, once a run. Where budget or memory do not suffice, this window is not
+    rewritten, and the next is tried.
     """
     state = fit.state
     if state.replay is not None or not fit.rewrites:
@@ -32,26 +38,48 @@ def assert_replay(fit: Fit, window: Window, attempt: Attempt) -> Attempt:
     ways = REWRITE if isinstance(fit.rule, Twin) or not attempt.plain else REWRITE - 1
     if not affords(fit, window, ways):
         return attempt
+    times = TIMES if within_budget(fit, window, ways, evaluations=TIMES) else 0
     end, again = fit.here(), attempt.again()
     restore(fit, window, attempt)
     fit.announce("replay", window.start, window.stop, attempt.number)
     try:
+        losses = _evaluated(fit, window, attempt, times)
         take_same_steps(fit, window, attempt, again)
     except (RuntimeError, MemoryError, OSError) as error:
         if not out_of_memory(error) or fit.plant.ranks is not None:
             raise
         fit.go_back(end)
     else:
-        state.replay = _judged(fit, window, attempt, again, end)
+        state.replay = _judged(fit, window, attempt, again, end, losses)
     if attempt.plain:
         attempt.end = end
     state.live = attempt
     return attempt
 
 
-def _judged(fit: Fit, window: Window, first: Attempt, again: Attempt, end: Moment) -> Replay:
-    """How the two ended, alike on all ranks; the plant stands at the end of the first."""
+def _evaluated(fit: Fit, window: Window, attempt: Attempt, times: int) -> Tensor:
+    """(times,) the loss of the window's first step, each from its start, which is restored."""
+    assert window.before is not None
+    plant, batch = fit.plant, next(iter(attempt.batches))
+    micro = plant.weighed(next(iter(micro_batches(batch))))
+    losses = []
+    for _ in range(times):
+        with torch.no_grad():
+            losses.append(plant.value(plant.loss(micro)[0]))
+        fit.go_back(window.before)
+    fit.state.cost.gradient_equivalents += times / (3 * fit.data.accumulate)
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def _judged(
+    fit: Fit, window: Window, first: Attempt, again: Attempt, end: Moment, losses: Tensor
+) -> Replay:
+    """How the two ended, alike on all ranks; the plant stands at the end of the first. losses: of
+    the first step, evaluated several times."""
     found = _difference(fit, first, again, end)
+    if found is None and not same(losses, losses[:1].expand(len(losses))):
+        apart = (losses.max() - losses.min()) / losses.abs().max()
+        found = window.start, "the loss", float(apart.nan_to_num(math.inf))
     if fit.plant.ranks is not None:
         told = fit.plant.ranks.gather_json(found)
         found = min((tuple(each) for each in told if each is not None), default=None)

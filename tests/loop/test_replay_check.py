@@ -176,6 +176,22 @@ def test_what_the_loss_hides_is_told_and_nothing_is_rewritten(
     assert "--inexact-replay" in notice
 
 
+@pytest.mark.parametrize("rewrite", [ONE, Twin()], ids=["a rewrite", "antithetic"])
+@pytest.mark.parametrize("period", [2, 3, 4, 5, 7, 10])
+def test_a_counter_in_step_with_the_window_is_seen(period: int, rewrite: Rewrite) -> None:
+    """Every second call, every fifth: the window has ten steps."""
+    count = [0]
+
+    def loss_fn(model: nn.Module, batch: Any) -> Any:
+        loss, metrics = classify(model, batch)
+        count[0] += 1
+        return loss * (1 + 1e-3 * (count[0] % period == 0)), metrics
+
+    run = make_run("sgd", dropout=0.0)._replace(loss_fn=loss_fn)
+    result = fit(run, window=10, product="none", rewrite=rewrite)
+    assert result.replay is not None and not result.replay["equal"]
+
+
 def test_a_script_is_warned() -> None:
     run = make_run("sgd", dropout=0.0)._replace(loss_fn=counting())
     with pytest.warns(RunWarning, match=r"steps \[0, 4\) do not replay to the bit: the loss of"):
