@@ -19,7 +19,7 @@ from rhc.compare.methods import PLANNED, Groups, Method, adaptive, plainly, plan
 from rhc.containers import spare
 from rhc.loop.update_rule import USUAL, usual_objective
 from rhc.schedule import CONTROLS
-from rhc.schedulers import CONSERVATIVE, VALUES, EpochPlan, EpochStats
+from rhc.schedulers import CONSERVATIVE, STEERED, VALUES, EpochPlan, EpochStats
 from rhc.training.objective import Objective
 from rhc.workload import Workload
 
@@ -77,6 +77,12 @@ METHODS: dict[str, Method] = {
         drives=adaptive(paced=False),
     ),
     "planner-cosine": _planned("`planner` on top of a cosine", *PLANNED, template="cosine"),
+    "planner-specified": _planned(
+        "lr, momentum and noise planned as specified, with the guards",
+        *STEERED,
+        "drift",
+        "failsafe",
+    ),
     "planner-all": _planned("epochs planned with everything that can be", *EVERYTHING),
     "planner-preset": _planned("the failsafe's preset from the second epoch on", law=_preset_alone),
     **{

@@ -96,6 +96,8 @@ def print_run(console: Console, directory: Path) -> None:
     state = "finished" if finished else f"stopped or running, {_place(run)}"
     console.print(Text(f"{directory}: {state}", style="bold"))
     _line(console, "run", ", ".join(_settings(run)))
+    if planner := run.config.get("planner"):
+        _line(console, "planned", ", ".join([*planner["steer"], *planner["knobs"]]))
     if run.windows:
         _line(console, "attempts", f"{len(run.windows)}: {run.outcomes}")
     for name in ("loss", *CONTROLS):

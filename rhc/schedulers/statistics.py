@@ -206,9 +206,10 @@ def after_epoch(
         worse, ignored = True, ignored + 1
         stats["validation_trend"] = 1.0
     if source == "validation":
-        for name in ("", "_change", "_trend"):
-            if f"validation{name}" in stats:
-                stats[f"reward{name}"] = -stats[f"validation{name}"]
+        if "validation" in stats:
+            stats["reward"] = -stats["validation"]
+        for name in ("change", "trend"):
+            stats[f"reward_{name}"] = -stats.get(f"validation_{name}", 0.0)
     elif reward is not None and not is_usable(reward):
         ignored += 1
     elif reward is not None or state.rewards.count:

@@ -100,6 +100,7 @@ def ppo(
 
 
 class TestPPO:
+    @pytest.mark.slow
     def test_returns_rise_and_the_knobs_move(self) -> None:
         runner = ppo(("entropy", "clip_range", "gae_lambda"))
         result = runner.fit(240)
@@ -235,6 +236,7 @@ class TestInOneWord:
         assert call("resume", cut)[0] == 0
         for name in ("tape.jsonl", "schedule.json"):
             assert (cut / name).read_bytes() == (whole / name).read_bytes()
+        assert f"planned   {', '.join(wanted)}" in call("inspect", cut)[1]
         # What was planned in the loss or the data is in no schedule.
         status, out, err = call("replay", whole, "--seed", 3, "--directory", tmp_path / "replayed")
         assert status == 0 and ("sampling, augmentation is not in it" in out) == bool(names)
