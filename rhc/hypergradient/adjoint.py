@@ -7,6 +7,10 @@
 2. λ_θ += H_t λ_g, the only expensive term (`hvp`);
 3. plus the stage cost's gradient and the average's share of the terminal gradient.
 
+This is gradient checkpointing, a step at a time: the roll keeps some states and every gradient, the
+states between are computed again by the optimizer's torchopt transformation, which then makes one
+step's graph, is pulled through by autograd, and drops it.
+
 Rejected: graphs of several steps. torch.utils.checkpoint over segments with an inner
 autograd.grad(create_graph=True) takes +3960 MB where this takes under 150 (docs/log.md).
 """
@@ -258,7 +262,6 @@ class _Recursion:
                 )
                 theta = before.theta
                 del before
-                source.done(i)
                 point = StepPoint(
                     theta,
                     self.trajectory.buffers[i],

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import _SingleLevelFunction
-from torch.autograd.graph import GradientEdge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
@@ -37,8 +36,6 @@ from rhc.training.module_state import Buffers, Values
 from rhc.training.objective import Objective
 from rhc.training.plant import Plant
 from rhc.training.trajectory import Block
-
-_run_backward: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
 
 
 class Evaluated(NamedTuple):
@@ -295,29 +292,6 @@ def gradients_by_backward(
     finally:
         for p, grad in kept:
             p.grad = grad
-
-
-def unchecked_grad(
-    outputs: Sequence[Tensor | GradientEdge],
-    inputs: Sequence[Tensor],
-    seeds: Sequence[Tensor | None],
-) -> list[Tensor | None]:
-    """torch.autograd.grad with allow_unused, without its checks of shapes, which take 100 µs for
-    the six parameters of a small model, beside a vjp of 650."""
-    if _run_backward is None or any(
-        type(t) not in (Tensor, nn.Parameter, GradientEdge) for t in (*outputs, *inputs, *seeds)
-    ):
-        return list(torch.autograd.grad(outputs, inputs, seeds, allow_unused=True))  # type: ignore[arg-type]
-    found = _run_backward(
-        tuple(outputs),
-        tuple(seeds),
-        False,
-        False,
-        tuple(inputs),
-        allow_unreachable=True,
-        accumulate_grad=False,
-    )
-    return list(found)
 
 
 @contextmanager

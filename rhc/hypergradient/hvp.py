@@ -27,9 +27,9 @@ from rhc.hypergradient.evaluation import (
     fresh_leaves,
     gradients_by_backward,
     parts,
-    unchecked_grad,
 )
 from rhc.hypergradient.kernels import valueless_gradients
+from rhc.optimizers.base import unchecked_grad
 from rhc.rng import RandomState
 from rhc.training.batches import batch_size
 from rhc.training.module_state import Values

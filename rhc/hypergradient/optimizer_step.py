@@ -233,7 +233,6 @@ class OptimizerSteps:
             costate.optimizer[b],
             [name for name in self.controls if name != "noise"],
             shapes=block.shapes,
-            after=None if before.after is None else before.after[b],
         )
         for name, derivative in vjp.controls.items():
             # By the schedule's value, of which the group's is a function.

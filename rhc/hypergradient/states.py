@@ -23,7 +23,6 @@ class Before(NamedTuple):
 
     states: Sequence[BlockState]  # before it; without θ where Φ does not read it
     theta: Callable[[], Sequence[Tensor]]  # θ in any case
-    after: Sequence[Any] | None = None  # the optimizer's states after it, if folded
 
 
 class Rebuilt:
@@ -68,9 +67,6 @@ class Rebuilt:
                 self.states[k + 1] = states
         return self.states.pop(i)
 
-    def done(self, i: int) -> None:
-        """Called when step i was differentiated."""
-
 
 class Folded:
     """The optimizer's states of steps [start, stop), in the memory of their gradients. moved(i):
@@ -92,18 +88,20 @@ class Folded:
 
     @contextmanager
     def folding(self) -> Iterator[Folded]:
-        """Inside, a step's gradient is restored, to rounding, when it is done; at the end, all."""
+        """Inside, a step's gradient is restored, to rounding, when the step is asked for; at the
+        end, all."""
         try:
             self._fold(self.start + len(self.gradients))
             yield self
         finally:
-            self.done(self.start)
+            self._unfold(self.start)
 
     def before(self, i: int) -> Before:
+        self._unfold(i)
         states = [BlockState(None, slots) for slots in self.slots[i]]
-        return Before(states, partial(self._lost_theta, i), self.slots[i + 1])
+        return Before(states, partial(self._lost_theta, i))
 
-    def done(self, i: int) -> None:
+    def _unfold(self, i: int) -> None:
         """Restores the gradients from step i on."""
         while self.folded > i:
             last, after = self.folded - 1, self.slots.pop(self.folded)
@@ -112,7 +110,7 @@ class Folded:
             self.folded = last
 
     def _lost_theta(self, i: int) -> Sequence[Tensor]:
-        self.done(self.start)
+        self._unfold(self.start)
         theta = self.theta(i)
         self._fold(i)
         return theta

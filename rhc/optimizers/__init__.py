@@ -23,7 +23,7 @@ from rhc.optimizers.base import (
     of_torch,
 )
 from rhc.optimizers.rms_family import adagrad, rmsprop
-from rhc.optimizers.sgd_family import LionState, lion, muon, sgd
+from rhc.optimizers.sgd_family import LionState, lion, muon, sgd, sgd_fold
 from rhc.optimizers.stock import from_torchopt
 
 __all__ = [
@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 TORCH: dict[type[torch.optim.Optimizer], DifferentiableOptimizer] = {
-    torch.optim.SGD: of_torch("SGD", sgd),
+    torch.optim.SGD: of_torch("SGD", sgd, fold=sgd_fold),
     torch.optim.Adam: of_torch("Adam", adam),
     torch.optim.AdamW: of_torch("AdamW", adamw),
     torch.optim.RMSprop: of_torch("RMSprop", rmsprop),

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torchopt.base import GradientTransformation
 from torchopt.pytree import tree_leaves, tree_map
 
 from rhc.optimizers.base import (
     ROOT_EPSILON,
-    Moved,
+    ClosedForm,
     Scalar,
-    Step,
-    Vjp,
     cast_like,
     dot,
-    scalar,
+    number,
+    step_of,
 )
 
 _ROOT_EPSILON = torch.tensor(ROOT_EPSILON, dtype=torch.float64)
 """0-dim, so that torch.add(_ROOT_EPSILON, v, alpha=β) is one pass."""
-
 
 # Adam and AdamW ----------------------------------------------------------------------------------
 
@@ -47,38 +46,91 @@ def adam(
     decoupled: bool = False,
     amsgrad: bool = False,
     maximize: bool = False,
-) -> Step:
+    closed_vjp: bool = False,
+) -> GradientTransformation:
     """torch.optim.Adam's step; `decoupled`: AdamW's. Kingma, Ba 2015; Loshchilov, Hutter 2019.
     m ← β1 m + (1 − β1) d; v ← β2 v + (1 − β2) d²; update −α m̂ / (√v̂ + eps). As in torch, the bias
-    correction uses the current β1, also if it changes over time."""
+    correction uses the current β1, also if it changes over time. closed_vjp: whether the vjp
+    without AMSGrad is `_adam_vjp`."""
 
     def init(params: Any) -> AdamState:
         zeros = tree_map(torch.zeros_like, params)
         return AdamState(0, zeros, zeros, zeros if amsgrad else None)
 
-    def move(d: Tensor, state: AdamState) -> Moved:
+    def move(d: Tensor, state: AdamState) -> tuple[Tensor, AdamState]:
         t = state.step + 1
         m = torch.lerp(state.exp_avg, d, cast_like(1 - beta1, d))
         v = torch.mul(state.exp_avg_sq, beta2).addcmul_(d, d, value=1 - beta2)
-        largest = state.max_exp_avg_sq
-        if amsgrad:
-            largest = torch.maximum(largest, v)
+        largest = torch.maximum(state.max_exp_avg_sq, v) if amsgrad else None
+        c1, c2 = 1 - beta1**t, (1 - beta2**t) ** 0.5
+        root = _root(v if largest is None else largest)
+        w = root + eps * c2 if root.requires_grad else root.add_(eps * c2)
+        return (m / w).mul_(-lr * c2 / c1), AdamState(t, m, v, largest)
 
-        def moved(theta: Tensor) -> Tensor:
-            c1, c2 = 1 - beta1**t, (1 - beta2**t) ** 0.5
-            root = _root(largest if amsgrad else v)
-            w = root + eps * c2 if root.requires_grad else root.add_(eps * c2)
-            scale = -lr * c2 / c1
-            if isinstance(scale, Tensor):
-                return theta + scale * m / w
-            return torch.addcdiv(theta, m, w, value=scale)
+    closed = None
+    if closed_vjp and not amsgrad:
+        vjp = partial(_adam_vjp, number(lr), number(beta1), beta2, eps)
+        closed = ClosedForm(("exp_avg", "exp_avg_sq"), beta1, vjp)
+    return step_of(
+        init, move, lr, weight_decay, decoupled=decoupled, maximize=maximize, closed=closed
+    )
 
-        return moved, AdamState(t, m, v, largest)
 
-    step = Step(init, move, lr, weight_decay, decoupled, maximize)
-    if not isinstance(beta1, Tensor):
-        step.vjp = partial(_adam_vjp, beta1, beta2, eps)
-    return step
+def _adam_vjp(
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    d: Tensor,
+    state: AdamState,
+    of_u: Tensor | None,
+    of_slots: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> Any:
+    """The vjp without AMSGrad. λ' is the costate after the step, λ before. Without it the whole
+    reverse pass of an MLP of 0.11 M parameters takes a fifth longer (7.7 ms a step in place of 6.4,
+    6.1 in place of 4.8; K = 20, AdamW, one core of a Xeon); SGD's, 3.4 in place of 3.4, went.
+
+    With c1 = 1 − β1ᵗ, c2 = √(1 − β2ᵗ), r = √(v' + ROOT_EPSILON) and w = r + eps c2 the step is u =
+    −(α c2 / c1) m' / w. With p = λ_u / w and y = p m', the total costates are
+        of m':  M = λ_m' − (α c2 / c1) p,   λ_m = β1 M
+        of v':  V = λ_v' + (α c2 / 2 c1) y / (w r),   λ_v = β2 V
+        of d:   D = (1 − β1) M + 2 (1 − β2) d V
+    and dJ/dα = −(c2 / c1) Σ y, dJ/dβ1 = ⟨M, m − d⟩ − α c2 (t β1ᵗ⁻¹ / c1²) Σ y.
+    """
+    t = state.step + 1
+    c1, c2 = 1 - beta1**t, (1 - beta2**t) ** 0.5
+    of_m, of_v = of_slots
+    sum_y: Tensor | float = 0.0
+    if of_u is None:
+        total_m = torch.zeros_like(d) if of_m is None else of_m.clone()
+        total_v = torch.zeros_like(d) if of_v is None else of_v.clone()
+        room = torch.empty_like(d)
+    else:
+        y = torch.lerp(state.exp_avg, d, 1 - beta1)
+        room = torch.add(_ROOT_EPSILON, state.exp_avg_sq, alpha=beta2)
+        root = room.addcmul_(d, d, value=1 - beta2).sqrt_()
+        w = root + eps * c2
+        p = of_u / w
+        y.mul_(p)
+        if any(wanted):
+            sum_y = y.sum().double()
+        scale = lr * c2 / c1
+        w.mul_(root)
+        # Reuses y and p: allocation costs more than the arithmetic.
+        if of_v is None:
+            total_v = y.div_(w).mul_(scale / 2)
+        else:
+            total_v = torch.addcdiv(of_v, y, w, value=scale / 2, out=y)
+        total_m = p.mul_(-scale) if of_m is None else torch.add(of_m, p, alpha=-scale, out=p)
+    of_lr = -c2 / c1 * sum_y if isinstance(sum_y, Tensor) else None
+    of_beta1 = None
+    if wanted[1]:
+        slope = lr * c2 * t * beta1 ** (t - 1) / c1**2
+        of_beta1 = dot(total_m, state.exp_avg) - dot(total_m, d) - slope * sum_y
+    of_d = torch.mul(total_m, 1 - beta1, out=room)
+    of_d.addcmul_(d, total_v, value=2 * (1 - beta2))
+    return of_d, of_lr if wanted[0] else None, of_beta1, (total_m.mul_(beta1), total_v.mul_(beta2))
 
 
 def adamw(
@@ -90,71 +142,10 @@ def adamw(
     *,
     amsgrad: bool = False,
     maximize: bool = False,
-) -> Step:
-    return adam(
-        lr, beta1, beta2, eps, weight_decay, decoupled=True, amsgrad=amsgrad, maximize=maximize
-    )
-
-
-def _adam_vjp(
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step: Step,
-    gradient: Tensor,
-    theta: Tensor | None,
-    before: AdamState,
-    of_theta: Tensor | None,
-    of_state: Sequence[Tensor | None],
-    wanted: Collection[str],
-    after: Any,
-) -> Vjp | None:
-    """The vjp without AMSGrad. λ' is the costate after the step, λ before.
-
-    With c1 = 1 − β1ᵗ, c2 = √(1 − β2ᵗ), r = √(v' + ROOT_EPSILON) and w = r + eps c2 the step is θ' =
-    θ − (α c2 / c1) m' / w. With p = λ_θ' / w and y = p m', the total costates are
-        of m':  M = λ_m' − (α c2 / c1) p,   λ_m = β1 M
-        of v':  V = λ_v' + (α c2 / 2 c1) y / (w r),   λ_v = β2 V
-        of d:   D = (1 − β1) M + 2 (1 − β2) d V
-    and dJ/dα = −(c2 / c1) Σ y, dJ/dβ1 = ⟨M, m − d⟩ − α c2 (t β1ᵗ⁻¹ / c1²) Σ y.
-    """
-    if before.max_exp_avg_sq is not None:
-        return None
-    lr, t = step.lr, before.step + 1
-    c1, c2 = 1 - beta1**t, (1 - beta2**t) ** 0.5
-    of_m, of_v = of_state if of_state else (None, None)
-    d = step.d(gradient, theta)
-    sum_y: Scalar = 0.0
-    if of_theta is None:
-        total_m = torch.zeros_like(d) if of_m is None else of_m.clone()
-        total_v = torch.zeros_like(d) if of_v is None else of_v.clone()
-        room = torch.empty_like(d)
-    else:
-        y = torch.lerp(before.exp_avg, d, 1 - beta1)
-        room = torch.add(_ROOT_EPSILON, before.exp_avg_sq, alpha=beta2)
-        root = room.addcmul_(d, d, value=1 - beta2).sqrt_()
-        w = root + eps * c2
-        p = of_theta / w
-        y.mul_(p)
-        if "lr" in wanted or "momentum" in wanted:
-            sum_y = scalar(y.sum())
-        scale = lr * c2 / c1
-        w.mul_(root)
-        # Reuses y and p: allocation costs more than the arithmetic.
-        if of_v is None:
-            total_v = y.div_(w).mul_(scale / 2)
-        else:
-            total_v = torch.addcdiv(of_v, y, w, value=scale / 2, out=y)
-        total_m = p.mul_(-scale) if of_m is None else torch.add(of_m, p, alpha=-scale, out=p)
-    found: dict[str, Scalar] = {}
-    if "lr" in wanted:
-        found["lr"] = -c2 / c1 * sum_y
-    if "momentum" in wanted:
-        slope = lr * c2 * t * beta1 ** (t - 1) / c1**2
-        found["momentum"] = dot(total_m, before.exp_avg) - dot(total_m, d) - slope * sum_y
-    of_d = torch.mul(total_m, 1 - beta1, out=room)
-    of_d.addcmul_(d, total_v, value=2 * (1 - beta2))
-    return Vjp(None, [total_m.mul_(beta1), total_v.mul_(beta2)], of_d, found)
+    closed_vjp: bool = False,
+) -> GradientTransformation:
+    flags = {"amsgrad": amsgrad, "maximize": maximize, "closed_vjp": closed_vjp}
+    return adam(lr, beta1, beta2, eps, weight_decay, decoupled=True, **flags)
 
 
 # NAdam -------------------------------------------------------------------------------------------
@@ -179,7 +170,7 @@ def nadam(
     momentum_decay: float = 4e-3,
     decoupled: bool = False,
     maximize: bool = False,
-) -> Step:
+) -> GradientTransformation:
     """torch.optim.NAdam's step. Dozat 2016.
     μ_t = β1 (1 − ½ 0.96^{tψ}), P_t = Π_{i ≤ t} μ_i; update −α [(1 − μ_t) d / (1 − P_t) + μ_{t+1} m
     / (1 − P_t μ_{t+1})] / (√v̂ + eps). Each μ_i in P_t uses step i's β1, so P_t is state with a
@@ -192,20 +183,17 @@ def nadam(
         one = one.to(tree_leaves(params)[0].device)
         return NAdamState(0, zeros, zeros, one)
 
-    def move(d: Tensor, state: NAdamState) -> Moved:
+    def move(d: Tensor, state: NAdamState) -> tuple[Tensor, NAdamState]:
         t = state.step + 1
         m, v = _moments(state, d, beta1, beta2)
         mu, mu_next = (beta1 * (1.0 - 0.5 * 0.96 ** (i * momentum_decay)) for i in (t, t + 1))
         product = state.mu_product * cast_like(mu, state.mu_product)
+        p = product.to(d.device, d.dtype)
+        ahead = (1.0 - mu) / (1.0 - p) * d + mu_next / (1.0 - p * mu_next) * m
+        increment = -lr * ahead / (_root(v) / (1 - beta2**t) ** 0.5 + eps)
+        return increment, NAdamState(t, m, v, product)
 
-        def moved(theta: Tensor) -> Tensor:
-            p = product.to(d.device, d.dtype)
-            ahead = (1.0 - mu) / (1.0 - p) * d + mu_next / (1.0 - p * mu_next) * m
-            return theta - lr * ahead / (_root(v) / (1 - beta2**t) ** 0.5 + eps)
-
-        return moved, NAdamState(t, m, v, product)
-
-    return Step(init, move, lr, weight_decay, decoupled, maximize)
+    return step_of(init, move, lr, weight_decay, decoupled=decoupled, maximize=maximize)
 
 
 # RAdam -------------------------------------------------------------------------------------------
@@ -220,7 +208,7 @@ def radam(
     *,
     decoupled: bool = False,
     maximize: bool = False,
-) -> Step:
+) -> GradientTransformation:
     """torch.optim.RAdam's step: Adam's times r_t, or −α m̂ while ρ_t ≤ 5. Liu et al. 2020.
     r_t rectifies the variance of 1/√v̂ and depends on β2 and t only; at β2 = 0.999 it applies from
     the sixth step."""
@@ -229,22 +217,18 @@ def radam(
         zeros = tree_map(torch.zeros_like, params)
         return AdamState(0, zeros, zeros)
 
-    def move(d: Tensor, state: AdamState) -> Moved:
+    def move(d: Tensor, state: AdamState) -> tuple[Tensor, AdamState]:
         t = state.step + 1
         m, v = _moments(state, d, beta1, beta2)
-
-        def moved(theta: Tensor) -> Tensor:
-            step_size, correction = lr / (1 - beta1**t), 1 - beta2**t
-            limit = 2 / (1 - beta2) - 1
-            length = limit - 2 * t * beta2**t / correction
-            if length <= 5.0:
-                return theta - step_size * m
+        increment, correction = -lr / (1 - beta1**t) * m, 1 - beta2**t
+        limit = 2 / (1 - beta2) - 1
+        length = limit - 2 * t * beta2**t / correction
+        if length > 5.0:
             rectified = (length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length)
-            return theta - step_size * m * ((rectified * correction) ** 0.5 / (_root(v) + eps))
+            increment = increment * ((rectified * correction) ** 0.5 / (_root(v) + eps))
+        return increment, AdamState(t, m, v)
 
-        return moved, AdamState(t, m, v)
-
-    return Step(init, move, lr, weight_decay, decoupled, maximize)
+    return step_of(init, move, lr, weight_decay, decoupled=decoupled, maximize=maximize)
 
 
 # Adamax ------------------------------------------------------------------------------------------
@@ -264,20 +248,20 @@ def adamax(
     weight_decay: Scalar = 0.0,
     *,
     maximize: bool = False,
-) -> Step:
+) -> GradientTransformation:
     """torch.optim.Adamax's step: m ← β1 m + (1 − β1) d; u ← max(β2 u, |d| + eps); −α m̂ / u."""
 
     def init(params: Any) -> AdamaxState:
         zeros = tree_map(torch.zeros_like, params)
         return AdamaxState(0, zeros, zeros)
 
-    def move(d: Tensor, state: AdamaxState) -> Moved:
+    def move(d: Tensor, state: AdamaxState) -> tuple[Tensor, AdamaxState]:
         t = state.step + 1
         m = beta1 * state.exp_avg + (1 - beta1) * d
         u = torch.maximum(beta2 * state.exp_inf, d.abs() + eps)
-        return lambda theta: theta - lr / (1 - beta1**t) * m / u, AdamaxState(t, m, u)
+        return -lr / (1 - beta1**t) * m / u, AdamaxState(t, m, u)
 
-    return Step(init, move, lr, weight_decay, maximize=maximize)
+    return step_of(init, move, lr, weight_decay, maximize=maximize)
 
 
 def _moments(state: Any, d: Tensor, beta1: Scalar, beta2: float) -> tuple[Tensor, Tensor]:

@@ -1,25 +1,30 @@
-"""An optimizer's step Φ as a differentiable function.
+"""An optimizer's step Φ as a torchopt GradientTransformation, differentiated by autograd.
 
-`Step` is the arithmetic of one step at given controls; `DifferentiableOptimizer` connects it to a
-torch.optim optimizer's groups and slots.
+`step_of` makes the transformation of one step at given controls; `DifferentiableOptimizer` connects
+it to a torch.optim optimizer's groups and slots, and takes the vjp of its update.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
-from torchopt.base import GradientTransformation
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.graph import GradientEdge
+from torchopt.base import GradientTransformation, TransformInitFn
 from torchopt.pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from rhc.errors import InputError
 
 Scalar = float | Tensor
 Group = Mapping[str, Any]
+
+_run_backward: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
 
 STEERED = ("lr", "momentum", "weight_decay")
 """The controls inside Φ; noise is added to the gradient before it."""
@@ -32,15 +37,158 @@ eps²: 5e-15 lr at eps 1e-8, 5e-11 lr at Adagrad's 1e-10."""
 # One step ----------------------------------------------------------------------------------------
 
 
-class Vjp(NamedTuple):
-    """Costates before a step; None is zero.
-    parameters: of θ, the given tensor itself if unchanged. state: per floating-point slot.
-    gradient: of g. controls: name -> dJ/du."""
+Move = Callable[[Tensor, Any], tuple[Tensor, Any]]
+"""(d, state) -> (the increment u of θ, the state after the step)."""
 
-    parameters: Tensor | None
-    state: Sequence[Tensor | None]
-    gradient: Tensor | None
-    controls: dict[str, Scalar]
+
+class ClosedForm(NamedTuple):
+    """The vjp of `Move` written out, at numbers: for steps that take more than 5 % of the whole
+    reverse pass by autograd.
+
+    slots: names of the slots that the step moves, with a costate each. momentum: the control,
+    beside lr, that `vjp` differentiates by. vjp: (d, state, λ_u, λ of the slots after, whether
+    dJ/dlr and dJ/dmomentum are wanted) -> (λ_d, dJ/dlr, dJ/dmomentum, λ of the slots before); None
+    is zero.
+    """
+
+    slots: tuple[str, ...]
+    momentum: Scalar
+    vjp: Callable[
+        [Tensor, Any, Tensor | None, Sequence[Tensor | None], Sequence[bool]],
+        tuple[Tensor, Tensor | None, Tensor | None, Sequence[Tensor | None]],
+    ]
+
+
+def step_of(
+    init: TransformInitFn,
+    move: Move,
+    lr: Scalar,
+    weight_decay: Scalar = 0.0,
+    *,
+    decoupled: bool = False,
+    maximize: bool = False,
+    closed: ClosedForm | None = None,
+) -> GradientTransformation:
+    """The torchopt transformation of a step: θ ← θ + u(d, state) with d = ±g + λ θ, or, decoupled,
+    d = ±g and θ ← (1 − α λ) θ + u. On trees of tensors; lr, λ and what `move` closes over are
+    floats, or 0-dim tensors to differentiate by. init: parameters -> the initial state."""
+    decays = not is_zero(weight_decay)
+
+    def d_of(gradient: Tensor, theta: Tensor | None, decay: Scalar) -> Tensor:
+        d = gradient.neg() if maximize else gradient
+        return d if decoupled or is_zero(decay) else plus(d, known(theta), decay)
+
+    def of_one(gradient: Tensor, theta: Tensor | None, state: Any) -> tuple[Tensor, Any]:
+        if closed is not None and gradient.requires_grad and torch.is_grad_enabled():
+            slots = [getattr(state, slot) for slot in closed.slots]
+            if all(slot is not None for slot in slots):
+                controls = lr, closed.momentum, weight_decay
+                vjp = partial(pulled_back, closed, state)
+                increment, *moved = _ByClosedForm.apply(vjp, gradient, theta, *controls, *slots)
+                after = dict(zip(closed.slots, moved, strict=True))
+                if hasattr(state, "step"):
+                    after["step"] = state.step + 1
+                return increment, state._replace(**after)
+        increment, after = move(d_of(gradient, theta, weight_decay), state)
+        if decays and decoupled:
+            decay = -lr * weight_decay
+            if increment.requires_grad or isinstance(decay, Tensor):
+                increment = plus(increment, known(theta), decay)
+            else:  # in place: allocation costs more than the arithmetic
+                increment.add_(known(theta), alpha=decay)
+        return increment, after
+
+    def pulled_back(
+        closed: ClosedForm,
+        state: Any,
+        needed: Sequence[bool],
+        costates: Sequence[Tensor | None],
+        saved: Sequence[Any],
+    ) -> Sequence[Tensor | None]:
+        """Costates of (gradient, θ, lr, momentum, weight decay, slots) before the step."""
+        gradient, theta, *slots = saved
+        alpha, decay = number(lr), number(weight_decay)
+        _, _, *wanted, of_decay_too = needed[:5]
+        of_u, *of_slots = costates
+        state = state._replace(**dict(zip(closed.slots, slots, strict=True)))
+        d = d_of(gradient, theta, decay)
+        of_d, of_lr, of_momentum, of_before = closed.vjp(d, state, of_u, of_slots, wanted)
+        of_theta = of_decay = None
+        if not decoupled:
+            of_theta = of_d * decay if decay else None
+            of_decay = dot(of_d, theta) if of_decay_too else None
+        elif of_u is not None and (decay or of_decay_too):
+            along = dot(of_u, theta)
+            of_theta, of_decay = of_u * (-alpha * decay), -alpha * along
+            of_lr = None if of_lr is None else of_lr - decay * along
+        return (
+            of_d.neg_() if maximize else of_d,
+            of_theta,
+            of_lr,
+            of_momentum,
+            of_decay if of_decay_too else None,
+            *of_before,
+        )
+
+    def update(
+        updates: Any, state: Any, *, params: Any = None, inplace: bool = False
+    ) -> tuple[Any, Any]:
+        if isinstance(updates, Tensor):
+            return of_one(updates, params, state)
+        return _on_trees(of_one, updates, state, params)
+
+    return GradientTransformation(init, update)
+
+
+class _ByClosedForm(Function):
+    """(gradient, θ, lr, momentum, weight decay, slots) -> (increment, slots). The graph keeps the
+    step's inputs alone, and its backward pass computes what it needs from them again. Outputs have
+    no values, because what is differentiated is not read: they would take as long as the vjp."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, vjp: Any, gradient: Tensor, theta: Any, *controls_and_slots: Any
+    ) -> tuple[Tensor, ...]:
+        slots = controls_and_slots[3:]
+        ctx.save_for_backward(gradient, theta, *slots)
+        ctx.set_materialize_grads(False)
+        ctx.vjp = vjp
+        return tuple(gradient.new_zeros(()).expand(gradient.shape) for _ in range(1 + len(slots)))
+
+    @staticmethod
+    def backward(ctx: Any, *costates: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("a closed vjp is differentiated once; use closed_vjp=False")
+        return None, *ctx.vjp(ctx.needs_input_grad[1:], costates, ctx.saved_tensors)
+
+
+def _on_trees(
+    of_one: Callable[[Tensor, Tensor | None, Any], tuple[Tensor, Any]],
+    updates: Any,
+    state: Any,
+    params: Any,
+) -> tuple[Any, Any]:
+    gradients, tree = tree_flatten(updates)
+    thetas = [None] * len(gradients) if params is None else tree_leaves(params)
+    # A slot is a tree like the updates, or one value for all of them.
+    slots = [
+        [slot] * len(gradients)
+        if slot is None or isinstance(slot, (int, float, Tensor))
+        else tree_leaves(slot)
+        for slot in state
+    ]
+    moved = [
+        of_one(gradient, theta, type(state)(*own))
+        for gradient, theta, *own in zip(gradients, thetas, *slots, strict=True)
+    ]
+    slots_after = zip(*(after for _, after in moved), strict=True)
+    after = [
+        tree_unflatten(tree, values)
+        if isinstance(values[0], Tensor) and not isinstance(before, Tensor)
+        else values[0]
+        for before, values in zip(state, slots_after, strict=True)
+    ]
+    return tree_unflatten(tree, [added for added, _ in moved]), type(state)(*after)
 
 
 class Fold(NamedTuple):
@@ -52,137 +200,26 @@ class Fold(NamedTuple):
     off: Callable[[Any, Any], None]
 
 
-Moved = tuple[Callable[[Tensor], Tensor], Any]
-"""(θ -> θ + u, the state after the step)."""
+class Vjp(NamedTuple):
+    """Costates before a step; None is zero.
+    parameters: of θ, the given tensor itself if unchanged. state: per floating-point slot.
+    gradient: of g. controls: name -> dJ/du."""
+
+    parameters: Tensor | None
+    state: Sequence[Tensor | None]
+    gradient: Tensor | None
+    controls: dict[str, Tensor]
 
 
-@dataclass
-class Step:
-    """θ ← θ + u(d, state), d = ±g + λ θ, or decoupled θ ← (1 − α λ) θ first.
-    A torchopt GradientTransformation on trees of tensors; lr, λ and what `move` closes over are
-    floats, or 0-dim tensors to differentiate by. init: parameters -> the initial state. move: (d,
-    state) -> changes of θ and state. vjp: its closed form, if any (`closed_vjp`). fold: see `Fold`.
-    """
-
-    init: Callable[[Any], Any]
-    move: Callable[[Tensor, Any], Moved]
-    lr: Scalar
-    weight_decay: Scalar = 0.0
-    decoupled: bool = False
-    maximize: bool = False
-    vjp: Callable[..., Vjp | None] | None = None
-    fold: Fold | None = None
-
-    def __iter__(self) -> Iterator[Any]:
-        """For torchopt.chain, which unpacks transformations."""
-        return iter((self.init, self.update))
-
-    def update(
-        self, updates: Any, state: Any, *, params: Any = None, inplace: bool = False
-    ) -> tuple[Any, Any]:
-        """(the increments of the parameters, the state after)."""
-        if isinstance(updates, Tensor):
-            return self._update(updates, params, state)
-        gradients, tree = tree_flatten(updates)
-        thetas = [None] * len(gradients) if params is None else tree_leaves(params)
-        # A slot is a tree like the updates, or one value for all of them.
-        slots = [
-            [slot] * len(gradients)
-            if slot is None or isinstance(slot, (int, float, Tensor))
-            else tree_leaves(slot)
-            for slot in state
-        ]
-        moved = [
-            self._update(gradient, theta, type(state)(*own))
-            for gradient, theta, *own in zip(gradients, thetas, *slots, strict=True)
-        ]
-        slots_after = zip(*(after for _, after in moved), strict=True)
-        after = [
-            tree_unflatten(tree, values)
-            if isinstance(values[0], Tensor) and not isinstance(before, Tensor)
-            else values[0]
-            for before, values in zip(state, slots_after, strict=True)
-        ]
-        return tree_unflatten(tree, [added for added, _ in moved]), type(state)(*after)
-
-    def _update(self, gradient: Tensor, theta: Tensor | None, state: Any) -> tuple[Tensor, Any]:
-        d = self.d(gradient, theta)
-        move, after = self.move(d, state)
-        added = move(torch.zeros_like(d))
-        if self.decoupled and not is_zero(self.weight_decay):
-            added = added - self.lr * self.weight_decay * known(theta)
-        return added, after
-
-    def advance(
-        self, gradient: Tensor, theta: Tensor | None, state: Any
-    ) -> tuple[Tensor | None, Any]:
-        """(θ, state) after the step, in fewer passes than `update`; θ may be None."""
-        move, after = self.move(self.d(gradient, theta), state)
-        if theta is None:
-            return None, after
-        if self.decoupled and not is_zero(self.weight_decay):
-            theta = theta * (1 - self.lr * self.weight_decay)
-        return move(theta), after
-
-    def d(self, gradient: Tensor, theta: Tensor | None) -> Tensor:
-        signed = gradient.neg() if self.maximize else gradient
-        if self.decoupled or is_zero(self.weight_decay):
-            return signed
-        return plus(signed, known(theta), self.weight_decay)
-
-    def along_d(self, a: Tensor, gradient: Tensor, theta: Tensor | None) -> Scalar:
-        """⟨a, d⟩ without forming d."""
-        along = dot(a, gradient)
-        along = -along if self.maximize else along
-        if self.decoupled or is_zero(self.weight_decay):
-            return along
-        return along + self.weight_decay * dot(a, known(theta))
-
-    def closed_vjp(
-        self,
-        gradient: Tensor,
-        theta: Tensor | None,
-        before: Any,
-        of_theta: Tensor | None,
-        of_state: Sequence[Tensor | None],
-        wanted: Collection[str],
-        after: Any = None,
-    ) -> Vjp | None:
-        """The vjp of `advance` from that of `move`; None without a closed form. Controls are
-        floats. `vjp` gets this step and the same arguments; its `gradient` is the costate of d, its
-        `parameters` is unused."""
-        if self.vjp is None:
-            return None
-        found = self.vjp(self, gradient, theta, before, of_theta, of_state, wanted, after)
-        if found is None:
-            return None
-        of_d, controls, decay = found.gradient, found.controls, self.weight_decay
-        of_theta_before = of_theta
-        if self.decoupled and of_theta is not None:
-            along_theta: Scalar = 0.0
-            if "weight_decay" in wanted or ("lr" in wanted and not is_zero(decay)):
-                along_theta = dot(of_theta, known(theta))
-            if "weight_decay" in wanted:
-                controls["weight_decay"] = -self.lr * along_theta
-            if "lr" in wanted:
-                controls["lr"] = controls["lr"] - decay * along_theta
-            if not is_zero(decay):
-                of_theta_before = of_theta * (1 - self.lr * decay)
-        elif not self.decoupled and of_d is not None:
-            if "weight_decay" in wanted:
-                controls["weight_decay"] = dot(of_d, known(theta))
-            if not is_zero(decay):
-                of_theta_before = of_d * decay if of_theta is None else plus(of_theta, of_d, decay)
-        if self.maximize and of_d is not None:
-            of_d = of_d.neg_()
-        return Vjp(of_theta_before, found.state, of_d, controls)
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a, b).double()
 
 
 # An optimizer ------------------------------------------------------------------------------------
 
 
 TransformationOf = Callable[
-    [Group, Mapping[str, Scalar], Sequence[torch.Size]], GradientTransformation | Step
+    [Group, Mapping[str, Scalar], Sequence[torch.Size]], GradientTransformation
 ]
 """(param group, controls of the step, shapes of the concatenated parameters)."""
 
@@ -199,7 +236,8 @@ class DifferentiableOptimizer:
     tensors have costates. elementwise: whether Φ acts per element; else every parameter has its own
     vectors, of shape shapes[0]. controls: those accepted as tensors; None for lr, momentum and
     weight_decay. reads_parameters: whether Φ reads θ other than for weight decay. precision:
-    machine epsilon of the optimizer's arithmetic, if coarser than its parameters'.
+    machine epsilon of the optimizer's arithmetic, if coarser than its parameters'. own: whether Φ
+    is of this package, and takes controls of float64 whatever its vectors are. fold: see `Fold`.
     """
 
     name: str
@@ -209,10 +247,12 @@ class DifferentiableOptimizer:
     controls: tuple[str, ...] | None = None
     reads_parameters: bool = True
     precision: float = 0.0
+    own: bool = False
+    fold: Callable[[Group, Mapping[str, float]], Fold | None] = lambda group, controls: None
 
     def step(
         self, group: Group, controls: Mapping[str, Scalar], shapes: Sequence[torch.Size] = ()
-    ) -> GradientTransformation | Step:
+    ) -> GradientTransformation:
         made = self.transformation(group, controls, shapes)
         if not callable(getattr(made, "update", None)):
             raise InputError(
@@ -255,10 +295,6 @@ class DifferentiableOptimizer:
             f"without it; choose of {steerable}"
         )
 
-    def fold(self, group: Group, controls: Mapping[str, float]) -> Fold | None:
-        made = self.step(group, controls)
-        return made.fold if isinstance(made, Step) else None
-
     def advance(
         self,
         group: Group,
@@ -269,12 +305,11 @@ class DifferentiableOptimizer:
         shapes: Sequence[torch.Size] = (),
     ) -> tuple[Tensor | None, Any]:
         """(θ, state) after the step; θ may be None if it is not read, and stays None."""
-        own = {name: cast_like(value, gradient) for name, value in controls.items()}
-        made = self.step(group, own, shapes)
-        if isinstance(made, Step):
-            return made.advance(gradient, theta, state)
-        updates, after = made.update(gradient, state, params=theta, inplace=False)
-        return known(theta) + updates, after
+        made = self.step(group, controls, shapes)
+        increment, after = made.update(gradient, state, params=theta, inplace=False)
+        if theta is None:
+            return None, after
+        return torch.add(theta, increment, out=increment if self.own else None), after
 
     def vjp(
         self,
@@ -288,64 +323,93 @@ class DifferentiableOptimizer:
         wanted: Collection[str] = STEERED,
         *,
         shapes: Sequence[torch.Size] = (),
-        after: Any = None,
     ) -> Vjp:
-        """Pulls the costates after a step back through it; inputs are not modified.
+        """Pulls the costates after a step back through its transformation, by autograd.
 
-        controls: floats. gradient, theta: flat vectors; θ may be None if not read. of_theta,
-        of_state: costates; of_state has one entry per floating-point slot, or is empty for zeros.
-        wanted: controls to differentiate by. after: the new state, if it is stored in the
-        gradient's memory.
+        The step is taken again, with a graph that lives as long as this call. Inputs are not
+        modified. controls: floats. gradient, theta: flat vectors; θ may be None if not read.
+        of_theta, of_state: costates; of_state has one entry per floating-point slot, or is empty
+        for zeros. wanted: controls to differentiate by.
         """
         if of_theta is None and all(costate is None for costate in of_state):
             return Vjp(None, [], None, {})
-        made = self.step(group, controls, shapes)
-        if isinstance(made, Step):
-            found = made.closed_vjp(gradient, theta, state, of_theta, of_state, wanted, after)
-            if found is not None:
-                return found
-        theta = torch.zeros_like(gradient) if theta is None else theta
-        theta, gradient = theta.detach().requires_grad_(), gradient.detach().requires_grad_()
-        leaves = (v.detach().requires_grad_() if is_float_tensor(v) else v for v in state)
-        state = type(state)(*leaves)
+        leaf_theta, leaf_gradient, *leaves = (
+            v.detach().requires_grad_() if is_float_tensor(v) else v
+            for v in (theta, gradient, *state)
+        )
+        steered = {name: _steered(controls[name], gradient) for name in wanted if name in controls}
+        given: dict[str, Scalar] = {**controls, **steered}
         with torch.enable_grad():
-            steered = {
-                name: torch.tensor(controls[name], dtype=torch.float64, requires_grad=True)
-                for name in wanted
-                if name in controls
-            }
-            own: dict[str, Scalar] = {**controls, **steered}
-            theta_after, state_after = self.advance(group, own, gradient, theta, state, shapes)
-        slots_after = [v for v in state_after if is_float_tensor(v)]
-        costates = [of_theta, *(of_state or [None] * len(slots_after))]
-        ends = zip([theta_after, *slots_after], costates, strict=True)
-        pairs = [(t, of) for t, of in ends if of is not None and t.requires_grad]
+            if not self.own:
+                given = {name: cast_like(value, gradient) for name, value in given.items()}
+            made = self.step(group, given, shapes)
+            increment, after = made.update(
+                leaf_gradient, type(state)(*leaves), params=leaf_theta, inplace=False
+            )
+        outputs = [increment, *(v for v in after if is_float_tensor(v))]
+        costates = [of_theta, *(of_state or [None] * (len(outputs) - 1))]
+        pairs = [
+            (t, of)
+            for t, of in zip(outputs, costates, strict=True)
+            if of is not None and t.requires_grad
+        ]
         if not pairs:
-            return Vjp(None, [], None, {})
-        slots = [v for v in state if is_float_tensor(v)]
-        inputs = [theta, gradient, *slots, *steered.values()]
-        outputs, seeds = zip(*pairs, strict=True)
-        pulled = torch.autograd.grad(outputs, inputs, seeds, allow_unused=True)
-        of_theta, of_gradient, *rest = pulled
-        of_controls = zip(steered, rest[len(slots) :], strict=True)
+            return Vjp(of_theta, [], None, {})
+        slots = [v for v in leaves if is_float_tensor(v)]
+        inputs = [leaf_gradient, *([] if theta is None else [leaf_theta]), *slots]
+        ends, seeds = zip(*pairs, strict=True)
+        found = unchecked_grad(ends, [*inputs, *steered.values()], seeds)
+        of_gradient, *rest = found  # of_inputs: θ, if it is read, and the slots
+        of_inputs, of_controls = rest[: len(inputs) - 1], rest[len(inputs) - 1 :]
+        through = None if theta is None else of_inputs.pop(0)
+        if through is not None and of_theta is not None:
+            fresh = self.own and (
+                of_gradient is None or through.data_ptr() != of_gradient.data_ptr()
+            )
+            through = torch.add(of_theta, through, out=through if fresh else None)
         return Vjp(
-            of_theta,
-            rest[: len(slots)],
+            of_theta if through is None else through,
+            of_inputs,
             of_gradient,
-            {name: of for name, of in of_controls if of is not None},
+            {n: of for n, of in zip(steered, of_controls, strict=True) if of is not None},
         )
 
 
-def by_arguments(make: Callable[..., Step]) -> TransformationOf:
+def unchecked_grad(
+    outputs: Sequence[Tensor | GradientEdge],
+    inputs: Sequence[Tensor],
+    seeds: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """torch.autograd.grad with allow_unused, without its checks of shapes, which take 100 µs for
+    the six parameters of a small model, beside a vjp of 650."""
+    if _run_backward is None or any(
+        type(t) not in (Tensor, nn.Parameter, GradientEdge) for t in (*outputs, *inputs, *seeds)
+    ):
+        return list(torch.autograd.grad(outputs, inputs, seeds, allow_unused=True))  # type: ignore[arg-type]
+    found = _run_backward(
+        tuple(outputs),
+        tuple(seeds),
+        False,
+        False,
+        tuple(inputs),
+        allow_unreachable=True,
+        accumulate_grad=False,
+    )
+    return list(found)
+
+
+def by_arguments(make: Callable[..., GradientTransformation]) -> TransformationOf:
     """Calls `make` with its arguments taken from the step's controls or the group by name. Special
-    names: beta1, beta2 (betas), shape (the parameter's), decoupled (decoupled_weight_decay)."""
+    names: beta1, beta2 (betas), shape (the parameter's), decoupled (decoupled_weight_decay), and
+    closed_vjp, which is set."""
     names = frozenset(inspect.signature(make).parameters)
 
     def transformation(
         group: Group, controls: Mapping[str, Scalar], shapes: Sequence[torch.Size]
-    ) -> Step:
+    ) -> GradientTransformation:
         given = {**group, "shape": shapes[0] if shapes else None}
         given["decoupled"] = group.get("decoupled_weight_decay", False)
+        given["closed_vjp"] = True
         if "beta1" in names:
             given["beta1"], given["beta2"] = map(float, group["betas"])
             given["beta1"] = controls.get("momentum", given["beta1"])
@@ -358,7 +422,7 @@ def by_arguments(make: Callable[..., Step]) -> TransformationOf:
 
 
 def of_torch(
-    name: str, make: Callable[..., Step], *, elementwise: bool = True, precision: float = 0.0
+    name: str, make: Callable[..., GradientTransformation], **options: Any
 ) -> DifferentiableOptimizer:
     """The form of a torch.optim optimizer whose slots are named like the state's fields."""
     transformation = by_arguments(make)
@@ -369,7 +433,7 @@ def of_torch(
         return _live_state(transformation(group, {}, ()).init, states, parameters)
 
     return DifferentiableOptimizer(
-        name, transformation, state, elementwise, reads_parameters=False, precision=precision
+        name, transformation, state, reads_parameters=False, own=True, **options
     )
 
 
@@ -411,19 +475,25 @@ def flat_slot(
 
 
 def plus(a: Tensor, b: Tensor, factor: Scalar) -> Tensor:
-    """a + factor b; one pass and one rounding without a graph."""
-    if isinstance(factor, Tensor) or a.requires_grad or b.requires_grad:
+    """a + factor b; one pass and one rounding where the factor is a number."""
+    if isinstance(factor, Tensor):
         return a + factor * b
     return torch.add(a, b, alpha=factor)
 
 
-def dot(a: Tensor, b: Tensor) -> Scalar:
-    return scalar(torch.dot(a, b))
+def _steered(value: float, like: Tensor) -> Tensor:
+    """A control to differentiate by. It carries its number, because reading it from an accelerator
+    would synchronise."""
+    leaf: Any = torch.full((), value, dtype=torch.float64, device=like.device)
+    leaf.number = value
+    return cast(Tensor, leaf.requires_grad_())
 
 
-def scalar(value: Tensor) -> Scalar:
-    """A float on the CPU, where float sums are 10× cheaper; on accelerators a tensor (no sync)."""
-    return value.item() if value.device.type == "cpu" else value.double()
+def number(value: Scalar) -> float:
+    found = getattr(value, "number", None)
+    if found is not None:
+        return cast(float, found)
+    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 def cast_like(value: Scalar, like: Tensor) -> Scalar:

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torchopt.base import GradientTransformation
 from torchopt.pytree import tree_map
 
-from rhc.optimizers.base import ROOT_EPSILON, Moved, Scalar, Step, is_zero
+from rhc.optimizers.base import ROOT_EPSILON, Scalar, is_zero, step_of
 
 
 class RMSpropState(NamedTuple):
@@ -26,7 +27,7 @@ def rmsprop(
     *,
     centered: bool = False,
     maximize: bool = False,
-) -> Step:
+) -> GradientTransformation:
     """torch.optim.RMSprop's step: v ← a v + (1 − a) d²; b ← μ b + d / (√v + eps); update −α b.
     Centered: v − (average of d)² under the root. With momentum 0 (the float) there is no b."""
     has_momentum = not is_zero(momentum)
@@ -35,7 +36,7 @@ def rmsprop(
         zeros = tree_map(torch.zeros_like, params)
         return RMSpropState(zeros, zeros if centered else None, zeros if has_momentum else None)
 
-    def move(d: Tensor, state: RMSpropState) -> Moved:
+    def move(d: Tensor, state: RMSpropState) -> tuple[Tensor, RMSpropState]:
         v = alpha * state.square_avg + (1 - alpha) * d * d
         mean, variance, buffer = state.grad_avg, v, state.momentum_buffer
         if centered:
@@ -45,9 +46,9 @@ def rmsprop(
         if has_momentum:  # momentum switched on later starts from 0
             buffer = direction if buffer is None else momentum * buffer + direction
             direction = buffer
-        return lambda theta: theta - lr * direction, RMSpropState(v, mean, buffer)
+        return direction * -lr, RMSpropState(v, mean, buffer)
 
-    return Step(init, move, lr, weight_decay, maximize=maximize)
+    return step_of(init, move, lr, weight_decay, maximize=maximize)
 
 
 class AdagradState(NamedTuple):
@@ -63,7 +64,7 @@ def adagrad(
     *,
     initial_accumulator_value: float = 0.0,
     maximize: bool = False,
-) -> Step:
+) -> GradientTransformation:
     """torch.optim.Adagrad's step: S ← S + d²; update −α / (1 + (t − 1) lr_decay) d / (√S + eps)."""
 
     def init(params: Any) -> AdagradState:
@@ -71,13 +72,10 @@ def adagrad(
             0, tree_map(lambda p: torch.full_like(p, initial_accumulator_value), params)
         )
 
-    def move(d: Tensor, state: AdagradState) -> Moved:
+    def move(d: Tensor, state: AdagradState) -> tuple[Tensor, AdagradState]:
         total = state.sum + d * d
         step_size = lr / (1 + state.step * lr_decay)
+        increment = -step_size * d / ((total + ROOT_EPSILON).sqrt() + eps)
+        return increment, AdagradState(state.step + 1, total)
 
-        def moved(theta: Tensor) -> Tensor:
-            return theta - step_size * d / ((total + ROOT_EPSILON).sqrt() + eps)
-
-        return moved, AdagradState(state.step + 1, total)
-
-    return Step(init, move, lr, weight_decay, maximize=maximize)
+    return step_of(init, move, lr, weight_decay, maximize=maximize)

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torchopt.base import GradientTransformation
 from torchopt.pytree import tree_map
 
 from rhc.optimizers.base import (
     Fold,
-    Moved,
+    Group,
     Scalar,
-    Step,
-    Vjp,
     cast_like,
-    dot,
     is_zero,
     plus,
+    step_of,
 )
 
 NEWTON_SCHULZ_DTYPE = torch.bfloat16
@@ -44,76 +42,28 @@ def sgd(
     *,
     nesterov: bool = False,
     maximize: bool = False,
-) -> Step:
+) -> GradientTransformation:
     """torch.optim.SGD's step: b ← μ b + (1 − dampening) d; update −α b. Sutskever et al. 2013.
-    The first step sets b = d. Nesterov: −α (d + μ b). With momentum 0 (the float) there is no b."""
+    The first step sets b = d. Nesterov: −α (d + μ b). With momentum 0 (a number) there is no b."""
+    without_momentum = is_zero(getattr(momentum, "number", momentum))
 
-    def move(d: Tensor, state: SGDState) -> Moved:
-        if is_zero(momentum):
-            return lambda theta: plus(theta, d, -lr), state
+    def move(d: Tensor, state: SGDState) -> tuple[Tensor, SGDState]:
         before = state.momentum_buffer
-        if before is None:
-            buffer = d.clone()
-        elif dampening == 0:
-            buffer = plus(d, before, momentum)
-        else:
-            buffer = plus(momentum * before, d, 1 - dampening)
+        if without_momentum:
+            return d * -lr, state
+        buffer = d.clone() if before is None else plus(momentum * before, d, 1 - dampening)
+        ahead = plus(d, buffer, momentum) if nesterov else buffer
+        return ahead * -lr, SGDState(buffer)
 
-        def moved(theta: Tensor) -> Tensor:
-            return plus(theta, plus(d, buffer, momentum) if nesterov else buffer, -lr)
-
-        return moved, SGDState(buffer)
-
-    step = Step(lambda params: SGDState(None), move, lr, weight_decay, maximize=maximize)
-    if not isinstance(momentum, Tensor) and (momentum == 0 or not (dampening or nesterov)):
-        step.vjp = partial(_sgd_vjp, momentum)
-        step.fold = _sgd_fold(momentum, maximize) if momentum else None
-    return step
+    return step_of(lambda params: SGDState(None), move, lr, weight_decay, maximize=maximize)
 
 
-def _sgd_vjp(
-    momentum: float,
-    step: Step,
-    gradient: Tensor,
-    theta: Tensor | None,
-    before: SGDState,
-    of_theta: Tensor | None,
-    of_state: Sequence[Tensor | None],
-    wanted: Collection[str],
-    after: SGDState | None,
-) -> Vjp:
-    """Of θ' = θ − α b', b' = μ b + d. λ' is the costate after the step, λ before.
-    B = λ_b' − α λ_θ' is the total costate of b', and that of d; λ_b = μ B, dJ/dα = −⟨λ_θ', b'⟩,
-    dJ/dμ = ⟨B, b⟩. The first step, and steps without momentum, have b' = d; without momentum an
-    existing buffer is unchanged."""
-    buffer = before.momentum_buffer
-    of_buffer = of_state[0] if of_state else None
-    has_momentum = momentum != 0
-    found: dict[str, Scalar] = {}
-    if of_theta is not None and "lr" in wanted:
-        if after is not None:
-            along = dot(of_theta, after.momentum_buffer)
-        else:  # without forming b'
-            along = step.along_d(of_theta, gradient, theta)
-            if buffer is not None and has_momentum:
-                along = along + momentum * dot(of_theta, buffer)
-        found["lr"] = -along
-    if not has_momentum:
-        of_d = None if of_theta is None else of_theta * -step.lr
-        return Vjp(None, [] if buffer is None else [of_buffer], of_d, found)
-    if of_theta is None:
-        assert of_buffer is not None
-        of_d = of_buffer.clone()
-    else:
-        of_d = of_theta * -step.lr if of_buffer is None else plus(of_buffer, of_theta, -step.lr)
-    if buffer is None:
-        return Vjp(None, [], of_d, found)
-    if "momentum" in wanted:
-        found["momentum"] = dot(of_d, buffer)
-    return Vjp(None, [of_d * momentum], of_d, found)
+def sgd_fold(group: Group, controls: Mapping[str, float]) -> Fold | None:
+    momentum = controls.get("momentum", group["momentum"])
+    if not momentum or group["dampening"] or group["nesterov"]:
+        return None
+    maximize = group["maximize"]
 
-
-def _sgd_fold(momentum: float, maximize: bool) -> Fold:
     def onto(gradient: Tensor, before: SGDState) -> SGDState:
         if maximize:
             gradient.neg_()
@@ -143,21 +93,21 @@ def lion(
     beta1: Scalar = 0.9,
     beta2: float = 0.99,
     weight_decay: Scalar = 0.0,
-) -> Step:
+) -> GradientTransformation:
     """Lion's step: −α (sign(β1 m + (1 − β1) g) + λ θ); then m ← β2 m + (1 − β2) g. Chen et al.
     2023.
     The derivative of the sign is 0, so dJ/dα = −⟨λ_θ, sign(·) + λ θ⟩, dJ/dβ1 = dJ/dσ = 0 and no
     Hessian enters. This true derivative ignores signs that a larger change would flip."""
 
-    def move(g: Tensor, state: LionState) -> Moved:
+    def move(g: Tensor, state: LionState) -> tuple[Tensor, LionState]:
         m = state.exp_avg
         after = LionState(beta2 * m + (1 - beta2) * g)
-        return lambda theta: theta - lr * torch.sign(beta1 * m + (1 - beta1) * g), after
+        return torch.sign(beta1 * m + (1 - beta1) * g) * -lr, after
 
     def init(params: Any) -> LionState:
         return LionState(tree_map(torch.zeros_like, params))
 
-    return Step(init, move, lr, weight_decay, decoupled=True)
+    return step_of(init, move, lr, weight_decay, decoupled=True)
 
 
 # Muon --------------------------------------------------------------------------------------------
@@ -174,26 +124,22 @@ def muon(
     ns_steps: int = 5,
     adjust_lr_fn: str | None = None,
     shape: Sequence[int] | None = None,
-) -> Step:
+) -> GradientTransformation:
     """torch.optim.Muon's step on matrices: b ← μ b + (1 − μ) g; −α c O(b) − α λ θ. Jordan 2024.
     Nesterov: O at (1 − μ) g + μ b. O: `orthogonalized`. c: √max(1, rows/columns), or 0.2 √max(rows,
     columns) for "match_rms_adamw". shape: of the matrix, if vectors are given."""
 
-    def move(g: Tensor, state: SGDState) -> Moved:
+    def move(g: Tensor, state: SGDState) -> tuple[Tensor, SGDState]:
         buffer = _lerp(state.momentum_buffer, g, 1 - momentum)
         ahead = _lerp(g, buffer, momentum) if nesterov else buffer
         matrix = ahead if shape is None else ahead.view(*shape)
-
-        def moved(theta: Tensor) -> Tensor:
-            direction = orthogonalized(matrix, ns_coefficients, ns_steps, eps).reshape(g.shape)
-            return theta - lr * muon_factor(adjust_lr_fn, matrix.shape) * direction
-
-        return moved, SGDState(buffer)
+        direction = orthogonalized(matrix, ns_coefficients, ns_steps, eps).reshape(g.shape)
+        return direction * (-lr * muon_factor(adjust_lr_fn, matrix.shape)), SGDState(buffer)
 
     def init(params: Any) -> SGDState:
         return SGDState(tree_map(torch.zeros_like, params))
 
-    return Step(init, move, lr, weight_decay, decoupled=True)
+    return step_of(init, move, lr, weight_decay, decoupled=True)
 
 
 def muon_factor(adjust_lr_fn: str | None, shape: Sequence[int]) -> float:
