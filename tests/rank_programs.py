@@ -503,11 +503,62 @@ def replayed(*, share_out: bool) -> list[Any]:
     return found
 
 
+def row_losses(model: nn.Module, batch: Any) -> Tensor:
+    if isinstance(batch, dict):
+        batch = batch["sample"]
+    return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def weighed(*, alone: bool = False) -> dict[str, Any]:
+    """dJ/dw of data weights, and a run that moves them, on all rows or this rank's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x = torch.randn(42, 4, dtype=torch.float64)
+    right = x[:, :3].argmax(1)
+    y = torch.cat([right[:14] + 1, right[14:]]) % 3  # a third of them is wrong
+    index = torch.arange(42)
+    batches = [(x[i : i + 7], y[i : i + 7], index[i : i + 7]) for i in range(0, 28, 7)]
+    if not alone:
+        cut = (0, 4, 7)[dist.get_rank() : dist.get_rank() + 2]
+        batches = [rows(batch, *cut) for batch in batches]
+    values = torch.linspace(0.5, 1.5, 42, dtype=torch.float64)
+    found: dict[str, Any] = {}
+    for product in ("exact", "forward-difference", "none"):
+        h = rhc.hypergradient(
+            model,
+            torch.optim.SGD(model.parameters(), 0.1, momentum=0.9),
+            row_losses,
+            batches,
+            controls={"lr": 0.1},
+            data_weights=rhc.DataWeights(42, lambda batch: batch[2], values=values),
+            terminal=lambda m: row_losses(m, (x, y)).mean(),
+            product=product,
+        )
+        found[product] = [h.value, *h.grad["data_weights"].tolist()]
+        found[product + " ended"] = h.result.name
+    result = rhc.Runner(
+        model,
+        torch.optim.SGD(model.parameters(), 0.1, momentum=0.9),
+        row_losses,
+        DataLoader(rhc.indexed(torch.utils.data.TensorDataset(x, y)), 8, shuffle=True),
+        DataLoader(torch.utils.data.TensorDataset(x, right), 16),
+        window=5,
+        start="given",
+        controls=(),
+        data_weights=rhc.DataWeights(42, values=torch.ones(42, dtype=torch.float64)),
+    ).fit(60)
+    assert result.data_weights is not None
+    found["weights"] = result.data_weights.values.tolist()
+    found["losses"] = [row["loss"] for row in result.tape]
+    return found
+
+
 def everything(cases: str, runs: str, folder: str) -> dict[str, Any]:
     """All that two ranks are asked for by the quick tests: starting processes takes longest."""
     found = {
         "hypergradients": many_hypergradients(cases),
         "runs": many_runs(runs),
+        "weighed": weighed(),
         "faults": faults(f"{folder}/faults"),
         "shared_out": shared_out(),
         "shared_runs": shared_runs(f"{folder}/shared"),

@@ -1,4 +1,4 @@
-"""docs/reliability.md: every promise names tests, and every test that it names is there."""
+"""docs/reliability.md and docs/specification.md: every row names tests, which are all there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 
 TESTS = Path(__file__).parent
 FILES = {path.name: path for path in TESTS.rglob("test_*.py")}
-TEXT = (TESTS.parent / "docs" / "reliability.md").read_text(encoding="utf-8")
+DOCS = TESTS.parent / "docs"
+TEXT = (DOCS / "reliability.md").read_text(encoding="utf-8")
 NAME = re.compile(r"(?P<slow>\*slow\*\s+)?`(?P<file>test_\w+\.py)?::(?P<test>test_\w+)`")
 
 
@@ -18,17 +19,28 @@ def promises(text: str) -> dict[str, list[tuple[str, str, bool]]]:
     """promise -> (file, test, whether it is said to be slow) of each test that holds it."""
     rows = re.search(r"\n\| promise \| held by \|\n\|[-|]+\|\n((?:\|.*\n)+)", text)
     assert rows is not None, "the table of promises is gone"
-    found: dict[str, list[tuple[str, str, bool]]] = {}
-    for row in rows[1].splitlines():
-        promise, held_by = row.strip("| ").split(" | ")
-        file = ""
-        found[promise] = []
-        for match in NAME.finditer(held_by):
-            file = match["file"] or file
-            found[promise].append((file, match["test"], match["slow"] is not None))
-        rest = NAME.sub("", held_by)
-        assert "test_" not in rest, f"{promise}: {rest.strip()} is no name of a test"
+    pairs = (row.strip("| ").split(" | ") for row in rows[1].splitlines())
+    return {promise: named_tests(promise, held_by) for promise, held_by in pairs}
+
+
+def named_tests(promise: str, held_by: str) -> list[tuple[str, str, bool]]:
+    found, file = [], ""
+    for match in NAME.finditer(held_by):
+        file = match["file"] or file
+        found.append((file, match["test"], match["slow"] is not None))
+    rest = NAME.sub("", held_by)
+    assert "test_" not in rest, f"{promise}: {rest.strip()} is no name of a test"
     return found
+
+
+def systems() -> dict[str, str]:
+    """system -> what holds it, of docs/specification.md."""
+    text = (DOCS / "specification.md").read_text(encoding="utf-8")
+    rows = [row.strip("| ").split(" | ") for row in text.splitlines() if row.startswith("| ")]
+    header, *rows = rows
+    assert header == ["system", "what was asked", "where it is", "held by", "figure"]
+    assert all(len(row) == 5 for row in rows), [row[0] for row in rows if len(row) != 5]
+    return {row[0]: row[3] for row in rows}
 
 
 def known(file: str) -> dict[str, bool]:
@@ -44,7 +56,19 @@ def known(file: str) -> dict[str, bool]:
 
 @pytest.mark.parametrize("promise", promises(TEXT))
 def test_a_promise_is_held(promise: str) -> None:
-    held_by = promises(TEXT)[promise]
+    check(promise, promises(TEXT)[promise])
+
+
+@pytest.mark.parametrize("system", systems())
+def test_a_system_is_held(system: str) -> None:
+    check(system, named_tests(system, systems()[system]))
+
+
+def test_every_system_of_the_specification_has_a_row() -> None:
+    assert [name.partition(" ")[0] for name in systems()] == [str(n) for n in range(1, 29)]
+
+
+def check(promise: str, held_by: list[tuple[str, str, bool]]) -> None:
     assert held_by, f"no test holds: {promise}"
     for file, test, slow in held_by:
         assert file in FILES, f"{promise}: there is no {file} in tests/"

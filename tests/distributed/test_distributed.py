@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_programs import SHARED, hypergradients, sampled, shared_out, trained
+from rank_programs import SHARED, hypergradients, sampled, shared_out, trained, weighed
 from ranks import outputs, spawn
 from runs import network
 from safetensors.torch import load_file
@@ -46,6 +46,19 @@ def test_hypergradients_are_those_of_one_process(of_two: list[dict[str, Any]]) -
         alone = hypergradients(*case, alone=True)
         assert first[k] == second[k], case  # to the bit
         close(first[k], alone, case)
+
+
+def test_data_weights_are_those_of_one_process(of_two: list[dict[str, Any]]) -> None:
+    first, second = (found["weighed"] for found in of_two)
+    alone = weighed(alone=True)
+    assert first == second  # to the bit
+    for name, expected in alone.items():
+        if name.endswith("ended"):
+            assert first[name] == expected == "successful", name
+        else:
+            found, whole = torch.tensor(first[name]), torch.tensor(expected)
+            assert torch.allclose(found, whole, rtol=1e-6, atol=1e-7), name
+    assert max(alone["weights"]) > 1.05
 
 
 RUNS: list[dict[str, Any]] = [
