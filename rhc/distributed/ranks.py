@@ -25,6 +25,7 @@ from torch.autograd import Function
 
 from rhc.errors import InputError, StorageError
 from rhc.rng import RandomState
+from rhc.storage.files import differences
 
 Group = dist.ProcessGroup | None | Literal["auto"]
 """A process group; None for one process; "auto" for the default group, if it has several."""
@@ -167,16 +168,12 @@ class Ranks:
 
     def check_same(self, described: Mapping[str, Any]) -> None:
         """Raises InputError with the difference if ranks were started differently."""
-        first, *others = [_flat(found) for found in self.gather_json(dict(described))]
+        first, *others = self.gather_json(dict(described))
         for rank, other in enumerate(others, 1):
-            differences = [
-                f"{key} is {_short(other.get(key))}, on rank 0 {_short(first.get(key))}"
-                for key in sorted(first.keys() | other.keys())
-                if first.get(key) != other.get(key)
-            ]
-            if differences:
+            told = [f"{name} is {b}, on rank 0 {a}" for name, a, b in differences(first, other)]
+            if told:
                 raise Unshared(
-                    f"rank {rank} was started otherwise than rank 0 ({'; '.join(differences)}); "
+                    f"rank {rank} was started otherwise than rank 0 ({'; '.join(told)}); "
                     "start all ranks by the same command, with the same versions"
                 )
 
@@ -302,16 +299,3 @@ def buckets(tensors: Sequence[Tensor]) -> list[list[int]]:
             found.append([i])
             open_[kind] = found[-1], size
     return found
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, entry in value.items():
-        inner = isinstance(entry, dict)
-        found |= _flat(entry, f"{prefix}{key}.") if inner else {f"{prefix}{key}": entry}
-    return found
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "…"

@@ -275,6 +275,23 @@ def finite(value: Any) -> Any:
     return value
 
 
+def differences(
+    first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, str, str]]:
+    """(path of an entry, its value in the first, in the second) where two JSON objects differ."""
+    for key in sorted(first.keys() | second.keys()):
+        a, b = first.get(key), second.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            yield from differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}", short(a), short(b)
+
+
+def short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
 def plain_document(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode()
 

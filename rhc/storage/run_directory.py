@@ -23,6 +23,7 @@ from rhc.storage.checkpoint import Checkpoint, CheckpointStore
 from rhc.storage.files import (
     CLOSED_ON_EXEC,
     NO_LINK,
+    differences,
     finite,
     make_directory,
     misfit,
@@ -33,6 +34,7 @@ from rhc.storage.files import (
     replace_durably,
     replace_summed,
     sealed,
+    short,
     write_durably,
 )
 from rhc.storage.jsonl import JsonLines
@@ -398,7 +400,7 @@ class RunDirectory:
         if isinstance(before, int) and isinstance(steps, int) and steps > before:
             safe.add("steps")
         kept = [{k: v for k, v in c.items() if k not in safe} for c in (was, now)]
-        differences = _differences(kept[0], kept[1])
+        differences = _told(*kept)
         if differences:
             mend = "choose another --directory, or give the same settings"
             if differences == [f"steps was {before}, is {steps}"]:
@@ -411,7 +413,7 @@ class RunDirectory:
                 f"({'; '.join(differences)}); {mend}"
             )
         for name in sorted(safe):
-            text = f"{name} was {_short(was.get(name))}, is {_short(now.get(name))}"
+            text = f"{name} was {short(was.get(name))}, is {short(now.get(name))}"
             self.notice(f"{text}: {said.get(name, 'the plan is made anew for the steps to come')}")
         for part, remark in (("versions", "this is"), ("hardware", "here it is")):
             began = old.get(part)
@@ -425,7 +427,7 @@ class RunDirectory:
         # The text of modules depends on torch's version.
         if old.get("versions") == new.get("versions"):
             code = new.get("code", {})
-            self.differences = _differences(old.get("code") or code, code)
+            self.differences = _told(old.get("code") or code, code)
         return bool(safe)
 
     def _digest(self, config: Mapping[str, Any]) -> str:
@@ -486,17 +488,5 @@ def module_text(module: torch.nn.Module) -> str:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)[:MOST_OF_A_MODULE]
 
 
-def _differences(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key in sorted(was.keys() | now.keys()):
-        a, b = was.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key} was {_short(a)}, is {_short(b)}")
-    return found
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+def _told(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [f"{name} was {before}, is {here}" for name, before, here in differences(was, now)]
