@@ -20,7 +20,9 @@ NAMES = {
     f"train digits {SHORT} --segment 2 --product exact --start given --lr 0.05 --cooldown 0 "
     "--until 0.5 --budget 9 --average 0.5 --objective-batches 2 --validate-every 1 "
     "--keep-checkpoints 5 --device cpu": "digits-7943adc9",
-    "smooth sine --steps 40 --threads 1 --gain 0.5 --lr 0.01": "sine-smooth-65bea5b5",
+    # Before momentum moved by default, this was the same without --controls.
+    "smooth sine --steps 40 --threads 1 --gain 0.5 --lr 0.01 --controls lr": "sine-smooth-65bea5b5",
+    "smooth sine --steps 40 --threads 1 --gain 0.5 --lr 0.01": "sine-smooth-dd71fe12",
 }
 """Command lines, and the directory below runs/ that each has made ever since."""
 
