@@ -120,6 +120,10 @@ def test_momentum_moves_by_default_and_noise_where_it_is_asked_for() -> None:
 def test_a_constant_loss_is_a_plateau_whatever_its_value(loss: float) -> None:
     found = {t.plateau for t in Smoother().trends(Tape([loss] * 120))}
     assert len(found) == 1 and found.pop() > 0.97
+    # Also after a descent, where the mean approaches it for ever.
+    after = [loss + max(loss, 1.0) * math.exp(-min(t, 100) / 20) for t in range(600)]
+    scores = [t.plateau for t in Smoother().trends(Tape(after))]
+    assert scores[0] < 0.01 and scores[-1] > 0.9
 
 
 def test_units_do_not_matter() -> None:
