@@ -20,12 +20,13 @@ from rhc.hypergradient.evaluation import (
     Evaluation,
     functions_of,
     has_statistics,
+    is_recurrent,
     parts,
 )
 from rhc.hypergradient.hvp import (
     Product,
 )
-from rhc.hypergradient.kernels import matrices
+from rhc.hypergradient.kernels import Sweep, matrices
 from rhc.hypergradient.memory_plan import (
     Plan,
     Sizes,
@@ -142,6 +143,7 @@ class ReversePass:
         self.check: Disagreements | None = None
         self.moving: list[str] | None = None
         self.whole = ""  # why no product takes batches in parts any more
+        self.changed: list[str] | None = None  # what is computed otherwise than in plain training
         self._tried: set[type] = set()
 
     # Plan and roll -------------------------------------------------------------------------------
@@ -176,6 +178,7 @@ class ReversePass:
         """Rolls the live plant through the window; raises Unseen if it cannot be differentiated.
         plan: of an earlier roll that this one is to equal."""
         self.plant.refuse_overlaps()
+        Sweep.attention = False
         batches = [self.plant.weighed(batch) for batch in batches]
         plan = plan or self.plan(len(batches), batches[0], schedule)
         folder = None if isinstance(self.spill, bool) else Path(self.spill)
@@ -296,6 +299,10 @@ class ReversePass:
             self._divide_no_more(product, trajectory, found.undivided)
         if self.moving is None:
             self.moving = self._moving_buffers(trajectory)
+        if self.changed is None:
+            self.changed = self._what_changed(product)
+            for change in self.changed:
+                self.notice(change)
         missing = len(trajectory.schedule) - len(trajectory)  # a diverged roll stops early
         grad = {n: _padded(g, missing) for n, g in found.gradient.items()}
         if self.plant.data_weights is not None:
@@ -369,6 +376,7 @@ class ReversePass:
             "why": self.why,
             "exact_fails": self.exact_fails,
             "whole": self.whole,
+            "changed": self.changed,
             "sizes": sizes,
             "check": None if self.check is None else asdict(self.check),
         }
@@ -377,6 +385,7 @@ class ReversePass:
         self.product, self.why = state["product"], state["why"]
         self.exact_fails = bool(state["exact_fails"])
         self.whole = state.get("whole", "")  # absent from older checkpoints
+        self.changed = state.get("changed")
         self.planner.sizes = {key: Sizes(**found) for key, found in state["sizes"].items()}
         check = state.get("check")  # absent from older checkpoints
         self.check = None if check is None else Disagreements(**check)
@@ -396,10 +405,32 @@ class ReversePass:
         return "exact", "right to rounding"
 
     def _explained(self) -> str:
-        more = [_left_out(self.moving)] if self.moving else []
+        more = [*(self.changed or ()), *([_left_out(self.moving)] if self.moving else [])]
         if self.check is not None and not self.check.holds:
             more.append(self.check.sentence())
         return "; ".join([self.why, *more, *([self.whole] if self.whole else [])])
+
+    def _what_changed(self, product: Product) -> list[str]:
+        """What a reverse pass by `product` computes otherwise than plain training does."""
+        changed = []
+        if product == "exact" and Sweep.attention:
+            changed.append(
+                "attention was computed as softmax(q kᵀ) v, because its fused kernels have no "
+                "second derivative"
+            )
+        if (
+            product == "exact"
+            and self.plant.parameters[0].is_cuda
+            and is_recurrent(self.plant.model)
+        ):
+            changed.append("recurrent layers ran without cuDNN, which has no second derivative")
+        followed = Evaluation(self.plant, self.plant.blocks(), self.objective).statistics_names
+        if followed and self.objective.terminal_weight:
+            changed.append(
+                f"running statistics {_few(followed)} are differentiated where the terminal loss "
+                "reads them"
+            )
+        return changed
 
     def _moving_buffers(self, trajectory: Trajectory) -> list[str]:
         """Buffers and frozen parameters that training changes, except differentiated statistics."""
@@ -494,11 +525,15 @@ def _has_moved(live: Tensor, before: Sequence[Tensor | None]) -> bool:
     return not torch.equal(live, first)
 
 
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
 def _left_out(moving: Sequence[str]) -> str:
-    names = ", ".join(moving[:3]) + (", …" if len(moving) > 3 else "")
     return (
-        f"buffers or frozen parameters {names} change in training and count as constants of each "
-        "step: what loss_fn reads of them (spectral_norm does) is left out of the hypergradient"
+        f"buffers or frozen parameters {_few(moving)} change in training and count as constants of "
+        "each step: what loss_fn reads of them (spectral_norm does) is left out of the "
+        "hypergradient"
     )
 
 

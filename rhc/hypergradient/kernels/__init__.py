@@ -22,6 +22,7 @@ __all__ = [
     "LEAST_VALUED",
     "LEAST_VALUELESS",
     "REPLACED",
+    "Sweep",
     "functions_allowed",
     "light_first_order",
     "light_second_order",

@@ -17,10 +17,12 @@ Saved = Sequence[Any]
 
 
 class Sweep:
-    """Whether a vjp through parameter gradients of no value is under way."""
+    """Whether a vjp through parameter gradients of no value is under way; whether attention was
+    called since this was last set to False."""
 
     valueless = False
     least = 0
+    attention = False
 
 
 @contextmanager

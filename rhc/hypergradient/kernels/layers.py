@@ -221,6 +221,7 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """softmax(q kᵀ scale + mask) v."""
+    Sweep.attention = True
     masked = attn_mask is not None
     if masked or dropout_p or enable_gqa or query.dim() < 3 or not plain(query, key, value):
         return _attention(
