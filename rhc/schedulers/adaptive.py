@@ -79,8 +79,8 @@ class AdaptiveRL(BeforeSteps):
         source: "both", "loss" (ignore the reward) or "reward" (ignore the loss).
         surprise: When losses jump by 3 standard deviations, reset the trends, let lr and momentum
             dip (0.9 to 0.7) and recover, and noise spike; `surprises` counts the jumps.
-        anneal: Multiply lr and noise by the square of half a cosine over `steps`, if given, until
-            the first surprise; `controls` excludes this factor.
+        anneal: Multiply lr by the square of half a cosine over `steps`, if given, and noise by half
+            a cosine, until the first surprise; `controls` excludes these factors.
         settle: Pull momentum to 0.97 where nothing stands out from the noise, at the same effective
             step, and let noise respond to new plateaus and leak away. Without, the laws are those
             of the specification, see `as_specified`.
@@ -373,7 +373,7 @@ class AdaptiveRL(BeforeSteps):
 
     def _noise(self) -> float:
         lowest = self.bounds.noise[0]
-        noise = max(self.controls.noise * self._anneal(), lowest)
+        noise = max(self.controls.noise * math.sqrt(self._anneal()), lowest)
         return noise if noise >= IGNITION or lowest > 0 else 0.0
 
     def _beta2_factor(self) -> float:
