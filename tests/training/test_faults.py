@@ -48,7 +48,9 @@ def runner(run: Run, directory: Path | None, listener: Any = None, **options: An
 
 
 def notices_of(events: list[Any]) -> list[str]:
-    return [e.message for e in events if isinstance(e, Notice)]
+    """But for what every run with BatchNorm is told."""
+    found = [e.message for e in events if isinstance(e, Notice)]
+    return [n for n in found if not n.startswith("running statistics ")]
 
 
 def outcome(run: Run, directory: Path, record: dict[str, Any]) -> dict[str, Any]:
