@@ -1,9 +1,10 @@
 """Data weights: a weight on the loss of every cell, which is an example, a class, a source of data
 or a term of the loss."""
 
-from rhc.data_weights.cells import DataWeights, indexed
+from rhc.data_weights.cells import DATA_WEIGHTS, DataWeights, indexed
 from rhc.data_weights.loss import (
     Weighed,
+    factors_of,
     leaves_of,
     per_cell,
     per_row,
@@ -14,10 +15,12 @@ from rhc.data_weights.loss import (
 from rhc.data_weights.update_rule import Evidence, Observation
 
 __all__ = [
+    "DATA_WEIGHTS",
     "DataWeights",
     "Evidence",
     "Observation",
     "Weighed",
+    "factors_of",
     "indexed",
     "leaves_of",
     "per_cell",

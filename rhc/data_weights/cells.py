@@ -22,6 +22,9 @@ from rhc.storage.files import MOST_JSON_BYTES, parsed_json, read_regular, reason
 CellOf = Callable[[Any], Any]
 """batch -> LongTensor (B,), the cell of each row."""
 
+DATA_WEIGHTS = "data_weights"
+"""The name of derivatives by data weights, and of their disagreement."""
+
 FORMAT, VERSION = "rhc.data_weights", 1
 
 BOUNDS = (math.exp(-6), math.exp(3))
@@ -109,7 +112,7 @@ class DataWeights:
         if cells.dtype == torch.bool and cells.shape == (len(self),):
             return cells.clone()
         mask = torch.zeros(len(self), dtype=torch.bool)
-        mask[self.checked(cells, cells.numel())] = True
+        mask[self.checked(cells)] = True
         return mask
 
     def __len__(self) -> int:
@@ -132,7 +135,7 @@ class DataWeights:
         """
         return self.checked(self.cell_of(batch))
 
-    def checked(self, cells: Any, rows: int | None = None) -> Tensor:
+    def checked(self, cells: Any) -> Tensor:
         try:
             found = torch.as_tensor(cells).detach().cpu()
         except (TypeError, ValueError, RuntimeError):

@@ -82,6 +82,18 @@ def _cells(weights: DataWeights, batch: Any) -> Tensor:
     return torch.arange(len(weights)) if weights.of_terms else weights.cells(batch)
 
 
+def factors_of(cells: Tensor, factors: Tensor) -> Callable[[Tensor], Tensor]:
+    """For `weighed`: the factors (m,) of these cells (m,), each once; 1 for others."""
+    order = cells.argsort()
+    places, sorted_factors = cells[order], factors[order]
+
+    def factor(own: Tensor) -> Tensor:
+        found = torch.searchsorted(places, own).clamp(max=len(places) - 1)
+        return torch.where(places[found] == own, sorted_factors[found], 1.0)
+
+    return factor
+
+
 def weighing(
     loss_fn: Callable[[nn.Module, Any], Any], weights: DataWeights
 ) -> Callable[[nn.Module, Any], Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rhc.data_weights import per_cell
+from rhc.data_weights import DATA_WEIGHTS, per_cell
 from rhc.errors import InputError
 from rhc.hypergradient.adjoint import Adjoint, Damping, Terminal, adjoint
 from rhc.hypergradient.evaluation import (
@@ -41,7 +41,6 @@ from rhc.hypergradient.sizes import (
 )
 from rhc.hypergradient.support import missing, unsupported
 from rhc.hypergradient.verification import (
-    DATA_WEIGHTS,
     Disagreements,
     hooks,
     is_double,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rhc.data_weights import Weighed
+from rhc.data_weights import DATA_WEIGHTS, Weighed, factors_of
 from rhc.hypergradient.adjoint import Cut, Terminal
 from rhc.hypergradient.differences import noting_precision, precision, precision_known
 from rhc.hypergradient.evaluation import modes_kept, parts
@@ -36,9 +36,6 @@ from rhc.training.trajectory import Trajectory
 
 MOST_STEPS = 4
 """Steps that are rolled to either side."""
-
-DATA_WEIGHTS = "data_weights"
-"""The name of their derivatives and disagreement."""
 
 _COARSE = 1e-4
 """A machine epsilon above this is reduced precision (bfloat16, float16)."""
@@ -300,10 +297,11 @@ class _Rolls:
         """Gradient evaluations so far; |λ ∘ s|, the scale of rounding."""
         self._doubles: dict[int, Tensor] = {}
         self.not_the_step = ""
-        own = sorted({c for batch in self.batches for c in _cells_of(batch)})
-        every = [own] if plant.ranks is None else plant.ranks.gather_json(own)
-        self._cells = torch.tensor(sorted({c for cells in every for c in cells}))
-        """Those that the first k steps weigh."""
+        if plant.data_weights is not None:
+            own = sorted({c for batch in self.batches for c in _cells_of(batch)})
+            every = [own] if plant.ranks is None else plant.ranks.gather_json(own)
+            self._cells = torch.tensor(sorted({c for cells in every for c in cells}))
+            """Those that the first k steps weigh."""
 
     @property
     def in_double_too(self) -> bool:
@@ -345,12 +343,9 @@ class _Rolls:
         columns = {name: v.tolist() for name, v in moved.items() if name != DATA_WEIGHTS}
         batches = self.batches
         if DATA_WEIGHTS in moved:
-            factors = moved[DATA_WEIGHTS] / self.values(DATA_WEIGHTS)
-            places = self._cells
-            batches = [
-                plant.weighed_by(batch, lambda cells: factors[torch.searchsorted(places, cells)])
-                for batch in batches
-            ]
+            relative = moved[DATA_WEIGHTS] / self.values(DATA_WEIGHTS)
+            factors = factors_of(self._cells, relative)
+            batches = [plant.weighed_by(batch, factors) for batch in batches]
         total, sizes = 0.0, 0.0
         for i in range(cut.k):
             step = trajectory.start + i

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
-from rhc.data_weights import Observation
-from rhc.hypergradient.verification import DATA_WEIGHTS
+from rhc.data_weights import DATA_WEIGHTS, Observation, factors_of
 from rhc.loop.fit import Fit
 from rhc.loop.state import Attempt, Window
 
@@ -25,15 +21,9 @@ def observe(fit: Fit, window: Window, attempt: Attempt) -> Observation | None:
 def weigh(fit: Fit, trial: Attempt, observed: Observation, scale: float) -> Attempt:
     """The trial on batches whose rows have their new weights."""
     assert trial.proposal is not None
-    cells, by = observed.cells, scale * observed.by
-    order = cells.argsort()
-    places, factors = cells[order], by[order].exp()
-
-    def factor(own: Tensor) -> Tensor:
-        found = torch.searchsorted(places, own).clamp(max=len(places) - 1)
-        return torch.where(places[found] == own, factors[found], 1.0)
-
-    trial.batches = [fit.plant.weighed_by(batch, factor) for batch in trial.batches]
+    by = scale * observed.by
+    factors = factors_of(observed.cells, by.exp())
+    trial.batches = [fit.plant.weighed_by(batch, factors) for batch in trial.batches]
     trial.weights = by
     predicted = trial.proposal.predicted + scale * observed.predicted
     trial.proposal = replace(trial.proposal, predicted=predicted)

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rhc.data_weights import DataWeights
+from rhc.data_weights import DATA_WEIGHTS, DataWeights
 from rhc.events import WindowAttempted
-from rhc.hypergradient.verification import DATA_WEIGHTS
 from rhc.loop.fit import Fit
 from rhc.loop.state import Attempt
 from rhc.schedule import Schedule
