@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from rhc.data_weights import weighing
+from rhc.data_weights import unweighed
 from rhc.distributed import synchronised
 from rhc.errors import DivergedError, InputError, RunWarning, plain
 from rhc.events import Listener
@@ -70,7 +70,8 @@ def hashed(name: str, document: Any) -> Path:
 def built_workload(config: TrainConfig, sizes: Mapping[str, int]) -> Workload:
     """The run's model and data at step 0. sizes: keywords of its function."""
     seed_everything(config.seed)
-    return load_runner(config.run)(seed=config.seed, data=config.data, **sizes)
+    workload = load_runner(config.run)(seed=config.seed, data=config.data, **sizes)
+    return workload if config.data_weights else unweighed(workload)
 
 
 def built_optimizer(config: TrainConfig, workload: Workload) -> torch.optim.Optimizer:
@@ -114,26 +115,23 @@ def built_runner(
     optimizer, planner = built_optimizer(config, workload), None
     if config.planner is not None:
         workload, planner = planned(workload, config.planner, optimizer)
-    loss_fn, weights = workload.loss_fn, workload.data_weights
-    if config.data_weights and weights is None:
+    if config.data_weights and workload.data_weights is None:
         raise InputError(
             f"runner {config.run!r} has no data weights: give its Workload data_weights="
             "rhc.DataWeights(…) and let loss_fn return one loss per row; or leave --data-weights "
             "out"
         )
-    if weights is not None and not config.data_weights:
-        loss_fn, weights = weighing(loss_fn, weights), None
     # Existing event files are continued.
     events = None if directory is None else directory / "tensorboard"
     logged = events is not None and (config.tensorboard or events.is_dir())
     return Runner(
         workload.model,
         optimizer,
-        loss_fn,
+        workload.loss_fn,
         workload.train_loader,
         workload.val_loader,
         test_loader=workload.test_loader,
-        **{**settings, "per_group": config.per_group or (), "data_weights": weights},
+        **{**settings, "per_group": config.per_group or (), "data_weights": workload.data_weights},
         rewrite=rewrite,
         schedule=schedule,
         objective=objective,

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from rhc.compare.methods import Method, distilled, method_of
+from rhc.data_weights import unweighed
 from rhc.errors import InputError
 from rhc.events import Committed, Event
 from rhc.hindsight import Pass, Policy, Smoother, held_out, reward_of, smooth
@@ -98,7 +99,7 @@ class Task:
         seed_everything(seed)
         sizes = {"width": self.width, "batch_size": self.batch_size}
         given = {name: size for name, size in sizes.items() if size is not None}
-        workload = load_runner(self.run)(seed=seed, data=self.data, **given)
+        workload = unweighed(load_runner(self.run)(seed=seed, data=self.data, **given))
         if workload.threads is not None:
             torch.set_num_threads(workload.threads)
         return workload

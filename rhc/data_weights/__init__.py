@@ -9,6 +9,7 @@ from rhc.data_weights.loss import (
     per_cell,
     per_row,
     taken_slopes,
+    unweighed,
     weighed,
     weighing,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "per_cell",
     "per_row",
     "taken_slopes",
+    "unweighed",
     "weighed",
     "weighing",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from rhc.containers import Kept
 from rhc.data_weights.cells import DataWeights
 from rhc.distributed import Shard
 from rhc.errors import InputError
+from rhc.workload import Workload
 
 Sums = Callable[[Sequence[float]], list[float]]
 """Sums of numbers over ranks."""
@@ -117,6 +118,14 @@ def weighing(
         return (loss, *metrics) if metrics else loss
 
     return reduced
+
+
+def unweighed(workload: Workload) -> Workload:
+    """The workload without data weights, its loss the plain mean of rows or the sum of terms."""
+    if workload.data_weights is None:
+        return workload
+    loss_fn = weighing(workload.loss_fn, workload.data_weights)
+    return replace(workload, loss_fn=loss_fn, data_weights=None)
 
 
 def _terms(losses: Mapping[str, Any], weights: DataWeights) -> Tensor:

@@ -190,5 +190,9 @@ def own(*, seed=0, data=None):
     # Without the flag rows are averaged alike; and what has none is told.
     assert main([*common, "--directory", str(tmp_path / "plain")]) == 0
     assert not (tmp_path / "plain" / "weights.safetensors").exists()
+    assert main(["hypergradient", str(tmp_path / "plain"), "--trust"]) == 0
+    rows = str(tmp_path / "rows")
+    compared = ["--methods", "constant", "--lrs", "0.1", "--steps", "10", "--seeds", "0-0"]
+    assert main(["compare", own, *compared, "-o", rows]) == 0
     assert main([*common, "--seed", "1", "--data-weights"]) == 2
     assert "has no data weights" in capsys.readouterr().err
