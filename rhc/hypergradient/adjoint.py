@@ -8,8 +8,9 @@
 3. plus the stage cost's gradient and the average's share of the terminal gradient.
 
 This is gradient checkpointing, a step at a time: the roll keeps some states and every gradient, the
-states between are computed again by the optimizer's torchopt transformation, which then makes one
-step's graph, is pulled through by autograd, and drops it.
+states between are computed again by the optimizer's torchopt transformation. It then makes one
+step's graph, is pulled through by autograd, and drops it; SGD's and Adam's bring their vjp, for
+speed (`rhc.optimizers.base.ClosedTransformation`).
 
 Rejected: graphs of several steps. torch.utils.checkpoint over segments with an inner
 autograd.grad(create_graph=True) takes +3960 MB where this takes under 150 (docs/log.md).

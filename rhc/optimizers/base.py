@@ -9,12 +9,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.autograd.graph import GradientEdge
 from torchopt.base import GradientTransformation, TransformInitFn
 from torchopt.pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -41,22 +39,22 @@ Move = Callable[[Tensor, Any], tuple[Tensor, Any]]
 """(d, state) -> (the increment u of θ, the state after the step)."""
 
 
-class ClosedForm(NamedTuple):
-    """The vjp of `Move` written out, at numbers: for steps that take more than 5 % of the whole
-    reverse pass by autograd.
+StepVjp = Callable[
+    [Tensor, Tensor | None, Any, Tensor | None, Sequence[Tensor | None], Collection[str]], "Vjp"
+]
+"""(g, θ, state, λ_θ and λ of the slots after the step, controls wanted) -> the costates before."""
 
-    slots: names of the slots that the step moves, with a costate each. momentum: the control,
-    beside lr, that `vjp` differentiates by. vjp: (d, state, λ_u, λ of the slots after, whether
-    dJ/dlr and dJ/dmomentum are wanted) -> (λ_d, dJ/dlr, dJ/dmomentum, λ of the slots before); None
-    is zero.
-    """
+MoveVjp = Callable[[Tensor, Any, Tensor | None, Sequence[Tensor | None], Collection[str]], "Vjp"]
+"""(d, state, λ_u, λ of the slots after, controls wanted) -> `Vjp` of `Move`: `gradient` is λ_d,
+`parameters` is unused, and weight decay is not its business. At controls that are numbers."""
 
-    slots: tuple[str, ...]
-    momentum: Scalar
-    vjp: Callable[
-        [Tensor, Any, Tensor | None, Sequence[Tensor | None], Sequence[bool]],
-        tuple[Tensor, Tensor | None, Tensor | None, Sequence[Tensor | None]],
-    ]
+
+class ClosedTransformation(GradientTransformation):
+    """A transformation with its vjp written out, which takes the place of autograd's: for steps
+    that take more than 5 % of a whole reverse pass by autograd. A copy with another `update`
+    (`_replace`) has none."""
+
+    vjp: StepVjp | None = None
 
 
 def step_of(
@@ -67,29 +65,19 @@ def step_of(
     *,
     decoupled: bool = False,
     maximize: bool = False,
-    closed: ClosedForm | None = None,
+    closed: MoveVjp | None = None,
 ) -> GradientTransformation:
     """The torchopt transformation of a step: θ ← θ + u(d, state) with d = ±g + λ θ, or, decoupled,
     d = ±g and θ ← (1 − α λ) θ + u. On trees of tensors; lr, λ and what `move` closes over are
     floats, or 0-dim tensors to differentiate by. init: parameters -> the initial state."""
     decays = not is_zero(weight_decay)
 
-    def d_of(gradient: Tensor, theta: Tensor | None, decay: Scalar) -> Tensor:
+    def d_of(gradient: Tensor, theta: Tensor | None) -> Tensor:
         d = gradient.neg() if maximize else gradient
-        return d if decoupled or is_zero(decay) else plus(d, known(theta), decay)
+        return plus(d, known(theta), weight_decay) if decays and not decoupled else d
 
     def of_one(gradient: Tensor, theta: Tensor | None, state: Any) -> tuple[Tensor, Any]:
-        if closed is not None and gradient.requires_grad and torch.is_grad_enabled():
-            slots = [getattr(state, slot) for slot in closed.slots]
-            if all(slot is not None for slot in slots):
-                controls = lr, closed.momentum, weight_decay
-                vjp = partial(pulled_back, closed, state)
-                increment, *moved = _ByClosedForm.apply(vjp, gradient, theta, *controls, *slots)
-                after = dict(zip(closed.slots, moved, strict=True))
-                if hasattr(state, "step"):
-                    after["step"] = state.step + 1
-                return increment, state._replace(**after)
-        increment, after = move(d_of(gradient, theta, weight_decay), state)
+        increment, after = move(d_of(gradient, theta), state)
         if decays and decoupled:
             decay = -lr * weight_decay
             if increment.requires_grad or isinstance(decay, Tensor):
@@ -98,38 +86,6 @@ def step_of(
                 increment.add_(known(theta), alpha=decay)
         return increment, after
 
-    def pulled_back(
-        closed: ClosedForm,
-        state: Any,
-        needed: Sequence[bool],
-        costates: Sequence[Tensor | None],
-        saved: Sequence[Any],
-    ) -> Sequence[Tensor | None]:
-        """Costates of (gradient, θ, lr, momentum, weight decay, slots) before the step."""
-        gradient, theta, *slots = saved
-        alpha, decay = number(lr), number(weight_decay)
-        _, _, *wanted, of_decay_too = needed[:5]
-        of_u, *of_slots = costates
-        state = state._replace(**dict(zip(closed.slots, slots, strict=True)))
-        d = d_of(gradient, theta, decay)
-        of_d, of_lr, of_momentum, of_before = closed.vjp(d, state, of_u, of_slots, wanted)
-        of_theta = of_decay = None
-        if not decoupled:
-            of_theta = of_d * decay if decay else None
-            of_decay = dot(of_d, theta) if of_decay_too else None
-        elif of_u is not None and (decay or of_decay_too):
-            along = dot(of_u, theta)
-            of_theta, of_decay = of_u * (-alpha * decay), -alpha * along
-            of_lr = None if of_lr is None else of_lr - decay * along
-        return (
-            of_d.neg_() if maximize else of_d,
-            of_theta,
-            of_lr,
-            of_momentum,
-            of_decay if of_decay_too else None,
-            *of_before,
-        )
-
     def update(
         updates: Any, state: Any, *, params: Any = None, inplace: bool = False
     ) -> tuple[Any, Any]:
@@ -137,29 +93,42 @@ def step_of(
             return of_one(updates, params, state)
         return _on_trees(of_one, updates, state, params)
 
-    return GradientTransformation(init, update)
+    def vjp(
+        gradient: Tensor,
+        theta: Tensor | None,
+        state: Any,
+        of_theta: Tensor | None,
+        of_state: Sequence[Tensor | None],
+        wanted: Collection[str],
+    ) -> Vjp:
+        assert closed is not None
+        found = closed(d_of(gradient, theta), state, of_theta, of_state, wanted)
+        of_d, controls, before = found.gradient, found.controls, of_theta
+        if of_d is not None and not decoupled:
+            if "weight_decay" in wanted:
+                controls["weight_decay"] = dot(of_d, known(theta))
+            if decays and of_theta is None:
+                before = of_d * weight_decay
+            elif decays:
+                before = plus(known(of_theta), of_d, weight_decay)
+        if of_theta is not None and decoupled:
+            if "weight_decay" in wanted or ("lr" in wanted and decays):
+                along = dot(of_theta, known(theta))
+                if "weight_decay" in wanted:
+                    controls["weight_decay"] = -lr * along
+                if "lr" in wanted:
+                    controls["lr"] = controls["lr"] - weight_decay * along
+            if decays:
+                before = of_theta * (1 - lr * weight_decay)
+        if of_d is not None and maximize:
+            of_d.neg_()
+        return Vjp(before, found.state, of_d, controls)
 
-
-class _ByClosedForm(Function):
-    """(gradient, θ, lr, momentum, weight decay, slots) -> (increment, slots). The graph keeps the
-    step's inputs alone, and its backward pass computes what it needs from them again. Outputs have
-    no values, because what is differentiated is not read: they would take as long as the vjp."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, vjp: Any, gradient: Tensor, theta: Any, *controls_and_slots: Any
-    ) -> tuple[Tensor, ...]:
-        slots = controls_and_slots[3:]
-        ctx.save_for_backward(gradient, theta, *slots)
-        ctx.set_materialize_grads(False)
-        ctx.vjp = vjp
-        return tuple(gradient.new_zeros(()).expand(gradient.shape) for _ in range(1 + len(slots)))
-
-    @staticmethod
-    def backward(ctx: Any, *costates: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError("a closed vjp is differentiated once; use closed_vjp=False")
-        return None, *ctx.vjp(ctx.needs_input_grad[1:], costates, ctx.saved_tensors)
+    if closed is None:
+        return GradientTransformation(init, update)
+    made = ClosedTransformation(init, update)
+    made.vjp = vjp
+    return made
 
 
 def _on_trees(
@@ -208,11 +177,7 @@ class Vjp(NamedTuple):
     parameters: Tensor | None
     state: Sequence[Tensor | None]
     gradient: Tensor | None
-    controls: dict[str, Tensor]
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a, b).double()
+    controls: dict[str, Scalar]
 
 
 # An optimizer ------------------------------------------------------------------------------------
@@ -324,20 +289,30 @@ class DifferentiableOptimizer:
         *,
         shapes: Sequence[torch.Size] = (),
     ) -> Vjp:
-        """Pulls the costates after a step back through its transformation, by autograd.
+        """Pulls the costates after a step back through its transformation: by autograd, or by the
+        vjp that it brings (`ClosedTransformation`).
 
-        The step is taken again, with a graph that lives as long as this call. Inputs are not
-        modified. controls: floats. gradient, theta: flat vectors; θ may be None if not read.
-        of_theta, of_state: costates; of_state has one entry per floating-point slot, or is empty
-        for zeros. wanted: controls to differentiate by.
+        By autograd the step is taken again, with a graph that lives as long as this call. Inputs
+        are not modified. controls: floats. gradient, theta: flat vectors; θ may be None if not
+        read. of_theta, of_state: costates; of_state has one entry per floating-point slot, or is
+        empty for zeros. wanted: controls to differentiate by.
         """
         if of_theta is None and all(costate is None for costate in of_state):
             return Vjp(None, [], None, {})
+        wanted = [name for name in wanted if name in controls]
+        made = self.step(group, controls, shapes)
+        if isinstance(made, ClosedTransformation) and made.vjp is not None:
+            return made.vjp(gradient, theta, state, of_theta, of_state, wanted)
         leaf_theta, leaf_gradient, *leaves = (
             v.detach().requires_grad_() if is_float_tensor(v) else v
             for v in (theta, gradient, *state)
         )
-        steered = {name: _steered(controls[name], gradient) for name in wanted if name in controls}
+        steered = {
+            name: torch.full(
+                (), controls[name], dtype=torch.float64, device=gradient.device
+            ).requires_grad_()
+            for name in wanted
+        }
         given: dict[str, Scalar] = {**controls, **steered}
         with torch.enable_grad():
             if not self.own:
@@ -400,8 +375,7 @@ def unchecked_grad(
 
 def by_arguments(make: Callable[..., GradientTransformation]) -> TransformationOf:
     """Calls `make` with its arguments taken from the step's controls or the group by name. Special
-    names: beta1, beta2 (betas), shape (the parameter's), decoupled (decoupled_weight_decay), and
-    closed_vjp, which is set."""
+    names: beta1, beta2 (betas), shape (the parameter's), decoupled (decoupled_weight_decay)."""
     names = frozenset(inspect.signature(make).parameters)
 
     def transformation(
@@ -409,7 +383,6 @@ def by_arguments(make: Callable[..., GradientTransformation]) -> TransformationO
     ) -> GradientTransformation:
         given = {**group, "shape": shapes[0] if shapes else None}
         given["decoupled"] = group.get("decoupled_weight_decay", False)
-        given["closed_vjp"] = True
         if "beta1" in names:
             given["beta1"], given["beta2"] = map(float, group["betas"])
             given["beta1"] = controls.get("momentum", given["beta1"])
@@ -481,19 +454,13 @@ def plus(a: Tensor, b: Tensor, factor: Scalar) -> Tensor:
     return torch.add(a, b, alpha=factor)
 
 
-def _steered(value: float, like: Tensor) -> Tensor:
-    """A control to differentiate by. It carries its number, because reading it from an accelerator
-    would synchronise."""
-    leaf: Any = torch.full((), value, dtype=torch.float64, device=like.device)
-    leaf.number = value
-    return cast(Tensor, leaf.requires_grad_())
+def dot(a: Tensor, b: Tensor) -> Scalar:
+    return scalar(torch.dot(a, b))
 
 
-def number(value: Scalar) -> float:
-    found = getattr(value, "number", None)
-    if found is not None:
-        return cast(float, found)
-    return float(value.detach() if isinstance(value, Tensor) else value)
+def scalar(value: Tensor) -> Scalar:
+    """A float on a CPU, where sums of floats take a tenth; elsewhere a tensor: no synchronising."""
+    return value.item() if value.device.type == "cpu" else value.double()
 
 
 def cast_like(value: Scalar, like: Tensor) -> Scalar:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,11 @@ from rhc.optimizers.base import (
     Fold,
     Group,
     Scalar,
+    Vjp,
     cast_like,
+    dot,
     is_zero,
+    known,
     plus,
     step_of,
 )
@@ -45,17 +49,64 @@ def sgd(
 ) -> GradientTransformation:
     """torch.optim.SGD's step: b ← μ b + (1 − dampening) d; update −α b. Sutskever et al. 2013.
     The first step sets b = d. Nesterov: −α (d + μ b). With momentum 0 (a number) there is no b."""
-    without_momentum = is_zero(getattr(momentum, "number", momentum))
+    without_momentum = is_zero(momentum)
 
     def move(d: Tensor, state: SGDState) -> tuple[Tensor, SGDState]:
         before = state.momentum_buffer
         if without_momentum:
             return d * -lr, state
-        buffer = d.clone() if before is None else plus(momentum * before, d, 1 - dampening)
+        buffer = d.clone() if before is None else (momentum * before).add_(d, alpha=1 - dampening)
         ahead = plus(d, buffer, momentum) if nesterov else buffer
         return ahead * -lr, SGDState(buffer)
 
-    return step_of(lambda params: SGDState(None), move, lr, weight_decay, maximize=maximize)
+    closed = None
+    if (
+        (without_momentum or not (dampening or nesterov))
+        and not isinstance(lr, Tensor)
+        and not isinstance(momentum, Tensor)
+    ):
+        closed = partial(_sgd_vjp, lr, momentum)
+    return step_of(
+        lambda params: SGDState(None), move, lr, weight_decay, maximize=maximize, closed=closed
+    )
+
+
+def _sgd_vjp(
+    lr: float,
+    momentum: float,
+    d: Tensor,
+    state: SGDState,
+    of_u: Tensor | None,
+    of_slots: Sequence[Tensor | None],
+    wanted: Collection[str],
+) -> Vjp:
+    """Of u = −α b', b' = μ b + d. λ' is the costate after the step, λ before.
+    B = λ_b' − α λ_u is the total costate of b', and that of d; λ_b = μ B, dJ/dα = −⟨λ_u, b'⟩,
+    dJ/dμ = ⟨B, b⟩. The first step, and steps without momentum, have b' = d; without momentum an
+    existing buffer is unchanged.
+
+    By autograd roll and reverse pass of an MLP of 0.11 M parameters take 14 % longer: 2.80 in place
+    of 2.46 ms a step (K = 20, medians of 14 interleaved rounds, one core of a Xeon)."""
+    buffer = state.momentum_buffer
+    of_buffer = of_slots[0] if of_slots else None
+    found: dict[str, Scalar] = {}
+    if of_u is not None and "lr" in wanted:
+        along = dot(of_u, d)  # without forming b'
+        if momentum and buffer is not None:
+            along = along + momentum * dot(of_u, buffer)
+        found["lr"] = -along
+    if not momentum:
+        of_d = None if of_u is None else of_u * -lr
+        return Vjp(None, [] if buffer is None else [of_buffer], of_d, found)
+    if of_u is None:
+        of_d = known(of_buffer).clone()
+    else:
+        of_d = of_u * -lr if of_buffer is None else plus(of_buffer, of_u, -lr)
+    if buffer is None:
+        return Vjp(None, [], of_d, found)
+    if "momentum" in wanted:
+        found["momentum"] = dot(of_d, buffer)
+    return Vjp(None, [of_d * momentum], of_d, found)
 
 
 def sgd_fold(group: Group, controls: Mapping[str, float]) -> Fold | None:
