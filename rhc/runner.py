@@ -22,6 +22,7 @@ from rhc.loop.agreement import begin_together, check_ranks, draw_apart
 from rhc.loop.base_schedule import BaseSchedule
 from rhc.loop.checkpointing import finish, open_run, run_directory, save
 from rhc.loop.checks import (
+    check_course,
     checked_loaders,
     followed,
     grouped,
@@ -30,6 +31,7 @@ from rhc.loop.checks import (
     steered,
     try_first_batch,
 )
+from rhc.loop.data_weights import learned
 from rhc.loop.epochs import announce_planning, begin_planning, epoch_steps
 from rhc.loop.fit import Data, EventLog, Fit, ReversePasses
 from rhc.loop.lr_search import find_first_lr
@@ -376,6 +378,7 @@ class Runner:
                 f"the schedule has {len(self.followed)} steps, fewer than the run's {steps}; "
                 f"stretch it to {steps} steps, or train for at most {len(self.followed)}"
             )
+        check_course(self.plant.data_weights, steps)
         if self._fitted and self.directory is None and self.start != "given":
             raise InputError(
                 f"this Runner has been fitted, and start={self.start!r} is for a model that has "
@@ -429,14 +432,13 @@ class Runner:
     def _result(self) -> RunResult:
         state = self.state
         assert state.result is not None
-        schedule = state.committed()
         return RunResult(
-            schedule,
+            state.committed(),
             state.result,
             state.tape,
             state.windows,
             self._path,
-            self.plant.data_weights,
+            learned(self.plant, state),
         )
 
     @property

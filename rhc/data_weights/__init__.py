@@ -2,7 +2,9 @@
 or a term of the loss."""
 
 from rhc.data_weights.cells import DATA_WEIGHTS, DataWeights, indexed
+from rhc.data_weights.course import FEW, Course
 from rhc.data_weights.loss import (
+    Factors,
     Weighed,
     factors_of,
     leaves_of,
@@ -17,8 +19,11 @@ from rhc.data_weights.update_rule import Evidence, Observation
 
 __all__ = [
     "DATA_WEIGHTS",
+    "FEW",
+    "Course",
     "DataWeights",
     "Evidence",
+    "Factors",
     "Observation",
     "Weighed",
     "factors_of",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -16,6 +17,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, WeightedRandomSampler
 
+from rhc.data_weights.course import Course
 from rhc.errors import InputError, whole_number
 from rhc.storage.files import MOST_JSON_BYTES, parsed_json, read_regular, reason, replace_durably
 
@@ -29,6 +31,8 @@ FORMAT, VERSION = "rhc.data_weights", 1
 
 BOUNDS = (math.exp(-6), math.exp(3))
 """Smallest and largest weight of a cell."""
+
+COURSE = ".course.safetensors"
 
 _HEADER = 2**20
 """Bytes that a weights file may have beyond its numbers."""
@@ -58,6 +62,8 @@ class DataWeights:
         values: (n,) initial weights, any positive numbers; default 1 for every cell.
         frozen: Cells that keep their weight.
         bounds: Smallest and largest weight.
+        course: Of few cells, their weights at every step, in place of values, which are then the
+            last of them; a Runner that moves weights moves all of the course.
 
     Raises:
         InputError: An argument is invalid.
@@ -71,6 +77,7 @@ class DataWeights:
         values: Tensor | None = None,
         frozen: Sequence[int] | Tensor = (),
         bounds: tuple[float, float] = BOUNDS,
+        course: Course | None = None,
     ) -> None:
         self.names: tuple[str, ...] | None = None
         if not isinstance(cells, (int, str)) and isinstance(cells, Sequence):
@@ -100,9 +107,29 @@ class DataWeights:
                 f"{tuple(given.shape)}"
             )
         self._raw = given / given.mean()
+        self.course: Course | None = None
+        if course is not None:
+            self._follow(course)
         self.evidence: dict[str, Tensor] = {}
         """What a file says of how often cells were seen (count), and how (total)."""
         self.frozen = self._mask(frozen)
+
+    def _follow(self, course: Course) -> None:
+        if course.values.shape[1] != len(self):
+            raise InputError(
+                f"the course has {course.values.shape[1]} cells, and there are {len(self)}"
+            )
+        self.course, self._raw = course, course.last.clone()
+
+    def over(self, course: Course) -> DataWeights:
+        """These cells with a course, at whose end they have its last weights."""
+        found = copy.copy(self)
+        found._follow(course)
+        return found
+
+    def stretched(self, steps: int) -> DataWeights:
+        """These weights for a run of `steps`: a course is stretched, others stay."""
+        return self if self.course is None else self.over(self.course.stretched(steps))
 
     def _mask(self, frozen: Sequence[int] | Tensor) -> Tensor | None:
         """(n,) flags; None where no cell is frozen."""
@@ -152,9 +179,25 @@ class DataWeights:
             )
         return found
 
-    def at(self, cells: Tensor) -> Tensor:
-        """(B,) float64 weights of these cells, not scaled."""
-        return self._raw[cells].double()
+    def at(self, cells: Tensor, step: int | None = None) -> Tensor:
+        """(B,) float64 weights of these cells, not scaled; by the course at a step, if any."""
+        own = self._raw[cells].double()
+        along = self.along(cells, step)
+        return own if along is None else own * along
+
+    def along(self, cells: Tensor, step: int | None) -> Tensor | None:
+        """(B,) the course's weights at a step over its last ones; None without a course."""
+        if self.course is None or step is None:
+            return None
+        return self.course.at(step)[cells].double() / self.course.last[cells].double()
+
+    def by_step(self, start: int, stop: int) -> dict[int, Tensor]:
+        """Step -> (n,) the weights from it on, for the steps of [start, stop) where they change."""
+        if self.course is None:
+            return {start: self._raw.clone()}
+        every = torch.arange(len(self))
+        changes = self.course.changes(start, stop)
+        return {step: self.at(every, step).to(self._raw.dtype) for step in changes}
 
     def adopt(self, raw: Tensor) -> None:
         """Takes over (n,) weights as they are, from a checkpoint."""
@@ -185,6 +228,7 @@ class DataWeights:
             "first": [float(whole.sum()), float(whole.square().sum())],
             "frozen": 0 if self.frozen is None else int(self.frozen.sum()),
             "bounds": list(self.bounds),
+            **({} if self.course is None else {"course": self.course.digest()}),
         }
 
     def seen(self, cell: int) -> tuple[int, float]:
@@ -196,9 +240,10 @@ class DataWeights:
 
     # Plain loops ---------------------------------------------------------------------------------
 
-    def weigh(self, losses: Tensor, batch: Any) -> Tensor:
-        """The scalar loss of a plain loop: Σ_i ŵ_i ℓ_i / B of the rows' losses (B,)."""
-        weights = self.at(self.cells(batch))
+    def weigh(self, losses: Tensor, batch: Any, step: int | None = None) -> Tensor:
+        """The scalar loss of a plain loop: Σ_i ŵ_i ℓ_i / B of the rows' losses (B,). step: of the
+        optimizer, where a course is followed; else the weights at its end count."""
+        weights = self.at(self.cells(batch), step)
         if losses.shape != weights.shape:
             raise InputError(
                 f"losses must be one per row, ({len(weights)},), got {tuple(losses.shape)}; use "
@@ -216,8 +261,8 @@ class DataWeights:
     # Files ---------------------------------------------------------------------------------------
 
     def save(self, path: str | Path, evidence: Mapping[str, Tensor] | None = None) -> None:
-        """Writes PATH (safetensors) and beside it, with the ending .json, what the cells are.
-        evidence: further (n,) tensors, for `rhc weights`."""
+        """Writes PATH (safetensors), beside it with the ending .json what the cells are, and a
+        course with the ending .course.safetensors. evidence: further (n,) tensors."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {"weights": self.values, **(evidence or {})}
@@ -233,6 +278,14 @@ class DataWeights:
             "bytes": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
         }
+        if self.course is not None:
+            course = save_tensors(self.course.to_tensors())
+            document["course"] = {
+                "steps": len(self.course),
+                "bytes": len(course),
+                "sha256": hashlib.sha256(course).hexdigest(),
+            }
+            replace_durably(path.with_suffix(COURSE), course)
         replace_durably(path, data)
         replace_durably(path.with_suffix(".json"), (json.dumps(document, indent=1) + "\n").encode())
 
@@ -253,11 +306,7 @@ class DataWeights:
             if document.get("version") != VERSION:
                 raise ValueError(f"it has version {document.get('version')!r}, not {VERSION}")
             cells = whole_number("cells", document.get("cells"))
-            data = read_regular(path.resolve(), 24 * max(cells, 0) + _HEADER)
-            digest = hashlib.sha256(data).hexdigest()
-            if [len(data), digest] != [document.get("bytes"), document.get("sha256")]:
-                raise ValueError("it is not the file that its .json was written with")
-            tensors = load_tensors(data)
+            tensors = _read(path, 24 * max(cells, 0) + _HEADER, document)
             names, bounds = document.get("names"), document["bounds"]
             if names is not None and (not isinstance(names, list) or len(names) != cells):
                 raise ValueError("it has another number of names than of cells")
@@ -268,6 +317,7 @@ class DataWeights:
                 values=tensors.pop("weights"),
                 frozen=tensors.pop("frozen", ()),
                 bounds=(low, high),
+                course=_read_course(path.with_suffix(COURSE), document.get("course"), cells),
             )
             found.evidence = tensors
             return found
@@ -276,6 +326,22 @@ class DataWeights:
             raise InputError(
                 f"cannot read data weights {path}: {why}; give the file that DataWeights.save wrote"
             ) from error
+
+
+def _read(path: Path, most: int, document: Mapping[str, Any]) -> dict[str, Tensor]:
+    data = read_regular(path.resolve(), most)
+    digest = hashlib.sha256(data).hexdigest()
+    if [len(data), digest] != [document.get("bytes"), document.get("sha256")]:
+        raise ValueError(f"{path.name} is not the file that its .json was written with")
+    return load_tensors(data)
+
+
+def _read_course(path: Path, document: Any, cells: int) -> Course | None:
+    if document is None:
+        return None
+    steps = whole_number("steps", document["steps"])
+    most = (8 * cells + 8) * max(steps, 0) + _HEADER
+    return Course.from_tensors(steps, _read(path, most, document))
 
 
 def write_csv(weights: DataWeights, path: Path) -> None:

@@ -24,6 +24,9 @@ from rhc.workload import Workload
 Sums = Callable[[Sequence[float]], list[float]]
 """Sums of numbers over ranks."""
 
+Factors = Callable[[Tensor], Tensor]
+"""cells (B,) -> what their weights are multiplied by."""
+
 
 @dataclass(frozen=True, eq=False)
 class Weighed:
@@ -34,6 +37,7 @@ class Weighed:
     weights: Tensor  # ŵ (B,), a leaf
     scale: float  # N / S
     count: float  # N
+    along: Tensor | None = None  # (B,) what a course multiplies the cells' weights by
 
 
 def leaves_of(batch: Any) -> list[Tensor]:
@@ -56,24 +60,33 @@ def weighed(
     batches: Sequence[Any],
     like: Tensor,
     sums: Sums = list,
-    factors: Callable[[Tensor], Tensor] | None = None,
+    factors: Factors | None = None,
+    step: int | None = None,
 ) -> list[Weighed]:
     """The micro-batches of one step with their weights, of the dtype and device of `like`.
-    factors: cells -> what their weights are multiplied by."""
+    step: for weights with a course."""
     found = []
     count = total = 0.0
     for batch in batches:
         inner = batch.batch if isinstance(batch, (Kept, Weighed)) else batch
         inner = inner.batch if isinstance(inner, Kept) else inner
         cells = _cells(weights, inner.rows if isinstance(inner, Shard) else inner)
-        own = weights.at(cells) if factors is None else weights.at(cells) * factors(cells)
+        own = weights.at(cells, step)
+        own = own if factors is None else own * factors(cells)
         if not (isinstance(inner, Shard) and inner.weight == 0):  # rows that only fill a rank
             count, total = count + len(own), total + float(own.sum())
         found.append((batch.batch if isinstance(batch, Weighed) else batch, cells, own))
     count, total = sums([count, total])
     scale = count / total
     return [
-        Weighed(batch, cells, (own * scale).to(like).requires_grad_(), scale, count)
+        Weighed(
+            batch,
+            cells,
+            (own * scale).to(like).requires_grad_(),
+            scale,
+            count,
+            weights.along(cells, step),
+        )
         for batch, cells, own in found
     ]
 
@@ -83,7 +96,7 @@ def _cells(weights: DataWeights, batch: Any) -> Tensor:
     return torch.arange(len(weights)) if weights.of_terms else weights.cells(batch)
 
 
-def factors_of(cells: Tensor, factors: Tensor) -> Callable[[Tensor], Tensor]:
+def factors_of(cells: Tensor, factors: Tensor) -> Factors:
     """For `weighed`: the factors (m,) of these cells (m,), each once; 1 for others."""
     order = cells.argsort()
     places, sorted_factors = cells[order], factors[order]
@@ -160,7 +173,8 @@ def per_row(
     parts = [r.detach().double().cpu() for r in by_weight]
     pairs = zip(step, parts, strict=True)
     (inner,) = sums([float(sum((p.weights.detach().double().cpu() * r).sum() for p, r in pairs))])
-    return [p.scale * (r - inner / p.count) for p, r in zip(step, parts, strict=True)]
+    by_own = [p.scale * (r - inner / p.count) for p, r in zip(step, parts, strict=True)]
+    return [r if p.along is None else r * p.along for p, r in zip(step, by_own, strict=True)]
 
 
 def per_cell(total: Tensor, step: Sequence[Weighed], rows: Sequence[Tensor]) -> None:

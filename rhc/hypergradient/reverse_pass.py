@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rhc.data_weights import DATA_WEIGHTS, per_cell
+from rhc.data_weights import DATA_WEIGHTS, FEW, per_cell
 from rhc.errors import InputError
 from rhc.hypergradient.adjoint import Adjoint, Damping, Terminal, adjoint
 from rhc.hypergradient.evaluation import (
@@ -79,6 +79,7 @@ class Hypergradient:
         check: control -> relative disagreement with rolls of the plain loop; {} if not verified.
         rows: where data are weighed, per step dJ/dw of every row of its batch, (B,) float64;
             `grad["data_weights"]` has their sums by cell, (n,).
+        cells_by_step: (K, n) the same sums step by step, where cells are few; else None.
     """
 
     value: float
@@ -96,6 +97,7 @@ class Hypergradient:
     plan: Plan | None = None
     check: dict[str, float] = field(default_factory=dict)
     rows: list[Tensor] = field(default_factory=list)
+    cells_by_step: Tensor | None = None
 
 
 class ReversePass:
@@ -178,7 +180,8 @@ class ReversePass:
         plan: of an earlier roll that this one is to equal."""
         self.plant.refuse_overlaps()
         Sweep.attention = False
-        batches = [self.plant.weighed(batch) for batch in batches]
+        numbered = enumerate(batches, schedule.start)
+        batches = [self.plant.weighed(batch, step) for step, batch in numbered]
         plan = plan or self.plan(len(batches), batches[0], schedule)
         folder = None if isinstance(self.spill, bool) else Path(self.spill)
         recorder = WindowRecorder(
@@ -304,8 +307,9 @@ class ReversePass:
                 self.notice(change)
         missing = len(trajectory.schedule) - len(trajectory)  # a diverged roll stops early
         grad = {n: _padded(g, missing) for n, g in found.gradient.items()}
+        by_step: Tensor | None = None
         if self.plant.data_weights is not None:
-            grad[DATA_WEIGHTS] = self._by_cell(trajectory, found.rows)
+            grad[DATA_WEIGHTS], by_step = self._by_cell(trajectory, found.rows)
         value = stage_sum(self.objective, trajectory)
         if end is not None:
             value += self.objective.terminal_weight * float(end)
@@ -326,18 +330,25 @@ class ReversePass:
             plan=plan,
             check={} if self.check is None else self.check.of,
             rows=[torch.cat(of_step) for of_step in found.rows if of_step],
+            cells_by_step=by_step,
         )
 
-    def _by_cell(self, trajectory: Trajectory, rows: Sequence[Sequence[Tensor]]) -> Tensor:
-        """(n,) float64, over all ranks; NaN without a reverse pass."""
+    def _by_cell(
+        self, trajectory: Trajectory, rows: Sequence[Sequence[Tensor]]
+    ) -> tuple[Tensor, Tensor | None]:
+        """(n,) float64, over all ranks, and (K, n) of few cells; NaN without a reverse pass."""
         assert self.plant.data_weights is not None
-        total = torch.zeros(len(self.plant.data_weights), dtype=torch.float64)
+        n = len(self.plant.data_weights)
+        total = torch.zeros(n, dtype=torch.float64)
         if not rows:
-            return total.fill_(math.nan)
-        for batch, of_step in zip(trajectory.batches, rows, strict=False):
-            per_cell(total, parts(batch), of_step)
+            return total.fill_(math.nan), None
+        by_step = torch.zeros(len(rows) if n <= FEW else 0, n, dtype=torch.float64)
+        for i, (batch, of_step) in enumerate(zip(trajectory.batches, rows, strict=False)):
+            per_cell(by_step[i] if n <= FEW else total, parts(batch), of_step)
         ranks, device = self.plant.ranks, self.plant.parameters[0].device
-        return total if ranks is None else ranks.sum(total.to(device)).cpu()
+        found = by_step if n <= FEW else total
+        found = found if ranks is None else ranks.sum(found.to(device)).cpu()
+        return (found.sum(0), found) if n <= FEW else (found, None)
 
     def _steps_to_verify(self, recorder: WindowRecorder, damping: Damping) -> int:
         """The k of `verify`; 0 for no verification."""

@@ -345,7 +345,8 @@ class _Rolls:
         if DATA_WEIGHTS in moved:
             relative = moved[DATA_WEIGHTS] / self.values(DATA_WEIGHTS)
             factors = factors_of(self._cells, relative)
-            batches = [plant.weighed_by(batch, factors) for batch in batches]
+            numbered = enumerate(batches, trajectory.start)
+            batches = [plant.weighed_by(batch, step, factors) for step, batch in numbered]
         total, sizes = 0.0, 0.0
         for i in range(cut.k):
             step = trajectory.start + i

@@ -18,6 +18,7 @@ from rhc.errors import InputError, RunWarning
 from rhc.events import CheckpointSaved
 from rhc.loop.agreement import agreed
 from rhc.loop.checks import check_storable
+from rhc.loop.data_weights import learned
 from rhc.loop.fit import Fit
 from rhc.loop.records import final_result
 from rhc.loop.state import AVERAGE_DECAY, AntitheticSearch, Cost, Patience, Replay
@@ -152,10 +153,10 @@ def finish(fit: Fit) -> None:
             stream.close()  # its loader is iterated anew
     state.result = final_result(fit)
     if directory is not None:
-        weights, ranks = fit.plant.data_weights, fit.plant.ranks
+        weights, ranks = learned(fit.plant, state), fit.plant.ranks
         if weights is not None and (ranks is None or ranks.first):
-            evidence = fit.state.evidence
-            weights.save(directory.path / WEIGHTS, None if evidence is None else evidence.by_cell())
+            evidence = None if state.evidence is None else state.evidence.by_cell()
+            weights.save(directory.path / WEIGHTS, evidence)
         directory.finish(state.committed(), state.result)
 
 
@@ -245,7 +246,8 @@ def _loss_after(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> fl
     _take_over(fit, directory, checkpoint)
     step, plant = checkpoint.step, fit.plant
     batch = next(fit.data.train.lazily(step, step + 1))
-    losses = [plant.loss(micro)[0].detach() for micro in micro_batches(batch)]
+    weighed = micro_batches(plant.weighed(batch, step))
+    losses = [plant.loss(micro)[0].detach() for micro in weighed]
     plant.parallel.settle()
     return plant.value(torch.stack(losses).mean())
 

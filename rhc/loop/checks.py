@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rhc.containers import spare
+from rhc.data_weights import DataWeights
 from rhc.distributed import Ranks
 from rhc.errors import InputError
 from rhc.hypergradient import check_steerable
@@ -40,6 +41,14 @@ def steered(plant: Plant, asked: Sequence[str] | None, usual: Sequence[str]) -> 
     for name in controls:
         CONTROLS[name].check(initial[name])
     return controls
+
+
+def check_course(weights: DataWeights | None, steps: int) -> None:
+    if weights is not None and weights.course is not None and len(weights.course) < steps:
+        raise InputError(
+            f"the course of the data weights has {len(weights.course)} steps, fewer than the run's "
+            f"{steps}; give data_weights.stretched({steps})"
+        )
 
 
 def checked_loaders(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rhc.data_weights import DATA_WEIGHTS, Observation, factors_of
+from rhc.data_weights import DATA_WEIGHTS, DataWeights, Observation, factors_of
 from rhc.loop.fit import Fit
-from rhc.loop.state import Attempt, Window
+from rhc.loop.state import Attempt, State, Window
+from rhc.training.plant import Plant
 
 
 def observe(fit: Fit, window: Window, attempt: Attempt) -> Observation | None:
@@ -14,7 +15,7 @@ def observe(fit: Fit, window: Window, attempt: Attempt) -> Observation | None:
     evidence, h, weights = fit.state.evidence, attempt.hypergradient, fit.plant.data_weights
     if evidence is None or h is None or weights is None or window.observation is not None:
         return None
-    window.observation = evidence.observe(h.grad[DATA_WEIGHTS], weights.values)
+    window.observation = evidence.observe(h.grad[DATA_WEIGHTS], weights.values, h.cells_by_step)
     return window.observation
 
 
@@ -23,7 +24,8 @@ def weigh(fit: Fit, trial: Attempt, observed: Observation, scale: float) -> Atte
     assert trial.proposal is not None
     by = scale * observed.by
     factors = factors_of(observed.cells, by.exp())
-    trial.batches = [fit.plant.weighed_by(batch, factors) for batch in trial.batches]
+    numbered = enumerate(trial.batches, trial.schedule.start)
+    trial.batches = [fit.plant.weighed_by(batch, step, factors) for step, batch in numbered]
     trial.weights = by
     predicted = trial.proposal.predicted + scale * observed.predicted
     trial.proposal = replace(trial.proposal, predicted=predicted)
@@ -31,11 +33,21 @@ def weigh(fit: Fit, trial: Attempt, observed: Observation, scale: float) -> Atte
 
 
 def move_weights(fit: Fit, window: Window, attempt: Attempt) -> None:
-    """Commits what was observed, and the moves that the attempt was replayed with."""
-    observed, weights = window.observation, fit.plant.data_weights
-    if observed is None or weights is None:
+    """Commits what was observed, the moves that the attempt was replayed with, and the course."""
+    observed, weights, evidence = window.observation, fit.plant.data_weights, fit.state.evidence
+    if weights is None or evidence is None:
         return
-    assert fit.state.evidence is not None
-    fit.state.evidence.take(observed)
-    if attempt.weights is not None:
-        weights.move(observed.cells, attempt.weights)
+    if observed is not None:
+        evidence.take(observed)
+        if attempt.weights is not None:
+            weights.move(observed.cells, attempt.weights)
+    evidence.note(weights.by_step(window.start, window.commit))
+
+
+def learned(plant: Plant, state: State) -> DataWeights | None:
+    """The weights that a run ends with; of few cells that it moved, with their course."""
+    weights, evidence = plant.data_weights, state.evidence
+    if weights is None or evidence is None:
+        return weights
+    course = evidence.course(state.step)
+    return weights if course is None else weights.over(course)

@@ -61,7 +61,7 @@ def _evaluated(fit: Fit, window: Window, attempt: Attempt, times: int) -> Tensor
     """(times,) the loss of the window's first step, each from its start, which is restored."""
     assert window.before is not None
     plant, batch = fit.plant, next(iter(attempt.batches))
-    micro = plant.weighed(next(iter(micro_batches(batch))))
+    micro = plant.weighed(next(iter(micro_batches(batch))), window.start)
     losses = []
     for _ in range(times):
         with torch.no_grad():

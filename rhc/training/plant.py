@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rhc.containers import opening
-from rhc.data_weights import DataWeights, Weighed, weighed, weighing
+from rhc.data_weights import DataWeights, Factors, Weighed, weighed, weighing
 from rhc.distributed import Ranks, parallel_of
 from rhc.distributed.parallel import dense
 from rhc.errors import InputError, Unseen, whole_number
@@ -171,21 +171,21 @@ class Plant:
             raise
         return checked_loss(result)
 
-    def weighed(self, batch: Any) -> Any:
+    def weighed(self, batch: Any, step: int) -> Any:
         """A step's batch with the weights of its rows, if data are weighted."""
         if self.data_weights is None or isinstance(batch, Weighed):
             return batch
         if isinstance(batch, MicroBatches) and isinstance(batch[0], Weighed):
             return batch
-        return self.weighed_by(batch)
+        return self.weighed_by(batch, step)
 
-    def weighed_by(self, batch: Any, factors: Callable[[Tensor], Tensor] | None = None) -> Any:
-        """As `weighed`, anew. factors: cells -> what their weights are multiplied by."""
+    def weighed_by(self, batch: Any, step: int, factors: Factors | None = None) -> Any:
+        """As `weighed`, anew."""
         assert self.data_weights is not None
         several = isinstance(batch, (MicroBatches, DrawnAsNeeded))
         parts = list(batch) if several else [batch]
         like, sums = self.parameters[0], self.parallel.sums
-        found = weighed(self.data_weights, parts, like, sums, factors)
+        found = weighed(self.data_weights, parts, like, sums, factors, step)
         return MicroBatches(found) if several else found[0]
 
     def value(self, loss: Tensor) -> float:
@@ -208,7 +208,7 @@ class Plant:
                 f"{len(self.optimizer.param_groups)} at step {step}: add groups between two fits, "
                 "not during one"
             )
-        batch = self.weighed(batch)
+        batch = self.weighed(batch, step)
         self.controls.write(controls)
         if self._closure != "none":
             return self._step_by_closure(batch, controls, step)
@@ -432,7 +432,8 @@ class Plant:
         if recorder is not None:
             recorder.begin(trajectory)
         losses: list[float] = []
-        for i, batch in enumerate(map(self.weighed, batches)):
+        for i, batch in enumerate(batches):
+            batch = self.weighed(batch, schedule.start + i)
             if recorder is not None:
                 recorder.before(i, batch)
             step = schedule.start + i
