@@ -1,9 +1,10 @@
-"""The Runner: `fit` is the loop of roll, rewrite, restore, replay, commit and slide."""
+"""The Runner: `train` is the loop of roll, rewrite, restore, replay, commit and slide."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -35,6 +36,7 @@ from rhc.loop.data_weights import learned
 from rhc.loop.epochs import announce_planning, begin_planning, epoch_steps
 from rhc.loop.fit import Data, EventLog, Fit, ReversePasses
 from rhc.loop.lr_search import find_first_lr
+from rhc.loop.passes import passable, rewrite_whole_run
 from rhc.loop.records import RunResult
 from rhc.loop.replay_check import assert_replay
 from rhc.loop.shift import adapt_to_shift
@@ -79,6 +81,30 @@ DEFAULT_CONTROLS = ("lr",)
 """Rewriting momentum and noise too made runs worse on all three tasks tried (docs/log.md)."""
 
 
+def train(fit: Fit) -> None:
+    """The run to its end, window by window."""
+    while fit.state.step < fit.state.steps:
+        window = next_window(fit)
+        attempt = roll(fit, window)  # lr is lowered until all is finite
+        attempt = assert_replay(fit, window, attempt)  # once
+        attempt = adapt_to_shift(fit, window, attempt)
+        attempt = antithetic_search(fit, window, attempt)
+        while worth_rewriting(fit, window, attempt):
+            attempt = hypergradient(fit, window, attempt)
+            for trial in rewrite(fit, window, attempt):
+                restore(fit, window, trial)
+                replay(fit, window, trial)
+                if accepts(fit, attempt, trial):
+                    attempt = trial
+                    break
+            else:
+                break
+        attempt = settle(fit, window, attempt)
+        commit(fit, window, attempt)
+        save(fit)
+        slide(fit, window, attempt)
+
+
 class Runner:
     """Trains a model and writes its schedule with hindsight.
 
@@ -105,6 +131,9 @@ class Runner:
         warmup: fraction of the run in which lr rises linearly to the template. None for a tenth
             where the first lr of an Adam is found, else 0.
         rewrite: an update rule; True for the usual one; False for the plain loop, bit for bit.
+        passes: rewrites of the whole run, at most, after it was rolled: each goes back through all
+            of its steps, moves `controls` by knots, and replays it. Kept where the loss on other
+            rows of val_loader falls; without one, on training batches that follow the run's.
         inexact_replay: whether windows are rewritten although the first one, replayed, did not end
             in the same bits (`RunResult.replay`).
         schedule: followed as it is where nothing is rewritten, in place of a template; a control
@@ -159,6 +188,7 @@ class Runner:
         template: Template | None = None,
         warmup: float | None = None,
         rewrite: bool | Rewrite = True,
+        passes: int = 0,
         inexact_replay: bool = False,
         schedule: Schedule | None = None,
         data_weights: DataWeights | None = None,
@@ -190,6 +220,7 @@ class Runner:
             stride=stride,
             controls=None if weights_alone else cast(Any, controls),  # made tuples by the check
             per_group=cast(Any, per_group or None),
+            passes=passes,
             inexact_replay=inexact_replay,
         ).checked()
         shape = settings.Shape(start=start, template=template, warmup=warmup).checked()
@@ -213,7 +244,7 @@ class Runner:
         ).checked()
         self._settings = (windows, step, engine_settings, storage)
         self.window, self.stride = windows.window, windows.stride or windows.window
-        self.inexact_replay = windows.inexact_replay
+        self.passes, self.inexact_replay = windows.passes, windows.inexact_replay
         self.accumulate, self.deterministic = step.accumulate, step.deterministic
         self.validate_every = storage.validate_every
         self.seed = whole_number("seed", seed)
@@ -242,7 +273,8 @@ class Runner:
         self.train_loader, self.val_loader, self.test_loader = loaders
         self._take_schedule(shape, rewrite, schedule, planner)
         self.objective = objective or usual_objective(self.start, self.window)
-        self._take_engine(windows, engine_settings, () if weights_alone else DEFAULT_CONTROLS)
+        usual = () if weights_alone else DEFAULT_CONTROLS
+        self._take_engine(windows, engine_settings, usual, planner)
         if first:
             self.listeners += listeners_of(logger, config)
         self.config = None if config is None else dict(config)
@@ -287,7 +319,11 @@ class Runner:
             followed(self.plant, schedule, free=free)
 
     def _take_engine(
-        self, windows: settings.Window, engine: settings.Engine, usual: tuple[str, ...]
+        self,
+        windows: settings.Window,
+        engine: settings.Engine,
+        usual: tuple[str, ...],
+        planner: EpochPlanner | None,
     ) -> None:
         self.segment = cast(int | Literal["auto"], engine.segment)
         self.product = cast(Product | Literal["auto"], engine.product)
@@ -295,6 +331,7 @@ class Runner:
             self.product = "none"
         self.controls: tuple[str, ...] = ()
         self._reverse_passes: ReversePasses | None = None
+        self._whole_run: ReversePasses | None = None
         self._reverse_pass: ReversePass | None = None
         if self.rewriting:
             resolve(self.window, self.segment, self.product, "adjoint", self.plant)
@@ -311,6 +348,10 @@ class Runner:
                 self._events,
             )
             self._reverse_pass = self._reverse_passes.make(OomFallback())
+            if self.passes:
+                self._whole_run = passable(
+                    replace(self._reverse_passes, product=cast(Any, engine.product)), planner
+                )
         elif self.start == "zero":
             self.plant.refuse_complex()
         self.per_group = grouped(self.plant, self.controls, windows.per_group or ())
@@ -346,26 +387,9 @@ class Runner:
         steps = self._checked(steps, resume)
         with self._fitting():
             fit = self._begin(steps, resume)
-            while fit.state.step < steps:
-                window = next_window(fit)
-                attempt = roll(fit, window)  # lr is lowered until all is finite
-                attempt = assert_replay(fit, window, attempt)  # once
-                attempt = adapt_to_shift(fit, window, attempt)
-                attempt = antithetic_search(fit, window, attempt)
-                while worth_rewriting(fit, window, attempt):
-                    attempt = hypergradient(fit, window, attempt)
-                    for trial in rewrite(fit, window, attempt):
-                        restore(fit, window, trial)
-                        replay(fit, window, trial)
-                        if accepts(fit, attempt, trial):
-                            attempt = trial
-                            break
-                    else:
-                        break
-                attempt = settle(fit, window, attempt)
-                commit(fit, window, attempt)
-                save(fit)
-                slide(fit, window, attempt)
+            if fit.passes and fit.state.step == 0:
+                rewrite_whole_run(fit, train)
+            train(fit)
             finish(fit)
         return self._result()
 
@@ -490,6 +514,8 @@ class Runner:
             self.directory,
             self._events,
             self.inexact_replay,
+            self.passes,
+            self._whole_run,
         )
         self._events.told.clear()
         begin_planning(fit, self.plant.controls.initial["lr"])

@@ -62,8 +62,9 @@ class RanksDirectory(RunDirectory):
         self._unsaved: tuple[Checkpoint, Plan] | None = None
         """A checkpoint with parts whose save failed; retrying needs all ranks."""
         if not ranks.first:
-            self.tape, self.windows, self.starts = (
-                _Unwritten(path / name) for name in ("tape.jsonl", "windows.jsonl", "start.jsonl")
+            self.tape, self.windows, self.starts, self.passes = (
+                _Unwritten(path / f"{name}.jsonl")
+                for name in ("tape", "windows", "start", "passes")
             )
 
     # Reading -------------------------------------------------------------------------------------
@@ -77,6 +78,11 @@ class RanksDirectory(RunDirectory):
 
     def earlier(self, step: int) -> Checkpoint | None:
         return self._loaded(self.ranks.by_first(lambda: _step(RunDirectory.earlier(self, step))))
+
+    def at(self, step: int) -> Checkpoint:
+        found = self._loaded(step)
+        assert found is not None
+        return found
 
     def _loaded(self, step: int | None) -> Checkpoint | None:
         """The checkpoint for this rank; InputError on all if a rank cannot read it."""

@@ -17,7 +17,7 @@ from rhc.data_weights import DataWeights
 from rhc.distributed import Ranks, Shard, Unshared, ranks_of, synchronised, unwrapped
 from rhc.distributed.ranks import Group
 from rhc.errors import InputError, whole_number
-from rhc.hypergradient.adjoint import Damping, Terminal
+from rhc.hypergradient.adjoint import Boundary, Damping, Terminal
 from rhc.hypergradient.hvp import PRODUCT_COST, PRODUCTS, Product
 from rhc.hypergradient.memory_plan import Plan
 from rhc.hypergradient.outcome import SAME_GRADIENT, Outcome
@@ -35,6 +35,7 @@ __all__ = [
     "PRODUCTS",
     "PRODUCT_COST",
     "SAME_GRADIENT",
+    "Boundary",
     "Damping",
     "Engine",
     "Hypergradient",

@@ -19,14 +19,16 @@ autograd.grad(create_graph=True) takes +3960 MB where this takes under 150 (docs
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rhc.containers import to_device
 from rhc.data_weights import per_row
 from rhc.errors import InputError, Unseen
 from rhc.hypergradient.evaluation import (
@@ -54,7 +56,7 @@ from rhc.hypergradient.states import SMALL_STATES, Folded, Rebuilt
 from rhc.training import memory
 from rhc.training.losses import checked_loss
 from rhc.training.objective import Objective, average_weights
-from rhc.training.trajectory import BlockState
+from rhc.training.trajectory import Block, BlockState
 
 Terminal = Callable[[nn.Module], Tensor]
 
@@ -88,6 +90,57 @@ class Adjoint:
     cut: Cut | None = None
     rows: list[list[Tensor]] = field(default_factory=list)
     """Per step dJ/dw of the rows of each micro-batch, (B,) float64, where rows are weighed."""
+    before: Boundary | None = None
+
+
+@dataclass
+class Boundary:
+    """λ between two windows of a run. end: |λ_θ| at the run's end."""
+
+    blocks: tuple[Block, ...]
+    costate: Costate
+    end: float
+
+    @classmethod
+    def of(
+        cls,
+        blocks: Sequence[Mapping[str, Any]],
+        costate: Mapping[str, Any],
+        end: float,
+        device: torch.device,
+    ) -> Boundary:
+        """From the `vars` of its parts, as they are read from a file."""
+        parts = {name: to_device(part, device) for name, part in costate.items()}
+        return cls(tuple(Block(**block) for block in blocks), Costate(**parts), end)
+
+    def over(self, blocks: tuple[Block, ...]) -> Costate:
+        """λ by the blocks of the window before, which may be coarser; a copy."""
+        costate = self.costate
+        own = zip(costate.parameters, costate.optimizer, strict=True)
+        parts = dict(zip(self.blocks, own, strict=True))
+        inside = {i: block for block in self.blocks for i in block.indices}
+        parameters, optimizer = list[Tensor | None](), list[list[Tensor | None]]()
+        for block in blocks:
+            members = list(dict.fromkeys(inside[i] for i in block.indices))
+            if [i for member in members for i in member.indices] != list(block.indices):
+                raise Unseen("parameters begin or end to be trained together inside the run")
+            sizes = [sum(member.sizes) for member in members]
+            parameters.append(_together([parts[m][0] for m in members], sizes))
+            slots = zip(*(parts[m][1] for m in members), strict=False)
+            optimizer.append([_together(slot, sizes) for slot in slots])
+        statistics = {name: t.clone() for name, t in costate.statistics.items()}
+        return Costate(parameters, optimizer, statistics)
+
+
+def _together(parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor | None:
+    """Parts of λ as one vector; those of a number that the parts share are summed."""
+    like = next((t for t in parts if t is not None), None)
+    if like is None:
+        return None
+    known = [like.new_zeros(n) if t is None else t for t, n in zip(parts, sizes, strict=True)]
+    if all(t.shape == (n,) for t, n in zip(known, sizes, strict=True)):
+        return torch.cat(known)
+    return torch.stack([t for t in parts if t is not None]).sum(0)
 
 
 @dataclass
@@ -111,17 +164,19 @@ def adjoint(
     damping: Damping,
     twice: Collection[int] = (),
     cut: int = 0,
+    later: Boundary | None = None,
 ) -> tuple[Adjoint, Tensor | None]:
     """(dJ/du for every step and control, the terminal loss).
 
     recorder: of a roll whose end is the live state, which serves as scratch and is restored; the
     random state is not. average: θ̄ in the optimizer's parameter order; None for the last iterate.
     twice: steps whose difference is also taken backwards (central: at half the distance); the mean
-    counts. cut: k of the `Cut` to return; 0 for none.
+    counts. cut: k of the `Cut` to return; 0 for none. later: what the steps after the window make
+    of its end.
     """
     evaluation = Evaluation(recorder.plant, recorder.trajectory.blocks, objective)
     recursion = _Recursion(recorder, evaluation, controls, product, damping, frozenset(twice), cut)
-    value = recursion.begin(terminal, average)
+    value = recursion.begin(terminal, average, later)
     return recursion.run(), value
 
 
@@ -199,12 +254,20 @@ class _Recursion:
         self.rows: list[list[Tensor]] = [[] for _ in range(self.length)]
         self.ceiling: memory.Ceiling | None = None
 
-    def begin(self, terminal: Terminal | None, average: Sequence[Tensor] | None) -> Tensor | None:
+    def begin(
+        self,
+        terminal: Terminal | None,
+        average: Sequence[Tensor] | None,
+        later: Boundary | None,
+    ) -> Tensor | None:
         """Sets λ at the window's end, the live state; returns the terminal loss."""
         blocks, objective = self.trajectory.blocks, self.evaluation.objective
         value: Tensor | None = None
         self.mean_gradient = [None] * len(blocks)
         costate = Costate(self.mean_gradient, [[] for _ in blocks])
+        if later is not None:
+            assert terminal is None
+            costate = later.over(blocks)
         if terminal is not None and objective.terminal_weight:
             try:
                 value, self.mean_gradient, costate.statistics = _terminal_gradient(
@@ -225,6 +288,8 @@ class _Recursion:
         self.costate = self._with_share(costate, self.length)
         self._note(self.length)
         self.end_norm = self.costate.parameter_norm(self.plant)
+        if later is not None:
+            self.end_norm = torch.full_like(self.end_norm, later.end)
         return value
 
     def run(self) -> Adjoint:
@@ -245,6 +310,7 @@ class _Recursion:
             self.undivided,
             self.cut,
             self.rows,
+            Boundary(self.trajectory.blocks, self.costate, float(self.end_norm)),
         )
 
     def _chunk(self, chunk: Chunk) -> None:

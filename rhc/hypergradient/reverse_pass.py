@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from rhc.data_weights import DATA_WEIGHTS, FEW, per_cell
 from rhc.errors import InputError
-from rhc.hypergradient.adjoint import Adjoint, Damping, Terminal, adjoint
+from rhc.hypergradient.adjoint import Adjoint, Boundary, Damping, Terminal, adjoint
 from rhc.hypergradient.evaluation import (
     Evaluation,
     functions_of,
@@ -145,6 +145,8 @@ class ReversePass:
         self.moving: list[str] | None = None
         self.whole = ""  # why no product takes batches in parts any more
         self.changed: list[str] | None = None  # what is computed otherwise than in plain training
+        self.before: Boundary | None = None
+        """λ at the start of the window that was differentiated last."""
         self._tried: set[type] = set()
 
     # Plan and roll -------------------------------------------------------------------------------
@@ -218,13 +220,15 @@ class ReversePass:
         average: Average,
         terminal: Terminal | None,
         damping: Damping | None = None,
+        later: Boundary | None = None,
     ) -> Hypergradient:
-        """The adjoint of a roll whose end is the live state, which is restored."""
+        """The adjoint of a roll whose end is the live state, which is restored. later: `before` of
+        the window that follows, in place of a terminal loss."""
         damping = damping or self.damping
         self.plant.optimizer.zero_grad()  # the trajectory has the last step's gradients
         counted = self.plant.attributes()
         try:
-            return self._differentiate(recorder, average, terminal, damping, counted)
+            return self._differentiate(recorder, average, terminal, damping, counted, later)
         finally:
             counted.restore()
 
@@ -235,6 +239,7 @@ class ReversePass:
         terminal: Terminal | None,
         damping: Damping,
         counted: Captured,
+        later: Boundary | None,
     ) -> Hypergradient:
         trajectory, plan = recorder.trajectory, recorder.plan
         wasted, spent = 0, 0.0
@@ -258,6 +263,7 @@ class ReversePass:
                         damping=damping,
                         twice=self._twice(len(trajectory), trajectory.start),
                         cut=self._steps_to_verify(recorder, damping),
+                        later=later,
                     )
             except (RuntimeError, NotImplementedError) as error:
                 self._fall_back(error, trajectory)
@@ -297,6 +303,7 @@ class ReversePass:
             spent += self._try_functions(trajectory)
         if outcome.usable and self.check is not None and not self.check.holds:
             outcome = Outcome("inconsistent", self.check.sentence(), trajectory.start)
+        self.before = found.before
         if found.undivided is not None:
             self._divide_no_more(product, trajectory, found.undivided)
         if self.moving is None:

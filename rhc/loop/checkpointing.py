@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple
@@ -30,7 +31,7 @@ from rhc.settings import TrainConfig
 from rhc.storage.checkpoint import SHARDS, VALUES, Checkpoint
 from rhc.storage.files import NUMBER, check_kinds
 from rhc.storage.run_directory import RunDirectory
-from rhc.storage.run_files import WEIGHTS
+from rhc.storage.run_files import PASSES, WEIGHTS
 from rhc.training import interrupts
 from rhc.training.batches import Position, micro_batches
 from rhc.training.objective import Average
@@ -158,6 +159,8 @@ def finish(fit: Fit) -> None:
             evidence = None if state.evidence is None else state.evidence.by_cell()
             weights.save(directory.path / WEIGHTS, evidence)
         directory.finish(state.committed(), state.result)
+        if ranks is None or ranks.first:
+            shutil.rmtree(directory.path / PASSES, ignore_errors=True)
 
 
 # Resume -------------------------------------------------------------------------------------------
@@ -174,6 +177,7 @@ def open_run(
         write_checkpoint(fit)
         return
     differs = _resume(fit, directory, checkpoint)
+    state.passes = directory.passes.read() if state.step else []
     if state.step == state.steps:
         state.result = directory.result()
     if fit.plant.ranks is None or fit.plant.ranks.first:
@@ -212,7 +216,7 @@ def _resume(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> list[s
     with contextlib.suppress(InputError):  # raised again below if it matters
         earlier = directory.earlier(checkpoint.step)
         said = [] if earlier is None else _loss_differs(fit, directory, earlier)
-    _take_over(fit, directory, checkpoint)
+    take_over(fit, directory, checkpoint)
     streams = (fit.data.train, fit.data.validation)
     data = [s.differs for s in streams if s is not None and s.differs is not None]
     return [*directory.differences, *(data or said)]
@@ -243,7 +247,7 @@ def _loss_differs(fit: Fit, directory: RunDirectory, earlier: Checkpoint) -> lis
 
 def _loss_after(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> float:
     """The loss of the first step after a checkpoint; the step is not taken."""
-    _take_over(fit, directory, checkpoint)
+    take_over(fit, directory, checkpoint)
     step, plant = checkpoint.step, fit.plant
     batch = next(fit.data.train.lazily(step, step + 1))
     weighed = micro_batches(plant.weighed(batch, step))
@@ -252,7 +256,8 @@ def _loss_after(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> fl
     return plant.value(torch.stack(losses).mean())
 
 
-def _take_over(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> None:
+def take_over(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> None:
+    """Loads a checkpoint into state, plant and streams; InputError where it is of another run."""
     try:
         _load(fit, directory, checkpoint)
     except (

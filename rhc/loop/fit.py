@@ -39,12 +39,13 @@ class EventLog:
     def notice(self, message: str) -> None:
         self.emit(Notice(message))
 
-    def tell(self, message: str) -> None:
-        """A notice, once a run, that the result repeats; a warning where there are no listeners."""
+    def tell(self, message: str, *, mild: bool = False) -> None:
+        """A notice, once a run, that the result repeats; a warning where there are no listeners,
+        unless it is `mild`."""
         if message in self.told:
             return
         self.told.append(message)
-        if self.warns and not self.listeners:
+        if self.warns and not mild and not self.listeners:
             warnings.warn(message, RunWarning, stacklevel=2)
         self.notice(message)
 
@@ -104,7 +105,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Fit:
-    """What stays constant during a fit, and its `state`, plant and streams, which change."""
+    """What stays constant during a fit, and its `state`, plant and streams, which change. passes:
+    rewrites of the whole run, at most; whole_run: settings of their reverse passes."""
 
     plant: Plant
     state: State
@@ -119,6 +121,8 @@ class Fit:
     directory: RunDirectory | None
     events: EventLog
     inexact_replay: bool
+    passes: int
+    whole_run: ReversePasses | None
 
     @property
     def controls(self) -> tuple[str, ...]:

@@ -158,6 +158,7 @@ def final_result(fit: Fit) -> dict[str, Any]:
         "cost": state.cost.to_json(state.step),
         "replay": finite(state.replay and asdict(state.replay)),
         "notices": list(fit.events.told),
+        "passes": state.passes,
     }
     if state.evidence is not None and plant.data_weights is not None:
         spread = float(plant.data_weights.values.log().std(correction=0))
@@ -221,6 +222,11 @@ class RunResult:
     def notices(self) -> list[str]:
         """What a person was told of the run, once each."""
         return self.record.get("notices", [])
+
+    @property
+    def passes(self) -> list[dict[str, Any]]:
+        """Replays of the whole run, in order, as passes.jsonl has them."""
+        return self.record.get("passes", [])
 
     @property
     def cost(self) -> dict[str, Any]:

@@ -40,6 +40,12 @@ class Cost:
     rewound_windows: int = 0
     peak_memory_bytes: int = 0
 
+    def plus(self, other: Cost) -> Cost:
+        """Both costs; of memory the larger peak."""
+        both = {name: value + getattr(other, name) for name, value in vars(self).items()}
+        both["peak_memory_bytes"] = max(self.peak_memory_bytes, other.peak_memory_bytes)
+        return Cost(**both)
+
     def gradients(self, count: float) -> None:
         self.gradient_evaluations += count
         self.gradient_equivalents += count
@@ -132,6 +138,7 @@ class State:
     budget_is_spent: bool = field(default=False, init=False)
     tape: list[dict[str, Any]] = field(default_factory=list, init=False)
     windows: list[dict[str, Any]] = field(default_factory=list, init=False)
+    passes: list[dict[str, Any]] = field(default_factory=list, init=False)
     live: Attempt | None = field(default=None, init=False)
     result: dict[str, Any] | None = field(default=None, init=False)
     began: float = field(default_factory=time.monotonic, init=False)

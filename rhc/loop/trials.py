@@ -140,7 +140,7 @@ class Trials:
                 self.plant.restore(self._before)
             record = {**asked, **found, "gradients": cost}
             if self.fit.directory is not None:
-                self.fit.directory.record_start(record)
+                self.fit.directory.record_now(self.fit.directory.starts, record)
             self.fit.events.emit(StartTried(record))
             self.fit.check_stop()
         self._taken[key] = record

@@ -220,6 +220,10 @@ class Window(Settings):
     stride: int | None = setting(None, "M", unset="the window", place="rare")
     """Steps committed before the window slides. At most the window; fewer is model-predictive
     control, at window / stride times the cost."""
+    passes: int = setting(0, "N", at_least(0, 1), rewriting=True, recorded="if given")
+    """Rewrites of the whole run, after it was rolled. Each goes back through all of its steps,
+    moves the schedule by knots and replays the run, which is kept where held-out rows say so: 4
+    more baseline runs with exact products, beyond --budget."""
     controls: tuple[str, ...] | None = setting(
         None, "NAME …", unset="lr", parse=parsed_names, rewriting=True, recorded="by the runner"
     )

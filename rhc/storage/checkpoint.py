@@ -91,6 +91,8 @@ class CheckpointStore:
         self.most_bytes = MOST_TENSOR_BYTES
         """A checkpoint whose manifest lists more is refused unread."""
         self._damaged: set[int] = set()
+        self.keeps: Callable[[int], bool] = lambda step: False
+        """Steps whose checkpoints stay, beside the `keep` newest."""
 
     def path(self, step: int) -> Path:
         return checkpoint_path(self.root, step)
@@ -137,7 +139,9 @@ class CheckpointStore:
         self._damaged.discard(checkpoint.step)
         with contextlib.suppress(OSError):  # the next save retries
             good = [step for step in self.steps() if step not in self._damaged]
-            self._clear(step for step in self.steps() if step not in good[-self.keep :])
+            self._clear(
+                s for s in self.steps() if s not in good[-self.keep :] and not self.keeps(s)
+            )
         return final
 
     def make_room(self) -> bool:
@@ -194,7 +198,7 @@ class CheckpointStore:
     def tidy(self, *, ended: bool) -> None:
         """Removes leftovers of a save and, unless the run has `ended`, surplus checkpoints."""
         good = [] if ended else [step for step in self.steps() if step not in self._damaged]
-        self._clear(good[: -self.keep])
+        self._clear(step for step in good[: -self.keep] if not self.keeps(step))
 
     def _clear(self, steps: Iterable[int]) -> None:
         for leftover in [*self.root.glob(".removing-*"), *self.root.glob(".writing-*")]:

@@ -77,6 +77,7 @@ class RunDirectory:
         self.tape = JsonLines(path / "tape.jsonl")
         self.windows = JsonLines(path / "windows.jsonl")
         self.starts = JsonLines(path / "start.jsonl")
+        self.passes = JsonLines(path / "passes.jsonl")
         self.saved: int | None = None
         """Step of the newest saved checkpoint."""
         self.differences: list[str] = []
@@ -196,6 +197,7 @@ class RunDirectory:
             self.notice(f"{found.fault}: {then if step else 'from there on it is tried again'}")
         if not step:
             self.starts.truncate(found.length)
+            self.passes.truncate(self.passes.intact().length)
 
     def _newest(self) -> Checkpoint | None:
         """The newest valid checkpoint whose lines of tape and windows are all intact."""
@@ -232,9 +234,13 @@ class RunDirectory:
                     return self.checkpoints.load(other)
         return None
 
+    def at(self, step: int) -> Checkpoint:
+        """The checkpoint of a step; InputError where it is damaged."""
+        return self.checkpoints.load(step)
+
     def close(self) -> None:
         """Releases the lock; the end of the process would, too."""
-        for lines in (self.tape, self.windows, self.starts):
+        for lines in (self.tape, self.windows, self.starts, self.passes):
             lines.close()
         if self._lock is not None:
             _LOCKS.remove(self._lock)
@@ -272,8 +278,9 @@ class RunDirectory:
         # The first checkpoint precedes the tape, so that a run can always resume or start again.
         if self._first is not None and self._first is not checkpoint:
             self._save_checkpoint(self._first, 0, 0)
-        if self.starts.pending:
-            self.starts.flush()
+        for lines in (self.starts, self.passes):
+            if lines.pending:
+                lines.flush()
         if self._first is None:
             self.tape.flush()
             self.windows.flush()
@@ -291,11 +298,11 @@ class RunDirectory:
         self.saved, self._first = checkpoint.step, None
         return path
 
-    def record_start(self, record: Mapping[str, Any]) -> None:
-        """Appends a line to start.jsonl, durably: a resumed run does not repeat the roll."""
-        self.starts.append([record])
+    def record_now(self, lines: JsonLines, record: Mapping[str, Any]) -> None:
+        """Appends a line, durably: a resumed run does not do again what it tells."""
+        lines.append([record])
         try:
-            self.starts.flush()
+            lines.flush()
         except OSError as error:
             self._troubled(error)
 

@@ -4,6 +4,8 @@
     start.jsonl      one line per roll of the lr search                      loop/trials.py
     tape.jsonl       one line per committed step                             loop/records.py
     windows.jsonl    one line per attempt at a window                        loop/records.py
+    passes.jsonl     one line per rewrite of the whole run                   loop/passes.py
+    passes/          their rolls, while the run lasts                        loop/passes.py
     schedule.json    the plan during the run, then the committed schedule    schedule/planned.py
     checkpoints/     what a run is resumed from, see `checkpoint`            loop/checkpointing.py
     result.json      losses and cost; written last                           loop/records.py
@@ -29,6 +31,9 @@ from rhc.storage.files import NUMBER, NUMBER_OR_NONE, Kinds, misfit, read_json
 
 FILES = ("config.json", "schedule.json", "tape.jsonl", "windows.jsonl", "result.json")
 """A directory with any of these holds a run, or part of one."""
+
+PASSES = "passes"
+"""Folder of the rolls of passes over the whole run, until the run has ended."""
 
 WEIGHTS = "weights.safetensors"
 """Weights of the data, with weights.json beside it."""
