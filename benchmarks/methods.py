@@ -118,6 +118,10 @@ METHODS: dict[str, Method] = {
     "no-anew": _rhc("that never does so", rewrite=replace(USUAL, restart=())),
     "no-hessian": _rhc("with H = 0: the default, named", product="none"),
     "exact-hessian": _rhc("with exact Hessian products", product="exact"),
+    "pass": _rhc("and one pass over the whole run", passes=1),
+    "pass-no-hessian": _rhc(
+        "and one pass over the whole run, all with H = 0", passes=1, product="none"
+    ),
     "no-average": _rhc(
         "judging windows at the last iterate",
         objective=replace(usual_objective("zero", 50), average=None),

@@ -1,4 +1,4 @@
-"""The Runner: `train` is the loop of roll, rewrite, restore, replay, commit and slide."""
+"""The Runner: settings as values, and `fit`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rhc.hypergradient import Damping, Engine, Product, ReversePass, resolve
 from rhc.loop import description
 from rhc.loop.agreement import begin_together, check_ranks, draw_apart
 from rhc.loop.base_schedule import BaseSchedule
-from rhc.loop.checkpointing import finish, open_run, run_directory, save
+from rhc.loop.checkpointing import finish, open_run, run_directory
 from rhc.loop.checks import (
     check_course,
     checked_loaders,
@@ -38,28 +38,14 @@ from rhc.loop.fit import Data, EventLog, Fit, ReversePasses
 from rhc.loop.lr_search import find_first_lr
 from rhc.loop.passes import passable, rewrite_whole_run
 from rhc.loop.records import RunResult
-from rhc.loop.replay_check import assert_replay
-from rhc.loop.shift import adapt_to_shift
 from rhc.loop.state import Cost, State
-from rhc.loop.steps import replay, restore
+from rhc.loop.train import train
 from rhc.loop.update_rule import (
     Rewrite,
     usual_law,
     usual_objective,
     usual_template,
     usual_warmup,
-)
-from rhc.loop.windows import (
-    accepts,
-    antithetic_search,
-    commit,
-    hypergradient,
-    next_window,
-    rewrite,
-    roll,
-    settle,
-    slide,
-    worth_rewriting,
 )
 from rhc.report.loggers import Logger, Logging, listeners_of
 from rhc.rng import mixed_seed
@@ -79,30 +65,6 @@ __all__ = ["Cost", "DivergedError", "RunResult", "Runner"]
 
 DEFAULT_CONTROLS = ("lr",)
 """Rewriting momentum and noise too made runs worse on all three tasks tried (docs/log.md)."""
-
-
-def train(fit: Fit) -> None:
-    """The run to its end, window by window."""
-    while fit.state.step < fit.state.steps:
-        window = next_window(fit)
-        attempt = roll(fit, window)  # lr is lowered until all is finite
-        attempt = assert_replay(fit, window, attempt)  # once
-        attempt = adapt_to_shift(fit, window, attempt)
-        attempt = antithetic_search(fit, window, attempt)
-        while worth_rewriting(fit, window, attempt):
-            attempt = hypergradient(fit, window, attempt)
-            for trial in rewrite(fit, window, attempt):
-                restore(fit, window, trial)
-                replay(fit, window, trial)
-                if accepts(fit, attempt, trial):
-                    attempt = trial
-                    break
-            else:
-                break
-        attempt = settle(fit, window, attempt)
-        commit(fit, window, attempt)
-        save(fit)
-        slide(fit, window, attempt)
 
 
 class Runner:

@@ -141,7 +141,9 @@ class Step(Settings):
 
     heading = "the optimizer"
 
-    clip_norm: float | None = setting(None, "C", above_0("not to clip"), unset="no clipping")
+    clip_norm: float | None = setting(
+        None, "C", above_0("not to clip"), unset="no clipping", place="rare"
+    )
     """Clip the norm of the gradient to C. Over all parameters together."""
     clip_value: float | None = setting(
         None, "C", above_0("not to clip"), unset="no clipping", place="rare", recorded="if given"

@@ -201,7 +201,7 @@ def test_a_replay_that_was_stopped_goes_on_bit_for_bit(
             raise KeyboardInterrupt
         commit(fit, window, attempt)
 
-    monkeypatch.setattr("rhc.runner.commit", stopped)
+    monkeypatch.setattr("rhc.loop.train.commit", stopped)
     assert call(*command("cut"))[0] == 130
     monkeypatch.undo()
     assert call("resume", tmp_path / "cut")[0] == 0

@@ -306,7 +306,7 @@ def test_a_smoothing_that_was_stopped_goes_on(
             raise KeyboardInterrupt
         commit(fit, window, attempt)
 
-    monkeypatch.setattr("rhc.runner.commit", stopped)
+    monkeypatch.setattr("rhc.loop.train.commit", stopped)
     assert call(*command("cut"))[0] == 130
     monkeypatch.undo()
     status, _, err = call("resume", tmp_path / "cut" / "pass-0")

@@ -71,7 +71,7 @@ def test_it_costs_the_steps_of_one_window_and_moves_nothing(
         fit.state.replay = Replay(True, 0, 4)
         return attempt
 
-    monkeypatch.setattr("rhc.runner.assert_replay", believed)
+    monkeypatch.setattr("rhc.loop.train.assert_replay", believed)
     run = make_run("adamw")
     other = fit(run)
     evaluations = checked.cost["gradient_evaluations"] - other.cost["gradient_evaluations"]

@@ -230,7 +230,7 @@ class TestInOneWord:
                 raise KeyboardInterrupt
             commit(fit, window, attempt)
 
-        monkeypatch.setattr("rhc.runner.commit", stopped)
+        monkeypatch.setattr("rhc.loop.train.commit", stopped)
         assert call(*line, "--directory", cut)[0] == 130
         monkeypatch.undo()
         assert call("resume", cut)[0] == 0
