@@ -44,10 +44,10 @@ from faulty_disk import FaultyDisk
 from runs import files, make_run, seed_everything, state_of, unequal
 
 from rhc import InputError, Rewrite, Runner
-from rhc import runner as runner_module
 from rhc.errors import StorageError
 from rhc.events import CheckpointSaved, StepTaken, VerbStarted
 from rhc.hypergradient import ReversePass
+from rhc.loop import train as loop_module
 from rhc.loop.fit import Fit
 from rhc.schedule import Schedule
 from rhc.settings import TrainConfig
@@ -63,7 +63,7 @@ KILLED_STEPS = 14
 # Kills -------------------------------------------------------------------------------------------
 
 
-def kills(count: int, seed: int) -> bool:
+def kills(count: int, seed: int, passes: int = 0) -> bool:
     """SIGKILLs at random instants, each resumed; every run must end as the one that was left alone.
 
     A forked process trains a run like that of tests/killed_run.py, and says in which phase it is.
@@ -74,7 +74,7 @@ def kills(count: int, seed: int) -> bool:
     folder = Path(tempfile.mkdtemp(prefix="rhc-kills-"))
     _small(folder / "first")  # imports in the parent what every child would import anew
     began = time.monotonic()
-    phases, _ = _child(folder / "whole", None, None)
+    phases, _ = _child(folder / "whole", None, None, passes)
     seconds = time.monotonic() - began
     print(f"a run takes {seconds:.1f} s and has {phases} changes of phase", flush=True)
     expected = _final(folder / "whole")
@@ -85,7 +85,7 @@ def kills(count: int, seed: int) -> bool:
         timed = draw.random() < 0.5
         after = draw.uniform(0, 0.4) * seconds if timed else None
         change = None if timed else draw.randrange(max(1, int(0.4 * phases)))
-        _, phase = _child(directory, after, change)
+        _, phase = _child(directory, after, change, passes)
         if phase is not None:
             histogram[phase] += 1
             continue
@@ -94,7 +94,7 @@ def kills(count: int, seed: int) -> bool:
         shutil.rmtree(directory)
         print(f"{histogram.total()} kills, {equal} of {ended} runs equal", flush=True)
     if (folder / str(run)).exists():
-        _child(folder / str(run), None, None)
+        _child(folder / str(run), None, None, passes)
         ended += 1
         equal += not unequal(expected, _final(folder / str(run)))
     print(f"{histogram.total()} kills in {ended} runs of {seconds:.1f} s: {equal} ended bit-equal")
@@ -109,7 +109,14 @@ def _final(directory: Path) -> dict[str, Any]:
     return {"tensors": load_file(directory / "final.safetensors"), "files": files(directory)}
 
 
-def _child(directory: Path, after: float | None, change: int | None) -> tuple[int, str | None]:
+def pass_kills(count: int, seed: int) -> bool:
+    """The same of a run that two passes rewrite as a whole."""
+    return kills(count, seed, passes=2)
+
+
+def _child(
+    directory: Path, after: float | None, change: int | None, passes: int
+) -> tuple[int, str | None]:
     """(changes of phase, the phase that a kill found; None where the run came to its end)."""
     reading, writing = os.pipe()
     pid = os.fork()
@@ -117,7 +124,7 @@ def _child(directory: Path, after: float | None, change: int | None) -> tuple[in
         os.close(reading)
         status = 1
         with contextlib.suppress(BaseException):
-            _train(directory, writing, change)
+            _train(directory, writing, change, passes)
             status = 0
         os._exit(status)
     os.close(writing)
@@ -135,7 +142,7 @@ def _child(directory: Path, after: float | None, change: int | None) -> tuple[in
     return len(said), None
 
 
-def _train(directory: Path, pipe: int, change: int | None) -> None:
+def _train(directory: Path, pipe: int, change: int | None, passes: int) -> None:
     torch.set_num_threads(1)
     said = 0
 
@@ -193,6 +200,7 @@ def _train(directory: Path, pipe: int, change: int | None) -> None:
             start="given",
             controls=("lr", "momentum", "noise"),
             rewrite=Rewrite(step={"lr": 1.0, "momentum": 0.1, "noise": 3.0}, damping=1e-9),
+            passes=passes,
             directory=directory,
             listeners=[listener],
         )
@@ -758,7 +766,7 @@ def cost(count: int, seed: int) -> bool:
     from models import CASES
 
     torch.set_num_threads(1)
-    case, save = CASES["gpt"], runner_module.save
+    case, save = CASES["gpt"], loop_module.save
     for label, rewrite in (("no rewriting", False), ("rewriting (the default law)", True)):
         seed_everything(seed)
         model = case.model()
@@ -777,7 +785,7 @@ def cost(count: int, seed: int) -> bool:
             spent[0] += time.perf_counter() - wall
             spent[1] += time.process_time() - cpu
 
-        runner_module.save = timed
+        loop_module.save = timed
         wall, cpu = time.perf_counter(), time.process_time()
         runner.fit(50 * count)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -844,6 +852,7 @@ def size(count: int, seed: int) -> bool:
 
 CAMPAIGNS: dict[str, tuple[Callable[[int, int], bool], int]] = {
     "kills": (kills, 200),
+    "pass_kills": (pass_kills, 40),
     "flips": (flips, 200),
     "truncations": (truncations, 1),
     "full": (full, 1),

@@ -465,6 +465,37 @@ def _costates(run: RunRecord) -> Iterator[Chart]:
 
 
 @chart_of_one
+def _passes(run: RunRecord) -> Iterator[Chart]:
+    traces = []
+    for at, row in enumerate(run.passes):
+        kept = row.get("kept") is True
+        curves = [("before", "before any pass", PALE)] if at == 0 else []
+        name = f"pass {row.get('pass')}, {'kept' if kept else 'not kept'}"
+        for key, label, ink in [*curves, ("after", name, _ink(at))]:
+            course = entry(row, key, "lr")
+            points = course if isinstance(course, list) else []
+            pairs = ((number(p[0]), number(p[1])) for p in points if isinstance(p, list))
+            style = {"line": {"color": ink, "width": 2, "dash": "solid" if kept else "dot"}}
+            traces.append(line(finite_pairs(pairs), label, ink) | (style if key == "after" else {}))
+    yield Chart(
+        "passes",
+        "Passes over the whole run",
+        "lr of every replay of the whole run: kept where the loss on held-out rows fell that the "
+        "hypergradient had not seen.",
+        traces,
+        y="lr",
+        log="y",
+        says="; ".join(
+            f"pass {row.get('pass')}: held-out loss {row.get('held_out_before'):.4g} to "
+            f"{row.get('held_out_after'):.4g}"
+            for row in run.passes
+            if number(row.get("held_out_before")) is not None
+            and number(row.get("held_out_after")) is not None
+        ),
+    )
+
+
+@chart_of_one
 def _whole(run: RunRecord) -> Iterator[Chart]:
     """The result of `rhc hypergradient`: the run as one window."""
     start = number(run.whole.get("start")) or 0.0

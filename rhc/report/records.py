@@ -41,6 +41,8 @@ class RunRecord:
     tape: list[dict[str, Any]] = field(default_factory=list)
     windows: list[dict[str, Any]] = field(default_factory=list)
     starts: list[dict[str, Any]] = field(default_factory=list)
+    passes: list[dict[str, Any]] = field(default_factory=list)
+    """Replays of the whole run."""
     whole: dict[str, Any] = field(default_factory=dict)
     """hypergradient.json: the reverse pass through the whole run."""
     faults: list[str] = field(default_factory=list)
@@ -148,6 +150,7 @@ def read_run(directory: Path) -> RunRecord:
     run.tape = _rows(run, "tape.jsonl")
     run.windows = _rows(run, "windows.jsonl")
     run.starts = _rows(run, "start.jsonl")
+    run.passes = _rows(run, "passes.jsonl")
     run.whole = _document(run, "hypergradient.json")
     if not (run.config or run.result or run.tape or run.windows or run.starts):
         why = f" ({'; '.join(run.faults)})" if run.faults else ": it has no config.json and no tape"
