@@ -26,6 +26,8 @@ _MODULES = {
     "Plant": "rhc.training.plant",
     "register_dynamics": "rhc.optimizers",
     "DataWeights": "rhc.data_weights",
+    "Attribution": "rhc.hindsight.attribution",
+    "attribute": "rhc.hindsight.attribution",
     "DistilledScheduler": "rhc.hindsight",
     "indexed": "rhc.data_weights",
     "Hypergradient": "rhc.hypergradient",
@@ -49,6 +51,7 @@ _FOLDERS = {
 __all__ = [
     "CONTROLS",
     "AdaptiveRL",
+    "Attribution",
     "Bounds",
     "Control",
     "DataWeights",
@@ -69,6 +72,7 @@ __all__ = [
     "Twin",
     "Workload",
     "__version__",
+    "attribute",
     "hypergradient",
     "indexed",
     "plan_next_epoch",
@@ -80,6 +84,7 @@ if TYPE_CHECKING:
     from rhc.data_weights import DataWeights, indexed
     from rhc.errors import InputError
     from rhc.hindsight import DistilledScheduler
+    from rhc.hindsight.attribution import Attribution, attribute
     from rhc.hypergradient import Hypergradient, hypergradient
     from rhc.loop.update_rule import Rewrite, Twin
     from rhc.optimizers import register_dynamics

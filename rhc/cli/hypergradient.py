@@ -7,28 +7,18 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rhc.cli.building import (
     PlainRun,
-    built_optimizer,
-    built_plant,
-    config_of,
-    device_of,
     hashed,
     plain_run,
     plain_settings,
-    planned_knobs,
-    sizes_of,
 )
-from rhc.containers import copied, spare
+from rhc.cli.recorded import recorded
 from rhc.errors import InputError
 from rhc.hindsight.whole_run import (
-    DiskBatches,
     Episode,
     OuterPass,
     from_disk,
@@ -39,24 +29,18 @@ from rhc.hypergradient import Hypergradient
 from rhc.loop.steps import EXPLODING_CLIP
 from rhc.report.live import Screen, sparkline
 from rhc.report.records import means, one_number
-from rhc.rng import RandomState, preserved
 from rhc.schedule import CONTROLS, Schedule, control
 from rhc.settings import TrainConfig
 from rhc.settings.commands import HypergradientConfig
 from rhc.storage.files import finite, read_json, replace_durably
-from rhc.storage.jsonl import read_rows
-from rhc.storage.run_files import read_record
 from rhc.training import memory
-from rhc.training.batches import StepBatches
-from rhc.training.plant import Plant
-from rhc.workload import Workload
 
 NAME = "hypergradient.json"
 
 
 def run(config: HypergradientConfig, screen: Screen) -> int:
-    with _recorded(config) as recorded:
-        episode, schedule = recorded.episode, recorded.schedule
+    with _episode(config) as known:
+        episode, schedule = known.episode, known.schedule
         asked = config.controls or tuple(steerable(schedule))
         _check(asked, schedule)
         steps = episode.steps
@@ -68,7 +52,7 @@ def run(config: HypergradientConfig, screen: Screen) -> int:
         before = memory.current_peak(device)
         h = episode.differentiate(schedule, config.costate_clip)
         peak = max(0, memory.current_peak(device) - before)
-        document = _document(config, recorded, h, asked, peak)
+        document = _document(config, known, h, asked, peak)
         replace_durably(config.directory / NAME, (json.dumps(document) + "\n").encode())
         _print(screen, document, config.directory / NAME)
         if not config.passes:
@@ -89,10 +73,32 @@ def run(config: HypergradientConfig, screen: Screen) -> int:
             first=h,
         )
         spent = episode.spent / steps
-    return _trained(config, recorded, better, done, spent, screen)
+    return _trained(config, known, better, done, spent, screen)
 
 
-# The recorded run ---------------------------------------------------------------------------------
+@contextmanager
+def _episode(config: HypergradientConfig) -> Iterator[_Recorded]:
+    with recorded(config, steps=config.steps, judging=config.objective_batches) as run:
+        weight = config.stage_weight
+        if weight is None:
+            weight = 0.0 if run.judged else 1 / len(run.schedule)
+        episode = Episode(
+            run.workload.model,
+            run.optimizer,
+            from_disk(run.workload.loss_fn, run.device),
+            run.batches,
+            run.judged,
+            weight,
+            config.average or None,
+            run.plain.config.accumulate,
+            run.plain.config.clip_norm,
+            run.plain.config.clip_value,
+            run.plain.config.seed,
+            config.product,
+            config.memory_budget,
+            config.discount,
+        )
+        yield _Recorded(episode, run.schedule, run.plain, run.losses)
 
 
 @dataclass
@@ -103,123 +109,6 @@ class _Recorded:
     schedule: Schedule
     run: PlainRun
     losses: list[float]
-
-
-@contextmanager
-def _recorded(config: HypergradientConfig) -> Iterator[_Recorded]:
-    """The run of a directory at step 0, its batches on disk."""
-    directory = config.directory
-    record = read_record(directory)
-    old = config_of(directory, trust=config.trust, data=config.data, device=config.device)
-    if knobs := planned_knobs(old):
-        raise InputError(
-            f"directory {directory} is of a run that was planned in {knobs}, which its schedule "
-            "does not hold; give a run that was planned in lr, momentum or noise alone"
-        )
-    schedule = Schedule.load(directory / "schedule.json")
-    rows = read_rows(directory / "tape.jsonl")
-    if not rows:
-        raise InputError(f"directory {directory} has committed no step yet; resume the run first")
-    steps = len(rows) if config.steps is None else config.steps
-    if steps > len(rows):
-        raise InputError(
-            f"directory {directory} has {len(rows)} committed steps, got steps {steps}; give "
-            f"--steps {len(rows)} or fewer"
-        )
-    run = plain_run(old.without_rewriting().checked(), sizes_of(directory))
-    workload, device = run.workload(), device_of(old.device)
-    optimizer = built_optimizer(run.config, workload)
-    isolated = record.get("rewrite", False) is not False
-    # Like Runner._begin: a rewriting run draws its batches from a separate stream.
-    seed = int(torch.randint(2**31, ())) if isolated else 0
-    stream = StepBatches(
-        workload.train_loader,
-        isolated=isolated,
-        seed=seed,
-        device=None if device.type == "cpu" else device,
-    )
-    judged: list[Any] = []
-    if workload.val_loader is not None:
-        with preserved():
-            judged = list(islice(iter(workload.val_loader), config.objective_batches))
-    weight = config.stage_weight
-    if weight is None:
-        weight = 0.0 if judged else 1 / steps
-    with DiskBatches() as disk:
-        references = _put_on_disk(disk, stream, run.config, workload, optimizer, schedule, steps)
-        episode = Episode(
-            workload.model,
-            optimizer,
-            from_disk(workload.loss_fn, device),
-            references,
-            judged,
-            weight,
-            config.average or None,
-            run.config.accumulate,
-            run.config.clip_norm,
-            run.config.clip_value,
-            run.config.seed,
-            config.product,
-            config.memory_budget,
-            config.discount,
-        )
-        losses = [math.nan if r.get("loss") is None else float(r["loss"]) for r in rows[:steps]]
-        yield _Recorded(episode, schedule.window(0, steps), run, losses)
-
-
-def _put_on_disk(
-    disk: DiskBatches,
-    stream: StepBatches,
-    config: TrainConfig,
-    workload: Workload,
-    optimizer: torch.optim.Optimizer,
-    schedule: Schedule,
-    steps: int,
-) -> list[Any]:
-    """References to the run's batches, `accumulate` of them per step. A model that draws is trained
-    once more, since batches and dropout take turns on one random state."""
-    plant = built_plant(config, workload, optimizer)
-    n = config.accumulate
-    if stream.isolated or not _draws(plant, workload):
-        # Nothing else draws meanwhile, so that the order of drawing does not matter.
-        after = RandomState.capture()
-        references = [
-            disk.put(number, batch) for number, batch in enumerate(stream.lazily(0, steps * n))
-        ]
-        if stream.isolated:
-            after.restore()
-        return references
-    before, references = plant.snapshot(), []
-    seen: list[tuple[Any, RandomState]] = []
-    plain = plant.loss_fn
-
-    def watched(model: torch.nn.Module, batch: Any) -> Any:
-        seen.append((copied(batch), RandomState.capture()))
-        return plain(model, batch)
-
-    plant.loss_fn = watched
-    steps_of = StepBatches(
-        workload.train_loader, isolated=False, device=stream.device, accumulate=n
-    )
-    for step, batch in enumerate(steps_of.lazily(0, steps)):
-        plant.step(batch, schedule.at(step), step)
-        for micro, state in seen:
-            references.append(disk.put(len(references), micro, state))
-        seen.clear()
-    plant.restore(before)
-    return references
-
-
-def _draws(plant: Plant, workload: Workload) -> bool:
-    """Whether the loss draws from the global random state."""
-    before = plant.snapshot()
-    with preserved(), torch.no_grad():
-        batch = spare(next(iter(workload.train_loader)))
-        state = RandomState.capture()
-        plant.loss(batch)
-        drew = not RandomState.capture().same(state)
-    plant.restore(before)
-    return drew
 
 
 def _check(asked: tuple[str, ...], schedule: Schedule) -> None:

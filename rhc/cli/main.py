@@ -24,6 +24,7 @@ from rhc.cli.flags import parsed as parsed_flags
 from rhc.errors import InputError, StorageError, plain
 from rhc.settings import TrainConfig
 from rhc.settings.commands import (
+    AttributeConfig,
     CompareConfig,
     DistillConfig,
     HypergradientConfig,
@@ -57,6 +58,7 @@ COMMANDS: dict[str, tuple[type[Settings], str]] = {
     "replay": (ReplayConfig, "Use a schedule:      rhc replay runs/digits-1a2b3c4d"),
     "smooth": (SmoothConfig, "Two plain runs:      rhc smooth drifting_sine"),
     "hypergradient": (HypergradientConfig, "The whole run:       rhc hypergradient runs/digits"),
+    "attribute": (AttributeConfig, "What rows did:       rhc attribute runs/mnist-1a2b3c4d"),
     "distill": (DistillConfig, "A causal scheduler:  rhc distill runs/* -o policy"),
     "compare": (CompareConfig, "Methods x seeds:     rhc compare digits --seeds 5"),
     "weights": (WeightsConfig, "Which rows hurt:     rhc weights runs/noisy_mnist-1a2b"),

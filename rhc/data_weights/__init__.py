@@ -15,6 +15,7 @@ from rhc.data_weights.loss import (
     weighed,
     weighing,
 )
+from rhc.data_weights.rows import Numbered, row_losses, with_index
 from rhc.data_weights.update_rule import Evidence, Observation
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "DataWeights",
     "Evidence",
     "Factors",
+    "Numbered",
     "Observation",
     "Weighed",
     "factors_of",
@@ -31,8 +33,10 @@ __all__ = [
     "leaves_of",
     "per_cell",
     "per_row",
+    "row_losses",
     "taken_slopes",
     "unweighed",
     "weighed",
     "weighing",
+    "with_index",
 ]

@@ -164,7 +164,7 @@ class DataWeights:
 
     def checked(self, cells: Any) -> Tensor:
         try:
-            found = torch.as_tensor(cells).detach().cpu()
+            found = torch.as_tensor(cells).detach().cpu().contiguous()
         except (TypeError, ValueError, RuntimeError):
             found = None
         if found is None or found.dim() != 1 or found.is_floating_point() or found.is_complex():

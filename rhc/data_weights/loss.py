@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rhc.containers import Kept
 from rhc.data_weights.cells import DataWeights
+from rhc.data_weights.rows import RowLosses
 from rhc.distributed import Shard
 from rhc.errors import InputError
 from rhc.workload import Workload
@@ -119,7 +120,12 @@ def weighing(
         own = isinstance(batch, Weighed)
         found = loss_fn(model, batch.batch if own else batch)
         losses, *metrics = found if isinstance(found, tuple) and len(found) == 2 else (found,)
-        if isinstance(losses, Mapping):
+        if isinstance(losses, RowLosses):
+            loss = losses.mean
+            if own:  # plus 0 at weights of 1, which leaves every bit of a recorded step
+                _check_rows(losses.each, batch)
+                loss = loss + ((batch.weights - 1) * losses.each).mean()
+        elif isinstance(losses, Mapping):
             losses = _terms(losses, weights)
             loss = (batch.weights * losses).sum() if own else losses.sum()
         elif isinstance(losses, Tensor):

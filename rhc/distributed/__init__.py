@@ -9,7 +9,7 @@ from rhc.distributed.dtensors import is_dtensor, local_part, placed_as, shared_a
 from rhc.distributed.parallel import parallel_of
 from rhc.distributed.parts import read_parts
 from rhc.distributed.ranks import Ranks, RanksDiffer, Unshared, joined, leave, ranks_of, unwrapped
-from rhc.distributed.shards import RankLoader, Shard, shard
+from rhc.distributed.shards import RankLoader, Shard, rows_between, shard
 
 __all__ = [
     "RankLoader",
@@ -26,6 +26,7 @@ __all__ = [
     "placed_as",
     "ranks_of",
     "read_parts",
+    "rows_between",
     "shard",
     "shared_as",
     "synchronised",

@@ -36,10 +36,12 @@ def shard(batch: Any, size: int, rank: int, ranks: int) -> Shard:
     first, stop = size * rank // ranks, size * (rank + 1) // ranks
     if first == stop:
         return Shard(batch, 0.0, size)
-    return Shard(_rows(batch, size, first, stop), ranks * (stop - first) / size, size)
+    return Shard(rows_between(batch, size, first, stop), ranks * (stop - first) / size, size)
 
 
-def _rows(value: Any, size: int, first: int, stop: int) -> Any:
+def rows_between(value: Any, size: int, first: int, stop: int) -> Any:
+    if hasattr(value, "rows_between"):  # a reference to a batch
+        return value.rows_between(first, stop)
     if isinstance(value, Tensor) or hasattr(value, "__array__"):
         shape = value.shape
         return value[first:stop] if len(shape) and shape[0] == size else value
@@ -49,7 +51,7 @@ def _rows(value: Any, size: int, first: int, stop: int) -> Any:
         if all(isinstance(v, PLAIN) for v in value):
             return value[first:stop]
     packed = isinstance(value, PackedSequence)
-    cut = value if packed else mapped(lambda part: _rows(part, size, first, stop), value)
+    cut = value if packed else mapped(lambda part: rows_between(part, size, first, stop), value)
     if packed or (cut is value and tensors_of(value)):
         raise InputError(
             f"a {type(value).__name__} in a batch cannot be cut into the rows of each rank: give "

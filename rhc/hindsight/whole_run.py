@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from rhc.containers import copied, kept, to_device
+from rhc.distributed import rows_between
 from rhc.errors import InputError
 from rhc.hypergradient import Hypergradient, Product, hypergradient
 from rhc.hypergradient.evaluation import visible_statistics
@@ -70,6 +71,10 @@ class BatchRef:
     rest: list[Any]
     batch_size: int
     rng: RandomState | None
+    between: tuple[int, int, int] | None = None  # (its rows, first, stop), where not all
+
+    def rows_between(self, first: int, stop: int) -> BatchRef:
+        return replace(self, batch_size=stop - first, between=(self.batch_size, first, stop))
 
     def __deepcopy__(self, memo: Any) -> BatchRef:
         return self
@@ -78,7 +83,8 @@ class BatchRef:
         tensors = load_file(self.path)
         rest = enumerate(self.rest)
         leaves = [tensors[str(i)] if str(i) in tensors else copied(leaf) for i, leaf in rest]
-        return to_device(_pytree.tree_unflatten(leaves, self.form), device)
+        found = to_device(_pytree.tree_unflatten(leaves, self.form), device)
+        return found if self.between is None else rows_between(found, *self.between)
 
 
 def from_disk(loss_fn: LossFn, device: torch.device) -> LossFn:
@@ -90,6 +96,27 @@ def from_disk(loss_fn: LossFn, device: torch.device) -> LossFn:
         return loss_fn(model, batch.batch(device))
 
     return loss
+
+
+def target_of(
+    plant: Plant, batches: Sequence[Any], *, averaged: bool, bounded: bool = False
+) -> Callable[[nn.Module], Tensor]:
+    """The mean loss of `batches`, as evaluation takes it. averaged: whether at an average of
+    iterates, whose running statistics are not known. bounded: 1 − exp(−loss), at most 1; 1 − p for
+    one row's negative log-likelihood."""
+    device = plant.parameters[0].device
+    sizes = [batch_size(b) for b in batches]
+
+    def target(model: nn.Module) -> Tensor:
+        with plant.evaluating():
+            if averaged:  # running statistics are the last iterate's
+                batch_statistics(model)
+            own = [kept(to_device(b, device)) for b in batches]
+            losses = [plant.loss(b)[0] * n for b, n in zip(own, sizes, strict=True)]
+            mean = torch.stack(losses).sum() / sum(sizes)
+            return 1 - torch.exp(-mean) if bounded else mean
+
+    return target
 
 
 def steerable(schedule: Schedule) -> list[str]:
@@ -195,14 +222,7 @@ class Episode:
         return total if math.isfinite(total) else math.inf
 
     def terminal(self, model: nn.Module) -> Tensor:
-        device = self.plant.parameters[0].device
-        with self.plant.evaluating():
-            if self.average is not None:  # running statistics are the last iterate's
-                batch_statistics(model)
-            batches = [kept(to_device(b, device)) for b in self.judged]
-            sizes = [batch_size(b) for b in batches]
-            losses = [self.plant.loss(b)[0] * n for b, n in zip(batches, sizes, strict=True)]
-            return torch.stack(losses).sum() / sum(sizes)
+        return target_of(self.plant, self.judged, averaged=self.average is not None)(model)
 
     @property
     def _share(self) -> float:

@@ -147,7 +147,7 @@ def hypergradient(
         if engine == "higher":
             raise InputError("engine 'higher' is for one process; use engine 'adjoint'")
         batches = _weighed(batches, ranks)
-    batches = _steps(batches, accumulate)
+    batches = steps_of(batches, accumulate)
     plant = Plant(
         model,
         optimizer,
@@ -158,7 +158,7 @@ def hypergradient(
         ranks=ranks,
         data_weights=data_weights,
     )
-    schedule = _schedule(plant, controls, len(batches), seed)
+    schedule = schedule_of(plant, controls, len(batches), seed)
     objective = Objective(
         loss_weight=stage_weight,
         reward_weight=reward_weight,
@@ -243,7 +243,8 @@ def _weighed(batches: Sequence[Any], ranks: Ranks) -> list[Any]:
     ]
 
 
-def _steps(batches: Sequence[Any], accumulate: int) -> list[Any]:
+def steps_of(batches: Sequence[Any], accumulate: int) -> list[Any]:
+    """Copies of a step's batch each, or of its micro-batches."""
     batches = [  # the caller's own stay as they are
         MicroBatches(map(kept, batch)) if isinstance(batch, MicroBatches) else kept(batch)
         for batch in batches
@@ -309,7 +310,7 @@ def check_steerable(plant: Plant, schedule: Schedule, controls: Sequence[str]) -
             )
 
 
-def _schedule(plant: Plant, controls: Mapping[str, Any], steps: int, seed: int) -> Schedule:
+def schedule_of(plant: Plant, controls: Mapping[str, Any], steps: int, seed: int) -> Schedule:
     if not controls and plant.data_weights is None:
         raise InputError(f"controls is empty; name at least one of {', '.join(CONTROLS)}")
     if not controls:  # data weights alone: lr as the optimizer has it

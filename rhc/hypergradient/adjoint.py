@@ -41,6 +41,7 @@ from rhc.hypergradient.evaluation import (
     parts,
     visible_statistics,
 )
+from rhc.hypergradient.halfway import Halfway, Keeper
 from rhc.hypergradient.hvp import (
     KEPT_COST,
     PRODUCT_COST,
@@ -165,6 +166,7 @@ def adjoint(
     twice: Collection[int] = (),
     cut: int = 0,
     later: Boundary | None = None,
+    keeper: Keeper | None = None,
 ) -> tuple[Adjoint, Tensor | None]:
     """(dJ/du for every step and control, the terminal loss).
 
@@ -172,11 +174,14 @@ def adjoint(
     random state is not. average: θ̄ in the optimizer's parameter order; None for the last iterate.
     twice: steps whose difference is also taken backwards (central: at half the distance); the mean
     counts. cut: k of the `Cut` to return; 0 for none. later: what the steps after the window make
-    of its end.
+    of its end. keeper: keeps the pass, and has where an earlier one, of an equal roll, was
+    interrupted.
     """
     evaluation = Evaluation(recorder.plant, recorder.trajectory.blocks, objective)
     recursion = _Recursion(recorder, evaluation, controls, product, damping, frozenset(twice), cut)
     value = recursion.begin(terminal, average, later)
+    if keeper is not None:
+        recursion.keep(keeper)
     return recursion.run(), value
 
 
@@ -253,6 +258,16 @@ class _Recursion:
         self.undivided: int | None = None
         self.rows: list[list[Tensor]] = [[] for _ in range(self.length)]
         self.ceiling: memory.Ceiling | None = None
+        self.keeper: Keeper | None = None
+        self.reached = self.length  # the steps from here on are done
+
+    def keep(self, keeper: Keeper) -> None:
+        """Goes on where the keeper says, and tells it of what comes."""
+        self.keeper = keeper
+        halfway = keeper.load(self.device)
+        if halfway is not None:
+            self.reached, self.costate, self.norms = halfway.k, halfway.costate, halfway.norms
+            self.rows = [list(parts) for parts in halfway.rows]
 
     def begin(
         self,
@@ -319,7 +334,7 @@ class _Recursion:
         statistics = visible_statistics(model, update=bool(self.costate.statistics))
         with kernels, statistics, self.evaluation, ExitStack() as stack:
             whole, with_graph = self._sources(chunk, stack)
-            for i in reversed(range(chunk.start, chunk.stop)):
+            for i in reversed(range(chunk.start, min(chunk.stop, self.reached))):
                 gradients = chunk.gradients[i - chunk.start]
                 graph = chunk.graphs.pop(i, None)
                 source = whole if graph is None else with_graph
@@ -422,6 +437,8 @@ class _Recursion:
         if i:
             self.costate = self._with_share(self.costate, i)
         self._note(i)
+        if self.keeper is not None and self.keeper.due():
+            self.keeper.save(Halfway(i, self.costate, self.norms, self.rows))
 
     def _of_rows(self, i: int, by_weight: Sequence[Tensor]) -> list[Tensor]:
         """dJ/dw of step i's rows from dJ/dŵ, of which this rank has its share."""

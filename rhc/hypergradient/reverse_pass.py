@@ -23,6 +23,7 @@ from rhc.hypergradient.evaluation import (
     is_recurrent,
     parts,
 )
+from rhc.hypergradient.halfway import Keeper
 from rhc.hypergradient.hvp import (
     Product,
 )
@@ -221,14 +222,18 @@ class ReversePass:
         terminal: Terminal | None,
         damping: Damping | None = None,
         later: Boundary | None = None,
+        keeper: Keeper | None = None,
     ) -> Hypergradient:
         """The adjoint of a roll whose end is the live state, which is restored. later: `before` of
-        the window that follows, in place of a terminal loss."""
+        the window that follows, in place of a terminal loss. keeper: as of `adjoint`; for data
+        weights alone."""
         damping = damping or self.damping
         self.plant.optimizer.zero_grad()  # the trajectory has the last step's gradients
         counted = self.plant.attributes()
         try:
-            return self._differentiate(recorder, average, terminal, damping, counted, later)
+            return self._differentiate(
+                recorder, average, terminal, damping, counted, later, keeper
+            )
         finally:
             counted.restore()
 
@@ -240,6 +245,7 @@ class ReversePass:
         damping: Damping,
         counted: Captured,
         later: Boundary | None,
+        keeper: Keeper | None,
     ) -> Hypergradient:
         trajectory, plan = recorder.trajectory, recorder.plan
         wasted, spent = 0, 0.0
@@ -264,9 +270,12 @@ class ReversePass:
                         twice=self._twice(len(trajectory), trajectory.start),
                         cut=self._steps_to_verify(recorder, damping),
                         later=later,
+                        keeper=keeper,
                     )
             except (RuntimeError, NotImplementedError) as error:
                 self._fall_back(error, trajectory)
+                if keeper is not None:
+                    keeper.clear()
                 continue
             outcome = outcome_of(found, trajectory, end, damping)
             if found.cut is None or not outcome.usable:
@@ -299,6 +308,8 @@ class ReversePass:
                 break
             wasted += found.hessian_products
             spent += found.equivalents
+            if keeper is not None:
+                keeper.clear()
         if outcome.usable and self.verified:
             spent += self._try_functions(trajectory)
         if outcome.usable and self.check is not None and not self.check.holds:

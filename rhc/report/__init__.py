@@ -96,6 +96,8 @@ def _facts(run: RunRecord) -> dict[str, Any]:
         "settings": _settings(run),
         "product": run.product,
         "events": run.events[:100],
+        "attributions": run.attributions[:MOST_PREDICTIONS],
+        "smoothness": number(entry(run.attribution, "smoothness", "metasmoothness")),
         "schedule": str(schedule) if schedule.exists() else "",
     }
 
@@ -118,6 +120,9 @@ _COMPARED = (
 )
 """Label and path in result.json of the columns that compare runs."""
 
+
+MOST_PREDICTIONS = 100
+"""Predictions with a table of rows that helped and hurt."""
 
 _DECIDED = {
     "steps", "stride", "optimizer", "lr", "weight_decay", "controls", "start", "template", "warmup",

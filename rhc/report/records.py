@@ -45,6 +45,8 @@ class RunRecord:
     """Replays of the whole run."""
     whole: dict[str, Any] = field(default_factory=dict)
     """hypergradient.json: the reverse pass through the whole run."""
+    attribution: dict[str, Any] = field(default_factory=dict)
+    """attribution.json: what training rows did for the run and its predictions."""
     faults: list[str] = field(default_factory=list)
 
     @property
@@ -120,6 +122,31 @@ class RunRecord:
         return f"Hessian products: {names}{none}."
 
     @property
+    def attributions(self) -> list[tuple[str, list[tuple[str, str, str]]]]:
+        """Per attributed loss (its name and value, (row, label, dJ/dw) from the most helpful to the
+        most harmful)."""
+        found = []
+        for target in self.attribution.get("targets") or []:
+            helpful, harmful = (entry(target, kind) or [] for kind in ("helpful", "harmful"))
+            rows = [*helpful, *reversed(harmful)]
+            value, label = number(entry(target, "value")), entry(target, "label")
+            name = f"{entry(target, 'name')}{'' if label is None else f', label {label}'}"
+            found.append(
+                (
+                    f"{name}: J {'unknown' if value is None else f'{value:.4g}'}",
+                    [
+                        (
+                            str(entry(row, "cell")),
+                            "" if entry(row, "label") is None else str(entry(row, "label")),
+                            f"{number(entry(row, 'derivative')) or 0.0:+.3g}",
+                        )
+                        for row in rows
+                    ],
+                )
+            )
+        return found
+
+    @property
     def events(self) -> list[tuple[int, str, str]]:
         """(step, kind, reason) of drifts, guards and plateaus on the tape."""
         return [
@@ -152,6 +179,7 @@ def read_run(directory: Path) -> RunRecord:
     run.starts = _rows(run, "start.jsonl")
     run.passes = _rows(run, "passes.jsonl")
     run.whole = _document(run, "hypergradient.json")
+    run.attribution = _document(run, "attribution.json")
     if not (run.config or run.result or run.tape or run.windows or run.starts):
         why = f" ({'; '.join(run.faults)})" if run.faults else ": it has no config.json and no tape"
         raise InputError(

@@ -269,6 +269,42 @@ class HypergradientConfig(Recorded):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttributeConfig(Recorded):
+    """What every training row did for a recorded run: dJ/dw of its weight, through
+    all of the training; J is the validation loss at its end. Written to
+    DIR/attribution.safetensors, .csv and .json; interrupted, it goes on where it was.
+
+    examples:
+      rhc attribute runs/mnist-1a2b3c4d
+      rhc attribute runs/mnist-1a2b3c4d --per-row 20   # and for each of 20 predictions
+      rhc attribute runs/mnist-1a2b3c4d --cells classes --average 0.98
+    """
+
+    heading = "what is attributed"
+
+    cells: str = setting("rows", "rows|classes|own|FILE.py:NAME")
+    """What has a derivative each. Rows; classes, by their labels; own, the cells of the Workload's
+    data_weights; or those of a function, batch -> (B,) integers."""
+    per_row: int = setting(0, "N", at_least(0, 20))
+    """Also attribute the losses of the first N validation rows. A reverse pass each."""
+    bounded: bool = setting(False)
+    """Take 1 − exp(−loss) for the loss. It is bounded, so that J is more linear in the weights."""
+    average: float = like(Law, "average", default=0.0, unset="")
+    """Decay of the average of iterates at which J is taken; 0 for the last iterate."""
+    objective_batches: int = like(Law, "objective_batches", default=16, unset="")
+    """Validation batches in J, at most."""
+
+    product: str = like(Engine, "product", heading="method")
+    """Hessian products, as of rhc train."""
+    memory_budget: int | None = like(Engine, "memory_budget", place="usual")
+    probes: int = setting(2, "N", at_least(0, 2))
+    """Random directions of the weights along which J is rolled, to see how linear it is. Two plain
+    runs each."""
+    show: int = setting(5, "N", at_least(0, 5))
+    """Most helpful and most harmful rows that are shown, of each kind."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistillConfig(Settings):
     """Fit a causal scheduler to runs that were written with hindsight: it sees the
     past alone, costs one plain run, and works in any loop:
