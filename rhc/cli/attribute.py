@@ -22,7 +22,7 @@ from rhc.containers import tensors_of
 from rhc.data_weights import DATA_WEIGHTS, DataWeights, Numbered, row_losses
 from rhc.distributed import shard
 from rhc.errors import InputError
-from rhc.hindsight.attribution import SMOOTH, Course, Smoothness
+from rhc.hindsight.attribution import SMOOTH, Smoothness, WholeRun
 from rhc.hindsight.whole_run import from_disk, target_of
 from rhc.hypergradient.halfway import Keeper
 from rhc.report.live import Screen
@@ -78,7 +78,7 @@ class _Target:
 class _Task:
     config: AttributeConfig
     known: RecordedRun
-    course: Course
+    course: WholeRun
     weights: DataWeights
     what: str
     seen: Tensor  # (n,) how often training saw each cell
@@ -116,7 +116,7 @@ class _Task:
             MicroBatches(known.batches[i : i + n]) if n > 1 else known.batches[i]
             for i in range(0, len(known.batches), n)
         ]
-        course = Course(
+        course = WholeRun(
             weighed,
             steps,
             known.schedule,

@@ -140,7 +140,7 @@ def attribute(
     )
     steps = steps_of(batches, accumulate)
     schedule = schedule_of(plant, controls or {}, len(steps), seed)
-    course = Course(plant, steps, schedule, average, product, memory_budget)
+    course = WholeRun(plant, steps, schedule, average, product, memory_budget)
     grads = [(p, p.grad) for p in model.parameters()]
     try:
         return collected(course.passes(targets))
@@ -167,7 +167,7 @@ def collected(passes: Iterator[Hypergradient]) -> Attribution:
 
 
 @dataclass
-class Course:
+class WholeRun:
     """A run of T steps, to be rolled from step 0 with weighted rows and differentiated. The plant's
     model and optimizer are at step 0 before and after every call."""
 
@@ -288,7 +288,7 @@ class Course:
         self.plant.restore(self.beginning)
 
     def _first(self) -> Any:
-        return self.plant.weighed(self.batches[0])
+        return self.plant.weighed(self.batches[0], 0)
 
 
 def _fresh(batch: Any) -> Any:

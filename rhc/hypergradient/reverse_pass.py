@@ -231,9 +231,7 @@ class ReversePass:
         self.plant.optimizer.zero_grad()  # the trajectory has the last step's gradients
         counted = self.plant.attributes()
         try:
-            return self._differentiate(
-                recorder, average, terminal, damping, counted, later, keeper
-            )
+            return self._differentiate(recorder, average, terminal, damping, counted, later, keeper)
         finally:
             counted.restore()
 

@@ -11,7 +11,8 @@
     result.json      losses and cost; written last                           loop/records.py
     weights.safetensors, weights.json  where data are weighed                data_weights/cells.py
     weights.course.safetensors         of few cells, their weights by step   data_weights/course.py
-    report.html      by `rhc report`; hypergradient.json by `rhc hypergradient`
+    report.html      by `rhc report`; hypergradient.json by `rhc hypergradient`;
+                     attribution.safetensors, .csv, .json by `rhc attribute`
 
 CRC-32s of *.jsonl and result.json are in .NAME.crc32; config.json and schedule.json end with their
 SHA-256. The training process holds `.lock`.

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer
 
 import rhc
-from rhc.hindsight.attribution import Course
+from rhc.hindsight.attribution import WholeRun
 from rhc.hypergradient import schedule_of, steps_of
 from rhc.hypergradient.halfway import Halfway, Keeper
 from rhc.training.plant import Plant
@@ -125,12 +125,12 @@ def course_of(
     name: str,
     average: float | None = None,
     memory_budget: int | None = None,
-) -> Course:
+) -> WholeRun:
     optimizer = OPTIMIZERS[name](task.model.parameters())
     plant = Plant(task.model, optimizer, task.loss_fn, data_weights=task.weights)
     steps = steps_of(task.batches, 1)
     schedule = schedule_of(plant, {}, len(steps), 0)
-    return Course(plant, steps, schedule, average, "exact", memory_budget)
+    return WholeRun(plant, steps, schedule, average, "exact", memory_budget)
 
 
 @pytest.mark.parametrize("stop", [1, 17])
