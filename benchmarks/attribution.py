@@ -98,7 +98,7 @@ def gpt(arguments: argparse.Namespace) -> Task:
     lr = arguments.lr or 1e-3
     return Task(
         lambda: GPT(characters),
-        lambda p: torch.optim.AdamW(p, lr),
+        lambda p: torch.optim.AdamW(p, lr, eps=arguments.eps),
         losses,
         (pieces[:2000],),
         (test,),
@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--halves", type=int, default=50)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--lr", type=float)
+    parser.add_argument("--eps", type=float, default=1e-8, help="of AdamW")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--relu", action="store_true", help="ReLU in place of GELU")
     parser.add_argument("--average", type=float, help="decay of the average that J is taken at")

@@ -271,12 +271,12 @@ class HypergradientConfig(Recorded):
 @dataclass(frozen=True, kw_only=True)
 class AttributeConfig(Recorded):
     """What every training row did for a recorded run: dJ/dw of its weight, through
-    all of the training; J is the validation loss at its end. Written to
-    DIR/attribution.safetensors, .csv and .json; interrupted, it goes on where it was.
+    all of the training; J is the validation loss at its end. Written to DIR/
+    attribution.safetensors, .csv and .json. If interrupted, call it again.
 
     examples:
       rhc attribute runs/mnist-1a2b3c4d
-      rhc attribute runs/mnist-1a2b3c4d --per-row 20   # and for each of 20 predictions
+      rhc attribute runs/mnist-1a2b3c4d --per-row 20   # and of 20 predictions
       rhc attribute runs/mnist-1a2b3c4d --cells classes --average 0.98
     """
 
