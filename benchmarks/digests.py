@@ -27,7 +27,7 @@ DATA = Path(os.environ.get("RHC_DATA", Path(__file__).resolve().parents[2] / "sh
 
 DIFFERS = (
     "seconds", "bytes", "directory", "path", "code", "versions", "hardware", "created", "data",
-    "written_by", "source", "rhc", "time", "files", "command",
+    "written_by", "source", "rhc", "time", "files", "command", "chosen_start", "skipped",
 )  # fmt: skip
 """Parts of the names of keys whose values differ between two equal runs."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -22,6 +22,8 @@ class RunStarted:
     controls: tuple[str, ...]
     rewriting: bool
     directory: Path | None
+    rule: Mapping[str, Any] = field(default_factory=dict)
+    """The update rule, as in config.json."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class StartTried:
 
 @dataclass(frozen=True)
 class StartFound:
-    """The first `lr`, a number or one per group, in place of `given`; cost in baseline runs."""
+    """The first `lr`, a number or one per group, in place of `given`; cost in baseline runs.
+    chosen: how it was found, as `chosen_start` in result.json."""
 
     start: str
     lr: Any
     given: Any
     cost: float
+    chosen: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,12 +74,14 @@ class WindowAttempted:
 
 @dataclass(frozen=True)
 class Committed:
-    """Steps [start, stop) are final; rows: lines of the tape; cost: projected for the whole run."""
+    """Steps [start, stop) are final; rows: lines of the tape; cost: projected for the whole run.
+    skipped: why the window was not looked at, where it was not, as in result.json."""
 
     start: int
     stop: int
     rows: list[dict[str, Any]]
     plain_run_equivalents: float
+    skipped: str | None = None
 
 
 @dataclass(frozen=True)

@@ -491,7 +491,8 @@ class Runner:
             self._events.tell(notice)
         if state.result is None:
             sizes = (state.step, steps, self.window, self.stride)
-            self._events.emit(RunStarted(*sizes, self.controls, self.rewriting, self._path))
+            rule = description.of_rule(self.law) if self.rewriting else {}
+            self._events.emit(RunStarted(*sizes, self.controls, self.rewriting, self._path, rule))
             announce_planning(fit)
             if state.step == 0 and self._low_lr is not None:
                 self._events.tell(self._low_lr)

@@ -54,8 +54,10 @@ SHOWN = 4
 
 _KINDS = {
     **dict.fromkeys(("optimizer", "cost"), (dict,)),
-    **dict.fromkeys(("correction", "relief", "deviation", "replay"), (dict, type(None))),
-    **dict.fromkeys(("reference", "twin", "patience", "notices"), (list, type(None))),
+    **dict.fromkeys(
+        ("correction", "relief", "deviation", "replay", "chosen_start"), (dict, type(None))
+    ),
+    **dict.fromkeys(("reference", "twin", "patience", "notices", "skipped"), (list, type(None))),
     "average_count": (int,),
     "seconds": NUMBER,
     "singletons": (bool,),
@@ -124,6 +126,8 @@ def _checkpoint(fit: Fit) -> Checkpoint:
         "relief": state.fallback.to_json(),
         "replay": state.replay and asdict(state.replay),
         "notices": fit.events.told,
+        "chosen_start": state.chosen_start,
+        "skipped": state.skipped,
         "singletons": plant.singletons,
         "lookback": None if reverse_pass is None else reverse_pass.state(),
         "cost": asdict(state.cost),
@@ -299,6 +303,8 @@ def _load(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> None:
     state.fallback = OomFallback.from_json(values.get("relief", {}))
     state.replay = _replay(values, checkpoint.step)
     fit.events.told[:] = values.get("notices") or []
+    state.chosen_start = values.get("chosen_start")
+    state.skipped = values.get("skipped") or []
     if fit.reverse_passes is not None and values.get("lookback") is not None:
         state.reverse_pass = fit.reverse_passes.make(state.fallback, values["lookback"])
     state.step = checkpoint.step
@@ -334,6 +340,8 @@ def _load(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> None:
     adopt(plant, tensors, rest, snapshot)  # last, when nothing can fail any more
     state.tape = directory.tape.read()
     state.windows = directory.windows.read()
+    with contextlib.suppress(InputError):  # told when the run was opened
+        state.starts = directory.starts.read()
 
 
 def _replay(values: Mapping[str, Any], step: int) -> Replay | None:

@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -203,16 +204,20 @@ def find_first_lr(fit: Fit, start: Start) -> None:
     state.schedule, state.first_lr = fit.base.planned(state.steps, lr), lr
     begin_planning(fit, float(lr.max()))
     given = search.given.tolist()
-    fit.events.emit(StartFound(start, lr.tolist(), given, state.start_gradients / state.steps))
+    cost = state.start_gradients / state.steps
+    state.chosen_start = search.chosen | {"start": start, "given": given, "cost": cost}
+    fit.events.emit(StartFound(start, lr.tolist(), given, cost, state.chosen_start))
 
 
 class LrSearch:
-    """What trial rolls say about the first lr. rolls: those at an lr above 0, in order."""
+    """What trial rolls say about the first lr. rolls: those at an lr above 0, in order. chosen: by
+    which rule, and from which roll; its words are in `rhc.report.why`."""
 
     def __init__(self, fit: Fit) -> None:
         self.fit, self.trials = fit, Trials(fit)
         self.given = self.trials.planned.window(0, 1)["lr"][0]
         self.rolls: list[Trial] = []
+        self.chosen: dict[str, Any] = {}
 
     def find(self, start: Start) -> Tensor | None:
         """The lr of step 0, () or (G,); None where nothing is finite."""
@@ -238,11 +243,25 @@ class LrSearch:
                 f"the budget has no room to look for the lr: it stays {_words(self.given)}, "
                 "as given"
             )
-            return self.given
+            return self._chosen("budget", self.given)
         greed = ADAPTIVE_GREED if "betas" in self.fit.plant.optimizer.param_groups[0] else GREED
         least = CONTROLS["lr"].lower
         found = torch.where(base == 0, base, (base * factor / greed).clamp(min=least))
-        return found if self._learned() else self._by_longer_rolls(found)
+        if not self._learned():
+            return self._by_longer_rolls(found)
+        return self._chosen("rolls", found, best=base * factor, divided_by=greed)
+
+    def _chosen(self, rule: str, lr: Tensor, **more: Any) -> Tensor:
+        """lr, after `chosen` says where it is from. rule: "rolls" for the usual one, "longer" for
+        rolls that went on where shorter ones learned nothing, "short" or "given" where none did,
+        "budget" where there was no room to look."""
+        self.chosen = {"rule": rule, "lr": lr.tolist(), "rolls": len(self.rolls)}
+        self.chosen |= {n: v.tolist() if isinstance(v, Tensor) else v for n, v in more.items()}
+        if finite := self._finite():
+            longest = max(trial.steps for trial in finite)
+            best = self._best(longest)
+            self.chosen |= {"steps": longest, "rolled": best.asked, "loss": best.loss}
+        return lr
 
     def _from_zero(self, given: Tensor) -> Tensor:
         """The lrs at which the objective falls by DROP; else, or beyond the budget, `given`."""
@@ -338,7 +357,7 @@ class LrSearch:
                 f"rolls of up to {before} steps learn nothing that tells lrs apart; by rolls of "
                 f"{n} steps lr is {_words(lr)}"
             )
-            return lr
+            return self._chosen("longer", lr)
         # The given lr stays unless a roll showed it to be worse.
         given = [trial for trial in self.rolls if trial.asked == self.given.tolist()]
         last = max(given, key=lambda trial: trial.steps, default=None)
@@ -351,7 +370,7 @@ class LrSearch:
             f"no roll of up to {longest} steps learns anything that tells lrs apart: lr is "
             f"{_words(lr)}, {why}; if the run learns nothing, train for longer or give another lr"
         )
-        return lr
+        return self._chosen("short" if worse else "given", lr)
 
     def _best_of_longer(self, n: int, highest: Tensor) -> Tensor:
         """The lr that rolls of n steps find around the better of the given and the highest one."""

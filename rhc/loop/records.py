@@ -159,6 +159,8 @@ def final_result(fit: Fit) -> dict[str, Any]:
         "replay": finite(state.replay and asdict(state.replay)),
         "notices": list(fit.events.told),
         "passes": state.passes,
+        "chosen_start": state.chosen_start,
+        "skipped": state.skipped,
     }
     if state.evidence is not None and plant.data_weights is not None:
         spread = float(plant.data_weights.values.log().std(correction=0))

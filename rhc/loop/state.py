@@ -136,6 +136,12 @@ class State:
     replay: Replay | None = field(default=None, init=False)
     evidence: Evidence | None = field(default=None, init=False)
     budget_is_spent: bool = field(default=False, init=False)
+    chosen_start: dict[str, Any] | None = field(default=None, init=False)
+    """By which rule the lr search chose, from which roll; None without a search."""
+    skipped: list[list[Any]] = field(default_factory=list, init=False)
+    """[start, stop, why] of windows that were not looked at, neighbours of one reason together."""
+    starts: list[dict[str, Any]] = field(default_factory=list, init=False)
+    """What the lr search tried, as in start.jsonl."""
     tape: list[dict[str, Any]] = field(default_factory=list, init=False)
     windows: list[dict[str, Any]] = field(default_factory=list, init=False)
     passes: list[dict[str, Any]] = field(default_factory=list, init=False)
@@ -143,6 +149,12 @@ class State:
     result: dict[str, Any] | None = field(default=None, init=False)
     began: float = field(default_factory=time.monotonic, init=False)
     seconds_before: float = field(default=0.0, init=False)
+
+    def skip(self, start: int, stop: int, why: str) -> None:
+        if self.skipped and self.skipped[-1][1:] == [start, why]:
+            self.skipped[-1][1] = stop
+        else:
+            self.skipped.append([start, stop, why])
 
     def seconds(self) -> float:
         """Seconds of the run, with those before it was resumed."""
@@ -173,6 +185,7 @@ class Window:
     commit: int
     before: Moment | None
     differentiated: bool = False
+    skipped: str | None = None
     shift: int | None = None
     cut: bool = False
     terminal: Any = None

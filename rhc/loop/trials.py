@@ -86,6 +86,7 @@ class Trials:
         known = [] if fit.directory is None else fit.directory.starts.read()
         self._known = {_key(record): record for record in known if _readable(record)}
         self._taken: dict[tuple[Any, ...], dict[str, Any]] = {}
+        fit.state.starts.clear()
         self._first = self.stream.position(0)
         self._before = self.plant.snapshot()
 
@@ -144,6 +145,7 @@ class Trials:
             self.fit.events.emit(StartTried(record))
             self.fit.check_stop()
         self._taken[key] = record
+        self.fit.state.starts.append(record)
         self.gradients += record["gradients"]
         return record
 

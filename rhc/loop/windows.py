@@ -49,7 +49,8 @@ def roll(fit: Fit, window: Window, *, differentiate: bool | None = None) -> Atte
     if not fit.rewrites:
         return _roll_lazily(fit, window)
     if differentiate is None:
-        differentiate = _wants_hypergradient(fit, window)
+        window.skipped = _why_not(fit, window)
+        differentiate = window.skipped is None and not isinstance(fit.rule, Twin)
     state, rule, number = fit.state, fit.rule, 0
     failed: tuple[int, float] | None = None
     for schedule, correction, guarded in _schedules_to_roll(fit, window):
@@ -112,16 +113,21 @@ def _roll_lazily(fit: Fit, window: Window) -> Attempt:
     return attempt
 
 
-def _wants_hypergradient(fit: Fit, window: Window) -> bool:
+def _why_not(fit: Fit, window: Window) -> str | None:
+    """Why the window is not looked at; None where it is. Words: `rhc.report.why`."""
     state = fit.state
-    return (
-        (state.replay is None or fit.may_rewrite)
-        and (state.evidence is not None or _steers(fit, window))
-        and not state.fallback.never_differentiate
-        and (state.reverse_pass is None or state.reverse_pass.trusted)
-        and not isinstance(fit.rule, Twin)
-        and affords(fit, window, REWRITE, reverse_passes=1)
-    )
+    if state.replay is not None and not fit.may_rewrite:
+        return "replay"
+    if state.evidence is None and not _steers(fit, window):
+        waits = fit.controls and state.patience.windows_to_skip
+        return "waiting" if waits else "until"
+    if state.fallback.never_differentiate:
+        return "memory"
+    if state.reverse_pass is not None and not state.reverse_pass.trusted:
+        return "unreliable"
+    if isinstance(fit.rule, Twin) or affords(fit, window, REWRITE, reverse_passes=1):
+        return None
+    return "budget"
 
 
 def _steers(fit: Fit, window: Window) -> bool:
@@ -331,7 +337,10 @@ def commit(fit: Fit, window: Window, attempt: Attempt) -> None:
     state.tape += rows
     if fit.directory is not None:
         fit.directory.tape.append(rows)
-    fit.events.emit(Committed(window.start, stop, rows, projected_cost(fit)))
+    skipped = None if window.differentiated or window.shift is not None else window.skipped
+    if skipped is not None:
+        state.skip(window.start, stop, skipped)
+    fit.events.emit(Committed(window.start, stop, rows, projected_cost(fit), skipped))
     state.cost.windows += 1
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from rhc import __version__
 from rhc.errors import InputError
+from rhc.report import why
 from rhc.report.records import RunRecord, entry, number, read_run, runs_in
 from rhc.settings import TrainConfig
 from rhc.storage.files import write_durably
@@ -92,8 +93,11 @@ def _facts(run: RunRecord) -> dict[str, Any]:
     return {
         "title": run.name,
         "state": f"{run.runner}: {f'finished, {run.steps} steps' if run.result else progress}",
-        "numbers": [*numbers, ("attempts", run.outcomes)] if run.windows else numbers,
+        "numbers": [*numbers, ("windows", run.tally.words)] if run.windows else numbers,
         "settings": _settings(run),
+        "headline": why.headline(run),
+        "answers": why.answers(run),
+        "notices": run.told.get("notices") or [],
         "product": run.product,
         "events": run.events[:100],
         "attributions": run.attributions[:MOST_PREDICTIONS],

@@ -40,7 +40,8 @@ from rhc.events import (
     VerbStarted,
     WindowAttempted,
 )
-from rhc.report.records import CONTROLS, decisive, entry, one_number
+from rhc.report import why
+from rhc.report.records import CONTROLS, Tally, decisive, entry, one_number
 from rhc.storage.jsonl import read_lines
 
 DRAWING = 0.01
@@ -77,18 +78,19 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     """Mean training loss of every committed window."""
     attempts: deque[Mapping[str, Any]] = field(default_factory=lambda: deque(maxlen=ATTEMPTS_SHOWN))
-    of_newest: list[Mapping[str, Any]] = field(default_factory=list)
-    """Attempts at the newest window."""
-    judged: dict[int, str] = field(default_factory=dict)
-    """Start of a window -> its outcome."""
-    rewound: int = 0
-    """Windows whose first roll diverged; they can be accepted nevertheless."""
+    tally: Tally = field(default_factory=Tally)
+    why: str = ""
+    """The sentence of the newest decision."""
+    rule: Mapping[str, Any] = field(default_factory=dict)
+    """The update rule, as in config.json."""
     row: Mapping[str, Any] = field(default_factory=dict)
     """The newest line of the tape."""
     started: bool = False
     tried: deque[Mapping[str, Any]] = field(default_factory=lambda: deque(maxlen=ATTEMPTS_SHOWN))
     """The newest rolls of the lr search; empty after it."""
     result: Mapping[str, Any] | None = None
+    _skipped: str | None = None
+    """Why the newest window was not looked at."""
 
     def observe(self, event: Event) -> None:
         match event:
@@ -105,7 +107,8 @@ class Progress:
                     self.step = None
             case WindowAttempted(record):
                 self.attempts.append(record)
-                self._count(record)
+                self.tally.add(record)
+                self.why = why.attempt(record)
             case Committed():
                 self.tried.clear()
                 self.committed = event.stop
@@ -113,6 +116,9 @@ class Progress:
                     self.cost = event.plain_run_equivalents
                 self.row = event.rows[-1]
                 self.losses.append(sum(row["loss"] for row in event.rows) / len(event.rows))
+                if event.skipped is not None and self._skipped != event.skipped:
+                    self.why = why.skipped(event.skipped, event.start, event.stop, self.rule)
+                self._skipped = event.skipped
             case CheckpointSaved():
                 self.saved = event.step
             case RunStarted():
@@ -120,39 +126,27 @@ class Progress:
                 self.start = self.committed = self.saved = event.start
                 self.steps, self.window, self.controls = event.steps, event.window, event.controls
                 self.rewriting, self.directory = event.rewriting, event.directory
+                self.rule = event.rule
                 self.began = self.clock()
                 if event.start and event.directory is not None:
                     # The counts include windows before a resume.
                     for line in read_lines(event.directory / "windows.jsonl"):
                         if line.row is not None:
-                            self._count(line.row)
+                            self.tally.add(line.row)
             case RunEnded(result):
                 self.result = result
                 self.cost = entry(result, "cost", "plain_run_equivalents") or self.cost
 
-    def _count(self, record: Mapping[str, Any]) -> None:
-        start = record["start"]
-        if self.of_newest and self.of_newest[-1]["start"] != start:
-            self.of_newest.clear()
-        self.of_newest.append(record)
-        self.judged[start] = decisive(self.of_newest)["outcome"]
-        self.rewound += record["outcome"] == "rewound" and record["attempt"] == 0
-
     def of_window(self, start: int) -> Mapping[str, Any] | None:
         """Its decisive attempt, with J before the first."""
-        if not self.of_newest or self.of_newest[-1]["start"] != start:
+        attempts = self.tally.of_newest
+        if not attempts or attempts[-1]["start"] != start:
             return None
-        found = decisive(self.of_newest)
+        found = decisive(attempts)
         if found["outcome"] != "accepted":
             return found
-        first = next(record for record in self.of_newest if record["outcome"] != "rewound")
+        first = next(record for record in attempts if record["outcome"] != "rewound")
         return {**found, "objective_before": first["objective_before"]}
-
-    @property
-    def outcomes(self) -> dict[str, int]:
-        """Counts of windows by outcome."""
-        counts = {name: list(self.judged.values()).count(name) for name in _JUDGED}
-        return counts | {"rewound": self.rewound}
 
     @property
     def seconds_left(self) -> float | None:
@@ -208,6 +202,7 @@ class PlainLines(AbstractContextManager["PlainLines"]):
     def __init__(self, progress: Progress, console: Console) -> None:
         self.progress = progress
         self.console = console
+        self.told = ""
         # On a small screen lines that fit matter more than columns.
         self.small = console.is_terminal and console.width < 100
 
@@ -226,8 +221,18 @@ class PlainLines(AbstractContextManager["PlainLines"]):
                 self.write(f"{self._place(record['stop'])}  {what}")
             case Committed():
                 self.write(self._line(event))
+                self._explain(event)
             case Notice(message):
                 self.write(f"notice: {message}")
+
+    def _explain(self, event: Committed) -> None:
+        """Writes why the window was rewritten or left alone, once for each reason to skip."""
+        record = self.progress.of_window(event.start)
+        if record is not None and record["outcome"] in _JUDGED:
+            self.write(f"why    {why.attempt(record)}")
+        elif event.skipped is not None and self.told != self.progress.why:
+            self.told = self.progress.why
+            self.write(f"why    {self.told}")
 
     def write(self, text: str) -> None:
         self.console.out(re.sub(" {2,}", " ", text) if self.small else text, highlight=False)
@@ -364,6 +369,8 @@ def frame(progress: Progress, width: int, height: int = 24) -> RenderableType:
         if shown:
             parts.append(_attempts(shown))
         parts.append(_counters(progress))
+        if progress.why and height > PANEL[1] + 7:
+            parts.append(Text(progress.why, "dim"))
     return Panel(
         Group(*parts),
         title=Text(progress.name, style="bold"),
@@ -483,7 +490,7 @@ def _attempts(records: Sequence[Mapping[str, Any]]) -> Text:
 
 
 def _counters(progress: Progress) -> Text:
-    counts = progress.outcomes.items() if progress.rewriting else ()
+    counts = progress.tally.counts.items() if progress.rewriting else ()
     parts = [
         Text.assemble((f"{outcome} ", "dim"), (f"{n}", _OUTCOME_STYLE[outcome] if n else "dim"))
         for outcome, n in counts
@@ -513,14 +520,9 @@ def tried(record: Mapping[str, Any]) -> str:
 
 
 def found(event: StartFound) -> str:
-    """Where the run starts, and how to keep the given lr."""
-    lrs = event.lr if isinstance(event.lr, list) else [event.lr]
-    text = f"lr {', '.join(f'{lr:.3g}' for lr in lrs[:8])}{', …' if len(lrs) > 8 else ''}"
-    if len(lrs) > 1:
-        text += " of the parameter groups"
-    if event.start == "probe":
-        text += f" in place of {one_number(event.given):.3g} (--start given keeps that)"
-    return f"{text}, for {event.cost:.2f} plain runs"
+    """Where the run starts, why, and how to keep the given lr."""
+    words = why.start(event.chosen) if event.chosen else f"lr {why.lr_words(event.lr)}"
+    return f"{words}; found for {event.cost:.2f} plain runs"
 
 
 def duration(seconds: float | None) -> str:

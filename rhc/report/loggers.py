@@ -29,6 +29,7 @@ from rhc.events import (
     StartFound,
     WindowAttempted,
 )
+from rhc.report import live, why
 from rhc.storage.files import read_regular, replace_durably
 from rhc.storage.jsonl import read_lines
 
@@ -102,11 +103,11 @@ class Logging:
                 refused[name] = error
         if len(refused) == len(values):
             raise whole
-        for name, why in refused.items():
+        for name, fault in refused.items():
             self._refused.add(name)
             warnings.warn(
                 f"logger {type(self.logger).__name__} does not take the name {name!r} "
-                f"({type(why).__name__}: {why}): all but it is logged",
+                f"({type(fault).__name__}: {fault}): all but it is logged",
                 stacklevel=5,
             )
 
@@ -137,11 +138,12 @@ class Logging:
                 for row in event.rows:
                     self._values(self.logger.step, int(row["step"]), dict(_numbers(row)))
                 self.step = event.stop
-            case WindowAttempted():
-                self._values(self.logger.attempt, self.attempts, _attempted(event.record))
+            case WindowAttempted(record):
+                self._values(self.logger.attempt, self.attempts, _attempted(record))
                 self.attempts += 1
+                self.logger.text(self.step, "window", why.attempt(record))
             case StartFound():
-                self.logger.text(self.step, "start", f"lr {event.lr}, {event.cost:.2f} plain runs")
+                self.logger.text(self.step, "start", live.found(event))
             case Intervened():
                 self.logger.text(event.step, event.kind, event.reason)
             case EpochPlanned():

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from rhc.errors import InputError
 from rhc.storage.files import read_document, reason
 from rhc.storage.jsonl import read_lines
-from rhc.storage.run_files import FILES
+from rhc.storage.run_files import FILES, checkpoint_path, checkpoint_steps, read_record
 
 CONTROLS = ("lr", "momentum", "noise", "weight_decay")
 SIGNALS = ("loss_trend", "reward_trend", "plateau")
@@ -29,6 +29,53 @@ _NO_METRIC = {"step", "loss", "val_loss", "gradient_norm", "planning", *CONTROLS
 
 
 Attempt = TypeVar("Attempt", bound=Mapping[str, Any])
+
+
+@dataclass
+class Tally:
+    """Counts of the windows that were looked at, by their decisive attempts. rewound: those whose
+    first roll diverged; they can be accepted nevertheless."""
+
+    judged: dict[int, str] = field(default_factory=dict)
+    """Start of a window -> its outcome."""
+    of_newest: list[Mapping[str, Any]] = field(default_factory=list)
+    """Attempts at the newest window."""
+    attempts: int = 0
+    rewound: int = 0
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Counts a line of windows.jsonl."""
+        if self.of_newest and self.of_newest[-1]["start"] != row["start"]:
+            self.of_newest.clear()
+        self.of_newest.append(row)
+        self.attempts += 1
+        self.judged[row["start"]] = decisive(self.of_newest)["outcome"]
+        self.rewound += row["outcome"] == "rewound" and row.get("attempt", 0) == 0
+
+    @property
+    def looked(self) -> int:
+        return len(self.judged)
+
+    @property
+    def accepted(self) -> int:
+        return list(self.judged.values()).count("accepted")
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Windows by outcome."""
+        rejected = list(self.judged.values()).count("rejected")
+        return {"accepted": self.accepted, "rejected": rejected, "rewound": self.rewound}
+
+    @property
+    def words(self) -> str:
+        """`2 windows looked at: 1 accepted, 1 rejected, 0 rewound, in 5 attempts`."""
+        counts = ", ".join(f"{n} {outcome}" for outcome, n in self.counts.items())
+        windows, attempts = _many(self.looked, "window"), _many(self.attempts, "attempt")
+        return f"{windows} looked at: {counts}, in {attempts}"
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 @dataclass
@@ -105,11 +152,24 @@ class RunRecord:
             windows.setdefault(row["start"], []).append(row)
         return [decisive(attempts) for attempts in windows.values()]
 
-    @property
-    def outcomes(self) -> str:
-        """Counts of attempts: `2 accepted, 1 rejected`."""
-        counts = Counter(row["outcome"] for row in self.windows).most_common()
-        return ", ".join(f"{count} {outcome}" for outcome, count in counts)
+    @cached_property
+    def tally(self) -> Tally:
+        tally = Tally()
+        for row in self.windows:
+            tally.add(row)
+        return tally
+
+    @cached_property
+    def told(self) -> dict[str, Any]:
+        """result.json, or of an unfinished run values.json of its newest checkpoint."""
+        if self.result:
+            return self.result
+        root = self.directory / "checkpoints"
+        steps = checkpoint_steps(root)
+        try:
+            return read_record(checkpoint_path(root, steps[-1]), "values.json") if steps else {}
+        except InputError:
+            return {}
 
     @property
     def product(self) -> str:

@@ -12,16 +12,28 @@ from rich.table import Table
 from rich.text import Text
 
 from rhc.errors import InputError
+from rhc.report import why
 from rhc.report.live import duration, sparkline
-from rhc.report.records import CONTROLS, RunRecord, entry, means, one_number, read_run
+from rhc.report.records import (
+    CONTROLS,
+    RunRecord,
+    entry,
+    means,
+    number,
+    one_number,
+    read_run,
+)
 from rhc.storage.run_files import (
     RUNS,
-    checkpoint_path,
     checkpoint_steps,
     read_record,
     read_result,
 )
 from rhc.workload import available_runners, runner_summary
+
+MOST_COLUMNS = 7
+"""Losses and metrics of the final table."""
+_ALWAYS = ("train loss", "val loss", "test loss", "test accuracy")
 
 
 def print_result(
@@ -34,7 +46,7 @@ def print_result(
     else:
         table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
         table.add_column("", style="dim", min_width=8)
-        for name in ("train loss", "val loss", "test loss", "test accuracy"):
+        for name, *_ in rows:
             table.add_column(name, justify="right", no_wrap=True)
         table.add_row("final", *(final for _, final, _ in rows))
         table.add_row("averaged", *(averaged for _, _, averaged in rows))
@@ -48,7 +60,7 @@ def print_result(
         f"{cost['rewound_windows']} rewound",
     )
     if inspect and record.get("replay") and not entry(record, "replay", "equal"):
-        _line(console, "replay", _replayed(record))
+        _line(console, "replay", why.replayed(record["replay"]))
     _line(console, "files", f"{directory}")
     if inspect:
         _line(console, "look", f"rhc inspect {shlex.quote(str(directory))}")
@@ -59,27 +71,23 @@ def print_result(
     _line(console, "", "scheduler.step()  # after each optimizer.step()")
 
 
-def _replayed(record: Mapping[str, Any]) -> str:
-    """How the first window replayed, as in result.json or values.json."""
-    replay = record["replay"]
-    if replay.get("equal"):
-        return f"steps [{replay['start']}, {replay['stop']}) to the bit"
-    step, what = replay.get("first_step", 0), replay.get("what", "the loss")
-    blamed = f", by {', '.join(replay['operators'])}" if replay.get("operators") else ""
-    return f"not to the bit: {what} of step {step} differs{blamed}"
-
-
 def _losses(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(name, of the final weights, of the averaged ones) of losses and accuracy, as text."""
+    """(name, of the final weights, of the averaged ones) of losses and metrics, as text."""
     found = [
-        (name, record.get(f"{name}_loss"), record.get(f"average_{name}_loss"))
+        (f"{name} loss", record.get(f"{name}_loss"), record.get(f"average_{name}_loss"))
         for name in ("train", "val", "test")
     ]
     averaged = entry(record, "average_metrics", "test", "accuracy")
-    found.append(("accuracy", record.get("test_accuracy"), averaged))
+    found.append(("test accuracy", record.get("test_accuracy"), averaged))
+    data = next((n for n in ("test", "val", "train") if entry(record, "metrics", n)), "")
+    for name, value in (entry(record, "metrics", data) or {}).items():
+        if (name, data) != ("accuracy", "test") and len(found) < MOST_COLUMNS:
+            of_average = entry(record, "average_metrics", data, name)
+            found.append((f"{data} {name}", number(value), number(of_average)))
     return [
         (name, *("–" if value is None else f"{value:.4f}" for value in values))  # type: ignore[misc]
         for name, *values in found
+        if name in _ALWAYS or values != [None, None]
     ]
 
 
@@ -98,23 +106,23 @@ def print_run(console: Console, directory: Path) -> None:
     _line(console, "run", ", ".join(_settings(run)))
     if planner := run.config.get("planner"):
         _line(console, "planned", ", ".join([*planner["steer"], *planner["knobs"]]))
-    if run.windows:
-        _line(console, "attempts", f"{len(run.windows)}: {run.outcomes}")
+    _line(console, "in short", why.headline(run))
     for name in ("loss", *CONTROLS):
         numbers = (one_number(row.get(name)) for row in run.tape)
         values = [float(v) for v in numbers if isinstance(v, (int, float))]
         if any(values):
             course = sparkline(means(values, values, 40)[1])
             _line(console, name, f"{values[0]:.4g} {course} {values[-1]:.4g}")
-    told = read_result(directory, altered) if finished else _newest_values(directory)
-    if told.get("replay"):
-        _line(console, "replay", _replayed(told))
-    for notice in told.get("notices") or ():
+    if finished:
+        run.result = read_result(directory, altered)
+    for label, _, sentence in why.answers(run):
+        _line(console, label, sentence)
+    for notice in run.told.get("notices") or ():
         _line(console, "notice", str(notice))
     if saved:
         _line(console, "saved", f"checkpoints of step {', '.join(map(str, saved))}")
     if finished:
-        print_result(console, told, directory, inspect=False)
+        print_result(console, run.result, directory, inspect=False)
     elif run.is_resumable:
         _line(console, "go on", f"rhc resume {shlex.quote(str(directory))}")
 
@@ -131,16 +139,6 @@ def _settings(run: RunRecord) -> Iterator[str]:
         yield f"window {config['window']}, rewriting {', '.join(run.controls) or 'nothing'}"
     if "seed" in config:
         yield f"seed {config['seed']}"
-
-
-def _newest_values(directory: Path) -> dict[str, Any]:
-    """values.json of the newest checkpoint; {} where none can be read."""
-    root = directory / "checkpoints"
-    steps = checkpoint_steps(root)
-    try:
-        return read_record(checkpoint_path(root, steps[-1]), "values.json") if steps else {}
-    except InputError:
-        return {}
 
 
 def print_runs(console: Console) -> None:

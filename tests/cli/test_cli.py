@@ -975,8 +975,10 @@ def test_plain_lines_tell_what_happened() -> None:
         "demo: 200 steps, from step 50, window 50, rewriting lr",
         "step 100/200 rewound: the loss is nan at step 61",
         "step 100/200 loss 0.4 lr 0.03 J 0.21 -> 0.19 accepted cost 5.2x eta 17s",
+        "why steps 50–100 accepted: as rewritten J fell from 0.21 to 0.19",
         "notice: a notice",
         "step 150/200 loss 0.2 lr 0.03 J 0.21 -> 0.3 rejected cost 5.5x eta 7s",
+        "why steps 100–150 rejected: as rewritten J rose from 0.21 to 0.3",
     ]
 
 

@@ -360,7 +360,7 @@ def test_what_became_of_a_window_that_was_rewritten_several_times() -> None:
     assert shown["outcome"] == "accepted"
     assert shown["objective_before"] == first[0]["objective_before"]
     assert shown["objective_after"] == accepted[-1]["objective_after"]
-    assert progress.outcomes == {"accepted": 1, "rejected": 0, "rewound": 0}
+    assert progress.tally.counts == {"accepted": 1, "rejected": 0, "rewound": 0}
     assert progress.cost == pytest.approx(result.record["cost"]["plain_run_equivalents"])
 
 
