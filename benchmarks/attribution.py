@@ -19,7 +19,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import rhc
+from rhc.hindsight.attribution import WholeRun
+from rhc.hypergradient import schedule_of, steps_of
 from rhc.training.objective import Average
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -215,14 +217,33 @@ def measured(task: Task, arguments: argparse.Namespace, seed: int) -> dict[str, 
     for name, of_rows in scores.items():
         print(f"seed {seed} {name}: {interval(torch.tensor(of_rows))}", flush=True)
     test = whole_loss(task, final)
-    print(f"seed {seed}: test loss {test:.4f}", flush=True)
+    smooth = metasmoothness(task, model, batches, arguments.average)
+    print(f"seed {seed}: test loss {test:.4f}, metasmoothness {smooth:.3f}", flush=True)
     return {
         "seed": seed,
         "test_loss": test,
+        "metasmoothness": smooth,
         "scores": scores,
         "seconds": seconds,
         "losses": whole.tolist(),
     }
+
+
+def metasmoothness(
+    task: Task, model: nn.Module, batches: Sequence[Tensor], average: float | None
+) -> float:
+    """Over the losses of 300 test rows, along two directions of the weights."""
+    weights = rhc.DataWeights(len(task.train[0]), lambda index: index)
+    plant = rhc.Plant(
+        model,
+        task.optimizer(model.parameters()),
+        lambda m, index: task.losses(m, tuple(t[index] for t in task.train)),
+        data_weights=weights,
+    )
+    steps = steps_of(batches, 1)
+    run = WholeRun(plant, steps, schedule_of(plant, {}, len(steps), 0), average)
+    rows = tuple(t[:300] for t in task.test)
+    return run.smoothness(lambda m: task.losses(m, rows), 2).metasmoothness
 
 
 @torch.no_grad()

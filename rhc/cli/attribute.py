@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from rhc.cli.recorded import RecordedRun, recorded
-from rhc.containers import tensors_of
-from rhc.data_weights import DATA_WEIGHTS, DataWeights, Numbered, row_losses
-from rhc.distributed import shard
+from rhc.containers import Kept, tensors_of
+from rhc.data_weights import DATA_WEIGHTS, DataWeights, Numbered, RowLosses, row_losses
 from rhc.errors import InputError
 from rhc.hindsight.attribution import SMOOTH, Smoothness, WholeRun
 from rhc.hindsight.whole_run import from_disk, target_of
+from rhc.hypergradient.adjoint import Terminal
 from rhc.hypergradient.halfway import Keeper
 from rhc.report.live import Screen
 from rhc.settings.commands import AttributeConfig
@@ -35,6 +35,9 @@ from rhc.training.plant import Plant
 from rhc.workload import load_runner, module_of_file
 
 NAME = "attribution"
+
+MOST_ROWS = 300
+"""Validation rows whose losses tell how smooth J is."""
 
 HELPS = (
     "what makes J smoother: judging at an average of iterates (--average 0.98), a bounded loss "
@@ -66,11 +69,13 @@ def run(config: AttributeConfig, screen: Screen) -> int:
 
 @dataclass(frozen=True)
 class _Target:
-    """A loss of which derivatives are taken. row: of the validation data; None for their mean."""
+    """A loss of which derivatives are taken. row: of the validation data, at this place of its
+    batch; None for their mean."""
 
     name: str
-    row: int | None
     batches: Sequence[Any]
+    row: int | None = None
+    place: int = 0
     label: int | None = None
 
 
@@ -85,6 +90,7 @@ class _Task:
     labels: Tensor | None  # (n,) of rows
     targets: list[_Target]
     plain: Plant  # without weights
+    row_losses: LossFn
 
     @classmethod
     def of(cls, config: AttributeConfig, known: RecordedRun) -> _Task:
@@ -125,9 +131,9 @@ class _Task:
             config.memory_budget,
         )
         what = "rows" if config.cells == "rows" else "cells"
-        targets = [_Target("validation loss", None, known.judged)]
+        targets = [_Target("validation loss", known.judged)]
         targets += _single_rows(known.judged, config.per_row)
-        return cls(config, known, course, weights, what, seen, labels, targets, plain)
+        return cls(config, known, course, weights, what, seen, labels, targets, plain, loss_fn)
 
     # What is computed ----------------------------------------------------------------------------
 
@@ -135,18 +141,13 @@ class _Task:
         """attribution.json, after everything has been written."""
         folder = self.config.directory / f"{NAME}-unfinished"
         self._begin(folder)
-        averaged = self.config.average > 0
-        bounded = self.config.bounded
         device = self.known.device
         memory.reset_peak(device)
         before = memory.current_peak(device)
         paths = [folder / f"target-{m:05d}.safetensors" for m in range(len(self.targets))]
         left = [m for m, path in enumerate(paths) if not path.exists()]
         passes = self.course.passes(
-            [
-                target_of(self.plain, self.targets[m].batches, averaged=averaged, bounded=bounded)
-                for m in left
-            ],
+            [self._loss_of(self.targets[m]) for m in left],
             [Keeper(folder / "halfway.safetensors") for _ in left],
             shared=len(paths) > 1,
         )
@@ -156,6 +157,7 @@ class _Task:
                 "value": h.value,
                 "result": h.result.name,
                 "message": h.result.message,
+                "check": h.check,
                 "product": h.product,
                 "why": h.why,
                 "gradients": h.gradient_equivalents,
@@ -193,18 +195,39 @@ class _Task:
         replace_durably(path, (json.dumps(settings) + "\n").encode())
 
     def _smoothness(self, derivatives: Tensor) -> Smoothness:
-        """Over the losses of single validation rows, where there are at most some hundred."""
-        averaged, bounded = self.config.average > 0, self.config.bounded
-        rows = _single_rows(self.known.judged, 256)
-        chosen = [*self.targets, *rows[self.config.per_row :]]
-        targets = [
-            target_of(self.plain, t.batches, averaged=averaged, bounded=bounded) for t in chosen
-        ]
+        """Of the losses that are attributed, then of the first validation rows."""
+        averaged = self.config.average > 0
+        first = [self._loss_of(target) for target in self.targets]
+        batches, count = list[Any](), 0
+        for batch in self.known.judged:
+            if count < MOST_ROWS:
+                batches.append(batch)
+                count += batch_size(batch)
+        rows = [target_of(self.plain, [b], self._each, averaged=averaged) for b in batches]
 
         def values(model: nn.Module) -> Tensor:
-            return torch.stack([target(model).detach() for target in targets])
+            own = torch.stack([loss(model) for loss in first])
+            return torch.cat([own, *(loss(model) for loss in rows)])[: len(first) + MOST_ROWS]
 
         return self.course.smoothness(values, self.config.probes, derivatives)
+
+    def _loss_of(self, target: _Target) -> Terminal:
+        of_row = target.row is not None
+        if not of_row and not self.config.bounded:
+            return target_of(self.plain, target.batches, averaged=self.config.average > 0)
+
+        def loss_of(batch: Any) -> Tensor:
+            each = self._each(batch)
+            return each[target.place] if of_row else each.mean()
+
+        return target_of(self.plain, target.batches, loss_of, averaged=self.config.average > 0)
+
+    def _each(self, batch: Kept) -> Tensor:
+        """(B,) the losses of a validation batch's rows."""
+        found = self.row_losses(self.known.workload.model, batch.opened())
+        losses = found[0] if isinstance(found, tuple) else found
+        each: Tensor = losses.each if isinstance(losses, RowLosses) else losses
+        return 1 - torch.exp(-each) if self.config.bounded else each
 
     # What is written -----------------------------------------------------------------------------
 
@@ -381,11 +404,10 @@ def _single_rows(judged: Sequence[Any], count: int) -> list[_Target]:
     """The first `count` rows of the validation data."""
     found: list[_Target] = []
     for batch in judged:
-        size, labels = batch_size(batch), _labels(batch)
-        for i in range(min(size, count - len(found))):
+        labels = _labels(batch)
+        for i in range(min(batch_size(batch), count - len(found))):
             label = None if labels is None else int(labels[i])
-            row = shard(batch, size, i, size).rows
-            found.append(_Target(f"validation row {len(found)}", len(found), [row], label))
+            found.append(_Target(f"validation row {len(found)}", [batch], len(found), i, label))
     return found
 
 

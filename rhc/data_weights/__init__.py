@@ -15,7 +15,7 @@ from rhc.data_weights.loss import (
     weighed,
     weighing,
 )
-from rhc.data_weights.rows import Numbered, row_losses, with_index
+from rhc.data_weights.rows import Numbered, RowLosses, row_losses, with_index
 from rhc.data_weights.update_rule import Evidence, Observation
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Factors",
     "Numbered",
     "Observation",
+    "RowLosses",
     "Weighed",
     "factors_of",
     "indexed",

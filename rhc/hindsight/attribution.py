@@ -35,9 +35,13 @@ PROBE = 0.5
 """How far the weights are moved to see how linear J is in them: half of the rows to 1.5, half to
 0.5."""
 
-SMOOTH = 0.7
-"""Metasmoothness from which derivatives are of use. Engstrom et al. 2025 show training that is
-steered well from about there on."""
+SMOOTH = 0.8
+"""Metasmoothness below which derivatives predict little of what half of the data would do: on
+MNIST it was 0.99 where they did (a correlation of 0.97), 0.84 at 0.88, 0.49 at 0.63."""
+
+
+FEW = 6
+"""Changes of which a cosine says something."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ class Smoothness:
         metasmoothness: Σ |b| sign(b) sign(f) / Σ |b| with b = J(1) − J(1 − hξ) and f = J(1 + hξ) −
             J(1), over the probes and over the values J; 1 for a smooth J, 0 for noise (Engstrom et
             al. 2025).
-        agreement: cosine of what derivatives predict of (f + b)/2, and what it is; NaN without.
+        agreement: cosine of what derivatives predict of (f + b)/2, and what it is; NaN for fewer
+            than 6 of them.
         probes: directions ξ; two runs each.
         step: h.
     """
@@ -280,7 +285,8 @@ class WholeRun:
         agreement = math.nan
         if derivatives is not None:
             p, q = torch.cat(predicted), torch.cat(measured)
-            agreement = float(p @ q / (p.norm() * q.norm()))
+            if len(p) >= FEW:
+                agreement = float(p @ q / (p.norm() * q.norm()))
         return Smoothness(smooth, agreement, probes, PROBE)
 
     def _begin(self) -> None:

@@ -99,11 +99,16 @@ def from_disk(loss_fn: LossFn, device: torch.device) -> LossFn:
 
 
 def target_of(
-    plant: Plant, batches: Sequence[Any], *, averaged: bool, bounded: bool = False
+    plant: Plant,
+    batches: Sequence[Any],
+    loss_of: Callable[[Any], Tensor] | None = None,
+    *,
+    averaged: bool,
 ) -> Callable[[nn.Module], Tensor]:
-    """The mean loss of `batches`, as evaluation takes it. averaged: whether at an average of
-    iterates, whose running statistics are not known. bounded: 1 − exp(−loss), at most 1; 1 − p for
-    one row's negative log-likelihood."""
+    """The mean loss of `batches`, as evaluation takes it. loss_of: batch -> another loss of the
+    plant's model. averaged: whether at an average of iterates, whose running statistics are not
+    known."""
+    loss_of = loss_of or (lambda batch: plant.loss(batch)[0])
     device = plant.parameters[0].device
     sizes = [batch_size(b) for b in batches]
 
@@ -112,9 +117,8 @@ def target_of(
             if averaged:  # running statistics are the last iterate's
                 batch_statistics(model)
             own = [kept(to_device(b, device)) for b in batches]
-            losses = [plant.loss(b)[0] * n for b, n in zip(own, sizes, strict=True)]
-            mean = torch.stack(losses).sum() / sum(sizes)
-            return 1 - torch.exp(-mean) if bounded else mean
+            losses = [loss_of(b) * n for b, n in zip(own, sizes, strict=True)]
+            return torch.stack(losses).sum(0) / sum(sizes)
 
     return target
 

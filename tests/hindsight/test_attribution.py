@@ -213,7 +213,14 @@ def test_the_command_writes_what_every_row_did(call: Any) -> None:  # noqa: F811
     assert best["cell"] == c and best["label"] == int(tensors["labels"][c])
     assert best["derivative"] == float(derivatives[2, c])
     assert f"helpful  {best['cell']:>8}" in out and "metasmoothness" in out
-    assert document["smoothness"]["probes"] == 1
+    assert document["smoothness"] == {
+        "metasmoothness": pytest.approx(0.0, abs=1.0),
+        "agreement": None,  # of three changes
+        "probes": 1,
+        "step": 0.5,
+    }
+    result = json.loads(Path("run/result.json").read_text())
+    assert float(tensors["values"][0]) == pytest.approx(result["val_loss"], rel=1e-5)
     assert not list(Path("run").glob("*unfinished"))
 
     assert call("attribute run --cells classes --probes 0")[0] == 0
@@ -257,11 +264,16 @@ def test_the_command_goes_on_where_it_was_interrupted(
     assert Path("run/attribution.safetensors").read_bytes() != whole
 
 
-def test_rows_of_losses_that_are_no_mean_are_refused_by_name(call: Any) -> None:  # noqa: F811
+def test_batch_norm_and_dropout_and_losses_that_are_no_mean_over_rows(call: Any) -> None:  # noqa: F811
     own = Path("own.py").read_text()
     assert call("train own.py --steps 6 --window 3 --lr 0.01 --directory run")[0] == 0
     assert call("attribute run --probes 0")[0] == 0  # BatchNorm and dropout under F.mse_loss
     assert attribution(Path("run"))[0]["derivatives"].shape == (1, 64)
+    assert call("attribute run --probes 1 --average 0.9 --per-row 6")[0] == 0
+    tensors, document = attribution(Path("run"))
+    assert tensors["derivatives"].shape == (7, 64)
+    assert {t["result"] for t in document["targets"]} == {"successful"}
+    assert document["smoothness"]["agreement"] > 0.9
     changed = own.replace(
         'F.mse_loss(model(batch["x"]), batch["y"])', '(model(batch["x"]) - batch["y"]).var()'
     )
