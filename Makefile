@@ -6,7 +6,7 @@ VENV := .venv
 # Lies inside the environment, so that deleting the environment deletes it too.
 STAMP := $(VENV)/.installed
 
-.PHONY: help install train test lint docs clean
+.PHONY: help install train test lint docs release clean
 
 help:
 	@echo "make install   create $(VENV) and install rhc with its development tools"
@@ -14,6 +14,7 @@ help:
 	@echo "make test      the quick tests"
 	@echo "make lint      ruff and mypy"
 	@echo "make docs      the documentation as a site, in site/"
+	@echo "make release   the wheel, in dist/, tried in a fresh environment"
 	@echo "make clean     remove caches and build products; keeps $(VENV) and runs/"
 
 install: $(STAMP)
@@ -37,6 +38,9 @@ lint: install
 docs: install
 	test -x $(VENV)/bin/mkdocs || $(VENV)/bin/python -m pip install -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+release:
+	PYTHON=$(PYTHON) .ci/release
 
 clean:
 	rm -rf site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -94,7 +94,7 @@ def check() -> int:
     except FileNotFoundError:
         made = {"version": "none", "looks": {}, "pictures": []}
     wrong = [f"{name} is missing" for name in made["pictures"] if not (PICTURES / name).exists()]
-    if made["version"] != rhc.__version__:
+    if made["version"].split(".")[:2] != rhc.__version__.split(".")[:2]:
         wrong.append(f"they are of version {made['version']}")
     here = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:

@@ -7,9 +7,13 @@ torch.
 from __future__ import annotations
 
 import importlib
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+try:
+    __version__ = metadata.version("rhc")
+except metadata.PackageNotFoundError:  # run from its sources
+    __version__ = "0.1.0"
 
 _MODULES = {
     "AdaptiveRL": "rhc.schedulers",

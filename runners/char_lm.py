@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from rhc.runners.data import tensor_loader
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rhc.errors import InputError
 from rhc.workload import Workload
-from runners.data import tensor_loader
 
 CONTEXT, BATCH, EVALUATED = 64, 16, 200
 

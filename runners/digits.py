@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from rhc.runners.data import split, tensor_loader
+from rhc.runners.planned import PLANNABLE
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rhc.errors import InputError
 from rhc.workload import Workload
-from runners.data import split, tensor_loader
-from runners.planned import PLANNABLE
 
 TRAIN, VALIDATION, TEST = 1100, 300, 397
 BATCH = 64

@@ -8,12 +8,12 @@ from itertools import count
 from pathlib import Path
 
 import torch
+from rhc.runners.sine import hidden
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rhc.errors import InputError
 from rhc.workload import Workload
-from runners.sine import hidden
 
 STEPS, BATCH, GRID = 1500, 64, 128
 NOISE = 0.1  # standard deviation of y

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from rhc.runners.mnist import mnist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rhc.workload import Workload
-from runners.mnist import mnist
 
 SCALES = (0.1, 1.0, 10.0)
 

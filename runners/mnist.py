@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from rhc.runners.data import read_idx, split, tensor_loader
+from rhc.runners.planned import PLANNABLE
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rhc.errors import InputError
 from rhc.schedulers import HeldOut
 from rhc.workload import Workload
-from runners.data import read_idx, split, tensor_loader
-from runners.planned import PLANNABLE
 
 PIXEL_MEAN, PIXEL_STD = 0.1307, 0.3081  # of the 60,000 training images, scaled to [0, 1]
 BATCH, EVALUATION_BATCH = 64, 500

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rhc.runners.mnist import BATCH, mnist
 from torch import nn
 
 from rhc.workload import Workload
-from runners.mnist import BATCH, mnist
 
 
 def mnist_cnn(

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rhc.runners.data import tensor_loader
+from rhc.runners.mnist import BATCH, EVALUATION_BATCH, load_mnist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from rhc.data_weights import DataWeights, indexed
 from rhc.workload import Workload
-from runners.data import tensor_loader
-from runners.mnist import BATCH, EVALUATION_BATCH, load_mnist
 
 NOISE = 0.4
 

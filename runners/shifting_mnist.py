@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from rhc.runners.data import tensor_loader
+from rhc.runners.mnist import BATCH, cross_entropy, mnist
 from torch import Tensor, nn
 
 from rhc.workload import Workload
-from runners.data import tensor_loader
-from runners.mnist import BATCH, cross_entropy, mnist
 
 STEPS, WATCHED = 1200, 256
 

@@ -6,12 +6,12 @@ import math
 from pathlib import Path
 
 import torch
+from rhc.runners.data import split, tensor_loader
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rhc.errors import InputError
 from rhc.workload import Workload
-from runners.data import split, tensor_loader
 
 TRAIN, VALIDATION, TEST = 2048, 512, 512
 BATCH = 64

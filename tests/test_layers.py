@@ -11,7 +11,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 FLOORS = (
-    {"errors", "events", "rng", "runner_files"},
+    {"errors", "events", "rng", "runner_files", "runners"},
     {"containers", "optimizers", "storage", "workload"},
     {"distributed", "schedule", "settings"},
     {"data_weights"},
@@ -19,7 +19,7 @@ FLOORS = (
     {"hypergradient", "schedulers"},
     {"loop", "report"},
     {"hindsight", "runner"},
-    {"compare"},
+    {"compare", "integrations"},
     {"cli"},
     {"__main__"},
 )

@@ -60,6 +60,12 @@ def check_parts(model: Any, optimizer: Any, loss_fn: Any) -> None:
     """Raises InputError where one of them has the wrong kind."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model must be an nn.Module, got {_called(model)}; {ORDER}")
+    if isinstance(optimizer, (list, tuple, dict)) and len(optimizer) > 1:
+        raise InputError(
+            f"optimizer must be one, got {len(optimizer)}: players with losses of their own, as in "
+            "a GAN or an actor-critic, have no single objective to look back from; give each its "
+            "own rhc.AdaptiveRL (docs/when-not.md), or one optimizer with a group for each"
+        )
     if not hasattr(optimizer, "param_groups") or isinstance(optimizer, type):
         raise InputError(
             f"optimizer must be an instance, got {_called(optimizer)}; make one: "

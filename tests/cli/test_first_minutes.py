@@ -216,6 +216,12 @@ REFUSED: dict[str, tuple[Callable[[], Parts], str]] = {
         lambda: {"optimizer": lambda m: functools.partial(torch.optim.SGD, lr=0.1)},
         "optimizer must be an instance, got a partial",
     ),
+    "two-optimizers": (
+        lambda: {
+            "optimizer": lambda m: [torch.optim.SGD([p], lr=0.1) for p in m[0].parameters()]
+        },
+        "optimizer must be one, got 2: players .* an actor-critic, .* its own rhc.AdaptiveRL",
+    ),
     "a-name": (lambda: {"optimizer": lambda m: "sgd"}, "optimizer .* got a str"),
     "a-vector": (
         lambda: {"loss": lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="none")},
