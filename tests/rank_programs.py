@@ -553,12 +553,37 @@ def weighed(*, alone: bool = False) -> dict[str, Any]:
     return found
 
 
+def passed(folder: str | None = None) -> dict[str, Any]:
+    """A run that a pass rewrites as a whole, on all ranks or alone, judged by one batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    x = torch.randn(60, 4, dtype=torch.float64)
+    data = torch.utils.data.TensorDataset(x, x[:, :3].argmax(1))
+    result = rhc.Runner(
+        model,
+        torch.optim.SGD(model.parameters(), 0.02, momentum=0.9),
+        lambda module, batch: row_losses(module, batch).mean(),
+        DataLoader(data, 8, shuffle=True),
+        DataLoader(torch.utils.data.TensorDataset(*data[:21]), 21),
+        window=5,
+        start="given",
+        passes=1,
+        directory=folder,
+    ).fit(20)
+    lines = [
+        [line[name] for name in ("kept", "predicted_change", "held_out_after")]
+        for line in result.passes
+    ]
+    return {"passes": lines, "losses": [row["loss"] for row in result.tape]}
+
+
 def everything(cases: str, runs: str, folder: str) -> dict[str, Any]:
     """All that two ranks are asked for by the quick tests: starting processes takes longest."""
     found = {
         "hypergradients": many_hypergradients(cases),
         "runs": many_runs(runs),
         "weighed": weighed(),
+        "passed": passed(f"{folder}/passed"),
         "faults": faults(f"{folder}/faults"),
         "shared_out": shared_out(),
         "shared_runs": shared_runs(f"{folder}/shared"),

@@ -9,7 +9,7 @@ from rhc.distributed.dtensors import is_dtensor, local_part, placed_as, shared_a
 from rhc.distributed.parallel import parallel_of
 from rhc.distributed.parts import read_parts
 from rhc.distributed.ranks import Ranks, RanksDiffer, Unshared, joined, leave, ranks_of, unwrapped
-from rhc.distributed.shards import RankLoader, Shard, rows_between, shard
+from rhc.distributed.shards import RankLoader, Shard, halves, rows_between, shard
 
 __all__ = [
     "RankLoader",
@@ -18,6 +18,7 @@ __all__ = [
     "Shard",
     "SyncBatchNorm",
     "Unshared",
+    "halves",
     "is_dtensor",
     "joined",
     "leave",

@@ -39,6 +39,25 @@ def shard(batch: Any, size: int, rank: int, ranks: int) -> Shard:
     return Shard(rows_between(batch, size, first, stop), ranks * (stop - first) / size, size)
 
 
+def halves(batch: Any, size: int, ranks: Ranks | None) -> list[Any]:
+    """A batch of `size` rows, or this rank's shard of it, as two: its first and its second half."""
+    middle, parts = size // 2, []
+    for first, stop in ((0, middle), (middle, size)):
+        if not isinstance(batch, Shard):
+            parts.append(rows_between(batch, size, first, stop))
+            continue
+        assert ranks is not None
+        begin, end = size * ranks.rank // ranks.size, size * (ranks.rank + 1) // ranks.size
+        low, high = max(begin, first), min(end, stop)
+        if low < high:
+            own = rows_between(batch.rows, end - begin, low - begin, high - begin)
+            weight = ranks.size * (high - low) / (stop - first)
+            parts.append(Shard(own, weight, stop - first))
+        else:
+            parts.append(Shard(batch.rows, 0.0, stop - first))
+    return parts
+
+
 def rows_between(value: Any, size: int, first: int, stop: int) -> Any:
     if hasattr(value, "rows_between"):  # a reference to a batch
         return value.rows_between(first, stop)

@@ -178,7 +178,7 @@ def _exact(
     if joint or point.rng is not None:
         pieces = 1
     mean = 0.0
-    for batch, share in shares(point.batch, joint, pieces):
+    for batch, share in _shares(point.batch, joint, pieces):
         evaluated = evaluation(batch, statistics=bool(statistics), twice=True, stage=joint)
         loss = evaluated.loss if share == 1 else evaluated.loss * share
         if pieces > 1:
@@ -331,7 +331,7 @@ def _staged(by_weight: Sequence[Tensor], point: StepPoint, weight: float) -> lis
 # Helpers -----------------------------------------------------------------------------------------
 
 
-def shares(batch: Any, joint: bool, pieces: int = 1) -> list[tuple[Any, float]]:
+def _shares(batch: Any, joint: bool, pieces: int = 1) -> list[tuple[Any, float]]:
     """(micro-batch, its share of the mean): one graph each, unless they must be seen together.
     pieces: into which the rows of every micro-batch are cut, in their order."""
     if joint:

@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rhc.containers import Kept
+from rhc.distributed import halves
 from rhc.distributed.directory import directory_of
 from rhc.errors import DivergedError, InputError, StorageError
 from rhc.events import CheckpointSaved, Committed, Event, Listener
 from rhc.hypergradient import Boundary, Hypergradient
-from rhc.hypergradient.hvp import shares
 from rhc.loop.checkpointing import open_run, take_over, write_checkpoint
 from rhc.loop.fit import EventLog, Fit, ReversePasses
 from rhc.loop.records import smoothness
@@ -43,7 +44,7 @@ from rhc.storage.files import finite
 from rhc.storage.run_directory import RunDirectory
 from rhc.storage.run_files import PASSES
 from rhc.storage.trees import joined, parted
-from rhc.training.batches import StepBatches
+from rhc.training.batches import StepBatches, batch_size
 from rhc.training.objective import Average, Objective
 
 KNOTS = 6
@@ -493,8 +494,8 @@ def _rows(fit: Fit) -> Rows:
     with closing(stream):
         batches = stream.take(first, first + count)
     if len(batches) == 1:
-        batches = [half for half, _ in shares(batches[0], joint=False, pieces=2)] * 2
-        batches = batches[:2] if len(batches) == 4 else batches
+        size, whole = batch_size(batches[0]), batches[0].batch
+        batches = batches * 2 if size < 2 else list(map(Kept, halves(whole, size, fit.plant.ranks)))
     train = data.train.take(0, 1)[0]
     return Rows(*(held_out_loss(fit.plant, batches[i::2], train) for i in range(2)))
 

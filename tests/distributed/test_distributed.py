@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_programs import SHARED, hypergradients, sampled, shared_out, trained, weighed
+from rank_programs import SHARED, hypergradients, passed, sampled, shared_out, trained, weighed
 from ranks import outputs, spawn
 from runs import network
 from safetensors.torch import load_file
@@ -59,6 +59,16 @@ def test_data_weights_are_those_of_one_process(of_two: list[dict[str, Any]]) -> 
             found, whole = torch.tensor(first[name]), torch.tensor(expected)
             assert torch.allclose(found, whole, rtol=1e-6, atol=1e-7), name
     assert max(alone["weights"]) > 1.05
+
+
+def test_passes_over_the_whole_run_are_those_of_one_process(of_two: list[dict[str, Any]]) -> None:
+    first, second = (found["passed"] for found in of_two)
+    alone = passed()
+    assert first == second
+    for name in ("passes", "losses"):
+        found, whole = (torch.tensor(each[name], dtype=torch.float64) for each in (first, alone))
+        assert torch.allclose(found, whole, rtol=1e-6, atol=1e-9), name
+    assert alone["passes"][0][0]
 
 
 RUNS: list[dict[str, Any]] = [
