@@ -104,8 +104,8 @@ class Runner:
             terms, then a mapping. Moved in place by windows, unless rewrite is False.
         objective: what a window is judged by; None for the usual one.
         engine: "adjoint"; others check single hypergradients (`rhc.hypergradient`).
-        product: Hessian products, as in `rhc.hypergradient`. Where the first lr is found, "auto"
-            is "none": exact ones cost half a run there, and gain nothing (docs/outcome.md).
+        product: Hessian products, as in `rhc.hypergradient`. Where the first lr is found and data
+            are weighed, "auto" is "none" (docs/data-weights.md).
         segment: steps of a segment of the reverse pass, as in `rhc.hypergradient`.
         memory_budget: bytes that a reverse pass may take beyond plain training; None for no limit.
         spill: whether states may go to disk for it: True for the system's temporary folder, or a
@@ -289,8 +289,9 @@ class Runner:
     ) -> None:
         self.segment = cast(int | Literal["auto"], engine.segment)
         self.product = cast(Product | Literal["auto"], engine.product)
-        if self.product == "auto" and self.segment == "auto" and self.start != "given":
-            self.product = "none"
+        weighed = self.plant.data_weights is not None
+        if weighed and (self.product, self.segment) == ("auto", "auto") and self.start != "given":
+            self.product = "none"  # as good, for 2.5 baseline runs in place of 4.3
         self.controls: tuple[str, ...] = ()
         self._reverse_passes: ReversePasses | None = None
         self._whole_run: ReversePasses | None = None
