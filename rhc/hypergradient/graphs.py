@@ -199,7 +199,7 @@ def _separate(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
     found: list[Tensor | None] = []
     for g in gradients:
         value = None if g is None else g.detach()
-        if value is not None and value.numel():
+        if value is not None and value.layout == torch.strided and value.numel():
             place = value.data_ptr()
             value = value.clone() if place in seen else value
             seen.add(place)

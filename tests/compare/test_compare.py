@@ -360,7 +360,7 @@ def test_every_run_leaves_a_directory(task: Task, capsys: pytest.CaptureFixture[
         9
     ].keys()
     assert runs["step-0.05-100"].series("lr")[1][9:11] == [0.05, pytest.approx(0.005)]
-    run(replace(task, steps=120, directory=Path("longer")), "rhc", None, 0)
+    run(replace(task, steps=400, directory=Path("longer")), "rhc", None, 0)
     assert read_run(Path("longer/rhc-0")).windows and not runs["constant-0.05-100"].windows
     main(f"compare {task.run} --methods constant --lrs 10 --seeds 1 -o lost".split())
     lost = read_run(Path("lost/constant-10-100"))

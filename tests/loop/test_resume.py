@@ -386,7 +386,7 @@ CHANGED: dict[str, tuple[dict[str, Any], str]] = {
     "no law": ({"rewrite": False}, "rewrite was {.*, is false"),
     "objective": ({"objective": Objective(batches=3)}, "objective.batches was 4, is 3"),
     "clipping": ({"clip_norm": 2.0}, "clip_norm was null, is 2.0"),
-    "product": ({"product": "central-difference"}, 'product was "none", is "central-difference"'),
+    "product": ({"product": "central-difference"}, 'product was "auto", is "central-difference"'),
 }
 
 

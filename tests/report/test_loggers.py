@@ -332,7 +332,7 @@ def test_tensorboard_at_the_command_line(tmp_path: Path, monkeypatch: pytest.Mon
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.chdir(tmp_path)
-    line = "train sine --steps 60 --window 20 --tensorboard --directory run"
+    line = "train sine --steps 60 --window 20 --budget 9 --tensorboard --directory run"
     assert main(line.split()) == 0
 
     def read(part: str, tag: str) -> list[tuple[int, float]]:
