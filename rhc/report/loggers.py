@@ -136,7 +136,7 @@ class Logging:
                 pass  # an attempt of a run that had ended
             case Committed():
                 for row in event.rows:
-                    self._values(self.logger.step, int(row["step"]), dict(_numbers(row)))
+                    self._values(self.logger.step, int(row["step"]), dict(numbers_of(row)))
                 self.step = event.stop
             case WindowAttempted(record):
                 self._values(self.logger.attempt, self.attempts, _attempted(record))
@@ -153,7 +153,7 @@ class Logging:
             case RunEnded():
                 self.begun = False
                 refused = tuple(f"/{name}" for name in self._refused)
-                found = dict(_numbers(event.result)).items()
+                found = dict(numbers_of(event.result)).items()
                 self.logger.end({n: v for n, v in found if not f"/{n}".endswith(refused)})
 
 
@@ -172,22 +172,22 @@ def listeners_of(
     return [Logging(logger, settings) for logger in several]
 
 
-def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def numbers_of(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     """Every finite number by path: name/name in mappings, name/index in lists."""
     for name, value in values.items():
         if name == "step" and not prefix:
             continue
         if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{name}/")
+            yield from numbers_of(value, f"{prefix}{name}/")
         elif isinstance(value, (list, tuple)):
-            yield from _numbers({str(i): v for i, v in enumerate(value)}, f"{prefix}{name}/")
+            yield from numbers_of({str(i): v for i, v in enumerate(value)}, f"{prefix}{name}/")
         elif type(value) in (int, float) and math.isfinite(value):
             yield f"{prefix}{name}", float(value)
 
 
 def _attempted(record: Mapping[str, Any]) -> dict[str, float]:
     names = ("window", "start", "stop", "attempt", "objective_before", "objective_after")
-    found = dict(_numbers({name: record.get(name) for name in names}))
+    found = dict(numbers_of({name: record.get(name) for name in names}))
     return found | {"accepted": float(record.get("outcome") == "accepted")}
 
 

@@ -30,6 +30,10 @@ class LoaderOrder:
         batch_sampler = getattr(loader, "batch_sampler", None)
         inner = [getattr(part, "sampler", None) for part in (sampler, batch_sampler)]
         holders = (loader, sampler, inner[0], batch_sampler, inner[1])
+        holder: Any
+        for holder in holders:  # accelerate's make theirs at the first pass, from this seed
+            if hasattr(holder, "initial_seed") and getattr(holder, "generator", 0) is None:
+                holder.generator = torch.Generator().manual_seed(holder.initial_seed)
         generators = [getattr(holder, "generator", None) for holder in holders]
         self.generators = list({g: g for g in generators if isinstance(g, torch.Generator)})
         self.counters = [
