@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from rhc.data_weights import unweighed
+from rhc.data_weights import DataWeights, unweighed
 from rhc.distributed import synchronised
 from rhc.errors import DivergedError, InputError, RunWarning, plain
 from rhc.events import Listener
@@ -30,13 +30,13 @@ from rhc.schedulers.planner import STEERED, planned
 from rhc.settings import Engine, Run, Shape, Step, TrainConfig, Window
 from rhc.settings.commands import SIZES, SmoothConfig
 from rhc.settings.owners import OptimizerSettings
-from rhc.storage.files import check_kinds
+from rhc.storage.files import check_kinds, parsed_json
 from rhc.storage.run_files import RUNS, read_record
 from rhc.training.objective import Objective
 from rhc.training.plant import Plant
 from rhc.workload import Workload, load_runner, optimizer_of, refuse_strange
 
-LATER = ("planner", "inexact_replay", "data_weights", "passes")
+LATER = ("planner", "inexact_replay", "data_weights", "options", "passes")
 """Settings that no plain run has, and that did not exist when the first directories were named."""
 
 
@@ -67,11 +67,64 @@ def hashed(name: str, document: Any) -> Path:
     return RUNS / f"{name}-{digest[:8]}"
 
 
-def built_workload(config: TrainConfig, sizes: Mapping[str, int]) -> Workload:
-    """The run's model and data at step 0. sizes: keywords of its function."""
+def built_workload(
+    config: TrainConfig, sizes: Mapping[str, int], *, stretch: bool = True
+) -> Workload:
+    """The run's model and data at step 0. sizes: keywords of its function. stretch: whether the
+    course of data weights is fitted to the run's length."""
     seed_everything(config.seed)
-    workload = load_runner(config.run)(seed=config.seed, data=config.data, **sizes)
-    return workload if config.data_weights else unweighed(workload)
+    options = keywords_from(config.run, config.options or ())
+    workload = load_runner(config.run)(seed=config.seed, data=config.data, **options, **sizes)
+    if not config.data_weights:
+        return unweighed(workload)
+    own = workload.data_weights
+    if own is None:
+        raise InputError(
+            f"runner {config.run!r} has no data weights: give its Workload data_weights="
+            "rhc.DataWeights(…) and let loss_fn return one loss per row; or leave --data-weights "
+            "out"
+        )
+    if isinstance(config.data_weights, str):
+        found = DataWeights.load(config.data_weights, None if own.of_terms else own.cell_of)
+        if (len(found), found.names) != (len(own), own.names):
+            raise InputError(
+                f"{config.data_weights} has {len(found)} cells, and the data of {config.run} "
+                f"{len(own)}, or others; give weights that were learned on these data"
+            )
+        steps = config.steps or workload.steps
+        found = found.stretched(steps) if stretch else found
+        return replace(workload, data_weights=found)
+    return workload
+
+
+def keywords_of(run: str) -> dict[str, Any]:
+    """name -> default of the keywords of a run's function; {} of what is no run."""
+    try:
+        function = inspect.signature(load_runner(run))
+    except (InputError, ImportError, OSError):
+        return {}
+    given = {n: p.default for n, p in function.parameters.items() if n not in ("seed", "data")}
+    return {n: v for n, v in given.items() if v is not inspect.Parameter.empty}
+
+
+def keywords_from(run: str, options: Sequence[str]) -> dict[str, Any]:
+    """The values of NAME=VALUE, of the type of the keyword's default."""
+    usual, found = keywords_of(run), dict[str, Any]()
+    for option in options:
+        name, _, text = option.partition("=")
+        if name not in usual:
+            raise InputError(
+                f"run {run!r} has no option {name!r}; it has: {', '.join(usual) or 'none'}"
+            )
+        kind = type(usual[name])
+        try:
+            found[name] = parsed_json(text.encode()) if kind in (bool, type(None)) else kind(text)
+        except ValueError:
+            raise InputError(
+                f"option {name} of run {run!r} must be like {usual[name]!r}, got {text!r}; try "
+                f"--{name.replace('_', '-')} {usual[name]}"
+            ) from None
+    return found
 
 
 def built_optimizer(config: TrainConfig, workload: Workload) -> torch.optim.Optimizer:
@@ -95,6 +148,7 @@ def built_plant(config: TrainConfig, workload: Workload, optimizer: torch.optim.
         seed=config.seed,
         clip_norm=config.clip_norm,
         clip_value=config.clip_value,
+        data_weights=workload.data_weights,
     )
 
 
@@ -115,12 +169,6 @@ def built_runner(
     optimizer, planner = built_optimizer(config, workload), None
     if config.planner is not None:
         workload, planner = planned(workload, config.planner, optimizer)
-    if config.data_weights and workload.data_weights is None:
-        raise InputError(
-            f"runner {config.run!r} has no data weights: give its Workload data_weights="
-            "rhc.DataWeights(…) and let loss_fn return one loss per row; or leave --data-weights "
-            "out"
-        )
     # Existing event files are continued.
     events = None if directory is None else directory / "tensorboard"
     logged = events is not None and (config.tensorboard or events.is_dir())
@@ -192,17 +240,19 @@ def shown(
 
 @dataclass(frozen=True)
 class PlainRun:
-    """A run without rewriting, ready for a schedule. config: resolved. sizes: of its function."""
+    """A run without rewriting, ready for a schedule. config: resolved. sizes: of its function.
+    stretch: whether a course of data weights is stretched to its length."""
 
     config: TrainConfig
     sizes: Mapping[str, int]
+    stretch: bool = False
 
     def to_record(self, *without: str) -> dict[str, Any]:
         """Its settings. Directories are named by their hash."""
         return self.config.to_record(*LATER, *without)
 
     def workload(self) -> Workload:
-        workload = built_workload(self.config, self.sizes)
+        workload = built_workload(self.config, self.sizes, stretch=self.stretch)
         assert self.config.threads is not None
         torch.set_num_threads(self.config.threads)
         workload.model.to(device_of(self.config.device))
@@ -257,14 +307,14 @@ def plain_settings(config: SmoothConfig | TrainConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for owner in owners for name in owner.known()}
 
 
-def plain_run(config: TrainConfig, sizes: Mapping[str, int]) -> PlainRun:
+def plain_run(config: TrainConfig, sizes: Mapping[str, int], *, stretch: bool = False) -> PlainRun:
     """The run of these settings, completed by the workload's defaults."""
     check_sizes(config.run, sizes)
     device_of(config.device)
     check_controls(config)
     workload = built_workload(config, sizes)
     plain = replace(config, rewrite=False, start="given", planner=None)
-    return PlainRun(plain.resolved(workload, torch.get_num_threads()), sizes)
+    return PlainRun(plain.resolved(workload, torch.get_num_threads()), sizes, stretch)
 
 
 def check_sizes(run: str, sizes: Mapping[str, int]) -> None:

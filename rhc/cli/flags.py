@@ -16,20 +16,40 @@ from rhc.settings.fields import Known, Settings
 Config = TypeVar("Config", bound=Settings)
 
 
-def parsed(name: str, flags: type[Config], words: Sequence[str], usual: Config | None) -> Config:
-    """The command's settings: those of `usual` where no flag says otherwise."""
+def parsed(
+    name: str,
+    flags: type[Config],
+    words: Sequence[str],
+    usual: Config | None,
+    further: Callable[[str, Sequence[str]], bool] = lambda flag, words: False,
+) -> Config:
+    """The command's settings: those of `usual` where no flag says otherwise. further: whether a
+    flag that the command does not know, of these words, is an option of RUN."""
     parser = _parser(name, flags)
     known = parser.options()
-    flat = []
+    flat: list[str] = []
+    options: list[str] = []
+    follows = False
     for word in words:
+        if follows:
+            options[-1] += word
+            follows = False
+            continue
         flag, equals, value = word.partition("=")
         if flag.startswith("--") and flag.replace("_", "-") not in known:
+            if further(flag, words):
+                options.append(f"{flag[2:].replace('-', '_')}={value}")
+                follows = not equals
+                continue
             near = difflib.get_close_matches(flag, known, n=1)
             hint = f": did you mean {near[0]}?" if near else ";"
             raise InputError(f"unknown flag {flag}{hint} see rhc {name} --help")
         flat.append(flag.replace("_", "-") + equals + value if flag.startswith("--") else word)
     given = vars(parser.parse_intermixed_args(flat))
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    if options:
+        before = given.get("options", None if usual is None else vars(usual)["options"])
+        given["options"] = (*(before or ()), *options)
     return flags(**{**({} if usual is None else vars(usual)), **given})
 
 
@@ -130,6 +150,11 @@ def _add(group: Any, each: Known, text: str | None) -> None:
     what = each.setting
     settings: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
     names = [what.alias, each.flag] if what.alias else [each.flag]
+    if each.kind is bool and what.metavar:  # a flag that may have a value
+        group.add_argument(*names, nargs="?", const=True, metavar=what.metavar, **settings)
+        no = {**settings, "help": argparse.SUPPRESS}
+        group.add_argument(f"--no-{each.flag[2:]}", action="store_false", dest=each.name, **no)
+        return
     if each.kind is bool:
         action = group.add_argument(*names, action=argparse.BooleanOptionalAction, **settings)
         action.metavar = f"--no-{each.flag[2:]}" if each.default else each.flag

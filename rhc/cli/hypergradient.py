@@ -17,6 +17,7 @@ from rhc.cli.building import (
     plain_settings,
 )
 from rhc.cli.recorded import recorded
+from rhc.data_weights import DATA_WEIGHTS
 from rhc.errors import InputError
 from rhc.hindsight.whole_run import (
     Episode,
@@ -24,6 +25,7 @@ from rhc.hindsight.whole_run import (
     from_disk,
     improved,
     steerable,
+    weights_from_disk,
 )
 from rhc.hypergradient import Hypergradient
 from rhc.loop.steps import EXPLODING_CLIP
@@ -78,7 +80,8 @@ def run(config: HypergradientConfig, screen: Screen) -> int:
 
 @contextmanager
 def _episode(config: HypergradientConfig) -> Iterator[_Recorded]:
-    with recorded(config, steps=config.steps, judging=config.objective_batches) as run:
+    judging = config.objective_batches
+    with recorded(config, steps=config.steps, judging=judging, weighed=True) as run:
         weight = config.stage_weight
         if weight is None:
             weight = 0.0 if run.judged else 1 / len(run.schedule)
@@ -97,6 +100,7 @@ def _episode(config: HypergradientConfig) -> Iterator[_Recorded]:
             config.product,
             config.memory_budget,
             config.discount,
+            weights_from_disk(run.workload.data_weights),
         )
         yield _Recorded(episode, run.schedule, run.plain, run.losses)
 
@@ -148,6 +152,7 @@ def _document(
             "average": episode.average,
         },
         "grad": {name: h.grad[name].tolist() for name in asked},
+        **_of_weights(episode, h),
         "raw_grad": {
             name: (h.grad[name] * CONTROLS[name].slope(schedule[name])).tolist() for name in asked
         },
@@ -170,6 +175,18 @@ def _document(
     return found
 
 
+def _of_weights(episode: Episode, h: Hypergradient) -> dict[str, Any]:
+    """dJ/dlog w of every cell, and of few by step."""
+    weights = episode.data_weights
+    if weights is None:
+        return {}
+    w = weights.raw.double()
+    found: dict[str, Any] = {"log_grad": (h.grad[DATA_WEIGHTS] * w).tolist()}
+    if h.cells_by_step is not None:
+        found["log_grad_by_step"] = (h.cells_by_step * w).tolist()
+    return {DATA_WEIGHTS: found}
+
+
 def _print(screen: Screen, document: dict[str, Any], path: Path) -> None:
     def line(label: str, text: str) -> None:
         screen.say(f"{label:<10}{text}")
@@ -190,6 +207,10 @@ def _print(screen: Screen, document: dict[str, Any], path: Path) -> None:
         line(
             name, f"dJ/d{'logit' if name == 'momentum' else 'log'} {total:+.4g}; by tenths {shown}"
         )
+    if weighed := document.get(DATA_WEIGHTS):
+        slopes = weighed["log_grad"]
+        lowest, highest = min(slopes, key=_known), max(slopes, key=_known)
+        line("weights", f"dJ/dlog w of {len(slopes)} cells, {lowest:+.2g} to {highest:+.2g}")
     line(
         "cost",
         f"{document['plain_run_equivalents']:.2f} plain runs, {document['hessian_products']} "
@@ -197,6 +218,10 @@ def _print(screen: Screen, document: dict[str, Any], path: Path) -> None:
         "MB above what was there",
     )
     line("file", f"{path}")
+
+
+def _known(slope: float | None) -> float:
+    return 0.0 if slope is None else slope
 
 
 def _course(norms: list[float | None]) -> str:
@@ -227,6 +252,7 @@ def _trained(
     """Trains by the rewritten schedule, with all costs on the ledger, and returns the status."""
     was = recorded.run
     settings = {**plain_settings(was.config), "steps": len(schedule)}
+    settings["data_weights"] = was.config.data_weights
     plain = plain_run(TrainConfig(**settings), was.sizes)
     document = [plain.to_record(), schedule.digest()]
     directory = config.output or hashed(f"{was.config.short_name}-horizon", document)

@@ -185,13 +185,21 @@ def parsed(name: str, words: Sequence[str]) -> Settings:
     if name == "train" and (source := _named_file(words)) is not None:
         below = replace(TrainConfig.from_file(source), config=source)
     usual = None if below is None else replace(below, run="")
-    config: Any = parsed_flags(name, COMMANDS[name][0], words, usual)
+    config: Any = parsed_flags(name, COMMANDS[name][0], words, usual, _of_runner)
     if below is not None and below.config is not None and not config.run:  # RUN is not given
         refuse_strange(below.run, below.config, trust=config.trust)
         config = replace(config, run=below.run)
     if isinstance(run := getattr(config, "run", None), str):
         config = replace(config, run=with_function(run))
     return config
+
+
+def _of_runner(flag: str, words: Sequence[str]) -> bool:
+    """Whether the function of the RUN among these words has a keyword of the flag's name."""
+    from rhc.cli.building import keywords_of
+
+    name = flag[2:].replace("-", "_")
+    return any(name in keywords_of(word) for word in words if word[:1] != "-")
 
 
 def _named_file(words: Sequence[str]) -> Path | None:

@@ -30,7 +30,7 @@ from rhc.schedule import Schedule
 from rhc.settings import TrainConfig
 from rhc.settings.commands import Recorded
 from rhc.storage.jsonl import read_rows
-from rhc.storage.run_files import read_record
+from rhc.storage.run_files import WEIGHTS, read_record
 from rhc.training.batches import StepBatches
 from rhc.training.losses import LossFn
 from rhc.training.plant import Plant
@@ -55,10 +55,15 @@ class RecordedRun:
 
 @contextmanager
 def recorded(
-    config: Recorded, *, steps: int | None, judging: int, numbered: bool = False
+    config: Recorded,
+    *,
+    steps: int | None,
+    judging: int,
+    numbered: bool = False,
+    weighed: bool = False,
 ) -> Iterator[RecordedRun]:
     """The run of a directory at step 0, its batches on disk. steps: the first ones; None for all.
-    judging: validation batches at most. numbered: batches are `Numbered` where the loader knows
+    judging: validation batches at most. weighed: with the data weights that it ended with, if any. numbered: batches are `Numbered` where the loader knows
     the indices of rows."""
     directory = config.directory
     record = read_record(directory)
@@ -78,7 +83,10 @@ def recorded(
             f"directory {directory} has {len(rows)} committed steps, got steps {steps}; give "
             f"--steps {len(rows)} or fewer"
         )
-    plain = plain_run(old.without_rewriting().checked(), sizes_of(directory))
+    settings = old.without_rewriting()
+    if weighed and (weights := directory / WEIGHTS).is_file():
+        settings = replace(settings, data_weights=str(weights))
+    plain = plain_run(settings.checked(), sizes_of(directory))
     workload, device = plain.workload(), device_of(old.device)
     optimizer = built_optimizer(plain.config, workload)
     loader = with_index(workload.train_loader) if numbered else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,19 @@ from rhc.cli.building import (
     sizes_of,
     usual_sizes,
 )
+from rhc.data_weights import DataWeights
 from rhc.errors import InputError
 from rhc.report.live import Screen
 from rhc.schedule import Schedule
 from rhc.settings import TrainConfig
 from rhc.settings.commands import SIZES, ReplayConfig
 from rhc.storage.jsonl import read_lines
-from rhc.storage.run_files import read_record
+from rhc.storage.run_files import WEIGHTS, read_record
 from rhc.workload import refuse_strange
 
 _OF_THE_SOURCE = (
     *("optimizer", "lr", "momentum", "weight_decay", "nesterov", "clip_norm", "clip_value"),
-    *("accumulate", "data", "threads"),
+    *("accumulate", "data", "threads", "options"),
 )
 """Settings taken from the run that wrote the schedule."""
 
@@ -60,6 +61,9 @@ def run(config: ReplayConfig, screen: Screen) -> int:
     usual = usual_sizes(name)
     factor, why = rescaling(config.rescale, usual | source.sizes, usual | sizes)
     schedule = schedule.rescaled(factor)
+    if config.run is not None and source.run != name:
+        source = replace(source, weights=None)
+        source.settings.pop("options", None)
     given = {"optimizer": config.optimizer, "data": config.data, "threads": config.threads}
     settings = {**source.settings, **{k: v for k, v in given.items() if v is not None}}
     plain = plain_run(
@@ -70,28 +74,33 @@ def run(config: ReplayConfig, screen: Screen) -> int:
             device=config.device,
             resume=config.resume,
             keep_checkpoints=config.keep_checkpoints,
+            data_weights=source.weights or False,
             **settings,
         ),
         sizes,
+        stretch=stretched,
     )
     followed = f"the first {steps} steps of {length}"
     if stretched:
         followed = f"stretched from {length} to {steps} steps"
     elif steps == length:
         followed = f"all {steps} steps"
-    record = {
-        "command": "replay",
-        "replay": {
-            "schedule": str(source.path),
-            "made_of": source.schedule.digest(),
-            "steps": length,
-            "stretched": stretched,
-            "rescale": config.rescale,
-            "factor": factor,
-        },
+    replayed = {
+        "schedule": str(source.path),
+        "made_of": source.schedule.digest(),
+        "steps": length,
+        "stretched": stretched,
+        "rescale": config.rescale,
+        "factor": factor,
     }
+    if source.weights is not None:
+        weights = DataWeights.load(source.weights)
+        replayed["weights"] = str(weights.describe())
+        how = "as they ended" if weights.course is None else "by their course over the steps"
+        screen.say(f"weights   {source.weights}, {how}")
     screen.say(f"schedule  {source.path}, {followed}")
     screen.say(f"rescaled  {why}")
+    record = {"command": "replay", "replay": replayed}
     for remark in source.remarks(plain.config):
         screen.say(f"note      {remark}")
     directory = config.directory or _default_directory(plain, schedule, record)
@@ -101,7 +110,12 @@ def run(config: ReplayConfig, screen: Screen) -> int:
 def resume(config: TrainConfig, directory: Path, was: Mapping[str, Any], screen: Screen) -> int:
     """Continues the replay in `directory`, and returns the exit status. was: its config.json."""
     schedule = Schedule.load(directory / "schedule.json")
-    plain = plain_run(config, sizes_of(directory))
+    replayed = was.get("replay") or {}
+    own = directory / WEIGHTS  # if the other run's are gone
+    if config.data_weights and own.exists():
+        config = replace(config, data_weights=str(own))
+    config = config.checked()
+    plain = plain_run(config, sizes_of(directory), stretch=bool(replayed.get("stretched")))
     record = {"command": "replay", "replay": was.get("replay"), "data": was.get("data")}
     return plain.follow(schedule, directory, record, screen)
 
@@ -146,6 +160,7 @@ class _Source:
     sizes: dict[str, int]
     planned: int | None
     knobs: str = ""
+    weights: str | None = None
 
     @classmethod
     def read(cls, given: Path) -> _Source:
@@ -176,7 +191,8 @@ class _Source:
         rows = sum(1 for _ in read_lines(directory / "tape.jsonl"))
         planned = rows if rows < len(schedule) else None
         sizes, knobs = sizes_of(directory), planned_knobs(old)
-        return cls(path, schedule, old.run, settings, sizes, planned, knobs)
+        weights = str(directory / WEIGHTS) if (directory / WEIGHTS).is_file() else None
+        return cls(path, schedule, old.run, settings, sizes, planned, knobs, weights)
 
     def remarks(self, config: TrainConfig) -> list[str]:
         found = []

@@ -36,6 +36,6 @@ def run(config: ResumeConfig, screen: Screen) -> int:
     if config.steps is not None:
         settings = replace(settings, steps=config.steps)
     if record.get("command") == "replay":
-        return replay.resume(settings.checked(), directory, record, screen)
+        return replay.resume(settings, directory, record, screen)
     moved = None if config.data is None else config_of(directory, trust=config.trust).data
     return train.run(settings.checked(), screen, recorded_data=moved)

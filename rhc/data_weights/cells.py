@@ -182,8 +182,10 @@ class DataWeights:
     def at(self, cells: Tensor, step: int | None = None) -> Tensor:
         """(B,) float64 weights of these cells, not scaled; by the course at a step, if any."""
         own = self._raw[cells].double()
-        along = self.along(cells, step)
-        return own if along is None else own * along
+        if self.course is None or step is None:
+            return own
+        moved = own / self.course.last[cells].double()  # exactly 1 until weights move
+        return self.course.at(step)[cells].double() * moved
 
     def along(self, cells: Tensor, step: int | None) -> Tensor | None:
         """(B,) the course's weights at a step over its last ones; None without a course."""
@@ -210,15 +212,15 @@ class DataWeights:
         """(n,) weights as they are kept, whose mean need not be 1."""
         return self._raw
 
-    @torch.no_grad()
+    def moved(self, cells: Tensor, by: Tensor) -> Tensor:
+        """(m,) the weights of `cells` (m,) times exp(by), within the bounds; frozen cells stay."""
+        now = self._raw[cells]
+        found = (now.double() * by.double().exp()).clamp(*self.bounds).to(now.dtype)
+        return found if self.frozen is None else torch.where(self.frozen[cells], now, found)
+
     def move(self, cells: Tensor, by: Tensor) -> None:
-        """Multiplies the weights of `cells` (m,), each once, by exp(by), within the bounds; frozen
-        cells stay."""
-        if self.frozen is not None:
-            free = ~self.frozen[cells]
-            cells, by = cells[free], by[free]
-        moved = self.at(cells) * by.double().exp()
-        self._raw[cells] = moved.clamp(*self.bounds).to(self._raw.dtype)
+        """Gives `cells`, each once, their weights of `moved`."""
+        self._raw[cells] = self.moved(cells, by)
 
     def describe(self) -> dict[str, Any]:
         """What a run's numbers depend on, for config.json."""

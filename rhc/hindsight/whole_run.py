@@ -6,6 +6,7 @@ step would overfit the objective's data.
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from rhc.containers import copied, kept, to_device
+from rhc.data_weights import DataWeights
 from rhc.distributed import rows_between
 from rhc.errors import InputError
 from rhc.hypergradient import Hypergradient, Product, hypergradient
@@ -98,6 +100,21 @@ def from_disk(loss_fn: LossFn, device: torch.device) -> LossFn:
     return loss
 
 
+def weights_from_disk(weights: DataWeights | None) -> DataWeights | None:
+    """The weights, whose cells are those of the batches on disk."""
+    if weights is None or weights.of_terms:
+        return weights
+    found, cell_of = copy.copy(weights), weights.cell_of
+
+    def cells(batch: Any) -> Any:
+        if isinstance(batch, BatchRef):
+            batch = batch.batch(torch.device("cpu"))
+        return cell_of(batch)
+
+    found.cell_of = cells
+    return found
+
+
 def target_of(
     plant: Plant,
     batches: Sequence[Any],
@@ -154,6 +171,7 @@ class Episode:
     product: Product | str = "exact"
     memory_budget: int | None = None
     discount: float = 1.0
+    data_weights: DataWeights | None = None
     spent: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
@@ -168,6 +186,7 @@ class Episode:
             seed=self.seed,
             clip_norm=self.clip_norm,
             clip_value=self.clip_value,
+            data_weights=self.data_weights,
         )
         self.beginning = self.plant.snapshot()
 
@@ -185,6 +204,7 @@ class Episode:
             self.loss_fn,
             self.batches,
             controls=values,
+            data_weights=self.data_weights,
             terminal=self.terminal if self.judged else None,
             stage_weight=self.stage_weight,
             average=self.average,

@@ -158,13 +158,16 @@ def finish(fit: Fit) -> None:
             stream.close()  # its loader is iterated anew
     state.result = final_result(fit)
     if directory is not None:
-        weights, ranks = learned(fit.plant, state), fit.plant.ranks
-        if weights is not None and (ranks is None or ranks.first):
-            evidence = None if state.evidence is None else state.evidence.by_cell()
-            weights.save(directory.path / WEIGHTS, evidence)
+        _save_weights(fit, directory)
         directory.finish(state.committed(), state.result)
         if ranks is None or ranks.first:
             shutil.rmtree(directory.path / PASSES, ignore_errors=True)
+
+
+def _save_weights(fit: Fit, directory: RunDirectory) -> None:
+    weights, ranks, evidence = learned(fit.plant, fit.state), fit.plant.ranks, fit.state.evidence
+    if weights is not None and (ranks is None or ranks.first):
+        weights.save(directory.path / WEIGHTS, None if evidence is None else evidence.by_cell())
 
 
 # Resume -------------------------------------------------------------------------------------------
@@ -178,6 +181,8 @@ def open_run(
     if checkpoint is None:
         state.cost.gradients(prior_cost)
         state.start_gradients = prior_cost
+        if state.evidence is None:  # for a replay that outlives what it follows
+            _save_weights(fit, directory)
         write_checkpoint(fit)
         return
     differs = _resume(fit, directory, checkpoint)

@@ -21,9 +21,10 @@ def observe(fit: Fit, window: Window, attempt: Attempt) -> Observation | None:
 
 def weigh(fit: Fit, trial: Attempt, observed: Observation, scale: float) -> Attempt:
     """The trial on batches whose rows have their new weights."""
-    assert trial.proposal is not None
-    by = scale * observed.by
-    factors = factors_of(observed.cells, by.exp())
+    weights = fit.plant.data_weights
+    assert trial.proposal is not None and weights is not None
+    by, now = scale * observed.by, weights.raw[observed.cells].double()
+    factors = factors_of(observed.cells, weights.moved(observed.cells, by).double() / now)
     numbered = enumerate(trial.batches, trial.schedule.start)
     trial.batches = [fit.plant.weighed_by(batch, step, factors) for step, batch in numbered]
     trial.weights = by

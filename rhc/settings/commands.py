@@ -216,6 +216,8 @@ class WeightsConfig(Settings):
     """Cells to list, the lowest weights first."""
     output: Path | None = setting(None, "FILE", unset="none", alias="-o")
     """Write all cells to FILE, as CSV: cell, weight, windows that saw it, mean slope."""
+    course: Path | None = setting(None, "FILE", unset="none")
+    """Write the course of few cells to FILE, as CSV: a line per change, a column per cell."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from rhc.settings.fields import (
     setting,
     share,
 )
+from rhc.storage.run_files import WEIGHTS
 from rhc.workload import OPTIMIZERS, TEMPLATES
 
 MOST_STEPS = 50_000_000
@@ -34,6 +35,31 @@ def parsed_names(given: Any) -> tuple[str, ...]:
     """Each name once, in order; `lr,momentum` is two."""
     parts = (given,) if isinstance(given, str) else given
     return tuple(dict.fromkeys(name for part in parts for name in part.split(",") if name))
+
+
+def parsed_options(given: Any) -> tuple[str, ...]:
+    """The last value of each name, by name."""
+    found = {}
+    for part in (given,) if isinstance(given, str) else given:
+        name, equals, value = part.partition("=")
+        if not (equals and name.isidentifier()):
+            raise InputError(f"options must be NAME=VALUE, got {part!r}; try --options noise=0.2")
+        found[name] = value
+    return tuple(f"{name}={value}" for name, value in sorted(found.items()))
+
+
+def parsed_weights(given: Any) -> bool | str:
+    """Whether data are weighted, or the file of the weights that they begin with."""
+    if isinstance(given, bool):
+        return given
+    path = Path(given)
+    file = path / WEIGHTS if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(
+            f"data_weights must be a run's directory with {WEIGHTS}, or such a file, got "
+            f"{str(given)!r}; give --data-weights alone to learn them anew, and RUN before it"
+        )
+    return str(file.resolve())
 
 
 def parsed_segment(given: Any) -> int | Literal["auto"]:
@@ -90,6 +116,10 @@ class Run(Settings):
     """Optimizer steps in all."""
     seed: int = setting(0, "S", SEEDS)
     """Seed of weights, batches, dropout and noise."""
+    options: tuple[str, ...] | None = setting(
+        None, "NAME=VALUE …", place="rare", parse=parsed_options, recorded="if given"
+    )
+    """Keywords of RUN's function. Each has a flag of its own too: --noise 0.2 is noise=0.2."""
     device: str = setting(
         "auto", "NAME", one_of("auto", "cpu", "cuda"), recorded="by the runner", on_resume=""
     )
@@ -234,8 +264,11 @@ class Window(Settings):
         None, "NAME …", place="rare", parse=parsed_names, rewriting=True, recorded="if given"
     )
     """Controls with a value per parameter group. Some of --controls; others keep groups' ratios."""
-    data_weights: bool = setting(False, rewriting=True, recorded="if given")
-    """Learn a weight for every row of the data. Or class, source, loss term, as RUN has it."""
+    data_weights: bool | str = setting(
+        False, "[DIR]", parse=parsed_weights, recorded="if given", on_resume=""
+    )
+    """Learn a weight for every row of the data. Or class, source, loss term, as RUN has it; of DIR:
+    begin with the weights of another run, or with their course."""
     inexact_replay: bool = setting(
         False,
         place="rare",

@@ -81,6 +81,11 @@ class TrainConfig(
                     f"{name} is about rewriting, which --no-rewrite turns off, and got "
                     f"{shown(given)}; leave {each.flag} or --no-rewrite out"
                 )
+        if not self.rewrite and self.data_weights is True:
+            raise InputError(
+                "data_weights are learned by rewriting, which --no-rewrite turns off; give a run's "
+                "directory, whose weights are then followed, or leave --no-rewrite out"
+            )
         checked = super().checked()
         if isinstance(checked.segment, int) and checked.segment > checked.window:
             raise InputError(
@@ -97,6 +102,7 @@ class TrainConfig(
     def without_rewriting(self) -> Self:
         known = self.known().items()
         usual = {name: each.default for name, each in known if each.setting.rewriting}
+        usual["data_weights"] = False
         return replace(self, rewrite=False, template=None, warmup=None, **usual)
 
     def resolved(self, workload: Workload, threads: int) -> Self:

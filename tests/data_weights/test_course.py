@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import rhc
+from rhc.cli.main import main
 from rhc.data_weights import Course, Evidence
 from rhc.data_weights.update_rule import agreed
 from rhc.events import Committed, Event
@@ -236,3 +239,104 @@ def test_many_cells_have_no_course() -> None:
     evidence = Evidence(300)
     evidence.note({0: torch.ones(300)})
     assert evidence.course(10) is None
+
+
+def test_a_frozen_cell_is_trained_on_as_it_is() -> None:
+    """Also in the replays that moved weights are judged by."""
+    weights = rhc.DataWeights(NAMES, source_of, frozen=[0])
+    runner = problem(data_weights=weights)
+    loss, seen = runner.plant.loss_fn, list[Tensor]()
+
+    def watched(model: nn.Module, batch: Any) -> Any:
+        verified = runner.state.step > 0  # the first window's hypergradient is, by moving all cells
+        if verified and hasattr(batch, "cells") and len(set(batch.cells.tolist())) == 3:
+            one = [float(batch.weights[batch.cells == c][0].detach()) for c in range(3)]
+            seen.append((torch.tensor(one) / batch.scale).detach())
+        return loss(model, batch)
+
+    runner.plant.loss_fn = watched
+    runner.fit(60)
+    found = torch.stack(seen)
+    assert torch.allclose(found[:, 0], torch.ones(len(found)), rtol=1e-5)
+    assert float(found[:, 2].min()) < 0.9
+
+
+OWN = """
+import torch
+import rhc
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+def loss_fn(model, batch):
+    x, y = batch["sample"] if isinstance(batch, dict) else batch
+    return F.cross_entropy(model(x), y, reduction="none")
+
+def own(*, seed=0, data=None, wrong: float = 0.0):
+    g = torch.Generator().manual_seed(3)
+    y = torch.randint(3, (600,), generator=g)
+    x = torch.randn(600, 6, generator=g) + 2 * F.one_hot(y, 3).repeat(1, 2)
+    given = y.clone()
+    bad = (torch.rand(600, generator=g) < wrong) & (torch.arange(600) < 100)
+    given[bad] = (y[bad] + 1) % 3
+    train = DataLoader(rhc.indexed(TensorDataset(x[:200], given[:200])), 20, shuffle=True)
+    held_out = DataLoader(TensorDataset(x[200:], y[200:]), 50)
+    weights = rhc.DataWeights(["wrong", "clean"], lambda batch: batch["index"] // 100)
+    model = torch.nn.Linear(6, 3)
+    return rhc.Workload(model, loss_fn, train, held_out, steps=60, data_weights=weights)
+"""
+
+
+def test_a_course_at_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    common = ["--window", "10", "--start", "given", "--lr", "0.1", "--wrong", "0.9"]
+    assert main(["train", "own.py", *common, "--data-weights", "--directory", "run"]) == 0
+    assert json.loads(Path("run/config.json").read_text())["options"] == ["wrong=0.9"]
+    assert main(["weights", "run", "--course", "course.csv"]) == 0
+    lines = [line.split(",") for line in Path("course.csv").read_text().splitlines()]
+    assert lines[0] == ["step", "wrong", "clean"] and len(lines) > 3
+    last = dict(zip(lines[0], map(float, lines[-1]), strict=True))
+    assert last["wrong"] < 0.5 * last["clean"]
+
+    # A replay follows the course, stretched with the schedule, and goes on without its source.
+    capsys.readouterr()
+    assert main(["replay", "run", "--seed", "3", "--directory", "again"]) == 0
+    assert "by their course over the steps" in capsys.readouterr().out
+    found = [rhc.DataWeights.load(f"{name}/weights.safetensors") for name in ("run", "again")]
+    assert found[0].course is not None and found[1].course is not None
+    assert found[0].course.digest() == found[1].course.digest()
+    stretched = ["--steps", "30", "--stretch", "--directory", "half"]
+    assert main(["replay", "run", *stretched]) == 0
+    half = rhc.DataWeights.load("half/weights.safetensors").course
+    assert half is not None and len(half) == 30
+    assert half.since == found[0].course.stretched(30).since
+
+    # The whole run is differentiated as it was, by its weights too.
+    assert main(["hypergradient", "run"]) == 0
+    document = json.loads(Path("run/hypergradient.json").read_text())
+    assert document["furthest_from_tape"] == 0
+    weighed = document["data_weights"]
+    assert len(weighed["log_grad"]) == 2 and len(weighed["log_grad_by_step"]) == 60
+    assert sum(row[0] for row in weighed["log_grad_by_step"]) == pytest.approx(
+        weighed["log_grad"][0]
+    )
+
+    # Another run begins with them, and moves them on.
+    assert main(["train", "own.py", *common, "--data-weights", "run", "--directory", "on"]) == 0
+    on = rhc.DataWeights.load("on/weights.safetensors")
+    assert float(on.values[0]) < float(found[0].values[0])
+    Path("run/weights.safetensors").unlink()
+    assert main(["resume", "again"]) == 0
+    capsys.readouterr()
+    for words, says in (
+        (["train", "own.py", "--foo", "3"], "unknown flag --foo"),
+        (["train", "own.py", "--wrong", "much"], "option wrong of run .* must be like 0.0"),
+        (["train", "own.py", "--options", "wrung=1"], "has no option 'wrung'; it has: wrong"),
+        (["train", "--data-weights", "own.py"], "weights.safetensors, or such a file"),
+        (["train", "own.py", "--no-rewrite", "--data-weights"], "learned by rewriting"),
+        (["replay", "again", "--steps", "90"], "has 60 steps"),
+    ):
+        assert main(words) == 2
+        assert re.search(says, capsys.readouterr().err)
