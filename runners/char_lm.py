@@ -25,7 +25,7 @@ def char_lm(
     seed: the weights are drawn from the global generator, which the caller has seeded with it.
     width, batch_size: the layers are `width` times as wide; pieces per training batch.
     """
-    text = _text(data)
+    text = read_text(data)
     alphabet = sorted(set(text))
     index = {character: i for i, character in enumerate(alphabet)}
     codes = torch.tensor([index[character] for character in text])
@@ -101,7 +101,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norms[1](x))
 
 
-def _text(data: Path | None) -> str:
+def read_text(data: Path | None) -> str:
     if data is None:
         raise InputError(
             "runner char_lm needs a text and got none: give --data a .txt file, or a folder with "

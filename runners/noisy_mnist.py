@@ -13,25 +13,47 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from rhc.data_weights import DataWeights, indexed
+from rhc.errors import InputError
 from rhc.workload import Workload
 
 NOISE = 0.4
 
 
-def noisy_mnist(*, seed: int = 0, data: Path | None = None, noise: float = NOISE) -> Workload:
+def noisy_mnist(
+    *,
+    seed: int = 0,
+    data: Path | None = None,
+    noise: float = NOISE,
+    noise_kind: str = "symmetric",
+    held_out: str = "clean",
+) -> Workload:
     """MNIST, 40 % of the training labels random, and an MLP; with --data-weights a weight per row.
 
-    The held-out and the test labels are right. noise: the share of random labels.
+    The labels are the same for every seed, and the test's are right. noise: the share of labels
+    that are drawn anew: with noise_kind symmetric from all classes, with class as the next class,
+    so that 3 is given as 4. held_out: clean or noisy, as the training labels are: then the weights
+    need an objective that is bounded, as with --bounded.
     """
+    if noise_kind not in ("symmetric", "class") or held_out not in ("clean", "noisy"):
+        raise InputError(
+            "noise_kind must be symmetric or class, and held_out clean or noisy, got "
+            f"{noise_kind!r} and {held_out!r}"
+        )
     (images, labels), validation, test = load_mnist(data)
-    generator = torch.Generator().manual_seed(1000 + seed)
-    drawn = torch.rand(len(labels), generator=generator) < noise
-    given = labels.clone()
-    given[drawn] = torch.randint(10, (int(drawn.sum()),), generator=generator)
+    generator = torch.Generator().manual_seed(1000)
+
+    def spoilt(labels: Tensor) -> Tensor:
+        drawn = torch.rand(len(labels), generator=generator) < noise
+        others = torch.randint(10, (len(labels),), generator=generator)
+        return torch.where(
+            drawn, others if noise_kind == "symmetric" else (labels + 1) % 10, labels
+        )
+
+    given = spoilt(labels)
+    if held_out == "noisy":
+        validation = (validation[0], spoilt(validation[1]))
     return Workload(
-        model=nn.Sequential(
-            nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)
-        ),
+        model=mlp(),
         loss_fn=rows_of_loss,
         train_loader=DataLoader(
             indexed(TensorDataset(images, given)), BATCH, shuffle=True, drop_last=True
@@ -42,6 +64,12 @@ def noisy_mnist(*, seed: int = 0, data: Path | None = None, noise: float = NOISE
         lr={"sgd": 0.03, "adam": 1e-3, "adamw": 1e-3},
         threads=1,
         data_weights=DataWeights(len(labels)),
+    )
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)
     )
 
 

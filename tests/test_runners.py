@@ -11,22 +11,28 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import rhc
 from rhc.errors import InputError
 from rhc.loop.update_rule import Rewrite
 from rhc.workload import Workload, available_runners, load_runner, runner_summary
+from runners.auxiliary import auxiliary
 from runners.char_lm import char_lm
 from runners.data import read_idx, split, tensor_loader
 from runners.digits import digits
 from runners.drifting_sine import drifting_sine
 from runners.ill_scaled import SCALES, ill_scaled
+from runners.long_tail_mnist import long_tail_mnist
+from runners.mixed_text import mixed_text
 from runners.mnist import mnist
 from runners.mnist_cnn import mnist_cnn
+from runners.noisy_mnist import noisy_mnist
 from runners.shifting_mnist import shifting_mnist
 from runners.sine import sine
 
@@ -745,3 +751,91 @@ def go(*, seed=0, data=None):
     line = ["-m", "rhc", "train", "my_run.py:go", "--no-rewrite", "--lr", "0.05"]
     done = subprocess.run([sys.executable, *line], cwd=tmp_path, capture_output=True, timeout=200)
     assert (done.returncode, done.stderr.decode()) == (0, "")
+
+
+# What data weights are for
+
+
+def weighed_run(workload: Workload, steps: int = 10) -> rhc.RunResult:
+    assert workload.data_weights is not None
+    return rhc.Runner(
+        workload.model,
+        torch.optim.SGD(workload.model.parameters(), 0.01, momentum=0.9),
+        workload.loss_fn,
+        workload.train_loader,
+        workload.val_loader,
+        window=5,
+        start="given",
+        controls=(),
+        product="none",
+        data_weights=workload.data_weights,
+    ).fit(steps)
+
+
+def test_noisy_mnist_has_the_same_wrong_labels_for_every_seed(tmp_path: Path) -> None:
+    write_mnist(tmp_path, "t10k", 2000, compress=False)
+
+    def given(**options: Any) -> Tensor:
+        loader = noisy_mnist(data=tmp_path, **options).train_loader
+        return loader.dataset.dataset.tensors[1]  # type: ignore[attr-defined]
+
+    right = given(noise=0.0)
+    assert torch.equal(given(seed=0), given(seed=1))
+    assert 0.3 < float((given() != right).float().mean()) < 0.42
+    moved = given(noise=0.3, noise_kind="class")
+    assert set(((moved - right) % 10).tolist()) == {0, 1}
+    clean = noisy_mnist(data=tmp_path).val_loader.dataset.tensors[1]  # type: ignore[union-attr]
+    noisy = noisy_mnist(data=tmp_path, held_out="noisy").val_loader
+    assert 0.2 < float((noisy.dataset.tensors[1] != clean).float().mean()) < 0.5  # type: ignore[union-attr]
+    with pytest.raises(InputError, match="noise_kind must be symmetric or class"):
+        noisy_mnist(data=tmp_path, noise_kind="x")
+
+
+@pytest.mark.parametrize("cells", ["classes", "rows"])
+def test_long_tail_mnist_has_fewer_rows_of_later_classes(tmp_path: Path, cells: str) -> None:
+    write_mnist(tmp_path, "t10k", 2000, compress=False)
+    workload = long_tail_mnist(data=tmp_path, imbalance=20, cells=cells)
+    labels = workload.train_loader.dataset.dataset.tensors[1]  # type: ignore[attr-defined]
+    sizes = labels.bincount(minlength=10).tolist()
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] >= 15 * sizes[-1]
+    weights = weighed_run(workload).data_weights
+    assert weights is not None and len(weights) == (10 if cells == "classes" else len(labels))
+    with pytest.raises(InputError, match="imbalance ≥ 1, got 'rows' and 0"):
+        long_tail_mnist(data=tmp_path, imbalance=0, cells="rows")
+
+
+def test_mixed_text_has_four_sources_of_which_one_is_clean(tmp_path: Path) -> None:
+    text = "".join(chr(97 + (i * i) % 23) for i in range(65 * 520))
+    (tmp_path / "a.txt").write_text(text)
+    workload = mixed_text(data=tmp_path, width=16, clean=20, others=30)
+    rows = workload.train_loader.dataset.dataset.tensors[0]  # type: ignore[attr-defined]
+    assert len(rows) == 20 + 3 * 30
+    characters = sorted(set(text))
+    whole = {text[i : i + 65] for i in range(0, len(text), 65)}
+    read = ["".join(characters[c] for c in row) for row in rows.tolist()]
+    assert set(read[:20]) <= whole and {piece[::-1] for piece in read[50:80]} <= whole
+    assert {"".join(sorted(p)) for p in read[80:]} <= {"".join(sorted(p)) for p in whole}
+    assert workload.data_weights is not None
+    assert workload.data_weights.cells({"index": torch.tensor([0, 20, 50, 109])}).tolist() == [
+        *range(4)
+    ]
+    found = weighed_run(workload).data_weights
+    assert found is not None and found.course is not None and found.names is not None
+    with pytest.raises(InputError, match="fewer than the"):
+        mixed_text(data=tmp_path)
+
+
+def test_auxiliary_terms_help_harm_and_do_neither() -> None:
+    torch.manual_seed(0)
+    workload = auxiliary()
+    assert workload.val_loader is not None
+    batch, held_out = next(iter(workload.train_loader)), next(iter(workload.val_loader))
+    terms = workload.loss_fn(workload.model, batch)
+    assert set(terms) == {"target", "related", "misleading", "idle"}
+    assert float(workload.loss_fn(workload.model, held_out)["misleading"]) == 0
+    weights = weighed_run(workload, 60).data_weights
+    assert weights is not None and weights.names is not None
+    by_name = dict(zip(weights.names, weights.values.tolist(), strict=True))
+    assert by_name["misleading"] < 0.7 * by_name["target"]
+    with pytest.raises(InputError, match="takes no data"):
+        auxiliary(data=Path("x"))

@@ -37,7 +37,9 @@ def parsed(
             continue
         flag, equals, value = word.partition("=")
         if flag.startswith("--") and flag.replace("_", "-") not in known:
-            if further(flag, words):
+            # A slip of the finger is told at once: to ask RUN imports torch.
+            slip = difflib.get_close_matches(flag, known, n=1, cutoff=0.8)
+            if not slip and further(flag, words):
                 options.append(f"{flag[2:].replace('-', '_')}={value}")
                 follows = not equals
                 continue

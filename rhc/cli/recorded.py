@@ -63,8 +63,8 @@ def recorded(
     weighed: bool = False,
 ) -> Iterator[RecordedRun]:
     """The run of a directory at step 0, its batches on disk. steps: the first ones; None for all.
-    judging: validation batches at most. weighed: with the data weights that it ended with, if any. numbered: batches are `Numbered` where the loader knows
-    the indices of rows."""
+    judging: validation batches at most. numbered: batches are `Numbered` where the loader knows
+    the indices of rows. weighed: with the data weights that the run ended with, if any."""
     directory = config.directory
     record = read_record(directory)
     old = config_of(directory, trust=config.trust, data=config.data, device=config.device)

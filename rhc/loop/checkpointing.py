@@ -160,7 +160,7 @@ def finish(fit: Fit) -> None:
     if directory is not None:
         _save_weights(fit, directory)
         directory.finish(state.committed(), state.result)
-        if ranks is None or ranks.first:
+        if fit.plant.ranks is None or fit.plant.ranks.first:
             shutil.rmtree(directory.path / PASSES, ignore_errors=True)
 
 

@@ -54,7 +54,7 @@ def parsed_weights(given: Any) -> bool | str:
         return given
     path = Path(given)
     file = path / WEIGHTS if path.is_dir() else path
-    if not file.is_file():
+    if file.suffix != ".safetensors" or not file.is_file():
         raise InputError(
             f"data_weights must be a run's directory with {WEIGHTS}, or such a file, got "
             f"{str(given)!r}; give --data-weights alone to learn them anew, and RUN before it"

@@ -316,7 +316,7 @@ def test_a_course_at_the_command_line(
     # The whole run is differentiated as it was, by its weights too.
     assert main(["hypergradient", "run"]) == 0
     document = json.loads(Path("run/hypergradient.json").read_text())
-    assert document["furthest_from_tape"] == 0
+    assert document["furthest_from_tape"] < 1e-6  # other kernels
     weighed = document["data_weights"]
     assert len(weighed["log_grad"]) == 2 and len(weighed["log_grad_by_step"]) == 60
     assert sum(row[0] for row in weighed["log_grad_by_step"]) == pytest.approx(
