@@ -116,8 +116,7 @@ METHODS: dict[str, Method] = {
     ),
     "no-rewrite": _rhc("that only begins the template anew", rewrite=replace(USUAL, step={})),
     "no-anew": _rhc("that never does so", rewrite=replace(USUAL, restart=())),
-    "no-hessian": _rhc("with H = 0: the default, named", product="none"),
-    "exact-hessian": _rhc("with exact Hessian products", product="exact"),
+    "no-hessian": _rhc("with H = 0", product="none"),
     "pass": _rhc("and one pass over the whole run", passes=1),
     "pass-no-hessian": _rhc(
         "and one pass over the whole run, all with H = 0", passes=1, product="none"

@@ -333,8 +333,8 @@ class Engine(Settings):
 
     product: str = setting("auto", "NAME", one_of(*PRODUCTS), rewriting=True)
     """Hessian products: exact, none and others. forward-difference (half the cost) and
-    central-difference approximate; none sets the Hessian to 0. auto is none where lr is searched
-    for, else exact, or an approximation that agrees with it."""
+    central-difference approximate; none sets the Hessian to 0. auto is exact, or an approximation
+    that agrees with it; none where data are weighed and lr is searched for."""
     segment: int | str = setting(
         "auto", "N", place="rare", parse=parsed_segment, rewriting=True, recorded="by the runner"
     )
