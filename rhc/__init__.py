@@ -43,6 +43,7 @@ _MODULES = {
     "plan_next_epoch": "rhc.schedulers",
     "Runner": "rhc.runner",
     "RunResult": "rhc.runner",
+    "Callback": "rhc.report.callbacks",
     "Workload": "rhc.workload",
 }
 
@@ -57,6 +58,7 @@ __all__ = [
     "AdaptiveRL",
     "Attribution",
     "Bounds",
+    "Callback",
     "Control",
     "DataWeights",
     "DistilledScheduler",
@@ -92,6 +94,7 @@ if TYPE_CHECKING:
     from rhc.hypergradient import Hypergradient, hypergradient
     from rhc.loop.update_rule import Rewrite, Twin
     from rhc.optimizers import register_dynamics
+    from rhc.report.callbacks import Callback
     from rhc.report.loop_tape import LoopTape
     from rhc.runner import Runner, RunResult
     from rhc.schedule import CONTROLS, Control, Schedule, total_variation

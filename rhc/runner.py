@@ -37,7 +37,6 @@ from rhc.loop.epochs import announce_planning, begin_planning, epoch_steps
 from rhc.loop.fit import Data, EventLog, Fit, ReversePasses
 from rhc.loop.lr_search import find_first_lr
 from rhc.loop.passes import passable, rewrite_whole_run
-from rhc.loop.records import RunResult
 from rhc.loop.state import Cost, State
 from rhc.loop.train import train
 from rhc.loop.update_rule import (
@@ -47,7 +46,9 @@ from rhc.loop.update_rule import (
     usual_template,
     usual_warmup,
 )
+from rhc.report.callbacks import Shown, listening
 from rhc.report.loggers import Logger, Logging, listeners_of
+from rhc.report.result import RunResult
 from rhc.rng import mixed_seed
 from rhc.schedule import Schedule, Template
 from rhc.schedulers import EpochPlanner
@@ -122,6 +123,9 @@ class Runner:
         validate_every: steps from one row of the tape with the losses of val_loader to the next.
         seed: of the gradient noise.
         planner: plans every epoch, where windows end too; it is built without an optimizer.
+        progress: whether progress is shown; None for yes in a terminal or a notebook, unless
+            listeners are given.
+        callbacks: objects with some of the methods of `rhc.Callback`.
         listeners: told of every event of `rhc.events`.
         logger: one or several of `rhc.report.loggers`, told of what is committed.
         config: further entries of config.json, which the run's numbers depend on.
@@ -171,6 +175,8 @@ class Runner:
         validate_every: int | None = None,
         seed: int = 0,
         planner: EpochPlanner | None = None,
+        progress: bool | None = None,
+        callbacks: Sequence[Any] = (),
         listeners: Sequence[Listener] = (),
         logger: Logger | Sequence[Logger] | None = None,
         config: Mapping[str, Any] | None = None,
@@ -212,8 +218,8 @@ class Runner:
         self.seed = whole_number("seed", seed)
         check_parts(model, optimizer, loss_fn)
         self.ranks = ranks_of(process_group)
-        self.listeners = list(listeners)
         first = self.ranks is None or self.ranks.first
+        self.listeners = listening(listeners, callbacks, progress if first else False)
         self._events = EventLog(self.listeners, warns=first)
         self._wrapped = unwrapped(model) is not model
         self.plant = Plant(
@@ -406,7 +412,7 @@ class Runner:
                 self._events.emit(RunEnded(self._result().record))
         finally:
             for listener in self.listeners:
-                if isinstance(listener, Logging):
+                if isinstance(listener, (Logging, Shown)):
                     listener.close()
 
     @property
@@ -426,6 +432,8 @@ class Runner:
             state.windows,
             self._path,
             learned(self.plant, state),
+            self._description(state.steps),
+            state.starts,
         )
 
     @property

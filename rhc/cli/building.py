@@ -188,6 +188,7 @@ def built_runner(
         keep_checkpoints=config.keep_checkpoints,
         seed=config.seed,
         planner=planner,
+        progress=False,
         listeners=listeners,
         logger=TensorBoard(events) if logged and events is not None else None,
         config={**config.recorded(), **record},

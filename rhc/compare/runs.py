@@ -403,6 +403,7 @@ def prepared(
         workload.val_loader,
         test_loader=workload.test_loader,
         seed=seed,
+        progress=False,
         **{**plain, **method.settings, **more},
     )
     return runner, workload, steps

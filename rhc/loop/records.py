@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rhc.data_weights import DATA_WEIGHTS, DataWeights
+from rhc.data_weights import DATA_WEIGHTS
 from rhc.events import WindowAttempted
 from rhc.loop.fit import Fit
 from rhc.loop.state import Attempt
-from rhc.schedule import Schedule
 from rhc.storage.files import finite
 from rhc.training.evaluate import TRAIN_BATCHES, Losses, at_average, evaluate
 
@@ -182,55 +180,3 @@ def _smoothness_summary(windows: Sequence[Mapping[str, Any]]) -> dict[str, float
         "median": statistics.median(values),
         "share_positive": sum(v > 0 for v in values) / len(values),
     }
-
-
-# The result ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """The result of a fit. record: the content of result.json."""
-
-    schedule: Schedule
-    record: dict[str, Any]
-    tape: list[dict[str, Any]]
-    windows: list[dict[str, Any]]
-    directory: Path | None
-    data_weights: DataWeights | None = None
-
-    @property
-    def train_loss(self) -> float | None:
-        return self.record["train_loss"]
-
-    @property
-    def val_loss(self) -> float | None:
-        return self.record["val_loss"]
-
-    @property
-    def test_loss(self) -> float | None:
-        return self.record["test_loss"]
-
-    @property
-    def test_accuracy(self) -> float | None:
-        return self.record["test_accuracy"]
-
-    @property
-    def replay(self) -> dict[str, Any] | None:
-        """How the first window replayed: `equal`, and else `first_step`, `what` differs there, by
-        which share (`largest`), and the `operators` to blame. None where nothing was replayed."""
-        return self.record.get("replay")
-
-    @property
-    def notices(self) -> list[str]:
-        """What a person was told of the run, once each."""
-        return self.record.get("notices", [])
-
-    @property
-    def passes(self) -> list[dict[str, Any]]:
-        """Replays of the whole run, in order, as passes.jsonl has them."""
-        return self.record.get("passes", [])
-
-    @property
-    def cost(self) -> dict[str, Any]:
-        """The ledger: plain_run_equivalents, gradient_evaluations, hessian_products and others."""
-        return self.record["cost"]

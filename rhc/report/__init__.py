@@ -18,7 +18,7 @@ from rhc.report.records import RunRecord, entry, number, read_run, runs_in
 from rhc.settings import TrainConfig
 from rhc.storage.files import write_durably
 
-__all__ = ["page_of", "write_report"]
+__all__ = ["page_of", "write_page", "write_report"]
 
 LIBRARY = Path(__file__).parent / "plotly-cartesian.min.js"
 """plotly.js with cartesian charts alone (1.3 MB; the whole library made pages of 4.9 MB): npm's
@@ -28,10 +28,31 @@ plotly.js-cartesian-dist-min, unchanged, with its MIT licence beside it."""
 def write_report(directories: Sequence[Path], output: Path | None = None) -> Path:
     """Writes the page of these runs and returns its path, by default report.html in the one run's
     directory, or here for several. InputError where a run or a package is missing."""
-    page = page_of(directories)
+    folder = directories[0] if len(directories) == 1 else Path()
+    return write_page(_read(directories), output, folder)
+
+
+def page_of(directories: Sequence[Path]) -> str:
+    """The page of the runs in these directories, as HTML."""
+    return _page(_read(directories))
+
+
+def _read(directories: Sequence[Path]) -> list[RunRecord]:
+    if not directories:
+        raise InputError("DIR is missing: give the directory of a run")
+    return [
+        read_run(directory) for each in dict.fromkeys(directories) for directory in runs_in(each)
+    ]
+
+
+def write_page(
+    runs: Sequence[RunRecord], output: Path | None = None, folder: Path | None = None
+) -> Path:
+    """Writes the page of these runs, by default to report.html in `folder`, or in the run's."""
+    page = _page(runs)
     given = output is not None
     if output is None:
-        output = directories[0] / "report.html" if len(directories) == 1 else Path("report.html")
+        output = (runs[0].directory if folder is None else folder) / "report.html"
     if output.is_dir():
         raise InputError(f"output {output} is a directory; give -o the name of a file")
     try:
@@ -49,12 +70,7 @@ def write_report(directories: Sequence[Path], output: Path | None = None) -> Pat
     return output
 
 
-def page_of(directories: Sequence[Path]) -> str:
-    if not directories:
-        raise InputError("DIR is missing: give the directory of a run")
-    runs = [
-        read_run(directory) for each in dict.fromkeys(directories) for directory in runs_in(each)
-    ]
+def _page(runs: Sequence[RunRecord]) -> str:
     try:
         from jinja2 import Environment, FileSystemLoader
         from markupsafe import Markup

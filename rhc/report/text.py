@@ -39,7 +39,7 @@ _ALWAYS = ("train loss", "val loss", "test loss", "test accuracy")
 def print_result(
     console: Console, record: Mapping[str, Any], directory: Path, *, inspect: bool
 ) -> None:
-    rows = _losses(record)
+    rows = final_table(record)
     if console.width < 56:  # the table would lose its labels
         for name, final, averaged in rows:
             _line(console, name, f"{final}, averaged {averaged}")
@@ -71,7 +71,7 @@ def print_result(
     _line(console, "", "scheduler.step()  # after each optimizer.step()")
 
 
-def _losses(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def final_table(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(name, of the final weights, of the averaged ones) of losses and metrics, as text."""
     found = [
         (f"{name} loss", record.get(f"{name}_loss"), record.get(f"average_{name}_loss"))
