@@ -295,9 +295,11 @@ class _Task:
 
     def _write(self, derivatives: Tensor, document: dict[str, Any]) -> None:
         directory = self.config.directory
+        told = [target["value"] for target in document["targets"]]
+        values = [math.nan if value is None else value for value in told]
         tensors = {
             "derivatives": derivatives,
-            "values": torch.tensor([t["value"] or math.nan for t in document["targets"]]).double(),
+            "values": torch.tensor(values, dtype=torch.float64),
             "rows": torch.tensor([-1 if t.row is None else t.row for t in self.targets]),
             "seen": self.seen,
         }

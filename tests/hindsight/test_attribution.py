@@ -219,6 +219,7 @@ def test_the_command_writes_what_every_row_did(call: Any) -> None:  # noqa: F811
         "probes": 1,
         "step": 0.5,
     }
+    assert tensors["values"].tolist() == [t["value"] for t in document["targets"]]
     result = json.loads(Path("run/result.json").read_text())
     assert float(tensors["values"][0]) == pytest.approx(result["val_loss"], rel=1e-5)
     assert not list(Path("run").glob("*unfinished"))
