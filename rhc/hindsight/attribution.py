@@ -196,7 +196,7 @@ class WholeRun:
         *,
         shared: bool | None = None,
     ) -> Iterator[Hypergradient]:
-        """One reverse pass per target; a roll serves them all where what it keeps is there to stay.
+        """One reverse pass per target; a roll and its graphs serve them all, where they may stay.
         keepers: of the passes, which go on where they were interrupted. shared: whether the targets
         are several, counting those of earlier calls, which are to have the same bits."""
         shared = len(targets) > 1 if shared is None else shared
@@ -217,13 +217,14 @@ class WholeRun:
                     if recorder is None or not recorder.again:
                         self._begin()
                         plan = pass_of.plan(len(self.batches), self._first(), self.schedule)
-                        if shared:  # a kept graph serves one pass
+                        if shared and self.memory_budget is not None:
+                            # Its plan counts on graphs that are freed one after the other.
                             plan = replace(plan, graphs=0)
                         mean = Average(self.average)
                         if recorder is not None:
                             recorder.close()
                         recorder = pass_of.roll(
-                            self.batches, self.schedule, average=mean, plan=plan
+                            self.batches, self.schedule, average=mean, plan=plan, shared=shared
                         )
                         self.rolls += 1
                     keeper = None if keepers is None else keepers[m]

@@ -336,7 +336,8 @@ class _Recursion:
             whole, with_graph = self._sources(chunk, stack)
             for i in reversed(range(chunk.start, min(chunk.stop, self.reached))):
                 gradients = chunk.gradients[i - chunk.start]
-                graph = chunk.graphs.pop(i, None)
+                shared = self.recorder.shared
+                graph = chunk.graphs.get(i) if shared else chunk.graphs.pop(i, None)
                 source = whole if graph is None else with_graph
                 before = source.before(i)
                 self.costate, gradient_costates = self.optimizer.vjp(
@@ -353,6 +354,7 @@ class _Recursion:
                     gradient_costates,
                     self.costate.statistics,
                     graph,
+                    retain=shared,
                     owned=chunk.owned and i not in self.twice,
                     loss=self.trajectory.losses[i],
                     by_weight=self.trajectory.by_weight[i],

@@ -72,6 +72,7 @@ class StepPoint:
     of_gradients: Sequence[Tensor | None]  # λ_g per block
     of_statistics: Mapping[str, Tensor] = field(default_factory=dict)  # λ_b by name
     graph: KeptGraph | None = None
+    retain: bool = False  # whether the kept graph serves further products
     owned: bool = False  # whether the product may overwrite θ_t
     loss: Tensor | None = None  # the roll's ℓ_t
     by_weight: Sequence[Tensor] = ()  # the roll's dℓ_t/dŵ per micro-batch, where rows are weighed
@@ -239,7 +240,10 @@ def _kept(
     total: list[Tensor | None] = [None] * (len(wanted) + len(weights))
     if outputs:
         total = unchecked_grad(
-            [t for t, _ in outputs], [*wanted, *weights], [v for _, v in outputs]
+            [t for t, _ in outputs],
+            [*wanted, *weights],
+            [v for _, v in outputs],
+            retain=point.retain,
         )
     own = len(wanted)
     total = [*evaluation.plant.parallel.means(total[:own], wanted), *total[own:]]

@@ -46,7 +46,8 @@ class WindowRecorder(Recorder):
     """Stores a window as `plan` says, and returns it in chunks, last steps first.
 
     without_theta: steps with a kept graph need the optimizer's state alone. ceiling: of the heap,
-    for the reverse pass. beginning: the whole state before the roll, for verification.
+    for the reverse pass. beginning: the whole state before the roll, for verification. shared:
+    whether several passes go through, each with the same graphs.
     """
 
     def __init__(
@@ -58,8 +59,9 @@ class WindowRecorder(Recorder):
         *,
         without_theta: bool = False,
         ceiling: memory.Ceiling | None = None,
+        shared: bool = False,
     ) -> None:
-        self.plan = plan
+        self.plan, self.shared = plan, shared
         self.objective = objective
         self.without_theta = without_theta
         self.spill = _Spill(directory) if plan.spilled else None

@@ -178,9 +178,10 @@ class ReversePass:
         on_step: Callable[[int, StepRecord], None] | None = None,
         limit: Callable[[float], float] = lambda first: math.inf,
         plan: Plan | None = None,
+        shared: bool = False,
     ) -> WindowRecorder:
         """Rolls the live plant through the window; raises Unseen if it cannot be differentiated.
-        plan: of an earlier roll that this one is to equal."""
+        plan: of an earlier roll that this one is to equal. shared: as of `WindowRecorder`."""
         self.plant.refuse_overlaps()
         Sweep.attention = False
         numbered = enumerate(batches, schedule.start)
@@ -192,8 +193,9 @@ class ReversePass:
             self.objective,
             plan,
             folder,
-            without_theta=self.plant.slots_alone(schedule, self.controls),
+            without_theta=self.plant.slots_alone(schedule, self.controls) and not shared,
             ceiling=self.planner.ceiling(plan),
+            shared=shared,
         )
         if self.verified and self.check is None:
             self.check = self._remembered(batches[0]).get("check")

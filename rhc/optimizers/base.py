@@ -354,17 +354,26 @@ def unchecked_grad(
     outputs: Sequence[Tensor | GradientEdge],
     inputs: Sequence[Tensor],
     seeds: Sequence[Tensor | None],
+    *,
+    retain: bool = False,
 ) -> list[Tensor | None]:
     """torch.autograd.grad with allow_unused, without its checks of shapes, which take 100 µs for
     the six parameters of a small model, beside a vjp of 650."""
     if _run_backward is None or any(
         type(t) not in (Tensor, nn.Parameter, GradientEdge) for t in (*outputs, *inputs, *seeds)
     ):
-        return list(torch.autograd.grad(outputs, inputs, seeds, allow_unused=True))  # type: ignore[arg-type]
+        pulled = torch.autograd.grad(
+            outputs,  # type: ignore[arg-type]
+            inputs,
+            seeds,
+            retain_graph=retain,
+            allow_unused=True,
+        )
+        return list(pulled)
     found = _run_backward(
         tuple(outputs),
         tuple(seeds),
-        False,
+        retain,
         False,
         tuple(inputs),
         allow_unreachable=True,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import relative_error
+from problems import PROBLEMS, relative_error
 from safetensors.torch import load_file
 from test_horizon import call  # noqa: F401
 from torch import Tensor, nn
@@ -284,3 +284,28 @@ def test_batch_norm_and_dropout_and_losses_that_are_no_mean_over_rows(call: Any)
     assert status == 2 and "is not the mean of its rows' losses" in err
     status, _, err = call("attribute run --cells columns")
     assert status == 2 and "cells must be rows, classes, own or FILE.py:NAME" in err
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["mlp", "cnn", "transformer"])
+def test_graphs_that_several_passes_share_are_those_of_each(name: str, optimizer: str) -> None:
+    problem = PROBLEMS[name]()
+    plant = Plant(
+        problem.model,
+        OPTIMIZERS[optimizer](problem.model.parameters()),
+        lambda model, batch: torch.stack([problem.loss_fn(model, batch)]),
+        data_weights=rhc.DataWeights(1, lambda batch: torch.zeros(1, dtype=torch.long)),
+    )
+    steps = steps_of(problem.batches(5), 1)
+    schedule = schedule_of(plant, {}, len(steps), 0)
+    run = WholeRun(plant, steps, schedule)
+
+    def half(model: nn.Module) -> Tensor:
+        return problem.terminal(model.eval()) / 2  # without dropout, which draws anew
+
+    targets = [half, lambda model: 2 * half(model)] * 2
+    passes = list(run.passes(targets))
+    assert run.rolls == 1 and passes[0].plan.graphs == len(steps)
+    for h, target in zip(passes, targets, strict=True):
+        (alone,) = run.passes([target])
+        assert relative_error(h.costate_norms, alone.costate_norms) < 1e-10
