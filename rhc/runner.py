@@ -321,6 +321,8 @@ class Runner:
                 self._whole_run = passable(
                     replace(self._reverse_passes, product=cast(Any, engine.product)), planner
                 )
+        elif self.passes:
+            raise InputError("passes rewrite a whole run, and rewrite=False; leave one of them out")
         elif self.start == "zero":
             self.plant.refuse_complex()
         self.per_group = grouped(self.plant, self.controls, windows.per_group or ())

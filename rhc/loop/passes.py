@@ -133,9 +133,11 @@ class Backwards:
 def passable(windows: ReversePasses, planner: EpochPlanner | None) -> ReversePasses:
     """Settings of the reverse passes through a whole run, from those of its windows. InputError
     where a run cannot be replayed as a whole."""
-    plant = windows.plant
+    plant, objective = windows.plant, windows.objective
     why = None
-    if planner is not None:
+    if objective.reward_weight or not objective.terminal_weight:
+        why = "the objective is not the held-out loss at its end"
+    elif planner is not None:
         why = "epochs are planned from what is observed"
     elif plant.data_weights is not None:
         why = "the weights of its data move from window to window"

@@ -212,5 +212,9 @@ def test_without_validation_data_training_batches_judge() -> None:
 def test_what_cannot_be_replayed_as_a_whole_is_refused() -> None:
     with pytest.raises(rhc.errors.InputError, match="epochs are planned"):
         _runner(planner=rhc.EpochPlanner(epoch_steps=6))
+    with pytest.raises(rhc.errors.InputError, match="leave one of them out"):
+        _runner(rewrite=False)
+    with pytest.raises(rhc.errors.InputError, match="held-out loss"):
+        _runner(objective=rhc.Objective(loss_weight=1.0, terminal_weight=0.0))
     with pytest.raises(rhc.errors.InputError, match="passes"):
         _runner(passes=-1)
