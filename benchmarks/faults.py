@@ -492,7 +492,7 @@ def parsers(folder: Path) -> dict[str, tuple[Callable[[bytes], Any], list[bytes]
         # Forged: with the digest that it should have.
         forged = _sealed(document) if isinstance(document, dict) else data
         (checkpoint / "manifest.json").write_bytes(forged)
-        store._manifest(step)
+        store._manifest(store.path(step), step)
 
     def line(data: bytes) -> None:
         path = folder / "lines.jsonl"

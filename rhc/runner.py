@@ -21,6 +21,7 @@ from rhc.hypergradient import Damping, Engine, Product, ReversePass, resolve
 from rhc.loop import description
 from rhc.loop.agreement import begin_together, check_ranks, draw_apart
 from rhc.loop.base_schedule import BaseSchedule
+from rhc.loop.best import check_keep_best, validation_steps
 from rhc.loop.checkpointing import finish, open_run, run_directory
 from rhc.loop.checks import (
     check_course,
@@ -120,7 +121,10 @@ class Runner:
         directory: of the run; None keeps everything in memory.
         keep_checkpoints: the newest that are kept.
         deterministic: only operators that give the same bits again; torch raises where it has none.
-        validate_every: steps from one row of the tape with the losses of val_loader to the next.
+        validate_every: steps from one row of the tape with the losses of val_loader to the next;
+            None for at most 20 such rows, of 1 % of the run's cost, but with the optimizer's lr.
+        keep_best: whether the model ends with the best validated state, in place of the last; None
+            for where its validation loss is lower by over 2 %, but not with the optimizer's lr.
         seed: of the gradient noise.
         planner: plans every epoch, where windows end too; it is built without an optimizer.
         progress: whether progress is shown; None for yes in a terminal or a notebook, unless
@@ -173,6 +177,7 @@ class Runner:
         keep_checkpoints: int = 3,
         deterministic: bool = False,
         validate_every: int | None = None,
+        keep_best: bool | None = None,
         seed: int = 0,
         planner: EpochPlanner | None = None,
         progress: bool | None = None,
@@ -208,13 +213,13 @@ class Runner:
             costate_clip=costate_clip,
         ).checked()
         storage = settings.Storage(
-            keep_checkpoints=keep_checkpoints, validate_every=validate_every
+            keep_checkpoints=keep_checkpoints, validate_every=validate_every, keep_best=keep_best
         ).checked()
         self._settings = (windows, step, engine_settings, storage)
         self.window, self.stride = windows.window, windows.stride or windows.window
         self.passes, self.inexact_replay = windows.passes, windows.inexact_replay
         self.accumulate, self.deterministic = step.accumulate, step.deterministic
-        self.validate_every = storage.validate_every
+        self.validate_every, self.keep_best = storage.validate_every, storage.keep_best
         self.seed = whole_number("seed", seed)
         check_parts(model, optimizer, loss_fn)
         self.ranks = ranks_of(process_group)
@@ -239,6 +244,7 @@ class Runner:
         loaders = (train_loader, val_loader, test_loader)
         loaders = checked_loaders(*loaders, self.validate_every, self.ranks)
         self.train_loader, self.val_loader, self.test_loader = loaders
+        check_keep_best(self.keep_best, val_loader, self.plant)
         self._take_schedule(shape, rewrite, schedule, planner)
         self.objective = objective or usual_objective(self.start, self.window)
         usual = () if weights_alone else DEFAULT_CONTROLS
@@ -427,16 +433,9 @@ class Runner:
     def _result(self) -> RunResult:
         state = self.state
         assert state.result is not None
-        return RunResult(
-            state.committed(),
-            state.result,
-            state.tape,
-            state.windows,
-            self._path,
-            learned(self.plant, state),
-            self._description(state.steps),
-            state.starts,
-        )
+        records = (state.result, state.tape, state.windows, self._path, learned(self.plant, state))
+        config = self._description(state.steps)
+        return RunResult(state.committed(), *records, config, state.starts)
 
     @property
     def _path(self) -> Path | None:
@@ -481,7 +480,7 @@ class Runner:
             self._base,
             self.window,
             self.stride,
-            self._data(),
+            self._data(steps),
             self._reverse_passes,
             self.planner,
             self.directory,
@@ -511,7 +510,7 @@ class Runner:
                 find_first_lr(fit, self.start)
         return fit
 
-    def _data(self) -> Data:
+    def _data(self, steps: int) -> Data:
         # Without rewriting nothing may be drawn that the plain loop does not draw.
         seed = int(torch.randint(2**31, ())) if self.rewriting else None
         resumable = self.directory is not None
@@ -538,8 +537,11 @@ class Runner:
             )
             self._streams.append(validation)
         loaders = (self.train_loader, self.val_loader, self.test_loader)
-        sizes = (self.accumulate, self.validate_every, self._epoch_steps)
-        return Data(*loaders, *sizes, train, validation)
+        plain = not self.rewriting and self.start == "given"
+        keep_best = bool(self.keep_best) if plain else self.keep_best
+        every = validation_steps(self.validate_every, keep_best, self.val_loader, steps)
+        sizes = (self.accumulate, every, self._epoch_steps)
+        return Data(*loaders, *sizes, self.validate_every is not None, keep_best, train, validation)
 
     @property
     def _judged_on_val(self) -> bool:

@@ -43,6 +43,8 @@ SHARED: dict[str, Any] = {
     "norm": False,
     "product": "forward-difference",
     "clip_norm": 0.5,
+    "validate_every": 10,
+    "keep_best": True,
 }
 
 
@@ -185,6 +187,7 @@ def trained(
         "schedule": {k: v.tolist() for k, v in result.schedule.values.items()},
         "windows": [w["outcome"] for w in result.windows],
         "losses": {k: v for k, v in result.record.items() if k.endswith("_loss")},
+        "best_step": result.record["best_step"],
         "tape": result.tape,
     }
 

@@ -36,7 +36,7 @@ from rhc.training.objective import Objective
 from rhc.training.plant import Plant
 from rhc.workload import Workload, load_runner, optimizer_of, refuse_strange
 
-LATER = ("planner", "inexact_replay", "data_weights", "options", "passes")
+LATER = ("planner", "inexact_replay", "data_weights", "options", "passes", "keep_best")
 """Settings that no plain run has, and that did not exist when the first directories were named."""
 
 
@@ -185,6 +185,7 @@ def built_runner(
         objective=objective,
         directory=directory,
         validate_every=config.validate_every,
+        keep_best=config.keep_best,
         keep_checkpoints=config.keep_checkpoints,
         seed=config.seed,
         planner=planner,

@@ -25,7 +25,7 @@ from rhc.schedule import Schedule
 from rhc.settings import TrainConfig
 from rhc.settings.commands import SIZES, ReplayConfig
 from rhc.storage.jsonl import read_lines
-from rhc.storage.run_files import WEIGHTS, read_record
+from rhc.storage.run_files import WEIGHTS, read_record, read_result
 from rhc.workload import refuse_strange
 
 _OF_THE_SOURCE = (
@@ -186,6 +186,10 @@ class _Source:
             return cls(path, schedule, None, {}, {}, None)
         old = config_of(directory, trust=True)  # for its settings only: its code is not run here
         settings = {name: getattr(old, name) for name in _OF_THE_SOURCE}
+        result = directory / "result.json"
+        if result.exists() and read_result(directory).get("ends_with") == "best":
+            settings |= {"keep_best": True, "validate_every": old.validate_every}
+            settings["window"] = old.stride or old.window  # after which states are validated
         if settings["data"] is not None and not settings["data"].exists():
             del settings["data"]
         rows = sum(1 for _ in read_lines(directory / "tape.jsonl"))

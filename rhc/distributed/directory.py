@@ -84,13 +84,17 @@ class RanksDirectory(RunDirectory):
         assert found is not None
         return found
 
-    def _loaded(self, step: int | None) -> Checkpoint | None:
+    def best(self, step: int) -> Checkpoint | None:
+        found = self.ranks.by_first(lambda: _step(RunDirectory.best(self, step)))
+        return self._loaded(found, best=True)
+
+    def _loaded(self, step: int | None, *, best: bool = False) -> Checkpoint | None:
         """The checkpoint for this rank; InputError on all if a rank cannot read it."""
         if step is None:
             return None
         found, trouble = None, ""
         try:
-            found = self.checkpoints.load(step, (self.ranks.rank, self.ranks.size))
+            found = self.checkpoints.load(step, (self.ranks.rank, self.ranks.size), best=best)
         except InputError as error:
             trouble = str(error)
         for rank, text in enumerate(self.ranks.gather_json(trouble)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from rhc.containers import length
 from rhc.hypergradient import PRODUCT_COST
 from rhc.loop.fit import Fit
 from rhc.loop.state import Window
@@ -51,6 +52,20 @@ def within_budget(
     more += reverse_passes * (_reverse_pass(fit, length) + share) + evaluations / 3
     spent = state.cost.gradient_equivalents + more + state.steps - state.step
     return spent <= budget * state.steps
+
+
+def is_validated(fit: Fit, start: int) -> bool:
+    """Whether the steps committed since `start` end with a validation: the last ones do if any do,
+    others every so many steps, unless nobody asked and the budget does not allow it."""
+    state, data = fit.state, fit.data
+    every, stop = data.validate_every, state.step
+    if stop == state.steps:
+        return every is not None or state.best is not None
+    if every is None or stop // every == start // every:
+        return False
+    spent = state.cost.gradient_equivalents + state.steps - stop
+    more = (length(data.val_loader) or 1) / 3
+    return data.validation_asked or spent + more <= fit.rule.budget * state.steps
 
 
 def projected_cost(fit: Fit) -> float:

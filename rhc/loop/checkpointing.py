@@ -18,6 +18,7 @@ from rhc.distributed.directory import directory_of
 from rhc.errors import InputError, RunWarning
 from rhc.events import CheckpointSaved
 from rhc.loop.agreement import agreed
+from rhc.loop.best import Best
 from rhc.loop.checks import check_storable
 from rhc.loop.data_weights import learned
 from rhc.loop.fit import Fit
@@ -38,6 +39,7 @@ from rhc.training.objective import Average
 from rhc.training.plant import Plant
 from rhc.training.recovery import OomFallback
 from rhc.training.snapshot import (
+    Snapshot,
     adopt,
     places,
     snapshot_from_tensors,
@@ -55,7 +57,7 @@ SHOWN = 4
 _KINDS = {
     **dict.fromkeys(("optimizer", "cost"), (dict,)),
     **dict.fromkeys(
-        ("correction", "relief", "deviation", "replay", "chosen_start"), (dict, type(None))
+        ("correction", "relief", "deviation", "replay", "chosen_start", "best"), (dict, type(None))
     ),
     **dict.fromkeys(("reference", "twin", "patience", "notices", "skipped"), (list, type(None))),
     "average_count": (int,),
@@ -133,6 +135,7 @@ def _checkpoint(fit: Fit) -> Checkpoint:
         "cost": asdict(state.cost),
         "start_gradients": state.start_gradients,
         "seconds": state.seconds(),
+        "best": state.best and state.best.to_json(),
     }
     if state.evidence is not None and plant.data_weights is not None:
         tensors["data_weights"] = {"raw": plant.data_weights.raw, **state.evidence.to_tensors()}
@@ -189,6 +192,8 @@ def open_run(
     state.passes = directory.passes.read() if state.step else []
     if state.step == state.steps:
         state.result = directory.result()
+        if state.result and state.result.get("ends_with") == "best" and state.best is not None:
+            state.best.put(fit.plant)
     if fit.plant.ranks is None or fit.plant.ranks.first:
         _tell_of(fit, directory.path, differs)
 
@@ -342,11 +347,31 @@ def _load(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> None:
         with contextlib.suppress(InputError):
             tried = directory.starts.read()
             state.start_gradients = sum(record["gradients"] for record in tried)
+    state.best = _best(fit, directory, checkpoint, snapshot)
     adopt(plant, tensors, rest, snapshot)  # last, when nothing can fail any more
     state.tape = directory.tape.read()
     state.windows = directory.windows.read()
     with contextlib.suppress(InputError):  # told when the run was opened
         state.starts = directory.starts.read()
+
+
+def _best(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint, here: Snapshot) -> Best | None:
+    """The best validated state until the checkpoint. here: the checkpoint's own state."""
+    known = checkpoint.values.get("best")
+    if known is None:
+        return None
+    step = int(known["step"])
+    if step != checkpoint.step:
+        found = directory.best(step)
+        if found is None:
+            fit.events.notice(f"the best validated state, of step {step}, is lost")
+            return None
+        tensors, rest = found.tensors, found.values["optimizer"]
+        if found.shards:
+            tensors = with_parts(fit.plant, tensors, rest, directory.checkpoints.best / SHARDS)
+        here = snapshot_from_tensors(fit.plant, tensors, rest)
+    loss, metrics = float(known["loss"]), dict(known["metrics"])
+    return Best(step, loss, metrics, here.parameters, here.buffers)
 
 
 def _replay(values: Mapping[str, Any], step: int) -> Replay | None:

@@ -90,8 +90,9 @@ class ReversePasses:
 
 @dataclass(frozen=True)
 class Data:
-    """Loaders of a run, and their streams. validation: None where training batches judge
-    windows."""
+    """Loaders of a run, and their streams. validate_every: None for no validation before the end.
+    keep_best: whether the run ends with the best state; None for where that is clearly better.
+    validation: None where training batches judge windows."""
 
     train_loader: Iterable[Any]
     val_loader: Iterable[Any] | None
@@ -99,6 +100,8 @@ class Data:
     accumulate: int
     validate_every: int | None
     epoch_steps: int
+    validation_asked: bool
+    keep_best: bool | None
     train: StepBatches
     validation: StepBatches | None
 

@@ -40,7 +40,7 @@ from rhc.schedule import CONTROLS, Schedule
 from rhc.schedule.planned import Piece, PlannedSchedule
 from rhc.schedulers import EpochPlanner
 from rhc.storage.checkpoint import Checkpoint, CheckpointStore
-from rhc.storage.files import finite
+from rhc.storage.files import finite, make_directory
 from rhc.storage.run_directory import RunDirectory
 from rhc.storage.run_files import PASSES
 from rhc.storage.trees import joined, parted
@@ -393,6 +393,9 @@ class _Passes:
         if fit.directory is not None:
             fit.directory.tape.append(state.tape)
             fit.directory.windows.append(state.windows)
+            if state.best is not None and fit.events.warns:
+                make_directory(fit.directory.checkpoints.root)
+                fit.directory.checkpoints.keep_best(best.directory.checkpoints.best)
         for start in range(0, self.steps, fit.stride):
             rows = state.tape[start : start + fit.stride]
             spent = cost.gradient_equivalents / self.steps

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from rhc.data_weights import DATA_WEIGHTS
 from rhc.events import WindowAttempted
+from rhc.loop.best import Best, better, ends_with_best
 from rhc.loop.fit import Fit
 from rhc.loop.state import Attempt
 from rhc.storage.files import finite
 from rhc.training.evaluate import TRAIN_BATCHES, Losses, at_average, evaluate
+from rhc.training.loaders import pristine
 
 PER_EXAMPLE = "example_"
 """Prefix of metrics with a value per example: for a LossSampler, not for the tape."""
@@ -122,35 +124,60 @@ def smoothness(measured: float | None, predicted: float | None) -> float | None:
 
 
 def validation_losses(fit: Fit) -> Losses:
-    """Mean loss and metrics of the live weights; a batch costs a third of a gradient."""
-    found = evaluate(fit.plant, fit.data.val_loader)
+    """Mean loss and metrics of the live weights, which are kept where they are the best so far. A
+    batch costs a third of a gradient; at the end nothing, unless it was asked for: the result has
+    this loss in any case."""
+    state, loader = fit.state, fit.data.val_loader
+    with pristine(loader):
+        found = evaluate(fit.plant, loader)
     assert found is not None
-    fit.state.cost.gradient_equivalents += found.batches / 3
+    if state.step < state.steps or fit.data.validation_asked:
+        state.cost.gradient_equivalents += found.batches / 3
+    state.best = better(state.best, fit.plant, state.step, found)
     return found
 
 
+Evaluated = Mapping[str, Losses | None]
+"""The losses on the train, val and test loaders; None where there is none."""
+
+
 def final_result(fit: Fit) -> dict[str, Any]:
+    """The content of result.json; the model is left with the weights that the run ends with."""
     plant, state, data = fit.plant, fit.state, fit.data
 
-    def evaluated() -> dict[str, Losses | None]:
+    def evaluated() -> Evaluated:
         return {
             "train": evaluate(plant, data.train_loader, most=TRAIN_BATCHES),
             "val": evaluate(plant, data.val_loader),
             "test": evaluate(plant, data.test_loader),
         }
 
-    final = evaluated()
+    final = last = evaluated()
     with at_average(plant, state.average, data.train_loader):
         averaged = evaluated()
-    tested = final["test"]
+    best: Evaluated = dict.fromkeys(last) if data.val_loader is None else last
+    kept = state.best
+    if kept is not None and kept.step < state.step and (judged := last["val"]) is not None:
+        live = Best.of(plant, state.step, judged)
+        kept.put(plant)
+        best = evaluated()
+        if ends_with_best(kept, judged.loss, data.keep_best, plant):
+            final = best
+            fit.events.tell(
+                f"the run ends with the state of step {kept.step}, whose validation loss is "
+                f"{kept.loss:.4g}; that of the last one is {judged.loss:.4g}"
+            )
+        else:
+            live.put(plant)
     result: dict[str, Any] = {
         "status": "finished",
         "steps": state.step,
-        **{f"{name}_loss": losses and losses.loss for name, losses in final.items()},
-        "test_accuracy": tested.metrics.get("accuracy") if tested else None,
-        **{f"average_{name}_loss": losses and losses.loss for name, losses in averaged.items()},
-        "metrics": {name: losses.metrics for name, losses in final.items() if losses},
-        "average_metrics": {name: losses.metrics for name, losses in averaged.items() if losses},
+        **_told(final),
+        **_told(averaged, "average_"),
+        **_told(best, "best_"),
+        "best_step": None if best["val"] is None else kept.step if kept else state.step,
+        "ends_with": "last" if final is last else "best",
+        **({} if final is last else _told(last, "last_")),
         "wall_seconds": state.seconds(),
         "smoothness": _smoothness_summary(state.windows),
         "cost": state.cost.to_json(state.step),
@@ -169,6 +196,16 @@ def final_result(fit: Fit) -> dict[str, Any]:
             "share": state.evidence.share,
         }
     return result
+
+
+def _told(found: Evaluated, prefix: str = "") -> dict[str, Any]:
+    """Entries of result.json about the weights with this prefix."""
+    test = found["test"]
+    return {
+        **{f"{prefix}{name}_loss": losses and losses.loss for name, losses in found.items()},
+        f"{prefix}test_accuracy": test.metrics.get("accuracy") if test else None,
+        f"{prefix}metrics": {name: losses.metrics for name, losses in found.items() if losses},
+    }
 
 
 def _smoothness_summary(windows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

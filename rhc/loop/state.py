@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rhc.data_weights import Evidence, Observation
 from rhc.hypergradient import Hypergradient, Outcome, ReversePass
+from rhc.loop.best import Best
 from rhc.loop.update_rule import Proposal, Shift, Twin
 from rhc.schedule import Schedule
 from rhc.schedule.planned import PlannedSchedule, of_tape
@@ -117,7 +118,8 @@ class State:
 
     schedule: planned from `step` on. first_lr: () or (G,). reference: (mean loss of the last
     window, first loss of the run). correction: shift of the schedule ahead by rewrites, in raw
-    coordinates. live: the attempt at whose end the plant stands. result: of a finished run.
+    coordinates. best: of the validated states. live: the attempt at whose end the plant stands.
+    result: of a finished run.
     """
 
     steps: int
@@ -142,6 +144,7 @@ class State:
     """[start, stop, why] of windows that were not looked at, neighbours of one reason together."""
     starts: list[dict[str, Any]] = field(default_factory=list, init=False)
     """What the lr search tried, as in start.jsonl."""
+    best: Best | None = field(default=None, init=False)
     tape: list[dict[str, Any]] = field(default_factory=list, init=False)
     windows: list[dict[str, Any]] = field(default_factory=list, init=False)
     passes: list[dict[str, Any]] = field(default_factory=list, init=False)

@@ -12,7 +12,7 @@ import torch
 
 from rhc.errors import DivergedError
 from rhc.events import Committed, VerbStarted
-from rhc.loop.budget import REWRITE, affords, projected_cost
+from rhc.loop.budget import REWRITE, affords, is_validated, projected_cost
 from rhc.loop.data_weights import move_weights, observe, weigh
 from rhc.loop.epochs import epoch_end, plan_epochs
 from rhc.loop.fit import Fit
@@ -328,8 +328,7 @@ def commit(fit: Fit, window: Window, attempt: Attempt) -> None:
     state.step = stop
     if fit.planner is not None:
         plan_epochs(fit, attempt, rows)
-    every = data.validate_every
-    if every and stop // every > window.start // every:
+    if is_validated(fit, window.start):
         held_out = validation_losses(fit)
         found = {"loss": held_out.loss, **held_out.metrics}
         rows[-1] |= {f"val_{name}": finite(value) for name, value in found.items()}

@@ -127,6 +127,9 @@ _FIGURES = (
     ("test loss, averaged weights", ("average_test_loss",), ".4g"),
     ("test accuracy", ("test_accuracy",), ".4g"),
     ("validation loss", ("val_loss",), ".4g"),
+    ("best validation loss", ("best_val_loss",), ".4g"),
+    ("test loss there", ("best_test_loss",), ".4g"),
+    ("best validated step", ("best_step",), ".0f"),
     ("cost in plain runs", ("cost", "plain_run_equivalents"), ".2f"),
     ("seconds", ("wall_seconds",), ".1f"),
 )

@@ -121,7 +121,7 @@ def _losses(runs: Sequence[RunRecord]) -> Iterator[Chart]:
         "losses",
         "Losses",
         "Training loss of the committed steps, the objective that windows were judged by, and the "
-        "final losses on validation and test data, of the last and of the averaged weights.",
+        "losses of the final, the averaged and the best validated weights on held-out data.",
         traces + (_final_losses(runs[0]) if one else []),
         y="loss",
         log="y",
@@ -132,13 +132,17 @@ def _final_losses(run: RunRecord) -> list[Trace]:
     accepted = [row for row in run.kept if row["outcome"] == "accepted"]
     judged = finite_pairs((float(r["start"]), number(r["objective_after"])) for r in accepted)
     traces = [marks(thinned(*judged), "objective of a window", INK[1], "circle-open")]
+    best = number(run.result.get("best_step"))
     for name, label, ink, symbol in (
         ("val_loss", "validation, end", INK[2], "diamond"),
         ("average_val_loss", "validation, averaged weights", INK[2], "diamond-open"),
+        ("best_val_loss", "validation, best state", INK[2], "star"),
         ("test_loss", "test, end", INK[3], "square"),
         ("average_test_loss", "test, averaged weights", INK[3], "square-open"),
+        ("best_test_loss", "test, best state", INK[3], "star"),
     ):
-        point = finite_pairs([(run.steps, number(run.result.get(name)))])
+        at = best if name.startswith("best_") and best is not None else run.steps
+        point = finite_pairs([(at, number(run.result.get(name)))])
         traces.append(marks(point, label, ink, symbol))
     return traces
 

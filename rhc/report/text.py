@@ -51,6 +51,8 @@ def print_result(
         table.add_row("final", *(final for _, final, _ in rows))
         table.add_row("averaged", *(averaged for _, _, averaged in rows))
         console.print(table)
+    if record.get("best_step") not in (None, record.get("steps")):
+        _line(console, "best", _best(record))
     cost = record["cost"]
     _line(
         console,
@@ -69,6 +71,15 @@ def print_result(
     _line(console, "reuse", f'schedule = rhc.Schedule.load("{directory / "schedule.json"}")')
     _line(console, "", "scheduler = schedule.to_lr_scheduler(optimizer)")
     _line(console, "", "scheduler.step()  # after each optimizer.step()")
+
+
+def _best(record: Mapping[str, Any]) -> str:
+    """The best validated state, and whether the run ends with it."""
+    ends, losses = record.get("ends_with") == "best", [record.get("best_val_loss")]
+    losses.append(record.get("last_val_loss" if ends else "val_loss"))
+    best, last = ("–" if loss is None else f"{loss:.4f}" for loss in losses)
+    told = "the run ends with it" if ends else "the run ends with the last state"
+    return f"step {record['best_step']}, val loss {best} where the last has {last}; {told}"
 
 
 def final_table(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +41,7 @@ from rhc.storage.files import (
     write_durably,
 )
 from rhc.storage.jsonl import encode
-from rhc.storage.run_files import checkpoint_path, checkpoint_steps
+from rhc.storage.run_files import BEST, checkpoint_path, checkpoint_steps
 from rhc.storage.trees import spelled, unspelled
 
 FORMAT_VERSION = 1
@@ -97,6 +98,11 @@ class CheckpointStore:
     def path(self, step: int) -> Path:
         return checkpoint_path(self.root, step)
 
+    @property
+    def best(self) -> Path:
+        """The checkpoint of the best validated state, if any, which stays."""
+        return self.root / BEST
+
     def steps(self) -> list[int]:
         """Steps with a checkpoint directory, valid or not, ascending."""
         return checkpoint_steps(self.root)
@@ -143,6 +149,19 @@ class CheckpointStore:
                 s for s in self.steps() if s not in good[-self.keep :] and not self.keeps(s)
             )
         return final
+
+    def keep_best(self, source: Path) -> None:
+        """Makes `best` the checkpoint in this directory, by links to its files where it can."""
+        temporary, gone = self.root / f".writing-{BEST}", self.root / f".removing-{BEST}"
+        remove(temporary)
+        remove(gone)
+        shutil.copytree(source, temporary, copy_function=_linked)
+        if os.path.lexists(self.best):
+            os.rename(self.best, gone)
+        os.rename(temporary, self.best)
+        sync(self.root)
+        with contextlib.suppress(OSError):  # the next save retries
+            remove(gone)
 
     def make_room(self) -> bool:
         """Removes all but the newest valid checkpoint; returns whether anything was removed."""
@@ -229,14 +248,15 @@ class CheckpointStore:
         self._damaged.add(step)
         self.notice(f"{why}; passing over this checkpoint")
 
-    def load(self, step: int, share: tuple[int, int] = (0, 1)) -> Checkpoint:
+    def load(self, step: int, share: tuple[int, int] = (0, 1), *, best: bool = False) -> Checkpoint:
         """Reads one checkpoint; InputError where it does not match its manifest. Shards are only
-        verified: with share (r, n), every n-th from the r-th on, since n ranks divide them."""
-        directory = self.path(step)
-        files = self._manifest(step)
+        verified: with share (r, n), every n-th from the r-th on, since n ranks divide them. best:
+        whether from the directory of the best, which must be of this step."""
+        directory = self.best if best else self.path(step)
+        files = self._manifest(directory, step)
         tensors: dict[str, dict[str, Tensor]] = {}
         values: Any = None
-        for name, data in self._contents(step, files, share):
+        for name, data in self._contents(directory, files, share):
             path = directory / name
             if _SHARD.fullmatch(name):
                 continue
@@ -253,10 +273,12 @@ class CheckpointStore:
         return Checkpoint(step, tensors, values, shards)
 
     def _contents(
-        self, step: int, files: Mapping[str, tuple[int, str]], share: tuple[int, int] = (0, 1)
+        self,
+        directory: Path,
+        files: Mapping[str, tuple[int, str]],
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[str, bytes]]:
         """(name, content) of every file, verified against the manifest."""
-        directory = self.path(step)
         if sum(size for size, _ in files.values()) > self.most_bytes:
             raise InputError(
                 f"{directory / MANIFEST} lists more than {self.most_bytes} bytes, far more than "
@@ -295,9 +317,8 @@ class CheckpointStore:
                 f"{folder} does not match its manifest: it has {len(there)} files for {len(names)}"
             )
 
-    def _manifest(self, step: int) -> dict[str, tuple[int, str]]:
+    def _manifest(self, directory: Path, step: int) -> dict[str, tuple[int, str]]:
         """Name -> (bytes, SHA-256) of every file of a checkpoint."""
-        directory = self.path(step)
         path = directory / MANIFEST
         try:
             if not stat.S_ISDIR(os.lstat(directory).st_mode):
@@ -331,10 +352,20 @@ class CheckpointStore:
         return files
 
     def _whole(self, step: int) -> bool:
+        directory = self.path(step)
         try:
-            return all(True for _ in self._contents(step, self._manifest(step)))
+            return all(True for _ in self._contents(directory, self._manifest(directory, step)))
         except InputError:
             return False
+
+
+def _linked(source: str, target: str) -> None:
+    """Links a file, or copies it durably where the disk has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        sync(Path(target))
 
 
 _UNSEALED = {"format", "version", "step", "torch", "files"}

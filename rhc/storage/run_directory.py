@@ -186,6 +186,8 @@ class RunDirectory:
             self.windows.flush()
         with contextlib.suppress(OSError):  # leftovers do no harm
             self.checkpoints.tidy(ended=result.exists())
+            if checkpoint is not None:
+                self._keep_best(checkpoint)  # its run may have ended just before
         self.saved = None if checkpoint is None else checkpoint.step
         return checkpoint
 
@@ -238,6 +240,12 @@ class RunDirectory:
         """The checkpoint of a step; InputError where it is damaged."""
         return self.checkpoints.load(step)
 
+    def best(self, step: int) -> Checkpoint | None:
+        """The best validated checkpoint, if it is of this step and valid."""
+        with contextlib.suppress(InputError):
+            return self.checkpoints.load(step, best=True)
+        return None
+
     def close(self) -> None:
         """Releases the lock; the end of the process would, too."""
         for lines in (self.tape, self.windows, self.starts, self.passes):
@@ -285,6 +293,7 @@ class RunDirectory:
             self.tape.flush()
             self.windows.flush()
         path = self._save_checkpoint(checkpoint, self.tape.length, self.windows.length)
+        self._keep_best(checkpoint)
         # After the tape, which must have all steps that the document calls committed.
         if schedule is not self._plan or not (self.path / "schedule.json").exists():
             document = schedule.to_json(checkpoint.step)
@@ -297,6 +306,12 @@ class RunDirectory:
         path = self.checkpoints.save(replace(checkpoint, values=checkpoint.values | beside))
         self.saved, self._first = checkpoint.step, None
         return path
+
+    def _keep_best(self, checkpoint: Checkpoint) -> None:
+        """Keeps the checkpoint if it is of the best validated state."""
+        best = checkpoint.values.get("best")
+        if best is not None and best["step"] == checkpoint.step:
+            self.checkpoints.keep_best(self.checkpoints.path(checkpoint.step))
 
     def record_now(self, lines: JsonLines, record: Mapping[str, Any]) -> None:
         """Appends a line, durably: a resumed run does not do again what it tells."""

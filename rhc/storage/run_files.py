@@ -44,6 +44,9 @@ RUNS = Path("runs")
 
 _CHECKPOINT = "window-"
 
+BEST = "best"
+"""Beside them, the checkpoint of the best validated state."""
+
 ROWS: Mapping[str, Kinds] = {
     "tape.jsonl": {
         "step": (int,),

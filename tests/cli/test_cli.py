@@ -180,7 +180,7 @@ def test_digits_from_end_to_end(call: Call, tmp_path: Path) -> None:
     assert len(schedule) == 100 and schedule["lr"].tolist() == [row["lr"] for row in tape]
 
     result = json.loads((directory / "result.json").read_text())
-    losses = {f"{a}{s}_loss" for a in ("", "average_") for s in ("train", "val", "test")}
+    losses = {f"{a}{s}_loss" for a in ("", "average_", "best_") for s in ("train", "val", "test")}
     assert {"steps", "test_accuracy", "wall_seconds", "cost", *losses} <= result.keys()
     counted = {"gradient_evaluations", "hessian_products", "plain_run_equivalents", "windows"}
     counted |= {"peak_memory_bytes", "rejected_windows", "rewound_windows"}
@@ -188,7 +188,7 @@ def test_digits_from_end_to_end(call: Call, tmp_path: Path) -> None:
     assert result["steps"] == 100 and result["test_loss"] < 1 and result["cost"]["windows"] == 5
 
     checkpoints = sorted((directory / "checkpoints").iterdir())
-    assert [p.name for p in checkpoints] == ["window-00000080", "window-00000100"]
+    assert [p.name for p in checkpoints] == ["best", "window-00000080", "window-00000100"]
     assert all((p / "manifest.json").exists() for p in checkpoints)
 
     for part in (f"{result['test_loss']:.4f}", "plain runs", f"{directory.name}/schedule.json"):

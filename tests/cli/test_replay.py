@@ -144,6 +144,31 @@ def test_the_same_seed_repeats_the_run_bit_for_bit(
     assert result["test_loss"] == json.loads((cosine / "result.json").read_text())["test_loss"]
 
 
+def test_a_run_that_ended_with_its_best_state_is_repeated_to_there(
+    call: Callable[..., Any], tmp_path: Path
+) -> None:
+    noisy = tmp_path / "noisy.py"
+    noisy.write_text(
+        "import torch\n"
+        "from runners.digits import digits\n"
+        "def noisy(*, seed=0, data=None):\n"
+        "    workload = digits(seed=seed)\n"
+        "    labels = workload.train_loader.dataset.tensors[1]\n"
+        "    own = torch.Generator().manual_seed(0)\n"
+        "    labels[::2] = torch.randint(10, labels[::2].shape, generator=own)\n"
+        "    return workload\n"
+    )
+    train = "--lr 0.1 --no-rewrite --steps 150 --window 10 --validate-every 10 --keep-best"
+    assert call("train", noisy, *train.split(), "--directory", tmp_path / "run")[0] == 0
+    assert call("replay", tmp_path / "run", "--trust", "--directory", tmp_path / "again")[0] == 0
+    first, again = (
+        json.loads((tmp_path / name / "result.json").read_text()) for name in ("run", "again")
+    )
+    assert first["ends_with"] == "best" and first["best_step"] < 150
+    for name in ("best_step", "ends_with", "test_loss", "last_test_loss"):
+        assert again[name] == first[name]
+
+
 def test_another_seed_batch_size_and_length(
     cosine: Path, call: Callable[..., Any], tmp_path: Path
 ) -> None:

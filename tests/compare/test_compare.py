@@ -159,7 +159,7 @@ def test_files_and_sizes_that_a_comparison_refuses(
 def test_a_race_pays_for_its_start_once(task: Task) -> None:
     alone = run(task, "zero-probe-cosine", None, 0)
     race = run(task, f"{TABLES}:template-race", None, 0)
-    assert race.cost == pytest.approx(alone.cost + 2)
+    assert race.cost == pytest.approx(alone.cost + 2, abs=0.02)  # validations
     assert race.validation <= alone.validation
 
 

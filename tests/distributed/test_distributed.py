@@ -75,7 +75,7 @@ RUNS: list[dict[str, Any]] = [
     {"optimizer": "sgd"},
     {"optimizer": "adamw", "product": "forward-difference"},
     {"optimizer": "adamw", "accumulate": 2, "clip_norm": 0.5, "steps": 20},
-    {"optimizer": "sgd", "rewrite": False},
+    {"optimizer": "sgd", "rewrite": False, "keep_best": True, "validate_every": 10},
 ]
 
 
@@ -89,6 +89,7 @@ def test_runs_end_as_one_process_does(of_two: list[dict[str, Any]]) -> None:
         if case.get("rewrite", True):
             assert "accepted" in found["windows"], case
         assert_same_run(found, alone)
+        assert found["best_step"] == alone["best_step"], case
         for name, loss in alone["losses"].items():
             if name.startswith("average") and not case.get("rewrite", True):
                 continue  # statistics of batches in another order: one process draws them too
@@ -215,11 +216,12 @@ def test_runs_of_parameters_that_are_shared_out(of_two: list[dict[str, Any]], fo
     alone = trained(alone=True, **SHARED)
     assert "accepted" in alone["windows"]
     assert_same_run(straight, alone)
+    assert straight["best_step"] == alone["best_step"]
 
 
 def test_every_rank_writes_its_own_parts(of_two: list[dict[str, Any]], folder: Path) -> None:
     """Of parameters, optimizer slots and the average; what is written by one alone is small."""
-    last = folder / "shared/checkpoints/window-00000050"
+    last = folder / "shared/checkpoints/best"  # which the run ends with
     files = sorted((last / "shards").iterdir())
     assert [file.name[:11] for file in files] == ["shard-00001", "shard-00002"]
     own = [load_file(file) for file in files]
@@ -272,7 +274,7 @@ def test_a_rank_that_dies_while_it_writes_leaves_the_checkpoint_before(tmp_path:
     found = outputs(2, "rank_programs.py", "killed", str(directory))
     assert found[1][0] == -9 and found[0][0] != 0
     names = sorted(p.name for p in (directory / "checkpoints").iterdir())
-    assert names == [".writing-window-00000020", "window-00000000", "window-00000010"]
+    assert names == [".writing-window-00000020", "best", "window-00000000", "window-00000010"]
     assert_same_run(
         trained(alone=True, directory=str(directory), **SHARED),
         trained(alone=True, **SHARED),
