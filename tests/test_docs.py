@@ -22,6 +22,8 @@ from rhc.workload import load_runner
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LEARNED = 0.05
+"""Largest share of the error of predicting the mean that the first example may be left with."""
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -168,3 +170,16 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout + found.stderr
     assert "hypergradient" in (tmp_path / "api" / "index.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 110))
+def test_the_first_example_learns(seed: int, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks(ROOT / "docs" / "index.md", "python")
+    torch.manual_seed(seed)
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(compile(code, "index.md", "exec"), names)
+    mean = float(names["y"][1024:].var())
+    print(seed, names["result"].val_loss, mean)
+    assert names["result"].val_loss < LEARNED * mean

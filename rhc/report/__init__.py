@@ -5,8 +5,10 @@ Everything a run wrote is escaped, and a content security policy forbids all con
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,7 @@ def _page(runs: Sequence[RunRecord]) -> str:
         raise InputError(
             f"the report needs {error.name}, which is not installed; pip install 'rhc[report]'"
         ) from None
-    from rhc.report.charts import charts_of
+    from rhc.report.charts import charts_of, parts_of
     from rhc.report.figure import NIGHT
 
     environment = Environment(
@@ -88,9 +90,10 @@ def _page(runs: Sequence[RunRecord]) -> str:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    environment.filters["glossed"] = lambda text: Markup(_glossed(str(text)))
     charts = charts_of(runs)
     return environment.get_template("page.html").render(
-        charts=charts,
+        parts=parts_of(charts),
         figures={chart.key: chart.figure for chart in charts},
         library=Markup(_library()),
         night=NIGHT,
@@ -200,6 +203,29 @@ def _mean(values: Sequence[float]) -> str:
     draws = np.random.default_rng(0).choice(np.asarray(values), (2000, len(values))).mean(axis=1)
     low, high = np.quantile(draws, [0.025, 0.975])
     return f"{text} [{low:.4g}, {high:.4g}]"
+
+
+GLOSSARY = {
+    "plain runs?": "the same training without anything of rhc: the unit of cost",
+    "J": "what a window is judged by: the loss on held-out data at its end, and a little of the "
+    "training losses on the way",
+    "windows? looked at": "windows are some steps that are rolled and looked back at, to be "
+    "replayed with a better schedule",
+    "attempts?": "an attempt is one schedule tried on a window",
+    "rewound": "the steps diverged, and were rolled again at a lower learning rate",
+    "hindsight": "a schedule that was rewritten with what happened after it in view",
+    "short rolls": "a few steps from the start that are taken back again",
+}
+"""Words of the sentences -> what they mean, where a reader points at them."""
+
+
+def _glossed(text: str) -> str:
+    """The text as HTML, in which a word that needs explaining has a tooltip at its first place."""
+    shown = html.escape(text)
+    for word, meaning in GLOSSARY.items():
+        marked = f'<abbr tabindex="0" title="{html.escape(meaning)}">\\g<0></abbr>'
+        shown = re.sub(rf"(?<![\w=\"/-])\b{word}\b(?![^<]*</abbr>|[^<]*>)", marked, shown, count=1)
+    return shown
 
 
 def _library() -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rhc.report import why
 from rhc.report.figure import GREY, INK, PALE, RIGHT, Chart, Trace, area, line, marks
 from rhc.report.records import (
     CONTROLS,
@@ -38,9 +39,6 @@ MEANS = 100
 """Stretches whose means are drawn where the course matters, not the noise."""
 MOST_ATTEMPTS = 250
 """Attempts drawn per outcome: more are illegible, and slow."""
-SWEEP = 25
-"""Runs of a usual grid search that one run replaces: five lrs by five momenta."""
-
 Maker = Callable[[Sequence[RunRecord]], Iterable[Chart]]
 _MAKERS: list[Maker] = []
 
@@ -75,16 +73,61 @@ def chart_of_each(maker: Callable[[RunRecord], Iterable[Chart]]) -> Maker:
 
 def charts_of(runs: Sequence[RunRecord]) -> list[Chart]:
     made = [each for maker in _MAKERS for each in maker(runs) if each.traces]
+    _share_axes([each for each in made if each.place > 0])
     return sorted(made, key=lambda each: each.place > 0)  # what all runs share comes first
 
 
+def _share_axes(beside: Sequence[Chart]) -> None:
+    """Gives charts that stand side by side the same range of y, so that like compares with like."""
+    kinds: dict[str, list[Chart]] = {}
+    for each in beside:
+        kinds.setdefault(each.key.rpartition("-")[0], []).append(each)
+    for charts in kinds.values():
+        traces = [t for each in charts for t in each.traces if t.get("yaxis", "y") == "y"]
+        values = [v for trace in traces for v in trace["y"] if v is not None]
+        if len(charts) < 2 or not values or "range" in charts[0].layout.get("yaxis", {}):
+            continue
+        low, high = min(values), max(values)
+        if "y" in charts[0].log and low > 0:
+            low, high = float(np.log10(low)), float(np.log10(high))
+        margin = 0.05 * (high - low)
+        for each in charts:
+            own = each.layout.get("yaxis", {})
+            each.layout["yaxis"] = own | {"range": [low - margin, high + margin]}
+
+
+PARTS = (
+    ("What was found", ("losses", "control", "seeds", "metric")),
+    ("How the schedule came to be", ("starts", "courses", "passes", "objectives", "events")),
+    ("What it cost", ("cost",)),
+    ("A closer look", ()),
+)
+"""Headings of the page, and the kinds of charts under each; the last has all others."""
+
+
+def parts_of(charts: Sequence[Chart]) -> list[tuple[str, list[Chart]]]:
+    """The charts under their headings, in the order of the page."""
+    parts: list[tuple[str, list[Chart]]] = [(heading, []) for heading, _ in PARTS]
+    for each in charts:
+        found = [at for at, (_, keys) in enumerate(PARTS) if each.key.partition("-")[0] in keys]
+        parts[found[0] if found else -1][1].append(each)
+    for (_, keys), (_, held) in zip(PARTS[:-1], parts, strict=False):
+        held.sort(key=lambda each: (each.place > 0, keys.index(each.key.partition("-")[0])))
+    return [(heading, held) for heading, held in parts if held]
+
+
 def groups_of(runs: Sequence[RunRecord]) -> list[tuple[str, list[RunRecord]]]:
-    """(name, runs) per group of runs that differ in the seed alone."""
+    """(name, runs) per group of runs that differ in the seed alone; of a seed that was run twice
+    the first."""
     apart = ("seed", "directory", "versions", "hardware", "resume", "config", "data", "device")
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
         key = repr(sorted((k, repr(v)) for k, v in run.config.items() if k not in apart))
-        groups.setdefault(key, []).append(run)
+        known = groups.setdefault(key, [])
+        if "seed" not in run.config or all(
+            run.config["seed"] != each.config.get("seed") for each in known
+        ):
+            known.append(run)
     return [(members[0].name, members) for members in groups.values()]
 
 
@@ -344,7 +387,7 @@ def _objectives(runs: Sequence[RunRecord]) -> Iterator[Chart]:
             y = [value for _, before, after, _ in shown for value in (before, after, None)]
             ends = ([place for place, *_ in shown], [after for _, _, after, _ in shown])
             ink, name = (ink, outcome) if one else (_ink(i), f"{run.name} {outcome}")
-            reasons = [reason or outcome for *_, reason in shown]
+            reasons = [reason for *_, reason in shown]
             traces += [
                 line((x, y), "", ink) | {"showlegend": False, "hoverinfo": "skip"},
                 marks(ends, name, ink, symbol) | {"text": reasons},
@@ -362,12 +405,12 @@ def _objectives(runs: Sequence[RunRecord]) -> Iterator[Chart]:
 
 
 def _attempt(row: Mapping[str, Any]) -> tuple[float, float | None, float, str | None] | None:
-    """(place, J before, J after or before, reason); None without J."""
+    """(place, J before, J after or before, what happened, in words); None without J."""
     before, after = number(row.get("objective_before")), number(row.get("objective_after"))
     end = before if after is None else after
     # Attempts at one window stand side by side.
     place = float(row["start"]) + 2 * (number(row.get("attempt")) or 0)
-    return None if end is None else (place, before, end, row.get("reason"))
+    return None if end is None else (place, before, end, why.attempt(row))
 
 
 def _moved(row: Mapping[str, Any]) -> float:
@@ -549,7 +592,7 @@ def _cost(runs: Sequence[RunRecord]) -> Iterator[Chart]:
             says.append(f"{run.name} cost {cost:.2f} plain runs")
     if not costs:
         return
-    costs += [("plain training", 1, 0), (f"a sweep of {SWEEP} runs", SWEEP, 0)]
+    costs += [("plain training", 1, 0), (f"a sweep of {why.SWEEP} runs", why.SWEEP, 0)]
     names, rest, start = zip(*costs, strict=True)
     bars = [
         {"type": "bar", "orientation": "h", "name": name, "y": names, "x": values,
@@ -563,9 +606,9 @@ def _cost(runs: Sequence[RunRecord]) -> Iterator[Chart]:
         "cost",
         "Cost",
         "Gradients that were computed, over those of one plain training run; beside it the sweep "
-        f"of {SWEEP} runs that it replaces.",
+        f"of {why.SWEEP} runs that it replaces.",
         bars,
         x="plain runs",
-        says="; ".join([*says[:12], f"plain training 1, a sweep {SWEEP}"]),
+        says="; ".join([*says[:12], f"plain training 1, a sweep {why.SWEEP}"]),
         layout={"yaxis": {"autorange": "reversed"}},
     )

@@ -16,7 +16,7 @@ import torch
 
 import rhc
 from rhc.cli.main import main
-from rhc.report.charts import charts_of
+from rhc.report.charts import PARTS, charts_of, groups_of, parts_of
 from rhc.report.figure import INK, NIGHT
 from rhc.report.records import SIGNALS, read_run, runs_in, thinned
 from rhc.report.signals import signals_of
@@ -134,6 +134,22 @@ def test_seeds_share_a_line(tmp_path: Path) -> None:
     assert main(["report", *runs, "-o", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
     assert "run-0 and 2 further seeds" in page and "3 of 3" in page and "1.3 [0.3" in page
+
+
+def test_a_seed_that_was_run_twice_counts_once(tmp_path: Path) -> None:
+    runs = [read_run(written(tmp_path / f"run-{i}", seed=seed)) for i, seed in enumerate((0, 1, 1))]
+    assert [[run.name for run in held] for _, held in groups_of(runs)] == [["run-0", "run-1"]]
+
+
+def test_charts_stand_under_headings_and_compare_like_with_like(tmp_path: Path) -> None:
+    runs = [read_run(written(tmp_path / name, name=name)) for name in ("one", "two")]
+    for row in runs[1].tape:
+        row["loss"] *= 10
+    made = charts_of(runs)
+    ranges = [each.figure["layout"]["yaxis"]["range"] for each in made if "overlay" in each.key]
+    assert len(ranges) == 2 and ranges[0] == ranges[1]
+    headings = [heading for heading, _ in parts_of(charts_of(runs[:1]))]
+    assert headings == [heading for heading, _ in PARTS]
 
 
 def test_a_missing_package_is_one_sentence(
