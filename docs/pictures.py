@@ -192,6 +192,8 @@ def charts(page: Path, keys: Sequence[str], path: Path) -> None:
         browser.execute_script(
             "for (const each of document.querySelectorAll('figure'))"
             f" if (!each.querySelector('{shown}')) each.remove();"
+            "for (const each of document.querySelectorAll('.charts'))"
+            " if (!each.querySelector('figure')) each.remove();"
         )
         size(browser, 1400)
         if len(keys) % 2:
