@@ -15,7 +15,7 @@ from rhc.data_weights import DATA_WEIGHTS
 from rhc.events import WindowAttempted
 from rhc.loop.best import Best, better, ends_with_best
 from rhc.loop.fit import Fit
-from rhc.loop.state import Attempt
+from rhc.loop.state import Attempt, Window
 from rhc.storage.files import finite
 from rhc.training.evaluate import TRAIN_BATCHES, Losses, at_average, evaluate
 from rhc.training.loaders import pristine
@@ -49,6 +49,33 @@ def tape_rows(attempt: Attempt, commit: int) -> list[dict[str, Any]]:
                 row[name] = finite(_number(value))  # as it will be read back
         rows.append(row)
     return rows
+
+
+TRACKING = "tracking"
+"""The metric of runs whose data drift: the loss on rows that are not trained on, as they come."""
+
+
+def note_online(fit: Fit, window: Window, attempt: Attempt) -> None:
+    """Keeps what the first roll of a window tracks: its model has not seen the window's data."""
+    if fit.rewrites and attempt.trajectory is not None:
+        window.online = [metrics.get(TRACKING) for metrics in attempt.trajectory.metrics]
+
+
+def tell_online(window: Window, rows: Sequence[dict[str, Any]]) -> None:
+    """Adds to the rows of a window what was tracked before it was rewritten."""
+    for row, value in zip(rows, window.online, strict=False):
+        if value is not None and TRACKING in row:
+            row[f"online_{TRACKING}"] = finite(_number(value))
+
+
+def _tracked(tape: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means over the run of what steps tracked, as committed and online, where all have it."""
+    found: dict[str, float] = {}
+    for name in (TRACKING, f"online_{TRACKING}"):
+        values = [row.get(name) for row in tape]
+        if values and all(isinstance(value, float) for value in values):
+            found[name] = statistics.fmean(value for value in values if value is not None)
+    return found
 
 
 def _numbers(values: Sequence[float | Tensor]) -> list[float]:
@@ -176,6 +203,7 @@ def final_result(fit: Fit) -> dict[str, Any]:
         **_told(averaged, "average_"),
         **_told(best, "best_"),
         "best_step": None if best["val"] is None else kept.step if kept else state.step,
+        **_tracked(state.tape),
         "ends_with": "last" if final is last else "best",
         **({} if final is last else _told(last, "last_")),
         "wall_seconds": state.seconds(),

@@ -181,7 +181,8 @@ class Moment:
 class Window:
     """Steps [start, stop), committed up to `commit`. before: the moment at its start; None without
     rewriting. shift: the step at which its data change; cut: whether it was ended there.
-    observation: what its first reverse pass says of data weights."""
+    observation: what its first reverse pass says of data weights. online: the metric "tracking" of
+    its steps as they were rolled first, before anything was rewritten by what they brought."""
 
     start: int
     stop: int
@@ -193,6 +194,7 @@ class Window:
     cut: bool = False
     terminal: Any = None
     observation: Observation | None = None
+    online: list[Tensor | None] = field(default_factory=list)
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rhc.loop.checkpointing import save
 from rhc.loop.fit import Fit
+from rhc.loop.records import note_online
 from rhc.loop.replay_check import assert_replay
 from rhc.loop.shift import adapt_to_shift
 from rhc.loop.steps import replay, restore
@@ -26,6 +27,7 @@ def train(fit: Fit) -> None:
     while fit.state.step < fit.state.steps:
         window = next_window(fit)
         attempt = roll(fit, window)  # lr is lowered until all is finite
+        note_online(fit, window, attempt)
         attempt = assert_replay(fit, window, attempt)  # once
         attempt = adapt_to_shift(fit, window, attempt)
         attempt = antithetic_search(fit, window, attempt)

@@ -105,7 +105,13 @@ class Trials:
         """No steps, judged like a roll of n steps."""
         n = 0 if self.fixed else n
         asked = {"kind": "untrained", "steps": n, "from": 0.0}
-        return _trial(self._record(asked, lambda: self._judged(n)))
+
+        def judged() -> tuple[dict[str, Any], float]:
+            for _ in () if self.validation else self._batches(n):
+                pass  # a roll may have drawn further than the batches that judge this one
+            return self._judged(n)
+
+        return _trial(self._record(asked, judged))
 
     def from_zero(
         self, n: int, lrs: Callable[[Hypergradient], list[float] | None]

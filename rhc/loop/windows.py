@@ -16,7 +16,7 @@ from rhc.loop.budget import REWRITE, affords, is_validated, projected_cost
 from rhc.loop.data_weights import move_weights, observe, weigh
 from rhc.loop.epochs import epoch_end, plan_epochs
 from rhc.loop.fit import Fit
-from rhc.loop.records import record, tape_rows, validation_losses
+from rhc.loop.records import record, tape_rows, tell_online, validation_losses
 from rhc.loop.state import Attempt, Window
 from rhc.loop.steps import replay, restore, take_recorded_steps, take_steps
 from rhc.loop.update_rule import Shift, Twin, added, faded, replanned
@@ -320,6 +320,7 @@ def commit(fit: Fit, window: Window, attempt: Attempt) -> None:
             state.correction, change = faded(state.correction, shifts, fit.rule.carry)
             state.schedule = replanned(state.schedule, stop, change)
     rows = tape_rows(attempt, stop)
+    tell_online(window, rows)
     first = rows[0]["loss"] if state.reference is None else state.reference[1]
     state.reference = (sum(row["loss"] for row in rows) / len(rows), first)
     move_weights(fit, window, attempt)

@@ -129,6 +129,8 @@ _FIGURES = (
     ("test loss", ("test_loss",), ".4g"),
     ("test loss, averaged weights", ("average_test_loss",), ".4g"),
     ("test accuracy", ("test_accuracy",), ".4g"),
+    ("tracking loss, as committed", ("tracking",), ".4g"),
+    ("tracking loss, online", ("online_tracking",), ".4g"),
     ("validation loss", ("val_loss",), ".4g"),
     ("best validation loss", ("best_val_loss",), ".4g"),
     ("test loss there", ("best_test_loss",), ".4g"),
