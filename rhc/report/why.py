@@ -282,6 +282,23 @@ def _worth(run: RunRecord) -> str | None:
     return f"{first}; what the end would be without is known by one more run: {_command(run)}."
 
 
+@question("passes", "Did it pay to go over the whole run?")
+def _passes(run: RunRecord) -> str | None:
+    if not run.passes:
+        return None
+    kept = [row for row in run.passes if row.get("kept") is True]
+    cost = _spent(run)["passes"]
+    tried = f"{len(run.passes)} replays of the whole run" if len(run.passes) > 1 else "One replay"
+    if not kept:
+        return f"{tried} did not lower the loss on held-out rows, for {cost:.2f} plain runs."
+    before = number(kept[0].get("held_out_before")) or 0.0
+    after = number(kept[-1].get("held_out_after")) or 0.0
+    return (
+        f"{tried}, of which {len(kept)} kept: the loss on held-out rows fell from {before:.4g} to "
+        f"{after:.4g}, for {cost:.2f} plain runs."
+    )
+
+
 @question("examples", "Which examples hurt?")
 def _examples(run: RunRecord) -> str | None:
     found = entry(run.result, "data_weights")
@@ -317,9 +334,11 @@ def _cost(run: RunRecord) -> str | None:
     if number(entry(run.result, "cost", "plain_run_equivalents")) is None:
         return None
     parts = {"search": "the search for the start", "training": "the training itself",
-             "windows": "looking at windows and replaying them"}  # fmt: skip
+             "windows": "looking at windows and replaying them",
+             "passes": "passes over the whole run"}  # fmt: skip
     spent = _spent(run)
-    told = ", ".join(f"{spent[name]:.2f} for {what}" for name, what in parts.items())
+    known = [name for name in parts if name != "passes" or run.passes]
+    told = ", ".join(f"{spent[name]:.2f} for {parts[name]}" for name in known)
     return f"In plain runs: {told}."
 
 
@@ -508,7 +527,9 @@ def _spent(run: RunRecord) -> dict[str, float]:
     cost = number(entry(run.result, "cost", "plain_run_equivalents")) or 0.0
     tried = sum(number(row.get("gradients")) or 0.0 for row in run.starts)
     search = min(tried / run.steps if run.steps else 0.0, cost)
-    return {"search": search, "training": 1.0, "windows": max(0.0, cost - search - 1.0)}
+    passes = sum(number(row.get("plain_run_equivalents")) or 0.0 for row in run.passes)
+    windows = max(0.0, cost - search - passes - 1.0)
+    return {"search": search, "training": 1.0, "windows": windows, "passes": passes}
 
 
 def _given(run: RunRecord) -> Any:

@@ -11,7 +11,7 @@ import pytest
 
 from rhc.cli.main import main
 from rhc.report import why
-from rhc.report.records import read_run
+from rhc.report.records import RunRecord, read_run
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +105,15 @@ def test_a_run_beside_it_says_what_rewriting_was_worth(trained: Path) -> None:
     (worth,) = [a.sentence for a in why.answers(read_run(trained)) if a.label == "worth"]
     loss = json.loads((beside / "result.json").read_text())["test_loss"]
     assert f"(without) ends at a test loss of {loss:.4g}" in worth
+
+
+def test_passes_say_whether_they_paid_and_what_they_cost(tmp_path: Path) -> None:
+    rows = [
+        {"kept": kept, "held_out_before": before, "held_out_after": after,
+         "plain_run_equivalents": cost}
+        for kept, before, after, cost in ((True, 0.5, 0.4, 4.0), (False, 0.4, 0.45, 1.5))
+    ]  # fmt: skip
+    run = RunRecord(tmp_path, {"steps": 10}, {"cost": {"plain_run_equivalents": 7.5}}, passes=rows)
+    told = {answer.label: answer.sentence for answer in why.answers(run)}
+    assert "of which 1 kept" in told["passes"] and "from 0.5 to 0.4, for 5.50" in told["passes"]
+    assert "1.00 for looking at windows" in told["spent"] and "5.50 for passes" in told["spent"]
