@@ -26,6 +26,7 @@ _MODULES = {
     "total_variation": "rhc.schedule",
     "HeldOutBatches": "rhc.training.objective",
     "Objective": "rhc.training.objective",
+    "bounded": "rhc.training.objective",
     "LoopTape": "rhc.report.loop_tape",
     "Plant": "rhc.training.plant",
     "register_dynamics": "rhc.optimizers",
@@ -79,6 +80,7 @@ __all__ = [
     "Workload",
     "__version__",
     "attribute",
+    "bounded",
     "hypergradient",
     "indexed",
     "plan_next_epoch",
@@ -99,7 +101,7 @@ if TYPE_CHECKING:
     from rhc.runner import Runner, RunResult
     from rhc.schedule import CONTROLS, Control, Schedule, total_variation
     from rhc.schedulers import AdaptiveRL, Bounds, EpochPlanner, Gains, LossSampler, plan_next_epoch
-    from rhc.training.objective import HeldOutBatches, Objective
+    from rhc.training.objective import HeldOutBatches, Objective, bounded
     from rhc.training.plant import Plant
     from rhc.workload import Workload
 

@@ -33,7 +33,7 @@ from rhc.loop.checks import (
     steered,
     try_first_batch,
 )
-from rhc.loop.data_weights import learned
+from rhc.loop.data_weights import judged_by, learned
 from rhc.loop.epochs import announce_planning, begin_planning, epoch_steps
 from rhc.loop.fit import Data, EventLog, Fit, ReversePasses
 from rhc.loop.lr_search import find_first_lr
@@ -246,7 +246,8 @@ class Runner:
         self.train_loader, self.val_loader, self.test_loader = loaders
         check_keep_best(self.keep_best, val_loader, self.plant)
         self._take_schedule(shape, rewrite, schedule, planner)
-        self.objective = objective or usual_objective(self.start, self.window)
+        weighed = data_weights is not None
+        self.objective = objective or usual_objective(self.start, self.window, weighed=weighed)
         usual = () if weights_alone else DEFAULT_CONTROLS
         self._take_engine(windows, engine_settings, usual, planner)
         if first:
@@ -462,7 +463,7 @@ class Runner:
     def _begin(self, steps: int, resume: Literal["auto", "never"]) -> Fit:
         """A new run with its first lr, or the one in the directory."""
         self.plant.take_up()
-        notices = list[str]()
+        notices, judged = list[str](), ""
         if self.ranks is not None:
             described = self._description(steps) | {"directory": self.directory is not None}
             notices = begin_together(self.plant, described, wrapped=self._wrapped)
@@ -472,6 +473,7 @@ class Runner:
         state = self._state = State(steps, schedule, first_lr, reverse_pass)
         if self.rewriting and self.plant.data_weights is not None:
             state.evidence = Evidence(len(self.plant.data_weights))
+            judged = judged_by(self.objective, on_val=self._judged_on_val)
         fit = Fit(
             self.plant,
             state,
@@ -499,6 +501,8 @@ class Runner:
             open_run(fit, self.directory, checkpoint, self.prior_cost)
         for notice in notices:
             self._events.tell(notice)
+        if judged:
+            self._events.tell(judged, mild=True)
         if state.result is None:
             sizes = (state.step, steps, self.window, self.stride)
             rule = description.of_rule(self.law) if self.rewriting else {}

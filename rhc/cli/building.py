@@ -36,7 +36,7 @@ from rhc.training.objective import Objective
 from rhc.training.plant import Plant
 from rhc.workload import Workload, load_runner, optimizer_of, refuse_strange
 
-LATER = ("planner", "inexact_replay", "data_weights", "options", "passes", "keep_best")
+LATER = ("planner", "inexact_replay", "data_weights", "options", "passes", "keep_best", "bounded")
 """Settings that no plain run has, and that did not exist when the first directories were named."""
 
 

@@ -20,7 +20,7 @@ from rhc.cli.building import (
 )
 from rhc.distributed import ranks_of
 from rhc.events import Listener
-from rhc.loop.description import GONE_MEMORY, GONE_RULE
+from rhc.loop.description import GONE_RULE, of_objective
 from rhc.loop.update_rule import Rewrite, usual_law, usual_objective, usual_template, usual_warmup
 from rhc.report.live import Screen
 from rhc.report.loggers import Logging, TensorBoard
@@ -29,7 +29,7 @@ from rhc.runner import Runner
 from rhc.settings import TrainConfig
 from rhc.settings.fields import plain_value
 from rhc.storage.run_files import read_record
-from rhc.training.objective import Objective
+from rhc.training.objective import Objective, bounded
 from rhc.workload import load_runner
 
 
@@ -100,7 +100,10 @@ def _law(config: TrainConfig) -> tuple[Rewrite | Literal[False], Objective, Trai
     asked = {name: getattr(config, name) for name in ("cooldown", "until", "budget")}
     given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     law = replace(usual_law(config.start), **given)
-    objective = usual_objective(config.start, config.window)
+    weighed = bool(config.data_weights)
+    objective = usual_objective(config.start, config.window, weighed=weighed)
+    if config.bounded:
+        objective = replace(objective, rows=bounded)
     if config.average is not None:
         objective = replace(objective, average=config.average or None)
     if config.objective_batches is not None:
@@ -137,7 +140,7 @@ def _default_directory(
     record = {
         **{name: value for name, value in resolved.items() if value != usual.get(name, value)},
         "law": law and asdict(law) | GONE_RULE,
-        "objective": vars(objective) | GONE_MEMORY,
+        "objective": of_objective(objective),
     }
     return hashed(config.short_name, record)
 

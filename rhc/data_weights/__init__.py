@@ -5,6 +5,7 @@ from rhc.data_weights.cells import DATA_WEIGHTS, DataWeights, indexed
 from rhc.data_weights.course import FEW, Course
 from rhc.data_weights.loss import (
     Factors,
+    Judged,
     Weighed,
     factors_of,
     leaves_of,
@@ -25,6 +26,7 @@ __all__ = [
     "DataWeights",
     "Evidence",
     "Factors",
+    "Judged",
     "Numbered",
     "Observation",
     "RowLosses",

@@ -41,6 +41,14 @@ class Weighed:
     along: Tensor | None = None  # (B,) what a course multiplies the cells' weights by
 
 
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """A held-out batch, and what its rows' losses (B,) count."""
+
+    batch: Any
+    rows: Callable[[Tensor], Tensor]
+
+
 def leaves_of(batch: Any) -> list[Tensor]:
     """ŵ of a step's batch, or of each of its micro-batches; [] where rows are not weighed."""
     parts = batch if isinstance(batch, tuple) else (batch,)
@@ -117,9 +125,11 @@ def weighing(
 
     @functools.wraps(loss_fn, updated=())
     def reduced(model: nn.Module, batch: Any) -> Any:
-        own = isinstance(batch, Weighed)
-        found = loss_fn(model, batch.batch if own else batch)
+        own, judged = isinstance(batch, Weighed), isinstance(batch, Judged)
+        found = loss_fn(model, batch.batch if own or judged else batch)
         losses, *metrics = found if isinstance(found, tuple) and len(found) == 2 else (found,)
+        if judged:
+            losses = _counted(losses, batch)
         if isinstance(losses, RowLosses):
             loss = losses.mean
             if own:  # plus 0 at weights of 1, which leaves every bit of a recorded step
@@ -156,6 +166,16 @@ def _terms(losses: Mapping[str, Any], weights: DataWeights) -> Tensor:
             f"{', '.join(names) or 'not named'}; give DataWeights(cells=[…]) the terms' names"
         )
     return torch.stack([losses[name].mean() for name in names])
+
+
+def _counted(losses: Any, batch: Judged) -> Tensor:
+    losses = losses.each if isinstance(losses, RowLosses) else losses
+    if not isinstance(losses, Tensor) or losses.dim() != 1:
+        raise InputError(
+            "an objective with rows=… needs one loss per held-out row, (B,), and loss_fn returns "
+            f"{'terms' if isinstance(losses, Mapping) else 'a scalar'}; leave rows out"
+        )
+    return batch.rows(losses)
 
 
 def _check_rows(losses: Tensor, batch: Weighed) -> None:

@@ -5,9 +5,27 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rhc.data_weights import DATA_WEIGHTS, DataWeights, Observation, factors_of
+from rhc.errors import InputError
 from rhc.loop.fit import Fit
 from rhc.loop.state import Attempt, State, Window
+from rhc.training.objective import Objective
 from rhc.training.plant import Plant
+
+
+def judged_by(objective: Objective, *, on_val: bool) -> str:
+    """What people are told of how data weights are judged; InputError where by themselves."""
+    if not on_val or not objective.terminal_weight:
+        raise InputError(
+            "data weights are judged on rows that they do not weigh: give a val_loader, and an "
+            "objective that takes its loss"
+        )
+    if objective.rows is None:
+        return (
+            "data weights are judged by the losses of held-out rows as they are, whose labels "
+            "should be right; if they may be wrong, Objective(rows=rhc.bounded), or --bounded"
+        )
+    name = getattr(objective.rows, "__name__", type(objective.rows).__name__)
+    return f"data weights are judged by {name} losses of held-out rows, which may be wrong too"
 
 
 def observe(fit: Fit, window: Window, attempt: Attempt) -> Observation | None:

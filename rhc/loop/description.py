@@ -23,6 +23,8 @@ def of_rule(rule: Rewrite) -> dict[str, Any]:
 def of_objective(objective: Objective) -> dict[str, Any]:
     """The objective, with functions by name."""
     known = {name: _described(value) for name, value in vars(objective).items()}
+    if objective.rows is None:
+        del known["rows"]  # so that older runs can resume
     return known | GONE_MEMORY
 
 

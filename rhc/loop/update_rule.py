@@ -268,10 +268,11 @@ def usual_warmup(start: str, adaptive: bool) -> float:
     return WARMUP if adaptive and start != "given" else 0.0
 
 
-def usual_objective(start: str, window: int) -> Objective:
+def usual_objective(start: str, window: int, *, weighed: bool = False) -> Objective:
     """The default objective: a held-out loss at the window's averaged end; after an lr search also
-    its mean training loss, without which lr rises to what only the average bears."""
-    return Objective() if start == "given" else Objective(loss_weight=1 / window)
+    its mean training loss, without which lr rises to what only the average bears. Weights of data
+    are not judged by the rows that they weigh, of which they would choose the easy ones."""
+    return Objective() if start == "given" or weighed else Objective(loss_weight=1 / window)
 
 
 def _columns(values: Tensor) -> Sequence[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rhc.containers import length
+from rhc.data_weights import Judged
 from rhc.hypergradient import stage_sum
 from rhc.hypergradient.evaluation import visible_statistics
 from rhc.loop.fit import Fit
@@ -28,6 +29,7 @@ class HeldOutLoss:
     batches: Sequence[Any]
     sizes: Sequence[int]
     share: float
+    rows: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, model: nn.Module) -> Tensor:
         return self.mean(self.each())
@@ -36,21 +38,29 @@ class HeldOutLoss:
         # Running statistics are of the last iterate, not of the average that is judged.
         with self.plant.evaluating() as model:
             batch_statistics(model)
-            return [self.plant.loss(batch)[0] for batch in self.batches]
+            batches = self.batches
+            if self.rows is not None:
+                batches = [Judged(batch, self.rows) for batch in batches]
+            return [self.plant.loss(batch)[0] for batch in batches]
 
     def mean(self, losses: Sequence[Tensor]) -> Tensor:
         weighed = [loss * size for loss, size in zip(losses, self.sizes, strict=True)]
         return torch.stack(weighed).sum() / sum(self.sizes)
 
 
-def held_out_loss(plant: Plant, batches: Sequence[Any], train: Any = None) -> HeldOutLoss:
+def held_out_loss(
+    plant: Plant,
+    batches: Sequence[Any],
+    train: Any = None,
+    rows: Callable[[Tensor], Tensor] | None = None,
+) -> HeldOutLoss:
     """The mean loss on `batches`; its share is their size beside `train`, else their number."""
     batches = [micro for batch in batches for micro in micro_batches(batch)]
     sizes = [batch_size(b) for b in batches]
     share = float(len(batches))
     if train is not None:
         share = sum(sizes) / max(1, batch_size(train))
-    return HeldOutLoss(plant, batches, sizes, share)
+    return HeldOutLoss(plant, batches, sizes, share, rows)
 
 
 def terminal_loss(fit: Fit, window: Window) -> HeldOutLoss | None:
@@ -67,7 +77,8 @@ def terminal_loss(fit: Fit, window: Window) -> HeldOutLoss | None:
             ahead = train.take(window.start, window.stop + fit.objective.count)
             batches = ahead[window.stop - window.start :]
         first_batch = train.take(window.start, window.start + 1)[0]
-        window.terminal = held_out_loss(fit.plant, batches, first_batch)
+        rows = fit.objective.rows
+        window.terminal = held_out_loss(fit.plant, batches, first_batch, rows)
     return cast(HeldOutLoss, window.terminal)
 
 

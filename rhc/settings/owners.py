@@ -323,6 +323,9 @@ class Law(Settings):
         None, "N", at_least(1, 4), unset="4", place="rare", most=10**5, rewriting=True
     )
     """Validation batches in the objective of a window."""
+    bounded: bool = setting(False, place="rare", rewriting=True, recorded="if given")
+    """Judge data weights by 1 - e^-loss of held-out rows. For held-out rows whose labels may be as
+    wrong as those of the training rows; of a cross-entropy it is 1 - p(label)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,6 +86,11 @@ class TrainConfig(
                 "data_weights are learned by rewriting, which --no-rewrite turns off; give a run's "
                 "directory, whose weights are then followed, or leave --no-rewrite out"
             )
+        if self.bounded and not self.data_weights:
+            raise InputError(
+                "bounded is about what data weights are judged by; add --data-weights, or leave "
+                "--bounded out"
+            )
         checked = super().checked()
         if isinstance(checked.segment, int) and checked.segment > checked.window:
             raise InputError(

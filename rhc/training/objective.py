@@ -31,6 +31,13 @@ class HeldOutBatches:
             raise InputError(f"held-out batches must be ≥ 1, got {self.count}")
 
 
+def bounded(losses: Tensor) -> Tensor:
+    """1 − e^−ℓ of every loss ℓ ≥ 0: of a cross-entropy 1 − p(label). Held-out rows with wrong
+    labels, whose cross-entropy outweighs all others, then count no more than a row each, and
+    random ones cancel (Ghosh, Kumar, Sastry 2017)."""
+    return 1 - (-losses).exp()
+
+
 @dataclass(frozen=True)
 class Objective:
     """What a window is judged by: J = Σ_t (c_ℓ ℓ_t − c_r r_t) + terminal(θ̄).
@@ -51,6 +58,9 @@ class Objective:
     """Decay of the iterates' exponential average, in (0, 1); None for the last iterate."""
     batches: int | HeldOutBatches = 4
     """Batches of the terminal loss: this many of val_loader, others for each window."""
+    rows: Callable[[Tensor], Tensor] | None = None
+    """Of the held-out rows' losses (B,), where data are weighted: what each counts, such as
+    `rhc.bounded`. None for the losses as they are."""
 
     def __post_init__(self) -> None:
         plain_numbers(self)

@@ -196,3 +196,48 @@ def own(*, seed=0, data=None):
     assert main(["compare", own, *compared, "-o", rows]) == 0
     assert main([*common, "--seed", "1", "--data-weights"]) == 2
     assert "has no data weights" in capsys.readouterr().err
+
+
+def noisy_held_out(**options: Any) -> rhc.RunResult:
+    """A run whose held-out labels are as wrong as the training ones."""
+    arguments, _ = problem(0.4)
+    x, y = arguments["val_loader"].dataset.tensors
+    generator = torch.Generator().manual_seed(5)
+    wrong = torch.rand(len(y), generator=generator) < 0.4
+    given = torch.where(wrong, (y + 1) % 3, y)
+    arguments["val_loader"] = DataLoader(TensorDataset(x, given), 50)
+    weights = rhc.DataWeights(ROWS)
+    return rhc.Runner(**arguments, data_weights=weights, controls=(), **options).fit(STEPS)
+
+
+def test_without_a_clean_row_a_bounded_objective_finds_what_is_wrong() -> None:
+    assert torch.allclose(rhc.bounded(-torch.tensor([0.25, 1.0]).log()), torch.tensor([0.75, 0.0]))
+    _, wrong = problem(0.4)
+    found = noisy_held_out(objective=rhc.Objective(rows=rhc.bounded))
+    assert found.data_weights is not None
+    weights = found.data_weights.values
+    right = weights[~wrong][:, None] > weights[wrong]
+    assert float(right.float().mean()) > 0.85  # the area under the curve
+    assert any("judged by bounded losses" in told for told in found.notices)
+    plain = noisy_held_out(rewrite=False)
+    assert found.test_loss is not None and plain.test_loss is not None
+    assert found.test_loss < 0.7 * plain.test_loss
+
+
+def test_weights_are_not_judged_by_what_they_weigh() -> None:
+    arguments = problem(0.4)[0]
+    found = rhc.Runner(**{**arguments, "start": "probe"}, data_weights=rhc.DataWeights(ROWS))
+    assert found.objective.loss_weight == 0
+    told = rhc.Runner(**arguments, data_weights=rhc.DataWeights(ROWS)).fit(20).notices
+    assert any("judged by the losses of held-out rows as they are" in each for each in told)
+    for options in ({"val_loader": None}, {"objective": rhc.Objective(1.0, terminal_weight=0.0)}):
+        runner = rhc.Runner(**{**arguments, **options}, data_weights=rhc.DataWeights(ROWS))
+        with pytest.raises(rhc.InputError, match="give a val_loader"):
+            runner.fit(20)
+    terms = rhc.Runner(
+        **{**arguments, "loss_fn": lambda model, batch: {"a": loss_fn(model, batch)}},
+        objective=rhc.Objective(rows=rhc.bounded),
+        data_weights=rhc.DataWeights(["a"]),
+    )
+    with pytest.raises(rhc.InputError, match="one loss per held-out row"):
+        terms.fit(20)
