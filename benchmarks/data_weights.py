@@ -2,8 +2,10 @@
 
     python benchmarks/data_weights.py --data DIR --noise 0.4 --seeds 100-104 -o rows.jsonl
 
-7,000 rows to train, of which a share has a random label, 1,000 to judge by and 2,000 to test, with
-right labels; MLP 784-128-64-10, SGD with momentum 0.9, cosine from --lr, 1,500 steps of 64 rows.
+7,000 rows to train, of which a share has a random label (with --kind class the next class's),
+1,000 to judge by (with --bounded as wrong as those, under 1 − p) and 2,000 to test, with right
+labels; MLP 784-128-64-10, SGD with momentum 0.9, or --model cnn of `mnist_cnn` with AdamW, cosine from --lr,
+1,500 steps of 64 rows.
 Methods: *plain* (all weights 1), *oracle* (the rows whose label is right), *weights* with every
 --product, and *replay*: the weights that a run ended with, fixed, from other initial weights.
 """
@@ -24,6 +26,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 import rhc
 from rhc.compare.pool import parsed_seeds
 from runners.data import read_idx
+from runners.mnist_cnn import mnist_cnn
 
 STEPS, BATCH, JUDGED = 1500, 64, 64
 
@@ -34,31 +37,54 @@ def rows_of_loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 class Task:
-    def __init__(self, data: Path, noise: float, seed: int) -> None:
+    def __init__(
+        self,
+        data: Path,
+        noise: float,
+        seed: int,
+        kind: str = "symmetric",
+        bounded: bool = False,
+        model: str = "mlp",
+    ) -> None:
+        self.objective = rhc.Objective(rows=rhc.bounded) if bounded else None
+        self.model, self.folder = model, data
         x = torch.as_tensor(read_idx(data / "t10k-images-idx3-ubyte.gz")).float()
         x = (x.reshape(-1, 784) / 255 - 0.1307) / 0.3081
         y = torch.as_tensor(read_idx(data / "t10k-labels-idx1-ubyte.gz")).long()
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
         train, held_out, test = order[:7000], order[7000:8000], order[8000:]
         generator = torch.Generator().manual_seed(1000 + seed)
-        drawn = torch.rand(7000, generator=generator) < noise
-        given = y[train].clone()
-        given[drawn] = torch.randint(10, (int(drawn.sum()),), generator=generator)
+
+        def spoilt(labels: Tensor) -> Tensor:
+            drawn = torch.rand(len(labels), generator=generator) < noise
+            given = labels.clone()
+            others = torch.randint(10, (int(drawn.sum()),), generator=generator)
+            given[drawn] = others if kind == "symmetric" else (labels[drawn] + 1) % 10
+            return given
+
+        given = spoilt(y[train])
         self.wrong = given != y[train]
         self.train = rhc.indexed(TensorDataset(x[train], given))
-        self.held_out = TensorDataset(x[held_out], y[held_out])
+        judged = spoilt(y[held_out]) if bounded else y[held_out]
+        self.held_out = TensorDataset(x[held_out], judged)
         self.test = TensorDataset(x[test], y[test])
 
     def fit(self, seed: int, lr: float, weights: rhc.DataWeights, **options: Any) -> rhc.RunResult:
         torch.manual_seed(seed)
-        model = nn.Sequential(
+        model: nn.Module = nn.Sequential(
             *(nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
         )
+        optimizer: torch.optim.Optimizer
+        if self.model == "cnn":
+            model = mnist_cnn(seed=seed, data=self.folder).model
+            optimizer = torch.optim.AdamW(model.parameters(), lr)
+        else:
+            optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
         right = options.pop("rows", None)
         train = self.train if right is None else Subset(self.train, right.tolist())
         return rhc.Runner(
             model,
-            torch.optim.SGD(model.parameters(), lr, momentum=0.9),
+            optimizer,
             rows_of_loss,
             DataLoader(train, BATCH, shuffle=True, drop_last=True),
             DataLoader(self.held_out, JUDGED, shuffle=True),
@@ -66,6 +92,7 @@ class Task:
             start="given",
             template="cosine",
             data_weights=weights,
+            objective=self.objective,
             **options,
         ).fit(STEPS)
 
@@ -101,6 +128,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--noise", type=float, default=0.4)
+    parser.add_argument("--kind", choices=("symmetric", "class"), default="symmetric")
+    parser.add_argument("--bounded", action="store_true")
+    parser.add_argument("--model", choices=("mlp", "cnn"), default="mlp")
     parser.add_argument("--seeds", default="100-104")
     parser.add_argument("--lr", type=float, default=0.03)
     parser.add_argument("--products", nargs="+", default=["exact", "none"])
@@ -109,7 +139,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for seed in parsed_seeds(arguments.seeds):
-        task = Task(arguments.data, arguments.noise, seed)
+        kind, model = arguments.kind, arguments.model
+        task = Task(arguments.data, arguments.noise, seed, kind, arguments.bounded, model)
         rows += measured(task, seed, arguments.lr, arguments.products)
         if arguments.output is not None:
             arguments.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
