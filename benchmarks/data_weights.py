@@ -4,8 +4,8 @@
 
 7,000 rows to train, of which a share has a random label (with --kind class the next class's),
 1,000 to judge by (with --bounded as wrong as those, under 1 − p) and 2,000 to test, with right
-labels; MLP 784-128-64-10, SGD with momentum 0.9, or --model cnn of `mnist_cnn` with AdamW, cosine from --lr,
-1,500 steps of 64 rows.
+labels; MLP 784-128-64-10, SGD with momentum 0.9, or with --model cnn that of `mnist_cnn` and AdamW,
+cosine from --lr, 1,500 steps of 64 rows.
 Methods: *plain* (all weights 1), *oracle* (the rows whose label is right), *weights* with every
 --product, and *replay*: the weights that a run ended with, fixed, from other initial weights.
 """

@@ -23,6 +23,9 @@ from rhc.training.loaders import pristine
 PER_EXAMPLE = "example_"
 """Prefix of metrics with a value per example: for a LossSampler, not for the tape."""
 
+MOST_CHANGES, MOST_COURSES = 200, 12
+"""Steps and cells of a course in result.json, for the report; another file has all of them."""
+
 # The tape -----------------------------------------------------------------------------------------
 
 
@@ -222,7 +225,16 @@ def final_result(fit: Fit) -> dict[str, Any]:
             "observed": int((state.evidence.count > 0).sum()),
             "spread": spread,
             "share": state.evidence.share,
+            "quantiles": _quantiles(plant.data_weights.values),
         }
+        course = state.evidence.course(state.step)
+        if course is not None:
+            every = max(1, len(course.since) // MOST_CHANGES)
+            result["data_weights"] |= {
+                "names": plant.data_weights.names,
+                "since": course.since[::every],
+                "course": course.values[::every, :MOST_COURSES].tolist(),
+            }
     return result
 
 
@@ -234,6 +246,12 @@ def _told(found: Evaluated, prefix: str = "") -> dict[str, Any]:
         f"{prefix}test_accuracy": test.metrics.get("accuracy") if test else None,
         f"{prefix}metrics": {name: losses.metrics for name, losses in found.items() if losses},
     }
+
+
+def _quantiles(values: Tensor) -> list[float]:
+    """From the lowest weight to the highest, in twentieths of the cells."""
+    ordered = values.double().sort().values
+    return ordered[[round(i / 20 * (len(ordered) - 1)) for i in range(21)]].tolist()
 
 
 def _smoothness_summary(windows: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

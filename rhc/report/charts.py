@@ -543,6 +543,30 @@ def _passes(run: RunRecord) -> Iterator[Chart]:
 
 
 @chart_of_one
+def _weights(run: RunRecord) -> Iterator[Chart]:
+    found = run.result.get("data_weights") or {}
+    quantiles = found.get("quantiles") or []
+    pairs = ((i / (len(quantiles) - 1), number(w)) for i, w in enumerate(quantiles))
+    says = "Weights at the end, from the lowest cell to the highest; their mean is 1."
+    curve = [line(finite_pairs(pairs), "weight", INK[0])]
+    yield Chart("weights", "Data weights", says, curve, "weight", "share of the cells", "y")
+    since, rows = found.get("since") or [], found.get("course") or [[]]
+    yield Chart(
+        "weights-course",
+        "The course of the data weights",
+        "What was learned from, step by step; a replay follows it.",
+        [
+            line(finite_pairs(zip(since, map(number, values), strict=False)), str(name), _ink(c))
+            for c, (name, *values) in enumerate(
+                zip(found.get("names") or range(len(rows[0])), *rows, strict=False)
+            )
+        ],
+        y="weight",
+        log="y",
+    )
+
+
+@chart_of_one
 def _whole(run: RunRecord) -> Iterator[Chart]:
     """The result of `rhc hypergradient`: the run as one window."""
     start = number(run.whole.get("start")) or 0.0

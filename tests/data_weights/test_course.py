@@ -300,6 +300,12 @@ def test_a_course_at_the_command_line(
     last = dict(zip(lines[0], map(float, lines[-1]), strict=True))
     assert last["wrong"] < 0.5 * last["clean"]
 
+    found = json.loads(Path("run/result.json").read_text())["data_weights"]
+    assert found["names"] == ["wrong", "clean"] and len(found["course"]) == len(found["since"])
+    assert main(["report", "run"]) == 0
+    page = Path("run/report.html").read_text()
+    assert "Data weights" in page and "The course of the data weights" in page
+
     # A replay follows the course, stretched with the schedule, and goes on without its source.
     capsys.readouterr()
     assert main(["replay", "run", "--seed", "3", "--directory", "again"]) == 0
