@@ -68,7 +68,7 @@ def mixed_text(
         test_loader=tensor_loader((test,), 50, shuffle=False),
         steps=600,
         optimizer="adam",
-        lr={"sgd": 0.1, "adam": 1e-2, "adamw": 1e-2},
+        lr={"sgd": 0.1, "adam": 3e-3, "adamw": 3e-3},
         threads=1,
         data_weights=DataWeights(SOURCES, lambda batch: source[batch["index"].cpu()]),
     )
