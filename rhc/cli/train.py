@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -67,8 +68,12 @@ def run(config: TrainConfig, screen: Screen, *, recorded_data: Path | None = Non
     status = shown(config, directory, screen, built)
     ranks = ranks_of("auto")
     if status == 0 and (ranks is None or ranks.first):
-        if config.tensorboard and not (directory / "tensorboard").is_dir():
-            _log_again(directory)
+        if config.tensorboard:
+            if not (directory / "tensorboard").is_dir():
+                _log_again(directory)
+            folder = shlex.quote(str(directory / "tensorboard"))
+            text = Text.assemble(("events    ", "dim"), f"tensorboard --logdir {folder}")
+            screen.print(text, soft_wrap=True)
         _report(screen, directory)
     return status
 

@@ -345,13 +345,13 @@ def _cost(run: RunRecord) -> str | None:
 @question("replay", "Can its steps be trusted to repeat?")
 def _replay(run: RunRecord) -> str | None:
     replay = run.told.get("replay")
-    return _sentence(replayed(replay)) if isinstance(replay, Mapping) else None
+    return f"{replayed(replay)}." if isinstance(replay, Mapping) else None
 
 
 def replayed(replay: Mapping[str, Any]) -> str:
     """How the first window replayed, as in result.json or values.json."""
     if replay.get("equal"):
-        return f"steps [{replay['start']}, {replay['stop']}) to the bit"
+        return f"steps [{replay['start']}, {replay['stop']}) to the bit, when they were taken again"
     step, what = replay.get("first_step", 0), replay.get("what", "the loss")
     blamed = f", by {', '.join(replay['operators'])}" if replay.get("operators") else ""
     return f"not to the bit: {what} of step {step} differs{blamed}"
