@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -96,8 +95,7 @@ class Runner:
             where the first lr of an Adam is found, else 0.
         rewrite: an update rule; True for the usual one; False for the plain loop, bit for bit.
         passes: rewrites of the whole run, at most, after it was rolled: each goes back through all
-            of its steps, moves `controls` by knots, and replays it. Kept where the loss on other
-            rows of val_loader falls; without one, on training batches that follow the run's.
+            of its steps, moves `controls` by knots, and replays it (docs/hindsight.md).
         inexact_replay: whether windows are rewritten although the first one, replayed, did not end
             in the same bits (`RunResult.replay`).
         schedule: followed as it is where nothing is rewritten, in place of a template; a control
@@ -123,8 +121,7 @@ class Runner:
         deterministic: only operators that give the same bits again; torch raises where it has none.
         validate_every: steps from one row of the tape with the losses of val_loader to the next;
             None for at most 20 such rows, of 1 % of the run's cost, but with the optimizer's lr.
-        keep_best: whether the model ends with the best validated state, in place of the last; None
-            for where its validation loss is lower by over 2 %, but not with the optimizer's lr.
+        keep_best: whether the model ends with the best validated state, in place of the last.
         seed: of the gradient noise.
         planner: plans every epoch, where windows end too; it is built without an optimizer.
         progress: whether progress is shown; None for yes in a terminal or a notebook, unless
@@ -177,7 +174,7 @@ class Runner:
         keep_checkpoints: int = 3,
         deterministic: bool = False,
         validate_every: int | None = None,
-        keep_best: bool | None = None,
+        keep_best: bool = False,
         seed: int = 0,
         planner: EpochPlanner | None = None,
         progress: bool | None = None,
@@ -307,7 +304,6 @@ class Runner:
             self.product = "none"  # as good, for 2.5 baseline runs in place of 4.3
         self.controls: tuple[str, ...] = ()
         self._reverse_passes: ReversePasses | None = None
-        self._whole_run: ReversePasses | None = None
         self._reverse_pass: ReversePass | None = None
         if self.rewriting:
             resolve(self.window, self.segment, self.product, "adjoint", self.plant)
@@ -324,14 +320,10 @@ class Runner:
                 self._events,
             )
             self._reverse_pass = self._reverse_passes.make(OomFallback())
-            if self.passes:
-                self._whole_run = passable(
-                    replace(self._reverse_passes, product=cast(Any, engine.product)), planner
-                )
-        elif self.passes:
-            raise InputError("passes rewrite a whole run, and rewrite=False; leave one of them out")
         elif self.start == "zero":
             self.plant.refuse_complex()
+        product = cast(Product, engine.product)
+        self._whole_run = passable(self._reverse_passes, product, planner) if self.passes else None
         self.per_group = grouped(self.plant, self.controls, windows.per_group or ())
         self._base = BaseSchedule(
             self.plant,
@@ -542,10 +534,11 @@ class Runner:
             self._streams.append(validation)
         loaders = (self.train_loader, self.val_loader, self.test_loader)
         plain = not self.rewriting and self.start == "given"
-        keep_best = bool(self.keep_best) if plain else self.keep_best
-        every = validation_steps(self.validate_every, keep_best, self.val_loader, steps)
+        kept = self.keep_best or (False if plain else None)
+        every = validation_steps(self.validate_every, kept, self.val_loader, steps)
         sizes = (self.accumulate, every, self._epoch_steps)
-        return Data(*loaders, *sizes, self.validate_every is not None, keep_best, train, validation)
+        asked = self.validate_every is not None
+        return Data(*loaders, *sizes, asked, self.keep_best, train, validation)
 
     @property
     def _judged_on_val(self) -> bool:

@@ -40,7 +40,10 @@ def fit(
 
     Args:
         accelerator: with one process.
-        model, optimizer, train_loader, val_loader: as `prepare` returned them.
+        model: as `prepare` returned it, as the next three.
+        optimizer: of the model's parameters.
+        train_loader: batches; anything that can be iterated again and again.
+        val_loader: batches that windows are judged on; None for training batches.
         loss_fn: (model, batch) -> scalar, as for `rhc.Runner`.
         steps: optimizer steps.
         window: steps that are rolled and rewritten at once.

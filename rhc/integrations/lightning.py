@@ -48,7 +48,9 @@ def fit(
     Args:
         trainer: a `lightning.Trainer` with one device.
         module: with automatic optimization and one optimizer.
-        train_loader, val_loader, datamodule: as for `trainer.fit`.
+        train_loader: as for `trainer.fit`, as the next two.
+        val_loader: batches that windows are judged on; None for the module's own.
+        datamodule: in place of both.
         window: steps that are rolled and rewritten at once.
         steps: optimizer steps; None for `max_steps`, else `max_epochs`.
         directory: of the run, which a second call continues; None for `default_root_dir`/rhc.

@@ -25,10 +25,6 @@ BATCHES_APART = 30
 """Steps between such validations for every batch of val_loader: a batch costs a third of a
 gradient, so that all of them cost at most 1.1 % of a run."""
 
-CLEARLY = 0.02
-"""Share of the last validation loss by which the best one must lie below it for a run to end there
-unasked. Less is noise: on stationary tasks the last state is within it (docs/log.md)."""
-
 
 @dataclass(frozen=True)
 class Best:
@@ -89,15 +85,7 @@ def _is_repeatable(loader: Any) -> bool:
     return usual and not hasattr(getattr(loader, "dataset", None), "__next__")
 
 
-def ends_with_best(best: Best, last: float, keep_best: bool | None, plant: Plant) -> bool:
-    """Whether a run ends with its best validated state. last: validation loss of the last one."""
-    if keep_best is None:
-        worse = not math.isfinite(last) or last - best.loss > CLEARLY * abs(last)
-        return worse and not plant.has_evaluation_weights
-    return keep_best
-
-
-def check_keep_best(keep_best: bool | None, val_loader: Any, plant: Plant) -> None:
+def check_keep_best(keep_best: bool, val_loader: Any, plant: Plant) -> None:
     """Raises InputError where no best state can be kept."""
     if not keep_best:
         return

@@ -91,7 +91,7 @@ class ReversePasses:
 @dataclass(frozen=True)
 class Data:
     """Loaders of a run, and their streams. validate_every: None for no validation before the end.
-    keep_best: whether the run ends with the best state; None for where that is clearly better.
+    keep_best: whether the run ends with the best state.
     validation: None where training batches judge windows."""
 
     train_loader: Iterable[Any]
@@ -101,7 +101,7 @@ class Data:
     validate_every: int | None
     epoch_steps: int
     validation_asked: bool
-    keep_best: bool | None
+    keep_best: bool
     train: StepBatches
     validation: StepBatches | None
 

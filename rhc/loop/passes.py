@@ -28,7 +28,7 @@ from rhc.distributed import halves
 from rhc.distributed.directory import directory_of
 from rhc.errors import DivergedError, InputError, StorageError
 from rhc.events import CheckpointSaved, Committed, Event, Listener
-from rhc.hypergradient import Boundary, Hypergradient
+from rhc.hypergradient import Boundary, Hypergradient, Product
 from rhc.loop.checkpointing import open_run, take_over, write_checkpoint
 from rhc.loop.fit import EventLog, Fit, ReversePasses
 from rhc.loop.records import smoothness
@@ -130,9 +130,13 @@ class Backwards:
         return torch.cat([found.new_zeros(self.first, *found.shape[1:]), found])
 
 
-def passable(windows: ReversePasses, planner: EpochPlanner | None) -> ReversePasses:
+def passable(
+    windows: ReversePasses | None, product: Product, planner: EpochPlanner | None
+) -> ReversePasses:
     """Settings of the reverse passes through a whole run, from those of its windows. InputError
     where a run cannot be replayed as a whole."""
+    if windows is None:
+        raise InputError("passes rewrite a whole run, and rewrite=False; leave one of them out")
     plant, objective = windows.plant, windows.objective
     why = None
     if objective.reward_weight or not objective.terminal_weight:
@@ -145,7 +149,7 @@ def passable(windows: ReversePasses, planner: EpochPlanner | None) -> ReversePas
         why = "parameters are shared out (fully_shard)"
     if why is not None:
         raise InputError(f"passes rewrite a whole run, and {why}; use passes=0")
-    return replace(windows, objective=Objective(average=None))
+    return replace(windows, objective=Objective(average=None), product=product)
 
 
 def rewrite_whole_run(fit: Fit, train: Callable[[Fit], None]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rhc.data_weights import DATA_WEIGHTS
 from rhc.events import WindowAttempted
-from rhc.loop.best import Best, better, ends_with_best
+from rhc.loop.best import Best, better
 from rhc.loop.fit import Fit
 from rhc.loop.state import Attempt, Window
 from rhc.storage.files import finite
@@ -191,7 +191,7 @@ def final_result(fit: Fit) -> dict[str, Any]:
         live = Best.of(plant, state.step, judged)
         kept.put(plant)
         best = evaluated()
-        if ends_with_best(kept, judged.loss, data.keep_best, plant):
+        if data.keep_best:
             final = best
             fit.events.tell(
                 f"the run ends with the state of step {kept.step}, whose validation loss is "

@@ -6,14 +6,24 @@ points, and charts without traces, are left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import zip_longest
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from rhc.report import why
 from rhc.report.figure import GREY, INK, PALE, RIGHT, Chart, Trace, area, line, marks
+from rhc.report.gallery import (
+    PARTS,
+    chart,
+    chart_of_each,
+    chart_of_one,
+    charts_of,
+    colour,
+    drawn,
+    groups_of,
+    parts_of,
+)
 from rhc.report.records import (
     CONTROLS,
     RunRecord,
@@ -31,117 +41,12 @@ OUTCOMES = {
     "rejected": ("#b45309", "x"),
     "rewound": ("#a61c1c", "triangle-down"),
 }
-MOST_RUNS = 12
-"""Runs with curves of their own; means and table include the others."""
-MOST_PANELS = 6
-"""Runs with charts of their own on a page about several."""
 MEANS = 100
 """Stretches whose means are drawn where the course matters, not the noise."""
 MOST_ATTEMPTS = 250
 """Attempts drawn per outcome: more are illegible, and slow."""
-Maker = Callable[[Sequence[RunRecord]], Iterable[Chart]]
-_MAKERS: list[Maker] = []
 
-
-def chart(maker: Maker) -> Maker:
-    """Registers a chart of all runs."""
-    _MAKERS.append(maker)
-    return maker
-
-
-def chart_of_one(maker: Callable[[RunRecord], Iterable[Chart]]) -> Maker:
-    """Registers a chart for pages about a single run."""
-    return chart(lambda runs: maker(runs[0]) if len(runs) == 1 else ())
-
-
-def chart_of_each(maker: Callable[[RunRecord], Iterable[Chart]]) -> Maker:
-    """Registers a chart of one run that pages about several have of each, side by side."""
-
-    def of_each(runs: Sequence[RunRecord]) -> Iterator[Chart]:
-        if len(runs) == 1:
-            yield from maker(runs[0])
-            return
-        # Of runs that differ in the seed alone the first one.
-        for i, (name, members) in enumerate(groups_of(runs)[:MOST_PANELS]):
-            for made in maker(members[0]):
-                made.key, made.title = f"{made.key}-{i}", f"{made.title}: {name}"
-                made.place = i + 1
-                yield made
-
-    return chart(of_each)
-
-
-def charts_of(runs: Sequence[RunRecord]) -> list[Chart]:
-    made = [each for maker in _MAKERS for each in maker(runs) if each.traces]
-    _share_axes([each for each in made if each.place > 0])
-    return sorted(made, key=lambda each: each.place > 0)  # what all runs share comes first
-
-
-def _share_axes(beside: Sequence[Chart]) -> None:
-    """Gives charts that stand side by side the same range of y, so that like compares with like."""
-    kinds: dict[str, list[Chart]] = {}
-    for each in beside:
-        kinds.setdefault(each.key.rpartition("-")[0], []).append(each)
-    for charts in kinds.values():
-        traces = [t for each in charts for t in each.traces if t.get("yaxis", "y") == "y"]
-        values = [v for trace in traces for v in trace["y"] if v is not None]
-        if len(charts) < 2 or not values or "range" in charts[0].layout.get("yaxis", {}):
-            continue
-        low, high = min(values), max(values)
-        if "y" in charts[0].log and low > 0:
-            low, high = float(np.log10(low)), float(np.log10(high))
-        margin = 0.05 * (high - low)
-        for each in charts:
-            own = each.layout.get("yaxis", {})
-            each.layout["yaxis"] = own | {"range": [low - margin, high + margin]}
-
-
-PARTS = (
-    ("What was found", ("losses", "control", "seeds", "metric")),
-    ("How the schedule came to be", ("starts", "courses", "passes", "objectives", "events")),
-    ("What it cost", ("cost",)),
-    ("A closer look", ()),
-)
-"""Headings of the page, and the kinds of charts under each; the last has all others."""
-
-
-def parts_of(charts: Sequence[Chart]) -> list[tuple[str, list[Chart]]]:
-    """The charts under their headings, in the order of the page."""
-    parts: list[tuple[str, list[Chart]]] = [(heading, []) for heading, _ in PARTS]
-    for each in charts:
-        found = [at for at, (_, keys) in enumerate(PARTS) if each.key.partition("-")[0] in keys]
-        parts[found[0] if found else -1][1].append(each)
-    for (_, keys), (_, held) in zip(PARTS[:-1], parts, strict=False):
-        held.sort(key=lambda each: (each.place > 0, keys.index(each.key.partition("-")[0])))
-    return [(heading, held) for heading, held in parts if held]
-
-
-def groups_of(runs: Sequence[RunRecord]) -> list[tuple[str, list[RunRecord]]]:
-    """(name, runs) per group of runs that differ in the seed alone; of a seed that was run twice
-    the first."""
-    apart = ("seed", "directory", "versions", "hardware", "resume", "config", "data", "device")
-    groups: dict[str, list[RunRecord]] = {}
-    for run in runs:
-        key = repr(sorted((k, repr(v)) for k, v in run.config.items() if k not in apart))
-        known = groups.setdefault(key, [])
-        if "seed" not in run.config or all(
-            run.config["seed"] != each.config.get("seed") for each in known
-        ):
-            known.append(run)
-    return [(members[0].name, members) for members in groups.values()]
-
-
-def _drawn(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """The runs with curves of their own: of every group the first, then the second, and so on."""
-    if len(runs) <= MOST_RUNS:
-        return list(runs)
-    turns = zip_longest(*(members for _, members in groups_of(runs)))
-    return [run for turn in turns for run in turn if run is not None][:MOST_RUNS]
-
-
-def _ink(i: int) -> str:
-    return INK[i % len(INK)]
-
+__all__ = ["OUTCOMES", "PARTS", "charts_of", "groups_of", "parts_of"]
 
 # All runs -----------------------------------------------------------------------------------------
 
@@ -150,8 +55,8 @@ def _ink(i: int) -> str:
 def _losses(runs: Sequence[RunRecord]) -> Iterator[Chart]:
     one = len(runs) == 1
     traces = []
-    for i, run in enumerate(_drawn(runs)):
-        prefix, ink = "" if one else f"{run.name} ", _ink(i)
+    for i, run in enumerate(drawn(runs)):
+        prefix, ink = "" if one else f"{run.name} ", colour(i)
         steps, losses = run.series("loss")
         validation = thinned(*run.series("val_loss"))
         if one:
@@ -287,8 +192,8 @@ def _over_seeds(runs: Sequence[RunRecord]) -> Iterator[Chart]:
         around = (x + x[::-1], high + low[::-1])
         middle = (x, stacked.mean(axis=0).tolist())
         traces += [
-            area(around, f"{name}, 95 %", _ink(i), 0.2),
-            line(middle, f"{name}, {len(curves)} seeds", _ink(i)),
+            area(around, f"{name}, 95 %", colour(i), 0.2),
+            line(middle, f"{name}, {len(curves)} seeds", colour(i)),
         ]
     yield Chart(
         "seeds",
@@ -307,8 +212,8 @@ def _metrics(runs: Sequence[RunRecord]) -> Iterator[Chart]:
     for at, name in enumerate(list(names)[:6]):
         data = "validation data" if name.startswith("val_") else "the training batches"
         curves = [
-            line(means(*run.series(name), 200), run.name if len(runs) > 1 else name, _ink(i))
-            for i, run in enumerate(_drawn(runs))
+            line(means(*run.series(name), 200), run.name if len(runs) > 1 else name, colour(i))
+            for i, run in enumerate(drawn(runs))
         ]
         caption = f"On {data}, as means over stretches of the run."
         yield Chart(f"metric-{at}", f"Metric: {name}", caption, curves, y=name)
@@ -326,7 +231,7 @@ def _controls(runs: Sequence[RunRecord]) -> Iterator[Chart]:
     for name, letter in zip(CONTROLS, "αμσw", strict=True):
         traces: list[Trace] = []
         moves = False
-        for i, run in enumerate(_drawn(runs)):
+        for i, run in enumerate(drawn(runs)):
             steps, values = run.series(name)
             if not values:
                 continue
@@ -335,13 +240,13 @@ def _controls(runs: Sequence[RunRecord]) -> Iterator[Chart]:
             groups = run.groups(name) if one else 1
             if groups == 1:
                 traces.append(
-                    line(thinned(steps, values), "committed" if one else run.name, _ink(i))
+                    line(thinned(steps, values), "committed" if one else run.name, colour(i))
                 )
                 continue
             own = [(float(r["step"]), r[name]) for r in run.tape if isinstance(r.get(name), list)]
             for group in range(min(groups, 8)):
                 of_it = ((step, number(v[group])) for step, v in own if len(v) > group)
-                traces.append(line(thinned(*finite_pairs(of_it)), f"group {group}", _ink(group)))
+                traces.append(line(thinned(*finite_pairs(of_it)), f"group {group}", colour(group)))
         if moves:
             yield Chart(f"control-{name}", f"Control: {name} ({letter})", caption, traces, y=name)
 
@@ -375,7 +280,7 @@ def _rewritten(run: RunRecord, name: str) -> list[Trace]:
 def _objectives(runs: Sequence[RunRecord]) -> Iterator[Chart]:
     one = len(runs) == 1
     traces, counts, thin = [], [], False
-    for i, run in enumerate(_drawn(runs)):
+    for i, run in enumerate(drawn(runs)):
         for outcome, (ink, symbol) in OUTCOMES.items():
             rows = [row for row in run.windows if row["outcome"] == outcome]
             if rows:
@@ -386,7 +291,7 @@ def _objectives(runs: Sequence[RunRecord]) -> Iterator[Chart]:
             x = [step for place, *_ in shown for step in (place, place, None)]
             y = [value for _, before, after, _ in shown for value in (before, after, None)]
             ends = ([place for place, *_ in shown], [after for _, _, after, _ in shown])
-            ink, name = (ink, outcome) if one else (_ink(i), f"{run.name} {outcome}")
+            ink, name = (ink, outcome) if one else (colour(i), f"{run.name} {outcome}")
             reasons = [reason for *_, reason in shown]
             traces += [
                 line((x, y), "", ink) | {"showlegend": False, "hoverinfo": "skip"},
@@ -432,7 +337,7 @@ def _starts(run: RunRecord) -> Iterator[Chart]:
             points.append((lr, loss, number(row.get("steps")) or 0))
         if isinstance(course, list):
             curve = thinned(*finite_pairs((i, number(v)) for i, v in enumerate(course)), 300)
-            curves.append(line(curve, f"lr {lr:.3g}", _ink(len(curves))))
+            curves.append(line(curve, f"lr {lr:.3g}", colour(len(curves))))
     if not points:
         return
     lrs, losses, steps = (list(column) for column in zip(*points, strict=True))
@@ -518,7 +423,7 @@ def _passes(run: RunRecord) -> Iterator[Chart]:
         kept = row.get("kept") is True
         curves = [("before", "before any pass", PALE)] if at == 0 else []
         name = f"pass {row.get('pass')}, {'kept' if kept else 'not kept'}"
-        for key, label, ink in [*curves, ("after", name, _ink(at))]:
+        for key, label, ink in [*curves, ("after", name, colour(at))]:
             course = entry(row, key, "lr")
             points = course if isinstance(course, list) else []
             pairs = ((number(p[0]), number(p[1])) for p in points if isinstance(p, list))
@@ -556,7 +461,7 @@ def _weights(run: RunRecord) -> Iterator[Chart]:
         "The course of the data weights",
         "What was learned from, step by step; a replay follows it.",
         [
-            line(finite_pairs(zip(since, map(number, values), strict=False)), str(name), _ink(c))
+            line(finite_pairs(zip(since, map(number, values), strict=False)), str(name), colour(c))
             for c, (name, *values) in enumerate(
                 zip(found.get("names") or range(len(rows[0])), *rows, strict=False)
             )
@@ -578,7 +483,7 @@ def _whole(run: RunRecord) -> Iterator[Chart]:
     for at, (name, row) in enumerate(rows.items()):
         values = map(number, row if isinstance(row, list) else [])
         sizes = ((start + i, abs(v) if v else None) for i, v in enumerate(values))
-        traces.append(line(thinned(*finite_pairs(sizes)), name, _ink(at), width=1 if at else 2))
+        traces.append(line(thinned(*finite_pairs(sizes)), name, colour(at), width=1 if at else 2))
     yield Chart(
         "whole",
         "The whole run differentiated",
@@ -598,7 +503,7 @@ def _events(run: RunRecord) -> Iterator[Chart]:
         of_it = [(step, reason) for step, each, reason in events if each == kind]
         place = [step for step, _ in of_it], [kind] * len(of_it)
         reasons = {"text": [reason for _, reason in of_it]}
-        traces.append(marks(place, kind, _ink(i), "diamond") | reasons)
+        traces.append(marks(place, kind, colour(i), "diamond") | reasons)
     caption = "Where a guard, a drift or a plateau changed the plan, and why."
     says = "; ".join(f"step {step}: {kind}" for step, kind, _ in events[:10])
     yield Chart("events", "Events", caption, traces, says=says)

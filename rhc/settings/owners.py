@@ -390,13 +390,12 @@ class Storage(Settings):
     """Steps between validation losses on the tape. Evaluated after the window of the step, as
     val_loss; a batch costs a third of a gradient. By default all of them cost 1 % of the run at
     most, and with --no-rewrite there are none before the end."""
-    keep_best: bool | None = setting(
-        None,
+    keep_best: bool = setting(
+        False,
         place="rare",
         recorded="if given",
         on_resume="the state that it ends with is chosen by what it is now",
     )
-    """End with the best validated state in place of the last. By default where its validation loss
-    is lower by more than 2 %; with --no-rewrite the last."""
+    """End with the best validated state in place of the last. result.json has both's losses."""
     keep_checkpoints: int = setting(3, "N", at_least(1, 3), place="rare", recorded="never")
     """Number of newest checkpoints to keep."""

@@ -33,7 +33,7 @@ def runner(run: Run, directory: Path | None = None, **options: Any) -> Runner:
     return Runner(*run, directory=directory, **{**usual, **options})
 
 
-def followed(keep_best: bool | None, directory: Path | None, **options: Any) -> dict[str, Any]:
+def followed(keep_best: bool, directory: Path | None, **options: Any) -> dict[str, Any]:
     """A run whose validation losses and models are noted from outside."""
     run, seen = over_fitting(), dict[int, tuple[float, Any]]()
 
@@ -67,24 +67,20 @@ def test_a_run_ends_with_its_best_validated_state(tmp_path: Path, rewrite: Any) 
 
 
 def test_or_with_its_last_and_says_what_the_best_was() -> None:
-    ends = {keep: followed(keep, None, rewrite=False) for keep in (False, None, True)}
-    for keep in (False, None):  # whoever steers nothing has the plain loop
-        record = ends[keep]["record"]
-        assert record["ends_with"] == "last" and record["val_loss"] > record["best_val_loss"]
-        last = ends[keep]["seen"][STEPS][1]
-        assert unequal(dict(ends[keep]["run"].model.state_dict()), last) == []
+    ends = {keep: followed(keep, None, rewrite=False) for keep in (False, True)}
+    record = ends[False]["record"]
+    assert record["ends_with"] == "last" and record["val_loss"] > record["best_val_loss"]
+    last = ends[False]["seen"][STEPS][1]
+    assert unequal(dict(ends[False]["run"].model.state_dict()), last) == []
     for name in ("best_step", "best_val_loss", "best_test_loss", "best_metrics"):
         assert len({json.dumps(each["record"][name]) for each in ends.values()}) == 1
     assert any("ends with the state of step" in text for text in ends[True]["record"]["notices"])
 
 
-def test_unasked_a_steered_run_ends_with_what_is_clearly_better() -> None:
-    worse = followed(None, None, rewrite=Rewrite(step={"lr": 0.1}))["record"]
-    assert worse["ends_with"] == "best" and worse["best_step"] < STEPS
-    healthy = make_run("sgd", lr=1e-3)
-    record = runner(healthy, rewrite=Rewrite(step={"lr": 0.1})).fit(STEPS).record
-    assert record["ends_with"] == "last"
-    assert record["val_loss"] - record["best_val_loss"] <= 0.02 * record["val_loss"]
+def test_unasked_a_steered_run_ends_with_its_last_state_and_knows_the_best() -> None:
+    record = followed(False, None, rewrite=Rewrite(step={"lr": 0.1}))["record"]
+    assert record["ends_with"] == "last" and record["best_step"] < STEPS
+    assert record["best_val_loss"] < record["val_loss"]
 
 
 def test_how_often_a_run_is_validated_unasked() -> None:
