@@ -112,6 +112,7 @@ def _differences(trainer: Any) -> list[str]:
     if trainer.args.gradient_accumulation_steps > 1:
         found.append("every accumulated batch counts alike, whatever its number of tokens")
     found.append("evaluation and checkpoints come at the end of a window")
+    found.append("callbacks cannot end the training early: should_training_stop is not followed")
     return found
 
 
