@@ -95,6 +95,8 @@ class RunRecord:
     attribution: dict[str, Any] = field(default_factory=dict)
     """attribution.json: what training rows did for the run and its predictions."""
     faults: list[str] = field(default_factory=list)
+    known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What was computed of the tape, for several charts."""
 
     @property
     def name(self) -> str:
@@ -124,8 +126,11 @@ class RunRecord:
 
     def series(self, name: str) -> tuple[list[float], list[float]]:
         """(steps, finite values) of a tape entry; values per parameter group are averaged."""
-        pairs = [(float(row["step"]), number(row.get(name))) for row in self.tape]
-        return finite_pairs(pairs)
+        if name not in self.known:
+            pairs = [(float(row["step"]), number(row.get(name))) for row in self.tape]
+            self.known[name] = finite_pairs(pairs)
+        found: tuple[list[float], list[float]] = self.known[name]
+        return found
 
     def groups(self, name: str) -> int:
         """Number of parameter groups with values of their own for a control."""
@@ -290,6 +295,8 @@ def decisive(attempts: Sequence[Attempt]) -> Attempt:
 
 def number(value: Any) -> float | None:
     """A finite number, the mean of a list of them, or None."""
+    if type(value) is float:  # nearly all are
+        return value if math.isfinite(value) else None
     if isinstance(value, (list, tuple)):
         values = [number(v) for v in value]
         finite = [v for v in values if v is not None]

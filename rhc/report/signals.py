@@ -45,6 +45,13 @@ class RunSignals:
 
 
 def signals_of(run: RunRecord) -> RunSignals:
+    if signals_of not in run.known:
+        run.known[signals_of] = _signals_of(run)
+    found: RunSignals = run.known[signals_of]
+    return found
+
+
+def _signals_of(run: RunRecord) -> RunSignals:
     of_reward = "without a reward Δr is the fall of the loss over its noise"
     if run.reward:
         of_reward = f"Δr is the trend of {run.reward}"
