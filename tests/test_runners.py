@@ -485,7 +485,9 @@ def test_listing_runners_does_not_import_torch() -> None:
 
 
 def test_load_runner_by_name() -> None:
-    assert load_runner("sine").__wrapped__ is sine  # type: ignore[attr-defined]
+    from rhc.runners.sine import sine as packaged
+
+    assert load_runner("sine").__wrapped__ is packaged  # type: ignore[attr-defined]
     assert isinstance(load_runner("sine")(seed=0, data=None), Workload)
 
 
