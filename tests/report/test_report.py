@@ -292,6 +292,7 @@ def test_every_run_has_its_signals(tmp_path: Path, steps: int | None) -> None:
     for row in run.tape:
         for name in SIGNALS:
             del row[name]
+    run.known.clear()
     computed = signals_of(run)
     assert recorded.loss[-60:] == computed.loss[-60:]
     assert recorded.reward[-60:] == computed.reward[-60:]
