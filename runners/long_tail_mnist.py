@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from rhc.runners.data import tensor_loader
-from rhc.runners.mnist import BATCH, EVALUATION_BATCH, load_mnist
-from rhc.runners.noisy_mnist import mlp, rows_of_loss
-from torch.utils.data import DataLoader, TensorDataset
+from rhc.runners.mnist import load_mnist
+from rhc.runners.noisy_mnist import weighed_mnist
 
-from rhc.data_weights import DataWeights, indexed
+from rhc.data_weights import DataWeights
 from rhc.errors import InputError
 from rhc.workload import Workload
 
@@ -46,16 +44,4 @@ def long_tail_mnist(
         if cells == "rows"
         else DataWeights([str(c) for c in range(CLASSES)], lambda batch: batch["sample"][1])
     )
-    return Workload(
-        model=mlp(),
-        loss_fn=rows_of_loss,
-        train_loader=DataLoader(
-            indexed(TensorDataset(images, labels)), BATCH, shuffle=True, drop_last=True
-        ),
-        val_loader=tensor_loader(validation, BATCH, shuffle=True),
-        test_loader=tensor_loader(test, EVALUATION_BATCH, shuffle=False),
-        steps=1000,
-        lr={"sgd": 0.03, "adam": 1e-3, "adamw": 1e-3},
-        threads=1,
-        data_weights=weights,
-    )
+    return weighed_mnist((images, labels), validation, test, weights, steps=1000)

@@ -17,6 +17,7 @@ from rhc.errors import InputError
 from rhc.workload import Workload
 
 NOISE = 0.4
+Parts = tuple[Tensor, ...]
 
 
 def noisy_mnist(
@@ -52,18 +53,26 @@ def noisy_mnist(
     given = spoilt(labels)
     if held_out == "noisy":
         validation = (validation[0], spoilt(validation[1]))
+    weights = DataWeights(len(labels))
+    return weighed_mnist((images, given), validation, test, weights, steps=1500)
+
+
+def weighed_mnist(
+    train: Parts, validation: Parts, test: Parts, weights: DataWeights, *, steps: int
+) -> Workload:
+    """An MLP on images whose training rows are weighed."""
     return Workload(
         model=mlp(),
         loss_fn=rows_of_loss,
         train_loader=DataLoader(
-            indexed(TensorDataset(images, given)), BATCH, shuffle=True, drop_last=True
+            indexed(TensorDataset(*train)), BATCH, shuffle=True, drop_last=True
         ),
         val_loader=tensor_loader(validation, BATCH, shuffle=True),
         test_loader=tensor_loader(test, EVALUATION_BATCH, shuffle=False),
-        steps=1500,
+        steps=steps,
         lr={"sgd": 0.03, "adam": 1e-3, "adamw": 1e-3},
         threads=1,
-        data_weights=DataWeights(len(labels)),
+        data_weights=weights,
     )
 
 
