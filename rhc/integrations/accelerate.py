@@ -40,11 +40,11 @@ def fit(
 
     Args:
         accelerator: with one process.
-        model: as `prepare` returned it, as the next three.
+        model: as `prepare` returned it, like optimizer and loaders.
         optimizer: of the model's parameters.
+        loss_fn: (model, batch) -> scalar, as for `rhc.Runner`.
         train_loader: batches; anything that can be iterated again and again.
         val_loader: batches that windows are judged on; None for training batches.
-        loss_fn: (model, batch) -> scalar, as for `rhc.Runner`.
         steps: optimizer steps.
         window: steps that are rolled and rewritten at once.
         settings: of `rhc.Runner`, as clip_norm and directory.
