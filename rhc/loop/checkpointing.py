@@ -21,7 +21,7 @@ from rhc.loop.agreement import agreed
 from rhc.loop.best import Best
 from rhc.loop.checks import check_storable
 from rhc.loop.data_weights import learned
-from rhc.loop.fit import Fit
+from rhc.loop.fit import Data, Fit
 from rhc.loop.records import final_result
 from rhc.loop.state import AVERAGE_DECAY, AntitheticSearch, Cost, Patience, Replay
 from rhc.loop.window_objective import judged_on
@@ -230,7 +230,7 @@ def _resume(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> list[s
     with contextlib.suppress(InputError):  # raised again below if it matters
         earlier = directory.earlier(checkpoint.step)
         said = [] if earlier is None else _loss_differs(fit, directory, earlier)
-    take_over(fit, directory, checkpoint)
+    _take_over(fit, directory, checkpoint)
     streams = (fit.data.train, fit.data.validation)
     data = [s.differs for s in streams if s is not None and s.differs is not None]
     return [*directory.differences, *(data or said)]
@@ -261,7 +261,7 @@ def _loss_differs(fit: Fit, directory: RunDirectory, earlier: Checkpoint) -> lis
 
 def _loss_after(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> float:
     """The loss of the first step after a checkpoint; the step is not taken."""
-    take_over(fit, directory, checkpoint)
+    _take_over(fit, directory, checkpoint)
     step, plant = checkpoint.step, fit.plant
     batch = next(fit.data.train.lazily(step, step + 1))
     weighed = micro_batches(plant.weighed(batch, step))
@@ -270,7 +270,7 @@ def _loss_after(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> fl
     return plant.value(torch.stack(losses).mean())
 
 
-def take_over(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> None:
+def _take_over(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> None:
     """Loads a checkpoint into state, plant and streams; InputError where it is of another run."""
     try:
         _load(fit, directory, checkpoint)
@@ -300,12 +300,7 @@ def _load(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> None:
     if fit.planner is not None:  # before the loader is asked for this epoch's order
         planned = joined(tensors.get("controller", {}), values["controller"])
         fit.planner.load_state_dict(planned, place=False)
-    place = Position.from_tensors(tensors["train_batches"])
-    if place.step != checkpoint.step:
-        raise ValueError(f"batches of step {place.step} at step {checkpoint.step}")
-    data.train.seek(place)
-    if data.validation is not None:
-        data.validation.seek(Position.from_tensors(tensors["validation_batches"]))
+    _seek(data, checkpoint)
     if state.evidence is not None and plant.data_weights is not None:
         state.evidence.load(tensors["data_weights"])
         plant.data_weights.adopt(tensors["data_weights"]["raw"])
@@ -353,6 +348,24 @@ def _load(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint) -> None:
     state.windows = directory.windows.read()
     with contextlib.suppress(InputError):  # told when the run was opened
         state.starts = directory.starts.read()
+
+
+def stand_at(fit: Fit, checkpoint: Checkpoint) -> None:
+    """Brings plant and streams alone to a checkpoint of a roll of this run, without parts."""
+    tensors, rest = checkpoint.tensors, checkpoint.values["optimizer"]
+    snapshot = snapshot_from_tensors(fit.plant, tensors, rest)
+    _seek(fit.data, checkpoint)
+    fit.plant.singletons = bool(checkpoint.values["singletons"])
+    adopt(fit.plant, tensors, rest, snapshot)
+
+
+def _seek(data: Data, checkpoint: Checkpoint) -> None:
+    place = Position.from_tensors(checkpoint.tensors["train_batches"])
+    if place.step != checkpoint.step:
+        raise ValueError(f"batches of step {place.step} at step {checkpoint.step}")
+    data.train.seek(place)
+    if data.validation is not None:
+        data.validation.seek(Position.from_tensors(checkpoint.tensors["validation_batches"]))
 
 
 def _best(fit: Fit, directory: RunDirectory, checkpoint: Checkpoint, here: Snapshot) -> Best | None:

@@ -29,7 +29,7 @@ from rhc.distributed.directory import directory_of
 from rhc.errors import DivergedError, InputError, StorageError
 from rhc.events import CheckpointSaved, Committed, Event, Listener
 from rhc.hypergradient import Boundary, Hypergradient, Product
-from rhc.loop.checkpointing import open_run, take_over, write_checkpoint
+from rhc.loop.checkpointing import open_run, stand_at, write_checkpoint
 from rhc.loop.fit import EventLog, Fit, ReversePasses
 from rhc.loop.records import smoothness
 from rhc.loop.state import Cost, Moment, State
@@ -318,8 +318,7 @@ class _Passes:
     def _segment(self, rolled: Rolled, start: int, stop: int, back: Backwards) -> Hypergradient:
         """Steps [start, stop), rolled again from the checkpoint and differentiated."""
         fit, last = rolled.fit, back.later is None
-        state = State(self.steps, fit.state.schedule, fit.state.first_lr, None)
-        self._go_to(replace(fit, state=state), start)
+        stand_at(fit, rolled.directory.at(start))
         fit.announce("roll", start, stop, rolled.number)
         terminal, mean = self.rows.of_gradient if last else None, Average(None)
         batches = fit.data.train.take(start, stop)
@@ -334,13 +333,6 @@ class _Passes:
         if last:  # counted by its size
             back.cost.gradient_equivalents += self.rows.of_gradient.share - 1
         return h
-
-    def _go_to(self, fit: Fit, step: int) -> None:
-        """Takes over the checkpoint of a step; what was told stays told."""
-        assert fit.directory is not None
-        told = list(fit.events.told)
-        take_over(fit, fit.directory, fit.directory.at(step))
-        fit.events.told[:] = told
 
     def _save(self, store: CheckpointStore, back: Backwards) -> None:
         tensors: dict[str, Tensor] = {}
@@ -382,18 +374,19 @@ class _Passes:
 
     def commit(self, best: Rolled, first: Rolled) -> None:
         """Commits all steps of the roll that is kept; windows are those of the first."""
-        fit, state, own = self.fit, self.fit.state, best.fit.state
-        cost = replace(state.cost, windows=own.cost.windows)
-        start_gradients, seconds = state.start_gradients, state.seconds_before
+        fit, state, own, windows = self.fit, self.fit.state, best.fit.state, first.fit.state
         if best.directory.saved != self.steps:
             raise StorageError(
                 f"the end of the run that is kept could not be saved in {best.directory.path}; "
                 "make room there and run the same command again"
             )
-        self._go_to(replace(fit, directory=best.directory, reverse_passes=None), self.steps)
-        state.cost, state.start_gradients, state.seconds_before = cost, start_gradients, seconds
+        stand_at(fit, best.directory.at(self.steps))
+        state.step, state.tape, state.reference = own.step, own.tape, own.reference
+        state.average, state.best = own.average, own.best
         state.schedule = PlannedSchedule((Piece(0, best.schedule),), self.steps)
-        state.windows, state.replay = first.fit.state.windows, first.fit.state.replay
+        state.windows, state.skipped = windows.windows, windows.skipped
+        state.replay = windows.replay
+        state.cost = replace(state.cost, windows=own.cost.windows)
         if fit.directory is not None:
             fit.directory.tape.append(state.tape)
             fit.directory.windows.append(state.windows)
@@ -402,7 +395,7 @@ class _Passes:
                 fit.directory.checkpoints.keep_best(best.directory.checkpoints.best)
         for start in range(0, self.steps, fit.stride):
             rows = state.tape[start : start + fit.stride]
-            spent = cost.gradient_equivalents / self.steps
+            spent = state.cost.gradient_equivalents / self.steps
             fit.events.emit(Committed(start, start + len(rows), rows, spent))
         write_checkpoint(fit)
 

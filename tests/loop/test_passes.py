@@ -133,6 +133,13 @@ def test_what_is_kept_is_the_run_by_its_schedule() -> None:
     assert result.cost["plain_run_equivalents"] > without.cost["plain_run_equivalents"] + 5
 
 
+def test_a_run_still_says_why_it_began_where_it_did() -> None:
+    settings = {"start": "probe", "template": "constant", "dropout": 0.0}
+    told = [_runner(passes=passes_, **settings).fit(60).record for passes_ in (1, 0)]
+    assert told[0]["chosen_start"] == told[1]["chosen_start"] is not None
+    assert told[0]["skipped"] == told[1]["skipped"]
+
+
 def test_the_committed_steps_are_those_of_the_plain_loop() -> None:
     result = _runner(dropout=0.0).fit(STEPS)
     again = _runner(dropout=0.0, passes=0, rewrite=False, schedule=result.schedule).fit(STEPS)
